@@ -1,0 +1,1 @@
+"""Hydra configuration: groups of YAML files that hold differences from the dataclass defaults."""

@@ -1,0 +1,88 @@
+"""Text to token ids and back, by a SentencePiece model."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+from sentencepiece import SentencePieceProcessor
+from xxhash import xxh3_128_hexdigest
+
+SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece writes a space in its pieces
+
+
+class Tokenizer:
+    """A trained SentencePiece model.
+
+    Text never becomes a control symbol: what spells `</s>` is encoded as those four characters.
+
+    Attributes:
+        vocab_size: V, the number of ids.
+        eos_id: the control symbol that ends a document.
+        byte_lengths: [V] int64, the UTF-8 bytes that each id stands for; 0 for control symbols
+            and for unknown characters (which a model with byte fallback does not have). Summed
+            over `encode(text)` they are the bytes of `text` for any model that encodes it
+            losslessly, as all those trained here do.
+        fingerprint: a hash of the whole model.
+    """
+
+    def __init__(self, model: bytes) -> None:
+        self._model = model
+        self._processor = SentencePieceProcessor(model_proto=model)
+        self.vocab_size: int = self._processor.vocab_size()
+        self.eos_id: int = self._processor.eos_id()
+        self.byte_lengths = _byte_lengths(self._processor)
+        self.fingerprint = xxh3_128_hexdigest(model)
+        bytes_of_space = [self._processor.piece_to_id(f"<0x{b:02X}>") for b in SPACE.encode()]
+        self._space = bytes_of_space if all(map(self._processor.is_byte, bytes_of_space)) else None
+
+    @classmethod
+    def load(cls, path: Path) -> "Tokenizer":
+        """The tokenizer of a `.model` file.
+
+        Raises:
+            ValueError: it is none, or has no control symbol that could end a document.
+        """
+        try:
+            tokenizer = cls(path.read_bytes())
+        except RuntimeError as error:
+            raise ValueError(f"{path}: not a SentencePiece model ({error})") from error
+        if tokenizer.eos_id < 0:
+            raise ValueError(
+                f"{path}: has no end-of-sentence control symbol to stand between documents; train "
+                "it with one (SentencePiece's --eos_id)"
+            )
+        return tokenizer
+
+    def save(self, path: Path) -> None:
+        """Writes the `.model` file; nobody ever sees half of it."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.{os.getpid()}")
+        partial.write_bytes(self._model)
+        partial.replace(path)
+
+    def encode(self, text: str) -> np.ndarray:
+        """The ids [n] of a text, int32. No control symbol is among them."""
+        if self._space is None or SPACE not in text:
+            return self._processor.encode_as_numpy(text)
+        # SentencePiece would take the character that it writes spaces with for a space.
+        first, *others = map(self._processor.encode_as_numpy, text.split(SPACE))
+        space = np.array(self._space, dtype=np.int32)
+        return np.concatenate([first, *(part for other in others for part in (space, other))])
+
+    def encode_document(self, text: str) -> np.ndarray:
+        """The ids [n] of a text and, last, the separator that ends a document."""
+        return np.append(self.encode(text), np.int32(self.eos_id))
+
+    def decode(self, ids: np.ndarray | list[int]) -> str:
+        """The text of some ids; control symbols have none."""
+        return self._processor.decode(np.asarray(ids).tolist())
+
+
+def _byte_lengths(processor: SentencePieceProcessor) -> np.ndarray:
+    lengths = np.zeros(processor.vocab_size(), dtype=np.int64)
+    for i in range(len(lengths)):
+        if processor.is_byte(i):
+            lengths[i] = 1
+        elif not (processor.is_control(i) or processor.is_unknown(i)):
+            lengths[i] = len(processor.id_to_piece(i).replace(SPACE, " ").encode())
+    return lengths

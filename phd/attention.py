@@ -1,0 +1,53 @@
+"""`attend`: attention by a pattern, through one of several backends with one signature."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from phd.config import Backend
+from phd.flex import flex_attention
+from phd.packed import packed_attention
+from phd.pattern import Pattern
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, backend: Backend = "auto") -> Tensor:
+    """softmax(q k^T / sqrt(H)) v over the slots that `pattern` lets each query see.
+
+    Args:
+        q: (B, N, Q, T, H): the queries of every copy (Q = K), or of the last one alone (Q = 1),
+            which is all that the last layer needs.
+        k, v: (B, G, K, T, H); query head i reads key/value head `i // (N // G)`.
+        pattern: which slot may attend to which, over K copies of T tokens.
+        backend: `reference` (dense mask, the definition), `packed` (fast, everywhere), `flex`
+            (CUDA only), or `auto`, which is `packed`.
+
+    Returns:
+        (B, N, Q, T, H). All backends agree in value and gradient.
+
+    Raises:
+        ValueError: if the backend cannot run here; none ever drops a rule instead.
+    """
+    assert k.shape[2] == pattern.K, (k.shape, pattern)
+    assert q.shape[2] in (1, pattern.K), (q.shape, pattern)
+    assert q.shape[1] % k.shape[1] == 0, (q.shape, k.shape)
+    return BACKENDS[backend](q, k, v, pattern)
+
+
+def reference_attention(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
+    """The definition: every score of every slot, masked. O((KT)^2) time and memory."""
+    B, N, Q, T, H = q.shape
+    repeat = N // k.shape[1]
+    keys, values = (x.repeat_interleave(repeat, 1).flatten(2, 3) for x in (k, v))
+    scores = q.flatten(2, 3) @ keys.mT * H**-0.5
+    mask = pattern.mask(T, q.device)[-Q:].flatten(2, 3).flatten(0, 1)
+    weights = scores.masked_fill(~mask, -torch.inf).softmax(-1)
+    return (weights @ values).view(B, N, Q, T, H)
+
+
+BACKENDS: dict[Backend, Callable[[Tensor, Tensor, Tensor, Pattern], Tensor]] = {
+    "auto": packed_attention,
+    "reference": reference_attention,
+    "packed": packed_attention,
+    "flex": flex_attention,
+}

@@ -1,0 +1,150 @@
+"""Cutting the hidden copies into blocks, so that local attention is a batched matrix product."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import ceil
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from phd.pattern import Pattern
+
+# Slots of a block, within which its length is fitted to the chunk or the window: enough for an
+# efficient product, few enough that a short window does not waste most of its scores.
+SMALLEST_BLOCK, LARGEST_BLOCK = 16, 64
+
+# Scores that are held at a time; blocks beyond that wait their turn, so that a window as long as
+# the row costs time but no quadratic memory. 2^22 in float32 are 16 MiB.
+SCORES_AT_ONCE = 1 << 22
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Blocks of `size` tokens, each of which sees the hidden copies of `back` blocks before it.
+
+    With blocks of 3 tokens, `back` = 1, and a window of 3 hidden copies (K = 2), the queries of
+    block 1 meet these keys (`h` seen, `.` masked):
+
+        keys of block:    0      |   1
+        3'             .  h  h   |  h  .  .
+        4'             .  .  h   |  h  h  .
+        5'             .  .  .   |  h  h  h
+
+    Attributes:
+        pattern: a pattern whose rule is `hidden`.
+        tokens: T.
+        size: tokens in a block; the last block may be ragged.
+        back: earlier blocks whose hidden copies a block may see.
+        alike: every block has the same mask, as when blocks are whole chunks.
+    """
+
+    pattern: Pattern
+    tokens: int
+    size: int
+    back: int
+    alike: bool
+
+    @classmethod
+    def of(cls, pattern: Pattern, tokens: int) -> "Blocks":
+        """Whole chunks where they are small, else blocks about as long as the window reaches."""
+        hidden = pattern.K - 1
+        smallest, largest = ceil(SMALLEST_BLOCK / hidden), ceil(LARGEST_BLOCK / hidden)
+        span = min(tokens, pattern.span_tokens or tokens)
+        chunk = 1 if span == 1 else min(tokens, pattern.chunk_tokens or tokens)
+        if chunk <= largest:
+            return cls(pattern, tokens, chunk * ceil(smallest / chunk), back=0, alike=True)
+        size = min(max(span - 1, smallest), largest)
+        return cls(pattern, tokens, size, back=ceil((span - 1) / size), alike=False)
+
+    @property
+    def reach(self) -> int:
+        """Tokens whose hidden copies a block's queries meet."""
+        return (self.back + 1) * self.size
+
+    def turns(self, batch: int, heads: int, groups: int, copies: int) -> Iterator["Turn"]:
+        """All blocks, in turns of at most `SCORES_AT_ONCE` scores (or of one block).
+
+        batch, heads, groups: B, N, G of the queries; copies: how many hidden copies ask, the last.
+        """
+        scores = batch * heads * copies * self.size * (self.pattern.K - 1) * self.reach
+        step, count = max(1, SCORES_AT_ONCE // scores), ceil(self.tokens / self.size)
+        for start in range(0, count, step):
+            yield Turn(self, groups, copies, start, min(start + step, count))
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Blocks `start` to `stop`, and how tensors over tokens are cut into them."""
+
+    blocks: Blocks
+    groups: int
+    copies: int
+    start: int
+    stop: int
+
+    @property
+    def count(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def rows(self) -> slice:
+        """The tokens of these blocks."""
+        size = self.blocks.size
+        return slice(self.start * size, min(self.stop * size, self.blocks.tokens))
+
+    def queries(self, x: Tensor) -> Tensor:
+        """Cut (B, N, Q, T, H) into blocks: (B, G, blocks, N/G * Q * size, H)."""
+        B, N, Q, _, H = x.shape
+        size = self.blocks.size
+        x = x[..., self.rows, :]
+        x = pad(x, (0, 0, 0, self.count * size - x.shape[3]))
+        x = x.reshape(B, self.groups, N // self.groups, Q, self.count, size, H)
+        return x.permute(0, 1, 4, 2, 3, 5, 6).reshape(B, self.groups, self.count, -1, H)
+
+    def unblock(self, x: Tensor) -> Tensor:
+        """The inverse of `queries`: back to (B, N, Q, tokens of these blocks, H)."""
+        B, H, size = x.shape[0], x.shape[-1], self.blocks.size
+        x = x.view(B, self.groups, self.count, -1, self.copies, size, H)
+        x = x.permute(0, 1, 3, 4, 2, 5, 6).reshape(B, -1, self.copies, self.count * size, H)
+        return x[..., : self.rows.stop - self.rows.start, :]
+
+    def keys(self, x: Tensor) -> Tensor:
+        """The hidden copies (B, G, K-1, T, H) that each block meets: (B, G, blocks, keys, H)."""
+        B, G, hidden, T, H = x.shape
+        size, reach = self.blocks.size, self.blocks.reach
+        start, stop = (self.start - self.blocks.back) * size, self.stop * size
+        x = pad(x[..., max(start, 0) : stop, :], (0, 0, max(-start, 0), max(stop - T, 0)))
+        x = x.unfold(3, reach, size)  # (B, G, K-1, blocks, H, reach)
+        return x.permute(0, 1, 3, 2, 5, 4).reshape(B, G, self.count, hidden * reach, H)
+
+    def add_to_keys(self, total: Tensor, x: Tensor) -> None:
+        """Add gradients (B, G, blocks, keys, H) to `total` (B, G, K-1, T, H), undoing `keys`."""
+        B, G, hidden, T, H = total.shape
+        size, back = self.blocks.size, self.blocks.back
+        x = x.view(B, G, self.count, hidden, back + 1, size, H).permute(0, 1, 3, 4, 2, 5, 6)
+        x = x.reshape(B, G, hidden, back + 1, self.count * size, H)
+        for i in range(back + 1):
+            start = (self.start - back + i) * size
+            skip, stop = max(-start, 0), min(start + self.count * size, T)
+            if start + skip < stop:
+                total[..., start + skip : stop, :] += x[:, :, :, i, skip : stop - start]
+
+    def masked(self, device: torch.device) -> Tensor:
+        """Which hidden keys the hidden queries must not see: bool (blocks or 1, Q * size, keys).
+
+        Queries past the row's end, which only fill the last block, see themselves.
+        """
+        blocks, hidden = self.blocks, self.blocks.pattern.K - 1
+        start, stop = (0, 1) if blocks.alike else (self.start, self.stop)
+        number = torch.arange(hidden, device=device)[:, None]  # s - 1
+        block = torch.arange(start, stop, device=device)[:, None, None]
+        n = block * blocks.size + torch.arange(blocks.size, device=device)
+        m = (block - blocks.back) * blocks.size + torch.arange(blocks.reach, device=device)
+        first = blocks.pattern.hidden_first(stop * blocks.size, device)
+        first = first.view(hidden, -1, blocks.size).transpose(0, 1)[start:]
+        query, first = (
+            x[:, -self.copies :].flatten(1)[..., None] for x in (n * hidden + number, first)
+        )
+        key = (m * hidden + number).flatten(1)[:, None]
+        return (key > query) | (key < first)

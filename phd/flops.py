@@ -1,0 +1,46 @@
+"""Floating-point operations of a model: what its pattern needs, once each."""
+
+from typing import NamedTuple
+
+from phd.config import ModelConfig
+from phd.pattern import Pattern
+
+
+class Flops(NamedTuple):
+    """Forward multiply-adds of one row, each counted as two operations."""
+
+    linear: int  # projections, feed-forwards, LM head
+    attention: int  # scores and weighted values of the pairs that the pattern allows
+
+    @property
+    def total(self) -> int:
+        return self.linear + self.attention
+
+
+def forward_flops(config: ModelConfig, tokens: int) -> Flops:
+    """FLOPs of one forward pass over a row of `tokens` tokens.
+
+    A matrix product of R rows by an (in, out) weight costs 2 R in out; a (query, key) pair costs
+    4 H per head, for the score and for the weighted value. Norms, RoPE, softmax and the embedding
+    are not counted, as is customary (arXiv 2204.02311, appendix B). What the model leaves out is
+    left out here too: the last layer computes only keys and values for all copies but the last,
+    the first layer projects copies once where they are still equal, the LM head sees one copy.
+    """
+    pattern = Pattern.of(config)
+    K, H, D = config.K, config.head_dim, config.dim
+    query = 2 * D * config.heads * H
+    keys = 2 * 2 * D * config.kv_heads * H
+    output = query
+    ffn = 3 * 2 * D * config.ffn_dim
+    linear = attention = 0
+    for layer in range(config.layers):
+        asked = 1 if layer == config.layers - 1 else K
+        distinct = 1 if layer == 0 and not config.copy_embedding else K
+        linear += min(asked, distinct) * query + distinct * keys + asked * (output + ffn)
+        attention += 4 * H * config.heads * pattern.pairs(tokens, asked)
+    return Flops(linear * tokens + 2 * D * config.vocab_size * tokens, attention)
+
+
+def training_flops_per_token(config: ModelConfig, tokens: int) -> float:
+    """FLOPs of a training step per token of text: forward, and twice that for the backward."""
+    return 3 * forward_flops(config, tokens).total / tokens

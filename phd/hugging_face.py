@@ -1,0 +1,312 @@
+"""Weights and shape to and from Hugging Face: OLMo 2 and Llama checkpoints, as plain dicts.
+
+    here                       there                                  norm
+    embed                      model.embed_tokens
+    blocks.i.attention.q       model.layers.i.self_attn.q_proj        also k, v, o
+    blocks.i.attention.q_norm  model.layers.i.self_attn.q_norm        reordered; also k
+    blocks.i.attention_norm    model.layers.i.input_layernorm         pre
+                               ...post_attention_layernorm            reordered
+    blocks.i.ffn.gate          model.layers.i.mlp.gate_proj           also up, down
+    blocks.i.ffn_norm          ...post_attention_layernorm            pre
+                               ...post_feedforward_layernorm          reordered
+    norm                       model.norm
+    head                       lm_head
+
+Both sides turn the same pairs of a head by RoPE, so the numbers themselves are the same.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from phd.config import ModelConfig, Norm
+from phd.model import Transformer
+
+State = dict[str, Tensor]
+
+MISMATCHES_SHOWN = 8
+
+
+class Family(NamedTuple):
+    """One of Hugging Face's model types, the wiring it has, and its names for the norms."""
+
+    model_type: str
+    architecture: str
+    norm: Norm
+    norms: dict[str, str]
+
+
+FAMILIES = (
+    Family(
+        "olmo2",
+        "Olmo2ForCausalLM",
+        "reordered",
+        {
+            "attention.q_norm": "self_attn.q_norm",
+            "attention.k_norm": "self_attn.k_norm",
+            "attention_norm": "post_attention_layernorm",
+            "ffn_norm": "post_feedforward_layernorm",
+        },
+    ),
+    Family(
+        "llama",
+        "LlamaForCausalLM",
+        "pre",
+        {"attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"},
+    ),
+)
+BY_NORM: dict[str, Family] = {family.norm: family for family in FAMILIES}
+BY_TYPE = {family.model_type: family for family in FAMILIES}
+
+MODULES = {"embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
+PROJECTIONS = {
+    **{f"attention.{name}": f"self_attn.{name}_proj" for name in ("q", "k", "v", "o")},
+    **{f"ffn.{name}": f"mlp.{name}_proj" for name in ("gate", "up", "down")},
+}
+
+# Fields of `ModelConfig` and the keys of a Hugging Face config that always hold them.
+SHAPE = {
+    "layers": "num_hidden_layers",
+    "dim": "hidden_size",
+    "ffn_dim": "intermediate_size",
+    "heads": "num_attention_heads",
+    "vocab_size": "vocab_size",
+    "max_seq_len": "max_position_embeddings",
+    "norm_eps": "rms_norm_eps",
+}
+
+
+def from_hugging_face(
+    hf_config: Mapping[str, Any], hf_state: Mapping[str, Tensor]
+) -> tuple[ModelConfig, State]:
+    """The vanilla model that a Hugging Face config and state dict describe.
+
+    For the start of a PHD model, `dataclasses.replace` the config's variant, K and so on, and
+    give both to `starting_state`.
+
+    Args:
+        hf_config: `config.json` of an `olmo2` or `llama`, by transformers 4 or 5.
+        hf_state: the weights of its `...ForCausalLM`, in any floating dtype.
+
+    Returns:
+        The config and the state dict of a `Transformer`, in float32 (float64 stays); weights
+        that need no conversion share memory with those given.
+
+    Raises:
+        ValueError: if the model does what ours does not, or the weights do not fit the config.
+    """
+    config = _read_config(hf_config)
+    names = _names(config)
+    # Files of before transformers 4.31 hold RoPE's frequencies, which rope_theta gives anyway.
+    weights = {
+        name: weight.to(torch.promote_types(weight.dtype, torch.float32))
+        for name, weight in hf_state.items()
+        if not name.endswith(".rotary_emb.inv_freq")
+    }
+    shapes = {names[name]: shape for name, shape in _shapes(config).items()}
+    embed, head = names["embed.weight"], names["head.weight"]
+    weights = _fitting(weights, shapes, embed, head if config.tied else None)
+    return config, {ours: weights[theirs] for ours, theirs in names.items()}
+
+
+def to_hugging_face(
+    config: ModelConfig, state: Mapping[str, Tensor]
+) -> tuple[dict[str, Any], State]:
+    """The config and state dict of the `Olmo2ForCausalLM` or `LlamaForCausalLM` equal to a model.
+
+    Args:
+        config: of a model with K = 1 and `norm` reordered (OLMo 2) or pre (Llama).
+        state: the state dict of its `Transformer`; the weights returned share its memory.
+
+    Raises:
+        ValueError: if neither class can compute what the model does, or the state does not fit.
+    """
+    if problems := _unwritable(config):
+        raise ValueError("; ".join(problems))
+    names = _names(config)
+    head = "head.weight" if config.tied else None
+    weights = _fitting(state, _shapes(config), "embed.weight", head)
+    return _write_config(config), {theirs: weights[ours] for ours, theirs in names.items()}
+
+
+def starting_state(config: ModelConfig, state: Mapping[str, Tensor]) -> State:
+    """The state dict with which a model of any variant starts from a vanilla model's weights.
+
+    Every copy goes through the same weights, so they are taken as they are; only copy embeddings
+    are new, and start at 0. The originals then compute what the vanilla model computes.
+
+    Args:
+        config: the vanilla model's, with any variant, K, window, chunk and copy settings.
+        state: the vanilla model's state dict, as `from_hugging_face` returns it.
+
+    Raises:
+        ValueError: if the weights are those of another shape, wiring of norms, or tying.
+    """
+    if config.copy_embedding:
+        zeros = state["embed.weight"].new_zeros(config.K, config.dim)
+        state = {**state, "copy_embed.weight": zeros}
+    head = "head.weight" if config.tied else None
+    return _fitting(state, _shapes(config), "embed.weight", head)
+
+
+def _names(config: ModelConfig) -> dict[str, str]:
+    """The names of a vanilla model's weights, here to there."""
+    parts = PROJECTIONS | BY_NORM[config.norm].norms
+    names = {f"{ours}.weight": f"{theirs}.weight" for ours, theirs in MODULES.items()}
+    for i in range(config.layers):
+        for ours, theirs in parts.items():
+            names[f"blocks.{i}.{ours}.weight"] = f"model.layers.{i}.{theirs}.weight"
+    return names
+
+
+def _shapes(config: ModelConfig) -> dict[str, torch.Size]:
+    """The shape of every weight of a model, which is never allocated."""
+    with torch.device("meta"):
+        return {name: weight.shape for name, weight in Transformer(config).state_dict().items()}
+
+
+def _fitting(
+    state: Mapping[str, Tensor], shapes: dict[str, torch.Size], embed: str, tied_head: str | None
+) -> State:
+    """The weights of `state`, if they are those of `shapes`, all of them and no more.
+
+    A tied head becomes the embedding's tensor itself; files may leave it out.
+    """
+    if tied_head is not None and embed in state:
+        if not torch.equal(state.get(tied_head, state[embed]), state[embed]):
+            raise ValueError(
+                f"{tied_head} differs from {embed}, but tied embeddings make them one; set "
+                "model.tied=False (in a Hugging Face config, tie_word_embeddings to false)"
+            )
+        state = {**state, tied_head: state[embed]}
+    given = {name: weight.shape for name, weight in state.items()}
+    differing = sorted(n for n in given.keys() | shapes.keys() if given.get(n) != shapes.get(n))
+    if differing:
+        lines = [
+            f"  {name}: {_words(shapes.get(name))} expected, {_words(given.get(name))} given"
+            for name in differing[:MISMATCHES_SHOWN]
+        ]
+        if (rest := len(differing) - MISMATCHES_SHOWN) > 0:
+            lines.append(f"  and {rest} more")
+        raise ValueError(
+            f"{len(differing)} weights do not fit the config; give both of one model:\n"
+            + "\n".join(lines)
+        )
+    return dict(state)
+
+
+def _words(shape: torch.Size | None) -> str:
+    return "nothing" if shape is None else str(list(shape))
+
+
+def _unwritable(config: ModelConfig) -> list[str]:
+    """What Hugging Face's classes cannot compute."""
+    found = []
+    if config.K > 1:
+        found.append(
+            f"model.K={config.K}: Hugging Face's models feed each token once; "
+            "set model=vanilla to write the model of the originals alone"
+        )
+    if config.copy_embedding:
+        found.append(
+            "model.copy_embedding=True: Hugging Face's models have no copy embeddings; "
+            "write a model without them"
+        )
+    if config.norm not in BY_NORM:
+        known = " or ".join(f"{f.norm} ({f.architecture})" for f in FAMILIES)
+        found.append(
+            f"model.norm={config.norm!r}: Hugging Face has no model with this wiring; "
+            f"write a model with {known}"
+        )
+    return found
+
+
+def _write_config(config: ModelConfig) -> dict[str, Any]:
+    family = BY_NORM[config.norm]
+    return {
+        "model_type": family.model_type,
+        "architectures": [family.architecture],
+        **{theirs: getattr(config, ours) for ours, theirs in SHAPE.items()},
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_dim,
+        "tie_word_embeddings": config.tied,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "rope_theta": config.rope_theta,  # transformers 4 reads it here
+        # The classes' defaults name special tokens of other vocabularies, and a padding token
+        # gets no gradient.
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+    }
+
+
+def _read_config(hf: Mapping[str, Any]) -> ModelConfig:
+    model_type = hf.get("model_type")
+    if model_type not in BY_TYPE:
+        raise ValueError(
+            f"model_type={model_type!r}: expected one of {', '.join(BY_TYPE)}; "
+            "choose a checkpoint of one of these"
+        )
+    if problems := _unreadable(hf):
+        raise ValueError("; ".join(problems))
+    shape: dict[str, Any] = {ours: hf[theirs] for ours, theirs in SHAPE.items()}
+    return ModelConfig(
+        variant="vanilla",
+        K=1,
+        size=model_type,
+        **shape,
+        # Absent or null where they follow from the others.
+        kv_heads=hf.get("num_key_value_heads") or shape["heads"],
+        head_dim=hf.get("head_dim") or shape["dim"] // shape["heads"],
+        rope_theta=_rope(hf).theta,
+        norm=BY_TYPE[model_type].norm,
+        tied=hf.get("tie_word_embeddings", False),
+    )
+
+
+def _unreadable(hf: Mapping[str, Any]) -> list[str]:
+    """What a Hugging Face config asks for that our model does not compute, or does not say."""
+    found = [
+        f"{key}: missing; take the config.json that belongs to the weights"
+        for key in SHAPE.values()
+        if key not in hf
+    ]
+    found += [
+        f"{key}=True: our projections have no biases; choose a checkpoint without them"
+        for key in ("attention_bias", "mlp_bias")
+        if hf.get(key)
+    ]
+    if (activation := hf.get("hidden_act", "silu")) != "silu":
+        found.append(
+            f"hidden_act={activation!r}: our feed-forward is SwiGLU, so expected 'silu'; "
+            "choose a checkpoint with it"
+        )
+    rope = _rope(hf)
+    if rope.type != "default":
+        found.append(
+            f"{rope.key}: RoPE of type {rope.type!r}, expected 'default'; "
+            "choose a checkpoint whose RoPE is not scaled"
+        )
+    return found
+
+
+class _Rope(NamedTuple):
+    key: str
+    type: str
+    theta: float
+
+
+def _rope(hf: Mapping[str, Any]) -> _Rope:
+    """RoPE's type and theta, and the key that gives the type.
+
+    transformers 5 keeps both under `rope_parameters`. Before it, theta stood beside the other
+    keys, 10000 if absent, and `rope_scaling` held the type, once called `type`.
+    """
+    key = "rope_scaling" if hf.get("rope_scaling") else "rope_parameters"
+    given = hf.get(key) or {}
+    rope_type = given.get("rope_type", given.get("type", "default"))
+    return _Rope(key, rope_type, float(given.get("rope_theta", hf.get("rope_theta", 10_000))))

@@ -1,0 +1,44 @@
+"""Initial weights, a pure function of the seed and each parameter's name."""
+
+import hashlib
+from math import sqrt
+
+import torch
+from torch import Tensor, nn
+
+from phd.config import ModelConfig
+
+
+@torch.no_grad()
+def initialize(model: nn.Module, seed: int) -> None:
+    """Draw every parameter of a `Transformer`, in place.
+
+        parameter                 standard deviation
+        embed, head, q k v        1 / sqrt(2.5 D)                    truncated at 3 sigma
+        gate, up                  1 / sqrt(2.5 D)                    truncated at 3 sigma
+        o, down                   1 / sqrt(2.5 D) / sqrt(2 layers)   truncated at 3 sigma
+        norms                     1
+        copy_embed                0: the model starts as the one without it
+
+    Each parameter has a generator of its own, keyed by (seed, name). So variants of one size and
+    seed start from the same weights, whatever K is, and a sharded model from those of a whole one.
+    """
+    config: ModelConfig = model.config  # type: ignore[assignment]
+    std = 1 / sqrt(2.5 * config.dim)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:
+            parameter.fill_(1)
+        elif name.startswith("copy_embed"):
+            parameter.zero_()
+        else:
+            output = name.endswith(("attention.o.weight", "ffn.down.weight"))
+            scaled = std / sqrt(2 * config.layers) if output else std
+            parameter.copy_(_truncated_normal(parameter.shape, scaled, f"{seed}/{name}"))
+
+
+def _truncated_normal(shape: torch.Size, std: float, key: str) -> Tensor:
+    """Normal values within 3 sigma, drawn on the CPU so that every device gets the same."""
+    digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+    values = torch.empty(shape)
+    return nn.init.trunc_normal_(values, std=std, a=-3 * std, b=3 * std, generator=generator)

@@ -1,0 +1,96 @@
+"""Next-token cross-entropy whose memory does not grow with the vocabulary."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+IGNORED = -100  # a target that never counts, as in torch's own losses
+
+# Logits held at a time by our own chunked loss: 2^24 in float32 are 64 MiB.
+LOGITS_AT_ONCE = 1 << 24
+
+
+class Loss(NamedTuple):
+    """Sums over the counted targets, so that ranks and micro-batches simply add up.
+
+    Attributes:
+        total: what to minimise: cross-entropy plus the weighted z-loss, nats; a scalar tensor.
+        cross_entropy: the cross-entropy alone, nats, detached.
+        targets: how many targets were counted; an int64 scalar tensor.
+    """
+
+    total: Tensor
+    cross_entropy: Tensor
+    targets: Tensor
+
+
+def next_token_loss(hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float = 0.0) -> Loss:
+    """Sum of -log softmax(weight h)[target] + z_loss * logsumexp(weight h)^2 over the targets.
+
+    Args:
+        hidden: (B, T, D).
+        weight: (V, D), the LM head.
+        targets: int64 (B, T); `IGNORED` ones count nowhere.
+        z_loss: weight of the squared log-partition (PaLM, arXiv 2204.02311, uses 1e-4).
+    """
+    hidden, targets = hidden.flatten(0, -2), targets.flatten()
+    if torch.is_autocast_enabled(hidden.device.type):
+        hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
+    count = (targets != IGNORED).sum()
+    # Torch's own adds the sum up in the dtype of `hidden`: in bfloat16, three digits of it.
+    if z_loss == 0 and hidden.dtype == weight.dtype and hasattr(F, "linear_cross_entropy"):
+        options = torch.nn.LinearCrossEntropyOptions()
+        total = F.linear_cross_entropy(
+            hidden, weight, targets, reduction="sum", ignore_index=IGNORED, options=options
+        )
+        return Loss(total, total.detach(), count)
+    total, cross_entropy = chunked_cross_entropy(hidden, weight, targets, z_loss)
+    return Loss(total, cross_entropy, count)
+
+
+def chunked_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float
+) -> tuple[Tensor, Tensor]:
+    """(total, cross-entropy) of rows (R, D), a chunk of rows at a time; shapes as above.
+
+    The gradients are made while a chunk's logits are at hand, so they are never made twice.
+    """
+    return _Chunked.apply(hidden, weight, targets, z_loss)
+
+
+class _Chunked(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float
+    ) -> tuple[Tensor, Tensor]:
+        exact = torch.promote_types(hidden.dtype, torch.float32)
+        total, cross_entropy = hidden.new_zeros(2, dtype=exact)
+        d_hidden = torch.empty_like(hidden)
+        d_weight = torch.zeros_like(weight, dtype=exact)
+        head = weight.to(hidden.dtype)
+        step = max(1, LOGITS_AT_ONCE // weight.shape[0])
+        for h, d, y in zip(
+            hidden.split(step), d_hidden.split(step), targets.split(step), strict=True
+        ):
+            logits = (h @ head.T).to(exact)
+            counted = (y != IGNORED)[:, None]
+            y = y[:, None].clamp(min=0)
+            lse = logits.logsumexp(1, keepdim=True)
+            loss = (lse - logits.gather(1, y)).mul_(counted).sum()
+            cross_entropy += loss
+            total += loss + (z_loss * lse**2).mul_(counted).sum()
+            p = logits.sub_(lse).exp_().mul_(1 + 2 * z_loss * lse)
+            p.scatter_add_(1, y, -torch.ones_like(lse)).mul_(counted)
+            p = p.to(h.dtype)
+            d.copy_(p @ head)
+            d_weight += p.T @ h
+        ctx.save_for_backward(d_hidden, d_weight.to(weight.dtype))
+        ctx.mark_non_differentiable(cross_entropy)
+        return total, cross_entropy
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        d_hidden, d_weight = ctx.saved_tensors
+        return d_hidden * grads[0].to(d_hidden.dtype), d_weight * grads[0], None, None

@@ -1,0 +1,106 @@
+"""The PHD transformer: K copies of every token in, one prediction per token out."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from phd.block import Block, RMSNorm
+from phd.config import ModelConfig
+from phd.initialization import initialize
+from phd.loss import Loss, next_token_loss
+from phd.rope import Rope
+
+
+class Transformer(nn.Module):
+    """A decoder that computes K copies of each token and predicts from the last.
+
+        tokens (B, T)
+          | embed, + copy_embedding
+        x (B, K, T, D)          equal copies are kept as one until attention tells them apart
+          | blocks[0 .. L-2]    every copy
+          | blocks[L-1]         keys and values of every copy, all else of the last alone
+          | norm
+        hidden (B, T, D)        the last copy
+          | head
+        logits (B, T, V)
+
+    Built on any device; on `meta`, call `to_empty` and then `reset` or `load`.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.dim)
+        if config.copy_embedding:
+            self.copy_embed = nn.Embedding(config.K, config.dim)
+        self.rope = Rope(config)
+        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.layers))
+        self.norm = RMSNorm(config.dim, config.norm_eps)
+        self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
+        if config.tied:
+            self.head.weight = self.embed.weight
+
+    def reset(self, seed: int) -> "Transformer":
+        """Draw the weights (see `phd.initialization`) and rebuild the tables; returns itself."""
+        self.rope.build(self.embed.weight.device)
+        initialize(self, seed)
+        return self
+
+    @torch.no_grad()
+    def load(self, weights: Mapping[str, Tensor]) -> "Transformer":
+        """Take the parameters from `weights`, by name, and rebuild the tables; returns itself."""
+        own = dict(self.named_parameters())
+        assert own.keys() == weights.keys(), own.keys() ^ weights.keys()
+        for name, parameter in own.items():
+            parameter.copy_(weights[name])
+        self.rope.build(self.embed.weight.device)
+        return self
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """tokens, int (B, T) -> the last copy's normalised hidden states (B, T, D).
+
+        Raises:
+            ValueError: if T is longer than RoPE's table (`model.max_seq_len`).
+        """
+        T = tokens.shape[1]
+        if self.config.max_seq_len < T:
+            raise ValueError(
+                f"model.max_seq_len={self.config.max_seq_len}: a row of {T} tokens is longer; "
+                "raise model.max_seq_len or pass fewer tokens"
+            )
+        x = self.embed(tokens).unsqueeze(1)
+        if self.config.copy_embedding:
+            x = x + self.copy_embed.weight[:, None]
+        rope = self.rope.tables(T)
+        for i, block in enumerate(self.blocks):
+            x = block(x, rope, last_copy_only=i == self.config.layers - 1)
+        return self.norm(x).squeeze(1)
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """tokens, int (B, T) -> (B, T, V)."""
+        return self.head(self(tokens))
+
+    def loss(self, tokens: Tensor, targets: Tensor, z_loss: float = 0.0) -> Loss:
+        """Sums over the targets that are not `phd.loss.IGNORED`; see `next_token_loss`."""
+        return next_token_loss(self(tokens), self.head.weight, targets, z_loss)
+
+
+def count_parameters(config: ModelConfig) -> dict[str, int]:
+    """Parameters by group, of a model that is never allocated (built on the meta device)."""
+    with torch.device("meta"):
+        model = Transformer(config)
+    groups = {"embedding": 0, "attention": 0, "feed-forward": 0, "norms": 0, "head": 0}
+    for name, parameter in model.named_parameters():
+        groups[_group(name)] += parameter.numel()
+    return groups
+
+
+def _group(name: str) -> str:
+    if "norm" in name:
+        return "norms"
+    if ".attention." in name:
+        return "attention"
+    if ".ffn." in name:
+        return "feed-forward"
+    return "head" if name.startswith("head") else "embedding"

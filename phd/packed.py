@@ -1,0 +1,144 @@
+"""The packed backend: PHD attention for little more than K times the price of vanilla's.
+
+    queries              keys: originals            keys: hidden copies
+    originals  (s = 0)   causal over T    --.       -
+    hidden     (s >= 1)  causal over T    --'       blocks of a chunk or a window:
+                         one flash kernel with      small batched products
+                         K*N query heads
+
+Rule 1 is the same causal attention for all copies, so the K copies are K times as many query heads
+of the same key/value head, and one stock kernel reads the keys for all of them. Rules 2 and 3 let
+a hidden copy see an interval of the hidden copies that ends with itself (`phd.blocks`). The two
+results merge by their log-sum-exps, and the backward runs both parts on the merged ones:
+
+    lse = log(exp(lse_1) + exp(lse_2))        out = exp(lse_1 - lse) out_1 + exp(lse_2 - lse) out_2
+    p_ij = exp(s_ij - lse)                    ds_ij = p_ij (dout_i . v_j - dout_i . out_i)
+
+which is exact, because p and out there are those of the whole attention.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from phd.blocks import Blocks, Turn
+from phd.flash import causal_backward, causal_forward
+from phd.pattern import Pattern
+
+
+def packed_attention(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
+    """Attention by `pattern`; shapes and meaning as `phd.attention.attend`."""
+    B, N, Q, T, H = q.shape
+    if pattern.rule == "hidden" or Q < pattern.K:
+        return _Packed.apply(q, k, v, pattern)
+    # Every slot sees every slot before it: a plain causal row of K*T slots, token-major.
+    q, k, v = (x.transpose(2, 3).flatten(2, 3) for x in (q, k, v))
+    out = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    return out.view(B, N, T, Q, H).transpose(2, 3)
+
+
+def _whole_copies(pattern: Pattern) -> range:
+    """Copies whose keys the queries see up to their own token: with `flat`, the last copy's all."""
+    return range(pattern.K if pattern.rule == "flat" else 1)
+
+
+class _Packed(torch.autograd.Function):
+    """Causal attention to whole copies, merged with blocked attention among hidden copies."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
+        assert pattern.rule == "hidden" or q.shape[2] == 1
+        B, N, Q, T, H = q.shape
+        heads = q.reshape(B, N * Q, T, H)
+        out, lse = causal_forward(heads, k[:, :, 0], v[:, :, 0], H**-0.5)
+        for r in _whole_copies(pattern)[1:]:
+            part, part_lse = causal_forward(heads, k[:, :, r], v[:, :, r], H**-0.5)
+            total = torch.logaddexp(lse, part_lse)
+            out = torch.lerp(out, part, (part_lse - total).exp().to(out.dtype)[..., None])
+            lse = total
+        out, lse = out.view(B, N, Q, T, H), lse.view(B, N, Q, T)
+        if pattern.rule == "hidden":
+            with torch.autocast(q.device.type, enabled=False):
+                _merge_hidden(q, k, v, out, lse, pattern)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.pattern = pattern
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        q, k, v, out, lse = ctx.saved_tensors
+        dout = grads[0].contiguous()
+        B, N, Q, T, H = q.shape
+        dq = None
+        dk, dv = torch.empty_like(k), torch.empty_like(v)
+        for r in _whole_copies(ctx.pattern):
+            share, dk[:, :, r], dv[:, :, r] = causal_backward(
+                dout.view(B, N * Q, T, H),
+                q.reshape(B, N * Q, T, H),
+                k[:, :, r],
+                v[:, :, r],
+                out.view(B, N * Q, T, H),
+                lse.view(B, N * Q, T),
+                H**-0.5,
+            )
+            dq = share if dq is None else dq.add_(share)
+        assert dq is not None
+        dq = dq.view(B, N, Q, T, H)
+        if ctx.pattern.rule == "hidden":
+            with torch.autocast(q.device.type, enabled=False):
+                near_q, dk[:, :, 1:], dv[:, :, 1:] = _hidden_gradients(
+                    q, k, v, dout, out, lse, ctx.pattern
+                )
+            dq[:, :, -near_q.shape[2] :] += near_q
+        return dq, dk, dv, None
+
+
+def _merge_hidden(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, pattern: Pattern
+) -> None:
+    """Add rules 2 and 3 to rule 1's result: updates (out, lse) of the hidden queries in place."""
+    copies = min(q.shape[2], pattern.K - 1)
+    q, out, lse = (x[:, :, -copies:] for x in (q, out, lse[..., None]))
+    for turn, scores in _scores(q, k, pattern, lse.dtype):
+        far = turn.queries(lse)
+        total = torch.logaddexp(far, scores.logsumexp(-1, keepdim=True))
+        near = scores.sub_(total).exp_() @ turn.keys(v[:, :, 1:]).to(lse.dtype)
+        rows = out[..., turn.rows, :]
+        rows.copy_(rows * turn.unblock((far - total).exp_()) + turn.unblock(near))
+        lse[..., turn.rows, :] = turn.unblock(total)
+
+
+def _hidden_gradients(
+    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, out: Tensor, lse: Tensor, pattern: Pattern
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rules 2 and 3's share of the gradients: dq of hidden queries, dk and dv of hidden copies."""
+    copies, scale = min(q.shape[2], pattern.K - 1), q.shape[-1] ** -0.5
+    q, dout, out, lse = (x[:, :, -copies:] for x in (q, dout, out, lse[..., None]))
+    dq = torch.empty_like(q)
+    dk, dv = (torch.zeros_like(k[:, :, 1:], dtype=lse.dtype) for _ in range(2))
+    for turn, scores in _scores(q, k, pattern, lse.dtype):
+        q_rows, dout_rows, out_rows = (turn.queries(x).to(lse.dtype) for x in (q, dout, out))
+        k_rows, v_rows = (turn.keys(x[:, :, 1:]).to(lse.dtype) for x in (k, v))
+        p = scores.sub_(turn.queries(lse)).exp_()
+        delta = (dout_rows * out_rows).sum(-1, keepdim=True)
+        ds = (dout_rows @ v_rows.mT).sub_(delta).mul_(p).mul_(scale)
+        dq[..., turn.rows, :] = turn.unblock(ds @ k_rows)
+        turn.add_to_keys(dk, ds.mT @ q_rows)
+        turn.add_to_keys(dv, p.mT @ dout_rows)
+    return dq, dk, dv
+
+
+def _scores(
+    q: Tensor, k: Tensor, pattern: Pattern, dtype: torch.dtype
+) -> Iterator[tuple[Turn, Tensor]]:
+    """Scaled, masked scores among hidden copies, turn by turn: (B, G, blocks, queries, keys)."""
+    B, N, copies, T, H = q.shape
+    for turn in Blocks.of(pattern, T).turns(B, N, k.shape[1], copies):
+        scores = turn.queries(q).to(dtype) * H**-0.5 @ turn.keys(k[:, :, 1:]).to(dtype).mT
+        masked = turn.masked(q.device)
+        heads = scores.unflatten(3, (-1, masked.shape[1]))
+        heads.masked_fill_(masked[:, None], -torch.inf)
+        yield turn, scores

@@ -1,0 +1,171 @@
+"""Who attends to whom: the attention rule of every variant, as one value."""
+
+from dataclasses import dataclass
+from math import ceil
+from typing import Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+from phd.config import ModelConfig, SpanUnit
+
+Rule = Literal["causal", "flat", "hidden"]
+Index = TypeVar("Index", int, Tensor)
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """The attention rule over the K*T slots of a row (arXiv 2504.14992, section 3).
+
+    Slot (n, s) is copy s of token n; copy 0 is the *original*, copies 1..K-1 are *hidden*.
+    With `phd_cswa`, K = 2, a window of 2 hidden copies and chunks of 3, the second copies (rows
+    `n'`) see all originals up to their own, and each other within the window and the chunk:
+
+    >>> print(Pattern("hidden", K=2, window=2, chunk_tokens=3).draw(6))
+         0  1  2  3  4  5  0' 1' 2' 3' 4' 5'
+    0    o  .  .  .  .  .  .  .  .  .  .  .
+    1    o  o  .  .  .  .  .  .  .  .  .  .
+    2    o  o  o  .  .  .  .  .  .  .  .  .
+    3    o  o  o  o  .  .  .  .  .  .  .  .
+    4    o  o  o  o  o  .  .  .  .  .  .  .
+    5    o  o  o  o  o  o  .  .  .  .  .  .
+    0'   o  .  .  .  .  .  h  .  .  .  .  .
+    1'   o  o  .  .  .  .  h  h  .  .  .  .
+    2'   o  o  o  .  .  .  .  h  h  .  .  .
+    3'   o  o  o  o  .  .  .  .  .  h  .  .
+    4'   o  o  o  o  o  .  .  .  .  h  h  .
+    5'   o  o  o  o  o  o  .  .  .  .  h  h
+
+    The upper left quadrant is the vanilla causal mask: originals never see a hidden copy, so
+    they compute what the vanilla model computes, and only they need a place in the KV cache.
+
+    Attributes:
+        rule: `causal` (K = 1), `flat` (every slot sees every slot before it, token-major: naive
+            repetition), or `hidden` (PHD: originals remembered, hidden copies local).
+        K: copies of each token.
+        window: W, the reach of hidden copies, itself included; None: no rule 3 (plain PHD).
+        chunk_tokens: tokens in a chunk; None: one chunk for the whole row.
+        span_unit: whether W counts hidden copies or tokens.
+    """
+
+    rule: Rule
+    K: int = 1
+    window: int | None = None
+    chunk_tokens: int | None = None
+    span_unit: SpanUnit = "hidden"
+
+    @classmethod
+    def of(cls, config: ModelConfig) -> "Pattern":
+        """The pattern of a model; with one copy every variant is vanilla."""
+        if config.K == 1:
+            return cls("causal")
+        if config.variant == "naive_repeat":
+            return cls("flat", config.K)
+        if config.variant == "phd":
+            return cls("hidden", config.K)
+        return cls("hidden", config.K, config.window, config.chunk_tokens, config.span_unit)
+
+    def allows(self, n: Index, s: Index, m: Index, r: Index) -> Index:
+        """Whether slot (n, s) may attend to slot (m, r); ints, or tensors that broadcast."""
+        if self.rule == "flat":
+            return (m < n) | ((m == n) & (r <= s))
+        remembered = (r == 0) & (m <= n)
+        own = (m == n) & (r >= 1) & (r <= s)
+        if self.window is None:
+            return remembered | own
+        distance = n * (self.K - 1) + s - (m * (self.K - 1) + r)
+        reach = n - m if self.span_unit == "token" else distance
+        near = (s >= 1) & (r >= 1) & (distance >= 0) & (reach < self.window)
+        if self.chunk_tokens is not None:
+            near = near & (n // self.chunk_tokens == m // self.chunk_tokens)
+        return remembered | own | near
+
+    def mask(self, tokens: int, device: torch.device | str = "cpu") -> Tensor:
+        """The dense mask, bool (K, T, K, T) as [query copy, query token, key copy, key token].
+
+        O((KT)^2) memory: the definition that tests hold the fast backends against.
+        """
+        copy = torch.arange(self.K, device=device)
+        token = torch.arange(tokens, device=device)
+        return self.allows(token[:, None, None], copy[:, None, None, None], token, copy[:, None])
+
+    def hidden_first(self, tokens: int, device: torch.device | str = "cpu") -> Tensor:
+        """The oldest hidden copy that each hidden copy sees, int64 (K-1, T).
+
+        Hidden copies are numbered h(n, s) = n*(K-1) + s-1. Rules 2 and 3 together let hidden
+        copy h see exactly the interval [first, h], which is what the packed backend masks by.
+        """
+        assert self.rule == "hidden"
+        n = torch.arange(tokens, device=device)
+        own = n * (self.K - 1)
+        h = own + torch.arange(self.K - 1, device=device)[:, None]
+        if self.window is None:
+            return own.expand_as(h)
+        if self.span_unit == "token":
+            near = ((n - self.window + 1) * (self.K - 1)).expand_as(h)
+        else:
+            near = h - self.window + 1
+        chunk = self.chunk_tokens or max(tokens, 1)
+        border = n // chunk * chunk * (self.K - 1)
+        return torch.minimum(own, near).maximum(border)
+
+    def seen_tokens(self, s: int, r: int, tokens: int) -> tuple[Tensor, Tensor]:
+        """The interval of tokens whose copy r is seen by copy s of each token.
+
+        Returns (low, high), int64 (T,) each, both ends seen; empty where high < low.
+        """
+        n = torch.arange(tokens)
+        low, high = torch.zeros_like(n), n if r <= s else n - 1
+        if self.rule == "flat" or r == 0:
+            return low, high
+        if s == 0:
+            return low, low - 1
+        first = self.hidden_first(tokens)[s - 1]
+        return (first - (r - 1) + self.K - 2) // (self.K - 1), high
+
+    @property
+    def span_tokens(self) -> int | None:
+        """How many tokens a hidden copy's view covers at most, its own included; None: all."""
+        if self.window is None:
+            return 1
+        if self.span_unit == "token":
+            return self.window
+        return 1 + ceil((self.window - 1) / (self.K - 1))
+
+    def pairs(self, tokens: int, copies: int | None = None) -> int:
+        """(query, key) pairs of one row, counting the queries of the last `copies` copies only.
+
+        This is the attention that the pattern needs, once each; FLOP counts build on it.
+        """
+        copies = self.K if copies is None else copies
+        triangle = tokens * (tokens + 1) // 2
+        if self.rule == "flat":
+            below = copies * self.K * (tokens * (tokens - 1) // 2)
+            return below + tokens * sum(range(self.K - copies + 1, self.K + 1))
+        total = copies * triangle
+        if self.rule == "hidden":
+            first = self.hidden_first(tokens)
+            h = torch.arange(tokens * (self.K - 1)).view(tokens, self.K - 1).T
+            total += int((h - first + 1)[-copies:].sum())
+        return total
+
+    def cached_slots(self, tokens: int) -> tuple[int, int]:
+        """(originals, hidden copies) of one row that decoding must keep at `tokens` of context."""
+        if self.rule == "flat":
+            return tokens, tokens * (self.K - 1)
+        if self.rule == "causal" or self.window is None:
+            return tokens, 0
+        ring = self.window * (self.K - 1) if self.span_unit == "token" else self.window
+        bound = tokens if self.chunk_tokens is None else min(tokens, self.chunk_tokens)
+        return tokens, min(ring, bound * (self.K - 1))
+
+    def draw(self, tokens: int) -> str:
+        """The mask as text, copy by copy: `o` an original is seen, `h` a hidden copy is."""
+        slots = [(n, s) for s in range(self.K) for n in range(tokens)]
+        names = [f"{n}{chr(39) * s}" for n, s in slots]
+        width = max(map(len, names)) + 1
+        lines = ["".join([" " * (width + 2), *(name.ljust(width) for name in names)])]
+        for (n, s), name in zip(slots, names, strict=True):
+            cells = (("h" if r else "o") if self.allows(n, s, m, r) else "." for m, r in slots)
+            lines.append(name.ljust(width + 2) + "".join(cell.ljust(width) for cell in cells))
+        return "\n".join(line.rstrip() for line in lines)

@@ -1,0 +1,83 @@
+"""Rotary position embedding, with positions for every copy of a token."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from phd.config import ModelConfig
+
+
+class Rope(nn.Module):
+    """Turns each pair (x_i, x_{i + H/2}) of a head by position * theta^(-2i/H) (arXiv 2104.09864).
+
+        copies of token n      shared (default)     flattened, K = 3
+        s = 0, 1, 2            n   n   n            3n  3n+1  3n+2
+
+    The paper does not say which; `shared` leaves the originals where vanilla puts them.
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.register_buffer("cos", torch.empty(0), persistent=False)
+        self.register_buffer("sin", torch.empty(0), persistent=False)
+        self.build(torch.get_default_device())
+
+    def build(self, device: torch.device) -> None:
+        """Make the tables, float32 (positions, H/2); again after a model leaves the meta device."""
+        c = self.config
+        exponent = torch.arange(0, c.head_dim, 2, device=device, dtype=torch.float64) / c.head_dim
+        position = torch.arange(c.rope_positions, device=device, dtype=torch.float64)
+        angle = position[:, None] * c.rope_theta**-exponent
+        self.cos, self.sin = angle.cos().float(), angle.sin().float()
+
+    def tables(self, tokens: int) -> tuple[Tensor, Tensor]:
+        """(cos, sin) for all copies of `tokens` tokens: (K or 1, 1, T, H/2)."""
+        assert tokens <= self.config.max_seq_len, (tokens, self.config.max_seq_len)
+        if self.config.copy_positions == "shared":
+            return self.cos[None, None, :tokens], self.sin[None, None, :tokens]
+        K = self.config.K
+        cos, sin = (x[: tokens * K].unflatten(0, (tokens, K)) for x in (self.cos, self.sin))
+        return cos.transpose(0, 1).unsqueeze(1), sin.transpose(0, 1).unsqueeze(1)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn x (B, K, heads, T, H), any strides, by tables (K or 1, 1, T, H/2).
+
+    Returns (B, heads, K, T, H), contiguous: the layout that attention wants. Where x holds one
+    copy and the tables K, that copy is turned K ways.
+    """
+    return _Rotate.apply(x.expand(-1, max(x.shape[1], cos.shape[0]), -1, -1, -1), cos, sin)
+
+
+class _Rotate(torch.autograd.Function):
+    """Three kernels instead of seven, straight into attention's layout; backward turns back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        B, K, heads, T, H = x.shape
+        out = x.new_empty(B, heads, K, T, H)
+        _turn(x, cos, sin, out.transpose(1, 2))
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        grad = grads[0].transpose(1, 2)
+        B, K, heads, T, H = grad.shape
+        out = grad.new_empty(B, K, T, heads, H).transpose(2, 3)
+        _turn(grad, cos, -sin, out)
+        return out, None, None
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
+    half = x.shape[-1] // 2
+    torch.mul(x, torch.cat([cos, cos], -1).to(x.dtype), out=out)
+    sin = sin.to(x.dtype)
+    out[..., :half].addcmul_(x[..., half:], sin, value=-1)
+    out[..., half:].addcmul_(x[..., :half], sin)

@@ -1,0 +1,135 @@
+"""Claims about `conf/`: every file composes to a config that means what its name says."""
+
+from typing import Any
+
+import pytest
+
+from data.config import DataConfig, DatasetsSource, PythonSource
+from train.command_line import CONF, check, load
+from train.config import Config
+from train.validation import ConfigError
+
+CHOICES = [
+    (file.parent.name, file.stem)
+    for file in sorted(CONF.glob("*/*.yaml"))
+    if file.parent.name != "sweep"
+]
+SWEEPS = [file.stem for file in sorted(CONF.glob("sweep/*.yaml"))]
+
+# What some choices leave to the user to give.
+GIVEN = {
+    ("data", "files"): ["data.source.paths=[corpus]"],
+    ("tokenizer", "file"): ["tokenizer.path=llama.model"],
+}
+
+# The table of sizes: layers, D, FFN, N, G, H, V, tied.
+SIZES = {
+    "151m": (12, 768, 2048, 12, 3, 64, 100352, True),
+    "550m": (16, 1536, 4096, 16, 4, 96, 100352, True),
+    "1b2": (16, 2048, 8192, 32, 8, 64, 100352, True),
+    "7b": (32, 4096, 11008, 32, 32, 128, 100352, False),
+}
+
+
+def test_without_overrides_the_files_change_no_default() -> None:
+    assert load() == Config(data=DataConfig(source=PythonSource(kind="python")))
+
+
+def test_every_group_has_choices() -> None:
+    groups = {folder.name for folder in CONF.iterdir() if list(folder.glob("*.yaml"))}
+    own = {"model", "size", "data", "tokenizer", "optim", "schedule", "engine", "hooks"}
+    assert groups == own | {"experiment", "sweep"}
+
+
+@pytest.mark.parametrize(("group", "choice"), CHOICES)
+def test_every_choice_composes_and_comes_back_from_its_plain_values(
+    group: str, choice: str
+) -> None:
+    config = load([f"{group}={choice}", *GIVEN.get((group, choice), [])])
+    assert Config.from_dict(config.to_dict()) == config
+
+
+def test_what_a_choice_leaves_open_has_to_be_given() -> None:
+    with pytest.raises(ConfigError, match=r"data\.source\.paths: has to be given"):
+        load(["data=files"])
+
+
+@pytest.mark.parametrize("variant", ["vanilla", "naive_repeat", "phd", "phd_swa", "phd_cswa"])
+def test_a_model_is_named_after_its_variant(variant: str) -> None:
+    model = load([f"model={variant}"]).model
+    copies = 1 if variant == "vanilla" else 2
+    assert (model.variant, model.K) == (variant, copies)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_size_is_the_tables(size: str) -> None:
+    m = load([f"size={size}"]).model
+    shape = (m.layers, m.dim, m.ffn_dim, m.heads, m.kv_heads, m.head_dim, m.vocab_size, m.tied)
+    assert (m.size, shape) == (size, SIZES[size])
+
+
+@pytest.mark.parametrize("kind", ["cosine", "linear", "wsd", "constant"])
+def test_a_schedule_is_named_after_its_kind(kind: str) -> None:
+    assert load([f"schedule={kind}"]).schedule.kind == kind
+
+
+def test_groups_and_keys_mean_what_they_say_together() -> None:
+    shape = ["model=phd_cswa", "model.K=3", "model.window=16", "model.chunk=32", "size=550m"]
+    config = load([*shape, "data=fineweb_edu"])
+    assert config.name == "phd_cswa-3-16-32-550m"
+    assert config.model.layers == 16
+    assert isinstance(config.data.source, DatasetsSource)
+    assert config.data.source.path == "HuggingFaceFW/fineweb-edu"
+
+
+PAPER: dict[str, dict[str, Any]] = {
+    "paper_550m": {"name": "phd_swa-2-16-inf-550m", "steps": 300_000_000_000 // 2**22},
+    "paper_1b2": {"name": "phd_cswa-2-16-32-1b2", "steps": 500_000_000_000 // 2**22},
+}
+
+
+@pytest.mark.parametrize("experiment", PAPER)
+def test_the_papers_experiments_have_its_settings(experiment: str) -> None:
+    config = load([f"experiment={experiment}"])
+    assert {"name": config.name, "steps": config.train.total_steps} == PAPER[experiment]
+    assert config.train.tokens_per_step == 1024 * 4096
+    assert config.warmup_steps == -(-8_400_000_000 // 2**22)
+    optim, schedule = config.optim, config.schedule
+    assert (optim.lr, optim.betas, optim.eps) == (3e-4, (0.9, 0.95), 1e-8)
+    assert (optim.weight_decay, optim.grad_clip) == (0.1, 1.0)
+    assert (schedule.kind, schedule.final_ratio) == ("cosine", 0.1)
+
+
+def test_an_experiment_yields_to_the_command_line() -> None:
+    config = load(["experiment=paper_550m", "model=vanilla", "size=151m", "optim.lr=1e-3"])
+    assert (config.name, config.optim.lr) == ("vanilla-151m", 1e-3)
+
+
+def test_an_experiment_may_be_written_with_a_plus() -> None:
+    assert load(["+experiment=smoke"]) == load(["experiment=smoke"])
+
+
+SWEPT = {
+    "k": [
+        "vanilla-tiny",
+        "phd_cswa-2-16-32-tiny",
+        "phd_cswa-3-16-32-tiny",
+        "phd_cswa-5-16-32-tiny",
+    ],
+    "window": [f"phd_swa-2-{window}-inf-tiny" for window in (1, 2, 4, 16)],
+    "chunk": ["phd_cswa-2-16-16-tiny", "phd_cswa-2-16-32-tiny", "phd_swa-2-16-inf-tiny"],
+    "lr": [f"phd_cswa-2-16-32-tiny-lr_{lr}" for lr in (0.0003, 0.001, 0.003, 0.01)],
+}
+
+
+@pytest.mark.parametrize("sweep", SWEEPS)
+def test_a_sweep_is_its_points_each_in_its_own_directory(sweep: str) -> None:
+    jobs = check([f"+sweep={sweep}"]).jobs
+    assert [job.name for job in jobs] == SWEPT[sweep]
+    assert [str(job.run_dir) for job in jobs] == [f"runs/{name}" for name in SWEPT[sweep]]
+
+
+def test_a_sweep_keeps_the_other_settings() -> None:
+    jobs = check(["+sweep=k", "experiment=smoke", "optim.lr=1e-3"], multirun=True).jobs
+    assert [job.model.K for job in jobs] == [1, 2, 3, 5]
+    assert {(job.model.size, job.optim.lr) for job in jobs} == {("smoke", 1e-3)}

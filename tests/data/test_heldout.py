@@ -1,0 +1,57 @@
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data.documents import Documents
+from data.heldout import SPREAD, heldout_rows
+from data.tokenizer import Tokenizer
+
+DocumentsOf = Callable[..., Documents]
+
+
+@pytest.fixture(scope="module")
+def documents(documents_of: DocumentsOf) -> Documents:
+    return documents_of("jsonl", holdout=0.5)
+
+
+@given(seq_len=st.integers(1, 300))
+def test_every_token_of_every_held_out_document_is_a_target_once(
+    documents: Documents, tokenizer: Tokenizer, seq_len: int
+) -> None:
+    texts = [d.text for d in documents.held_out()]
+    held = heldout_rows(documents, tokenizer, seq_len=seq_len, limit=10_000)
+    twin = np.concatenate([tokenizer.encode_document(text) for text in texts])
+    assert np.array_equal(held.rows[:, 1:][held.mask], twin)
+    assert held.target_bytes == len("".join(texts).encode())
+    assert held.rows.shape == (-(-len(twin) // seq_len), seq_len + 1)
+    assert held.mask.shape == held.rows[:, 1:].shape
+
+
+@given(limit=st.integers(1, 12))
+def test_fewer_rows_are_chosen_evenly_from_several_times_as_many(
+    documents: Documents, tokenizer: Tokenizer, limit: int
+) -> None:
+    everything = heldout_rows(documents, tokenizer, seq_len=8, limit=10_000).rows
+    count = min(SPREAD * limit, len(everything))
+    assert count > limit
+    held = heldout_rows(documents, tokenizer, seq_len=8, limit=limit)
+    assert np.array_equal(held.rows, everything[[i * count // limit for i in range(limit)]])
+    assert held.target_bytes == tokenizer.byte_lengths[held.rows[:, 1:][held.mask]].sum()
+
+
+def test_the_rows_are_the_same_for_every_kind_of_source_and_number_of_lanes(
+    documents_of: DocumentsOf, documents: Documents, tokenizer: Tokenizer
+) -> None:
+    expected = heldout_rows(documents, tokenizer, seq_len=16, limit=9)
+    for kind, lanes in (("txt", 1), ("parquet", 8), ("datasets-jsonl", 2)):
+        other = documents_of(kind, holdout=0.5, lanes=lanes, shuffle=False)
+        held = heldout_rows(other, tokenizer, seq_len=16, limit=9)
+        assert np.array_equal(held.rows, expected.rows)
+
+
+def test_nothing_held_out_is_an_error(documents_of: DocumentsOf, tokenizer: Tokenizer) -> None:
+    with pytest.raises(ValueError, match=r"data\.holdout=0\.0: holds out none of the documents"):
+        heldout_rows(documents_of(holdout=0.0), tokenizer, seq_len=16, limit=9)

@@ -1,0 +1,218 @@
+import json
+from collections.abc import Callable, Iterator
+from itertools import islice
+
+import numpy as np
+import pytest
+
+from data.config import DataConfig, PythonSource
+from data.documents import Documents
+from data.prefetch import Prefetch
+from data.shuffle import Shuffle
+from data.stream import Batch, BatchShape, Cursors, TokenStream, check_fingerprint
+from data.tokenizer import Tokenizer
+
+T = 13
+DocumentsOf = Callable[..., Documents]
+
+
+def stream(
+    documents: Documents,
+    tokenizer: Tokenizer,
+    cursors: Cursors | None = None,
+    *,
+    seed: int = 5,
+    **shape: int,
+) -> TokenStream:
+    batch = BatchShape(**{"global_batch": 8, "seq_len": T, **shape})
+    return TokenStream(documents, tokenizer, batch, seed=seed, cursors=cursors)
+
+
+def taken(batches: Iterator[Batch] | TokenStream, count: int) -> list[Batch]:
+    return list(islice(batches, count))
+
+
+def equal(some: list[Batch], others: list[Batch]) -> bool:
+    assert len(some) == len(others)
+    return all(
+        np.array_equal(a.rows, b.rows) and a[1:3] == b[1:3]
+        for a, b in zip(some, others, strict=True)
+    )
+
+
+def lane_tokens(documents: Documents, tokenizer: Tokenizer, seed: int, lane: int) -> np.ndarray:
+    """The slow twin: three epochs of a lane's tokens, all in memory."""
+    config = documents.config
+    texts = [document.text for document, _ in documents.training(lane)]
+    shuffle = Shuffle(seed, lane, config.block_documents, config.shuffle)
+    pieces = []
+    for epoch in range(3):
+        for block in range(-(-len(texts) // config.block_documents)):
+            held = texts[block * config.block_documents :][: config.block_documents]
+            for place in shuffle.order(epoch, block, len(held)):
+                pieces += [tokenizer.encode(held[place]), [tokenizer.eos_id]]
+    return np.concatenate(pieces)
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_rows_are_the_lanes_tokens_in_order(
+    documents_of: DocumentsOf, tokenizer: Tokenizer, shuffle: bool
+) -> None:
+    documents = documents_of(shuffle=shuffle)
+    batches = taken(stream(documents, tokenizer), 20)
+    for lane in range(4):
+        tokens = lane_tokens(documents, tokenizer, 5, lane)
+        rows = np.concatenate([batch.rows[lane::4] for batch in batches])
+        twin = [tokens[i * T : i * T + T + 1] for i in range(40)]
+        assert np.array_equal(rows, np.array(twin))
+
+
+def test_it_goes_on_exactly_from_every_batch(
+    documents_of: DocumentsOf, tokenizer: Tokenizer, kind: str
+) -> None:
+    documents = documents_of(kind)
+    whole = taken(stream(documents, tokenizer), 45)
+    assert whole[-1].epoch >= 1
+    places = [batch.cursors for batch in whole]
+    assert any(c["0"]["token"] and c["0"]["document"] and c["0"]["block"] for c in places)
+    for i in range(0, 42, 7 if kind.startswith("datasets") else 1):
+        saved = json.loads(json.dumps(whole[i].cursors))
+        again = Documents(documents.config)
+        assert equal(taken(stream(again, tokenizer, saved), 3), whole[i + 1 : i + 4])
+
+
+def test_it_can_be_interrupted_after_every_batch(
+    documents_of: DocumentsOf, tokenizer: Tokenizer, kind: str
+) -> None:
+    documents, batches, cursors = documents_of(kind), [], None
+    for _ in range(30):
+        batches += taken(stream(documents, tokenizer, cursors), 1)
+        cursors = json.loads(json.dumps(batches[-1].cursors))
+    assert equal(batches, taken(stream(documents, tokenizer), 30))
+
+
+def test_python_files_go_on_exactly(tokenizer: Tokenizer) -> None:
+    documents = Documents(DataConfig(source=PythonSource(kind="python"), block_documents=4))
+    whole = taken(stream(documents, tokenizer, seq_len=2048), 30)
+    cursors = whole[11].cursors
+    assert equal(taken(stream(documents, tokenizer, cursors, seq_len=2048), 18), whole[12:])
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_ranks_share_one_stream_whatever_their_number(
+    documents_of: DocumentsOf, tokenizer: Tokenizer, world: int
+) -> None:
+    documents = documents_of()
+    whole = taken(stream(documents, tokenizer), 6)
+    ranks = [taken(stream(documents, tokenizer, rank=r, world=world), 6) for r in range(world)]
+    for step, batch in enumerate(whole):
+        rows = np.empty_like(batch.rows)
+        for rank in range(world):
+            rows[rank::world] = ranks[rank][step].rows
+        assert np.array_equal(rows, batch.rows)
+        assert sum(rank[step].target_bytes for rank in ranks) == batch.target_bytes
+        cursors = {k: v for rank in ranks for k, v in rank[step].cursors.items()}
+        assert cursors == batch.cursors
+
+
+def test_a_run_goes_on_with_another_number_of_ranks(
+    documents_of: DocumentsOf, tokenizer: Tokenizer
+) -> None:
+    documents = documents_of()
+    whole = taken(stream(documents, tokenizer), 6)
+    saved: Cursors = {}
+    for rank in range(4):
+        saved |= taken(stream(documents, tokenizer, rank=rank, world=4), 3)[-1].cursors
+    again = [taken(stream(documents, tokenizer, saved, rank=r, world=2), 3) for r in range(2)]
+    for step in range(3):
+        assert np.array_equal(again[0][step].rows, whole[3 + step].rows[0::2])
+        assert np.array_equal(again[1][step].rows, whole[3 + step].rows[1::2])
+
+
+def test_a_lane_goes_on_exactly_in_batches_of_another_shape(
+    documents_of: DocumentsOf, tokenizer: Tokenizer
+) -> None:
+    documents = documents_of(lanes=1)
+    first = taken(stream(documents, tokenizer, global_batch=1), 3)
+    rest = taken(stream(documents, tokenizer, first[-1].cursors, global_batch=2, seq_len=7), 2)
+    targets = [row[1:] for batch in (*first, *rest) for row in batch.rows]
+    twin = lane_tokens(documents, tokenizer, 5, 0)[1:]
+    assert np.array_equal(np.concatenate(targets), twin[: 3 * T + 4 * 7])
+
+
+def test_prefetching_changes_nothing(documents_of: DocumentsOf, tokenizer: Tokenizer) -> None:
+    batches = stream(documents_of(), tokenizer)
+    with Prefetch(batches, depth=3) as ahead:
+        assert equal(taken(ahead, 20), taken(batches, 20))
+
+
+def test_seeds_and_epochs_differ(documents_of: DocumentsOf, tokenizer: Tokenizer) -> None:
+    documents = documents_of(lanes=1, block_documents=100)
+    rows = [taken(stream(documents, tokenizer, seed=s), 1)[0].rows for s in (1, 2)]
+    assert not np.array_equal(*rows)
+    texts = [d.text for d, _ in documents.training(0)]
+    shuffle = Shuffle(1, 0, 100)
+    orders = [[texts[i] for i in shuffle.order(epoch, 0, 41)] for epoch in (0, 1)]
+    assert orders[0] != orders[1]
+    assert sorted(orders[0]) == sorted(orders[1]) == sorted(texts)
+
+
+def test_target_bytes_are_those_of_the_targets_text(
+    documents_of: DocumentsOf, tokenizer: Tokenizer
+) -> None:
+    for batch in taken(stream(documents_of(), tokenizer), 5):
+        ids = [i for i in batch.rows[:, 1:].flatten().tolist() if i != tokenizer.eos_id]
+        lengths = [int(tokenizer.byte_lengths[i]) for i in ids]
+        assert batch.target_bytes == sum(lengths)
+        assert batch.rows.shape == (8, T + 1)
+        assert batch.rows.dtype == np.int64
+
+
+def test_held_out_documents_are_never_trained_on(
+    documents_of: DocumentsOf, tokenizer: Tokenizer
+) -> None:
+    documents = documents_of(lanes=1, holdout=0.3)
+    batches = taken(stream(documents, tokenizer, global_batch=1, seq_len=500), 20)
+    assert batches[-1].epoch >= 1
+    ids = np.concatenate([batch.rows[0, :-1] for batch in batches])
+    ends = np.flatnonzero(ids == tokenizer.eos_id)
+    trained = {tokenizer.decode(part) for part in np.split(ids, ends + 1)[:-1]}
+    assert trained == {d.text for d, _ in documents.training(0)}
+    assert trained.isdisjoint({d.text for d in documents.held_out()})
+
+
+def test_a_batch_that_cannot_be_dealt_equally_is_refused(
+    documents_of: DocumentsOf, tokenizer: Tokenizer
+) -> None:
+    with pytest.raises(ValueError, match=r"train\.global_batch=6: .*; data\.lanes=4: not divis"):
+        stream(documents_of(), tokenizer, global_batch=6, world=3)
+
+
+def test_the_fingerprint_is_json_and_tells_every_change(
+    documents_of: DocumentsOf, tokenizer: Tokenizer
+) -> None:
+    documents = documents_of()
+    now = stream(documents, tokenizer).fingerprint
+    check_fingerprint(json.loads(json.dumps(now)), now)
+    check_fingerprint(now, stream(documents, tokenizer, global_batch=16, seq_len=5).fingerprint)
+    others = [
+        stream(documents_of(files=2), tokenizer),
+        stream(documents_of(kind="datasets-jsonl"), tokenizer),
+        stream(documents_of(lanes=2), tokenizer),
+        stream(documents_of(shuffle=False), tokenizer),
+        stream(documents_of(block_documents=4), tokenizer),
+        stream(documents_of(holdout=0.1), tokenizer),
+        stream(documents, tokenizer, seed=6),
+    ]
+    for other in others:
+        with pytest.raises(ValueError, match="cannot go on with other data"):
+            check_fingerprint(now, other.fingerprint)
+
+
+def test_a_changed_fingerprint_says_what_changed() -> None:
+    with pytest.raises(ValueError, match="other data") as error:
+        check_fingerprint({"data.lanes": 8, "seed": 0, "x": 1}, {"data.lanes": 4, "seed": 0})
+    assert str(error.value) == (
+        "this run cannot go on with other data: data.lanes was 8 and is now 4; x was 1 and is now "
+        "None. Restore what changed, or start a new run with another run.name"
+    )

@@ -1,0 +1,110 @@
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from data.config import TokenizerConfig
+from data.documents import Documents
+from data.tokenizer import Tokenizer
+from data.tokenizer_training import LOSSLESS, prepare_tokenizer, train
+
+
+def models(cache: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in cache.iterdir()}
+
+
+def test_it_is_trained_once_and_then_read(
+    documents_of: Callable[..., Documents], tmp_path: Path
+) -> None:
+    documents, config = documents_of(), TokenizerConfig(cache_dir=str(tmp_path))
+    first = prepare_tokenizer(config, documents, vocab_size=350)
+    cached = models(tmp_path)
+    assert len(cached) == 1
+    assert prepare_tokenizer(config, documents, vocab_size=350).fingerprint == first.fingerprint
+    assert models(tmp_path) == cached
+
+
+def test_whatever_changes_the_tokenizer_makes_another(
+    documents_of: Callable[..., Documents], tmp_path: Path
+) -> None:
+    documents, cache = documents_of(), str(tmp_path)
+    for count, (config, data) in enumerate(
+        [
+            (TokenizerConfig(cache_dir=cache), documents),
+            (TokenizerConfig(cache_dir=cache, vocab_size=320), documents),
+            (TokenizerConfig(cache_dir=cache, kind="unigram"), documents),
+            (TokenizerConfig(cache_dir=cache, sample_bytes=1000), documents),
+            (TokenizerConfig(cache_dir=cache), documents_of(holdout=0.3)),
+            (TokenizerConfig(cache_dir=cache), documents_of(files=1)),
+        ],
+        start=1,
+    ):
+        assert prepare_tokenizer(config, data, vocab_size=350).vocab_size <= 350
+        assert len(models(tmp_path)) == count
+
+
+def test_training_is_deterministic(texts: list[str]) -> None:
+    for kind in ("bpe", "unigram"):
+        options = {**LOSSLESS, "model_type": kind, "vocab_size": 330}
+        assert train(iter(texts), options).fingerprint == train(iter(texts), options).fingerprint
+
+
+def test_it_never_sees_held_out_text(
+    documents_of: Callable[..., Documents], texts: list[str], tmp_path: Path
+) -> None:
+    documents = documents_of(holdout=0.3)
+    held_out = {d.text for d in documents.held_out()}
+    config = TokenizerConfig(cache_dir=str(tmp_path))
+    options = {**LOSSLESS, "model_type": "bpe", "vocab_size": 350}
+    twin = train((t for t in texts if t not in held_out), options)
+    assert prepare_tokenizer(config, documents, vocab_size=350).fingerprint == twin.fingerprint
+
+
+def test_a_small_sample_gives_fewer_pieces(texts: list[str]) -> None:
+    options = {**LOSSLESS, "model_type": "bpe", "vocab_size": 100_000}
+    assert 259 < train(iter(texts), options).vocab_size < 1000
+
+
+def test_the_cache_is_where_the_environment_says(
+    documents_of: Callable[..., Documents], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PHD_CACHE", str(tmp_path))
+    prepare_tokenizer(TokenizerConfig(), documents_of(), vocab_size=350)
+    assert os.listdir(tmp_path) == ["tokenizers"]
+    monkeypatch.delenv("PHD_CACHE")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    prepare_tokenizer(TokenizerConfig(), documents_of(), vocab_size=350)
+    assert len(models(tmp_path / ".cache/phd/tokenizers")) == 1
+
+
+def test_a_vocabulary_too_small_for_the_text_is_named(texts: list[str]) -> None:
+    options = {**LOSSLESS, "model_type": "bpe", "vocab_size": 200}
+    with pytest.raises(ValueError, match=r"tokenizer\.vocab_size=200: SentencePiece cannot make"):
+        train(iter(texts), options)
+
+
+def test_a_given_model_is_used_as_it_is(
+    documents_of: Callable[..., Documents], tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    tokenizer.save(tmp_path / "a.model")
+    config = TokenizerConfig(path=str(tmp_path / "a.model"))
+    given = prepare_tokenizer(config, documents_of(), vocab_size=4096)
+    assert given.fingerprint == tokenizer.fingerprint
+    with pytest.raises(
+        ValueError, match=r"a\.model': has \d+ pieces, more than model\.vocab_size="
+    ):
+        prepare_tokenizer(config, documents_of(), vocab_size=300)
+
+
+def test_a_trained_vocabulary_has_to_fit_the_model(
+    documents_of: Callable[..., Documents], tmp_path: Path
+) -> None:
+    config = TokenizerConfig(vocab_size=330, cache_dir=str(tmp_path))
+    with pytest.raises(ValueError, match=r"^tokenizer\.vocab_size=330: has 330 pieces, more than"):
+        prepare_tokenizer(config, documents_of(), vocab_size=300)
+
+
+def test_a_missing_model_is_named(documents_of: Callable[..., Documents]) -> None:
+    with pytest.raises(ValueError, match=r"tokenizer\.path='no\.model': no such file; give a"):
+        prepare_tokenizer(TokenizerConfig(path="no.model"), documents_of(), vocab_size=300)

@@ -1,0 +1,94 @@
+"""Initial weights are a function of the seed and a parameter's name, drawn as the table says."""
+
+from math import sqrt
+from typing import Any
+
+import pytest
+import torch
+
+from phd.config import ModelConfig
+from phd.model import Transformer
+
+
+def built(seed: int = 0, **settings: Any) -> Transformer:
+    return Transformer(ModelConfig(**settings)).reset(seed)
+
+
+def weights(model: Transformer) -> dict[str, torch.Tensor]:
+    return dict(model.named_parameters())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"variant": "vanilla", "K": 1},
+        {"variant": "naive_repeat", "K": 3},
+        {"variant": "phd_cswa", "K": 5, "copy_positions": "flattened"},
+        {"variant": "phd_swa", "K": 3, "copy_embedding": True},
+    ],
+)
+def test_every_variant_of_a_size_starts_from_the_same_weights(settings: dict[str, Any]) -> None:
+    expected, found = weights(built(K=2)), weights(built(**settings))
+    assert set(found) - {"copy_embed.weight"} == set(expected)
+    for name, weight in expected.items():
+        assert torch.equal(found[name], weight), name
+
+
+def test_a_seed_gives_its_own_weights_again_and_no_others() -> None:
+    first, again, other = (weights(built(seed)) for seed in (1, 1, 2))
+    for name, weight in first.items():
+        assert torch.equal(weight, again[name])
+        assert "norm" in name or not torch.equal(weight, other[name]), name
+
+
+def test_reset_neither_reads_nor_moves_the_global_generator() -> None:
+    expected, model = weights(built()), Transformer(ModelConfig())
+    torch.manual_seed(123)
+    before = torch.get_rng_state()
+    model.reset(0)
+    assert torch.equal(torch.get_rng_state(), before)
+    for name, weight in expected.items():
+        assert torch.equal(weights(model)[name], weight), name
+
+
+def test_no_two_parameters_are_alike() -> None:
+    drawn = [w.flatten()[:64].tolist() for n, w in weights(built()).items() if "norm" not in n]
+    assert len({tuple(w) for w in drawn}) == len(drawn)
+
+
+@pytest.mark.parametrize("norm", ["reordered", "hybrid_star"])
+def test_scales_are_those_of_the_table(norm: Any) -> None:
+    layers, D = 3, 160
+    model = built(layers=layers, dim=D, ffn_dim=320, norm=norm, tied=False, copy_embedding=True)
+    std = 1 / sqrt(2.5 * D)
+    # The standard deviation of a normal distribution cut off at 3 sigma.
+    cut = 0.98658
+    for name, weight in weights(model).items():
+        if "norm" in name:
+            assert (weight == 1).all(), name
+        elif name == "copy_embed.weight":
+            assert (weight == 0).all()
+        else:
+            output = "attention.o." in name or "ffn.down." in name
+            sigma = std / sqrt(2 * layers) if output else std
+            assert weight.std().item() == pytest.approx(cut * sigma, rel=0.02), name
+            assert weight.mean().item() == pytest.approx(0, abs=0.02 * sigma), name
+            assert 2.9 * sigma < weight.abs().max() <= 3 * sigma, name
+
+
+def test_a_model_from_the_meta_device_is_the_one_built_directly() -> None:
+    config = ModelConfig(K=3, copy_positions="flattened", max_seq_len=16)
+    with torch.device("meta"):
+        model = Transformer(config)
+    model.to_empty(device="cpu").reset(7)
+    direct = Transformer(config).reset(7)
+    tokens = torch.arange(16)[None]
+    assert torch.equal(model.logits(tokens), direct.logits(tokens))
+    assert {p.device.type for p in model.parameters()} == {"cpu"}
+
+
+def test_tied_embeddings_stay_one_parameter_through_the_meta_device() -> None:
+    with torch.device("meta"):
+        model = Transformer(ModelConfig(tied=True))
+    model.to_empty(device="cpu").reset(0)
+    assert model.head.weight is model.embed.weight

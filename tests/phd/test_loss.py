@@ -1,0 +1,160 @@
+"""The loss is plain cross-entropy, summed, with its gradients, and never holds all logits."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
+
+import phd.loss
+from phd.loss import IGNORED, chunked_cross_entropy, next_token_loss
+
+claim = settings(derandomize=True, deadline=None, max_examples=60)
+
+
+class Batch(NamedTuple):
+    hidden: Tensor  # (B, T, D)
+    weight: Tensor  # (V, D)
+    targets: Tensor  # (B, T)
+
+
+def batch(
+    B: int = 2, T: int = 11, D: int = 8, V: int = 13, dtype: torch.dtype = torch.float64
+) -> Batch:
+    generator = torch.Generator().manual_seed(B * T + V)
+    hidden = torch.randn(B, T, D, generator=generator, dtype=dtype).requires_grad_()
+    weight = torch.randn(V, D, generator=generator, dtype=dtype).requires_grad_()
+    targets = torch.randint(0, V, (B, T), generator=generator)
+    ignored = torch.rand(B, T, generator=generator) < 0.3
+    return Batch(hidden, weight, targets.masked_fill(ignored, IGNORED))
+
+
+def textbook(hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float = 0.0) -> Tensor:
+    counted = targets != IGNORED
+    logits = (hidden @ weight.T)[counted]
+    penalty = z_loss * logits.logsumexp(-1).square().sum()
+    return F.cross_entropy(logits, targets[counted], reduction="sum") + penalty
+
+
+def own(hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float = 0.0) -> Tensor:
+    return chunked_cross_entropy(hidden.flatten(0, 1), weight, targets.flatten(), z_loss)[0]
+
+
+def through(loss: Callable[..., Tensor], b: Batch, *args: float) -> tuple[Tensor, ...]:
+    """(value, gradient of hidden, gradient of weight), the value scaled as an average would be."""
+    total = loss(*b, *args) / 7
+    return total.detach(), *torch.autograd.grad(total, (b.hidden, b.weight))
+
+
+@pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="needs torch's fused loss")
+def test_torchs_loss_is_plain_cross_entropy() -> None:
+    found = through(lambda *b: next_token_loss(*b).total, batch())
+    torch.testing.assert_close(found, through(textbook, batch()), rtol=1e-12, atol=1e-12)
+
+
+@claim
+@given(
+    rows=st.integers(1, 40),
+    V=st.integers(1, 9),
+    at_once=st.integers(1, 400),
+    z_loss=st.sampled_from([0.0, 1e-4, 0.3]),
+)
+def test_our_chunked_loss_is_the_textbook_in_chunks_of_any_size(
+    rows: int, V: int, at_once: int, z_loss: float
+) -> None:
+    b = batch(B=1, T=rows, V=V)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(phd.loss, "LOGITS_AT_ONCE", at_once)
+        found = through(own, b, z_loss)
+    torch.testing.assert_close(found, through(textbook, b, z_loss), rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("z_loss", [0.0, 0.3])
+def test_ignored_targets_count_nowhere(z_loss: float) -> None:
+    hidden, weight, targets = batch()
+    counted = targets != IGNORED
+    found = next_token_loss(hidden, weight, targets, z_loss)
+    alone = next_token_loss(hidden[counted][None], weight, targets[counted][None], z_loss)
+    assert found.targets == counted.sum()
+    torch.testing.assert_close(found, alone)
+    (gradient,) = torch.autograd.grad(found.total, hidden)
+    assert (gradient[~counted] == 0).all()
+    assert (gradient[counted] != 0).any(-1).all()
+
+
+@pytest.mark.parametrize("z_loss", [0.0, 0.3])
+def test_a_row_without_targets_costs_nothing(z_loss: float) -> None:
+    hidden, weight, targets = batch()
+    found = next_token_loss(hidden, weight, torch.full_like(targets, IGNORED), z_loss)
+    gradients = torch.autograd.grad(found.total, (hidden, weight))
+    assert found.total == found.cross_entropy == found.targets == 0
+    assert all((gradient == 0).all() for gradient in gradients)
+
+
+def test_cross_entropy_is_told_apart_from_the_z_loss() -> None:
+    b = batch()
+    found = next_token_loss(*b, z_loss=0.3)
+    torch.testing.assert_close(found.cross_entropy, textbook(*b).detach())
+    torch.testing.assert_close(found.total, textbook(*b, 0.3))
+    assert not found.cross_entropy.requires_grad
+
+
+def test_sums_of_micro_batches_add_up() -> None:
+    b = batch(B=4)
+    whole = next_token_loss(*b)
+    parts = [next_token_loss(b.hidden[i : i + 1], b.weight, b.targets[i : i + 1]) for i in range(4)]
+    for total, shares in zip(whole, zip(*parts, strict=True), strict=True):
+        torch.testing.assert_close(torch.stack(shares).sum(), total)
+
+
+@pytest.mark.parametrize("z_loss", [0.0, 1e-4])
+@pytest.mark.parametrize("weights", ["bfloat16", "autocast"])
+def test_totals_of_bfloat16_rows_are_held_in_float32(weights: str, z_loss: float) -> None:
+    dtype = torch.bfloat16 if weights == "bfloat16" else torch.float32
+    b = batch(B=1, T=2000, D=32, V=100, dtype=dtype)
+    with torch.autocast("cpu", torch.bfloat16, enabled=weights == "autocast"):
+        found = next_token_loss(*b, z_loss)
+    rounded = [x.bfloat16().double() for x in b[:2]]
+    expected = textbook(*rounded, b.targets, z_loss)
+    assert found.total.dtype == found.cross_entropy.dtype == torch.float32
+    # Logits round at 2^-9, at random: the sum of many is far better than any one of them.
+    assert found.total.item() == pytest.approx(expected.item(), rel=2e-4)
+
+
+def test_autocast_gradients_are_close_to_float32s_in_the_weights_dtype() -> None:
+    b = batch(B=1, T=300, D=32, V=100, dtype=torch.float32)
+    expected = through(textbook, b)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = through(lambda *b: next_token_loss(*b).total, b)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.dtype == torch.float32
+        assert (ours - theirs).abs().max() < 2e-2 * theirs.abs().max()
+
+
+def largest_allocation(step: Callable[[], object], trace: Path) -> int:
+    """Bytes of the largest single allocation, inside torch's own kernels as well."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    profiler.export_chrome_trace(str(trace))
+    events = json.loads(trace.read_text())["traceEvents"]
+    return max(event["args"]["Bytes"] for event in events if event["name"] == "[memory]")
+
+
+@pytest.mark.parametrize("z_loss", [0.0, 1e-4], ids=["torchs", "own"])
+def test_only_a_chunk_of_the_logits_is_ever_held(
+    z_loss: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, vocabulary = 4096, 512
+    monkeypatch.setattr(phd.loss, "LOGITS_AT_ONCE", 64 * vocabulary)
+    b = batch(B=1, T=rows, D=16, V=vocabulary, dtype=torch.float32)
+    trace, logits = tmp_path / "trace.json", 4 * rows * vocabulary
+    found = largest_allocation(lambda: next_token_loss(*b, z_loss).total.backward(), trace)
+    plain = largest_allocation(lambda: textbook(*b, z_loss).backward(), trace)
+    assert found <= logits // 8 < plain

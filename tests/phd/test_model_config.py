@@ -1,0 +1,75 @@
+"""A config that cannot make a model says every reason at once; derived values follow from it."""
+
+from math import ceil
+from typing import Any
+
+import pytest
+
+from phd.config import ModelConfig
+
+PROBLEMS = {
+    "model.variant='phd_cswaa': expected one of vanilla, naive_repeat, phd, phd_swa, phd_cswa": {
+        "variant": "phd_cswaa"
+    },
+    "model.span_unit='copies': expected one of hidden, token": {"span_unit": "copies"},
+    "model.copy_positions='own': expected one of shared, flattened": {"copy_positions": "own"},
+    "model.norm='post': expected one of reordered, pre, hybrid, hybrid_star": {"norm": "post"},
+    "model.attention='fast': expected one of auto, reference, packed, flex": {"attention": "fast"},
+    "model.K=0: expected an integer of at least 1": {"K": 0},
+    "model.window=0: expected an integer of at least 1": {"window": 0},
+    "model.chunk=-3: expected an integer of at least 1": {"chunk": -3},
+    "model.layers=0: expected an integer of at least 1": {"layers": 0},
+    "model.vocab_size=0: expected an integer of at least 1": {"vocab_size": 0},
+    "model.K=2: vanilla feeds each token once; set model.K=1 or choose "
+    "model=naive_repeat, phd, phd_swa or phd_cswa": {"variant": "vanilla", "K": 2},
+    "model.kv_heads=3: must divide model.heads=4, because each key/value head serves the same "
+    "number of query heads": {"heads": 4, "kv_heads": 3},
+    "model.head_dim=5: RoPE turns pairs, so it must be even": {"head_dim": 5},
+    "model.rope_theta=1.0: expected a number above 1": {"rope_theta": 1.0},
+    "model.norm_eps=0.0: expected a number above 0": {"norm_eps": 0.0},
+}
+
+
+@pytest.mark.parametrize(("problem", "settings"), PROBLEMS.items())
+def test_a_bad_value_is_named_with_what_was_expected(
+    problem: str, settings: dict[str, Any]
+) -> None:
+    with pytest.raises(ValueError) as caught:
+        ModelConfig(**settings)
+    assert str(caught.value) == problem
+
+
+def test_all_problems_are_told_at_once() -> None:
+    with pytest.raises(ValueError) as caught:
+        ModelConfig(K=0, window=0, kv_heads=0, head_dim=7, norm="post")  # type: ignore[arg-type]
+    for key in ("K=0", "window=0", "kv_heads=0", "head_dim=7", "norm='post'"):
+        assert f"model.{key}: " in str(caught.value)
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 7, 8, 32])
+@pytest.mark.parametrize("K", [2, 3, 4, 8])
+def test_a_chunk_of_hidden_copies_is_rounded_up_to_whole_tokens(K: int, chunk: int) -> None:
+    config = ModelConfig(variant="phd_cswa", K=K, chunk=chunk)
+    assert config.chunk_tokens == ceil(chunk / (K - 1))
+    assert ModelConfig(K=K, chunk=chunk, span_unit="token").chunk_tokens == chunk
+
+
+@pytest.mark.parametrize("variant", ["naive_repeat", "phd", "phd_swa"])
+def test_only_phd_cswa_has_chunks(variant: Any) -> None:
+    assert ModelConfig(variant=variant, K=3).chunk_tokens is None
+    assert ModelConfig(variant="phd_cswa", K=1).chunk_tokens is None
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("vanilla", {"variant": "vanilla", "K": 1}),
+        ("naive_repeat-3", {"variant": "naive_repeat", "K": 3}),
+        ("phd-3", {"variant": "phd", "K": 3}),
+        ("phd_swa-5-16-inf", {"variant": "phd_swa", "K": 5}),
+        ("phd_cswa-2-16-32", {}),
+        ("phd_cswa-2-4t-8t", {"window": 4, "chunk": 8, "span_unit": "token"}),
+    ],
+)
+def test_runs_are_named_as_in_the_paper(name: str, settings: dict[str, Any]) -> None:
+    assert ModelConfig(**settings).name == name

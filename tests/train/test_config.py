@@ -1,0 +1,357 @@
+"""Claims about `train.config` and `train.validation`: what a config says, and what it refuses."""
+
+import json
+from copy import deepcopy
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data.config import DataConfig, FilesSource, PythonSource
+from train.config import DEFAULT_STEPS, Config, RunConfig, ScheduleConfig, TrainConfig
+from train.validation import ConfigError, defaults, keys
+
+PYTHON = {"data": {"source": {"kind": "python"}}}
+
+# Under nearly every test, so that other defaults do not change what it claims.
+BASE = {
+    "data.source": {"kind": "python"},
+    "data.lanes": 8,
+    "model.heads": 4,
+    "model.kv_heads": 2,
+    "model.vocab_size": 4096,
+    "model.max_seq_len": 4096,
+    "train.global_batch": 16,
+    "train.seq_len": 256,
+    "schedule.warmup_fraction": 0.05,
+    "schedule.decay_fraction": 0.2,
+}
+
+
+def tree(settings: dict[str, Any]) -> dict[str, Any]:
+    """Nests dotted keys, on top of those of BASE."""
+    nested: dict[str, Any] = {}
+    for key, value in (BASE | settings).items():
+        *sections, name = key.split(".")
+        node = nested
+        for section in sections:
+            node = node.setdefault(section, {})
+        node[name] = deepcopy(value)
+    return nested
+
+
+def config(settings: dict[str, Any] | None = None) -> Config:
+    return Config.from_dict(tree(settings or {}))
+
+
+def problems(settings: dict[str, Any]) -> list[str]:
+    with pytest.raises(ConfigError) as refusal:
+        config(settings)
+    return list(refusal.value.problems)
+
+
+def test_nothing_given_is_every_default() -> None:
+    assert Config.from_dict(PYTHON) == Config(data=DataConfig(source=PythonSource(kind="python")))
+
+
+def test_the_plain_defaults_are_the_dataclasses_defaults() -> None:
+    plain = defaults(Config)
+    plain["data"] |= PYTHON["data"]
+    assert Config.from_dict(plain) == Config.from_dict(PYTHON)
+    assert plain | {"data": None} == Config.from_dict(PYTHON).to_dict() | {"data": None}
+
+
+def test_a_config_survives_json() -> None:
+    before = config(
+        {
+            "data.source": {"kind": "files", "paths": ["a.txt", "b"]},
+            "train.max_time": "2h",
+            "train.max_steps": 9,
+            "optim.betas": [0.8, 0.99],
+            "hooks.sample.prompt": "a = 'x: y'\n",
+        }
+    )
+    assert isinstance(before.data.source, FilesSource)
+    assert Config.from_dict(json.loads(json.dumps(before.to_dict()))) == before
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "meant"),
+    [
+        ("train.max_tokens", 3e11, 300_000_000_000),
+        ("optim.lr", 1, 1.0),
+        ("optim.grad_clip", None, None),
+        ("optim.betas", [0, 0.5], (0.0, 0.5)),
+        ("train.max_time", "30m", 1800.0),
+        ("train.max_time", "1.5h", 5400.0),
+        ("train.max_time", 90, 90.0),
+    ],
+)
+def test_values_mean_what_they_look_like(key: str, value: Any, meant: Any) -> None:
+    section, name = key.split(".")
+    extra = {"train.max_steps": 300} if name == "max_time" else {}
+    read = getattr(getattr(config({key: value} | extra), section), name)
+    assert read == meant
+    assert type(read) is type(meant)
+
+
+# Settings, and the one line they lead to, in parts.
+WORDING: list[tuple[Any, ...]] = [
+    ({"model.windw": 3}, "model.windw: unknown key. Did you mean model.window?"),
+    ({"model.k": 3}, "model.k: unknown key. Did you mean model.K?"),
+    ({"modl.K": 3}, "modl.K: unknown key. Did you mean model.K?"),
+    ({"lr": 1e-3}, "lr: unknown key. Did you mean optim.lr?"),
+    (
+        {"hooks.wandb.zzz": 1},
+        "hooks.wandb.zzz: unknown key; there is hooks.wandb.{mode, project}",
+    ),
+    (
+        {"data.source": {"kind": "python", "paths": "x"}},
+        "data.source.paths: unknown key; there is data.source.{kind, packages}",
+    ),
+    ({"model.K": "two"}, "model.K='two': expected an integer"),
+    ({"model.K": True}, "model.K=True: expected an integer"),
+    ({"model.K": "3"}, "model.K='3': expected an integer"),
+    ({"model.K": 2.5}, "model.K=2.5: expected an integer"),
+    ({"model.K": None}, "model.K=None: expected an integer"),
+    ({"engine.compile": 1}, "engine.compile=1: expected true or false"),
+    ({"run.name": 3}, "run.name=3: expected text or null"),
+    ({"optim.betas": [0.9]}, "optim.betas=[0.9]: expected [a number, a number]"),
+    (
+        {"train.max_time": "2 hours"},
+        "train.max_time='2 hours': expected a number of seconds, 30m, 2h or null",
+    ),
+    (
+        {"schedule.kind": "cosin"},
+        "schedule.kind='cosin': expected one of cosine, linear, wsd, constant. ",
+        "Did you mean cosine?",
+    ),
+    ({"hooks.kv": 3}, "hooks.kv=3: expected settings such as hooks.kv.context"),
+    (
+        {"data.source": {"kind": "file"}},
+        "data.source.kind='file': expected one of python, files, datasets. Did you mean files?",
+    ),
+    ({"data.source": {"kind": "files"}}, "data.source.paths: has to be given"),
+    ({"tokenizer.path": "???"}, "tokenizer.path: has to be given"),
+    ({"model.K": 0}, "model.K=0: expected an integer of at least 1"),
+    ({"seed": -1}, "seed=-1: expected an integer of at least 0"),
+    ({"optim.lr": 0}, "optim.lr=0.0: expected a number above 0"),
+    ({"optim.lr": float("nan")}, "optim.lr=nan: expected a number above 0"),
+    ({"optim.z_loss": -1}, "optim.z_loss=-1.0: expected a number of at least 0"),
+    (
+        {"optim.betas": [0.9, 1]},
+        "optim.betas=[0.9, 1.0]: expected two numbers from 0 to below 1",
+    ),
+    ({"train.max_time": 0}, "train.max_time=0.0: expected more than 0 seconds"),
+    ({"checkpoint.keep": 0}, "checkpoint.keep=0: expected an integer of at least 1"),
+    ({"hooks.sample.every": -1}, "hooks.sample.every=-1: expected an integer of at least 0"),
+    (
+        {"schedule.final_ratio": 2},
+        "schedule.final_ratio=2.0: expected a number from 0 to 1",
+    ),
+    (
+        {"run.name": "a/b"},
+        "run.name='a/b': expected letters, digits and _ . + - only, because it names a directory; ",
+        "run.dir may be any path",
+    ),
+    (
+        {"model.kv_heads": 3},
+        "model.kv_heads=3: must divide model.heads=4, because each key/value head serves the same ",
+        "number of query heads",
+    ),
+    (
+        {"train.micro_batch": 3},
+        "train.micro_batch=3: must divide train.global_batch=16",
+    ),
+    (
+        {"train.max_tokens": 100},
+        "train.max_tokens=100: less than one step, which is train.global_batch=16 rows of ",
+        "train.seq_len=256 tokens = 4096",
+    ),
+    (
+        {"train.global_batch": 10},
+        "train.global_batch=10: not divisible by data.lanes=8; choose a multiple of 8, or ",
+        "data.lanes from 1, 2, 5, 10",
+    ),
+    (
+        {"train.seq_len": 8192},
+        "train.seq_len=8192: longer than RoPE's table of model.max_seq_len=4096; raise that or ",
+        "lower this",
+    ),
+    (
+        {"tokenizer.vocab_size": 5000},
+        "tokenizer.vocab_size=5000: the model has embeddings for model.vocab_size=4096 only; ",
+        "raise that or lower this",
+    ),
+    (
+        {"schedule.warmup_steps": 5, "schedule.warmup_tokens": 6},
+        "schedule.warmup_tokens=6: schedule.warmup_steps=5 already says how long; set one to null",
+    ),
+    (
+        {"schedule.warmup_steps": 11, "train.max_steps": 10},
+        "schedule.warmup_steps=11: the warm-up takes 11 steps, but the run has 10; shorten it, or ",
+        "raise train.max_steps or train.max_tokens",
+    ),
+    (
+        {"schedule.warmup_tokens": 4096 * 9, "train.max_steps": 10, "schedule.kind": "wsd"},
+        "schedule.warmup_tokens=36864: the warm-up takes 9 steps and the decay 2, ",
+        "but the run has 10; shorten it, or raise train.max_steps or train.max_tokens",
+    ),
+    (
+        {"train.max_time": "1h"},
+        "train.max_time=3600.0: schedule.kind=cosine has to know the run's length in steps; also ",
+        "set train.max_steps or train.max_tokens, or choose schedule=constant",
+    ),
+    (
+        {"hooks.sample.tokens": 4096},
+        "hooks.sample.tokens=4096: leaves no room for the prompt in model.max_seq_len=4096; ",
+        "choose less",
+    ),
+    (
+        {"model.attention": "flex", "engine.device": "cpu"},
+        "model.attention=flex: FlexAttention has no backward on engine.device=cpu; choose ",
+        "model.attention=packed",
+    ),
+]
+
+
+@pytest.mark.parametrize("case", WORDING, ids=[str(case[0]) for case in WORDING])
+def test_a_fault_is_told_in_one_line(case: tuple[Any, ...]) -> None:
+    settings, *parts = case
+    assert problems(settings) == ["".join(parts)]
+
+
+# One of each sort, no two of which touch the same setting.
+INDEPENDENT = [
+    ({"model.windw": 3}, "model.windw"),
+    ({"K": 3}, "K"),
+    ({"model.norm": "post"}, "model.norm"),
+    ({"model.layers": 0}, "model.layers"),
+    ({"model.kv_heads": 3}, "model.kv_heads"),
+    ({"model.head_dim": 2.5}, "model.head_dim"),
+    ({"data.holdout": 2}, "data.holdout"),
+    ({"data.lane": 3}, "data.lane"),
+    ({"tokenizer.vocab_size": 5000}, "tokenizer.vocab_size"),
+    ({"train.micro_batch": 7}, "train.micro_batch"),
+    ({"train.seq_len": 5000}, "train.seq_len"),
+    ({"train.max_steps": 0}, "train.max_steps"),
+    ({"optim.eps": 0}, "optim.eps"),
+    ({"optim.betas": 0.9}, "optim.betas"),
+    ({"schedule": 3}, "schedule"),
+    ({"hooks.wandb.mode": "on"}, "hooks.wandb.mode"),
+    ({"hooks.kv.context": 0}, "hooks.kv.context"),
+    ({"seed": -1}, "seed"),
+]
+
+
+@given(st.lists(st.sampled_from(INDEPENDENT), min_size=1, unique_by=lambda fault: fault[1]))
+def test_any_set_of_faults_is_told_completely_and_nothing_else(faults: list[Any]) -> None:
+    settings = {key: value for fault, _ in faults for key, value in fault.items()}
+    told = sorted(problem.replace("=", ":").partition(":")[0] for problem in problems(settings))
+    assert told == sorted(key for _, key in faults)
+
+
+def test_two_settings_that_do_not_fit_are_also_held_against_a_third() -> None:
+    found = problems({"train.global_batch": 10, "train.micro_batch": 4})
+    assert [line.partition(":")[0] for line in found] == [
+        "train.micro_batch=4",
+        "train.global_batch=10",
+    ]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"train.max_steps": "ten", "schedule.warmup_steps": 1000},
+        {"train.max_stps": 10_000, "schedule.warmup_steps": 1000},
+        {"data.lanes": 0, "train.global_batch": 10},
+        {"model.max_seq_len": 0, "train.seq_len": 5000},
+    ],
+)
+def test_a_value_that_cannot_be_read_raises_no_second_problem(settings: dict[str, Any]) -> None:
+    assert len(problems(settings)) == 1
+
+
+def test_the_error_counts_its_lines() -> None:
+    with pytest.raises(ConfigError) as refusal:
+        config({"model.K": 0, "seed": "x"})
+    assert str(refusal.value) == (
+        "2 problems in the configuration:\n"
+        "  seed='x': expected an integer\n"
+        "  model.K=0: expected an integer of at least 1"
+    )
+    assert str(ConfigError(["a"], "the arguments")) == "1 problem in the arguments:\n  a"
+
+
+def test_a_part_alone_refuses_what_the_whole_refuses() -> None:
+    with pytest.raises(ValueError, match=r"train\.global_batch=0"):
+        TrainConfig(global_batch=0)
+    with pytest.raises(ValueError, match=r"train\.seq_len=8192"):
+        Config(data=DataConfig(source=PythonSource(kind="python")), train=TrainConfig(seq_len=8192))
+
+
+def test_every_setting_has_one_full_name() -> None:
+    names = keys(Config)
+    assert len(names) == len(set(names))
+    assert {"seed", "run.dir", "model.K", "hooks.wandb.mode", "data.source.paths"} <= set(names)
+
+
+def test_the_first_bound_ends_the_run() -> None:
+    def bounded(**bounds: int) -> int | None:
+        return TrainConfig(**bounds, global_batch=16, seq_len=256).total_steps
+
+    assert TrainConfig().total_steps == DEFAULT_STEPS
+    assert TrainConfig(max_steps=7).total_steps == 7
+    assert bounded(max_tokens=9 * 4096 + 4095) == 9
+    assert bounded(max_steps=5, max_tokens=9 * 4096) == 5
+    assert bounded(max_steps=50, max_tokens=9 * 4096) == 9
+    assert TrainConfig(max_time=60.0).total_steps is None
+    assert TrainConfig(max_time=60.0, max_steps=3).total_steps == 3
+
+
+def test_a_step_is_cut_into_equal_passes() -> None:
+    train = TrainConfig(global_batch=24, micro_batch=4)
+    assert [train.accumulation(world) for world in (1, 2, 3)] == [6, 3, 2]
+    assert [TrainConfig(global_batch=24).accumulation(world) for world in (1, 8)] == [1, 1]
+    with pytest.raises(ValueError, match=r"not divisible by 4 ranks times train\.micro_batch=4"):
+        train.accumulation(4)
+    with pytest.raises(ValueError, match="not divisible by 5 ranks"):
+        TrainConfig(global_batch=24).accumulation(5)
+
+
+def test_the_warm_up_is_given_in_steps_tokens_or_a_fraction() -> None:
+    def warmup(**settings: Any) -> int:
+        base = config({"train.max_steps": 1000})
+        schedule = ScheduleConfig(**settings)
+        return Config(data=base.data, train=base.train, schedule=schedule).warmup_steps
+
+    assert warmup(warmup_steps=7) == 7
+    assert warmup(warmup_tokens=4097) == 2
+    assert warmup(warmup_fraction=0.02) == 20
+    assert warmup(warmup_steps=0, warmup_fraction=0.5) == 0
+
+
+def test_the_decay_fills_what_its_kind_says() -> None:
+    def decay(kind: str) -> int:
+        return config({"train.max_steps": 100, "schedule.kind": kind}).decay_steps
+
+    assert [decay(kind) for kind in ("cosine", "linear", "wsd", "constant")] == [95, 95, 20, 0]
+
+
+def test_time_alone_bounds_a_constant_schedule() -> None:
+    unbounded = config({"train.max_time": "30m", "schedule.kind": "constant"})
+    assert (unbounded.train.total_steps, unbounded.warmup_steps, unbounded.decay_steps) == (
+        None,
+        0,
+        0,
+    )
+
+
+def test_a_run_is_named_after_its_model_and_lives_under_runs() -> None:
+    assert config().name == "phd_cswa-2-16-32-tiny"
+    assert str(config().run_dir) == "runs/phd_cswa-2-16-32-tiny"
+    assert str(config({"run.name": "mine"}).run_dir) == "runs/mine"
+    elsewhere = config({"run.dir": "/data/x", "model.variant": "vanilla", "model.K": 1})
+    assert (elsewhere.name, str(elsewhere.run_dir)) == ("vanilla-tiny", "/data/x")
+    assert elsewhere.run == RunConfig(dir="/data/x")

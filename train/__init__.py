@@ -1,0 +1,1 @@
+"""Pretraining runs: the commands a user types, the loop, checkpoints and hooks."""

@@ -1,0 +1,123 @@
+"""How a model is trained on the hardware at hand; the model itself knows nothing of it."""
+
+from typing import NamedTuple, Protocol, cast
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+
+from phd.loss import IGNORED
+from phd.model import Transformer
+from train.checkpoint import Checkpoint, TensorTree
+from train.config import Config
+from train.device import autocast, choose_device, precision
+from train.optimizer import build_optimizer, optimizer_state
+
+
+class StepResult(NamedTuple):
+    """What an optimizer step computed, still on the device: reading it waits for the device.
+
+    Attributes:
+        loss: cross-entropy per target, nats, over all rows of the step.
+        grad_norm: L2 norm of the gradient before clipping.
+    """
+
+    loss: Tensor
+    grad_norm: Tensor
+
+
+class Engine(Protocol):
+    """What the training loop needs; every engine sums losses and counts targets alike."""
+
+    model: Transformer
+    device: torch.device
+    dtype: torch.dtype  # of the matrix products
+
+    def step(self, rows: Tensor, lr: float) -> StepResult:
+        """Take one optimizer step on rows, int64 (R, T+1), of this rank."""
+
+    def loss(self, rows: Tensor, mask: Tensor | None = None) -> tuple[Tensor, int]:
+        """(summed cross-entropy, targets) of rows without training; `mask` says what counts."""
+
+    def synchronize(self) -> None:
+        """Wait until everything asked of the device is done."""
+
+    def state(self) -> TensorTree:
+        """The tensors of a checkpoint, under names that every engine uses."""
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Take over the tensors of a checkpoint; raises ValueError where they do not fit."""
+
+
+class SingleEngine:
+    """One process, one device."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.device = choose_device(config.engine)
+        self.dtype = precision(config.engine, self.device)
+        with torch.device("meta"):
+            self.model = Transformer(config.model)
+        self.model.to_empty(device=self.device).reset(config.seed)
+        if config.engine.compile:
+            for block in self.model.blocks:
+                block.compile()
+        self.optimizer = build_optimizer(self.model, config.optim)
+
+    def step(self, rows: Tensor, lr: float) -> StepResult:
+        """Accumulate the gradients of all micro-batches, clip them, update the weights."""
+        rows = rows.to(self.device, non_blocking=True)
+        tokens, targets = rows[:, :-1], rows[:, 1:]
+        count = (targets != IGNORED).sum()
+        cross_entropy = torch.zeros((), device=self.device)
+        micro = self.config.train.micro_batch or len(rows)
+        for part, part_targets in zip(tokens.split(micro), targets.split(micro), strict=True):
+            with autocast(self.device, self.dtype):
+                loss = self.model.loss(part, part_targets, self.config.optim.z_loss)
+            (loss.total / count).backward()
+            cross_entropy += loss.cross_entropy
+        grad_norm = clip_grad_norm_(
+            self.model.parameters(), self.config.optim.grad_clip or torch.inf
+        )
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return StepResult(cross_entropy / count, grad_norm)
+
+    @torch.no_grad()
+    def loss(self, rows: Tensor, mask: Tensor | None = None) -> tuple[Tensor, int]:
+        """(summed cross-entropy in nats, number of targets), micro-batch by micro-batch."""
+        targets = rows[:, 1:] if mask is None else rows[:, 1:].where(mask, IGNORED)
+        total = torch.zeros((), device=self.device, dtype=torch.float64)
+        micro = self.config.train.micro_batch or self.config.train.global_batch
+        for part, part_targets in zip(rows[:, :-1].split(micro), targets.split(micro), strict=True):
+            with autocast(self.device, self.dtype):
+                loss = self.model.loss(part.to(self.device), part_targets.to(self.device))
+            total += loss.cross_entropy
+        return total, int((targets != IGNORED).sum())
+
+    def synchronize(self) -> None:
+        """Wait until everything asked of the device is done."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def state(self) -> TensorTree:
+        """Weights and moments by parameter name, and the random number generators."""
+        random = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            random["cuda"] = torch.cuda.get_rng_state(self.device)
+        return {
+            "model": {name: p.detach() for name, p in self.model.named_parameters()},
+            "optimizer": optimizer_state(self.model, self.optimizer),
+            "random": random,
+        }
+
+    def restore(self, checkpoint: Checkpoint) -> None:
+        """Take over the tensors of a checkpoint; raises ValueError where they do not fit."""
+        state = self.state()
+        checkpoint.load(state)
+        random = cast(dict[str, Tensor], state["random"])
+        torch.set_rng_state(random["cpu"])
+        if "cuda" in random:
+            torch.cuda.set_rng_state(random["cuda"], self.device)

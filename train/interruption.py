@@ -1,0 +1,34 @@
+"""A polite end on SIGINT and SIGTERM: finish the step, save, leave."""
+
+import signal
+from types import FrameType, TracebackType
+
+
+class Interruption:
+    """While it is entered, the first SIGINT or SIGTERM is only noted; a second one acts at once.
+
+    Attributes:
+        received: the one that came, or None.
+    """
+
+    received: signal.Signals | None = None
+
+    def __enter__(self) -> "Interruption":
+        self._before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _note(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
+        self.received = signal.Signals(number)
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._restore()

@@ -1,0 +1,63 @@
+"""The training loop."""
+
+from itertools import count
+from time import perf_counter
+
+import torch
+from rich.progress import Progress
+
+from data.prefetch import Prefetch
+from train.hooks import Metrics, StepRecord
+from train.interruption import Interruption
+from train.run import Run
+from train.schedule import learning_rate
+from train.sinks import console_lines
+
+
+def train(run: Run, progress: Progress) -> tuple[StepRecord, Metrics]:
+    """Train from the run's step to its end; return the last step's record and metrics.
+
+    Nothing here waits for the device, except on steps after which a hook is due.
+    """
+    config, engine = run.config, run.engine
+    bar = progress.add_task(
+        "training", total=config.train.total_steps, completed=run.step, status=""
+    )
+    started, hooks_s = perf_counter(), 0.0
+    with Interruption() as interruption, Prefetch(run.stream, config.data.prefetch) as batches:
+        for step in count(run.step + 1):
+            batch = next(batches)
+            rows = torch.from_numpy(batch.rows)
+            lr = learning_rate(config, step - 1)
+            result = engine.step(rows, lr)
+
+            train_s = perf_counter() - started - hooks_s
+            ending = run.ending(step, train_s, interruption.received)
+            due = [hook for hook in run.hooks if ending or (hook.every and step % hook.every == 0)]
+            if due:
+                engine.synchronize()
+                train_s = perf_counter() - started - hooks_s
+            record = StepRecord(
+                step=step,
+                tokens=step * config.train.tokens_per_step,
+                lr=lr,
+                loss=result.loss,
+                grad_norm=result.grad_norm,
+                batch=batch,
+                train_s=train_s,
+                data_wait_s=batches.wait_s,
+                ending=ending,
+            )
+            metrics: Metrics = {}
+            for hook in due:
+                metrics |= hook(record)
+            for sink in run.sinks if metrics else ():
+                sink.write(step, metrics)
+            hooks_s = perf_counter() - started - train_s
+
+            progress.update(bar, completed=step)
+            if status := " ".join(console_lines(metrics)[:1]):
+                progress.update(bar, status=status)
+            if ending:
+                return record, metrics
+    raise AssertionError("the stream is endless")

@@ -1,0 +1,62 @@
+"""Pretrain a PHD model; the same command goes on where the run ended.
+
+python train/main.py model=phd_cswa model.K=3 size=tiny data=python
+"""
+
+from signal import Signals
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from train import command_line
+from train.config import Config
+from train.loop import train
+from train.plan import make_plan, print_plan
+from train.report import final_metrics, print_report
+from train.run import open_run
+
+KILLED = 128  # what a shell adds to a signal's number for the exit code of who died of it
+
+
+def main(config: Config) -> int:
+    """Plan, train and report; returns 0, or 128 + the number of the signal that ended the run."""
+    console = Console(soft_wrap=True, highlight=False)
+    print_plan(make_plan(config), console)
+    with open_run(config, console) as run:
+        if run.finished:
+            console.print(f"nothing to train: {run.step} steps are done")
+            print_report(run, run.step, final_metrics(run), console)
+            return 0
+        with _progress(console) as progress:
+            record, metrics = train(run, progress)
+        if record.interrupted:
+            console.print(f"{record.ending}: saved after step {record.step}")
+            return KILLED + Signals[str(record.ending)]
+        print_report(run, record.step, metrics, console)
+    return 0
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("eta"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[status]}"),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+
+
+if __name__ == "__main__":
+    command_line.run(main)

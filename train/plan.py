@@ -1,0 +1,195 @@
+"""What a run will cost and whether it makes sense, before anything is spent on it.
+
+python train/plan.py model=phd_cswa size=550m train.max_tokens=10e9
+"""
+
+import os
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from phd.config import ModelConfig
+from phd.flops import training_flops_per_token
+from phd.kv import kv_bytes
+from phd.model import count_parameters
+from train import command_line
+from train.config import Config
+from train.device import precision
+from train.memory import Memory, predict_memory
+
+CHINCHILLA = 20  # tokens per parameter that spend compute best (arXiv 2203.15556)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run in numbers.
+
+    Attributes:
+        parameters: by group; a tied head is the embedding.
+        flops_per_token, vanilla_flops_per_token: a training step's, of this variant and of the
+            plain transformer of the same size.
+        memory: bytes on one device.
+        available_memory: bytes that the device has.
+        warnings: what is probably not meant.
+    """
+
+    config: Config
+    parameters: dict[str, int]
+    flops_per_token: float
+    vanilla_flops_per_token: float
+    memory: Memory
+    available_memory: int
+    warnings: tuple[str, ...]
+
+    @property
+    def tokens(self) -> int | None:
+        """Tokens of text in the whole run; None if only time ends it."""
+        steps = self.config.train.total_steps
+        return None if steps is None else steps * self.config.train.tokens_per_step
+
+
+def make_plan(config: Config) -> Plan:
+    """Count and predict; allocates nothing of the model's size."""
+    device = torch.device(
+        "cuda" if torch.cuda.is_available() and config.engine.device != "cpu" else "cpu"
+    )
+    parameters = count_parameters(config.model)
+    memory = predict_memory(config, sum(parameters.values()), precision(config.engine, device))
+    plan = Plan(
+        config=config,
+        parameters=parameters,
+        flops_per_token=training_flops_per_token(config.model, config.train.seq_len),
+        vanilla_flops_per_token=training_flops_per_token(
+            config.model.vanilla_twin, config.train.seq_len
+        ),
+        memory=memory,
+        available_memory=_available_memory(device),
+        warnings=(),
+    )
+    return replace(plan, warnings=tuple(_warnings(plan)))
+
+
+def _available_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _warnings(plan: Plan) -> list[str]:
+    config, model, train = plan.config, plan.config.model, plan.config.train
+    found = []
+    if plan.memory.total > plan.available_memory:
+        found.append(
+            f"needs about {_gib(plan.memory.total)}, the device has {_gib(plan.available_memory)}: "
+            "lower train.micro_batch or train.seq_len, or choose a smaller size"
+        )
+    parameters = sum(plan.parameters.values())
+    if plan.tokens is not None and plan.tokens < parameters:
+        found.append(
+            f"{plan.tokens / parameters:.2f} tokens per parameter: the model will hardly have "
+            f"begun to learn; about {CHINCHILLA} spend compute best"
+        )
+    if model.variant == "phd_cswa" and model.window > model.chunk:
+        found.append(
+            f"model.window={model.window} reaches past model.chunk={model.chunk}: the chunk decides"
+        )
+    if model.chunk_tokens is not None and model.chunk_tokens >= train.seq_len:
+        found.append(
+            f"model.chunk={model.chunk} covers the whole row: this is phd_swa by another name"
+        )
+    if model.K == 1 and model.variant != "vanilla":
+        found.append(f"model.K=1: {model.variant} with one copy is vanilla")
+    if config.optim.lr > 0.02:
+        found.append(f"optim.lr={config.optim.lr}: AdamW diverges at such rates")
+    if train.max_tokens and train.max_tokens % train.tokens_per_step:
+        found.append(
+            f"train.max_tokens={train.max_tokens} is not whole steps of {train.tokens_per_step} "
+            f"tokens: the run ends at {plan.tokens}"
+        )
+    if config.checkpoint.every == 0:
+        found.append("checkpoint.every=0: a crash loses everything; only the end is saved")
+    return found
+
+
+def print_plan(plan: Plan, console: Console) -> None:
+    """The plan as a table, and its warnings."""
+    config, train = plan.config, plan.config.train
+    parameters = sum(plan.parameters.values())
+    groups = ", ".join(f"{name} {_count(n)}" for name, n in plan.parameters.items() if n)
+    ratio = plan.flops_per_token / plan.vanilla_flops_per_token
+    table = Table(title=f"the plan: {config.name}", title_justify="left", show_header=False)
+    table.add_row("parameters", f"{_count(parameters)}: {groups}")
+    table.add_row(
+        "a step",
+        f"{train.tokens_per_step:,} tokens = {train.global_batch} rows x {train.seq_len}, "
+        f"{config.model.K} slots each, {train.accumulation()} micro-batches",
+    )
+    if plan.tokens is None:
+        table.add_row("length", f"{train.max_time:.0f} s")
+    else:
+        table.add_row(
+            "length",
+            f"{train.total_steps:,} steps = {_count(plan.tokens)} tokens, "
+            f"{plan.tokens / parameters:.2f} per parameter",
+        )
+        table.add_row("compute", f"{plan.tokens * plan.flops_per_token:.2e} FLOPs")
+    table.add_row(
+        "FLOPs per token",
+        f"{_count(plan.flops_per_token)}, {ratio:.2f} x vanilla's "
+        f"{_count(plan.vanilla_flops_per_token)}",
+    )
+    memory = ", ".join(f"{name} {_gib(n)}" for name, n in plan.memory._asdict().items())
+    table.add_row("memory", f"about {_gib(plan.memory.total)}: {memory}")
+    table.add_row("run directory", str(config.run_dir))
+    console.print(table)
+    for warning in plan.warnings:
+        console.print(f"[yellow]warning: {warning}[/]", highlight=False)
+
+
+class KVRow(NamedTuple):
+    """The KV cache of one variant."""
+
+    name: str
+    total: int
+    hidden: int
+    ratio: float
+
+
+def kv_rows(model: ModelConfig, context: int, bytes_per_value: int) -> list[KVRow]:
+    """This variant, vanilla and naive repetition of the same size, at `context` tokens."""
+    vanilla = model.vanilla_twin
+    variants = [model, vanilla, replace(model, variant="naive_repeat")]
+    base = kv_bytes(vanilla, context, bytes_per_value).total
+    rows = []
+    for variant in dict.fromkeys(variants):
+        cost = kv_bytes(variant, context, bytes_per_value)
+        rows.append(KVRow(variant.name, cost.total, cost.hidden, cost.total / base))
+    return rows
+
+
+def _count(number: float) -> str:
+    """A number with three digits and its magnitude.
+
+    >>> _count(2_621_440)
+    '2.62M'
+    """
+    for magnitude, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= magnitude:
+            return f"{number / magnitude:.3g}{letter}"
+    return f"{number:.3g}"
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB"
+
+
+def _main(config: Config) -> int:
+    print_plan(make_plan(config), Console(soft_wrap=True))
+    return 0
+
+
+if __name__ == "__main__":
+    command_line.run(_main)

@@ -1,0 +1,65 @@
+"""What a run says when it ends."""
+
+from rich.console import Console
+from rich.table import Table
+
+from train.hooks import Evaluation, Metrics, Sample
+from train.plan import kv_rows
+from train.run import Run
+
+
+def final_metrics(run: Run) -> Metrics:
+    """Held-out loss and a sample of a run that was complete before it was started again."""
+    return {
+        **run.hook(Evaluation).measure(),
+        "sample/text": run.hook(Sample).write(),
+    }
+
+
+def print_report(run: Run, step: int, metrics: Metrics, console: Console) -> None:
+    """The held-out result, a sample, the price of the KV cache, and what to do next."""
+    for key, value in metrics.items():
+        if key.startswith("eval/") and key.endswith("/loss"):
+            name = key.removesuffix("/loss")
+            bits = metrics[f"{name}/bits_per_byte"]
+            console.print(
+                f"\n[bold]{name.removeprefix('eval/')}[/]: {bits:.3f} bits per byte, "
+                f"loss {value:.3f} nats per token"
+            )
+    if text := metrics.get("sample/text"):
+        console.print("\n[bold]a sample[/]")
+        console.print(str(text), markup=False)
+    console.print()
+    console.print(kv_table(run))
+    newest = run.store.newest()
+    console.print(f"checkpoint: {newest.path if newest else 'none could be saved'}")
+    console.print(f"metrics:    {run.directory / 'metrics.jsonl'}")
+    console.print("\n[bold]next[/]")
+    for command in next_commands(run, step):
+        console.print(f"  {command}", markup=False)
+
+
+def kv_table(run: Run) -> Table:
+    """Bytes of one sequence in the KV cache, for this variant and its rivals."""
+    context = run.config.hooks.kv.context
+    table = Table(title=f"KV cache of one sequence of {context} tokens", title_justify="left")
+    for column in ("variant", "bytes", "of hidden copies", "x vanilla"):
+        table.add_column(column, justify="left" if column == "variant" else "right")
+    for row in kv_rows(run.config.model, context, run.engine.dtype.itemsize):
+        table.add_row(row.name, f"{row.total:,}", f"{row.hidden:,}", f"{row.ratio:.3f}")
+    return table
+
+
+def next_commands(run: Run, step: int) -> list[str]:
+    """Commands that go on from here."""
+    total = run.config.train.total_steps
+    prompt = run.config.hooks.sample.prompt
+    generate = f'python train/generate.py run={run.directory} prompt="{prompt}"'
+    if total is not None and step < total:
+        return ["the same command again goes on with the training", generate]
+    return [
+        generate,
+        "python train/main.py model=vanilla    # the plain transformer, to compare with",
+        "python train/main.py -m +sweep=k       # vanilla and PHD-CSWA with K = 2, 3, 5",
+        "python train/bench.py attention out=bench",
+    ]

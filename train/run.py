@@ -1,0 +1,255 @@
+"""A run and its directory: everything the loop needs, opened, and resumed where it ended.
+
+runs/phd_cswa-2-16-32-tiny/
+    config.yaml        the whole configuration, every default included
+    environment.json   versions, machine, source revision; one entry for each start
+    metrics.jsonl      one line for each logging step
+    tokenizer.model    the SentencePiece model
+    wandb_id.txt, wandb/
+    checkpoints/       see train/checkpoint.py
+"""
+
+import json
+import platform
+import subprocess
+import sys
+from dataclasses import dataclass
+from importlib import metadata
+from itertools import count
+from pathlib import Path
+from signal import Signals
+from time import strftime
+from types import TracebackType
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from rich.console import Console
+
+from data.documents import Documents
+from data.heldout import heldout_rows
+from data.stream import BatchShape, TokenStream, check_fingerprint
+from data.tokenizer import Tokenizer
+from data.tokenizer_training import prepare_tokenizer
+from launch.place import Place
+from train.checkpoint import Checkpoint, CheckpointStore
+from train.config import Config
+from train.engine import Engine, SingleEngine
+from train.hooks import (
+    Evaluation,
+    Hook,
+    KVCost,
+    Sample,
+    Saving,
+    Throughput,
+    TrainingMetrics,
+)
+from train.sinks import ConsoleLine, MetricsFile, Sink, Wandb
+from train.validation import ConfigError
+
+# Settings that a resumed run must share with its checkpoint; the rest may be changed.
+FIXED = ("seed", "model", "train.global_batch", "train.seq_len")
+
+
+@dataclass(frozen=True)
+class Run:
+    """An opened run; `step` optimizer steps are done."""
+
+    config: Config
+    directory: Path
+    engine: Engine
+    store: CheckpointStore
+    tokenizer: Tokenizer
+    stream: TokenStream
+    hooks: tuple[Hook, ...]
+    sinks: tuple[Sink, ...]
+    step: int
+
+    @property
+    def finished(self) -> bool:
+        """The run is as long as the configuration asks for."""
+        total = self.config.train.total_steps
+        return total is not None and self.step >= total
+
+    def ending(self, step: int, train_s: float, received: Signals | None) -> str | None:
+        """Why the run ends after this step; None if it goes on."""
+        if received is not None:
+            return received.name
+        if step == self.config.train.total_steps:
+            return "finished"
+        limit = self.config.train.max_time
+        return "max_time" if limit is not None and train_s >= limit else None
+
+    def hook(self, kind: type) -> Any:
+        """The run's hook of a kind."""
+        return next(hook for hook in self.hooks if isinstance(hook, kind))
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for sink in self.sinks:
+            sink.close()
+
+
+def open_run(config: Config, console: Console) -> Run:
+    """Open a run's directory, data and engine, and take up its newest whole checkpoint.
+
+    Raises:
+        ConfigError: something that the configuration names is missing, does not fit the rest, or
+            is not what the checkpoint was made with.
+    """
+    place, directory = Place.from_environment(), config.run_dir
+    if place.world > 1:
+        raise ConfigError(
+            [
+                f"engine.kind={config.engine.kind}: {place.world} processes were started, and this "
+                "engine trains on one; start it without torchrun"
+            ]
+        )
+    if config.run.resume == "never" and (moved := set_aside(directory)):
+        console.print(f"run.resume=never: the earlier run is now in {moved}")
+    try:
+        store = CheckpointStore(directory / "checkpoints", keep=config.checkpoint.keep)
+        checkpoint = _newest(config, store, console)
+        documents = Documents(config.data)
+        tokenizer = prepare_tokenizer(
+            config.tokenizer, documents, vocab_size=config.model.vocab_size
+        )
+        stream = TokenStream(
+            documents,
+            tokenizer,
+            BatchShape(global_batch=config.train.global_batch, seq_len=config.train.seq_len),
+            seed=config.seed,
+            cursors=checkpoint.state["cursors"] if checkpoint else None,
+        )
+        if checkpoint:
+            check_fingerprint(checkpoint.state["stream"], stream.fingerprint)
+        held_out = heldout_rows(
+            documents, tokenizer, seq_len=config.train.seq_len, limit=config.eval.rows
+        )
+        engine = SingleEngine(config)
+        if checkpoint:
+            engine.restore(checkpoint)
+    except ValueError as error:
+        raise ConfigError([str(error)]) from error
+    step = checkpoint.step if checkpoint else 0
+    _describe(config, directory, tokenizer)
+    state = {"config": config.to_dict(), "stream": stream.fingerprint}
+    return Run(
+        config=config,
+        directory=directory,
+        engine=engine,
+        store=store,
+        tokenizer=tokenizer,
+        stream=stream,
+        hooks=(
+            TrainingMetrics(config),
+            Throughput(config, engine.device, step * config.train.tokens_per_step),
+            KVCost(config, engine.dtype),
+            Evaluation(config, engine, "heldout", held_out),
+            Sample(config, engine, tokenizer),
+            Saving(config, engine, store, state),
+        ),
+        sinks=_open_sinks(config, directory, step, console),
+        step=step,
+    )
+
+
+def set_aside(directory: Path) -> Path | None:
+    """Rename an earlier run's directory to `<directory>.old-<n>`; None if there is none."""
+    if not directory.exists():
+        return None
+    names = (directory.with_name(f"{directory.name}.old-{n}") for n in count(1))
+    return directory.rename(next(name for name in names if not name.exists()))
+
+
+def _newest(config: Config, store: CheckpointStore, console: Console) -> Checkpoint | None:
+    """The checkpoint to go on from, after telling what was passed over and what has changed."""
+    checkpoint = store.newest()
+    if checkpoint is None:
+        if config.run.resume == "must":
+            raise ValueError(
+                f"run.resume=must: there is no checkpoint in {store.root}; check run.dir, or "
+                "choose run.resume=auto"
+            )
+        return None
+    for path, reason in checkpoint.passed_over:
+        console.print(f"[yellow]passed over the checkpoint {path}: {reason}[/]")
+    changes = _changes(checkpoint.state["config"], config.to_dict())
+    if fixed := [line for key, line in changes.items() if key.startswith(FIXED)]:
+        raise ValueError(
+            f"{config.run_dir} holds another run: {'; '.join(fixed)}. Choose another run.name or "
+            "run.dir, give the settings that it was trained with, or start anew with "
+            "run.resume=never"
+        )
+    console.print(f"going on from {checkpoint.path}")
+    for line in changes.values():
+        console.print(f"[yellow]changed since then: {line}[/]")
+    return checkpoint
+
+
+def _changes(saved: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
+    """What differs between two configurations, by key; not what only names, bounds or reports."""
+    before, after = _leaves(saved), _leaves(now)
+    ignored = ("run.", "data.", "tokenizer.", "hooks.", "eval.", "checkpoint.", "model.attention")
+    return {
+        key: f"{key} was {before.get(key)!r} and is now {after.get(key)!r}"
+        for key in dict.fromkeys([*before, *after])
+        if before.get(key) != after.get(key) and not key.startswith(ignored)
+    }
+
+
+def _leaves(tree: dict[str, Any], path: str = "") -> dict[str, Any]:
+    leaves: dict[str, Any] = {}
+    for key, value in tree.items():
+        leaves |= (
+            _leaves(value, f"{path}{key}.") if isinstance(value, dict) else {path + key: value}
+        )
+    return leaves
+
+
+def _describe(config: Config, directory: Path, tokenizer: Tokenizer) -> None:
+    """Write down what this start of the run is made of."""
+    directory.mkdir(parents=True, exist_ok=True)
+    OmegaConf.save(OmegaConf.create(config.to_dict()), directory / "config.yaml")
+    tokenizer.save(directory / "tokenizer.model")
+    path = directory / "environment.json"
+    starts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    path.write_text(json.dumps([*starts, environment()], indent=1), encoding="utf-8")
+
+
+def environment() -> dict[str, Any]:
+    """The machine, the versions and the source revision of this process."""
+    packages = ("torch", "numpy", "sentencepiece", "datasets", "hydra-core", "wandb")
+    git = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return {
+        "time": strftime("%Y-%m-%d %H:%M:%S %z"),
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "threads": torch.get_num_threads(),
+        "revision": git.stdout.strip() or None,
+        "packages": {name: metadata.version(name) for name in packages},
+    }
+
+
+def _open_sinks(config: Config, directory: Path, step: int, console: Console) -> tuple[Sink, ...]:
+    sinks: list[Sink] = [MetricsFile(directory / "metrics.jsonl", step, console)]
+    if config.hooks.console:
+        sinks.append(ConsoleLine(console, config.train.total_steps))
+    if config.hooks.wandb.mode != "disabled":
+        sinks.append(Wandb(config, directory, console))
+    return tuple(sinks)

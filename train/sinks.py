@@ -1,0 +1,167 @@
+"""Where metrics go: a file that is always written, Weights & Biases, the console.
+
+A sink that fails costs its own output, never the run, and says so once.
+"""
+
+import json
+import os
+from pathlib import Path
+from time import time
+from typing import Any, Protocol, TextIO
+from uuid import uuid4
+
+from rich.console import Console
+
+from train.config import Config
+from train.hooks import Metrics
+
+
+class Sink(Protocol):
+    """Takes the metrics of a step."""
+
+    def write(self, step: int, metrics: Metrics) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class MetricsFile:
+    """`metrics.jsonl`: one JSON object a line, with `step`, the Unix `time`, and the metrics."""
+
+    def __init__(self, path: Path, resumed_step: int, console: Console) -> None:
+        cut_back(path, resumed_step)
+        self.console = console
+        self.full = False
+        self.file: TextIO = path.open("a", encoding="utf-8")
+
+    def write(self, step: int, metrics: Metrics) -> None:
+        """Append a line. A full disk loses lines, and is told once until there is room again."""
+        try:
+            self.file.write(json.dumps({"step": step, "time": time(), **metrics}) + "\n")
+            self.file.flush()
+            self.full = False
+        except OSError as error:
+            if not self.full:
+                self.console.print(f"[yellow]{self.file.name} is not written: {error}[/]")
+            self.full = True
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def cut_back(path: Path, step: int) -> None:
+    """Drop the lines of later steps than `step`, and a last line that a crash left incomplete."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+        try:
+            if line.endswith("\n") and json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (json.JSONDecodeError, TypeError, KeyError):
+            continue
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text("".join(kept), encoding="utf-8")
+    partial.replace(path)
+
+
+class ConsoleLine:
+    """One line per logging step, above the progress bar."""
+
+    def __init__(self, console: Console, total_steps: int | None) -> None:
+        self.console = console
+        self.total = f"/{total_steps}" if total_steps else ""
+
+    def write(self, step: int, metrics: Metrics) -> None:
+        for line in console_lines(metrics):
+            self.console.print(f"step {step}{self.total}  {line}", highlight=False, markup=False)
+
+    def close(self) -> None:
+        pass
+
+
+def console_lines(metrics: Metrics) -> list[str]:
+    """The metrics that a person follows, in words.
+
+    >>> console_lines({"train/loss": 3.21, "throughput/tokens_per_s": 5123.4, "optim/lr": 3e-4})
+    ['loss 3.210  lr 3.00e-04  5,123 tokens/s']
+    """
+    formats = {
+        "train/loss": "loss {:.3f}",
+        "train/bits_per_byte": "{:.3f} bits/byte",
+        "optim/lr": "lr {:.2e}",
+        "optim/grad_norm": "grad {:.2f}",
+        "throughput/tokens_per_s": "{:,.0f} tokens/s",
+        "throughput/mfu": "mfu {:.1%}",
+        "memory/peak_gib": "{:.2f} GiB",
+    }
+    line = "  ".join(text.format(metrics[key]) for key, text in formats.items() if key in metrics)
+    lines = [line] if line else []
+    for key, value in metrics.items():
+        if key.startswith("eval/") and key.endswith("/loss"):
+            name = key.removeprefix("eval/").removesuffix("/loss")
+            lines.append(
+                f"{name} loss {value:.3f}  {metrics[f'eval/{name}/bits_per_byte']:.3f} bits/byte"
+            )
+        elif isinstance(value, str):
+            lines.append(f"{key}: {value}")
+    return lines
+
+
+class Wandb:
+    """The run on Weights & Biases; offline unless logged in, under one id however often resumed.
+
+    Whatever goes wrong there is told once and ends the logging to it, not the training.
+    """
+
+    def __init__(self, config: Config, run_dir: Path, console: Console) -> None:
+        self.console = console
+        self.run: Any = None
+        self._try(lambda: self._start(config, run_dir))
+
+    def _start(self, config: Config, run_dir: Path) -> None:
+        import wandb
+
+        self.run = wandb.init(
+            project=config.hooks.wandb.project,
+            name=config.name,
+            id=run_id(run_dir),
+            resume="allow",
+            dir=run_dir,
+            mode=_mode(config),
+            config=config.to_dict(),
+            settings=wandb.Settings(silent=True),
+        )
+
+    def _try(self, action: Any) -> None:
+        try:
+            action()
+        except Exception as error:
+            self.run = None
+            self.console.print(
+                f"[yellow]Weights & Biases failed and is left out from here on: {error}[/]"
+            )
+
+    def write(self, step: int, metrics: Metrics) -> None:
+        if self.run is not None:
+            self._try(lambda: self.run.log(metrics, step=step))
+
+    def close(self) -> None:
+        if self.run is not None:
+            self._try(self.run.finish)
+
+
+def run_id(run_dir: Path) -> str:
+    """The W&B id of the run in this directory, made at the first call."""
+    path = run_dir / "wandb_id.txt"
+    if not path.exists():
+        path.write_text(uuid4().hex[:16], encoding="utf-8")
+    return path.read_text(encoding="utf-8").strip()
+
+
+def _mode(config: Config) -> Any:
+    mode = config.hooks.wandb.mode
+    if mode != "auto":
+        return mode
+    import wandb
+
+    return os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline")
