@@ -10,7 +10,7 @@
     blocks.i.ffn_norm          ...post_attention_layernorm            pre
                                ...post_feedforward_layernorm          reordered
     norm                       model.norm
-    head                       lm_head
+    head                       lm_head                            untied; a tied one is embed
 
 Both sides turn the same pairs of a head by RoPE, so the numbers themselves are the same.
 """
@@ -26,7 +26,7 @@ from phd.model import Transformer
 
 State = dict[str, Tensor]
 
-MISMATCHES_SHOWN = 8
+MISFITS_SHOWN = 8
 
 
 class Family(NamedTuple):
@@ -60,6 +60,7 @@ FAMILIES = (
 BY_NORM: dict[str, Family] = {family.norm: family for family in FAMILIES}
 BY_TYPE = {family.model_type: family for family in FAMILIES}
 
+EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 MODULES = {"embed": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
 PROJECTIONS = {
     **{f"attention.{name}": f"self_attn.{name}_proj" for name in ("q", "k", "v", "o")},
@@ -67,7 +68,7 @@ PROJECTIONS = {
 }
 
 # Fields of `ModelConfig` and the keys of a Hugging Face config that always hold them.
-SHAPE = {
+KEYS = {
     "layers": "num_hidden_layers",
     "dim": "hidden_size",
     "ffn_dim": "intermediate_size",
@@ -99,15 +100,16 @@ def from_hugging_face(
     """
     config = _read_config(hf_config)
     names = _names(config)
-    # Files of before transformers 4.31 hold RoPE's frequencies, which rope_theta gives anyway.
+    # Old files hold RoPE's frequencies too, which follow from rope_theta.
     weights = {
         name: weight.to(torch.promote_types(weight.dtype, torch.float32))
         for name, weight in hf_state.items()
         if not name.endswith(".rotary_emb.inv_freq")
     }
     shapes = {names[name]: shape for name, shape in _shapes(config).items()}
-    embed, head = names["embed.weight"], names["head.weight"]
-    weights = _fitting(weights, shapes, embed, head if config.tied else None)
+    if config.tied:
+        weights = _without_tied_head(weights)
+    weights = _fitting(weights, shapes)
     return config, {ours: weights[theirs] for ours, theirs in names.items()}
 
 
@@ -126,16 +128,20 @@ def to_hugging_face(
     if problems := _unwritable(config):
         raise ValueError("; ".join(problems))
     names = _names(config)
-    head = "head.weight" if config.tied else None
-    weights = _fitting(state, _shapes(config), "embed.weight", head)
-    return _write_config(config), {theirs: weights[ours] for ours, theirs in names.items()}
+    weights = _fitting(state, _shapes(config))
+    there = {theirs: weights[ours] for ours, theirs in names.items()}
+    return _write_config(config), {
+        **there,
+        HEAD: weights.get("head.weight", weights["embed.weight"]),
+    }
 
 
 def starting_state(config: ModelConfig, state: Mapping[str, Tensor]) -> State:
     """The state dict with which a model of any variant starts from a vanilla model's weights.
 
     Every copy goes through the same weights, so they are taken as they are; only copy embeddings
-    are new, and start at 0. The originals then compute what the vanilla model computes.
+    are new, and start at 0. The originals then compute what the vanilla model computes. An untied
+    head starts as a tied model's embedding.
 
     Args:
         config: the vanilla model's, with any variant, K, window, chunk and copy settings.
@@ -147,14 +153,17 @@ def starting_state(config: ModelConfig, state: Mapping[str, Tensor]) -> State:
     if config.copy_embedding:
         zeros = state["embed.weight"].new_zeros(config.K, config.dim)
         state = {**state, "copy_embed.weight": zeros}
-    head = "head.weight" if config.tied else None
-    return _fitting(state, _shapes(config), "embed.weight", head)
+    if not config.tied and "head.weight" not in state:
+        state = {**state, "head.weight": state["embed.weight"].clone()}
+    return _fitting(state, _shapes(config))
 
 
 def _names(config: ModelConfig) -> dict[str, str]:
     """The names of a vanilla model's weights, here to there."""
     parts = PROJECTIONS | BY_NORM[config.norm].norms
     names = {f"{ours}.weight": f"{theirs}.weight" for ours, theirs in MODULES.items()}
+    if config.tied:
+        del names["head.weight"]
     for i in range(config.layers):
         for ours, theirs in parts.items():
             names[f"blocks.{i}.{ours}.weight"] = f"model.layers.{i}.{theirs}.weight"
@@ -167,38 +176,42 @@ def _shapes(config: ModelConfig) -> dict[str, torch.Size]:
         return {name: weight.shape for name, weight in Transformer(config).state_dict().items()}
 
 
-def _fitting(
-    state: Mapping[str, Tensor], shapes: dict[str, torch.Size], embed: str, tied_head: str | None
-) -> State:
-    """The weights of `state`, if they are those of `shapes`, all of them and no more.
+def _without_tied_head(hf_state: State) -> State:
+    """The weights less the head, which files of a tied model may hold a second time."""
+    head, embed = hf_state.get(HEAD), hf_state.get(EMBED)
+    if head is not None and embed is not None and not torch.equal(head, embed):
+        raise ValueError(
+            f"{HEAD} differs from {EMBED}, but tied embeddings make them one; set "
+            "tie_word_embeddings to false in the config"
+        )
+    return {name: weight for name, weight in hf_state.items() if name != HEAD}
 
-    A tied head becomes the embedding's tensor itself; files may leave it out.
-    """
-    if tied_head is not None and embed in state:
-        if not torch.equal(state.get(tied_head, state[embed]), state[embed]):
-            raise ValueError(
-                f"{tied_head} differs from {embed}, but tied embeddings make them one; set "
-                "model.tied=False (in a Hugging Face config, tie_word_embeddings to false)"
-            )
-        state = {**state, tied_head: state[embed]}
-    given = {name: weight.shape for name, weight in state.items()}
-    differing = sorted(n for n in given.keys() | shapes.keys() if given.get(n) != shapes.get(n))
-    if differing:
-        lines = [
-            f"  {name}: {_words(shapes.get(name))} expected, {_words(given.get(name))} given"
-            for name in differing[:MISMATCHES_SHOWN]
-        ]
-        if (rest := len(differing) - MISMATCHES_SHOWN) > 0:
+
+def _fitting(state: Mapping[str, Tensor], shapes: dict[str, torch.Size]) -> State:
+    """The weights of `state`, if they are those of `shapes`, all of them and no more."""
+    if misfits := _misfits(state, shapes):
+        lines = [f"  {misfit}" for misfit in misfits[:MISFITS_SHOWN]]
+        if (rest := len(misfits) - MISFITS_SHOWN) > 0:
             lines.append(f"  and {rest} more")
         raise ValueError(
-            f"{len(differing)} weights do not fit the config; give both of one model:\n"
+            f"{len(misfits)} weights do not fit the config; give both of one model:\n"
             + "\n".join(lines)
         )
     return dict(state)
 
 
-def _words(shape: torch.Size | None) -> str:
-    return "nothing" if shape is None else str(list(shape))
+def _misfits(state: Mapping[str, Tensor], shapes: dict[str, torch.Size]) -> list[str]:
+    """The weights that are missing, unexpected or of another shape, with both shapes."""
+
+    def words(shape: torch.Size | None) -> str:
+        return "nothing" if shape is None else str(list(shape))
+
+    given = {name: weight.shape for name, weight in state.items()}
+    return [
+        f"{name}: {words(shapes.get(name))} expected, {words(given.get(name))} given"
+        for name in sorted(given.keys() | shapes.keys())
+        if given.get(name) != shapes.get(name)
+    ]
 
 
 def _unwritable(config: ModelConfig) -> list[str]:
@@ -228,7 +241,7 @@ def _write_config(config: ModelConfig) -> dict[str, Any]:
     return {
         "model_type": family.model_type,
         "architectures": [family.architecture],
-        **{theirs: getattr(config, ours) for ours, theirs in SHAPE.items()},
+        **{theirs: getattr(config, ours) for ours, theirs in KEYS.items()},
         "num_key_value_heads": config.kv_heads,
         "head_dim": config.head_dim,
         "tie_word_embeddings": config.tied,
@@ -253,7 +266,7 @@ def _read_config(hf: Mapping[str, Any]) -> ModelConfig:
         )
     if problems := _unreadable(hf):
         raise ValueError("; ".join(problems))
-    shape: dict[str, Any] = {ours: hf[theirs] for ours, theirs in SHAPE.items()}
+    shape: dict[str, Any] = {ours: hf[theirs] for ours, theirs in KEYS.items()}
     return ModelConfig(
         variant="vanilla",
         K=1,
@@ -272,7 +285,7 @@ def _unreadable(hf: Mapping[str, Any]) -> list[str]:
     """What a Hugging Face config asks for that our model does not compute, or does not say."""
     found = [
         f"{key}: missing; take the config.json that belongs to the weights"
-        for key in SHAPE.values()
+        for key in KEYS.values()
         if key not in hf
     ]
     found += [
@@ -290,6 +303,11 @@ def _unreadable(hf: Mapping[str, Any]) -> list[str]:
         found.append(
             f"{rope.key}: RoPE of type {rope.type!r}, expected 'default'; "
             "choose a checkpoint whose RoPE is not scaled"
+        )
+    if hf.get("quantization_config"):
+        found.append(
+            "quantization_config: quantized weights cannot be trained further; choose the "
+            "checkpoint in float32, bfloat16 or float16"
         )
     return found
 

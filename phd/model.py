@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from phd.block import Block, RMSNorm
 from phd.config import ModelConfig
@@ -37,9 +38,14 @@ class Transformer(nn.Module):
         self.rope = Rope(config)
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
-        self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
-        if config.tied:
-            self.head.weight = self.embed.weight
+        if not config.tied:
+            self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The LM head's weight (V, D). A tied head is no parameter of its own: nothing can part it
+        from the embedding, neither a move to another device nor sharding."""
+        return self.embed.weight if self.config.tied else self.head.weight
 
     def reset(self, seed: int) -> "Transformer":
         """Draw the weights (see `phd.initialization`) and rebuild the tables; returns itself."""
@@ -79,11 +85,15 @@ class Transformer(nn.Module):
 
     def logits(self, tokens: Tensor) -> Tensor:
         """tokens, int (B, T) -> (B, T, V)."""
-        return self.head(self(tokens))
+        return self.predict(self(tokens))
+
+    def predict(self, hidden: Tensor) -> Tensor:
+        """Hidden states (..., D) -> logits (..., V)."""
+        return linear(hidden, self.head_weight)
 
     def loss(self, tokens: Tensor, targets: Tensor, z_loss: float = 0.0) -> Loss:
         """Sums over the targets that are not `phd.loss.IGNORED`; see `next_token_loss`."""
-        return next_token_loss(self(tokens), self.head.weight, targets, z_loss)
+        return next_token_loss(self(tokens), self.head_weight, targets, z_loss)
 
 
 def count_parameters(config: ModelConfig) -> dict[str, int]:

@@ -74,7 +74,7 @@ def generate(
     tokens = prompt
     for _ in range(max_tokens):
         context = tokens[:, -model.config.max_seq_len :]
-        logits = model.head(model(context)[:, -1])
+        logits = model.predict(model(context)[:, -1])
         new = sampling.draw(logits, generator).to(tokens.device)
         yield new
         tokens = torch.cat([tokens, new[:, None]], dim=1)

@@ -31,9 +31,10 @@ from train.validation import ConfigError, defaults, did_you_mean, keys, nearest
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 
-# What a run's name tells anyway; other settings that differ within a sweep are added to it.
 QUOTING = """write a text with special characters as 'key="..."'"""
 SECTIONS = {setting.name for setting in fields(Config)}
+
+# What a run's name tells anyway; other settings that differ within a sweep are added to it.
 NAMED = {"model", "size", "model.size", "model.variant", "model.K", "model.window", "model.chunk"}
 
 
@@ -102,7 +103,8 @@ def check(overrides: Iterable[str], *, multirun: bool = False) -> Command:
         else:
             problems += [
                 f"{text.lstrip('+')}: several values make a sweep, which needs -m; a list is [...]"
-                for text in parsed.keys() - set(one)
+                for text in parsed
+                if text not in one
             ]
             jobs.append(_read(whole))
     problems += _shared_directories(jobs)
@@ -212,15 +214,18 @@ def _read(tree: DictConfig) -> Config:
 
 def _named(config: Config, point: Iterable[str], swept: set[str]) -> Config:
     """Adds to the run's name what it does not tell of a job, so that no two share a directory."""
-    labels = [
-        re.sub(
-            r"[^\w.+-]+", "_", f"{o.key_or_group.rpartition('.')[2]}_{o.get_value_element_as_str()}"
-        )
-        for o in OverridesParser.create().parse_overrides(list(point))
-        if o.key_or_group in (swept if config.run.name else swept - NAMED)
-    ]
+    untold = swept if config.run.name else swept - NAMED
+    overrides = OverridesParser.create().parse_overrides(list(point))
+    labels = [_label(override) for override in overrides if override.key_or_group in untold]
     name = "-".join([config.name, *labels])
     return replace(config, run=replace(config.run, name=name)) if labels else config
+
+
+def _label(override: Override) -> str:
+    """An override as a part of a directory's name: `lr_0.001`."""
+    setting = override.key_or_group.rpartition(".")[2]
+    label = f"{setting}_{override.get_value_element_as_str()}"
+    return re.sub(r"([^\w.+-]|_)+", "_", label).strip("_")
 
 
 def _shared_directories(jobs: Iterable[Config]) -> list[str]:

@@ -321,7 +321,7 @@ class HooksConfig(Checked):
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Checked):
-    """A whole run. Equal configs make equal runs."""
+    """A whole run in one value."""
 
     run: RunConfig = field(default_factory=RunConfig)
     seed: int = 0
@@ -362,7 +362,7 @@ class Config(Checked):
     @property
     def warmup_steps(self) -> int:
         """Steps of the warm-up; 0 for a run without a length that sets none."""
-        if self.schedule.warmup_steps:
+        if self.schedule.warmup_steps is not None:
             return self.schedule.warmup_steps
         if self.schedule.warmup_tokens is not None:
             return ceil(self.schedule.warmup_tokens / self.train.tokens_per_step)

@@ -1,6 +1,6 @@
 """Write text with a trained model.
 
-    python train/generate.py run=runs/phd_cswa-2-16-32-tiny prompt="def main("
+python train/generate.py run=runs/phd_cswa-2-16-32-tiny prompt="def main("
 """
 
 from dataclasses import dataclass

@@ -106,12 +106,11 @@ def open_run(config: Config, console: Console) -> Run:
     """
     place, directory = Place.from_environment(), config.run_dir
     if place.world > 1:
-        raise ConfigError(
-            [
-                f"engine.kind={config.engine.kind}: {place.world} processes were started, and this "
-                "engine trains on one; start it without torchrun"
-            ]
+        alone = (
+            f"engine.kind={config.engine.kind}: {place.world} processes were started, and this "
+            "engine trains on one; start it without torchrun"
         )
+        raise ConfigError([alone])
     if config.run.resume == "never" and (moved := set_aside(directory)):
         console.print(f"run.resume=never: the earlier run is now in {moved}")
     try:

@@ -168,6 +168,17 @@ def test_target_bytes_are_those_of_the_targets_text(
         assert batch.rows.dtype == np.int64
 
 
+def test_the_epoch_is_that_of_the_slowest_lane(
+    documents_of: DocumentsOf, tokenizer: Tokenizer
+) -> None:
+    epochs = []
+    for batch in taken(stream(documents_of(), tokenizer), 40):
+        epochs.append(sorted(cursor["epoch"] for cursor in batch.cursors.values()))
+        assert batch.epoch == epochs[-1][0]
+    assert [0, 0, 0, 1] in epochs
+    assert epochs[-1][0] >= 1
+
+
 def test_held_out_documents_are_never_trained_on(
     documents_of: DocumentsOf, tokenizer: Tokenizer
 ) -> None:

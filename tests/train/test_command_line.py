@@ -134,6 +134,13 @@ def test_one_wrong_job_stops_a_sweep_before_the_first() -> None:
     ]
 
 
+def test_a_swept_section_is_a_readable_part_of_the_name() -> None:
+    points = "model={K: 2, norm: pre},{K: 3, norm: hybrid}"
+    jobs = check(["run.name=mine", points], multirun=True).jobs
+    assert [job.model.norm for job in jobs] == ["pre", "hybrid"]
+    assert [job.name for job in jobs] == ["mine-model_K_2_norm_pre", "mine-model_K_3_norm_hybrid"]
+
+
 @pytest.mark.parametrize("override", ["run.dir=here", "model=phd"])
 def test_jobs_of_a_sweep_never_share_a_directory(override: str) -> None:
     [problem] = problems(override, "model.chunk=16,32", multirun=True)

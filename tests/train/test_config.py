@@ -73,7 +73,9 @@ def test_a_config_survives_json() -> None:
         }
     )
     assert isinstance(before.data.source, FilesSource)
-    assert Config.from_dict(json.loads(json.dumps(before.to_dict()))) == before
+    plain = json.loads(json.dumps(before.to_dict()))
+    assert plain == before.to_dict()
+    assert Config.from_dict(plain) == before
 
 
 @pytest.mark.parametrize(
@@ -226,6 +228,8 @@ def test_a_fault_is_told_in_one_line(case: tuple[Any, ...]) -> None:
 INDEPENDENT = [
     ({"model.windw": 3}, "model.windw"),
     ({"K": 3}, "K"),
+    ({"modl.dim": 3}, "modl.dim"),
+    ({"model.dim": 0}, "model.dim"),
     ({"model.norm": "post"}, "model.norm"),
     ({"model.layers": 0}, "model.layers"),
     ({"model.kv_heads": 3}, "model.kv_heads"),
@@ -318,6 +322,8 @@ def test_a_step_is_cut_into_equal_passes() -> None:
         train.accumulation(4)
     with pytest.raises(ValueError, match="not divisible by 5 ranks"):
         TrainConfig(global_batch=24).accumulation(5)
+    with pytest.raises(ValueError, match="not divisible by 16 ranks"):
+        TrainConfig(global_batch=8).accumulation(16)
 
 
 def test_the_warm_up_is_given_in_steps_tokens_or_a_fraction() -> None:

@@ -1,0 +1,280 @@
+"""The whole model equals a slow twin, and the facts that follow from the three rules hold in it."""
+
+from dataclasses import replace
+from typing import Any, get_args
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from phd.config import ModelConfig, Norm, Variant
+from phd.model import Transformer
+from phd.pattern import Pattern
+
+claim = settings(derandomize=True, deadline=None, max_examples=100)
+SMALL = ModelConfig(
+    K=3,
+    window=4,
+    chunk=8,
+    layers=3,
+    dim=24,
+    ffn_dim=40,
+    heads=4,
+    kv_heads=2,
+    head_dim=8,
+    vocab_size=29,
+    max_seq_len=60,
+)
+T = 18
+norms = pytest.mark.parametrize("norm", get_args(Norm))
+variants = pytest.mark.parametrize("variant", get_args(Variant))
+
+
+def model_of(config: ModelConfig) -> Transformer:
+    """A float64 model in which no weight is one that hides a mistake: norms of 1, embeddings of 0.
+
+    Like the rest of the weights, norms are the same for every K.
+    """
+    model = Transformer(config).reset(0).double()
+    generator = torch.Generator().manual_seed(0)
+    for name, weight in model.named_parameters():
+        if "norm" in name:
+            nn.init.uniform_(weight, 0.5, 1.5, generator=generator)
+    if config.copy_embedding:
+        nn.init.normal_(model.copy_embed.weight, generator=generator)
+    return model
+
+
+def of_variant(variant: Variant, **settings: Any) -> ModelConfig:
+    K = 1 if variant == "vanilla" else settings.pop("K", SMALL.K)
+    return replace(SMALL, variant=variant, K=K, **settings)
+
+
+def random_tokens(B: int = 2, tokens: int = T) -> Tensor:
+    return torch.randint(0, SMALL.vocab_size, (B, tokens))
+
+
+class SlowTwin:
+    """The model by the book: every copy in every layer, a dense mask, one weight of a name each."""
+
+    def __init__(self, model: Transformer) -> None:
+        self.config = model.config
+        self.weights = dict(model.named_parameters())
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        x = F.embedding(tokens, self.weights["embed.weight"])[:, None]
+        x = x.repeat(1, self.config.K, 1, 1)
+        if self.config.copy_embedding:
+            x = x + self.weights["copy_embed.weight"][:, None, :]
+        for layer in range(self.config.layers):
+            x = self.block(layer, x)
+        head = "embed.weight" if self.config.tied else "head.weight"
+        return self.normalised("norm", x[:, -1]) @ self.weights[head].T
+
+    def block(self, layer: int, x: Tensor) -> Tensor:
+        def A(x: Tensor) -> Tensor:
+            return self.attention(f"blocks.{layer}.attention", x)
+
+        def FF(x: Tensor) -> Tensor:
+            return self.feed_forward(f"blocks.{layer}.ffn", x)
+
+        def n(which: str, x: Tensor) -> Tensor:
+            return self.normalised(f"blocks.{layer}.{which}_norm", x)
+
+        norm = self.config.norm
+        if norm == "reordered":
+            x = x + n("attention", A(x))
+            return x + n("ffn", FF(x))
+        if norm == "pre" or (norm == "hybrid_star" and layer == 0):
+            x = x + A(n("attention", x))
+            return x + FF(n("ffn", x))
+        y = n("ffn", x + A(x))
+        return y + FF(y)
+
+    def attention(self, name: str, x: Tensor) -> Tensor:
+        c = self.config
+        q, k, v = (self.linear(f"{name}.{which}", x) for which in "qkv")
+        if c.norm != "pre":
+            q, k = self.normalised(f"{name}.q_norm", q), self.normalised(f"{name}.k_norm", k)
+        if c.norm in ("hybrid", "hybrid_star"):
+            v = self.normalised(f"{name}.v_norm", v)
+        q, k, v = (y.unflatten(-1, (-1, c.head_dim)) for y in (q, k, v))  # (B, K, T, heads, H)
+        q, k = self.turned(q), self.turned(k)
+        mask = Pattern.of(c).mask(x.shape[2])
+        heads = []
+        for i in range(c.heads):
+            g = i // (c.heads // c.kv_heads)
+            scores = torch.einsum("bsnh,brmh->bsnrm", q[..., i, :], k[..., g, :])
+            scores = (scores / c.head_dim**0.5).masked_fill(~mask, -torch.inf)
+            p = scores.flatten(3).softmax(-1).view_as(scores)
+            heads.append(torch.einsum("bsnrm,brmh->bsnh", p, v[..., g, :]))
+        return self.linear(f"{name}.o", torch.cat(heads, -1))
+
+    def turned(self, x: Tensor) -> Tensor:
+        c, (K, tokens) = self.config, x.shape[1:3]
+        n, s = torch.arange(tokens), torch.arange(K)[:, None]
+        position = n.expand(K, tokens) if c.copy_positions == "shared" else n * K + s
+        frequency = c.rope_theta ** -(torch.arange(0, c.head_dim, 2) / c.head_dim).double()
+        angle = position[..., None, None] * frequency
+        cos, sin = (y.float().double() for y in (angle.cos(), angle.sin()))  # as the model keeps them
+        a, b = x.chunk(2, -1)
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+    def feed_forward(self, name: str, x: Tensor) -> Tensor:
+        gate, up = self.linear(f"{name}.gate", x), self.linear(f"{name}.up", x)
+        return self.linear(f"{name}.down", gate * gate.sigmoid() * up)
+
+    def linear(self, name: str, x: Tensor) -> Tensor:
+        return x @ self.weights[f"{name}.weight"].T
+
+    def normalised(self, name: str, x: Tensor) -> Tensor:
+        mean_square = x.square().mean(-1, keepdim=True) + self.config.norm_eps
+        return x / mean_square.sqrt() * self.weights[f"{name}.weight"]
+
+
+@claim
+@given(config=..., B=st.integers(1, 2), tokens=st.integers(1, 30))
+def test_the_loss_and_every_gradient_equal_those_of_the_slow_twin(
+    config: ModelConfig, B: int, tokens: int
+) -> None:
+    model = model_of(config)
+    row, targets = torch.randint(0, config.vocab_size, (2, B, tokens))
+    logits = SlowTwin(model).logits(row)
+    torch.testing.assert_close(model.logits(row), logits, rtol=1e-9, atol=1e-9)
+    slow = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+    total = model.loss(row, targets).total
+    torch.testing.assert_close(total, slow, rtol=1e-10, atol=0)
+    names, weights = zip(*model.named_parameters(), strict=True)
+    gradients = (torch.autograd.grad(x, weights, allow_unused=True) for x in (total, slow))
+    for name, ours, expected in zip(names, *gradients, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-8, atol=1e-8, msg=f"{name}: {config}")
+
+
+def originals(model: Transformer, tokens: Tensor) -> list[Tensor]:
+    """What the original copies compute: each layer's stream, and in the last its keys and values."""
+    seen: list[Tensor] = []
+
+    def record(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:  # noqa: ARG001
+        seen.append(output[:, 0])
+
+    last = model.blocks[-1].attention
+    for module in (*model.blocks[:-1], last.k, last.v):
+        module.register_forward_hook(record)
+    model(tokens)
+    return seen
+
+
+@norms
+@pytest.mark.parametrize("variant", ["phd", "phd_swa", "phd_cswa"])
+def test_originals_compute_what_vanilla_computes(variant: Variant, norm: Norm) -> None:
+    tokens = random_tokens()
+    found = originals(model_of(of_variant(variant, norm=norm)), tokens)
+    expected = originals(model_of(of_variant("vanilla", norm=norm)), tokens)
+    assert len(found) == SMALL.layers + 1
+    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
+
+
+@norms
+@variants
+def test_one_copy_of_any_variant_is_vanilla(variant: Variant, norm: Norm) -> None:
+    tokens = random_tokens()
+    found = model_of(of_variant(variant, K=1, norm=norm)).logits(tokens)
+    assert torch.equal(found, model_of(of_variant("vanilla", norm=norm)).logits(tokens))
+
+
+@norms
+def test_a_window_of_one_with_two_copies_is_plain_phd(norm: Norm) -> None:
+    tokens = random_tokens()
+    windowed = model_of(of_variant("phd_swa", K=2, window=1, norm=norm))
+    plain = model_of(of_variant("phd", K=2, norm=norm))
+    torch.testing.assert_close(windowed.logits(tokens), plain.logits(tokens))
+
+
+@norms
+@pytest.mark.parametrize("window", [1, 4, 100])
+def test_one_chunk_for_the_whole_row_is_no_chunk(window: int, norm: Norm) -> None:
+    tokens = random_tokens()
+    hidden_copies = T * (SMALL.K - 1)
+    chunked = of_variant("phd_cswa", window=window, chunk=hidden_copies, norm=norm)
+    found = model_of(chunked).logits(tokens)
+    expected = model_of(of_variant("phd_swa", window=window, norm=norm)).logits(tokens)
+    torch.testing.assert_close(found, expected)
+    cut = model_of(replace(chunked, chunk=hidden_copies - 2)).logits(tokens)
+    assert (window == 1) == torch.allclose(cut[:, -1], expected[:, -1])
+
+
+@norms
+def test_naive_repetition_is_vanilla_on_repeated_tokens(norm: Norm) -> None:
+    tokens = random_tokens()
+    repeating = of_variant("naive_repeat", copy_positions="flattened", norm=norm)
+    repeated = tokens.repeat_interleave(SMALL.K, 1)
+    vanilla = model_of(of_variant("vanilla", norm=norm)).logits(repeated)
+    found = model_of(repeating).logits(tokens)
+    torch.testing.assert_close(found, vanilla[:, SMALL.K - 1 :: SMALL.K])
+
+
+@claim
+@given(config=..., tokens=st.integers(1, 30), data=st.data())
+def test_changing_a_token_changes_no_output_before_it(
+    config: ModelConfig, tokens: int, data: st.DataObject
+) -> None:
+    t = data.draw(st.integers(0, tokens - 1))
+    model, row = model_of(config), torch.randint(0, config.vocab_size, (1, tokens))
+    changed = row.clone()
+    changed[:, t] = (row[:, t] + 1) % config.vocab_size
+    before, after = model(row), model(changed)
+    assert torch.equal(before[:, :t], after[:, :t])
+    assert not torch.allclose(before[:, t], after[:, t])
+
+
+def influence(config: ModelConfig, n: int) -> Tensor:
+    """Whether each slot's stream after the first block moves token n's output: bool (K, T)."""
+    model, streams = model_of(config), []
+
+    def cut(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:  # noqa: ARG001
+        streams.append(output.detach().requires_grad_())
+        return streams[0]
+
+    model.blocks[0].register_forward_hook(cut)
+    output = model(random_tokens(B=1))[0, n]
+    (gradient,) = torch.autograd.grad((output * torch.randn_like(output)).sum(), streams)
+    return (gradient[0] != 0).any(-1)
+
+
+@norms
+@variants
+def test_in_one_layer_exactly_the_slots_that_the_mask_shows_move_an_output(
+    variant: Variant, norm: Norm
+) -> None:
+    config = of_variant(variant, layers=2, norm=norm)
+    mask = Pattern.of(config).mask(T)
+    for n in (0, 7, 8, T - 1):
+        assert torch.equal(influence(config, n), mask[-1, n])
+
+
+@pytest.mark.parametrize("settings", [{"chunk": 8}, {"chunk": 4, "span_unit": "token"}])
+def test_hidden_copies_of_one_chunk_never_influence_another(settings: dict[str, Any]) -> None:
+    config = of_variant("phd_cswa", window=100, layers=4, **settings)
+    n = torch.arange(T)
+    for token in (0, 3, 4, 9, T - 1):
+        moved = influence(config, token)
+        assert torch.equal(moved[0], n <= token)
+        assert torch.equal(moved[1:].all(0), (n <= token) & (n // 4 == token // 4))
+        assert torch.equal(moved[1:].any(0), moved[1:].all(0))
+
+
+def test_under_autocast_the_loss_stays_close_and_the_stream_stays_in_float32() -> None:
+    model, (tokens, targets) = Transformer(SMALL).reset(0), torch.stack([random_tokens()] * 2)
+    expected = model.loss(tokens, targets).total
+    with torch.autocast("cpu", torch.bfloat16):
+        found, hidden = model.loss(tokens, targets).total, model(tokens)
+    assert found.dtype == hidden.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=0)
+
+
+def test_a_row_longer_than_the_rope_table_is_refused_with_what_to_do() -> None:
+    with pytest.raises(ValueError, match=r"^model\.max_seq_len=60: a row of 61 .* raise model\.max"):
+        Transformer(SMALL)(random_tokens(tokens=61))

@@ -1,0 +1,276 @@
+"""Measure what PHD costs on this machine.
+
+    python train/bench.py attention out=bench
+    python train/bench.py step out=bench
+
+Every measurement is repeated in turn with the others (A B C A B C ...), so that a machine that
+slows down slows all of them; ratios are of medians.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.utils import clip_grad_norm_
+
+from phd.attention import attend
+from phd.config import Backend, ModelConfig
+from phd.flops import training_flops_per_token
+from phd.hugging_face import to_hugging_face
+from phd.pattern import Pattern
+from train import arguments
+from train.command_line import load
+from train.config import Config, EngineConfig
+from train.device import autocast, choose_device
+from train.engine import SingleEngine
+from train.optimizer import build_optimizer
+from train.run import environment
+from train.validation import ConfigError
+
+Work = Callable[[], Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchArguments:
+    """Arguments of `python train/bench.py NAME key=value ...`.
+
+    Attributes:
+        name: `attention`: forward and backward of one layer's attention; `step`: a whole training
+            step, also that of transformers' Olmo2.
+        out: the directory that gets `<name>.json`.
+        repeat: how often everything is measured; medians are reported.
+        size: the model of `step`, a file of conf/size/.
+        rows: rows of a step.
+        seq_len: T of a step.
+        device: auto, cpu or cuda.
+    """
+
+    name: str
+    out: str = "bench"
+    repeat: int = 9
+    size: str = "tiny"
+    rows: int = 4
+    seq_len: int = 1024
+    device: str = "auto"
+
+    def problems(self) -> list[str]:
+        """Every impossible setting, one sentence each."""
+        found = [
+            f"{key}={value}: expected an integer of at least 1"
+            for key in ("repeat", "rows", "seq_len")
+            if (value := getattr(self, key)) < 1
+        ]
+        if self.name not in BENCHMARKS:
+            found.append(f"name={self.name}: expected one of {', '.join(BENCHMARKS)}")
+        if self.device not in ("auto", "cpu", "cuda"):
+            found.append(f"device={self.device}: expected auto, cpu or cuda")
+        return found
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a benchmark measured: a row for each piece of work, and what they mean together."""
+
+    rows: list[dict[str, Any]]
+    ratios: dict[str, float]
+
+
+def interleaved(
+    works: dict[str, Work], repeat: int, device: torch.device
+) -> dict[str, list[float]]:
+    """Seconds of each piece of work, `repeat` times in turn, after one that is not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in works}
+    for turn in range(repeat + 1):
+        for name, work in works.items():
+            _synchronize(device)
+            start = perf_counter()
+            work()
+            _synchronize(device)
+            if turn:
+                seconds[name].append(perf_counter() - start)
+    return seconds
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def bench_attention(given: BenchArguments, device: torch.device) -> Result:
+    """Forward and backward at B = 1, N = 8, G = 2, H = 64; W = 16 and C = 32."""
+    rows, ratios = [], {}
+    for T in (1024, 2048):
+        works: dict[str, Work] = {"vanilla": _vanilla_work(T, device)}
+        for K in (2, 3, 4):
+            config = ModelConfig(variant="phd_cswa", K=K)
+            works[f"packed_K{K}"] = _attention_work(config, "packed", T, device)
+        naive = ModelConfig(variant="naive_repeat", K=3)
+        works["naive_K3"] = _attention_work(naive, "packed", T, device)
+        config = ModelConfig(variant="phd_cswa", K=3)
+        works["dense_mask_K3"] = _attention_work(config, "reference", T, device)
+        if device.type == "cuda":
+            works["flex_K3"] = _attention_work(config, "flex", T, device)
+        seconds = interleaved(works, given.repeat, device)
+        typical = {name: median(values) for name, values in seconds.items()}
+        rows += [
+            {
+                "T": T,
+                "work": name,
+                "median_ms": typical[name] * 1e3,
+                "x_vanilla": typical[name] / typical["vanilla"],
+                "seconds": values,
+            }
+            for name, values in seconds.items()
+        ]
+        for K in (2, 3, 4):
+            ratios[f"packed_over_vanilla_K{K}_T{T}"] = typical[f"packed_K{K}"] / typical["vanilla"]
+        ratios[f"naive_over_packed_K3_T{T}"] = typical["naive_K3"] / typical["packed_K3"]
+    return Result(rows, ratios)
+
+
+def _inputs(K: int, T: int, device: torch.device) -> tuple[list[Tensor], Tensor]:
+    """q, k, v and the gradient of the output."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    q, k, v, dout = (
+        torch.randn(1, heads, K, T, 64, device=device, dtype=dtype) for heads in (8, 2, 2, 8)
+    )
+    return [x.requires_grad_() for x in (q, k, v)], dout
+
+
+def _attention_work(config: ModelConfig, backend: Backend, T: int, device: torch.device) -> Work:
+    inputs, dout = _inputs(config.K, T, device)
+    pattern = Pattern.of(config)
+    q, k, v = inputs
+    return lambda: torch.autograd.grad(attend(q, k, v, pattern, backend), inputs, dout)
+
+
+def _vanilla_work(T: int, device: torch.device) -> Work:
+    inputs, dout = _inputs(1, T, device)
+
+    def work() -> None:
+        q, k, v = (x[:, :, 0] for x in inputs)
+        out = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        torch.autograd.grad(out, inputs, dout[:, :, 0])
+
+    return work
+
+
+def bench_step(given: BenchArguments, device: torch.device) -> Result:
+    """A training step of vanilla, of PHD-CSWA at K = 2 and 3, and of transformers' Olmo2."""
+    base = load(
+        [
+            f"size={given.size}",
+            f"train.seq_len={given.seq_len}",
+            f"train.global_batch={given.rows}",
+            "data.lanes=1",
+            f"engine.device={device.type}",
+        ]
+    )
+    models = {"vanilla": base.model.vanilla_twin}
+    models |= {f"phd_cswa_K{K}": replace(base.model, variant="phd_cswa", K=K) for K in (2, 3)}
+    V, T = base.model.vocab_size, given.seq_len
+    batch = torch.randint(0, V, (given.rows, T + 1), generator=torch.Generator().manual_seed(0))
+    works = {name: _step_work(replace(base, model=m), batch) for name, m in models.items()}
+    works["transformers"] = _transformers_work(base, batch)
+    seconds = interleaved(works, given.repeat, device)
+    typical = {name: median(values) for name, values in seconds.items()}
+    flops = {name: training_flops_per_token(m, T) for name, m in models.items()}
+    flops["transformers"] = flops["vanilla"]
+    rows = [
+        {
+            "work": name,
+            "median_ms": typical[name] * 1e3,
+            "x_vanilla": typical[name] / typical["vanilla"],
+            "flops_x_vanilla": flops[name] / flops["vanilla"],
+            "tokens_per_s": given.rows * T / typical[name],
+            "seconds": values,
+        }
+        for name, values in seconds.items()
+    ]
+    ratios = {
+        f"step_over_flops_K{K}": (typical[name] / typical["vanilla"])
+        / (flops[name] / flops["vanilla"])
+        for K, name in ((2, "phd_cswa_K2"), (3, "phd_cswa_K3"))
+    }
+    ratios["vanilla_over_transformers"] = typical["vanilla"] / typical["transformers"]
+    return Result(rows, ratios)
+
+
+def _step_work(config: Config, batch: Tensor) -> Work:
+    engine = SingleEngine(config)
+    return lambda: engine.step(batch, config.optim.lr)
+
+
+def _transformers_work(config: Config, batch: Tensor) -> Work:
+    """The same step of `Olmo2ForCausalLM`: same weights, batch, clipping and optimizer."""
+    try:
+        from transformers import Olmo2Config, Olmo2ForCausalLM
+    except ImportError:
+        raise ConfigError(
+            ['name=step: compares with transformers; pip install "phd-transformer[hf]"'],
+            "the arguments",
+        ) from None
+    twin = replace(config, model=config.model.vanilla_twin)
+    engine = SingleEngine(twin)
+    shape, weights = to_hugging_face(twin.model, engine.model.state_dict())
+    model = Olmo2ForCausalLM(Olmo2Config(**shape, use_cache=False))
+    model.to(device=engine.device)  # type: ignore[call-arg]
+    model.load_state_dict(weights)
+    optimizer = build_optimizer(model, config.optim)
+    batch = batch.to(engine.device)
+    tokens, targets = batch[:, :-1], batch[:, 1:].contiguous()
+
+    def work() -> None:
+        with autocast(engine.device, engine.dtype):
+            loss = model(input_ids=tokens, labels=targets, shift_labels=targets).loss
+        loss.backward()
+        clip_grad_norm_(model.parameters(), config.optim.grad_clip or torch.inf)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return work
+
+
+BENCHMARKS: dict[str, Callable[[BenchArguments, torch.device], Result]] = {
+    "attention": bench_attention,
+    "step": bench_step,
+}
+
+
+def main(given: BenchArguments) -> int:
+    """Run one benchmark, print its table and write its JSON."""
+    device = choose_device(EngineConfig(device=given.device))  # type: ignore[arg-type]
+    console = Console(soft_wrap=True, highlight=False)
+    result = BENCHMARKS[given.name](given, device)
+    table = Table(title=f"{given.name} on {device}, medians of {given.repeat}")
+    columns = [key for key in result.rows[0] if key != "seconds"]
+    for column in columns:
+        table.add_column(column, justify="left" if column == "work" else "right")
+    for row in result.rows:
+        table.add_row(*(_cell(row[column]) for column in columns))
+    console.print(table)
+    for name, ratio in result.ratios.items():
+        console.print(f"{name:32} {ratio:.3f}")
+    path = Path(given.out, f"{given.name}.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    report = {"machine": environment(), "ratios": result.ratios, "rows": result.rows}
+    path.write_text(json.dumps(report, indent=1), encoding="utf-8")
+    console.print(f"written: {path}")
+    return 0
+
+
+def _cell(value: Any) -> str:
+    return f"{value:,.2f}" if isinstance(value, float) else str(value)
+
+
+if __name__ == "__main__":
+    arguments.run(BenchArguments, main, positional=["name"])
