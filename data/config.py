@@ -187,7 +187,9 @@ class TokenizerConfig(Checked):
             found.append(
                 f"tokenizer.sample_bytes={self.sample_bytes}: expected an integer of at least 1"
             )
-        if self.path is not None and self.vocab_size is not None:
+        if self.path == "":
+            found.append("tokenizer.path='': expected the path of a SentencePiece .model")
+        if self.path and self.vocab_size is not None:
             found.append(
                 f"tokenizer.vocab_size={self.vocab_size}: a given tokenizer.path has its own size; "
                 "leave one of the two null"

@@ -89,17 +89,20 @@ class Documents:
 
     def _too_few(self) -> ValueError:
         """The error for a lane that finds nothing to train on."""
-        texts = [d.text for d, _ in self.corpus.documents(lane=0, lanes=1) if d.text.strip()]
-        held = sum(is_held_out(text, self.config.holdout) for text in texts)
-        if not texts:
+        held_out = [
+            is_held_out(document.text, self.config.holdout)
+            for document, _ in self.corpus.documents(lane=0, lanes=1)
+            if document.text.strip()
+        ]
+        if not held_out:
             return ValueError(
                 f"data.source: no text in it ({self._place()}); choose a source with documents"
             )
         return ValueError(
             f"data.lanes={self.config.lanes}: a lane found no document to train on, for "
-            f"data.source has {len(texts)} and data.holdout={self.config.holdout} holds out {held} "
-            "of them; lower data.lanes or add documents (a .txt file is one, unless "
-            "data.source.separator cuts it)"
+            f"data.source has {len(held_out)} and data.holdout={self.config.holdout} holds out "
+            f"{sum(held_out)} of them; lower data.lanes or add documents (a .txt file is one, "
+            "unless data.source.separator cuts it)"
         )
 
     def _place(self) -> str:

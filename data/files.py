@@ -3,6 +3,7 @@
 import glob
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,7 +32,7 @@ class FileCorpus:
 
     files: tuple[CorpusFile, ...]
 
-    @property
+    @cached_property
     def identity(self) -> dict[str, Any]:
         """The files' names, sizes and formats; where they lie does not matter."""
         listing = "\n".join(f"{f.name} {f.path.stat().st_size} {f.format}" for f in self.files)
@@ -85,47 +86,54 @@ def local_corpus(source: FilesSource) -> FileCorpus:
     Raises:
         ValueError: a path does not exist, matches no file, or is of no known format.
     """
-    found = [file for pattern in source.patterns for file in _matches(source, pattern)]
-    return FileCorpus(tuple({file.path: file for file in found}.values()))
+    files: dict[Path, CorpusFile] = {}
+    for pattern in source.patterns:
+        for path, name in _matches(pattern):
+            files.setdefault(path, CorpusFile(path, name, _format(source, path)))
+    return FileCorpus(tuple(files.values()))
 
 
-def _matches(source: FilesSource, pattern: str) -> list[CorpusFile]:
+def _matches(pattern: str) -> list[tuple[Path, str]]:
+    """The files that one of the paths means, in sorted order, with their lasting names."""
     path = Path(pattern).expanduser()
     if path.is_dir():
-        readable = (p for p in path.rglob("*") if p.is_file() and _format(source, p))
-        names = {p: p.relative_to(path) for p in readable}
-        paths = [p for p, name in names.items() if not any(part[0] == "." for part in name.parts)]
-        expected = f"a directory with {', '.join(SUFFIXES)} files, also compressed"
-    elif path.is_file():
-        paths, names = [path], {}
-        expected = "a file"
+        inside = ((p, p.relative_to(path)) for p in path.rglob("*") if p.is_file())
+        found = [
+            (p, name.as_posix())
+            for p, name in inside
+            if _suffix(p) in SUFFIXES and not any(part.startswith(".") for part in name.parts)
+        ]
     else:
-        paths = [p for p in map(Path, glob.glob(str(path), recursive=True)) if p.is_file()]
-        names = {}
-        expected = "a file, a directory or a glob that matches some"
-    if not paths:
+        paths = [path] if path.is_file() else map(Path, glob.glob(str(path), recursive=True))
+        found = [(p, p.name) for p in paths if p.is_file()]
+    if not found:
         raise ValueError(
-            f"data.source.paths={pattern!r}: expected {expected}, found none; correct the path "
+            f"data.source.paths={pattern!r}: no such file, no directory with "
+            f"{', '.join(SUFFIXES)} files in it, and no glob that matches any; correct the path "
             f"(relative ones start at {Path.cwd()})"
         )
-    files = []
-    for p in sorted(paths, key=Path.as_posix):
-        if (form := _format(source, p)) is None:
-            raise ValueError(
-                f"data.source.paths={pattern!r}: cannot read {p.name}; expected "
-                f"{', '.join(SUFFIXES)}, also with {', '.join(COMPRESSED)}"
-            )
-        files.append(CorpusFile(p, names.get(p, Path(p.name)).as_posix(), form))
-    return files
+    return sorted(found)
 
 
-def _format(source: FilesSource, path: Path) -> Format | None:
-    suffix = Path(path.stem if path.suffix in COMPRESSED else path.name).suffix
-    match suffix:
+def _suffix(path: Path) -> str:
+    """The ending that tells the format.
+
+    >>> _suffix(Path("a.jsonl.gz")), _suffix(Path("a.txt"))
+    ('.jsonl', '.txt')
+    """
+    return Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix
+
+
+def _format(source: FilesSource, path: Path) -> Format:
+    match _suffix(path):
         case ".txt":
             return SeparatedText(source.separator) if source.separator else TextFile()
         case ".jsonl":
             return JsonLines(source.text_field)
         case ".parquet":
             return Parquet(source.text_field)
-    return None
+        case _:
+            raise ValueError(
+                f"data.source.paths={source.paths!r}: cannot read {path.name}; expected "
+                f"{', '.join(SUFFIXES)}, also with {', '.join(COMPRESSED)}"
+            )

@@ -24,6 +24,6 @@ def source_files(root: Path) -> list[CorpusFile]:
     names = []
     for directory, below, files in os.walk(root):
         below[:] = [name for name in below if name not in PASSED_OVER]
-        folder = Path(directory).relative_to(root.parent)
-        names += [(folder / name).as_posix() for name in files if name.endswith(".py")]
+        paths = (Path(directory, name) for name in files if name.endswith(".py"))
+        names += [p.relative_to(root.parent).as_posix() for p in paths if p.is_file()]
     return [CorpusFile(root.parent / name, name, PythonFile()) for name in sorted(names)]

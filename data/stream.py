@@ -77,9 +77,7 @@ class TokenStream:
         self.tokenizer = tokenizer
         self.shape = shape
         self.seed = seed
-        own = range(shape.rank, config.lanes, shape.world)
-        start = Cursor()._asdict()
-        self.cursors: Cursors = {str(i): cursors[str(i)] if cursors else start for i in own}
+        self._start = cursors
 
     @property
     def fingerprint(self) -> dict[str, Any]:
@@ -100,25 +98,24 @@ class TokenStream:
 
     def __iter__(self) -> Iterator[Batch]:
         shape, lanes = self.shape, self.documents.config.lanes
-        cursors = self.cursors
-        rows_of = {lane: self._rows(int(lane), Cursor(**cursors[lane])) for lane in cursors}
-        order = [str(row % lanes) for row in range(shape.rank, shape.global_batch, shape.world)]
+        rows_of = {lane: self._rows(lane) for lane in range(shape.rank, lanes, shape.world)}
+        order = [row % lanes for row in range(shape.rank, shape.global_batch, shape.world)]
         rows = np.empty((len(order), shape.seq_len + 1), dtype=np.int64)
         while True:
             after = {}
             for i, lane in enumerate(order):
                 rows[i], after[lane] = next(rows_of[lane])
-            cursors = {lane: cursor._asdict() for lane, cursor in after.items()}
             yield Batch(
                 rows=rows.copy(),
                 target_bytes=int(self.tokenizer.byte_lengths[rows[:, 1:]].sum()),
                 epoch=min(cursor.epoch for cursor in after.values()),
-                cursors=cursors,
+                cursors={str(lane): cursor._asdict() for lane, cursor in after.items()},
             )
 
-    def _rows(self, lane: int, start: Cursor) -> Iterator[tuple[np.ndarray, Cursor]]:
-        """A lane's rows [T+1] from `start` on, each with the cursor of the next one."""
+    def _rows(self, lane: int) -> Iterator[tuple[np.ndarray, Cursor]]:
+        """A lane's rows [T+1], each with the cursor of the next one."""
         config = self.documents.config
+        start = Cursor() if self._start is None else Cursor(**self._start[str(lane)])
         shuffle = Shuffle(self.seed, lane, config.block_documents, config.shuffle)
         documents = endless(partial(self.documents.training, lane), shuffle, start)
         tokens = ((self.tokenizer.encode_document(d.text), cursor) for d, cursor in documents)

@@ -5,6 +5,7 @@ from torch.nn.functional import silu
 
 from phd.attention import attend
 from phd.config import ModelConfig
+from phd.norm import RMSNorm
 from phd.pattern import Pattern
 from phd.rope import rotate
 
@@ -51,14 +52,6 @@ class Block(nn.Module):
             case _:
                 x = self.ffn_norm(stream + self.attention(x, rope, last_copy_only))
                 return x + self.ffn(x)
-
-
-class RMSNorm(nn.RMSNorm):
-    """RMSNorm (arXiv 1910.07467) in the weight's precision, whatever autocast makes of x."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., D) -> (..., D) in the weight's dtype."""
-        return super().forward(x.to(self.weight.dtype))
 
 
 class Attention(nn.Module):

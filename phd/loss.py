@@ -40,7 +40,8 @@ def next_token_loss(hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: flo
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
     count = (targets != IGNORED).sum()
     # Torch's own adds the sum up in the dtype of `hidden`: in bfloat16, three digits of it.
-    if z_loss == 0 and hidden.dtype == weight.dtype and hasattr(F, "linear_cross_entropy"):
+    exact = hidden.dtype == weight.dtype and hidden.dtype.itemsize >= 4
+    if z_loss == 0 and exact and hasattr(F, "linear_cross_entropy"):
         options = torch.nn.LinearCrossEntropyOptions()
         total = F.linear_cross_entropy(
             hidden, weight, targets, reduction="sum", ignore_index=IGNORED, options=options

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from phd.block import Block, RMSNorm
+from phd.block import Block
 from phd.config import ModelConfig
 from phd.initialization import initialize
 from phd.loss import Loss, next_token_loss
+from phd.norm import RMSNorm
 from phd.rope import Rope
 
 

@@ -172,6 +172,10 @@ def bench_step(given: BenchArguments, device: torch.device) -> Result:
             f"train.seq_len={given.seq_len}",
             f"train.global_batch={given.rows}",
             "data.lanes=1",
+            "train.max_steps=1",
+            "train.max_tokens=null",
+            "train.micro_batch=null",
+            "schedule.warmup_tokens=null",
             f"engine.device={device.type}",
         ]
     )

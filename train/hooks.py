@@ -175,7 +175,11 @@ class Sample:
         self.tokenizer = tokenizer
 
     def __call__(self, record: StepRecord) -> Metrics:
-        return {} if record.interrupted else {"sample/text": self.write()}
+        return {} if record.interrupted else self.measure()
+
+    def measure(self) -> Metrics:
+        """The sample as a metric."""
+        return {"sample/text": self.write()}
 
     def write(self) -> str:
         """The prompt and what follows it, until the document ends."""

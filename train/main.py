@@ -19,7 +19,7 @@ from train import command_line
 from train.config import Config
 from train.loop import train
 from train.plan import make_plan, print_plan
-from train.report import final_metrics, print_report
+from train.report import print_report
 from train.run import open_run
 
 KILLED = 128  # what a shell adds to a signal's number for the exit code of who died of it
@@ -32,7 +32,7 @@ def main(config: Config) -> int:
     with open_run(config, console) as run:
         if run.finished:
             console.print(f"nothing to train: {run.step} steps are done")
-            print_report(run, run.step, final_metrics(run), console)
+            print_report(run, run.step, run.finish(), console)
             return 0
         with _progress(console) as progress:
             record, metrics = train(run, progress)

@@ -104,11 +104,6 @@ def _warnings(plan: Plan) -> list[str]:
         found.append(f"model.K=1: {model.variant} with one copy is vanilla")
     if config.optim.lr > 0.02:
         found.append(f"optim.lr={config.optim.lr}: AdamW diverges at such rates")
-    if train.max_tokens and train.max_tokens % train.tokens_per_step:
-        found.append(
-            f"train.max_tokens={train.max_tokens} is not whole steps of {train.tokens_per_step} "
-            f"tokens: the run ends at {plan.tokens}"
-        )
     if config.checkpoint.every == 0:
         found.append("checkpoint.every=0: a crash loses everything; only the end is saved")
     return found

@@ -3,17 +3,9 @@
 from rich.console import Console
 from rich.table import Table
 
-from train.hooks import Evaluation, Metrics, Sample
+from train.hooks import Metrics
 from train.plan import kv_rows
 from train.run import Run
-
-
-def final_metrics(run: Run) -> Metrics:
-    """Held-out loss and a sample of a run that was complete before it was started again."""
-    return {
-        **run.hook(Evaluation).measure(),
-        "sample/text": run.hook(Sample).write(),
-    }
 
 
 def print_report(run: Run, step: int, metrics: Metrics, console: Console) -> None:

@@ -39,6 +39,7 @@ from train.hooks import (
     Evaluation,
     Hook,
     KVCost,
+    Metrics,
     Sample,
     Saving,
     Throughput,
@@ -80,9 +81,13 @@ class Run:
         limit = self.config.train.max_time
         return "max_time" if limit is not None and train_s >= limit else None
 
-    def hook(self, kind: type) -> Any:
-        """The run's hook of a kind."""
-        return next(hook for hook in self.hooks if isinstance(hook, kind))
+    def finish(self) -> Metrics:
+        """What is measured at the end of a run, of one that was complete already."""
+        metrics: Metrics = {}
+        for hook in self.hooks:
+            if isinstance(hook, Evaluation | Sample):
+                metrics |= hook.measure()
+        return metrics
 
     def __enter__(self) -> "Run":
         return self
@@ -129,10 +134,8 @@ def open_run(config: Config, console: Console) -> Run:
         )
         if checkpoint:
             check_fingerprint(checkpoint.state["stream"], stream.fingerprint)
-        held_out = heldout_rows(
-            documents, tokenizer, seq_len=config.train.seq_len, limit=config.eval.rows
-        )
         engine = SingleEngine(config)
+        measuring = _evaluations(config, documents, tokenizer, engine)
         if checkpoint:
             engine.restore(checkpoint)
     except ValueError as error:
@@ -151,13 +154,24 @@ def open_run(config: Config, console: Console) -> Run:
             TrainingMetrics(config),
             Throughput(config, engine.device, step * config.train.tokens_per_step),
             KVCost(config, engine.dtype),
-            Evaluation(config, engine, "heldout", held_out),
+            *measuring,
             Sample(config, engine, tokenizer),
             Saving(config, engine, store, state),
         ),
         sinks=_open_sinks(config, directory, step, console),
         step=step,
     )
+
+
+def _evaluations(
+    config: Config, documents: Documents, tokenizer: Tokenizer, engine: Engine
+) -> list[Evaluation]:
+    """The held-out evaluation; none where nothing is held out."""
+    if config.data.holdout == 0:
+        return []
+    seq_len, limit = config.train.seq_len, config.eval.rows
+    text = heldout_rows(documents, tokenizer, seq_len=seq_len, limit=limit)
+    return [Evaluation(config, engine, "heldout", text)]
 
 
 def set_aside(directory: Path) -> Path | None:

@@ -12,7 +12,7 @@ from train.validation import ConfigError
 CHOICES = [
     (file.parent.name, file.stem)
     for file in sorted(CONF.glob("*/*.yaml"))
-    if file.parent.name != "sweep"
+    if file.parent.name not in ("sweep", "recipe")  # a recipe comes with a size
 ]
 SWEEPS = [file.stem for file in sorted(CONF.glob("sweep/*.yaml"))]
 
@@ -38,7 +38,7 @@ def test_without_overrides_the_files_change_no_default() -> None:
 def test_every_group_has_choices() -> None:
     groups = {folder.name for folder in CONF.iterdir() if list(folder.glob("*.yaml"))}
     own = {"model", "size", "data", "tokenizer", "optim", "schedule", "engine", "hooks"}
-    assert groups == own | {"experiment", "sweep"}
+    assert groups == own | {"experiment", "sweep", "recipe"}
 
 
 @pytest.mark.parametrize(("group", "choice"), CHOICES)
@@ -80,6 +80,17 @@ def test_groups_and_keys_mean_what_they_say_together() -> None:
     assert config.model.layers == 16
     assert isinstance(config.data.source, DatasetsSource)
     assert config.data.source.path == "HuggingFaceFW/fineweb-edu"
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_size_brings_its_recipe_and_lets_everything_be_overridden(size: str) -> None:
+    config = load([f"size={size}"])
+    assert config.train.tokens_per_step == 1024 * 4096
+    assert (config.optim.lr, config.warmup_steps) == (3e-4, -(-8_400_000_000 // 2**22))
+    small = ["train.max_steps=10", "schedule.warmup_tokens=null", "train.seq_len=128"]
+    config = load([f"size={size}", *small, "train.global_batch=256", "optim.lr=1e-3"])
+    assert (config.train.total_steps, config.optim.lr) == (10, 1e-3)
+    assert config.train.tokens_per_step == 256 * 128
 
 
 PAPER: dict[str, dict[str, Any]] = {

@@ -77,4 +77,4 @@ def test_the_time_that_the_consumer_waits_is_measured() -> None:
         time.sleep(0.15)
         before = ahead.wait_s
         next(ahead)
-        assert ahead.wait_s - before < 0.04
+        assert 0 <= ahead.wait_s - before < 0.04

@@ -8,6 +8,7 @@ def test_sources_are_sorted_and_tests_and_packages_left_out(tmp_path: Path) -> N
     for name in ("b.py", "a/z.py", "a-/y.py", "test/t.py", "a/tests/t.py", "a/data.txt"):
         (path := tmp_path / "lib" / name).parent.mkdir(parents=True, exist_ok=True)
         path.touch()
+    (tmp_path / "lib/gone.py").symlink_to(tmp_path / "nowhere.py")
     names = [file.name for file in source_files(tmp_path / "lib")]
     assert names == ["lib/a-/y.py", "lib/a/z.py", "lib/b.py"]
 

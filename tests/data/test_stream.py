@@ -220,6 +220,16 @@ def test_the_fingerprint_is_json_and_tells_every_change(
             check_fingerprint(now, other.fingerprint)
 
 
+def test_cursors_of_other_data_can_be_told_by_the_fingerprint_before_they_are_used(
+    documents_of: DocumentsOf, tokenizer: Tokenizer
+) -> None:
+    saved = stream(documents_of(lanes=2), tokenizer)
+    cursors = taken(saved, 1)[0].cursors
+    now = stream(documents_of(lanes=4), tokenizer, cursors)
+    with pytest.raises(ValueError, match=r"data\.lanes was 2 and is now 4"):
+        check_fingerprint(saved.fingerprint, now.fingerprint)
+
+
 def test_a_changed_fingerprint_says_what_changed() -> None:
     with pytest.raises(ValueError, match="other data") as error:
         check_fingerprint({"data.lanes": 8, "seed": 0, "x": 1}, {"data.lanes": 4, "seed": 0})

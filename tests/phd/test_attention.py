@@ -1,4 +1,4 @@
-"""The packed backend equals the dense definition, in value and gradient, on whatever it is given."""
+"""The packed backend equals the dense definition, in value and gradient, on any input."""
 
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -76,7 +76,8 @@ def leaves(case: Case, dtype: torch.dtype = torch.float64) -> list[Tensor]:
 
 def solve(case: Case, backend: Backend, qkv: list[Tensor]) -> tuple[Tensor, ...]:
     """(out, dq, dk, dv)."""
-    out = attend(*(arranged(x, case.layout) for x in qkv), case.pattern, backend)
+    q, k, v = (arranged(x, case.layout) for x in qkv)
+    out = attend(q, k, v, case.pattern, backend)
     weight = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
     match case.upstream:
         case "random":
@@ -97,7 +98,9 @@ def test_packed_equals_the_dense_definition(case: Case, at_once: int) -> None:
         packed = solve(case, "packed", qkv)
     reference = solve(case, "reference", qkv)
     for name, ours, expected in zip(("out", "dq", "dk", "dv"), packed, reference, strict=True):
-        torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-11, msg=f"{name}: {case}")
+        torch.testing.assert_close(
+            ours, expected, rtol=1e-9, atol=1e-11, msg=f"{name}: {{}}".format
+        )
 
 
 @pytest.mark.parametrize("Q", [1, 3])
@@ -111,7 +114,7 @@ def test_packed_equals_the_dense_definition(case: Case, at_once: int) -> None:
 )
 def test_packed_gradients_are_those_of_finite_differences(pattern: Pattern, Q: int) -> None:
     qkv = leaves(Case(pattern, T=5, Q=Q, B=1, G=1, H=2))
-    assert torch.autograd.gradcheck(lambda *x: attend(*x, pattern, "packed"), qkv)
+    assert torch.autograd.gradcheck(lambda q, k, v: attend(q, k, v, pattern, "packed"), qkv)
 
 
 @pytest.mark.parametrize("pattern", [Pattern("flat", K=3), Pattern("hidden", K=3, window=9)])

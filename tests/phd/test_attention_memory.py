@@ -28,7 +28,7 @@ class LargestTensor(TorchDispatchMode):
 
     nbytes = 0
 
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]  # noqa: ARG002
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         results = operation(*args, **kwargs or {})
         for result in tree_leaves(results):
             if isinstance(result, torch.Tensor):

@@ -55,7 +55,9 @@ def test_the_block_mask_is_the_one_that_torch_finds_by_trying_every_slot(
         return dense[query, key]
 
     ours = flex_mask(pattern, T, copies, torch.device("cpu"))
-    torchs = create_block_mask(stored, None, None, *dense.shape, device="cpu", BLOCK_SIZE=BLOCK)
+    torchs = create_block_mask(
+        stored, None, None, Q_LEN=len(dense), KV_LEN=len(dense.T), device="cpu", BLOCK_SIZE=BLOCK
+    )
     assert ours.shape == torchs.shape
     assert listed(ours, "kv") == listed(torchs, "kv")
     assert listed(ours, "full_kv") == listed(torchs, "full_kv")
@@ -66,9 +68,7 @@ def test_the_block_mask_is_the_one_that_torch_finds_by_trying_every_slot(
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
 @settings(claim, max_examples=30)
 @given(pattern=..., T=st.integers(1, 20), last_copy_only=st.booleans())
-def test_flex_computes_the_dense_definition(
-    pattern: Pattern, T: int, last_copy_only: bool
-) -> None:
+def test_flex_computes_the_dense_definition(pattern: Pattern, T: int, last_copy_only: bool) -> None:
     q, k, v = torch.randn(3, 2, 4, pattern.K, T, 8, dtype=torch.float64)
     q, k, v = q[:, :, -1:] if last_copy_only else q, k[:, :2], v[:, :2]
     out = masked_flex(eager_flex_attention, q, k, v, pattern)

@@ -17,7 +17,7 @@ lengths = st.integers(1, 48)
 
 
 def counted(config: ModelConfig, T: int, training: bool) -> Flops:
-    """Torch's count of one row through the dense backend, whose attention alone batches products."""
+    """Torch's count of one row through the dense backend, whose attention alone is batched."""
     model = Transformer(replace(config, attention="reference"))
     tokens = torch.zeros(1, T, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter:

@@ -76,19 +76,20 @@ def test_scales_are_those_of_the_table(norm: Any) -> None:
             assert 2.9 * sigma < weight.abs().max() <= 3 * sigma, name
 
 
-def test_a_model_from_the_meta_device_is_the_one_built_directly() -> None:
-    config = ModelConfig(K=3, copy_positions="flattened", max_seq_len=16)
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_model_from_the_meta_device_is_the_one_built_directly(tied: bool) -> None:
+    config = ModelConfig(K=3, copy_positions="flattened", max_seq_len=16, tied=tied)
+    direct, tokens = Transformer(config).reset(7), torch.arange(16)[None]
     with torch.device("meta"):
-        model = Transformer(config)
-    model.to_empty(device="cpu").reset(7)
-    direct = Transformer(config).reset(7)
-    tokens = torch.arange(16)[None]
-    assert torch.equal(model.logits(tokens), direct.logits(tokens))
-    assert {p.device.type for p in model.parameters()} == {"cpu"}
+        drawn, loaded = Transformer(config), Transformer(config)
+    drawn.to_empty(device="cpu").reset(7)
+    loaded.to_empty(device="cpu").load(weights(direct))
+    for model in (drawn, loaded):
+        assert torch.equal(model.logits(tokens), direct.logits(tokens))
 
 
-def test_tied_embeddings_stay_one_parameter_through_the_meta_device() -> None:
-    with torch.device("meta"):
-        model = Transformer(ModelConfig(tied=True))
-    model.to_empty(device="cpu").reset(0)
-    assert model.head.weight is model.embed.weight
+def test_loading_copies_the_weights() -> None:
+    source = built(1)
+    copied = built(2).load(weights(source))
+    source.embed.weight.data.zero_()
+    assert torch.equal(copied.embed.weight, built(1).embed.weight)

@@ -121,8 +121,8 @@ def test_totals_of_bfloat16_rows_are_held_in_float32(weights: str, z_loss: float
     b = batch(B=1, T=2000, D=32, V=100, dtype=dtype)
     with torch.autocast("cpu", torch.bfloat16, enabled=weights == "autocast"):
         found = next_token_loss(*b, z_loss)
-    rounded = [x.bfloat16().double() for x in b[:2]]
-    expected = textbook(*rounded, b.targets, z_loss)
+    hidden, weight = (x.bfloat16().double() for x in (b.hidden, b.weight))
+    expected = textbook(hidden, weight, b.targets, z_loss)
     assert found.total.dtype == found.cross_entropy.dtype == torch.float32
     # Logits round at 2^-9, at random: the sum of many is far better than any one of them.
     assert found.total.item() == pytest.approx(expected.item(), rel=2e-4)

@@ -1,5 +1,6 @@
 """A config that cannot make a model says every reason at once; derived values follow from it."""
 
+import re
 from math import ceil
 from typing import Any
 
@@ -34,16 +35,17 @@ PROBLEMS = {
 def test_a_bad_value_is_named_with_what_was_expected(
     problem: str, settings: dict[str, Any]
 ) -> None:
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match=f"^{re.escape(problem)}$"):
         ModelConfig(**settings)
-    assert str(caught.value) == problem
 
 
 def test_all_problems_are_told_at_once() -> None:
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(ValueError, match="; ") as caught:
         ModelConfig(K=0, window=0, kv_heads=0, head_dim=7, norm="post")  # type: ignore[arg-type]
-    for key in ("K=0", "window=0", "kv_heads=0", "head_dim=7", "norm='post'"):
-        assert f"model.{key}: " in str(caught.value)
+    told = {problem.split(":")[0] for problem in str(caught.value).split("; ")}
+    assert told == {
+        f"model.{key}" for key in ("K=0", "window=0", "kv_heads=0", "head_dim=7", "norm='post'")
+    }
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 7, 8, 32])

@@ -44,4 +44,6 @@ def test_output_and_gradients_are_the_stored_ones(
     out = attend(q, k, v, pattern_of(case), backend)
     gradients = torch.autograd.grad(out, (q, k, v), stored["dout"].to(dtype))
     for name, ours in zip(("out", "dq", "dk", "dv"), (out, *gradients), strict=True):
-        torch.testing.assert_close(ours.double(), stored[name], rtol=0, atol=atol, msg=name)
+        torch.testing.assert_close(
+            ours.double(), stored[name], rtol=0, atol=atol, msg=f"{name}: {{}}".format
+        )

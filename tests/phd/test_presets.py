@@ -18,7 +18,7 @@ PARAMETERS = {
 
 
 def preset(size: str, **settings: object) -> ModelConfig:
-    shape = OmegaConf.to_container(OmegaConf.load(SIZES / f"{size}.yaml"))
+    shape = OmegaConf.load(SIZES / f"{size}.yaml")
     return ModelConfig(**{"variant": "vanilla", "K": 1, **shape, **settings})
 
 

@@ -81,7 +81,7 @@ def test_everything_wrong_with_a_command_line_is_told_at_once() -> None:
     ("override", "wording"),
     [
         ("size=13b", "size=13b: expected one of 151m, 1b2, 550m, 7b, tiny"),
-        ("experiment=null", "experiment=null: expected one of paper, paper_1b2, paper_550m, smoke"),
+        ("experiment=null", "experiment=null: expected one of paper_1b2, paper_550m, smoke"),
         ("zzzzz=1", "zzzzz: unknown group or key; the groups are data, engine, experiment,"),
         ("run=runs/x", "run='runs/x': expected settings such as run.name"),
         ("model", "'model': not key=value as Hydra reads it"),

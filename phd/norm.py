@@ -1,0 +1,48 @@
+"""RMSNorm, with a kernel for the CPU, where PyTorch has none."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class RMSNorm(nn.RMSNorm):
+    """weight * x / sqrt(mean(x^2) + eps) over the last dim (arXiv 1910.07467).
+
+    Computed in the weight's precision, whatever autocast makes of x.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D) in the weight's dtype."""
+        x = x.to(self.weight.dtype)
+        if x.device.type == "cpu":
+            return _RMSNorm.apply(x, self.weight, self.eps)
+        return super().forward(x)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """On the CPU `rms_norm` is a dozen passes over x, a third of a small model's step; here 5.
+
+    With g = weight * dy and x^ = x / rms, LayerNorm's and RMSNorm's backward are
+
+        dx_layer = (g - mean(g) - x^ mean(g x^)) / rms        dx = (g - x^ mean(g x^)) / rms
+
+    so LayerNorm's fused backward, told a mean of 0, does all but the term with mean(g).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
+        scale = square.div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        return (x * scale).mul_(weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, scale = ctx.saved_tensors
+        dy, D = grads[0].contiguous(), x.shape[-1]
+        dx, dweight, _ = torch.ops.aten.native_layer_norm_backward(
+            dy, x, [D], torch.zeros_like(scale), scale, weight, None, [True, True, False]
+        )
+        mean = torch.mv(dy.flatten(0, -2), weight).view_as(scale).div_(D)
+        return dx.add_(mean.mul_(scale)), dweight, None

@@ -1,0 +1,83 @@
+"""Text is drawn from the distribution that the settings leave, and repeatably."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from phd.config import ModelConfig
+from phd.model import Transformer
+from phd.sampling import Sampling, generate
+
+LOGITS = torch.tensor([1.0, 3.0, -1.0, 2.5, 0.0, 2.0])
+DRAWS = 40_000
+
+
+def frequencies(sampling: Sampling) -> Tensor:
+    """How often each token comes up."""
+    rows = LOGITS.expand(DRAWS, -1)
+    drawn = sampling.draw(rows, torch.Generator().manual_seed(0))
+    return drawn.bincount(minlength=len(LOGITS)) / DRAWS
+
+
+def nucleus(probabilities: Tensor, top_p: float) -> list[int]:
+    """The fewest most likely tokens that together reach `top_p`."""
+    kept: list[int] = []
+    for token in probabilities.argsort(descending=True).tolist():
+        if probabilities[kept].sum() >= top_p:
+            break
+        kept.append(token)
+    return kept
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize(
+    ("settings", "kept"),
+    [
+        ({}, [0, 1, 2, 3, 4, 5]),
+        ({"top_k": 1}, [1]),
+        ({"top_k": 3}, [1, 3, 5]),
+        ({"top_k": 100}, [0, 1, 2, 3, 4, 5]),
+        ({"top_p": 1.0}, [0, 1, 2, 3, 4, 5]),
+    ],
+)
+def test_tokens_come_up_as_often_as_their_share_of_those_kept(
+    settings: dict[str, Any], kept: list[int], temperature: float
+) -> None:
+    expected = torch.zeros(len(LOGITS))
+    expected[kept] = (LOGITS[kept] / temperature).softmax(-1)
+    found = frequencies(Sampling(temperature=temperature, **settings))
+    # Five standard deviations of the least certain frequency.
+    torch.testing.assert_close(found, expected, rtol=0, atol=5 * 0.5 / DRAWS**0.5)
+    assert not found[expected == 0].any()
+
+
+@pytest.mark.parametrize("top_p", [0.01, 0.3, 0.5, 0.7, 0.9, 0.99])
+def test_top_p_keeps_the_nucleus(top_p: float) -> None:
+    found = frequencies(Sampling(temperature=1.0, top_p=top_p))
+    assert set(found.nonzero().flatten().tolist()) == set(nucleus(LOGITS.softmax(-1), top_p))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_generation_is_a_full_forward_pass_and_a_draw_for_each_token(temperature: float) -> None:
+    config = ModelConfig(layers=2, dim=16, ffn_dim=24, head_dim=8, vocab_size=31, max_seq_len=7)
+    model, prompt = Transformer(config).reset(0), torch.randint(0, 31, (2, 3))
+    sampling, seeds = Sampling(temperature=temperature), (torch.Generator() for _ in range(2))
+    one, other = (generator.manual_seed(5) for generator in seeds)
+    found = torch.stack(list(generate(model, prompt, sampling, one, max_tokens=9)), 1)
+    text = prompt
+    for _ in range(9):
+        logits = model.logits(text[:, -7:])[:, -1]
+        text = torch.cat([text, sampling.draw(logits, other)[:, None]], 1)
+    assert torch.equal(found, text[:, 3:])
+
+
+def test_impossible_settings_are_all_told_at_once() -> None:
+    with pytest.raises(ValueError, match="; ") as caught:
+        Sampling(temperature=-1.0, top_k=0, top_p=1.5)
+    assert str(caught.value).split("; ") == [
+        "temperature=-1.0: expected a number of at least 0",
+        "top_k=0: expected an integer of at least 1, or null",
+        "top_p=1.5: expected a number above 0 and up to 1, or null",
+    ]
