@@ -52,11 +52,14 @@ class RunConfig(Checked):
         dir: the run's directory; null: `runs/<name>` under the current directory.
         resume: `auto` goes on where the directory's newest checkpoint ends, or starts anew where
             there is none; `must` goes on or fails; `never` starts anew.
+        start_from: a Hugging Face directory of an OLMo 2 or Llama whose weights a new run begins
+            with; null: random ones.
     """
 
     name: str | None = None
     dir: str | None = None
     resume: Literal["auto", "must", "never"] = "auto"
+    start_from: str | None = None
 
     def problems(self) -> list[str]:
         if self.name is None or re.fullmatch(r"[\w+-][\w.+-]*", self.name):

@@ -50,6 +50,8 @@ class GenerateArguments:
             found.append(f"max_tokens={self.max_tokens}: expected an integer of at least 1")
         if self.device not in ("auto", "cpu", "cuda"):
             found.append(f"device={self.device}: expected auto, cpu or cuda")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            found.append("device=cuda: this machine has no usable CUDA device; choose auto or cpu")
         try:
             self.sampling()
         except ValueError as error:
@@ -67,14 +69,17 @@ def load_run(directory: Path, device: torch.device) -> tuple[Transformer, Tokeni
     Raises:
         ConfigError: there is no such run, or it has no whole checkpoint.
     """
-    if not (directory / "config.yaml").is_file():
-        raise ConfigError([f"run={directory}: no config.yaml there; give the directory of a run"])
+    for name in ("config.yaml", "tokenizer.model"):
+        if not (directory / name).is_file():
+            problem = f"run={directory}: no {name} there; give the directory of a run"
+            raise ConfigError([problem], "the arguments")
     try:
         checkpoint = CheckpointStore(directory / "checkpoints", keep=1).newest()
     except ValueError as error:
-        raise ConfigError([f"run={directory}: {error}"]) from error
+        raise ConfigError([f"run={directory}: {error}"], "the arguments") from error
     if checkpoint is None:
-        raise ConfigError([f"run={directory}: no checkpoint there yet; let it train on"])
+        problem = f"run={directory}: no checkpoint there yet; let it train on"
+        raise ConfigError([problem], "the arguments")
     settings = OmegaConf.to_container(OmegaConf.load(directory / "config.yaml"))
     config = Config.from_dict(settings)  # type: ignore[arg-type]
     with torch.device("meta"):

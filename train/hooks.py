@@ -33,7 +33,6 @@ class StepRecord:
     Attributes:
         step: how many have been, this one included.
         tokens: tokens of text trained on so far, this step's included.
-        step_tokens, step_bytes: the step's targets, and the UTF-8 bytes they stand for.
         loss, grad_norm: scalars on the device; see `train.engine.StepResult`.
         lr: the step's learning rate.
         batch: the step's batch; its cursors are where the stream goes on.

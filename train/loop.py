@@ -7,11 +7,13 @@ import torch
 from rich.progress import Progress
 
 from data.prefetch import Prefetch
+from data.stream import Batch
 from train.hooks import Metrics, StepRecord
 from train.interruption import Interruption
 from train.run import Run
 from train.schedule import learning_rate
 from train.sinks import console_lines
+from train.validation import ConfigError
 
 
 def train(run: Run, progress: Progress) -> tuple[StepRecord, Metrics]:
@@ -26,7 +28,7 @@ def train(run: Run, progress: Progress) -> tuple[StepRecord, Metrics]:
     started, hooks_s = perf_counter(), 0.0
     with Interruption() as interruption, Prefetch(run.stream, config.data.prefetch) as batches:
         for step in count(run.step + 1):
-            batch = next(batches)
+            batch = _next(batches)
             rows = torch.from_numpy(batch.rows)
             lr = learning_rate(config, step - 1)
             result = engine.step(rows, lr)
@@ -61,3 +63,11 @@ def train(run: Run, progress: Progress) -> tuple[StepRecord, Metrics]:
             if ending:
                 return record, metrics
     raise AssertionError("the stream is endless")
+
+
+def _next(batches: Prefetch[Batch]) -> Batch:
+    """The next batch; what the data refuses, such as too few documents, is the user's to mend."""
+    try:
+        return next(batches)
+    except ValueError as error:
+        raise ConfigError([str(error)], "the data") from error

@@ -87,7 +87,7 @@ def _warnings(plan: Plan) -> list[str]:
             "lower train.micro_batch or train.seq_len, or choose a smaller size"
         )
     parameters = sum(plan.parameters.values())
-    if plan.tokens is not None and plan.tokens < parameters:
+    if plan.tokens is not None and plan.tokens < 0.1 * parameters:
         found.append(
             f"{plan.tokens / parameters:.2f} tokens per parameter: the model will hardly have "
             f"begun to learn; about {CHINCHILLA} spend compute best"

@@ -8,11 +8,16 @@ from typing import Any
 from torch import Tensor
 
 from phd.config import ModelConfig
-from phd.hugging_face import from_hugging_face, to_hugging_face
+from phd.hugging_face import from_hugging_face, starting_state, to_hugging_face
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+# What makes two models compute the same from the same weights.
+SHAPE = (
+    *("layers", "dim", "ffn_dim", "heads", "kv_heads", "head_dim", "vocab_size"),
+    *("rope_theta", "norm", "norm_eps"),
+)
 FORMAT = {"format": "pt"}  # without it, transformers 4 refuses the file
 
 
@@ -37,6 +42,27 @@ def load_pretrained(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
         return from_hugging_face(hf_config, hf_state)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def pretrained_start(path: Path, config: ModelConfig) -> dict[str, Tensor]:
+    """The weights of an OLMo 2 or Llama directory as the start of a model of any variant.
+
+    Raises:
+        ValueError: if the directory cannot be read, or its model computes something else than the
+            originals of `config` would; it names the settings that have to be changed.
+    """
+    pretrained, state = load_pretrained(path)
+    differences = [
+        f"model.{name}={getattr(config, name)} (there it is {getattr(pretrained, name)})"
+        for name in SHAPE
+        if getattr(config, name) != getattr(pretrained, name)
+    ]
+    if differences:
+        raise ValueError(
+            f"run.start_from={path}: a model of another shape; set these as they are there: "
+            + ", ".join(differences)
+        )
+    return starting_state(config, state)
 
 
 def save_pretrained(path: Path, config: ModelConfig, state: dict[str, Tensor]) -> None:

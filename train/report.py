@@ -1,5 +1,11 @@
 """What a run says when it ends."""
 
+import os
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
 from rich.console import Console
 from rich.table import Table
 
@@ -43,15 +49,24 @@ def kv_table(run: Run) -> Table:
 
 
 def next_commands(run: Run, step: int) -> list[str]:
-    """Commands that go on from here."""
+    """Commands that go on from here, as they can be pasted into this shell."""
     total = run.config.train.total_steps
-    prompt = run.config.hooks.sample.prompt
-    generate = f'python train/generate.py run={run.directory} prompt="{prompt}"'
+    generate = _command(
+        "generate.py", f"run={run.directory}", f"prompt={run.config.hooks.sample.prompt}"
+    )
     if total is not None and step < total:
         return ["the same command again goes on with the training", generate]
     return [
         generate,
-        "python train/main.py model=vanilla    # the plain transformer, to compare with",
-        "python train/main.py -m +sweep=k       # vanilla and PHD-CSWA with K = 2, 3, 5",
-        "python train/bench.py attention out=bench",
+        _command("main.py", "model=vanilla"),
+        _command("main.py", "-m", "+sweep=k"),
+        _command("bench.py", "attention", "out=bench"),
     ]
+
+
+def _command(script: str, *arguments: str) -> str:
+    """A command of this folder, by the interpreter that runs now."""
+    python = shutil.which("python")
+    same = python is not None and os.path.samefile(python, sys.executable)
+    interpreter = "python" if same else os.path.relpath(sys.executable)
+    return shlex.join([interpreter, os.path.relpath(Path(__file__).with_name(script)), *arguments])

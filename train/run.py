@@ -11,6 +11,7 @@ runs/phd_cswa-2-16-32-tiny/
 
 import json
 import platform
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -45,7 +46,8 @@ from train.hooks import (
     Throughput,
     TrainingMetrics,
 )
-from train.sinks import ConsoleLine, MetricsFile, Sink, Wandb
+from train.pretrained import pretrained_start
+from train.sinks import ConsoleLine, MetricsFile, Sink, Wandb, warn
 from train.validation import ConfigError
 
 # Settings that a resumed run must share with its checkpoint; the rest may be changed.
@@ -116,8 +118,6 @@ def open_run(config: Config, console: Console) -> Run:
             "engine trains on one; start it without torchrun"
         )
         raise ConfigError([alone])
-    if config.run.resume == "never" and (moved := set_aside(directory)):
-        console.print(f"run.resume=never: the earlier run is now in {moved}")
     try:
         store = CheckpointStore(directory / "checkpoints", keep=config.checkpoint.keep)
         checkpoint = _newest(config, store, console)
@@ -138,9 +138,13 @@ def open_run(config: Config, console: Console) -> Run:
         measuring = _evaluations(config, documents, tokenizer, engine)
         if checkpoint:
             engine.restore(checkpoint)
+        elif config.run.start_from is not None:
+            engine.model.load(pretrained_start(Path(config.run.start_from), config.model))
     except ValueError as error:
         raise ConfigError([str(error)]) from error
     step = checkpoint.step if checkpoint else 0
+    if config.run.resume == "never" and (moved := set_aside(directory)):
+        console.print(f"run.resume=never: the earlier run is now in {moved}", markup=False)
     _describe(config, directory, tokenizer)
     state = {"config": config.to_dict(), "stream": stream.fingerprint}
     return Run(
@@ -184,6 +188,8 @@ def set_aside(directory: Path) -> Path | None:
 
 def _newest(config: Config, store: CheckpointStore, console: Console) -> Checkpoint | None:
     """The checkpoint to go on from, after telling what was passed over and what has changed."""
+    if config.run.resume == "never":
+        return None
     checkpoint = store.newest()
     if checkpoint is None:
         if config.run.resume == "must":
@@ -193,7 +199,7 @@ def _newest(config: Config, store: CheckpointStore, console: Console) -> Checkpo
             )
         return None
     for path, reason in checkpoint.passed_over:
-        console.print(f"[yellow]passed over the checkpoint {path}: {reason}[/]")
+        warn(console, f"passed over the checkpoint {path}: {reason}")
     changes = _changes(checkpoint.state["config"], config.to_dict())
     if fixed := [line for key, line in changes.items() if key.startswith(FIXED)]:
         raise ValueError(
@@ -201,9 +207,9 @@ def _newest(config: Config, store: CheckpointStore, console: Console) -> Checkpo
             "run.dir, give the settings that it was trained with, or start anew with "
             "run.resume=never"
         )
-    console.print(f"going on from {checkpoint.path}")
+    console.print(f"going on from {checkpoint.path}", markup=False)
     for line in changes.values():
-        console.print(f"[yellow]changed since then: {line}[/]")
+        warn(console, f"changed since then: {line}")
     return checkpoint
 
 
@@ -240,13 +246,6 @@ def _describe(config: Config, directory: Path, tokenizer: Tokenizer) -> None:
 def environment() -> dict[str, Any]:
     """The machine, the versions and the source revision of this process."""
     packages = ("torch", "numpy", "sentencepiece", "datasets", "hydra-core", "wandb")
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
     return {
         "time": strftime("%Y-%m-%d %H:%M:%S %z"),
         "command": sys.argv,
@@ -254,9 +253,18 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "threads": torch.get_num_threads(),
-        "revision": git.stdout.strip() or None,
+        "revision": _revision(),
         "packages": {name: metadata.version(name) for name in packages},
     }
+
+
+def _revision() -> str | None:
+    """The commit of this source; None where there is no git, or no repository."""
+    if shutil.which("git") is None:
+        return None
+    command = ["git", "describe", "--always", "--dirty"]
+    git = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    return git.stdout.strip() or None
 
 
 def _open_sinks(config: Config, directory: Path, step: int, console: Console) -> tuple[Sink, ...]:

@@ -7,13 +7,18 @@ import json
 import os
 from pathlib import Path
 from time import time
-from typing import Any, Protocol, TextIO
+from typing import Any, Protocol
 from uuid import uuid4
 
 from rich.console import Console
 
 from train.config import Config
 from train.hooks import Metrics
+
+
+def warn(console: Console, text: str) -> None:
+    """Print a warning, whatever is in it: paths and errors may hold what looks like markup."""
+    console.print(text, style="yellow", markup=False)
 
 
 class Sink(Protocol):
@@ -29,23 +34,35 @@ class MetricsFile:
 
     def __init__(self, path: Path, resumed_step: int, console: Console) -> None:
         cut_back(path, resumed_step)
+        self.path = path
         self.console = console
         self.full = False
-        self.file: TextIO = path.open("a", encoding="utf-8")
 
     def write(self, step: int, metrics: Metrics) -> None:
         """Append a line. A full disk loses lines, and is told once until there is room again."""
+        line = json.dumps({"step": step, "time": time(), **metrics}) + "\n"
         try:
-            self.file.write(json.dumps({"step": step, "time": time(), **metrics}) + "\n")
-            self.file.flush()
+            _append(self.path, line.encode())
             self.full = False
         except OSError as error:
             if not self.full:
-                self.console.print(f"[yellow]{self.file.name} is not written: {error}[/]")
+                warn(self.console, f"{self.path} is not written: {error}")
             self.full = True
 
     def close(self) -> None:
-        self.file.close()
+        pass
+
+
+def _append(path: Path, line: bytes) -> None:
+    """Add a whole line to a file or, with an OSError, nothing of it."""
+    with path.open("ab", buffering=0) as file:
+        size = file.tell()
+        try:
+            while line:  # what the disk has room for is written before it refuses
+                line = line[file.write(line) :]
+        except OSError:
+            file.truncate(size)
+            raise
 
 
 def cut_back(path: Path, step: int) -> None:
@@ -137,9 +154,7 @@ class Wandb:
             action()
         except Exception as error:
             self.run = None
-            self.console.print(
-                f"[yellow]Weights & Biases failed and is left out from here on: {error}[/]"
-            )
+            warn(self.console, f"Weights & Biases failed and is left out from here on: {error}")
 
     def write(self, step: int, metrics: Metrics) -> None:
         if self.run is not None:
@@ -164,4 +179,6 @@ def _mode(config: Config) -> Any:
         return mode
     import wandb
 
-    return os.environ.get("WANDB_MODE") or ("online" if wandb.api.api_key else "offline")
+    return os.environ.get("WANDB_MODE") or (
+        "online" if wandb.login(prompt=False, verify=False) else "offline"
+    )

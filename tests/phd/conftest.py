@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from phd.config import CopyPositions, ModelConfig, Norm, SpanUnit, Variant
 from phd.pattern import Pattern
 
-SPANS = st.integers(1, 40) | st.just(1000)
+SPANS = st.integers(1, 8) | st.integers(9, 60) | st.just(1000)
 
 
 @st.composite

@@ -15,7 +15,7 @@ from phd.config import Backend
 from phd.pattern import Pattern
 
 Layout = Literal["contiguous", "token_major", "equal_copies"]
-Upstream = Literal["random", "transposed", "all_ones"]
+Upstream = Literal["random", "token_major", "all_ones"]
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def cases(draw: st.DrawFn) -> Case:
         G=draw(st.integers(1, 2)),
         heads_per_group=draw(st.integers(1, 3)),
         H=draw(st.sampled_from([2, 3, 8])),
-        spread=draw(st.sampled_from([1.0, 30.0])),
+        spread=draw(st.sampled_from([1.0, 1000.0])),
         layout=draw(st.sampled_from(get_args(Layout))),
         upstream=draw(st.sampled_from(get_args(Upstream))),
     )
@@ -82,8 +82,8 @@ def solve(case: Case, backend: Backend, qkv: list[Tensor]) -> tuple[Tensor, ...]
     match case.upstream:
         case "random":
             total = (out * weight.sin()).sum()
-        case "transposed":
-            total = (out.mT * weight.view_as(out.mT)).sum()
+        case "token_major":
+            total = (out.transpose(1, 3) * weight.view_as(out.transpose(1, 3))).sum()
         case "all_ones":
             total = out.sum()
     return out, *torch.autograd.grad(total, qkv)
@@ -98,9 +98,8 @@ def test_packed_equals_the_dense_definition(case: Case, at_once: int) -> None:
         packed = solve(case, "packed", qkv)
     reference = solve(case, "reference", qkv)
     for name, ours, expected in zip(("out", "dq", "dk", "dv"), packed, reference, strict=True):
-        torch.testing.assert_close(
-            ours, expected, rtol=1e-9, atol=1e-11, msg=f"{name}: {{}}".format
-        )
+        atol = 1e-12 * case.spread**2  # scores round as they grow, and dk grows again with q
+        torch.testing.assert_close(ours, expected, rtol=1e-9, atol=atol, msg=f"{name}: {{}}".format)
 
 
 @pytest.mark.parametrize("Q", [1, 3])

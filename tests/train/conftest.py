@@ -129,11 +129,13 @@ def trained() -> Callable[..., Trained]:
     def to_the_end(
         config: Config, *, hooks: tuple[Hook, ...] = (), sinks: tuple[Sink, ...] = ()
     ) -> Trained:
-        console = Console(file=io.StringIO(), width=300)
+        written = io.StringIO()
+        console = Console(file=written, width=300)
         with open_run(config, console) as run:
+            assert not run.finished
             run = replace(run, hooks=(*hooks, *run.hooks), sinks=(*run.sinks, *sinks))
             record, metrics = train(run, Progress(disable=True))
-        return Trained(run, record, metrics, console.file.getvalue())
+        return Trained(run, record, metrics, written.getvalue())
 
     return to_the_end
 

@@ -1,0 +1,193 @@
+"""The engine's step equals a plain one: loss, gradient, clipping, accumulation, update."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from phd.model import Transformer
+from train.checkpoint import Checkpoint, CheckpointStore, flatten
+from train.config import Config
+from train.engine import SingleEngine
+
+ROWS = torch.randint(0, 320, (4, 33), generator=torch.Generator().manual_seed(1))
+
+
+def adjusted(config: Config, section: str, **settings: Any) -> Config:
+    return replace(config, **{section: replace(getattr(config, section), **settings)})
+
+
+def plain_gradient(model: Transformer, rows: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """The mean loss over all rows at once, through logits, and its gradient by name."""
+    logits = model.logits(rows[:, :-1])
+    loss = cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    return loss.detach(), dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
+
+
+def norm(gradient: dict[str, Tensor]) -> Tensor:
+    return torch.sqrt(sum(g.square().sum() for g in gradient.values()))
+
+
+@pytest.mark.parametrize("clip", [None, 0.1, 1e9])
+def test_a_step_is_adamw_on_the_clipped_gradient_of_the_mean_loss(
+    clip: float | None, config
+) -> None:
+    settings = adjusted(config("model.K=3"), "optim", grad_clip=clip)
+    engine = SingleEngine(settings)
+    before = {name: p.detach().clone() for name, p in engine.model.named_parameters()}
+    loss, gradient = plain_gradient(engine.model, ROWS)
+    result = engine.step(ROWS, lr=0.01)
+    torch.testing.assert_close(result.loss, loss)
+    torch.testing.assert_close(result.grad_norm, norm(gradient), rtol=1e-4, atol=0)
+
+    scale = 1.0 if clip is None else min(1.0, clip / norm(gradient).item())
+    optim = settings.optim
+    for name, parameter in engine.model.named_parameters():
+        # The first step of AdamW: both moments are the gradient's own, bias corrected.
+        g = scale * gradient[name]
+        decay = 0.0 if name == "embed.weight" else optim.weight_decay
+        expected = before[name] * (1 - 0.01 * decay) - 0.01 * g / (g.abs() + optim.eps)
+        clear = g.abs() > 1e-5  # where the sign of the gradient is no matter of rounding
+        torch.testing.assert_close(
+            parameter.detach()[clear], expected[clear], rtol=1e-4, atol=1e-5, msg=name
+        )
+
+
+def test_two_steps_equal_two_steps_of_plain_pytorch(config) -> None:
+    engine = SingleEngine(config("train.micro_batch=2"))
+    twin = SingleEngine(config())
+    for lr in (0.01, 0.003):
+        engine.step(ROWS, lr)
+        _, gradient = plain_gradient(twin.model, ROWS)
+        for name, parameter in twin.model.named_parameters():
+            parameter.grad = gradient[name]
+        torch.nn.utils.clip_grad_norm_(twin.model.parameters(), 1.0)
+        for group in twin.optimizer.param_groups:
+            group["lr"] = lr
+        twin.optimizer.step()
+    for ours, theirs in zip(engine.model.parameters(), twin.model.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("z_loss", [0.0, 1e-2])
+@pytest.mark.parametrize("micro_batch", [1, 2])
+def test_accumulation_changes_neither_loss_nor_gradient(
+    micro_batch: int, z_loss: float, config
+) -> None:
+    whole = adjusted(config(), "optim", z_loss=z_loss)
+    cut = adjusted(whole, "train", micro_batch=micro_batch)
+    expected, gradient = plain_gradient(SingleEngine(whole).model, ROWS)
+    results = []
+    for settings in (whole, cut):
+        result = SingleEngine(settings).step(ROWS, lr=0.0)
+        results.append((result.loss.item(), result.grad_norm.item()))
+    assert results[1] == pytest.approx(results[0], rel=1e-6)
+    assert results[1][0] == pytest.approx(expected.item(), rel=1e-6)
+    if z_loss == 0:
+        assert results[1][1] == pytest.approx(norm(gradient).item(), rel=1e-5)
+
+
+def test_the_z_loss_steers_but_is_not_part_of_what_is_logged(config) -> None:
+    settings = config()
+    plain = SingleEngine(settings).step(ROWS, lr=0.0)
+    steered = SingleEngine(adjusted(settings, "optim", z_loss=0.1)).step(ROWS, lr=0.0)
+    torch.testing.assert_close(steered.loss, plain.loss)
+    assert steered.grad_norm != pytest.approx(plain.grad_norm.item(), rel=1e-3)
+
+
+def test_a_steps_gradient_leaves_nothing_for_the_next(config) -> None:
+    engine = SingleEngine(config())
+    first = engine.step(ROWS, lr=0.0)
+    second = engine.step(ROWS, lr=0.0)
+    assert torch.equal(second.grad_norm, first.grad_norm)
+
+
+def test_equal_seeds_start_from_equal_weights_and_others_do_not(config) -> None:
+    first, second, other = (SingleEngine(config(f"seed={seed}")) for seed in (3, 3, 4))
+    assert torch.equal(first.model.embed.weight, second.model.embed.weight)
+    assert not torch.equal(first.model.embed.weight, other.model.embed.weight)
+
+
+def test_the_summed_loss_counts_what_the_mask_says(config) -> None:
+    engine = SingleEngine(config("train.global_batch=6", "train.micro_batch=3"))
+    mask = torch.rand(4, 32, generator=torch.Generator().manual_seed(0)) < 0.5
+    logits = engine.model.logits(ROWS[:, :-1])
+    each = cross_entropy(logits.flatten(0, 1), ROWS[:, 1:].flatten(), reduction="none")
+    total, count = engine.loss(ROWS, mask)
+    assert count == mask.sum()
+    assert total.item() == pytest.approx(each[mask.flatten()].sum().item(), rel=1e-6)
+    total, count = engine.loss(ROWS)
+    assert count == mask.numel()
+    assert total.item() == pytest.approx(each.sum().item(), rel=1e-6)
+
+
+def test_in_bf16_weights_moments_and_gradients_stay_float32(config) -> None:
+    engine = SingleEngine(config("engine.precision=bf16"))
+    exact = SingleEngine(config())
+    assert (engine.dtype, exact.dtype) == (torch.bfloat16, torch.float32)
+    result = engine.step(ROWS, lr=0.01)
+    expected = exact.step(ROWS, lr=0.01).loss
+    assert result.loss.dtype == torch.float32
+    assert result.loss != expected
+    torch.testing.assert_close(result.loss, expected, rtol=1e-2, atol=0)
+    tensors = flatten({k: v for k, v in engine.state().items() if k != "random"})
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+
+
+# State
+
+
+def saved(engine: SingleEngine, store: CheckpointStore, step: int) -> Checkpoint:
+    store.save(step, engine.state(), {})
+    checkpoint = store.newest()
+    assert checkpoint is not None
+    return checkpoint
+
+
+def test_a_restored_engine_goes_on_bitwise(config, tmp_path) -> None:
+    first, second = SingleEngine(config()), SingleEngine(config("seed=9"))
+    first.step(ROWS, lr=0.01)
+    second.step(ROWS.flip(0), lr=0.01)
+    second.restore(saved(first, CheckpointStore(tmp_path, keep=1), 1))
+    random = torch.get_rng_state()
+    for engine in (first, second):
+        engine.step(ROWS, lr=0.01)
+    ours, theirs = flatten(second.state()), flatten(first.state())
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert torch.equal(random, torch.get_rng_state())
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("model.ffn_dim=32", "float32 [24, 16] in the checkpoint, float32 [32, 16] in this run"),
+        ("model.layers=3", "nothing in the checkpoint, float32"),
+        ("model.tied=false", "model.head.weight: nothing in the checkpoint"),
+        ("model.norm=pre", "in the checkpoint, nothing in this run"),
+    ],
+)
+def test_a_checkpoint_of_another_shape_is_refused_and_nothing_changed(
+    override: str, told: str, config, tmp_path
+) -> None:
+    checkpoint = saved(SingleEngine(config()), CheckpointStore(tmp_path, keep=1), 1)
+    engine = SingleEngine(config(override))
+    before = engine.model.embed.weight.clone()
+    with pytest.raises(ValueError, match="is of another model") as error:
+        engine.restore(checkpoint)
+    assert told in str(error.value)
+    assert torch.equal(engine.model.embed.weight, before)
+
+
+def test_names_in_a_checkpoint_are_the_models_own(config) -> None:
+    engine = SingleEngine(config())
+    names = dict(engine.model.named_parameters())
+    state = flatten(engine.state())
+    assert {n.removeprefix("model.") for n in state if n.startswith("model.")} == set(names)
+    assert not any("_orig_mod" in name or "module." in name for name in state)
+    moments = {f"optimizer.{n}.{m}" for n in names for m in ("step", "exp_avg", "exp_avg_sq")}
+    assert {name for name in state if name.startswith("optimizer.")} == moments

@@ -1,0 +1,306 @@
+"""A run goes on bitwise where it ended, refuses what it is not, and says what it does."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from rich.console import Console
+from torch import Tensor
+
+from data.tokenizer import Tokenizer
+from train.checkpoint import flatten
+from train.config import Config
+from train.hooks import Metrics, StepRecord
+from train.run import open_run, set_aside
+from train.validation import ConfigError
+
+MODELS = {
+    "vanilla": ["model=vanilla"],
+    "phd_cswa, accumulating": ["model=phd_cswa", "model.K=3", "train.micro_batch=1"],
+    "phd, in the data's order": ["model=phd", "data.shuffle=false", "data.prefetch=7"],
+}
+
+
+class InterruptAfter:
+    """A hook that sends this process a signal; the step after that is the last."""
+
+    every = 1
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def __call__(self, record: StepRecord) -> Metrics:
+        if record.step == self.step:
+            os.kill(os.getpid(), signal.SIGINT)
+        return {}
+
+
+def everything(trained) -> dict[str, Tensor]:
+    """Weights, moments and random numbers of a run, by name."""
+    return {name: t.clone() for name, t in flatten(trained.run.engine.state()).items()}
+
+
+def assert_equal_bits(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
+def refusal(config: Config) -> str:
+    with pytest.raises(ConfigError) as error:
+        open_run(config, Console(file=io.StringIO()))
+    [problem] = error.value.problems
+    return problem
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+# Going on
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_run_interrupted_twice_ends_bitwise_as_one_that_was_not(
+    model: str, config, trained, logged, tmp_path: Path
+) -> None:
+    whole = trained(config(*MODELS[model], f"run.dir={tmp_path / 'whole'}"))
+    first = trained(config(*MODELS[model]), hooks=(InterruptAfter(1),))
+    second = trained(config(*MODELS[model]), hooks=(InterruptAfter(3),))
+    last = trained(config(*MODELS[model]))
+    assert [t.record.step for t in (first, second, last, whole)] == [2, 4, 6, 6]
+    assert [t.record.ending for t in (first, second, last)] == ["SIGINT", "SIGINT", "finished"]
+    assert_equal_bits(everything(last), everything(whole))
+    assert logged(last.run.directory) == logged(whole.run.directory)
+    assert len(logged(whole.run.directory)) == 6
+
+
+def test_a_run_whose_process_died_goes_on_from_its_last_checkpoint(
+    config, trained, logged, tmp_path: Path
+) -> None:
+    class Crash:
+        every = 1
+
+        def __call__(self, record: StepRecord) -> Metrics:
+            if record.step == 5:
+                raise MemoryError
+            return {}
+
+    whole = trained(config("checkpoint.every=2", f"run.dir={tmp_path / 'whole'}"))
+    with pytest.raises(MemoryError):
+        trained(config("checkpoint.every=2"), hooks=(Crash(),))
+    last = trained(config("checkpoint.every=2"))
+    assert f"going on from {tmp_path}/run/checkpoints/step_00000004" in last.output
+    assert_equal_bits(everything(last), everything(whole))
+    assert logged(last.run.directory) == logged(whole.run.directory)
+
+
+def test_a_truncated_checkpoint_is_passed_over_and_the_one_before_it_used(
+    config, trained, logged, tmp_path: Path
+) -> None:
+    whole = trained(config("checkpoint.every=2"))
+    tensors, lines = everything(whole), logged(whole.run.directory)
+    damaged = tmp_path / "run/checkpoints/step_00000006"
+    cut(damaged / "__0_0.distcp")
+    again = trained(config("checkpoint.every=2"))
+    assert f"passed over the checkpoint {damaged}: __0_0.distcp has" in again.output
+    assert f"going on from {tmp_path}/run/checkpoints/step_00000004" in again.output
+    assert_equal_bits(everything(again), tensors)
+    assert logged(again.run.directory) == lines
+
+
+def test_when_every_checkpoint_is_damaged_the_run_does_not_start_anew(config, trained) -> None:
+    run = trained(config()).run
+    cut(run.store.newest().path / "state.json")
+    problem = refusal(config())
+    assert f"every checkpoint in {run.store.root} is damaged" in problem
+    assert "run.resume=never" in problem
+
+
+def test_a_complete_run_has_nothing_left_to_train(config, trained, opened) -> None:
+    done = trained(config())
+    again = opened(config())
+    assert (again.finished, again.step) == (True, 6)
+    assert_equal_bits(flatten(again.engine.state()), everything(done))
+    # What it says of itself is what it said when it ended.
+    assert again.finish() == {key: done.metrics[key] for key in again.finish()}
+
+
+def test_a_complete_run_goes_on_when_it_is_made_longer(config, trained, tmp_path: Path) -> None:
+    longer = ["train.max_steps=9", "schedule=constant"]
+    trained(config("schedule=constant"))
+    extended = trained(config(*longer))
+    whole = trained(config(*longer, f"run.dir={tmp_path / 'whole'}"))
+    assert "changed since then: train.max_steps was 6 and is now 9" in extended.output
+    assert extended.record.step == 9
+    assert_equal_bits(everything(extended), everything(whole))
+
+
+def test_a_changed_learning_rate_is_told_and_followed(config, trained) -> None:
+    trained(config("schedule=constant", "optim.lr=1e-3"))
+    changed = trained(config("schedule=constant", "optim.lr=5e-4", "train.max_steps=7"))
+    assert "changed since then: optim.lr was 0.001 and is now 0.0005" in changed.output
+    assert changed.record.lr == 5e-4
+
+
+QUIET_CHANGES = ["hooks.log_every=2", "eval.every=1", "checkpoint.keep=1", "model.attention=packed"]
+
+
+def test_what_only_reports_may_change_without_a_word(config, trained) -> None:
+    trained(config())
+    changed = trained(config(*QUIET_CHANGES, "train.max_steps=7"))
+    assert changed.output.count("changed since then") == 1  # the length
+
+
+# What must not change
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ("model.dim=32", "model.dim was 16 and is now 32"),
+        ("model.K=3", "model.K was 2 and is now 3"),
+        ("model=phd", "model.variant was 'phd_cswa' and is now 'phd'"),
+        ("seed=1", "seed was 0 and is now 1"),
+        ("train.seq_len=16", "train.seq_len was 32 and is now 16"),
+        ("train.global_batch=8", "train.global_batch was 4 and is now 8"),
+        ("data.lanes=4", "data.lanes was 2 and is now 4"),
+        ("data.lanes=1", "data.lanes was 2 and is now 1"),
+        ("data.shuffle=false", "data.shuffle was True and is now False"),
+        ("data.holdout=0.3", "data.holdout was 0.2 and is now 0.3"),
+        ("tokenizer.vocab_size=300", "tokenizer was '"),
+    ],
+)
+def test_a_checkpoint_of_other_settings_is_refused_and_left_alone(
+    change: str, told: str, config, trained
+) -> None:
+    run = trained(config()).run
+    before = sorted(path.stat().st_mtime_ns for path in run.directory.rglob("*"))
+    problem = refusal(config(change, "train.max_steps=9"))
+    assert told in problem
+    assert "run.name" in problem
+    assert sorted(path.stat().st_mtime_ns for path in run.directory.rglob("*")) == before
+
+
+def test_a_corpus_that_has_grown_is_refused(config, trained, corpus: Path, tmp_path: Path) -> None:
+    text = tmp_path / "mine.jsonl"
+    text.write_bytes(corpus.read_bytes())
+    trained(config(f"data.source.paths={text}"))
+    text.write_bytes(corpus.read_bytes() + b'{"text": "more"}\n')
+    problem = refusal(config(f"data.source.paths={text}", "train.max_steps=9"))
+    assert "this run cannot go on with other data: data.source was '1 files" in problem
+    assert "and is now '1 files" in problem
+
+
+def test_a_corpus_may_move(config, trained, corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    moved = tmp_path / "elsewhere" / corpus.name
+    moved.write_bytes(corpus.read_bytes())
+    trained(config())
+    assert trained(config(f"data.source.paths={moved}", "train.max_steps=7")).record.step == 7
+
+
+# run.resume
+
+
+def test_a_run_that_must_go_on_needs_a_checkpoint(config, trained, tmp_path: Path) -> None:
+    problem = refusal(config("run.resume=must"))
+    assert problem == (
+        f"run.resume=must: there is no checkpoint in {tmp_path}/run/checkpoints; check run.dir, or "
+        "choose run.resume=auto"
+    )
+    trained(config())
+    assert trained(config("run.resume=must", "train.max_steps=7")).record.step == 7
+
+
+def test_a_run_that_never_goes_on_sets_the_old_one_aside_whole(
+    config, trained, tmp_path: Path
+) -> None:
+    first = trained(config())
+    files = {p.relative_to(tmp_path / "run"): p.read_bytes() for p in sorted_files(tmp_path, "run")}
+    second = trained(config("run.resume=never", "seed=1"))
+    assert f"the earlier run is now in {tmp_path}/run.old-1" in second.output
+    kept = sorted_files(tmp_path, "run.old-1")
+    assert {p.relative_to(tmp_path / "run.old-1"): p.read_bytes() for p in kept} == files
+    third = trained(config("run.resume=never"))
+    assert_equal_bits(everything(third), everything(first))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run", "run.old-1", "run.old-2"]
+
+
+def sorted_files(folder: Path, name: str) -> list[Path]:
+    return sorted(path for path in (folder / name).rglob("*") if path.is_file())
+
+
+def test_a_refused_run_leaves_the_old_one_where_it_is(config, trained, tmp_path: Path) -> None:
+    trained(config())
+    refusal(config("run.resume=never", "data.source.paths=nowhere.txt"))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run"]
+
+
+def test_there_is_nothing_to_set_aside_before_the_first_run(tmp_path: Path) -> None:
+    assert set_aside(tmp_path / "run") is None
+
+
+# The directory
+
+
+def test_the_directory_says_what_the_run_is_made_of(config, trained) -> None:
+    run = trained(config()).run
+    again = trained(config("train.max_steps=7"))
+    saved = OmegaConf.to_container(OmegaConf.load(run.directory / "config.yaml"))
+    assert Config.from_dict(saved) == again.run.config
+    assert Tokenizer.load(run.directory / "tokenizer.model").fingerprint == run.tokenizer.fingerprint
+    starts = json.loads((run.directory / "environment.json").read_text())
+    assert [start["packages"]["torch"] for start in starts] == [torch.__version__] * 2
+    assert starts[0]["python"] == ".".join(map(str, sys.version_info[:3]))
+
+
+def test_git_is_not_needed(config, opened, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(FileNotFoundError):
+        subprocess.run(["git"])
+    directory = opened(config()).directory
+    [start] = json.loads((directory / "environment.json").read_text())
+    assert start["revision"] is None
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("data.source.paths=nowhere.txt", "data.source.paths='nowhere.txt': "),
+        ("tokenizer.path=none.model", "tokenizer.path='none.model': no such file"),
+        ("tokenizer.vocab_size=100", "tokenizer.vocab_size=100: SentencePiece cannot make"),
+        ("data.holdout=0.001", "data.holdout=0.001: holds out none of the documents"),
+    ],
+)
+def test_what_cannot_be_opened_is_refused_before_anything_is_written(
+    override: str, told: str, config, tmp_path: Path
+) -> None:
+    assert refusal(config(override)).startswith(told)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_cuda_it_cannot_be_asked_for(config, tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    assert refusal(config("engine.device=cuda")).startswith("engine.device=cuda: this machine has")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_several_processes_are_refused_by_an_engine_for_one(
+    config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert refusal(config()).startswith("engine.kind=single: 2 processes were started")
+
+
+def test_with_nothing_held_out_there_is_no_evaluation(config, trained) -> None:
+    metrics = trained(config("data.holdout=0")).metrics
+    assert "sample/text" in metrics
+    assert [key for key in metrics if key.startswith("eval/")] == []
