@@ -51,6 +51,7 @@ class Blocks:
         hidden = pattern.K - 1
         smallest, largest = ceil(SMALLEST_BLOCK / hidden), ceil(LARGEST_BLOCK / hidden)
         span = min(tokens, pattern.span_tokens or tokens)
+        # Plain PHD sees one token back, as if each token were a chunk: one mask for all blocks.
         chunk = 1 if span == 1 else min(tokens, pattern.chunk_tokens or tokens)
         if chunk <= largest:
             return cls(pattern, tokens, chunk * ceil(smallest / chunk), back=0, alike=True)

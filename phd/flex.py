@@ -24,7 +24,7 @@ def flex_attention(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
             f"model.attention=flex: FlexAttention has no backward on the device {q.device}; "
             "choose model.attention=packed, which runs everywhere"
         )
-    kernel = torch.compile(torch_flex_attention, dynamic=False)
+    kernel = torch.compile(torch_flex_attention, dynamic=False, fullgraph=True)
     return masked_flex(kernel, q, k, v, pattern)
 
 

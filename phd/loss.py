@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 IGNORED = -100  # a target that never counts, as in torch's own losses
@@ -58,18 +59,18 @@ def chunked_cross_entropy(
 
     The gradients are made while a chunk's logits are at hand, so they are never made twice.
     """
-    return _Chunked.apply(hidden, weight, targets, z_loss)
+    return _Chunked.apply(hidden, weight, targets, z_loss, torch.is_grad_enabled())
 
 
 class _Chunked(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float, learning: bool
     ) -> tuple[Tensor, Tensor]:
         exact = torch.promote_types(hidden.dtype, torch.float32)
         total, cross_entropy = hidden.new_zeros(2, dtype=exact)
         d_hidden = torch.empty_like(hidden)
-        d_weight = torch.zeros_like(weight, dtype=exact)
+        d_weight = torch.zeros_like(weight if learning else weight[:0], dtype=exact)
         head = weight.to(hidden.dtype)
         step = max(1, LOGITS_AT_ONCE // weight.shape[0])
         for h, d, y in zip(
@@ -82,16 +83,20 @@ class _Chunked(torch.autograd.Function):
             loss = (lse - logits.gather(1, y)).mul_(counted).sum()
             cross_entropy += loss
             total += loss + (z_loss * lse**2).mul_(counted).sum()
+            if not learning:
+                continue
             p = logits.sub_(lse).exp_().mul_(1 + 2 * z_loss * lse)
             p.scatter_add_(1, y, -torch.ones_like(lse)).mul_(counted)
             p = p.to(h.dtype)
             d.copy_(p @ head)
             d_weight += p.T @ h
-        ctx.save_for_backward(d_hidden, d_weight.to(weight.dtype))
+        if learning:
+            ctx.save_for_backward(d_hidden, d_weight.to(weight.dtype))
         ctx.mark_non_differentiable(cross_entropy)
         return total, cross_entropy
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         d_hidden, d_weight = ctx.saved_tensors
-        return d_hidden * grads[0].to(d_hidden.dtype), d_weight * grads[0], None, None
+        return d_hidden * grads[0].to(d_hidden.dtype), d_weight * grads[0], None, None, None

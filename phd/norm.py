@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 
 class RMSNorm(nn.RMSNorm):
@@ -38,11 +39,12 @@ class _RMSNorm(torch.autograd.Function):
         return (x * scale).mul_(weight)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, scale = ctx.saved_tensors
         dy, D = grads[0].contiguous(), x.shape[-1]
         dx, dweight, _ = torch.ops.aten.native_layer_norm_backward(
             dy, x, [D], torch.zeros_like(scale), scale, weight, None, [True, True, False]
         )
-        mean = torch.mv(dy.flatten(0, -2), weight).view_as(scale).div_(D)
+        mean = torch.mv(dy.reshape(-1, D), weight).view_as(scale).div_(D)
         return dx.add_(mean.mul_(scale)), dweight, None

@@ -150,7 +150,10 @@ class Pattern:
         return total
 
     def cached_slots(self, tokens: int) -> tuple[int, int]:
-        """(originals, hidden copies) of one row that decoding must keep at `tokens` of context."""
+        """(originals, hidden copies) of one row that a cache for `tokens` of context has room for.
+
+        Hidden copies live in a ring of W, or of a chunk where that is shorter.
+        """
         if self.rule == "flat":
             return tokens, tokens * (self.K - 1)
         if self.rule == "causal" or self.window is None:

@@ -131,14 +131,14 @@ def test_totals_of_bfloat16_rows_are_held_in_float32(weights: str, z_loss: float
 def test_autocast_gradients_add_up_in_float32_over_many_chunks(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    b = batch(B=1, T=1000, D=32, V=100, dtype=torch.float32)
+    b = batch(B=1, T=4000, D=32, V=100, dtype=torch.float32)
     expected = through(textbook, b)
     monkeypatch.setattr(phd.loss, "LOGITS_AT_ONCE", 200)
     with torch.autocast("cpu", torch.bfloat16):
         found = through(lambda *b: next_token_loss(*b).total, b)
     for ours, theirs in zip(found, expected, strict=True):
         assert ours.dtype == torch.float32
-        assert (ours - theirs).norm() < 4e-3 * theirs.norm()
+        assert (ours - theirs).norm() < 1e-2 * theirs.norm()
 
 
 def largest_allocation(step: Callable[[], object], trace: Path) -> int:

@@ -1,0 +1,84 @@
+"""The benchmarks give the ratios that are relied on, of medians, of work taken in turn."""
+
+import json
+from pathlib import Path
+from statistics import median
+
+import pytest
+import torch
+
+from train.arguments import parse
+from train.bench import BENCHMARKS, BenchArguments, interleaved, main
+from train.validation import ConfigError
+
+CPU = torch.device("cpu")
+pytest.importorskip("transformers")
+
+
+def test_work_is_taken_in_turn_and_the_first_turn_is_not_counted() -> None:
+    done: list[str] = []
+    works = {name: (lambda name=name: done.append(name)) for name in "abc"}
+    seconds = interleaved(works, 3, CPU)
+    assert "".join(done) == "abc" * 4
+    assert {name: len(values) for name, values in seconds.items()} == {"a": 3, "b": 3, "c": 3}
+    assert all(value >= 0 for values in seconds.values() for value in values)
+
+
+def test_the_step_benchmark_writes_its_ratios_and_what_they_are_made_of(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    out = tmp_path / "new" / "bench"
+    given = {"rows": 1, "seq_len": 32, "repeat": 3, "device": "cpu", "out": str(out)}
+    assert main(BenchArguments(name="step", **given)) == 0
+    report = json.loads((out / "step.json").read_text(encoding="utf-8"))
+    rows = {row["work"]: row for row in report["rows"]}
+    assert set(rows) == {"vanilla", "phd_cswa_K2", "phd_cswa_K3", "transformers"}
+    for row in rows.values():
+        assert len(row["seconds"]) == 3
+        assert row["median_ms"] == pytest.approx(1000 * median(row["seconds"]))
+        assert row["tokens_per_s"] == pytest.approx(32 / median(row["seconds"]))
+    ratios, base = report["ratios"], rows["vanilla"]["median_ms"]
+    assert set(ratios) == {
+        "step_over_flops_K2",
+        "step_over_flops_K3",
+        "vanilla_over_transformers",
+    }
+    assert ratios["vanilla_over_transformers"] == base / rows["transformers"]["median_ms"]
+    for K in (2, 3):
+        row = rows[f"phd_cswa_K{K}"]
+        assert 1 < row["flops_x_vanilla"] < K
+        expected = row["median_ms"] / base / row["flops_x_vanilla"]
+        assert ratios[f"step_over_flops_K{K}"] == pytest.approx(expected)
+    assert report["machine"]["packages"]["torch"] == torch.__version__
+    text = capsys.readouterr().out
+    assert all(name in text for name in [*rows, *ratios, str(out / "step.json")])
+
+
+def test_the_attention_benchmark_gives_the_promised_ratios(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    randn = torch.randn  # what it measures is cut short: only the times depend on that
+    monkeypatch.setattr(torch, "randn", lambda B, N, K, T, H, **kw: randn(B, N, K, T // 64, H, **kw))
+    result = BENCHMARKS["attention"](BenchArguments(name="attention", repeat=1), CPU)
+    promised = {f"packed_over_vanilla_K{K}_T{T}" for K in (2, 3, 4) for T in (1024, 2048)}
+    promised |= {f"naive_over_packed_K3_T{T}" for T in (1024, 2048)}
+    assert set(result.ratios) == promised
+    typical = {(row["T"], row["work"]): row["median_ms"] for row in result.rows}
+    works = ["vanilla", "packed_K2", "packed_K3", "packed_K4", "naive_K3", "dense_mask_K3"]
+    assert set(typical) == {(T, work) for T in (1024, 2048) for work in works}
+    for T in (1024, 2048):
+        for K in (2, 3, 4):
+            expected = typical[T, f"packed_K{K}"] / typical[T, "vanilla"]
+            assert result.ratios[f"packed_over_vanilla_K{K}_T{T}"] == pytest.approx(expected)
+        expected = typical[T, "naive_K3"] / typical[T, "packed_K3"]
+        assert result.ratios[f"naive_over_packed_K3_T{T}"] == pytest.approx(expected)
+
+
+def test_impossible_arguments_are_all_told_at_once() -> None:
+    with pytest.raises(ConfigError) as error:
+        parse(BenchArguments, ["speed", "repeat=0", "device=tpu"], positional=["name"])
+    assert list(error.value.problems) == [
+        "repeat=0: expected an integer of at least 1",
+        f"name=speed: expected one of {', '.join(BENCHMARKS)}",
+        "device=tpu: expected auto, cpu or cuda",
+    ]

@@ -1,0 +1,113 @@
+"""The device, its precision and its peak are what the settings and the makers say."""
+
+import sys
+
+import pytest
+import torch
+
+from train.config import EngineConfig
+from train.device import (
+    PEAK_FLOPS,
+    autocast,
+    choose_device,
+    keep_freed_memory,
+    peak_flops,
+    peak_memory_gib,
+    precision,
+)
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+
+
+def test_the_cpu_is_taken_where_it_is_asked_for_or_all_there_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert choose_device(EngineConfig(device="cpu")) == CPU
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_device(EngineConfig(device="auto")) == CPU
+
+
+def test_cuda_that_is_not_there_is_refused_with_the_way_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match=r"engine\.device=cuda: .* choose engine\.device=cpu or"):
+        choose_device(EngineConfig(device="cuda"))
+
+
+def test_threads_are_those_asked_for_or_left_alone() -> None:
+    choose_device(EngineConfig(device="cpu", threads=1))
+    assert torch.get_num_threads() == 1
+    torch.set_num_threads(2)
+    choose_device(EngineConfig(device="cpu"))
+    assert torch.get_num_threads() == 2
+
+
+@pytest.mark.parametrize(
+    ("setting", "device", "dtype"),
+    [
+        ("auto", CPU, torch.float32),
+        ("auto", CUDA, torch.bfloat16),
+        ("fp32", CUDA, torch.float32),
+        ("bf16", CPU, torch.bfloat16),
+    ],
+)
+def test_the_precision_is_the_devices_or_the_one_asked_for(
+    setting: str, device: torch.device, dtype: torch.dtype
+) -> None:
+    assert precision(EngineConfig(precision=setting), device) is dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_computes_matrix_products_in_the_dtype(dtype: torch.dtype) -> None:
+    with autocast(CPU, dtype):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype is dtype
+    assert not torch.is_autocast_enabled("cpu")
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA GeForce RTX 4090", 165e12),
+        ("NVIDIA GeForce GTX 1080", None),
+    ],
+)
+def test_the_peak_is_the_models_or_unknown(
+    name: str, peak: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_flops(CUDA) == peak
+    assert peak_flops(CPU) is None
+
+
+def test_a_name_that_contains_another_comes_before_it() -> None:
+    names = list(PEAK_FLOPS)
+    for i, name in enumerate(names):
+        assert not any(earlier in name for earlier in names[:i]), name
+
+
+def test_the_peak_of_memory_grows_with_what_is_held() -> None:
+    keep_freed_memory()
+    before = peak_memory_gib(CPU)
+    size = int(before * 2**28) + 2**26  # float32 values: what is held already, and 256 MiB
+    held = torch.ones(size)
+    assert peak_memory_gib(CPU) - before > 0.2
+    assert held[-1] == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="page faults are counted on Linux")
+def test_freed_memory_is_used_again_without_page_faults() -> None:
+    import resource
+
+    def faults() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(2**24)  # 64 MiB: above the threshold at which glibc maps memory anew
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    keep_freed_memory()
+    faults()
+    assert faults() < 2**26 // 4096 // 4

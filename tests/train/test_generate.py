@@ -1,0 +1,131 @@
+"""The text of a trained model, as it comes, and what is said when there is none."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from train.arguments import parse
+from train.generate import GenerateArguments, load_run, main
+from train.run import Run
+from train.validation import ConfigError
+
+
+def written(capsys: pytest.CaptureFixture[str], **given: object) -> str:
+    assert main(GenerateArguments(device="cpu", **given)) == 0
+    return capsys.readouterr().out
+
+
+def refusal(run: Path) -> str:
+    with pytest.raises(ConfigError) as error:
+        load_run(run, torch.device("cpu"))
+    assert str(error.value).startswith("1 problem in the arguments:\n")
+    [problem] = error.value.problems
+    return problem
+
+
+# What is written
+
+
+def test_without_temperature_it_is_the_most_likely_text(config, trained, capsys) -> None:
+    run = trained(config("model.K=3")).run
+    ids = [run.tokenizer.eos_id, *run.tokenizer.encode("def é").tolist()]
+    for _ in range(60):  # beyond the 64 positions that the model has
+        with torch.no_grad():
+            logits = run.engine.model.logits(torch.tensor([ids[-64:]]))[0, -1]
+        new = int(logits.argmax())
+        if new == run.tokenizer.eos_id:
+            break
+        ids.append(new)
+    given = {"run": str(run.directory), "prompt": "def é", "max_tokens": 60, "temperature": 0}
+    assert written(capsys, **given) == run.tokenizer.decode(ids) + "\n"
+
+
+def test_equal_seeds_write_equal_texts_and_others_do_not(config, trained, capsys) -> None:
+    run = str(trained(config()).run.directory)
+    first, again, other = (
+        written(capsys, run=run, prompt="é  </s>", max_tokens=40, seed=seed) for seed in (1, 1, 2)
+    )
+    assert first == again != other
+    assert first.startswith("é  </s>")
+    assert other.startswith("é  </s>")
+
+
+def reciting(run: Run, tokens: list[int]) -> None:
+    """Saves a model that goes from each of the tokens to the next, whatever was before."""
+    model = run.engine.model
+    with torch.no_grad():
+        for parameter in (model.embed.weight, model.head.weight):
+            parameter.zero_()
+        for block in model.blocks:
+            block.attention.o.weight.zero_()
+            block.ffn.down.weight.zero_()
+        for place, (token, following) in enumerate(zip(tokens, tokens[1:], strict=False)):
+            model.embed.weight[token, place] = 1
+            model.head.weight[following, place] = 1
+    run.store.save(1, run.engine.state(), {})
+
+
+def test_a_character_of_several_tokens_is_written_whole_and_the_separator_ends_it(
+    config, opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = opened(config("model.tied=false"))
+    [a], character, [k] = (run.tokenizer.encode(text).tolist() for text in ("a", "漢", "k"))
+    assert len(character) == 3
+    reciting(run, [a, *character, k, run.tokenizer.eos_id])
+    pieces: list[str] = []
+    monkeypatch.setattr(sys.stdout, "write", pieces.append)
+    main(GenerateArguments(run=str(run.directory), prompt="a", temperature=0, device="cpu"))
+    assert [piece for piece in pieces if piece] == ["a漢", "k", "\n"]
+
+
+def test_a_character_that_was_not_finished_is_shown_as_such(config, opened, capsys) -> None:
+    run = opened(config("model.tied=false"))
+    [a], character = (run.tokenizer.encode(text).tolist() for text in ("a", "漢"))
+    reciting(run, [a, *character, a])
+    text = written(capsys, run=str(run.directory), prompt="a", max_tokens=2, temperature=0)
+    assert text.startswith("a\N{REPLACEMENT CHARACTER}")
+
+
+# What is refused
+
+
+def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
+    missing = "no config.yaml there; give the directory of a run"
+    assert refusal(tmp_path / "none") == f"run={tmp_path / 'none'}: {missing}"
+    assert refusal(tmp_path) == f"run={tmp_path}: {missing}"
+
+
+def test_a_run_without_a_checkpoint_is_refused(config, opened) -> None:
+    directory = opened(config()).directory
+    assert refusal(directory) == f"run={directory}: no checkpoint there yet; let it train on"
+    (directory / "tokenizer.model").unlink()
+    assert "no tokenizer.model there" in refusal(directory)
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_if_it_is_the_last_refused(config, trained) -> None:
+    done = trained(config("checkpoint.every=3"))
+    directory = done.run.directory
+    os.truncate(directory / "checkpoints/step_00000006/__0_0.distcp", 100)
+    model, _ = load_run(directory, torch.device("cpu"))
+    assert not torch.equal(model.embed.weight, done.run.engine.model.embed.weight)
+    os.truncate(directory / "checkpoints/step_00000003/__0_0.distcp", 100)
+    problem = refusal(directory)
+    assert "every checkpoint in" in problem
+    assert "step_00000006: __0_0.distcp has 100 bytes" in problem
+
+
+def test_impossible_arguments_are_all_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigError) as error:
+        parse(GenerateArguments, ["run=x", "max_tokens=0", "temperature=-1", "top_p=2", "top_k=0"])
+    assert [problem.partition(":")[0] for problem in error.value.problems] == [
+        "max_tokens=0",
+        "temperature=-1.0",
+        "top_k=0",
+        "top_p=2.0",
+    ]
+    with pytest.raises(ConfigError, match=r"\n  device=cuda: this machine has no usable CUDA"):
+        parse(GenerateArguments, ["run=x", "device=cuda"])

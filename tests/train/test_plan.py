@@ -1,0 +1,118 @@
+"""The plan's numbers are right, and its warnings come when they should and not otherwise."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from phd.flops import training_flops_per_token
+from phd.kv import kv_bytes
+from phd.model import count_parameters
+from train.command_line import load
+from train.plan import kv_rows, make_plan, print_plan
+
+CPU = "engine.device=cpu"
+
+
+def printed(*overrides: str) -> str:
+    text = io.StringIO()
+    print_plan(make_plan(load([CPU, *overrides])), Console(file=text, width=300))
+    return text.getvalue()
+
+
+# What a setting should draw a warning of, and one that should not.
+WARNINGS = {
+    "model.dim=16384 model.ffn_dim=65536 model.layers=64 train.max_tokens=1e13": (
+        "needs about",
+        "the device has",
+    ),
+    "train.max_steps=1": ("tokens per parameter", "the model will hardly have begun to learn"),
+    "model.window=33": ("model.window=33 reaches past model.chunk=32", "the chunk decides"),
+    "model.chunk=256 model.window=1": ("model.chunk=256 covers the whole row", "phd_swa"),
+    "model.K=1 model.window=1": ("model.K=1: phd_cswa with one copy is vanilla",),
+    "optim.lr=0.03": ("optim.lr=0.03", "diverges"),
+    "checkpoint.every=0": ("checkpoint.every=0", "a crash loses everything"),
+}
+
+
+@pytest.mark.parametrize("overrides", WARNINGS)
+def test_nonsense_is_warned_of_once_by_its_key(overrides: str) -> None:
+    [warning] = make_plan(load([CPU, *overrides.split()])).warnings
+    assert all(part in warning for part in WARNINGS[overrides])
+    assert printed(*overrides.split()).count(f"warning: {warning}\n") == 1
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["model=vanilla"],
+        ["model=phd"],
+        ["model=phd_swa", "model.window=33"],
+        ["model=naive_repeat"],
+        ["model.window=32", "model.chunk=255", "optim.lr=0.02"],
+    ],
+    ids=" ".join,
+)
+def test_what_makes_sense_draws_no_warning(overrides: list[str]) -> None:
+    assert make_plan(load([CPU, *overrides])).warnings == ()
+    assert "warning" not in printed(*overrides)
+
+
+@pytest.mark.parametrize("variant", ["vanilla", "phd", "phd_cswa"])
+def test_flops_are_counted_for_this_variant_and_for_vanilla(variant: str) -> None:
+    config = load([CPU, f"model={variant}"])
+    plan = make_plan(config)
+    assert plan.flops_per_token == training_flops_per_token(config.model, 256)
+    vanilla = load([CPU, "model=vanilla"]).model
+    assert plan.vanilla_flops_per_token == training_flops_per_token(vanilla, 256)
+    assert plan.parameters == count_parameters(config.model)
+
+
+def test_a_run_of_tokens_has_whole_steps_of_them() -> None:
+    plan = make_plan(load([CPU, f"train.max_tokens={100 * 4096 + 4095}"]))
+    assert plan.tokens == 100 * 4096
+
+
+def test_a_run_that_only_time_ends_has_no_tokens_to_tell() -> None:
+    overrides = ["train.max_time=90s", "schedule=constant"]
+    assert make_plan(load([CPU, *overrides])).tokens is None
+    assert "90 s" in printed(*overrides)
+
+
+def test_the_plan_says_what_the_run_will_cost() -> None:
+    overrides = ["model.K=3", "train.max_steps=1000", "train.micro_batch=4", "run.dir=/some/where"]
+    config = load([CPU, *overrides])
+    plan, text = make_plan(config), printed(*overrides)
+    parameters = sum(plan.parameters.values())
+    ratio = plan.flops_per_token / plan.vanilla_flops_per_token
+    for expected in (
+        "the plan: phd_cswa-3-16-32-tiny",
+        f"{parameters / 1e6:.3g}M: embedding 1.05M, attention",
+        "4,096 tokens = 16 rows x 256, 3 slots each, 4 micro-batches",
+        f"1,000 steps = 4.1M tokens, {4096000 / parameters:.2f} per parameter",
+        f"{4096000 * plan.flops_per_token:.2e} FLOPs",
+        f"{ratio:.2f} x vanilla's",
+        f"about {plan.memory.total / 2**30:.2f} GiB",
+        f"activations {plan.memory.activations / 2**30:.2f} GiB",
+        "/some/where",
+    ):
+        assert expected in text
+
+
+def test_groups_without_parameters_are_not_shown() -> None:
+    assert "head" not in printed()
+    assert "head 1.05M" in printed("model.tied=false")
+
+
+@pytest.mark.parametrize("variant", ["vanilla", "phd", "phd_swa", "phd_cswa", "naive_repeat"])
+def test_the_kv_table_sets_a_variant_beside_vanilla_and_repetition(variant: str) -> None:
+    model = load([f"model={variant}", *(["model.K=3"] if variant != "vanilla" else [])]).model
+    rows = {row.name: row for row in kv_rows(model, 1000, 2)}
+    base = kv_bytes(model.vanilla_twin, 1000, 2).total
+    names = [model.name, "vanilla", f"naive_repeat-{model.K}"]
+    assert list(rows) == list(dict.fromkeys(names))
+    assert (rows["vanilla"].total, rows["vanilla"].ratio) == (base, 1.0)
+    assert rows[f"naive_repeat-{model.K}"].ratio == model.K
+    cost = kv_bytes(model, 1000, 2)
+    assert rows[model.name][1:] == (cost.total, cost.hidden, cost.total / base)

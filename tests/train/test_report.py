@@ -1,0 +1,79 @@
+"""What a run says when it ends is what was measured, and its commands are real."""
+
+import io
+import shlex
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from train.command_line import check
+from train.config import SampleConfig
+from train.hooks import Metrics
+from train.report import next_commands, print_report
+from train.run import Run
+
+METRICS: Metrics = {
+    "train/loss": 2.5,
+    "eval/heldout/loss": 3.25,
+    "eval/heldout/bits_per_byte": 1.7512,
+    "sample/text": "def f(x): [red]\n    return x[/]",
+}
+
+
+def report(run: Run, step: int, metrics: Metrics) -> str:
+    text = io.StringIO()
+    print_report(run, step, metrics, Console(file=text, width=300))
+    return text.getvalue()
+
+
+def test_the_report_has_the_result_a_sample_the_kv_cache_and_the_places(config, trained) -> None:
+    run = trained(config("model.K=3", "hooks.kv.context=100")).run
+    text = report(run, 6, METRICS)
+    assert "heldout: 1.751 bits per byte, loss 3.250 nats per token" in text
+    assert "def f(x): [red]\n    return x[/]" in text
+    assert "KV cache of one sequence of 100 tokens" in text
+    # A slot is 2 layers x (key and value) x 1 head x 8 values x 4 bytes = 128 bytes.
+    rows = [line.split() for line in text.splitlines() if "│" in line]
+    cells = [[cell for cell in row if cell != "│"] for row in rows]
+    assert ["vanilla", "12,800", "0", "1.000"] in cells
+    assert ["naive_repeat-3", "38,400", "25,600", "3.000"] in cells
+    assert ["phd_cswa-3-3-4", "13,184", "384", "1.030"] in cells
+    assert str(run.directory / "checkpoints" / "step_00000006") in text
+    assert str(run.directory / "metrics.jsonl") in text
+
+
+def test_the_report_does_without_what_was_not_measured(config, opened) -> None:
+    text = report(opened(config("data.holdout=0")), 0, {})
+    assert "heldout" not in text
+    assert "a sample" not in text
+    assert "checkpoint: none could be saved" in text
+
+
+def test_a_run_that_is_not_at_its_end_is_told_how_it_goes_on(config, opened) -> None:
+    run = opened(config())
+    assert next_commands(run, 5)[0] == "the same command again goes on with the training"
+    assert "the same command" not in " ".join(next_commands(run, 6))
+
+
+@pytest.mark.parametrize("step", [5, 6])
+def test_every_command_it_suggests_exists(step: int, config, opened) -> None:
+    commands = [shlex.split(command) for command in next_commands(opened(config()), step)]
+    scripts = [words for words in commands if words[1].endswith(".py")]
+    assert len(scripts) == (1 if step < 6 else 4)
+    for interpreter, script, *arguments in scripts:
+        assert shutil.which(interpreter)
+        assert Path(script).is_file()
+        if Path(script).name == "main.py":
+            check([a for a in arguments if a != "-m"], multirun="-m" in arguments)
+
+
+@pytest.mark.parametrize("prompt", ["class A", "a 'quoted' \"$HOME\" \\", "def f():\n    "])
+def test_the_prompt_it_suggests_is_the_samples(prompt: str, config, opened) -> None:
+    run = opened(config())
+    hooks = replace(run.config.hooks, sample=SampleConfig(prompt=prompt, tokens=4))
+    run = replace(run, config=replace(run.config, hooks=hooks))
+    generate = next(command for command in next_commands(run, 6) if "generate.py" in command)
+    assert shlex.split(generate)[2:] == [f"run={run.directory}", f"prompt={prompt}"]
