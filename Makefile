@@ -11,8 +11,9 @@ TESTS ?=
 train: $(VENV)/.installed
 	$(BIN)/python train/main.py $(ARGS)
 
+# Two test processes of one thread each: more would wait for each other on two cores.
 test: check
-	$(BIN)/python -m pytest -n 2 $(TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(TESTS)
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .

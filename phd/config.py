@@ -55,9 +55,9 @@ class ModelConfig:
     attention: Backend = "auto"
 
     size: str = "tiny"
-    layers: int = 4
+    layers: int = 3
     dim: int = 256
-    ffn_dim: int = 512
+    ffn_dim: int = 768
     heads: int = 4
     kv_heads: int = 2
     head_dim: int = 64

@@ -1,12 +1,12 @@
 """The packages know of each other only what the layout allows, and importing them does nothing."""
 
 import ast
-import importlib.util
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 import pytest
@@ -98,7 +98,7 @@ def test_no_module_hides_one_of_somebody_else() -> None:
         name = path.stem
         if name != "__init__":
             assert name not in sys.stdlib_module_names, path
-            assert importlib.machinery.PathFinder.find_spec(name, elsewhere) is None, path
+            assert PathFinder.find_spec(name, elsewhere) is None, path
 
 
 def test_files_of_a_package_are_few_and_short() -> None:

@@ -4,7 +4,7 @@
     python train/bench.py step out=bench
 
 Every measurement is repeated in turn with the others (A B C A B C ...), so that a machine that
-slows down slows all of them; ratios are of medians.
+slows down slows all of them; a ratio is the median over the turns of the ratio within a turn.
 """
 
 import json
@@ -56,7 +56,7 @@ class BenchArguments:
 
     name: str
     out: str = "bench"
-    repeat: int = 9
+    repeat: int = 11
     size: str = "tiny"
     rows: int = 4
     seq_len: int = 1024
@@ -100,6 +100,11 @@ def interleaved(
     return seconds
 
 
+def ratio(seconds: dict[str, list[float]], work: str, base: str) -> float:
+    """How many times as long `work` took as `base`: the median over the turns."""
+    return median(a / b for a, b in zip(seconds[work], seconds[base], strict=True))
+
+
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -126,14 +131,14 @@ def bench_attention(given: BenchArguments, device: torch.device) -> Result:
                 "T": T,
                 "work": name,
                 "median_ms": typical[name] * 1e3,
-                "x_vanilla": typical[name] / typical["vanilla"],
+                "x_vanilla": ratio(seconds, name, "vanilla"),
                 "seconds": values,
             }
             for name, values in seconds.items()
         ]
         for K in (2, 3, 4):
-            ratios[f"packed_over_vanilla_K{K}_T{T}"] = typical[f"packed_K{K}"] / typical["vanilla"]
-        ratios[f"naive_over_packed_K3_T{T}"] = typical["naive_K3"] / typical["packed_K3"]
+            ratios[f"packed_over_vanilla_K{K}_T{T}"] = ratio(seconds, f"packed_K{K}", "vanilla")
+        ratios[f"naive_over_packed_K3_T{T}"] = ratio(seconds, "naive_K3", "packed_K3")
     return Result(rows, ratios)
 
 
@@ -155,11 +160,12 @@ def _attention_work(config: ModelConfig, backend: Backend, T: int, device: torch
 
 def _vanilla_work(T: int, device: torch.device) -> Work:
     inputs, dout = _inputs(1, T, device)
+    q, k, v, dout = (x.detach().squeeze(2) for x in (*inputs, dout))
+    inputs = [x.requires_grad_() for x in (q, k, v)]
 
     def work() -> None:
-        q, k, v = (x[:, :, 0] for x in inputs)
         out = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        torch.autograd.grad(out, inputs, dout[:, :, 0])
+        torch.autograd.grad(out, inputs, dout)
 
     return work
 
@@ -193,7 +199,7 @@ def bench_step(given: BenchArguments, device: torch.device) -> Result:
         {
             "work": name,
             "median_ms": typical[name] * 1e3,
-            "x_vanilla": typical[name] / typical["vanilla"],
+            "x_vanilla": ratio(seconds, name, "vanilla"),
             "flops_x_vanilla": flops[name] / flops["vanilla"],
             "tokens_per_s": given.rows * T / typical[name],
             "seconds": values,
@@ -201,11 +207,10 @@ def bench_step(given: BenchArguments, device: torch.device) -> Result:
         for name, values in seconds.items()
     ]
     ratios = {
-        f"step_over_flops_K{K}": (typical[name] / typical["vanilla"])
-        / (flops[name] / flops["vanilla"])
+        f"step_over_flops_K{K}": ratio(seconds, name, "vanilla") * flops["vanilla"] / flops[name]
         for K, name in ((2, "phd_cswa_K2"), (3, "phd_cswa_K3"))
     }
-    ratios["vanilla_over_transformers"] = typical["vanilla"] / typical["transformers"]
+    ratios["vanilla_over_transformers"] = ratio(seconds, "vanilla", "transformers")
     return Result(rows, ratios)
 
 

@@ -16,7 +16,7 @@ from data.config import Checked, DataConfig, TokenizerConfig
 from phd.config import ModelConfig
 from train.validation import as_dict, build
 
-DEFAULT_STEPS = 300
+DEFAULT_STEPS = 450
 SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
@@ -86,7 +86,7 @@ class TrainConfig(Checked):
     max_steps: int | None = None
     max_tokens: int | None = None
     max_time: Seconds | None = None
-    global_batch: int = 16
+    global_batch: int = 8
     micro_batch: int | None = None
     seq_len: int = 256
 
@@ -152,7 +152,7 @@ class OptimConfig(Checked):
     """
 
     kind: Literal["adamw"] = "adamw"
-    lr: float = 3e-3
+    lr: float = 5e-3
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.1
@@ -264,7 +264,7 @@ class EvalConfig(Checked):
     """
 
     every: int = 100
-    rows: int = 64
+    rows: int = 128
 
     def problems(self) -> list[str]:
         return _check_least(self, "eval", 0, "every") + _check_least(self, "eval", 1, "rows")
@@ -312,7 +312,7 @@ class KVConfig(Checked):
 class HooksConfig(Checked):
     """What is told during the run; `log_every` is in steps, `metrics.jsonl` is always written."""
 
-    log_every: int = 10
+    log_every: int = 20
     console: bool = True
     wandb: WandbConfig = field(default_factory=WandbConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)

@@ -191,7 +191,8 @@ class Sample:
             if token.item() == self.tokenizer.eos_id:
                 break
             new.append(int(token.item()))
-        return self.tokenizer.decode(prompt + new)
+        # A model may have more embeddings than the tokenizer has pieces; the rest mean nothing.
+        return self.tokenizer.decode([i for i in prompt + new if i < self.tokenizer.vocab_size])
 
 
 class Saving:

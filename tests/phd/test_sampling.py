@@ -59,6 +59,21 @@ def test_top_p_keeps_the_nucleus(top_p: float) -> None:
     assert set(found.nonzero().flatten().tolist()) == set(nucleus(LOGITS.softmax(-1), top_p))
 
 
+def test_top_p_is_of_what_top_k_leaves() -> None:
+    top_p = 0.6
+    among = LOGITS.softmax(-1).topk(2)
+    kept = [among.indices[i].item() for i in nucleus(among.values / among.values.sum(), top_p)]
+    assert len(kept) < len(nucleus(LOGITS.softmax(-1), top_p))
+    found = frequencies(Sampling(temperature=1.0, top_k=2, top_p=top_p))
+    assert found.nonzero().flatten().tolist() == sorted(kept)
+
+
+def test_a_vanishing_temperature_leaves_the_most_likely_token() -> None:
+    warm, cold, none = (frequencies(Sampling(temperature=t)) for t in (0.2, 1e-6, 0.0))
+    assert warm[1] < 1
+    assert cold[1] == none[1] == 1
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_generation_is_a_full_forward_pass_and_a_draw_for_each_token(temperature: float) -> None:
     config = ModelConfig(layers=2, dim=16, ffn_dim=24, head_dim=8, vocab_size=31, max_seq_len=7)

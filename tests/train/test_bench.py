@@ -58,7 +58,9 @@ def test_the_attention_benchmark_gives_the_promised_ratios(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     randn = torch.randn  # what it measures is cut short: only the times depend on that
-    monkeypatch.setattr(torch, "randn", lambda B, N, K, T, H, **kw: randn(B, N, K, T // 64, H, **kw))
+    monkeypatch.setattr(
+        torch, "randn", lambda B, N, K, T, H, **kw: randn(B, N, K, T // 64, H, **kw)
+    )
     result = BENCHMARKS["attention"](BenchArguments(name="attention", repeat=1), CPU)
     promised = {f"packed_over_vanilla_K{K}_T{T}" for K in (2, 3, 4) for T in (1024, 2048)}
     promised |= {f"naive_over_packed_K3_T{T}" for T in (1024, 2048)}

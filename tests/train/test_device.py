@@ -79,7 +79,7 @@ def test_autocast_computes_matrix_products_in_the_dtype(dtype: torch.dtype) -> N
 def test_the_peak_is_the_models_or_unknown(
     name: str, peak: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
     assert peak_flops(CUDA) == peak
     assert peak_flops(CPU) is None
 

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,15 @@ def test_without_temperature_it_is_the_most_likely_text(config, trained, capsys)
     assert written(capsys, **given) == run.tokenizer.decode(ids) + "\n"
 
 
+def test_embeddings_that_no_piece_belongs_to_mean_nothing(config, opened, capsys) -> None:
+    run = opened(config("model.tied=false", "model.vocab_size=900"))
+    assert run.tokenizer.vocab_size < 800
+    [a], [k] = (run.tokenizer.encode(text).tolist() for text in ("a", "k"))
+    reciting(run, [a, 800, 899, k, run.tokenizer.eos_id])
+    given = {"run": str(run.directory), "prompt": "a", "temperature": 0}
+    assert written(capsys, **given) == "ak\n"
+
+
 def test_equal_seeds_write_equal_texts_and_others_do_not(config, trained, capsys) -> None:
     run = str(trained(config()).run.directory)
     first, again, other = (
@@ -62,7 +72,7 @@ def reciting(run: Run, tokens: list[int]) -> None:
         for block in model.blocks:
             block.attention.o.weight.zero_()
             block.ffn.down.weight.zero_()
-        for place, (token, following) in enumerate(zip(tokens, tokens[1:], strict=False)):
+        for place, (token, following) in enumerate(pairwise(tokens)):
             model.embed.weight[token, place] = 1
             model.head.weight[following, place] = 1
     run.store.save(1, run.engine.state(), {})

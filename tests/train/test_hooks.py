@@ -135,10 +135,10 @@ def test_mfu_is_the_needed_flops_over_the_peak_and_absent_where_that_is_unknown(
     config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings, cuda = config(), torch.device("cuda")
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 2**30)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: 2**30)
 
     def mfu(name: str) -> float | None:
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
         return Throughput(settings, cuda, 0)(record_of()).get("throughput/mfu")
 
     needed = 1000 / 4.0 * training_flops_per_token(settings.model, 32)
@@ -237,6 +237,13 @@ def test_a_sample_begins_with_its_prompt_and_is_the_same_every_time(config, open
     assert text.startswith("é def  </s>")
     assert len(text) > len("é def  </s>")
     assert sample.measure()["sample/text"] == text
+
+
+def test_a_sample_of_a_model_with_more_embeddings_than_pieces_is_text(config, opened) -> None:
+    run = opened(config("model.vocab_size=5000", "hooks.sample.tokens=30"))
+    assert run.tokenizer.vocab_size < 2500  # so most of what an untrained model draws has no piece
+    [sample] = [hook for hook in run.hooks if isinstance(hook, Sample)]
+    assert sample.measure()["sample/text"].startswith("def ")
 
 
 # Saving

@@ -1,6 +1,7 @@
 """The loop: what is due when, when it ends, and that ordinary steps wait for nothing."""
 
 import os
+import resource
 import signal
 import threading
 from dataclasses import FrozenInstanceError, replace
@@ -61,7 +62,12 @@ def test_a_hook_is_due_every_so_many_steps_and_once_at_the_end(
 
 
 def test_each_hook_logs_in_the_period_of_its_own_settings(config, trained, logged) -> None:
-    periods = {"hooks.log_every": 4, "eval.every": 3, "hooks.sample.every": 5, "checkpoint.every": 2}
+    periods = {
+        "hooks.log_every": 4,
+        "eval.every": 3,
+        "hooks.sample.every": 5,
+        "checkpoint.every": 2,
+    }
     overrides = [f"{key}={every}" for key, every in periods.items()]
     run = trained(config("train.max_steps=11", *overrides)).run
     lines = {line["step"]: line for line in logged(run.directory, measured=True)}
@@ -218,3 +224,42 @@ def test_data_that_gives_out_is_told_as_the_users_problem(config, opened) -> Non
     run = opened(config("data.lanes=64", "train.global_batch=64"))
     with pytest.raises(ConfigError, match=r"1 problem in the data:\n  data\.lanes=64: a lane"):
         train(run, Progress(disable=True))
+
+
+# A disk that refuses
+
+
+class FullAfter(Recorder):
+    """Lets the kernel refuse files above 64 KiB after one step, and no longer after another."""
+
+    def __init__(self, full: int, free: int) -> None:
+        super().__init__(1)
+        self.full, self.free = full, free
+
+    def __call__(self, record: StepRecord) -> Metrics:
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        limits = {self.full: 2**16, self.free: before[1]}
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limits.get(record.step, before[0]), before[1]))
+        return {}
+
+
+def test_a_disk_that_is_full_for_a_while_costs_the_checkpoints_of_that_while(
+    config, trained, logged
+) -> None:
+    settings = config("checkpoint.every=2", "checkpoint.keep=9", "hooks.console=true")
+    done = trained(settings, hooks=(FullAfter(full=3, free=5),))
+    assert done.record.ending == "finished"
+    store = done.run.store
+    assert [path.name for path in sorted(store.root.iterdir())] == [
+        "step_00000002",
+        "step_00000006",
+    ]
+    lines = logged(done.run.directory, measured=True)
+    assert [line["step"] for line in lines if "checkpoint/save_s" in line] == [2, 6]
+    [told] = [line for line in lines if "checkpoint/error" in line]
+    assert told["step"] == 4
+    message = told["checkpoint/error"]
+    assert f"the checkpoint of step 4 could not be written to {store.root}" in message
+    assert "File too large" in message
+    assert f"step 4/6  checkpoint/error: {message}" in done.output
+    assert len(lines) == 6

@@ -18,6 +18,7 @@ from data.tokenizer import Tokenizer
 from train.checkpoint import flatten
 from train.config import Config
 from train.hooks import Metrics, StepRecord
+from train.pretrained import save_pretrained
 from train.run import open_run, set_aside
 from train.validation import ConfigError
 
@@ -158,6 +159,24 @@ def test_what_only_reports_may_change_without_a_word(config, trained) -> None:
     assert changed.output.count("changed since then") == 1  # the length
 
 
+def test_a_new_run_starts_from_given_weights_and_a_resumed_one_from_its_own(
+    config, trained, opened, tmp_path: Path
+) -> None:
+    pytest.importorskip("safetensors")
+    given = opened(config("model=vanilla", "seed=7", f"run.dir={tmp_path / 'given'}")).engine.model
+    save_pretrained(tmp_path / "weights", given.config, given.state_dict())
+    settings = ["model=phd", f"run.start_from={tmp_path / 'weights'}"]
+    fresh = opened(config(*settings)).engine.model
+    assert all(
+        torch.equal(p, q) for p, q in zip(fresh.parameters(), given.parameters(), strict=True)
+    )
+    done = trained(config(*settings))
+    resumed = opened(config(*settings))
+    assert_equal_bits(flatten(resumed.engine.state()), everything(done))
+    problem = refusal(config(*settings, "model.dim=32", f"run.dir={tmp_path / 'other'}"))
+    assert "model.dim=32 (there it is 16)" in problem
+
+
 # What must not change
 
 
@@ -255,7 +274,9 @@ def test_the_directory_says_what_the_run_is_made_of(config, trained) -> None:
     again = trained(config("train.max_steps=7"))
     saved = OmegaConf.to_container(OmegaConf.load(run.directory / "config.yaml"))
     assert Config.from_dict(saved) == again.run.config
-    assert Tokenizer.load(run.directory / "tokenizer.model").fingerprint == run.tokenizer.fingerprint
+    assert (
+        Tokenizer.load(run.directory / "tokenizer.model").fingerprint == run.tokenizer.fingerprint
+    )
     starts = json.loads((run.directory / "environment.json").read_text())
     assert [start["packages"]["torch"] for start in starts] == [torch.__version__] * 2
     assert starts[0]["python"] == ".".join(map(str, sys.version_info[:3]))

@@ -160,11 +160,11 @@ class Service:
         if name == self.failing:
             raise OSError("[/gone] lost")
 
-    def init(self, **settings: object) -> "Service":
+    def init(self, **_: object) -> "Service":
         self.call("init")
         return self
 
-    def log(self, metrics: object, step: int) -> None:
+    def log(self, _: object, **__: object) -> None:
         self.call("log")
 
     def finish(self) -> None:

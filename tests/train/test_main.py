@@ -1,0 +1,164 @@
+"""`python train/main.py` as a user meets it: signals, exit codes, and what is on the screen."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+from string import ascii_letters
+from time import monotonic, sleep
+
+import pytest
+import torch
+
+from data.tokenizer_training import LOSSLESS, train
+from train.checkpoint import flatten
+
+REPOSITORY = Path(__file__).parents[2]
+
+Process = subprocess.Popen[str]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Callable[..., Process]:
+    """Starts a script of train/ from a folder far from it."""
+    (tmp_path / "elsewhere").mkdir()
+
+    def begin(script: str, *arguments: str) -> Process:
+        return subprocess.Popen(
+            [sys.executable, "-W", "error", str(REPOSITORY / "train" / script), *arguments],
+            cwd=tmp_path / "elsewhere",
+            env=os.environ | {"PYTHONPATH": str(REPOSITORY), "COLUMNS": "200"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    return begin
+
+
+def wait_for_lines(path: Path, number: int, process: Process) -> None:
+    """Returns when a run has logged so many steps."""
+    begun = monotonic()
+    while not path.exists() or path.read_bytes().count(b"\n") < number:
+        assert process.poll() is None, process.communicate()
+        assert monotonic() - begun < 100
+        sleep(0.005)
+
+
+def test_a_terminated_run_continues_bitwise_with_the_same_command(
+    config, small, start, trained, opened, logged, tmp_path: Path
+) -> None:
+    settings = ["train.max_steps=250", "model.K=3", "train.micro_batch=2", "data.prefetch=5"]
+    command = ["main.py", *small(*settings, "hooks.console=true", "hooks.log_every=5")]
+
+    first = start(*command)
+    wait_for_lines(tmp_path / "run/metrics.jsonl", 2, first)
+    first.send_signal(signal.SIGTERM)
+    output, errors = first.communicate()
+    assert (first.returncode, errors) == (128 + signal.SIGTERM, "")
+    *_, last = logged(tmp_path / "run")
+    assert 10 < last["step"] < 250
+    assert output.splitlines()[-1] == f"SIGTERM: saved after step {last['step']}"
+
+    second = start(*command)
+    output, errors = second.communicate()
+    assert (second.returncode, errors) == (0, "")
+    assert f"going on from {tmp_path}/run/checkpoints/step_{last['step']:08d}\n" in output
+    assert "step 250/250  loss " in output
+    for part in ("the plan: ", "heldout: ", "a sample", "KV cache of one sequence", "next"):
+        assert output.count(part) == 1, part
+
+    whole = trained(config(*settings, "hooks.log_every=5", f"run.dir={tmp_path / 'whole'}"))
+    lines = [line for line in logged(tmp_path / "run") if line["step"] % 5 == 0]
+    assert lines == logged(whole.run.directory)
+    ours, theirs = (flatten(r.engine.state()) for r in (opened(config(*settings)), whole.run))
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
+def test_the_same_command_after_the_end_reports_and_the_model_writes(
+    small, start, trained, config, tmp_path: Path
+) -> None:
+    done = trained(config())
+    lines = (tmp_path / "run/metrics.jsonl").read_bytes()
+    again = start("main.py", *small())
+    output, errors = again.communicate()
+    assert (again.returncode, errors) == (0, "")
+    assert "nothing to train: 6 steps are done" in output
+    assert f"heldout: {done.metrics['eval/heldout/bits_per_byte']:.3f} bits per byte" in output
+    assert (tmp_path / "run/metrics.jsonl").read_bytes() == lines
+
+    writing = start("generate.py", f"run={tmp_path / 'run'}", "prompt=def é", "max_tokens=5")
+    output, errors = writing.communicate()
+    assert (writing.returncode, errors) == (0, "")
+    assert output.startswith("def é")
+
+
+def test_a_run_lives_under_the_folder_it_is_started_from(small, start, tmp_path: Path) -> None:
+    run = start("main.py", *small("run.dir=null", "model.size=nano", "train.max_steps=1"))
+    _, errors = run.communicate()
+    assert (run.returncode, errors) == (0, "")
+    assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["runs"]
+    directory = tmp_path / "elsewhere/runs/phd_cswa-2-3-4-nano"
+    assert (directory / "checkpoints/step_00000001/COMPLETE").exists()
+
+
+@pytest.fixture
+def large_tokenizer(tmp_path: Path) -> Path:
+    path = tmp_path / "large.model"
+    dice = Random(0)
+    texts = ("".join(dice.choices(ascii_letters, k=9)) for _ in range(999))
+    train(texts, {**LOSSLESS, "model_type": "bpe", "vocab_size": 350}).save(path)
+    return path
+
+
+def test_wrong_settings_are_refused_on_one_screen(small, start, tmp_path: Path) -> None:
+    wrong = ["model.K=0", "model.window=-1", "model.chunk=0", "model.windw=3", "train.steps=5"]
+    run = start("main.py", *small(*wrong))
+    output, errors = run.communicate()
+    assert (run.returncode, output) == (2, "")
+    assert errors == (
+        "5 problems in the configuration:\n"
+        "  model.windw: unknown key. Did you mean model.window?\n"
+        "  model.K=0: expected an integer of at least 1\n"
+        "  model.window=-1: expected an integer of at least 1\n"
+        "  model.chunk=0: expected an integer of at least 1\n"
+        "  train.steps: unknown key. Did you mean train.max_steps?\n"
+    )
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("case", ["missing path", "empty corpus", "large tokenizer"])
+def test_what_a_run_cannot_be_made_of_is_refused_on_one_screen(
+    case: str, small, start, large_tokenizer: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "empty.jsonl").write_text('{"text": " "}\n')
+    setting, told, remedy = {
+        "missing path": (
+            f"data.source.paths={tmp_path}/nowhere/*.txt",
+            f"data.source.paths='{tmp_path}/nowhere/*.txt': no such file, no directory with",
+            "correct the path",
+        ),
+        "empty corpus": (
+            f"data.source.paths={tmp_path}/empty.jsonl",
+            f"data.source: no text in it ({tmp_path}/empty.jsonl)",
+            "choose a source with documents",
+        ),
+        "large tokenizer": (
+            f"tokenizer.path={large_tokenizer}",
+            f"tokenizer.path='{large_tokenizer}': has 350 pieces, more than model.vocab_size=320",
+            "set model.vocab_size to that or more",
+        ),
+    }[case]
+    run = start("main.py", *small(setting))
+    output, errors = run.communicate()
+    assert run.returncode == 2, errors
+    assert "Traceback" not in output + errors
+    title, problem = errors.splitlines()
+    assert title == "1 problem in the configuration:"
+    assert problem.startswith(f"  {told}")
+    assert remedy in problem
+    assert not (tmp_path / "run").exists()
