@@ -83,7 +83,7 @@ def _warnings(plan: Plan) -> list[str]:
     found = []
     if plan.memory.total > plan.available_memory:
         found.append(
-            f"needs about {_gib(plan.memory.total)}, the device has {_gib(plan.available_memory)}: "
+            f"needs about {_size(plan.memory.total)}, the device has {_size(plan.available_memory)}: "
             "lower train.micro_batch or train.seq_len, or choose a smaller size"
         )
     parameters = sum(plan.parameters.values())
@@ -120,7 +120,7 @@ def print_plan(plan: Plan, console: Console) -> None:
     table.add_row(
         "a step",
         f"{train.tokens_per_step:,} tokens = {train.global_batch} rows x {train.seq_len}, "
-        f"{config.model.K} slots each, {train.accumulation()} micro-batches",
+        f"{config.model.K} slots each, in {train.accumulation()} forward passes",
     )
     if plan.tokens is None:
         table.add_row("length", f"{train.max_time:.0f} s")
@@ -136,8 +136,8 @@ def print_plan(plan: Plan, console: Console) -> None:
         f"{_count(plan.flops_per_token)}, {ratio:.2f} x vanilla's "
         f"{_count(plan.vanilla_flops_per_token)}",
     )
-    memory = ", ".join(f"{name} {_gib(n)}" for name, n in plan.memory._asdict().items())
-    table.add_row("memory", f"about {_gib(plan.memory.total)}: {memory}")
+    memory = ", ".join(f"{name} {_size(n)}" for name, n in plan.memory._asdict().items())
+    table.add_row("memory", f"about {_size(plan.memory.total)}: {memory}")
     table.add_row("run directory", str(config.run_dir))
     console.print(table)
     for warning in plan.warnings:
@@ -177,8 +177,14 @@ def _count(number: float) -> str:
     return f"{number:.3g}"
 
 
-def _gib(size: float) -> str:
-    return f"{size / 2**30:.2f} GiB"
+def _size(size: float) -> str:
+    """Bytes with three digits and their unit.
+
+    >>> _size(90_000_000)
+    '85.8 MiB'
+    """
+    unit, letter = (2**30, "G") if size >= 2**30 else (2**20, "M")
+    return f"{size / unit:.3g} {letter}iB"
 
 
 def _main(config: Config) -> int:

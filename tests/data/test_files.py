@@ -147,7 +147,7 @@ def test_a_path_with_nothing_to_read_is_named(tmp_path: Path, name: str, message
         ("a.jsonl", b'{"a": 1, "b": 2}', r"text_field='text': .* has no such field; it has a, b"),
         ("a.jsonl", b'{"text": 5}', r"text_field='text': .*a\.jsonl:1 holds int there"),
         ("a.txt", b"a\xff", r"a\.txt:1: not UTF-8 at byte 1 \(invalid start byte\); convert it"),
-        ("a.txt.gz", gzip.compress(b"a\xff"), r"a\.txt\.gz:1: not UTF-8 at byte 1"),
+        ("a.txt.gz", gzip.compress(b"a\xff", mtime=0), r"a\.txt\.gz:1: not UTF-8 at byte 1"),
     ],
 )
 def test_a_broken_record_is_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:

@@ -30,7 +30,8 @@ SLOT = 2048
 def test_a_cache_holds_the_originals_and_the_hidden_copies_in_reach(
     settings: dict[str, Any], hidden_slots: int
 ) -> None:
-    found = kv_bytes(ModelConfig(**settings), 1000)
+    shape = {"layers": 4, "kv_heads": 2, "head_dim": 64}
+    found = kv_bytes(ModelConfig(**shape, **settings), 1000)
     assert found == (1000 * SLOT, hidden_slots * SLOT)
     assert found.total == (1000 + hidden_slots) * SLOT
 

@@ -70,7 +70,8 @@ def test_flops_are_counted_for_this_variant_and_for_vanilla(variant: str) -> Non
 
 
 def test_a_run_of_tokens_has_whole_steps_of_them() -> None:
-    plan = make_plan(load([CPU, f"train.max_tokens={100 * 4096 + 4095}"]))
+    step = ["train.global_batch=16", "train.seq_len=256"]
+    plan = make_plan(load([CPU, *step, f"train.max_tokens={100 * 4096 + 4095}"]))
     assert plan.tokens == 100 * 4096
 
 
@@ -81,7 +82,8 @@ def test_a_run_that_only_time_ends_has_no_tokens_to_tell() -> None:
 
 
 def test_the_plan_says_what_the_run_will_cost() -> None:
-    overrides = ["model.K=3", "train.max_steps=1000", "train.micro_batch=4", "run.dir=/some/where"]
+    overrides = ["model.K=3", "train.max_steps=1000", "run.dir=/some/where"]
+    overrides += ["train.global_batch=16", "train.micro_batch=4", "train.seq_len=256"]
     config = load([CPU, *overrides])
     plan, text = make_plan(config), printed(*overrides)
     parameters = sum(plan.parameters.values())
@@ -89,12 +91,12 @@ def test_the_plan_says_what_the_run_will_cost() -> None:
     for expected in (
         "the plan: phd_cswa-3-16-32-tiny",
         f"{parameters / 1e6:.3g}M: embedding 1.05M, attention",
-        "4,096 tokens = 16 rows x 256, 3 slots each, 4 micro-batches",
+        "4,096 tokens = 16 rows x 256, 3 slots each, in 4 forward passes",
         f"1,000 steps = 4.1M tokens, {4096000 / parameters:.2f} per parameter",
         f"{4096000 * plan.flops_per_token:.2e} FLOPs",
         f"{ratio:.2f} x vanilla's",
-        f"about {plan.memory.total / 2**30:.2f} GiB",
-        f"activations {plan.memory.activations / 2**30:.2f} GiB",
+        f"about {plan.memory.total / 2**20:.3g} MiB",
+        f"activations {plan.memory.activations / 2**20:.3g} MiB",
         "/some/where",
     ):
         assert expected in text

@@ -19,7 +19,7 @@ def rates(steps: int = 100, *, extra: int = 0, **schedule: Any) -> list[float]:
     """The rate of every step of a run, and of some after it."""
     config = Config(
         data=DataConfig(source=PythonSource(kind="python")),
-        train=TrainConfig(max_steps=steps),
+        train=TrainConfig(max_steps=steps, global_batch=16, seq_len=256),
         optim=OptimConfig(lr=PEAK),
         schedule=ScheduleConfig(**schedule),
     )
