@@ -43,7 +43,8 @@ class Sampling:
         """logits (B, V) -> token ids (B,), with the randomness of `generator` (on the CPU)."""
         if self.temperature == 0:
             return logits.argmax(-1)
-        logits = logits.float().cpu() / self.temperature
+        logits = logits.float().cpu()
+        logits = (logits - logits.amax(-1, keepdim=True)) / self.temperature
         if self.top_k is not None:
             least = logits.topk(min(self.top_k, logits.shape[-1])).values[..., -1:]
             logits = logits.masked_fill(logits < least, -torch.inf)

@@ -7,6 +7,9 @@ Every measurement is repeated in turn with the others (A B C A B C ...), so that
 slows down slows all of them; a ratio is the median over the turns of the ratio within a turn.
 """
 
+import train  # noqa: F401  # first: how threads wait is settled before torch is loaded
+
+# isort: split
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -30,7 +33,7 @@ from phd.pattern import Pattern
 from train import arguments
 from train.command_line import load
 from train.config import Config, EngineConfig
-from train.device import autocast, choose_device
+from train.device import autocast, choose_device, device_problems
 from train.engine import SingleEngine
 from train.optimizer import build_optimizer
 from train.run import environment
@@ -71,9 +74,7 @@ class BenchArguments:
         ]
         if self.name not in BENCHMARKS:
             found.append(f"name={self.name}: expected one of {', '.join(BENCHMARKS)}")
-        if self.device not in ("auto", "cpu", "cuda"):
-            found.append(f"device={self.device}: expected auto, cpu or cuda")
-        return found
+        return found + device_problems(self.device)
 
 
 @dataclass(frozen=True)

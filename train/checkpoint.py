@@ -15,7 +15,6 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias, cast
 
@@ -137,19 +136,6 @@ class CheckpointStore:
                 "Restore one of them from a copy, or start anew with run.resume=never."
             )
         return None
-
-    def set_aside(self) -> Path | None:
-        """Rename `root` to `<root>.old-<n>`, so that a run can start anew without losing anything.
-
-        Returns the new name, or None if there was no checkpoint.
-        """
-        if not self._newest_first():
-            return None
-        names = (self.root.with_name(f"{self.root.name}.old-{n}") for n in count(1))
-        target = next(name for name in names if not name.exists())
-        self.root.rename(target)
-        manifest.flush_directory(target.parent)
-        return target
 
     def _path(self, step: int) -> Path:
         return self.root / f"step_{step:08d}"

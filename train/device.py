@@ -45,6 +45,15 @@ def choose_device(config: EngineConfig) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
+def device_problems(device: str) -> list[str]:
+    """Why a command's argument `device` cannot be followed."""
+    if device not in ("auto", "cpu", "cuda"):
+        return [f"device={device}: expected auto, cpu or cuda"]
+    if device == "cuda" and not torch.cuda.is_available():
+        return ["device=cuda: this machine has no usable CUDA device; choose auto or cpu"]
+    return []
+
+
 def keep_freed_memory() -> None:
     """Tell glibc to reuse the memory of freed tensors instead of giving it back to the system.
 

@@ -15,7 +15,7 @@ from phd.sampling import Sampling, generate
 from train import arguments
 from train.checkpoint import CheckpointStore
 from train.config import Config, EngineConfig
-from train.device import choose_device
+from train.device import choose_device, device_problems
 from train.validation import ConfigError
 
 
@@ -48,10 +48,7 @@ class GenerateArguments:
         found = []
         if self.max_tokens < 1:
             found.append(f"max_tokens={self.max_tokens}: expected an integer of at least 1")
-        if self.device not in ("auto", "cpu", "cuda"):
-            found.append(f"device={self.device}: expected auto, cpu or cuda")
-        if self.device == "cuda" and not torch.cuda.is_available():
-            found.append("device=cuda: this machine has no usable CUDA device; choose auto or cpu")
+        found += device_problems(self.device)
         try:
             self.sampling()
         except ValueError as error:

@@ -212,7 +212,7 @@ class Saving:
         try:
             self.store.save(record.step, self.engine.state(), state)
         except CheckpointError as error:
-            return {"checkpoint/error": f"{error}; training goes on"}
+            return {"checkpoint/error": f"{error}{'' if record.ending else '; training goes on'}"}
         return {"checkpoint/save_s": perf_counter() - start}
 
 

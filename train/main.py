@@ -21,6 +21,7 @@ from train.loop import train
 from train.plan import make_plan, print_plan
 from train.report import print_report
 from train.run import open_run
+from train.sinks import warn
 
 KILLED = 128  # what a shell adds to a signal's number for the exit code of who died of it
 
@@ -36,8 +37,11 @@ def main(config: Config) -> int:
             return 0
         with _progress(console) as progress:
             record, metrics = train(run, progress)
+        if failure := metrics.get("checkpoint/error"):
+            warn(console, str(failure))
         if record.interrupted:
-            console.print(f"{record.ending}: saved after step {record.step}")
+            saved = "not saved" if failure else "saved"
+            console.print(f"{record.ending}: {saved} after step {record.step}")
             return KILLED + Signals[str(record.ending)]
         print_report(run, record.step, metrics, console)
     return 0

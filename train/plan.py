@@ -83,8 +83,9 @@ def _warnings(plan: Plan) -> list[str]:
     found = []
     if plan.memory.total > plan.available_memory:
         found.append(
-            f"needs about {_size(plan.memory.total)}, the device has {_size(plan.available_memory)}: "
-            "lower train.micro_batch or train.seq_len, or choose a smaller size"
+            f"needs about {_size(plan.memory.total)}, the device has "
+            f"{_size(plan.available_memory)}: lower train.micro_batch or train.seq_len, or choose "
+            "a smaller size"
         )
     parameters = sum(plan.parameters.values())
     if plan.tokens is not None and plan.tokens < 0.1 * parameters:

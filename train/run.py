@@ -78,9 +78,9 @@ class Run:
         """Why the run ends after this step; None if it goes on."""
         if received is not None:
             return received.name
-        if step == self.config.train.total_steps:
+        total, limit = self.config.train.total_steps, self.config.train.max_time
+        if total is not None and step >= total:
             return "finished"
-        limit = self.config.train.max_time
         return "max_time" if limit is not None and train_s >= limit else None
 
     def finish(self) -> Metrics:
@@ -158,9 +158,9 @@ def open_run(config: Config, console: Console) -> Run:
             TrainingMetrics(config),
             Throughput(config, engine.device, step * config.train.tokens_per_step),
             KVCost(config, engine.dtype),
+            Saving(config, engine, store, state),  # before anything that could fail
             *measuring,
             Sample(config, engine, tokenizer),
-            Saving(config, engine, store, state),
         ),
         sinks=_open_sinks(config, directory, step, console),
         step=step,

@@ -324,18 +324,6 @@ def test_files_that_are_not_checkpoints_are_left_alone(store: CheckpointStore) -
     assert {"notes.txt", "step_00000001.copy"} <= set(names_in(store.root))
 
 
-def test_starting_anew_loses_nothing(store: CheckpointStore) -> None:
-    assert store.set_aside() is None
-    save(store, 1)
-    first = store.set_aside()
-    assert store.newest() is None
-    save(store, 2)
-    second = store.set_aside()
-    assert [path.name for path in (first, second)] == ["checkpoints.old-1", "checkpoints.old-2"]
-    assert CheckpointStore(first, keep=1).newest().step == 1
-    assert CheckpointStore(second, keep=1).newest().step == 2
-
-
 # A disk that refuses, or loses its power
 
 

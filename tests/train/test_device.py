@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +12,6 @@ from train.device import (
     PEAK_FLOPS,
     autocast,
     choose_device,
-    keep_freed_memory,
     peak_flops,
     peak_memory_gib,
     precision,
@@ -37,11 +37,11 @@ def test_cuda_that_is_not_there_is_refused_with_the_way_out(
 
 
 def test_threads_are_those_asked_for_or_left_alone() -> None:
-    choose_device(EngineConfig(device="cpu", threads=1))
-    assert torch.get_num_threads() == 1
     torch.set_num_threads(2)
     choose_device(EngineConfig(device="cpu"))
     assert torch.get_num_threads() == 2
+    choose_device(EngineConfig(device="cpu", threads=1))
+    assert torch.get_num_threads() == 1
 
 
 @pytest.mark.parametrize(
@@ -91,13 +91,11 @@ def test_a_name_that_contains_another_comes_before_it() -> None:
         assert not any(earlier in name for earlier in names[:i]), name
 
 
-def test_the_peak_of_memory_grows_with_what_is_held() -> None:
-    keep_freed_memory()
-    before = peak_memory_gib(CPU)
-    size = int(before * 2**28) + 2**26  # float32 values: what is held already, and 256 MiB
-    held = torch.ones(size)
-    assert peak_memory_gib(CPU) - before > 0.2
-    assert held[-1] == 1
+@pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's own figure")
+def test_the_peak_of_memory_is_the_kernels_high_water_mark() -> None:
+    status = Path("/proc/self/status").read_text().splitlines()
+    [kib] = [int(line.split()[1]) for line in status if line.startswith("VmHWM:")]
+    assert peak_memory_gib(CPU) == pytest.approx(kib / 2**20, rel=0.01)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="page faults are counted on Linux")
@@ -116,7 +114,7 @@ def faults():
 faults()
 given_back = faults()
 keep_freed_memory()
-faults()
+faults(), faults()  # the first may leave a gap that its alignment makes too small for the second
 print(given_back, faults())
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

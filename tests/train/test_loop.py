@@ -172,6 +172,14 @@ def test_the_time_of_hooks_is_no_time_of_training(config, trained) -> None:
     assert slow.records[-1].train_s < 0.8  # the pauses before it alone took that long
 
 
+def test_the_speed_of_a_resumed_run_is_that_of_its_own_steps(config, trained) -> None:
+    trained(config("train.max_steps=5"))
+    clock, sink = Recorder(1), Recorder(0)
+    trained(config("train.max_steps=6"), hooks=(clock,), sinks=(sink,))
+    [record], [(_, metrics)] = clock.records, sink.written
+    assert metrics["throughput/tokens_per_s"] == pytest.approx(STEP / record.train_s)
+
+
 # The end
 
 
@@ -229,17 +237,17 @@ def test_data_that_gives_out_is_told_as_the_users_problem(config, opened) -> Non
 # A disk that refuses
 
 
-class FullAfter(Recorder):
-    """Lets the kernel refuse files above 64 KiB after one step, and no longer after another."""
+class FullForAWhile(Recorder):
+    """From step 3 to 5, lets the kernel refuse to write a file beyond some bytes."""
 
-    def __init__(self, full: int, free: int) -> None:
+    def __init__(self, size: int) -> None:
         super().__init__(1)
-        self.full, self.free = full, free
+        self.size = size
 
     def __call__(self, record: StepRecord) -> Metrics:
-        before = resource.getrlimit(resource.RLIMIT_FSIZE)
-        limits = {self.full: 2**16, self.free: before[1]}
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limits.get(record.step, before[0]), before[1]))
+        now, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+        limit = {3: self.size, 5: most}.get(record.step, now)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, most))
         return {}
 
 
@@ -247,7 +255,7 @@ def test_a_disk_that_is_full_for_a_while_costs_the_checkpoints_of_that_while(
     config, trained, logged
 ) -> None:
     settings = config("checkpoint.every=2", "checkpoint.keep=9", "hooks.console=true")
-    done = trained(settings, hooks=(FullAfter(full=3, free=5),))
+    done = trained(settings, hooks=(FullForAWhile(2**16),))
     assert done.record.ending == "finished"
     store = done.run.store
     assert [path.name for path in sorted(store.root.iterdir())] == [
@@ -263,3 +271,13 @@ def test_a_disk_that_is_full_for_a_while_costs_the_checkpoints_of_that_while(
     assert "File too large" in message
     assert f"step 4/6  checkpoint/error: {message}" in done.output
     assert len(lines) == 6
+
+
+def test_a_disk_without_any_room_stops_no_training(config, trained, logged) -> None:
+    settings = config("checkpoint.every=2", "checkpoint.keep=9", "hooks.console=true")
+    done = trained(settings, hooks=(FullForAWhile(0),))
+    assert done.record.ending == "finished"
+    assert [line["step"] for line in logged(done.run.directory)] == [1, 2, 5, 6]
+    assert done.output.count("metrics.jsonl is not written: ") == 1
+    assert "step 4/6  checkpoint/error: the checkpoint of step 4 could not be" in done.output
+    assert done.run.store.newest().step == 6

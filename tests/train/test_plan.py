@@ -25,6 +25,7 @@ WARNINGS = {
     "model.dim=16384 model.ffn_dim=65536 model.layers=64 train.max_tokens=1e13": (
         "needs about",
         "the device has",
+        "lower train.micro_batch",
     ),
     "train.max_steps=1": ("tokens per parameter", "the model will hardly have begun to learn"),
     "model.window=33": ("model.window=33 reaches past model.chunk=32", "the chunk decides"),
