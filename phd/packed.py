@@ -18,7 +18,7 @@ which is exact, because p and out there are those of the whole attention.
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -91,10 +91,7 @@ class _Packed(torch.autograd.Function):
         dq = dq.view(B, N, Q, T, H)
         if ctx.pattern.rule == "hidden":
             with torch.autocast(q.device.type, enabled=False):
-                near_q, dk[:, :, 1:], dv[:, :, 1:] = _hidden_gradients(
-                    q, k, v, dout, out, lse, ctx.pattern
-                )
-            dq[:, :, -near_q.shape[2] :] += near_q
+                _add_hidden_gradients((dq, dk, dv), (q, k, v), (out, lse, dout), ctx.pattern)
         return dq, dk, dv, None
 
 
@@ -104,43 +101,70 @@ def _merge_hidden(
     """Add rules 2 and 3 to rule 1's result: updates (out, lse) of the hidden queries in place."""
     copies = min(q.shape[2], pattern.K - 1)
     q, out, lse = (x[:, :, -copies:] for x in (q, out, lse[..., None]))
-    for turn, scores in _scores(q, k, pattern, lse.dtype):
-        far = turn.queries(lse)
-        total = torch.logaddexp(far, scores.logsumexp(-1, keepdim=True))
-        near = scores.sub_(total).exp_() @ turn.keys(v[:, :, 1:]).to(lse.dtype)
-        rows = out[..., turn.rows, :]
-        rows.copy_(rows * turn.unblock((far - total).exp_()) + turn.unblock(near))
+    for part in _hidden_parts(q, k, pattern, lse.dtype):
+        turn, scores = part.turn, part.scores
+        peak = scores.amax(-1, keepdim=True)
+        weights = scores.sub_(peak).exp_()
+        far, near = turn.queries(lse), weights.sum(-1, keepdim=True).log_().add_(peak)
+        total = torch.logaddexp(far, near)
+        share = (weights @ turn.keys(v[:, :, 1:]).to(lse.dtype)).mul_((peak - total).exp_())
+        rows, kept = out[..., turn.rows, :], turn.unblock((far - total).exp_())
+        rows.copy_(torch.addcmul(turn.unblock(share), rows, kept))
         lse[..., turn.rows, :] = turn.unblock(total)
 
 
-def _hidden_gradients(
-    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, out: Tensor, lse: Tensor, pattern: Pattern
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Rules 2 and 3's share of the gradients: dq of hidden queries, dk and dv of hidden copies."""
+def _add_hidden_gradients(
+    gradients: tuple[Tensor, Tensor, Tensor],
+    inputs: tuple[Tensor, Tensor, Tensor],
+    result: tuple[Tensor, Tensor, Tensor],
+    pattern: Pattern,
+) -> None:
+    """Rules 2 and 3's share of the gradients.
+
+    Args:
+        gradients: dq, dk, dv, in which rule 1's share is; the hidden queries' dq is added to, the
+            hidden copies' dk and dv, which only hidden queries see, are set.
+        inputs: q, k, v.
+        result: the merged out and lse, and dout.
+    """
+    (dq, dk, dv), (q, k, v), (out, lse, dout) = gradients, inputs, result
     copies, scale = min(q.shape[2], pattern.K - 1), q.shape[-1] ** -0.5
-    q, dout, out, lse = (x[:, :, -copies:] for x in (q, dout, out, lse[..., None]))
-    dq = torch.empty_like(q)
-    dk, dv = (torch.zeros_like(k[:, :, 1:], dtype=lse.dtype) for _ in range(2))
-    for turn, scores in _scores(q, k, pattern, lse.dtype):
-        q_rows, dout_rows, out_rows = (turn.queries(x).to(lse.dtype) for x in (q, dout, out))
-        k_rows, v_rows = (turn.keys(x[:, :, 1:]).to(lse.dtype) for x in (k, v))
-        p = scores.sub_(turn.queries(lse)).exp_()
-        delta = (dout_rows * out_rows).sum(-1, keepdim=True)
-        ds = (dout_rows @ v_rows.mT).sub_(delta).mul_(p).mul_(scale)
-        dq[..., turn.rows, :] = turn.unblock(ds @ k_rows)
-        turn.add_to_keys(dk, ds.mT @ q_rows)
-        turn.add_to_keys(dv, p.mT @ dout_rows)
-    return dq, dk, dv
+    dq, q, out, lse, dout = (x[:, :, -copies:] for x in (dq, q, out, lse[..., None], dout))
+    delta = (dout.to(lse.dtype) * out).sum(-1, keepdim=True)
+    near_dk, near_dv = (torch.zeros_like(x[:, :, 1:], dtype=lse.dtype) for x in (k, v))
+    for part in _hidden_parts(q, k, pattern, lse.dtype):
+        turn = part.turn
+        p = part.scores.sub_(turn.queries(lse)).exp_()
+        dout_rows = turn.queries(dout).to(lse.dtype)
+        dp = dout_rows @ turn.keys(v[:, :, 1:]).to(lse.dtype).mT
+        ds = dp.sub_(turn.queries(delta)).mul_(p)
+        dq[..., turn.rows, :] += turn.unblock(ds @ part.k)
+        turn.add_to_keys(near_dk, ds.mT @ part.q)
+        turn.add_to_keys(near_dv, p.mT @ dout_rows)
+    dk[:, :, 1:], dv[:, :, 1:] = near_dk.mul_(scale), near_dv
 
 
-def _scores(
+class _HiddenPart(NamedTuple):
+    """Some blocks of hidden queries, the hidden keys they meet, times 1/sqrt(H), and the scores.
+
+    q (B, G, blocks, queries, H), k (B, G, blocks, keys, H), scores (B, G, blocks, queries, keys),
+    -inf where the pattern does not allow them.
+    """
+
+    turn: Turn
+    q: Tensor
+    k: Tensor
+    scores: Tensor
+
+
+def _hidden_parts(
     q: Tensor, k: Tensor, pattern: Pattern, dtype: torch.dtype
-) -> Iterator[tuple[Turn, Tensor]]:
-    """Scaled, masked scores among hidden copies, turn by turn: (B, G, blocks, queries, keys)."""
+) -> Iterator[_HiddenPart]:
+    """All blocks of the hidden queries q (B, N, copies, T, H), turn by turn."""
     B, N, copies, T, H = q.shape
     for turn in Blocks.of(pattern, T).turns(B, N, k.shape[1], copies):
-        scores = turn.queries(q).to(dtype) * H**-0.5 @ turn.keys(k[:, :, 1:]).to(dtype).mT
+        rows, keys = turn.queries(q).to(dtype), turn.keys(k[:, :, 1:]).to(dtype) * H**-0.5
+        scores = rows @ keys.mT
         masked = turn.masked(q.device)
-        heads = scores.unflatten(3, (-1, masked.shape[1]))
-        heads.masked_fill_(masked[:, None], -torch.inf)
-        yield turn, scores
+        scores.unflatten(3, (-1, masked.shape[1])).masked_fill_(masked[:, None], -torch.inf)
+        yield _HiddenPart(turn, rows, keys, scores)
