@@ -4,7 +4,6 @@ from collections.abc import Iterable, Iterator
 from queue import SimpleQueue
 from threading import Event, Semaphore, Thread
 from time import perf_counter
-from types import TracebackType
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -64,10 +63,5 @@ class Prefetch(Generic[T]):
     def __enter__(self) -> "Prefetch[T]":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()

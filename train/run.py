@@ -20,7 +20,6 @@ from itertools import count
 from pathlib import Path
 from signal import Signals
 from time import strftime
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -94,12 +93,7 @@ class Run:
     def __enter__(self) -> "Run":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for sink in self.sinks:
             sink.close()
 
