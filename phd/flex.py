@@ -1,6 +1,7 @@
 """The FlexAttention backend: PHD attention as one compiled kernel over an analytic block mask."""
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,8 +25,12 @@ def flex_attention(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
             f"model.attention=flex: FlexAttention has no backward on the device {q.device}; "
             "choose model.attention=packed, which runs everywhere"
         )
-    kernel = torch.compile(torch_flex_attention, dynamic=False, fullgraph=True)
-    return masked_flex(kernel, q, k, v, pattern)
+    return masked_flex(_compiled(), q, k, v, pattern)
+
+
+@lru_cache
+def _compiled() -> Any:
+    return torch.compile(torch_flex_attention, dynamic=False, fullgraph=True)
 
 
 def masked_flex(kernel, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:  # type: ignore[no-untyped-def]

@@ -42,7 +42,7 @@ def next_token_loss(hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: flo
     count = (targets != IGNORED).sum()
     # Torch's own adds the sum up in the dtype of `hidden`: in bfloat16, three digits of it.
     exact = hidden.dtype == weight.dtype and hidden.dtype.itemsize >= 4
-    if z_loss == 0 and exact and hasattr(F, "linear_cross_entropy"):
+    if z_loss == 0 and exact and hasattr(torch.nn, "LinearCrossEntropyOptions"):
         options = torch.nn.LinearCrossEntropyOptions()
         total = F.linear_cross_entropy(
             hidden, weight, targets, reduction="sum", ignore_index=IGNORED, options=options

@@ -76,8 +76,8 @@ class TrainConfig(Checked):
         max_steps: optimizer steps. With neither this, `max_tokens` nor `max_time`, the run is
             `DEFAULT_STEPS` long.
         max_tokens: tokens of text (copies are not counted), in whole steps and never exceeded.
-        max_time: seconds of training, also `30m` or `2h`; it stops a run, but is no length that a
-            schedule could follow.
+        max_time: seconds of training in each start, also `30m` or `2h`; it stops a run, but is no
+            length that a schedule could follow.
         global_batch: rows of one optimizer step, over all ranks.
         micro_batch: rows of one forward pass on one rank; null: as many as the rank has.
         seq_len: T, tokens in a row.
@@ -145,7 +145,7 @@ class OptimConfig(Checked):
     """The optimizer.
 
     Attributes:
-        kind: AdamW, with decay on matrices but not on embeddings, norms and vectors.
+        kind: AdamW, with weight decay on everything but embeddings.
         lr: the schedule's peak.
         grad_clip: largest L2 norm of the gradient of all parameters; null: no clipping.
         z_loss: weight of the mean squared log-normaliser of the logits in the loss.

@@ -1,6 +1,7 @@
 """The device of a run: choosing it, its precision, its memory and its peak speed."""
 
 import ctypes
+import re
 import resource
 import sys
 from contextlib import AbstractContextManager, nullcontext
@@ -65,7 +66,8 @@ def keep_freed_memory() -> None:
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, 1 << 30)
+        # Old glibc takes no more than 32 MiB here.
+        _ = mallopt(_M_MMAP_THRESHOLD, 1 << 30) or mallopt(_M_MMAP_THRESHOLD, 1 << 25)
         mallopt(_M_TRIM_THRESHOLD, -1)  # never
 
 
@@ -88,8 +90,10 @@ def peak_flops(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
-    known = (peak for model, peak in PEAK_FLOPS.items() if model in name)
-    return next(known, None)
+    for model, peak in PEAK_FLOPS.items():
+        if re.search(rf"\b{model}\b(?! (Laptop|D\b|NVL))", name):
+            return peak
+    return None
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -66,6 +66,8 @@ class SingleEngine:
 
     def step(self, rows: Tensor, lr: float) -> StepResult:
         """Accumulate the gradients of all micro-batches, clip them, update the weights."""
+        if self.device.type == "cuda":
+            rows = rows.pin_memory()  # or the copy would wait for the device
         rows = rows.to(self.device, non_blocking=True)
         tokens, targets = rows[:, :-1], rows[:, 1:]
         count = (targets != IGNORED).sum()

@@ -3,6 +3,10 @@
 python train/generate.py run=runs/phd_cswa-2-16-32-tiny prompt="def main("
 """
 
+import train  # noqa: F401  # first: how threads wait is settled before torch is loaded
+
+# isort: split
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,6 +81,8 @@ def load_run(directory: Path, device: torch.device) -> tuple[Transformer, Tokeni
     if checkpoint is None:
         problem = f"run={directory}: no checkpoint there yet; let it train on"
         raise ConfigError([problem], "the arguments")
+    for path, reason in checkpoint.passed_over:
+        print(f"passed over the checkpoint {path}: {reason}", file=sys.stderr)
     settings = OmegaConf.to_container(OmegaConf.load(directory / "config.yaml"))
     config = Config.from_dict(settings)  # type: ignore[arg-type]
     with torch.device("meta"):

@@ -29,12 +29,19 @@ def print_report(run: Run, step: int, metrics: Metrics, console: Console) -> Non
         console.print(str(text), markup=False)
     console.print()
     console.print(kv_table(run))
-    newest = run.store.newest()
-    console.print(f"checkpoint: {newest.path if newest else 'none could be saved'}")
+    console.print(f"checkpoint: {_checkpoint(run)}", markup=False)
     console.print(f"metrics:    {run.directory / 'metrics.jsonl'}")
     console.print("\n[bold]next[/]")
     for command in next_commands(run, step):
         console.print(f"  {command}", markup=False)
+
+
+def _checkpoint(run: Run) -> str:
+    try:
+        newest = run.store.newest()
+    except ValueError as error:
+        return str(error)
+    return str(newest.path) if newest else "none could be saved"
 
 
 def kv_table(run: Run) -> Table:

@@ -34,6 +34,7 @@ from data.tokenizer_training import prepare_tokenizer
 from launch.place import Place
 from train.checkpoint import Checkpoint, CheckpointStore
 from train.config import Config
+from train.device import choose_device
 from train.engine import Engine, SingleEngine
 from train.hooks import (
     Evaluation,
@@ -46,7 +47,7 @@ from train.hooks import (
     TrainingMetrics,
 )
 from train.pretrained import pretrained_start
-from train.sinks import ConsoleLine, MetricsFile, Sink, Wandb, warn
+from train.sinks import ConsoleLine, MetricsFile, Sink, Wandb, warn, write_whole
 from train.validation import ConfigError
 
 # Settings that a resumed run must share with its checkpoint; the rest may be changed.
@@ -113,6 +114,12 @@ def open_run(config: Config, console: Console) -> Run:
         )
         raise ConfigError([alone])
     try:
+        device = choose_device(config.engine)
+        if config.model.attention == "flex" and device.type != "cuda":
+            raise ValueError(
+                "model.attention=flex: FlexAttention has no backward on this machine's "
+                f"{device.type}; choose model.attention=packed"
+            )
         store = CheckpointStore(directory / "checkpoints", keep=config.checkpoint.keep)
         checkpoint = _newest(config, store, console)
         documents = Documents(config.data)
@@ -230,11 +237,12 @@ def _leaves(tree: dict[str, Any], path: str = "") -> dict[str, Any]:
 def _describe(config: Config, directory: Path, tokenizer: Tokenizer) -> None:
     """Write down what this start of the run is made of."""
     directory.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(OmegaConf.create(config.to_dict()), directory / "config.yaml")
+    settings = OmegaConf.to_yaml(OmegaConf.create(config.to_dict()))
+    write_whole(directory / "config.yaml", settings)
     tokenizer.save(directory / "tokenizer.model")
     path = directory / "environment.json"
     starts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-    path.write_text(json.dumps([*starts, environment()], indent=1), encoding="utf-8")
+    write_whole(path, json.dumps([*starts, environment()], indent=1))
 
 
 def environment() -> dict[str, Any]:

@@ -76,8 +76,13 @@ def cut_back(path: Path, step: int) -> None:
                 kept.append(line)
         except (json.JSONDecodeError, TypeError, KeyError):
             continue
+    write_whole(path, "".join(kept))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file in one piece: a crash or a full disk leaves the one before."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text("".join(kept), encoding="utf-8")
+    partial.write_text(text, encoding="utf-8")
     partial.replace(path)
 
 

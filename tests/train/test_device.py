@@ -74,6 +74,10 @@ def test_autocast_computes_matrix_products_in_the_dtype(dtype: torch.dtype) -> N
         ("NVIDIA H100 80GB HBM3", 989e12),
         ("NVIDIA H200", 989e12),
         ("NVIDIA GeForce RTX 4090", 165e12),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA RTX A1000", None),
+        ("NVIDIA GB200", None),
+        ("NVIDIA H100 NVL", None),
         ("NVIDIA GeForce GTX 1080", None),
     ],
 )

@@ -115,12 +115,17 @@ def test_a_run_without_a_checkpoint_is_refused(config, opened) -> None:
     assert "no tokenizer.model there" in refusal(directory)
 
 
-def test_a_damaged_checkpoint_is_passed_over_and_if_it_is_the_last_refused(config, trained) -> None:
+def test_a_damaged_checkpoint_is_passed_over_and_if_it_is_the_last_refused(
+    config, trained, capsys: pytest.CaptureFixture[str]
+) -> None:
     done = trained(config("checkpoint.every=3"))
     directory = done.run.directory
     os.truncate(directory / "checkpoints/step_00000006/__0_0.distcp", 100)
     model, _ = load_run(directory, torch.device("cpu"))
     assert not torch.equal(model.embed.weight, done.run.engine.model.embed.weight)
+    told = capsys.readouterr().err
+    assert told.startswith("passed over the checkpoint ")
+    assert "step_00000006: __0_0.distcp has 100 bytes" in told
     os.truncate(directory / "checkpoints/step_00000003/__0_0.distcp", 100)
     problem = refusal(directory)
     assert "every checkpoint in" in problem

@@ -20,6 +20,7 @@ from train.config import Config
 from train.hooks import Metrics, StepRecord
 from train.pretrained import save_pretrained
 from train.run import open_run, set_aside
+from train.sinks import write_whole
 from train.validation import ConfigError
 
 MODELS = {
@@ -325,3 +326,21 @@ def test_with_nothing_held_out_there_is_no_evaluation(config, trained) -> None:
     metrics = trained(config("data.holdout=0")).metrics
     assert "sample/text" in metrics
     assert [key for key in metrics if key.startswith("eval/")] == []
+
+
+def test_flex_attention_off_cuda_is_refused_before_anything_is_built(
+    config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    settings = config("model.attention=flex", "engine.device=auto")
+    with pytest.raises(ConfigError, match=r"model\.attention=flex: .* choose model\.attention=pa"):
+        open_run(settings, Console(file=io.StringIO()))
+    assert not settings.run_dir.exists()
+
+
+def test_a_description_is_replaced_in_one_piece(tmp_path: Path) -> None:
+    path = tmp_path / "environment.json"
+    write_whole(path, "before")
+    with pytest.raises(UnicodeEncodeError):
+        write_whole(path, "after\ud800")
+    assert path.read_text(encoding="utf-8") == "before"
