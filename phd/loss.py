@@ -9,8 +9,9 @@ from torch.nn import functional as F
 
 IGNORED = -100  # a target that never counts, as in torch's own losses
 
-# Logits held at a time by our own chunked loss: 2^24 in float32 are 64 MiB.
-LOGITS_AT_ONCE = 1 << 24
+# Logits held at a time: 2^24 in float32 are 64 MiB. More than 1024 rows make no product faster;
+# torch's own choice, 128 rows at V = 4096 and D = 256, makes the loss 7 % slower on two cores.
+LOGITS_AT_ONCE, ROWS_AT_ONCE = 1 << 24, 1024
 
 
 class Loss(NamedTuple):
@@ -43,13 +44,20 @@ def next_token_loss(hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: flo
     # Torch's own adds the sum up in the dtype of `hidden`: in bfloat16, three digits of it.
     exact = hidden.dtype == weight.dtype and hidden.dtype.itemsize >= 4
     if z_loss == 0 and exact and hasattr(torch.nn, "LinearCrossEntropyOptions"):
-        options = torch.nn.LinearCrossEntropyOptions()
+        options = torch.nn.LinearCrossEntropyOptions(
+            batch_chunk_size=rows_at_once(weight.shape[0]), chunking_method=None
+        )
         total = F.linear_cross_entropy(
             hidden, weight, targets, reduction="sum", ignore_index=IGNORED, options=options
         )
         return Loss(total, total.detach(), count)
     total, cross_entropy = chunked_cross_entropy(hidden, weight, targets, z_loss)
     return Loss(total, cross_entropy, count)
+
+
+def rows_at_once(vocab_size: int) -> int:
+    """How many rows' logits are held at a time."""
+    return max(1, min(ROWS_AT_ONCE, LOGITS_AT_ONCE // vocab_size))
 
 
 def chunked_cross_entropy(
@@ -72,7 +80,7 @@ class _Chunked(torch.autograd.Function):
         d_hidden = torch.empty_like(hidden)
         d_weight = torch.zeros_like(weight if learning else weight[:0], dtype=exact)
         head = weight.to(hidden.dtype)
-        step = max(1, LOGITS_AT_ONCE // weight.shape[0])
+        step = rows_at_once(weight.shape[0])
         for h, d, y in zip(
             hidden.split(step), d_hidden.split(step), targets.split(step), strict=True
         ):
