@@ -37,7 +37,8 @@ def main(config: Config) -> int:
             return 0
         with _progress(console) as progress:
             record, metrics = train(run, progress)
-        if failure := metrics.get("checkpoint/error"):
+        failure = metrics.get("checkpoint/error")
+        if failure and not config.hooks.console:  # else it has been told
             warn(console, str(failure))
         if record.interrupted:
             saved = "not saved" if failure else "saved"

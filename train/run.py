@@ -48,7 +48,7 @@ from train.hooks import (
 )
 from train.pretrained import pretrained_start
 from train.sinks import ConsoleLine, MetricsFile, Sink, Wandb, warn, write_whole
-from train.validation import ConfigError
+from train.validation import ConfigError, leaves
 
 # Settings that a resumed run must share with its checkpoint; the rest may be changed.
 FIXED = ("seed", "model", "train.global_batch", "train.seq_len")
@@ -216,22 +216,13 @@ def _newest(config: Config, store: CheckpointStore, console: Console) -> Checkpo
 
 def _changes(saved: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
     """What differs between two configurations, by key; not what only names, bounds or reports."""
-    before, after = _leaves(saved), _leaves(now)
+    before, after = leaves(saved), leaves(now)
     ignored = ("run.", "data.", "tokenizer.", "hooks.", "eval.", "checkpoint.", "model.attention")
     return {
         key: f"{key} was {before.get(key)!r} and is now {after.get(key)!r}"
         for key in dict.fromkeys([*before, *after])
         if before.get(key) != after.get(key) and not key.startswith(ignored)
     }
-
-
-def _leaves(tree: dict[str, Any], path: str = "") -> dict[str, Any]:
-    leaves: dict[str, Any] = {}
-    for key, value in tree.items():
-        leaves |= (
-            _leaves(value, f"{path}{key}.") if isinstance(value, dict) else {path + key: value}
-        )
-    return leaves
 
 
 def _describe(config: Config, directory: Path, tokenizer: Tokenizer) -> None:

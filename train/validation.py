@@ -42,7 +42,7 @@ def build(cls: type[T], values: Mapping[str, Any], place: str = "the configurati
     Raises:
         ConfigError: with every problem.
     """
-    reader = _Reader(keys(cls), given=_leaves(values))
+    reader = _Reader(keys(cls), given=list(leaves(values)))
     built = reader.section(cls, values, "")
     if reader.problems:
         raise ConfigError(reader.problems, place)
@@ -120,7 +120,7 @@ class _Reader:
         names = [setting.name for setting, _ in settings]
         for name in values:
             if name not in names:
-                for key in _leaves({name: values[name]}, path):
+                for key in leaves({name: values[name]}, path):
                     self.unknown(key, f"{path}{{{', '.join(names)}}}")
         given = {}
         for setting, hint in settings:
@@ -189,12 +189,16 @@ class _Reader:
         return REJECTED
 
 
-def _leaves(values: Any, path: str = "") -> list[str]:
-    """The full names in a tree of plain values."""
-    found: list[str] = []
+def leaves(values: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """The values of a tree by their full names.
+
+    >>> leaves({"seed": 0, "model": {"K": 2}})
+    {'seed': 0, 'model.K': 2}
+    """
+    found: dict[str, Any] = {}
     for name, value in values.items():
         nested = isinstance(value, Mapping) and value
-        found += _leaves(value, f"{path}{name}.") if nested else [f"{path}{name}"]
+        found |= leaves(value, f"{path}{name}.") if nested else {f"{path}{name}": value}
     return found
 
 
