@@ -1,12 +1,15 @@
 # make train   create .venv, install, pretrain the default model (ARGS="model=phd_swa" overrides)
 # make test    create .venv, install, lint, type check, test
+# make soak-data CASES=500 SEED=0   random corpora, kills and changes of ranks: the same rows always
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 TESTS ?=
+CASES ?= 500
+SEED ?= 0
 
-.PHONY: train test check install clean
+.PHONY: train test check soak-data install clean
 
 train: $(VENV)/.installed
 	$(BIN)/python train/main.py $(ARGS)
@@ -19,6 +22,10 @@ check: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# A failing case is named after its seed: test_...[17] is CASES=1 SEED=17.
+soak-data: $(VENV)/.installed
+	OMP_NUM_THREADS=1 CASES=$(CASES) SEED=$(SEED) $(BIN)/python -m pytest -q -n 2 tests/data/test_soak.py
 
 install: $(VENV)/.installed
 

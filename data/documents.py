@@ -1,116 +1,216 @@
 """The documents of a run: those that lanes train on, and those held out."""
 
 from collections.abc import Iterator
-from typing import Any
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from xxhash import xxh3_64_intdigest
 
-from data.config import DataConfig, DatasetsSource, FilesSource, PythonSource
-from data.files import local_corpus
+from data.cache import ShardCache
+from data.config import (
+    DataConfig,
+    DatasetsSource,
+    FilesSource,
+    PythonSource,
+    Source,
+    TokensSource,
+)
+from data.files import file_corpus
 from data.hub import HubCorpus
 from data.python_files import python_corpus
-from data.source import Corpus, Document, Position
+from data.quarantine import Quarantine
+from data.source import Corpus, Document, Fault, Position, Record, TokenDocument
+from data.token_files import TokenCorpus
+
+SAMPLED_LANES = 4
+"""Places of a source at which a sample of it is taken."""
+
+COUNTED = 1000
+"""Documents that are looked at to explain why there are too few."""
 
 
-def open_corpus(source: PythonSource | FilesSource | DatasetsSource) -> Corpus:
-    """The corpus that the settings under `data.source` mean.
+class Usable(NamedTuple):
+    """A document that can be trained on, the xxh3_64 of its text, and the position after it."""
+
+    document: Document | TokenDocument
+    digest: int
+    after: Position
+
+
+def open_corpus(name: str, source: Source, config: DataConfig, cache: ShardCache) -> Corpus:
+    """The corpus that the settings under `data.sources.<name>` mean.
 
     Raises:
         ValueError: it does not exist, or has no file that could be read.
     """
     match source:
         case PythonSource():
-            return python_corpus(packages=source.packages)
+            return python_corpus(name, packages=source.packages, cache=cache)
         case FilesSource():
-            return local_corpus(source)
+            return file_corpus(name, source, cache, config.max_document_bytes)
         case DatasetsSource():
-            return HubCorpus(source)
+            return HubCorpus(name, source)
+        case TokensSource():
+            return TokenCorpus(name, Path(source.path).expanduser())
 
 
-def is_held_out(text: str, fraction: float) -> bool:
+def is_held_out(digest: int, fraction: float) -> bool:
     """Whether a document is kept for evaluation: decided by its text alone.
 
     So the choice is the same for every seed, order and number of lanes, and copies of a document
     never lie on both sides.
     """
-    return xxh3_64_intdigest(text.encode()) < fraction * 2**64
+    return digest < fraction * 2**64
 
 
 class Documents:
-    """The documents of `config.source` that have any text, split for training and evaluation."""
+    """The documents of `config.sources`, split for training and evaluation.
+
+    Attributes:
+        corpora: by the sources' names.
+        quarantine: what was found that is no document.
+    """
 
     def __init__(self, config: DataConfig) -> None:
         self.config = config
-        self.corpus = open_corpus(config.source)
+        self.quarantine = Quarantine(config.max_quarantined)
+        cache = ShardCache(config.cache, config.remote)
+        self.corpora = {
+            name: open_corpus(name, source, config, cache)
+            for name, source in config.sources.items()
+        }
 
     @property
     def identity(self) -> dict[str, Any]:
         """What decides which documents are trained on, by setting."""
-        return {**self.corpus.identity, "data.holdout": self.config.holdout}
+        identity: dict[str, Any] = {}
+        for corpus in self.corpora.values():
+            identity |= corpus.identity
+        return {
+            **identity,
+            "data.holdout": self.config.holdout,
+            "data.max_document_bytes": self.config.max_document_bytes,
+        }
 
-    def training(self, lane: int, position: Position = None) -> Iterator[tuple[Document, Position]]:
-        """One pass over a lane's training documents, each with the position after it.
+    def usable(
+        self, name: str, lane: int, lanes: int, position: Position = None
+    ) -> Iterator[Usable]:
+        """One pass over a lane's documents of a source, without those that are quarantined."""
+        passed = 0
+        for record, after in self.corpora[name].documents(lane, lanes, position):
+            checked = self._checked(record)
+            if isinstance(checked, Fault):
+                self.quarantine.passed(passed)
+                passed = 0
+                self.quarantine.add(checked)
+            else:
+                passed += 1
+                yield Usable(record, checked, after)  # type: ignore[arg-type]
+        self.quarantine.passed(passed)
+
+    def _checked(self, record: Record) -> int | Fault:
+        """The digest of a record's text; a fault if it is no document."""
+        if isinstance(record, TokenDocument):
+            return record.digest
+        if isinstance(record, Fault):
+            return record
+        text, origin = record
+        try:
+            size = len(encoded := text.encode())
+        except UnicodeEncodeError as error:
+            reason = f"not UTF-8: half a surrogate pair at character {error.start}"
+            return Fault(reason, origin, ascii(text[:200]))
+        if size > self.config.max_document_bytes:
+            reason = f"too long: {size} bytes, more than {self.config.max_document_bytes}"
+            return Fault(reason, origin, text[:200])
+        if not text or text.isspace():
+            return Fault("empty", origin)
+        return xxh3_64_intdigest(encoded)
+
+    def training(
+        self, name: str, lane: int, position: Position = None
+    ) -> Iterator[tuple[Document | TokenDocument, Position]]:
+        """One pass over a lane's training documents of a source, each with the position after it.
 
         Raises:
             ValueError: a whole pass finds none.
         """
         barren = position is None
-        for document, after in self.corpus.documents(lane, self.config.lanes, position):
-            if self._is_chosen(document.text, held_out=False):
+        fraction = self.config.holdout
+        for document, digest, after in self.usable(name, lane, self.config.lanes, position):
+            if not is_held_out(digest, fraction):
                 barren = False
                 yield document, after
         if barren:
-            raise self._too_few()
+            raise self._too_few(name)
 
-    def held_out(self) -> Iterator[Document]:
-        """The held-out documents, in the corpus' order."""
-        for document, _ in self.corpus.documents(lane=0, lanes=1):
-            if self._is_chosen(document.text, held_out=True):
+    def held_out(self, name: str) -> Iterator[Document | TokenDocument]:
+        """The held-out documents of a source, in its order."""
+        for document, digest, _ in self.usable(name, 0, 1):
+            if is_held_out(digest, self.config.holdout):
                 yield document
 
+    def in_turn(self, name: str, parts: int) -> Iterator[tuple[Document | TokenDocument, int]]:
+        """All documents of a source with their digests, one of each of its `parts` in turn."""
+        turns = [self.usable(name, part, parts) for part in range(parts)]
+        while turns:
+            for turn in list(turns):
+                if (found := next(turn, None)) is None:
+                    turns.remove(turn)
+                else:
+                    yield found.document, found.digest
+
     def sample(self, size: int) -> Iterator[str]:
-        """The first training documents' texts, about `size` bytes of them.
+        """Training documents' texts, about `size` bytes of them: of each source by its weight.
 
         Raises:
             ValueError: there are none.
         """
-        room = size
-        for document, _ in self.corpus.documents(lane=0, lanes=1):
-            if self._is_chosen(document.text, held_out=False):
-                yield (text := document.text[:room])
-                room -= len(text.encode())
-            if room <= 0:
-                return
-        if room == size:
-            raise self._too_few()
+        _, weights = self.config.mixture[0]
+        texts = {n: w for n, w in weights.items() if not isinstance(self._source(n), TokensSource)}
+        found = False
+        for name, weight in texts.items():
+            room = size * weight / sum(texts.values()) if weight else 0
+            for document, digest in self.in_turn(name, SAMPLED_LANES):
+                if room <= 0:
+                    break
+                if not is_held_out(digest, self.config.holdout):
+                    assert isinstance(document, Document)
+                    found = True
+                    yield (text := document.text[: int(room) + 1])
+                    room -= len(text.encode())
+        if not found:
+            raise self._too_few(next(iter(self.corpora)))
 
-    def _is_chosen(self, text: str, *, held_out: bool) -> bool:
-        return bool(text.strip()) and is_held_out(text, self.config.holdout) == held_out
+    def _source(self, name: str) -> Source:
+        return self.config.sources[name]
 
-    def _too_few(self) -> ValueError:
+    def _too_few(self, name: str) -> ValueError:
         """The error for a lane that finds nothing to train on."""
-        held_out = [
-            is_held_out(document.text, self.config.holdout)
-            for document, _ in self.corpus.documents(lane=0, lanes=1)
-            if document.text.strip()
-        ]
-        if not held_out:
+        digests = [digest for _, digest, _ in islice(self.usable(name, 0, 1), COUNTED)]
+        if not digests:
+            faults = len(self.quarantine.faults)
             return ValueError(
-                f"data.source: no text in it ({self._place()}); choose a source with documents"
+                f"data.sources.{name}: no text in it ({_place(self._source(name))}"
+                f"{f'; {faults} records are no documents' if faults else ''}); choose a source "
+                "with documents"
             )
+        held_out = sum(is_held_out(digest, self.config.holdout) for digest in digests)
+        count = f"{len(digests)}{' or more' if len(digests) == COUNTED else ''}"
         return ValueError(
             f"data.lanes={self.config.lanes}: a lane found no document to train on, for "
-            f"data.source has {len(held_out)} and data.holdout={self.config.holdout} holds out "
-            f"{sum(held_out)} of them; lower data.lanes or add documents (a .txt file is one, "
-            "unless data.source.separator cuts it)"
+            f"data.sources.{name} has {count} and data.holdout={self.config.holdout} holds out "
+            f"{held_out} of them; lower data.lanes or add documents (a .txt file is one, unless "
+            f"data.sources.{name}.separator cuts it)"
         )
 
-    def _place(self) -> str:
-        source = self.config.source
-        match source:
-            case PythonSource():
-                return "Python's own files"
-            case FilesSource():
-                return ", ".join(source.patterns)
-            case DatasetsSource():
-                return source.path
+
+def _place(source: Source) -> str:
+    match source:
+        case PythonSource():
+            return "Python's own files"
+        case FilesSource():
+            return ", ".join(source.patterns)
+        case DatasetsSource() | TokensSource():
+            return source.path

@@ -1,139 +1,129 @@
-"""A corpus of files on this machine."""
+"""A corpus of files, here or elsewhere, of which each lane reads its own part."""
 
-import glob
-from collections.abc import Iterator
+import os
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
-from pathlib import Path
+from itertools import accumulate
 from typing import Any, NamedTuple
 
-import pyarrow
 from xxhash import xxh3_128_hexdigest
 
+from data.cache import ShardCache
 from data.config import FilesSource
-from data.formats import COMPRESSED, Format, JsonLines, Parquet, SeparatedText, TextFile
-from data.source import Document, Position
+from data.formats import Format, JsonLines, Parquet, SeparatedText, Share, TextFile
+from data.shards import COMPRESSED, compression_of, list_shards
+from data.source import Position, Record
+from data.stores import Shard
 
-SUFFIXES = (".txt", ".jsonl", ".parquet")
+SUFFIXES = (".txt", ".jsonl", ".parquet", ".json.gz", ".json.zst")
+"""What is read of a folder. A `.json` in it may be anything; compressed ones hold JSON lines."""
 
 
 class CorpusFile(NamedTuple):
-    """A file, the name that it keeps when the corpus moves, and how it is read."""
+    """A shard, and how it is read."""
 
-    path: Path
-    name: str
+    shard: Shard
     format: Format
 
 
 @dataclass(frozen=True)
 class FileCorpus:
-    """The documents of files, in their order."""
+    """The documents of files, in their order; a position is (file, unit of its format)."""
 
+    name: str
     files: tuple[CorpusFile, ...]
+    cache: ShardCache
 
     @cached_property
     def identity(self) -> dict[str, Any]:
         """The files' names, sizes and formats; where they lie does not matter."""
-        listing = "\n".join(f"{f.name} {f.path.stat().st_size} {f.format}" for f in self.files)
-        return {"data.source": f"{len(self.files)} files {xxh3_128_hexdigest(listing.encode())}"}
+        listing = "\n".join(f"{f.shard.name} {f.shard.size} {f.format}" for f in self.files)
+        contents = f"{len(self.files)} files {xxh3_128_hexdigest(listing.encode())}"
+        return {f"data.sources.{self.name}": contents}
 
     def documents(
         self, lane: int, lanes: int, position: Position = None
-    ) -> Iterator[tuple[Document, Position]]:
-        """One pass over a lane's documents; see `Corpus`."""
-        start, skip = position or (0, 0)
-        for number in range(start, len(self.files)):
-            file = self.files[number]
-            first = _first_record(number, skip, lane, lanes)
-            try:
-                for index, document in _read(file, first, lanes):
-                    yield document, [number, index + 1]
-            except (OSError, pyarrow.ArrowException) as error:
-                raise ValueError(
-                    f"{file.path}: cannot be read ({error}); mend it or leave it out"
-                ) from error
-            skip = 0
+    ) -> Iterator[tuple[Record, Position]]:
+        """One pass over a lane's records; see `Corpus`.
+
+        Raises:
+            ShardError: a file cannot be read, or is damaged.
+            ValueError: a table has no such column as the settings say.
+        """
+        first, resume = position or (0, 0)
+        for number, share in shares(self._borders, lane, lanes):
+            if number < first:
+                continue
+            if number == first:
+                share = share._replace(resume=resume)
+            shard, form = self.files[number]
+            with self.cache.open(shard) as file:
+                for record, after in form.records(file, shard.url, share):
+                    yield record, [number, after]
+
+    @cached_property
+    def _borders(self) -> list[int]:
+        # An empty file counts as one byte, or no lane would see it.
+        return [*accumulate((max(1, file.shard.size) for file in self.files), initial=0)]
 
 
-def _read(file: CorpusFile, first: int, step: int) -> Iterator[tuple[int, Document]]:
-    """Every `step`th record's text, if it has one, from the `first` on, with its number."""
-    records = enumerate(file.format.records(file.path))
-    for index, record in islice(records, first, None, step):
-        origin = f"{file.path}:{index + 1}"
-        text = file.format.text(record, origin)
-        if text is not None:
-            yield index, Document(text, origin)
+def shares(borders: Sequence[int], lane: int, lanes: int) -> Iterator[tuple[int, Share]]:
+    """The files that a lane reads, by number, and what of each.
 
+    All files end to end, each between two of the `borders`, are cut into equal lengths. A record
+    belongs to the lane in whose length it begins:
 
-def _first_record(file: int, skip: int, lane: int, lanes: int) -> int:
-    """The first record of a file, from `skip` on, that belongs to a lane.
+        bytes    |0       |8 |10        |20    three files
+        records  |a  |b   |c |d      |e |
+        lane     |0    |1    |2    |3   |      a b to lane 0, c to 1, d to 2, e to 3
 
-    Records are dealt out like cards, and each file begins one lane further than the one before:
-    lanes get equally many documents, be they in one file, in files of one each, or in between.
-
-        lanes = 3    file 0: 0 1 2 0 1    file 1: 1 2 0 1    file 2: 2 0
-
-    >>> [_first_record(file=1, skip=0, lane=lane, lanes=3) for lane in (0, 1, 2)]
-    [2, 0, 1]
+    >>> for share in shares([0, 8, 10, 20], lane=1, lanes=4): print(share)
+    (0, Share(start=5, stop=8, size=8, resume=0))
+    (1, Share(start=0, stop=2, size=2, resume=0))
     """
-    return skip + (lane - file - skip) % lanes
+    start, stop = (borders[-1] * border // lanes for border in (lane, lane + 1))
+    for number in range(bisect_right(borders, start) - 1, bisect_left(borders, stop)):
+        low, high = borders[number], borders[number + 1]
+        yield number, Share(max(low, start) - low, min(high, stop) - low, high - low)
 
 
-def local_corpus(source: FilesSource) -> FileCorpus:
-    """The files that `data.source.paths` name, each path's in sorted order.
+def file_corpus(
+    name: str, source: FilesSource, cache: ShardCache, max_document_bytes: int
+) -> FileCorpus:
+    """The files that `data.sources.<name>.paths` name, each path's in sorted order.
 
     Raises:
         ValueError: a path does not exist, matches no file, or is of no known format.
     """
-    files: dict[Path, CorpusFile] = {}
+    # JSON can spend six bytes on one of the text, and may hold more than the text.
+    limit = 6 * max_document_bytes + 65536
+    files: dict[str, CorpusFile] = {}
     for pattern in source.patterns:
-        for path, name in _matches(pattern):
-            files.setdefault(path, CorpusFile(path, name, _format(source, path)))
-    return FileCorpus(tuple(files.values()))
+        try:
+            found = list_shards(pattern, SUFFIXES)
+        except ValueError as error:
+            raise ValueError(f"data.sources.{name}.paths={error}") from error
+        for shard in found:
+            form = _format(name, source, shard.name, limit)
+            files.setdefault(shard.url, CorpusFile(shard, form))
+    return FileCorpus(name, tuple(files.values()), cache)
 
 
-def _matches(pattern: str) -> list[tuple[Path, str]]:
-    """The files that one of the paths means, in sorted order, with their lasting names."""
-    path = Path(pattern).expanduser()
-    if path.is_dir():
-        inside = ((p, p.relative_to(path)) for p in path.rglob("*") if p.is_file())
-        found = [
-            (p, name.as_posix())
-            for p, name in inside
-            if _suffix(p) in SUFFIXES and not any(part.startswith(".") for part in name.parts)
-        ]
-    else:
-        paths = [path] if path.is_file() else map(Path, glob.glob(str(path), recursive=True))
-        found = [(p, p.name) for p in paths if p.is_file()]
-    if not found:
-        raise ValueError(
-            f"data.source.paths={pattern!r}: no such file, no directory with "
-            f"{', '.join(SUFFIXES)} files in it, and no glob that matches any; correct the path "
-            f"(relative ones start at {Path.cwd()})"
-        )
-    return sorted(found)
-
-
-def _suffix(path: Path) -> str:
-    """The ending that tells the format.
-
-    >>> _suffix(Path("a.jsonl.gz")), _suffix(Path("a.txt"))
-    ('.jsonl', '.txt')
-    """
-    return Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix
-
-
-def _format(source: FilesSource, path: Path) -> Format:
-    match _suffix(path):
+def _format(name: str, source: FilesSource, file: str, limit: int) -> Format:
+    plain = os.path.splitext(file)[0] if compression_of(file) else file
+    match os.path.splitext(plain)[1]:
+        case ".txt" if source.separator:
+            return SeparatedText(source.separator, limit)
         case ".txt":
-            return SeparatedText(source.separator) if source.separator else TextFile()
-        case ".jsonl":
-            return JsonLines(source.text_field)
+            return TextFile(limit)
+        case ".jsonl" | ".json":
+            return JsonLines(source.text_field, limit)
         case ".parquet":
-            return Parquet(source.text_field)
+            return Parquet(source.text_field, name)
         case _:
             raise ValueError(
-                f"data.source.paths={source.paths!r}: cannot read {path.name}; expected "
-                f"{', '.join(SUFFIXES)}, also with {', '.join(COMPRESSED)}"
+                f"data.sources.{name}.paths={source.paths!r}: cannot read {file}; expected "
+                f".txt, .jsonl, .json or .parquet, also with {', '.join(COMPRESSED)}"
             )

@@ -1,16 +1,28 @@
-"""Documents' tokens, laid end to end and cut into rows."""
+"""Documents' tokens, cut or fitted into rows."""
 
+from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from itertools import islice
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 Place = TypeVar("Place")
 
+PADDING = 0
+"""The id that fills a row up; any would do, since it is neither a target nor seen by one."""
+
+
+class Row(NamedTuple):
+    """A row of T+1 tokens, int64; `targets` says how many of its T targets count, the first."""
+
+    tokens: np.ndarray
+    targets: int
+
 
 def pack(
     documents: Iterable[tuple[np.ndarray, Place]], seq_len: int, skip: int = 0
-) -> Iterator[tuple[np.ndarray, Place, int]]:
+) -> Iterator[tuple[Row, Place, int]]:
     """Cuts tokens into rows of T+1 that overlap by one, so that each is a target exactly once.
 
         documents   a a a . b b . c c c c c .        . ends a document
@@ -23,25 +35,122 @@ def pack(
         skip: tokens of the first document to leave out.
 
     Yields:
-        a row [T+1] of int64, and where the next one starts: in which document, at which token.
+        a row, and where the next one starts: in which document, at which token.
 
     >>> tokens = [np.array([1, 1, 1, 0]), np.array([2, 2, 0]), np.array([3, 3, 3, 3, 3, 0])]
     >>> for row, place, offset in pack(zip(tokens, "abc"), seq_len=4):
-    ...     print(row, place, offset)
+    ...     print(row.tokens, place, offset)
     [1 1 1 0 2] b 0
     [2 2 0 3 3] c 1
     [3 3 3 3 0] c 5
     """
-    row = np.empty(seq_len + 1, dtype=np.int64)
+    size = seq_len + 1
+    row = np.empty(size, dtype=np.int64)
     filled = 0
     for tokens, place in documents:
-        start, skip = skip, 0
-        while start < len(tokens):
-            taken = tokens[start : start + seq_len + 1 - filled]
-            row[filled : filled + len(taken)] = taken
-            filled += len(taken)
-            start += len(taken)
-            if filled == seq_len + 1:
-                start -= 1  # the row's last token is the first of the next
-                yield row.copy(), place, start
-                filled = 0
+        start, skip, length = skip, 0, len(tokens)
+        while start < length:
+            stop = start + size - filled
+            if stop > length:
+                row[filled : filled + length - start] = tokens[start:]
+                filled += length - start
+                break
+            row[filled:] = tokens[start:stop]
+            start = stop - 1  # the row's last token is the first of the next
+            yield Row(row, seq_len), place, start
+            row = np.empty(size, dtype=np.int64)
+            filled = 0
+
+
+def pack_best_fit(
+    documents: Iterable[tuple[np.ndarray, Place]],
+    seq_len: int,
+    skip: int = 0,
+    *,
+    group: int,
+    separator: int,
+) -> Iterator[tuple[Row, Place, int]]:
+    """Fits whole documents into rows of T targets; only those longer than T are cut.
+
+        documents   a a a .   b b .   c c c c c c c .   d .
+
+        rows, T=6   . a a a . d .          every row begins with what stands before its first
+                    . c c c c c c          target: a separator, or the token before the cut
+                    c c . b b . 0          0 is padding, and no target
+
+    Of `group` documents at a time, the longest comes first and goes where it leaves the least room
+    (best-fit decreasing, as in arXiv 2404.10830); rows then follow in the order of the documents.
+
+    Args:
+        documents: each document's tokens [n], its separator included, with its place.
+        skip: rows of the first group to leave out.
+        group: documents that are fitted together.
+        separator: the id that ends documents.
+
+    Yields:
+        a row, and where the next one starts: the first document of its group, and how many rows of
+        the group come before it.
+    """
+    following = iter(documents)
+    while taken := list(islice(following, group)):
+        rows = _fit([tokens for tokens, _ in taken], seq_len, separator)
+        for number in range(skip, len(rows)):
+            yield rows[number], taken[0][1], number + 1
+        skip = 0
+
+
+class _Piece(NamedTuple):
+    """Some of a document's tokens, and the one before them."""
+
+    tokens: np.ndarray
+    before: int
+    document: int
+
+
+def _fit(documents: list[np.ndarray], seq_len: int, separator: int) -> list[Row]:
+    """Rows with all tokens of some documents."""
+    whole: list[_Piece] = []
+    bins: list[list[_Piece]] = []
+    room: list[tuple[int, int]] = []  # what is left in which bin, sorted
+    for number, tokens in enumerate(documents):
+        if len(tokens) <= seq_len:
+            whole.append(_Piece(tokens, separator, number))
+            continue
+        for start in range(0, len(tokens), seq_len):
+            before = int(tokens[start - 1]) if start else separator
+            # A document's rest has to be the first in its row, behind the token before the cut.
+            bins.append([piece := _Piece(tokens[start : start + seq_len], before, number)])
+            insort(room, (seq_len - len(piece.tokens), len(bins) - 1))
+    for piece in sorted(whole, key=lambda piece: -len(piece.tokens)):
+        place = bisect_left(room, (len(piece.tokens), 0))
+        if place < len(room):
+            left, chosen = room.pop(place)
+        else:
+            left, chosen = seq_len, len(bins)
+            bins.append([])
+        bins[chosen].append(piece)
+        insort(room, (left - len(piece.tokens), chosen))
+    bins.sort(key=lambda pieces: min(piece.document for piece in pieces))
+    return [_row(pieces, seq_len) for pieces in bins]
+
+
+def _row(pieces: list[_Piece], seq_len: int) -> Row:
+    tokens = np.full(seq_len + 1, PADDING, dtype=np.int64)
+    tokens[0], stop = pieces[0].before, 1
+    for piece in pieces:
+        tokens[stop : (stop := stop + len(piece.tokens))] = piece.tokens
+    return Row(tokens, stop - 1)
+
+
+def document_starts(tokens: np.ndarray, separator: int) -> np.ndarray:
+    """Where the document of each input token begins, of rows [R, T+1]: int64 [R, T].
+
+    A separator counts to the document that it introduces: so every target belongs to the document
+    of its input, and a document looks as it does at inference, where a separator precedes it.
+
+    >>> document_starts(np.array([[5, 6, 0, 7, 8, 0, 9]]), separator=0)
+    array([[0, 0, 2, 2, 2, 5]])
+    """
+    inputs = tokens[:, :-1]
+    places = np.where(inputs == separator, np.arange(inputs.shape[1]), 0)
+    return np.maximum.accumulate(places, axis=1)

@@ -4,26 +4,37 @@ import os
 import sysconfig
 from pathlib import Path
 
+from data.cache import ShardCache
 from data.files import CorpusFile, FileCorpus
 from data.formats import PythonFile
+from data.stores import LocalStore, Shard
 
 # Tests are the larger half of a full installation, much of it tables and deliberate nonsense, and
 # many systems leave them out: without them the corpus is better text and more nearly the same.
 PASSED_OVER = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages"})
 
 
-def python_corpus(*, packages: bool) -> FileCorpus:
+def python_corpus(name: str, *, packages: bool, cache: ShardCache) -> FileCorpus:
     """The standard library's `.py` files without its tests, and those of installed packages."""
     paths = ["stdlib", *(["purelib", "platlib"] if packages else [])]
     roots = dict.fromkeys(Path(sysconfig.get_path(path)) for path in paths)
-    return FileCorpus(tuple(file for root in roots for file in source_files(root)))
+    shards = [shard for root in roots for shard in source_files(root)]
+    return FileCorpus(name, tuple(CorpusFile(shard, PythonFile()) for shard in shards), cache)
 
 
-def source_files(root: Path) -> list[CorpusFile]:
-    """The `.py` files under a directory, tests and packages below it left out, sorted by name."""
-    names = []
+def source_files(root: Path) -> list[Shard]:
+    """The `.py` files under a directory, sorted by name; without tests, packages below it, and
+    empty files, which many packages have for their `__init__.py`."""
+    shards = []
     for directory, below, files in os.walk(root):
         below[:] = [name for name in below if name not in PASSED_OVER]
-        paths = (Path(directory, name) for name in files if name.endswith(".py"))
-        names += [p.relative_to(root.parent).as_posix() for p in paths if p.is_file()]
-    return [CorpusFile(root.parent / name, name, PythonFile()) for name in sorted(names)]
+        for path in (Path(directory, name) for name in files if name.endswith(".py")):
+            if path.is_file() and path.stat().st_size:
+                shards.append(_shard(path, path.relative_to(root.parent).as_posix()))
+    return sorted(shards, key=lambda shard: shard.name)
+
+
+def _shard(path: Path, name: str) -> Shard:
+    entry = LocalStore().look(str(path))
+    assert entry.size is not None
+    return Shard(entry.url, name, entry.size, entry.tag)

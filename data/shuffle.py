@@ -14,35 +14,33 @@ from typing import Any, NamedTuple
 
 from xxhash import xxh3_64_intdigest
 
-from data.source import Document, Position
+from data.source import Document, Position, TokenDocument
 
-Pass = Iterator[tuple[Document, Position]]
+AnyDocument = Document | TokenDocument
+Pass = Iterator[tuple[AnyDocument, Position]]
 
 
 class Cursor(NamedTuple):
-    """The place of a token in a lane: the value from which the lane goes on exactly.
+    """The place of a document in a lane's share of a source: from here it goes on exactly.
 
     Attributes:
-        epoch: passes over the lane's documents that are complete.
+        epoch: passes over the share that are complete.
         block: blocks of this epoch that are complete.
         position: the corpus' position at the block's start.
         document: place in the block's shuffled order.
-        token: offset in the document's tokens.
     """
 
     epoch: int = 0
     block: int = 0
     position: Position = None
     document: int = 0
-    token: int = 0
 
 
 @dataclass(frozen=True)
 class Shuffle:
-    """How the documents of one lane are ordered; with `enabled` false, as they come."""
+    """How a lane's documents of a source are ordered; with `enabled` false, as they come."""
 
-    seed: int
-    lane: int
+    key: str
     block_documents: int
     enabled: bool = True
 
@@ -52,30 +50,30 @@ class Shuffle:
         if not self.enabled:
             return places
         # Sorting by a hash needs no generator whose stream another version may change.
-        key = f"{self.seed} {self.lane} {epoch} {block}"
-        return sorted(places, key=lambda place: xxh3_64_intdigest(f"{key} {place}".encode()))
+        key = f"{self.key} {epoch} {block} "
+        return sorted(places, key=lambda place: xxh3_64_intdigest(f"{key}{place}".encode()))
 
 
-def endless(
-    read: Callable[[Position], Pass], shuffle: Shuffle, start: Cursor
-) -> Iterator[tuple[Document, Cursor]]:
-    """A lane's documents from `start` on, epoch after epoch, each with its own cursor.
+def epochs(
+    read: Callable[[Position], Pass], shuffle: Shuffle, start: Cursor, limit: int | None = None
+) -> Iterator[tuple[AnyDocument, Cursor]]:
+    """Documents from `start` on, epoch after epoch until `limit`, each with the cursor after it.
 
     `read` makes one pass from a position; it has to give a document if that is None.
     """
-    epoch, block, position, first, _ = start
-    while True:
+    epoch, block, position, first = start
+    while limit is None or epoch < limit:
         for documents, after in _blocks(read(position), shuffle.block_documents):
             order = shuffle.order(epoch, block, len(documents))
             for place in range(first, len(documents)):
-                yield documents[order[place]], Cursor(epoch, block, position, place)
+                yield documents[order[place]], Cursor(epoch, block, position, place + 1)
             block, position, first = block + 1, after, 0
-        epoch, block, position = epoch + 1, 0, None
+        epoch, block, position, first = epoch + 1, 0, None, 0
 
 
-def _blocks(documents: Pass, size: int) -> Iterator[tuple[list[Document], Any]]:
+def _blocks(documents: Pass, size: int) -> Iterator[tuple[list[AnyDocument], Any]]:
     """Blocks of `size` documents, the last maybe shorter, each with the position after it."""
-    block: list[Document] = []
+    block: list[AnyDocument] = []
     after = None
     for document, after in documents:
         block.append(document)

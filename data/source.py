@@ -1,21 +1,49 @@
 """What every source of text gives: documents that lanes can read, each its own part."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, Protocol
+
+import numpy as np
 
 Position = Any
 """A small JSON value from which a corpus goes on exactly; None is its beginning."""
 
 
 class Document(NamedTuple):
-    """One text and where it came from, such as `books.jsonl:17`."""
+    """One text and where it came from, such as `books.jsonl@1702` (a byte) or `a.parquet#17`
+    (a row)."""
 
     text: str
     origin: str
 
 
+class TokenDocument(NamedTuple):
+    """A document that is tokens already.
+
+    Attributes:
+        tokens: [n] unsigned integers, the separator that ends a document included.
+        digest: xxh3_64 of the text that they were made of.
+        origin: as a `Document`'s.
+    """
+
+    tokens: np.ndarray
+    digest: int
+    origin: str
+
+
+class Fault(NamedTuple):
+    """A record that is no document, for a reason; `excerpt` shows the beginning of it."""
+
+    reason: str
+    origin: str
+    excerpt: str = ""
+
+
+Record = Document | TokenDocument | Fault
+
+
 class Corpus(Protocol):
-    """Documents in a fixed order, dealt out to lanes."""
+    """Records in a fixed order, dealt out to lanes."""
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -23,33 +51,17 @@ class Corpus(Protocol):
 
     def documents(
         self, lane: int, lanes: int, position: Position = None
-    ) -> Iterator[tuple[Document, Position]]:
-        """One pass over a lane's documents from `position` on, each with the position after it.
+    ) -> Iterator[tuple[Record, Position]]:
+        """One pass over a lane's records from `position` on, each with the position after it.
 
-        Every document of the corpus belongs to exactly one lane.
+        Every record of the corpus belongs to exactly one lane. Any number of passes, of any lanes,
+        may be under way at a time, in any threads.
         """
 
 
-def text_of(record: Mapping[str, Any], field: str, origin: str) -> str | None:
-    """The text of a record of JSON or a table; None where it is null.
-
-    Raises:
-        ValueError: the record has no such field, or something else than text in it.
-    """
-    if field not in record:
-        raise no_such_field(field, origin, record)
-    text = record[field]
-    if text is None or isinstance(text, str):
-        return text
-    raise ValueError(
-        f"data.source.text_field={field!r}: {origin} holds {type(text).__name__} there; "
-        "choose a field that holds text"
-    )
-
-
-def no_such_field(field: str, origin: str, known: Iterable[str]) -> ValueError:
-    """The error for a `text_field` that is not among the `known` ones."""
+def no_such_field(name: str, field: str, origin: str, known: Iterable[str]) -> ValueError:
+    """The error for a `text_field` of the source `name` that is not among the `known` ones."""
     return ValueError(
-        f"data.source.text_field={field!r}: {origin} has no such field; it has "
+        f"data.sources.{name}.text_field={field!r}: {origin} has no such field; it has "
         f"{', '.join(known) or 'none at all'}"
     )

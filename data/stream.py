@@ -8,19 +8,19 @@ rank owns the lanes rank::world, so the same rows are drawn however many ranks s
                                    rank   0 1 0 1 0 1 0 1    of world = 2
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from itertools import cycle
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from data.documents import Documents
-from data.packing import pack
-from data.shuffle import Cursor, Shuffle, endless
+from data.mixture import Lane, LaneCursor
+from data.packing import Row, document_starts, pack, pack_best_fit
 from data.tokenizer import Tokenizer
 
-Cursors = dict[str, dict[str, Any]]
+Cursors = Mapping[str, Mapping[str, Any]]
 """The cursor of each lane, by the lane's number in text: a JSON object."""
 
 
@@ -29,15 +29,45 @@ class Batch(NamedTuple):
 
     Attributes:
         rows: [B, T+1] int64; inputs are `rows[:, :-1]`, targets `rows[:, 1:]`.
+        mask: [B, T] bool, false for targets that are padding; None: there is none.
+        starts: [B, T] int64, where in its row each input's document begins; None: documents are
+            not told apart.
         target_bytes: UTF-8 bytes that the targets stand for.
-        epoch: complete passes of the rank's slowest lane over its documents.
-        cursors: where this rank's lanes go on after this batch.
+        lanes: where this rank's lanes go on after this batch, by their number.
     """
 
     rows: np.ndarray
+    mask: np.ndarray | None
+    starts: np.ndarray | None
     target_bytes: int
-    epoch: int
-    cursors: Cursors
+    lanes: dict[int, LaneCursor]
+
+    @property
+    def targets(self) -> int:
+        """How many targets count."""
+        return self.rows[:, 1:].size if self.mask is None else int(self.mask.sum())
+
+    @property
+    def cursors(self) -> Cursors:
+        """`lanes` as plain values, from which a `TokenStream` goes on."""
+        return {str(lane): cursor.to_json() for lane, cursor in self.lanes.items()}
+
+    @property
+    def document_lengths(self) -> list[int]:
+        """Tokens of each document, or part of one, as the rows isolate them."""
+        B, T = self.rows[:, 1:].shape
+        if self.starts is None:
+            return [T] * B
+        borders = np.flatnonzero(self.starts == np.arange(T))
+        return np.diff(borders, append=B * T).tolist()
+
+    def tokens(self, source: str) -> int:
+        """Tokens that this rank's lanes have read of a source so far."""
+        return sum(cursor.sources[source].tokens for cursor in self.lanes.values())
+
+    def epoch(self, source: str) -> int:
+        """Complete passes of the slowest of these lanes over its share of a source."""
+        return min(cursor.sources[source].cursor.epoch for cursor in self.lanes.values())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +78,10 @@ class BatchShape:
     seq_len: int
     rank: int = 0
     world: int = 1
+
+    def lanes(self, lanes: int) -> list[int]:
+        """The lane of each row of this rank."""
+        return [row % lanes for row in range(self.rank, self.global_batch, self.world)]
 
 
 class TokenStream:
@@ -84,58 +118,71 @@ class TokenStream:
         """Everything that decides what a cursor means, by setting; a JSON object.
 
         The batch's shape is not part of it: lanes go on exactly in rows of another number and
-        length.
+        length. (Best-fit packing alone counts in rows.)
         """
         config = self.documents.config
+        epochs = {name: source.epochs for name, source in config.sources.items()}
         return {
             **self.documents.identity,
+            "data.sources.*.weight": [[start, weights] for start, weights in config.mixture],
+            "data.sources.*.epochs": epochs,
             "data.lanes": config.lanes,
             "data.shuffle": config.shuffle,
             "data.block_documents": config.block_documents,
+            "data.documents": config.documents,
+            "data.packing": config.packing,
+            **({"train.seq_len": self.shape.seq_len} if config.packing == "best_fit" else {}),
             "seed": self.seed,
             "tokenizer": self.tokenizer.fingerprint,
         }
 
+    @property
+    def lanes(self) -> list[int]:
+        """The lane of each row of a batch."""
+        return self.shape.lanes(self.documents.config.lanes)
+
     def __iter__(self) -> Iterator[Batch]:
-        shape, lanes = self.shape, self.documents.config.lanes
-        rows_of = {lane: self._rows(lane) for lane in range(shape.rank, lanes, shape.world)}
-        order = [row % lanes for row in range(shape.rank, shape.global_batch, shape.world)]
-        rows = np.empty((len(order), shape.seq_len + 1), dtype=np.int64)
+        rows = self.rows(self.lanes)
         while True:
-            after = {}
-            for i, lane in enumerate(order):
-                rows[i], after[lane] = next(rows_of[lane])
-            yield Batch(
-                rows=rows.copy(),
-                target_bytes=int(self.tokenizer.byte_lengths[rows[:, 1:]].sum()),
-                epoch=min(cursor.epoch for cursor in after.values()),
-                cursors={str(lane): cursor._asdict() for lane, cursor in after.items()},
-            )
+            yield self.batch(rows)
 
-    def _rows(self, lane: int) -> Iterator[tuple[np.ndarray, Cursor]]:
-        """A lane's rows [T+1], each with the cursor of the next one."""
-        config = self.documents.config
-        start = Cursor() if self._start is None else Cursor(**self._start[str(lane)])
-        shuffle = Shuffle(self.seed, lane, config.block_documents, config.shuffle)
-        documents = endless(partial(self.documents.training, lane), shuffle, start)
-        tokens = ((self.tokenizer.encode_document(d.text), cursor) for d, cursor in documents)
-        for row, cursor, token in pack(tokens, self.shape.seq_len, skip=start.token):
-            yield row, cursor._replace(token=token)
+    def rows(self, lanes: Sequence[int]) -> Iterator[tuple[Row, LaneCursor]]:
+        """Rows of these lanes in turn, over and over, each with its lane's cursor after it."""
+        readers = {lane: self._lane(lane) for lane in lanes}
+        for lane in cycle(lanes):
+            yield next(readers[lane])
 
+    def _lane(self, lane: int) -> Iterator[tuple[Row, LaneCursor]]:
+        config, T = self.documents.config, self.shape.seq_len
+        start = None if self._start is None else LaneCursor.from_json(self._start[str(lane)])
+        skip = start.skip if start else 0
+        documents = Lane(self.documents, self.tokenizer, self.seed, lane).read(start)
+        if config.packing == "sequential":
+            rows = pack(documents, T, skip)
+        else:
+            group, separator = config.block_documents, self.tokenizer.eos_id
+            rows = pack_best_fit(documents, T, skip, group=group, separator=separator)
+        for row, (sources, phase, _), used in rows:
+            yield row, LaneCursor(sources, phase, used)
 
-def check_fingerprint(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Makes sure that cursors which were saved with one fingerprint are valid with another.
-
-    Raises:
-        ValueError: they differ; it says in what.
-    """
-    changed = [
-        f"{key} was {saved.get(key)!r} and is now {now.get(key)!r}"
-        for key in dict.fromkeys([*saved, *now])
-        if saved.get(key) != now.get(key)
-    ]
-    if changed:
-        raise ValueError(
-            f"this run cannot go on with other data: {'; '.join(changed)}. Restore what changed, "
-            "or start a new run with another run.name"
+    def batch(self, rows: Iterator[tuple[Row, LaneCursor]]) -> Batch:
+        """The next batch of this rank, of rows that come in the order of `lanes`."""
+        config, order, T = self.documents.config, self.lanes, self.shape.seq_len
+        tokens = np.empty((len(order), T + 1), dtype=np.int64)
+        counted = np.empty(len(order), dtype=np.int64)
+        after = {}
+        for i, lane in enumerate(order):
+            (tokens[i], counted[i]), after[lane] = next(rows)
+        lengths = self.tokenizer.byte_lengths.take(tokens[:, 1:])
+        mask = None
+        if config.packing == "best_fit":
+            mask = np.arange(T) < counted[:, None]
+            lengths *= mask
+        isolated = config.documents == "isolate"
+        return Batch(
+            rows=tokens,
+            mask=mask,
+            starts=document_starts(tokens, self.tokenizer.eos_id) if isolated else None,
+            target_bytes=int(lengths.sum()),
+            lanes=after,
         )

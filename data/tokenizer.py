@@ -1,13 +1,28 @@
 """Text to token ids and back, by a SentencePiece model."""
 
+import json
 import os
 from pathlib import Path
 
 import numpy as np
 from sentencepiece import SentencePieceProcessor
+from sentencepiece import sentencepiece_model_pb2 as protocol
 from xxhash import xxh3_128_hexdigest
 
+from data.source import Document, TokenDocument
+
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece writes a space in its pieces
+
+# What a model file says of itself that matters when it encodes or decodes. All the rest tells how
+# it was trained, or is plain from the pieces, as byte fallback is.
+SYMBOLS = ("unk_piece", "bos_piece", "eos_piece", "pad_piece", "unk_surface")
+CHARACTERS = ("precompiled_charsmap", "escape_whitespaces")
+SPACES = ("add_dummy_prefix", "remove_extra_whitespaces")
+SETTINGS = {
+    "trainer_spec": ("model_type", "treat_whitespace_as_suffix", *SYMBOLS),
+    "normalizer_spec": (*CHARACTERS, *SPACES),
+    "denormalizer_spec": (*CHARACTERS, *SPACES),
+}
 
 
 class Tokenizer:
@@ -22,7 +37,8 @@ class Tokenizer:
             and for unknown characters (which a model with byte fallback does not have). Summed
             over `encode(text)` they are the bytes of `text` for any model that encodes it
             losslessly, as all those trained here do.
-        fingerprint: a hash of the whole model.
+        fingerprint: a hash of the pieces and settings; models that encode alike share it, however
+            they were trained.
     """
 
     def __init__(self, model: bytes) -> None:
@@ -31,7 +47,7 @@ class Tokenizer:
         self.vocab_size: int = self._processor.vocab_size()
         self.eos_id: int = self._processor.eos_id()
         self.byte_lengths = _byte_lengths(self._processor)
-        self.fingerprint = xxh3_128_hexdigest(model)
+        self.fingerprint = _fingerprint(model)
         bytes_of_space = [self._processor.piece_to_id(f"<0x{b:02X}>") for b in SPACE.encode()]
         self._space = bytes_of_space if all(map(self._processor.is_byte, bytes_of_space)) else None
 
@@ -73,9 +89,28 @@ class Tokenizer:
         """The ids [n] of a text and, last, the separator that ends a document."""
         return np.append(self.encode(text), np.int32(self.eos_id))
 
+    def document_tokens(self, document: Document | TokenDocument) -> np.ndarray:
+        """The ids [n] of a document and its separator: made here, or those that it has."""
+        if isinstance(document, TokenDocument):
+            return document.tokens
+        return self.encode_document(document.text)
+
     def decode(self, ids: np.ndarray | list[int]) -> str:
-        """The text of some ids; control symbols have none."""
-        return self._processor.decode(np.asarray(ids).tolist())
+        """The text of some ids, without control symbols and without ids from V on, which a model
+        with more embeddings than pieces may give."""
+        ids = np.asarray(ids, dtype=np.int64)
+        return self._processor.decode(ids[ids < self.vocab_size].tolist())
+
+
+def _fingerprint(model: bytes) -> str:
+    given = protocol.ModelProto.FromString(model)  # type: ignore[attr-defined]
+    pieces = [[piece.piece, piece.score, piece.type] for piece in given.pieces]
+    settings = [
+        [part, name, repr(getattr(getattr(given, part), name))]
+        for part, names in SETTINGS.items()
+        for name in names
+    ]
+    return xxh3_128_hexdigest(json.dumps([pieces, settings]).encode())
 
 
 def _byte_lengths(processor: SentencePieceProcessor) -> np.ndarray:

@@ -12,6 +12,7 @@ from xxhash import xxh3_128_hexdigest
 
 from data.config import TokenizerConfig
 from data.documents import Documents
+from data.token_files import TokenCorpus
 from data.tokenizer import SPACE, Tokenizer
 
 # Everything that makes decoding the inverse of encoding for any text, and pieces of line ends and
@@ -40,21 +41,36 @@ def prepare_tokenizer(
 ) -> Tokenizer:
     """The tokenizer that the settings mean, for a model with `vocab_size` embeddings.
 
+    Sources of tokens bring the one that made them.
+
     Raises:
-        ValueError: the given model is missing, broken or too large, or none could be trained.
+        ValueError: the given model is missing, broken, too large or not that of the tokens, or none
+            could be trained.
     """
-    if config.path is None:
-        setting = f"tokenizer.vocab_size={config.vocab_size}"
-        tokenizer = _trained(config, documents, config.vocab_size or vocab_size)
-    else:
+    corpora = documents.corpora.items()
+    tokens = {name: corpus for name, corpus in corpora if isinstance(corpus, TokenCorpus)}
+    if config.path is not None:
         setting = f"tokenizer.path={config.path!r}"
         tokenizer = _given(config.path)
+    elif tokens:
+        name, corpus = next(iter(tokens.items()))
+        setting = f"data.sources.{name}.path={str(corpus.path)!r}"
+        tokenizer = Tokenizer.load(corpus.tokenizer_path)
+    else:
+        setting = f"tokenizer.vocab_size={config.vocab_size}"
+        tokenizer = _trained(config, documents, config.vocab_size or vocab_size)
+    _check_made_by(tokenizer, setting, tokens)
     if tokenizer.vocab_size > vocab_size:
         raise ValueError(
             f"{setting}: has {tokenizer.vocab_size} pieces, more than "
             f"model.vocab_size={vocab_size}; set model.vocab_size to that or more"
         )
     return tokenizer
+
+
+def training_options(config: TokenizerConfig, vocab_size: int) -> dict[str, Any]:
+    """What SentencePiece is told to train, by its own names."""
+    return {**LOSSLESS, "model_type": config.kind, "vocab_size": config.vocab_size or vocab_size}
 
 
 def _given(path: str) -> Tokenizer:
@@ -67,9 +83,20 @@ def _given(path: str) -> Tokenizer:
     return Tokenizer.load(file)
 
 
+def _check_made_by(tokenizer: Tokenizer, setting: str, tokens: dict[str, TokenCorpus]) -> None:
+    """Makes sure that the tokens of all these sources are the tokenizer's."""
+    for name, corpus in tokens.items():
+        if corpus.tokenizer_fingerprint != tokenizer.fingerprint:
+            raise ValueError(
+                f"data.sources.{name}.path={str(corpus.path)!r}: its tokens are not those of the "
+                f"tokenizer of {setting}; set tokenizer.path={corpus.tokenizer_path}, leave out "
+                "sources of other tokens, or make them anew with python train/pretokenize.py"
+            )
+
+
 def _trained(config: TokenizerConfig, documents: Documents, vocab_size: int) -> Tokenizer:
     """The tokenizer from the cache, trained and put there if it is not in it yet."""
-    options = {**LOSSLESS, "model_type": config.kind, "vocab_size": vocab_size}
+    options = training_options(config, vocab_size)
     made_from = {
         **options,
         **documents.identity,

@@ -36,7 +36,7 @@ class Blocks:
         tokens: T.
         size: tokens in a block; the last block may be ragged.
         back: earlier blocks whose hidden copies a block may see.
-        alike: every block has the same mask, as when blocks are whole chunks.
+        alike: every block has the same mask, as when blocks are whole chunks of one document.
     """
 
     pattern: Pattern
@@ -46,14 +46,17 @@ class Blocks:
     alike: bool
 
     @classmethod
-    def of(cls, pattern: Pattern, tokens: int) -> "Blocks":
-        """Whole chunks where they are small, else blocks about as long as the window reaches."""
+    def of(cls, pattern: Pattern, tokens: int, one_document: bool = True) -> "Blocks":
+        """Whole chunks where they are small, else blocks about as long as the window reaches.
+
+        Unless every row is one document, chunks begin anywhere, so blocks cannot be chunks.
+        """
         hidden = pattern.K - 1
         smallest, largest = ceil(SMALLEST_BLOCK / hidden), ceil(LARGEST_BLOCK / hidden)
-        span = min(tokens, pattern.span_tokens or tokens)
+        span = min(tokens, pattern.span_tokens or tokens, pattern.chunk_tokens or tokens)
         # Plain PHD sees one token back, as if each token were a chunk: one mask for all blocks.
         chunk = 1 if span == 1 else min(tokens, pattern.chunk_tokens or tokens)
-        if chunk <= largest:
+        if chunk <= largest and (one_document or chunk == 1):
             return cls(pattern, tokens, chunk * ceil(smallest / chunk), back=0, alike=True)
         size = min(max(span - 1, smallest), largest)
         return cls(pattern, tokens, size, back=ceil((span - 1) / size), alike=False)
@@ -131,21 +134,20 @@ class Turn:
             if start + skip < stop:
                 total[..., start + skip : stop, :] += x[:, :, :, i, skip : stop - start]
 
-    def masked(self, device: torch.device) -> Tensor:
-        """Which hidden keys the hidden queries must not see: bool (blocks or 1, Q * size, keys).
+    def masked(self, position: Tensor) -> Tensor:
+        """Which hidden keys the hidden queries must not see, by the tokens' places in documents.
 
-        Queries past the row's end, which only fill the last block, see themselves.
+        position is (B or 1, T); the result bool (B or 1, blocks or 1, Q * size, keys). Queries
+        past the row's end, which only fill the last block, see themselves.
         """
-        blocks, hidden = self.blocks, self.blocks.pattern.K - 1
-        start, stop = (0, 1) if blocks.alike else (self.start, self.stop)
+        size, back, pattern = self.blocks.size, self.blocks.back, self.blocks.pattern
+        hidden, device = pattern.K - 1, position.device
+        rows = slice(size) if self.blocks.alike else self.rows
+        seen = pattern.hidden_seen(position[:, rows])[:, -self.copies :]
+        seen = pad(seen, (0, -seen.shape[-1] % size), value=1)
+        seen = seen.unflatten(-1, (-1, size)).transpose(1, 2).flatten(2)[..., None]
         number = torch.arange(hidden, device=device)[:, None]  # s - 1
-        block = torch.arange(start, stop, device=device)[:, None, None]
-        n = block * blocks.size + torch.arange(blocks.size, device=device)
-        m = (block - blocks.back) * blocks.size + torch.arange(blocks.reach, device=device)
-        first = blocks.pattern.hidden_first(stop * blocks.size, device)
-        first = first.view(hidden, -1, blocks.size).transpose(0, 1)[start:]
-        query, first = (
-            x[:, -self.copies :].flatten(1)[..., None] for x in (n * hidden + number, first)
-        )
-        key = (m * hidden + number).flatten(1)[:, None]
-        return (key > query) | (key < first)
+        query = torch.arange(size, device=device) * hidden + number[-self.copies :]
+        key = torch.arange(-back * size, size, device=device) * hidden + number
+        distance = query.flatten()[:, None] - key.flatten()
+        return (distance < 0) | (distance >= seen)

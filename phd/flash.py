@@ -16,6 +16,8 @@ _EFFICIENT_LSE_ALIGNMENT = 32
 
 _HEAD_ALIGNMENT = 8
 
+HALF_PRECISION = (torch.float16, torch.bfloat16)
+
 
 def causal_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Causal attention: q (B, N, T, H) over k, v (B, G, T, H) -> out (B, N, T, H), lse (B, N, T).
@@ -29,7 +31,7 @@ def causal_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tenso
         return out, lse
     T, H = q.shape[2:]
     q, k, v = (_aligned(x) for x in (q, k, v))
-    if q.dtype in (torch.float16, torch.bfloat16):
+    if q.dtype in HALF_PRECISION:
         out, lse = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True, scale=scale)[:2]
         return out[..., :H], lse
     repeat = q.shape[1] // k.shape[1]
@@ -54,9 +56,8 @@ def causal_backward(
         )
     T, H = q.shape[2:]
     dout, q, k, v, out = (_aligned(x) for x in (dout, q, k, v, out))
-    # Dropout's generator state: unused at rate 0, but the kernels' signatures want it.
-    unused = torch.zeros(2, dtype=torch.uint64, device=q.device)
-    if q.dtype in (torch.float16, torch.bfloat16):
+    unused = _generator_state(q)
+    if q.dtype in HALF_PRECISION:
         gradients = aten._scaled_dot_product_flash_attention_backward(
             dout, q, k, v, out, lse, None, None, T, T, 0.0, True, unused, unused, scale=scale
         )
@@ -72,6 +73,67 @@ def causal_backward(
     )  # fmt: skip
     dk, dv = (x.unflatten(1, (groups, -1)).sum(2) for x in (dk, dv))
     return dq[..., :H], dk[..., :H], dv[..., :H]
+
+
+def varlen_forward(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, borders: Tensor, longest: int
+) -> tuple[Tensor, Tensor]:
+    """`causal_forward` within each document, by FlashAttention-2: half precision on CUDA only.
+
+    Document i is tokens `borders[i]` to `borders[i + 1]` of the B*T of all rows, on the device;
+    `longest` is the most tokens that one has. Shapes as in `causal_forward`.
+    """
+    B, heads, T, H = q.shape
+    q, k, v = (_rows_end_to_end(x) for x in (q, k, v))
+    out, lse = aten._flash_attention_forward(
+        q, k, v, borders, borders, *_varlen_limits(longest), 0.0, True, False, scale=scale
+    )[:2]
+    # The kernel gives the log-sum-exp as (heads, B*T).
+    return _rows_apart(out, B, H), lse.view(heads, B, T).transpose(0, 1).contiguous()
+
+
+def varlen_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    borders: Tensor,
+    longest: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`causal_backward` within each document; see `varlen_forward`."""
+    B, H = q.shape[0], q.shape[-1]
+    dout, q, k, v, out = (_rows_end_to_end(x) for x in (dout, q, k, v, out))
+    lse, unused = lse.transpose(0, 1).flatten(1).contiguous(), _generator_state(q)
+    gradients = aten._flash_attention_backward(
+        dout, q, k, v, out, lse, borders, borders, *_varlen_limits(longest), 0.0, True,
+        unused, unused, scale=scale,
+    )  # fmt: skip
+    dq, dk, dv = (_rows_apart(gradient, B, H) for gradient in gradients)
+    return dq, dk, dv
+
+
+def _varlen_limits(longest: int) -> tuple[int, int]:
+    """The upper bounds of the lengths of queries and keys: at 1, the kernel would take the path
+    of decoding, which regroups heads."""
+    return (max(longest, 2),) * 2
+
+
+def _rows_end_to_end(x: Tensor) -> Tensor:
+    """(B, heads, T, H) -> (B*T, heads, H), the head dimension aligned."""
+    return _aligned(x.transpose(1, 2).flatten(0, 1))
+
+
+def _rows_apart(x: Tensor, batch: int, head_dim: int) -> Tensor:
+    """The inverse of `_rows_end_to_end`."""
+    return x[..., :head_dim].contiguous().unflatten(0, (batch, -1)).transpose(1, 2)
+
+
+def _generator_state(x: Tensor) -> Tensor:
+    """Dropout's: unused at rate 0, but the kernels' signatures want it."""
+    return torch.zeros(2, dtype=torch.uint64, device=x.device)
 
 
 def _aligned(x: Tensor) -> Tensor:

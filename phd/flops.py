@@ -1,5 +1,6 @@
 """Floating-point operations of a model: what its pattern needs, once each."""
 
+from collections import Counter
 from typing import NamedTuple
 
 from phd.config import ModelConfig
@@ -17,8 +18,8 @@ class Flops(NamedTuple):
         return self.linear + self.attention
 
 
-def forward_flops(config: ModelConfig, tokens: int) -> Flops:
-    """FLOPs of one forward pass over a row of `tokens` tokens.
+def forward_flops(config: ModelConfig, *documents: int) -> Flops:
+    """FLOPs of one forward pass over a row of isolated documents of so many tokens each.
 
     A matrix product of R rows by an (in, out) weight costs 2 R in out; a (query, key) pair costs
     4 H per head, for the score and for the weighted value. Norms, RoPE, softmax and the embedding
@@ -26,21 +27,25 @@ def forward_flops(config: ModelConfig, tokens: int) -> Flops:
     left out here too: the last layer computes only keys and values for all copies but the last,
     the first layer projects copies once where they are still equal, the LM head sees one copy.
     """
-    pattern = Pattern.of(config)
+    pattern, tokens = Pattern.of(config), sum(documents)
     K, H, D = config.K, config.head_dim, config.dim
     query = 2 * D * config.heads * H
     keys = 2 * 2 * D * config.kv_heads * H
     output = query
     ffn = 3 * 2 * D * config.ffn_dim
+    pairs = {
+        asked: sum(n * pattern.pairs(length, asked) for length, n in Counter(documents).items())
+        for asked in {1, K}
+    }
     linear = attention = 0
     for layer in range(config.layers):
         asked = 1 if layer == config.layers - 1 else K
         distinct = 1 if layer == 0 and not config.copy_embedding else K
         linear += min(asked, distinct) * query + distinct * keys + asked * (output + ffn)
-        attention += 4 * H * config.heads * pattern.pairs(tokens, asked)
+        attention += 4 * H * config.heads * pairs[asked]
     return Flops(linear * tokens + 2 * D * config.vocab_size * tokens, attention)
 
 
-def training_flops_per_token(config: ModelConfig, tokens: int) -> float:
+def training_flops_per_token(config: ModelConfig, *documents: int) -> float:
     """FLOPs of a training step per token of text: forward, and twice that for the backward."""
-    return 3 * forward_flops(config, tokens).total / tokens
+    return 3 * forward_flops(config, *documents).total / sum(documents)

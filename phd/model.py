@@ -12,6 +12,7 @@ from phd.initialization import initialize
 from phd.loss import Loss, next_token_loss
 from phd.norm import RMSNorm
 from phd.rope import Rope
+from phd.segments import Segments
 
 
 class Transformer(nn.Module):
@@ -64,8 +65,10 @@ class Transformer(nn.Module):
         self.rope.build(self.embed.weight.device)
         return self
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, segments: Segments | None = None) -> Tensor:
         """tokens, int (B, T) -> the last copy's normalised hidden states (B, T, D).
+
+        With segments, each document of a row gets what it would get in a row of its own.
 
         Raises:
             ValueError: if T is longer than RoPE's table (`model.max_seq_len`).
@@ -79,22 +82,28 @@ class Transformer(nn.Module):
         x = self.embed(tokens).unsqueeze(1)
         if self.config.copy_embedding:
             x = x + self.copy_embed.weight[:, None]
-        rope = self.rope.tables(T)
+        rope = self.rope.tables(T, segments)
         for i, block in enumerate(self.blocks):
-            x = block(x, rope, last_copy_only=i == self.config.layers - 1)
+            x = block(x, rope, i == self.config.layers - 1, segments)
         return self.norm(x).squeeze(1)
 
-    def logits(self, tokens: Tensor) -> Tensor:
+    def logits(self, tokens: Tensor, segments: Segments | None = None) -> Tensor:
         """tokens, int (B, T) -> (B, T, V)."""
-        return self.predict(self(tokens))
+        return self.predict(self(tokens, segments))
 
     def predict(self, hidden: Tensor) -> Tensor:
         """Hidden states (..., D) -> logits (..., V)."""
         return linear(hidden, self.head_weight)
 
-    def loss(self, tokens: Tensor, targets: Tensor, z_loss: float = 0.0) -> Loss:
+    def loss(
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        z_loss: float = 0.0,
+        segments: Segments | None = None,
+    ) -> Loss:
         """Sums over the targets that are not `phd.loss.IGNORED`; see `next_token_loss`."""
-        return next_token_loss(self(tokens), self.head_weight, targets, z_loss)
+        return next_token_loss(self(tokens, segments), self.head_weight, targets, z_loss)
 
 
 def count_parameters(config: ModelConfig) -> dict[str, int]:

@@ -26,18 +26,25 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 
 from phd.blocks import Blocks, Turn
-from phd.flash import causal_backward, causal_forward
+from phd.isolation import isolated_backward, isolated_forward
 from phd.pattern import Pattern
+from phd.segments import Segments
 
 
-def packed_attention(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
+def packed_attention(
+    q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, segments: Segments | None = None
+) -> Tensor:
     """Attention by `pattern`; shapes and meaning as `phd.attention.attend`."""
     B, N, Q, T, H = q.shape
     if pattern.rule == "hidden" or Q < pattern.K:
-        return _Packed.apply(q, k, v, pattern)
+        return _Packed.apply(q, k, v, pattern, segments)
     # Every slot sees every slot before it: a plain causal row of K*T slots, token-major.
     q, k, v = (x.transpose(2, 3).flatten(2, 3) for x in (q, k, v))
-    out = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    if segments is None:
+        out = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    else:
+        q, k, v = (x.unsqueeze(2) for x in (q, k, v))
+        out = _Packed.apply(q, k, v, Pattern("causal"), segments.repeated(Q))
     return out.view(B, N, T, Q, H).transpose(2, 3)
 
 
@@ -50,58 +57,65 @@ class _Packed(torch.autograd.Function):
     """Causal attention to whole copies, merged with blocked attention among hidden copies."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, segments: Segments | None
+    ) -> Tensor:
         assert pattern.rule == "hidden" or q.shape[2] == 1
         B, N, Q, T, H = q.shape
         heads = q.reshape(B, N * Q, T, H)
-        out, lse = causal_forward(heads, k[:, :, 0], v[:, :, 0], H**-0.5)
+        out, lse = isolated_forward(heads, k[:, :, 0], v[:, :, 0], H**-0.5, segments)
         for r in _whole_copies(pattern)[1:]:
-            part, part_lse = causal_forward(heads, k[:, :, r], v[:, :, r], H**-0.5)
+            part, part_lse = isolated_forward(heads, k[:, :, r], v[:, :, r], H**-0.5, segments)
             total = torch.logaddexp(lse, part_lse)
             out = torch.lerp(out, part, (part_lse - total).exp().to(out.dtype)[..., None])
             lse = total
         out, lse = out.view(B, N, Q, T, H), lse.view(B, N, Q, T)
         if pattern.rule == "hidden":
             with torch.autocast(q.device.type, enabled=False):
-                _merge_hidden(q, k, v, out, lse, pattern)
+                _merge_hidden((q, k, v), (out, lse), pattern, segments)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.pattern = pattern
+        ctx.pattern, ctx.segments = pattern, segments
         return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         q, k, v, out, lse = ctx.saved_tensors
         dout = grads[0].contiguous()
         B, N, Q, T, H = q.shape
+        heads, merged = q.reshape(B, N * Q, T, H), (out.view(B, N * Q, T, H), lse.view(B, N * Q, T))
         dq = None
         dk, dv = torch.empty_like(k), torch.empty_like(v)
         for r in _whole_copies(ctx.pattern):
-            share, dk[:, :, r], dv[:, :, r] = causal_backward(
+            share, dk[:, :, r], dv[:, :, r] = isolated_backward(
                 dout.view(B, N * Q, T, H),
-                q.reshape(B, N * Q, T, H),
-                k[:, :, r],
-                v[:, :, r],
-                out.view(B, N * Q, T, H),
-                lse.view(B, N * Q, T),
+                (heads, k[:, :, r], v[:, :, r]),
+                merged,
                 H**-0.5,
+                ctx.segments,
             )
             dq = share if dq is None else dq.add_(share)
         assert dq is not None
         dq = dq.view(B, N, Q, T, H)
         if ctx.pattern.rule == "hidden":
             with torch.autocast(q.device.type, enabled=False):
-                _add_hidden_gradients((dq, dk, dv), (q, k, v), (out, lse, dout), ctx.pattern)
-        return dq, dk, dv, None
+                _add_hidden_gradients(
+                    (dq, dk, dv), (q, k, v), (out, lse, dout), ctx.pattern, ctx.segments
+                )
+        return dq, dk, dv, None, None
 
 
 def _merge_hidden(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, pattern: Pattern
+    inputs: tuple[Tensor, Tensor, Tensor],
+    result: tuple[Tensor, Tensor],
+    pattern: Pattern,
+    segments: Segments | None,
 ) -> None:
     """Add rules 2 and 3 to rule 1's result: updates (out, lse) of the hidden queries in place."""
+    (q, k, v), (out, lse) = inputs, result
     copies = min(q.shape[2], pattern.K - 1)
     q, out, lse = (x[:, :, -copies:] for x in (q, out, lse[..., None]))
-    for part in _hidden_parts(q, k, pattern, lse.dtype):
+    for part in _hidden_parts(q, k, pattern, segments, lse.dtype):
         turn, scores = part.turn, part.scores
         peak = scores.amax(-1, keepdim=True)
         weights = scores.sub_(peak).exp_()
@@ -118,6 +132,7 @@ def _add_hidden_gradients(
     inputs: tuple[Tensor, Tensor, Tensor],
     result: tuple[Tensor, Tensor, Tensor],
     pattern: Pattern,
+    segments: Segments | None,
 ) -> None:
     """Rules 2 and 3's share of the gradients.
 
@@ -132,7 +147,7 @@ def _add_hidden_gradients(
     dq, q, out, lse, dout = (x[:, :, -copies:] for x in (dq, q, out, lse[..., None], dout))
     delta = (dout.to(lse.dtype) * out).sum(-1, keepdim=True)
     near_dk, near_dv = (torch.zeros_like(x[:, :, 1:], dtype=lse.dtype) for x in (k, v))
-    for part in _hidden_parts(q, k, pattern, lse.dtype):
+    for part in _hidden_parts(q, k, pattern, segments, lse.dtype):
         turn = part.turn
         p = part.scores.sub_(turn.queries(lse)).exp_()
         dout_rows = turn.queries(dout).to(lse.dtype)
@@ -158,13 +173,15 @@ class _HiddenPart(NamedTuple):
 
 
 def _hidden_parts(
-    q: Tensor, k: Tensor, pattern: Pattern, dtype: torch.dtype
+    q: Tensor, k: Tensor, pattern: Pattern, segments: Segments | None, dtype: torch.dtype
 ) -> Iterator[_HiddenPart]:
     """All blocks of the hidden queries q (B, N, copies, T, H), turn by turn."""
     B, N, copies, T, H = q.shape
-    for turn in Blocks.of(pattern, T).turns(B, N, k.shape[1], copies):
+    blocks = Blocks.of(pattern, T, one_document=segments is None)
+    position = torch.arange(T, device=q.device)[None] if segments is None else segments.position
+    for turn in blocks.turns(B, N, k.shape[1], copies):
         rows, keys = turn.queries(q).to(dtype), turn.keys(k[:, :, 1:]).to(dtype) * H**-0.5
         scores = rows @ keys.mT
-        masked = turn.masked(q.device)
-        scores.unflatten(3, (-1, masked.shape[1])).masked_fill_(masked[:, None], -torch.inf)
+        masked = turn.masked(position)[:, None, :, None]
+        scores.unflatten(3, (-1, masked.shape[4])).masked_fill_(masked, -torch.inf)
         yield _HiddenPart(turn, rows, keys, scores)

@@ -89,38 +89,41 @@ class Pattern:
         token = torch.arange(tokens, device=device)
         return self.allows(token[:, None, None], copy[:, None, None, None], token, copy[:, None])
 
-    def hidden_first(self, tokens: int, device: torch.device | str = "cpu") -> Tensor:
-        """The oldest hidden copy that each hidden copy sees, int64 (K-1, T).
+    def hidden_seen(self, position: Tensor) -> Tensor:
+        """How many hidden copies each hidden copy sees, its own included.
 
-        Hidden copies are numbered h(n, s) = n*(K-1) + s-1. Rules 2 and 3 together let hidden
-        copy h see exactly the interval [first, h], which is what the packed backend masks by.
+        Hidden copies are numbered h(n, s) = n*(K-1) + s-1. Rules 2 and 3 together let hidden copy
+        h see exactly the last so many up to h, which is what the packed backend masks by.
+
+        Args:
+            position: int64 (..., T), the place of each token in its document.
+
+        Returns:
+            int64 (..., K-1, T).
         """
         assert self.rule == "hidden"
-        n = torch.arange(tokens, device=device)
-        own = n * (self.K - 1)
-        h = own + torch.arange(self.K - 1, device=device)[:, None]
+        own = torch.arange(1, self.K, device=position.device)[:, None]
+        n = position[..., None, :]
         if self.window is None:
-            return own.expand_as(h)
+            return own.expand(*position.shape[:-1], -1, position.shape[-1])
+        before = n if self.chunk_tokens is None else n % self.chunk_tokens
         if self.span_unit == "token":
-            near = ((n - self.window + 1) * (self.K - 1)).expand_as(h)
-        else:
-            near = h - self.window + 1
-        chunk = self.chunk_tokens or max(tokens, 1)
-        border = n // chunk * chunk * (self.K - 1)
-        return torch.minimum(own, near).maximum(border)
+            return before.clamp(max=self.window - 1) * (self.K - 1) + own
+        return torch.minimum(before * (self.K - 1) + own, own.clamp(min=self.window))
 
-    def seen_tokens(self, s: int, r: int, tokens: int) -> tuple[Tensor, Tensor]:
+    def seen_tokens(self, s: int, r: int, position: Tensor) -> tuple[Tensor, Tensor]:
         """The interval of tokens whose copy r is seen by copy s of each token.
 
-        Returns (low, high), int64 (T,) each, both ends seen; empty where high < low.
+        Returns (low, high), int64 as `position` (..., T), all of them places in the document; both
+        ends are seen; empty where high < low.
         """
-        n = torch.arange(tokens)
+        n = position
         low, high = torch.zeros_like(n), n if r <= s else n - 1
         if self.rule == "flat" or r == 0:
             return low, high
         if s == 0:
             return low, low - 1
-        first = self.hidden_first(tokens)[s - 1]
+        first = n * (self.K - 1) + s - self.hidden_seen(n)[..., s - 1, :]
         return (first - (r - 1) + self.K - 2) // (self.K - 1), high
 
     @property
@@ -144,9 +147,7 @@ class Pattern:
             return below + tokens * sum(range(self.K - copies + 1, self.K + 1))
         total = copies * triangle
         if self.rule == "hidden":
-            first = self.hidden_first(tokens)
-            h = torch.arange(tokens * (self.K - 1)).view(tokens, self.K - 1).T
-            total += int((h - first + 1)[-copies:].sum())
+            total += int(self.hidden_seen(torch.arange(tokens))[-copies:].sum())
         return total
 
     def cached_slots(self, tokens: int) -> tuple[int, int]:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from phd.config import ModelConfig
+from phd.segments import Segments
 
 
 class Rope(nn.Module):
@@ -36,23 +37,29 @@ class Rope(nn.Module):
         angle = position[:, None] * c.rope_theta**-exponent
         self.cos, self.sin = angle.cos().float(), angle.sin().float()
 
-    def tables(self, tokens: int) -> tuple[Tensor, Tensor]:
-        """(cos, sin) for all copies of `tokens` tokens: (K or 1, 1, T, H/2)."""
+    def tables(self, tokens: int, segments: Segments | None = None) -> tuple[Tensor, Tensor]:
+        """(cos, sin) for all copies of rows of `tokens` tokens: (B or 1, K or 1, 1, T, H/2).
+
+        With segments, positions begin anew with each document.
+        """
         assert tokens <= self.config.max_seq_len, (tokens, self.config.max_seq_len)
-        if self.config.copy_positions == "shared":
-            return self.cos[None, None, :tokens], self.sin[None, None, :tokens]
-        K = self.config.K
-        cos, sin = (x[: tokens * K].unflatten(0, (tokens, K)) for x in (self.cos, self.sin))
-        return cos.transpose(0, 1).unsqueeze(1), sin.transpose(0, 1).unsqueeze(1)
+        K = self.config.K if self.config.copy_positions == "flattened" else 1
+        cos, sin = (
+            x[: tokens * K].unflatten(0, (tokens, K)).transpose(0, 1) for x in (self.cos, self.sin)
+        )  # (K or 1, T, H/2)
+        if segments is None:
+            return cos[None, :, None], sin[None, :, None]
+        cos, sin = (x[:, segments.position].transpose(0, 1).unsqueeze(2) for x in (cos, sin))
+        return cos, sin
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn x (B, K, heads, T, H), any strides, by tables (K or 1, 1, T, H/2).
+    """Turn x (B, K, heads, T, H), any strides, by tables (B or 1, K or 1, 1, T, H/2).
 
     Returns (B, heads, K, T, H), contiguous: the layout that attention wants. Where x holds one
     copy and the tables K, that copy is turned K ways.
     """
-    return _Rotate.apply(x.expand(-1, max(x.shape[1], cos.shape[0]), -1, -1, -1), cos, sin)
+    return _Rotate.apply(x.expand(-1, max(x.shape[1], cos.shape[1]), -1, -1, -1), cos, sin)
 
 
 class _Rotate(torch.autograd.Function):

@@ -1,10 +1,9 @@
 """Measure what PHD costs on this machine.
 
-    python train/bench.py attention out=bench
-    python train/bench.py step out=bench
-
-Every measurement is repeated in turn with the others (A B C A B C ...), so that a machine that
-slows down slows all of them; a ratio is the median over the turns of the ratio within a turn.
+python train/bench.py attention out=bench
+python train/bench.py step out=bench
+python train/bench.py data out=bench
+python train/bench.py resume out=bench
 """
 
 import train  # noqa: F401  # first: how threads wait is settled before torch is loaded
@@ -16,7 +15,6 @@ from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
 from statistics import median
-from time import perf_counter
 from typing import Any
 
 import torch
@@ -35,12 +33,12 @@ from train import arguments
 from train.command_line import load
 from train.config import Config, EngineConfig
 from train.device import autocast, choose_device, device_problems
-from train.engine import SingleEngine
+from train.engine import Rows, SingleEngine
+from train.loader_benchmark import bench_loading, bench_resuming
 from train.optimizer import build_optimizer
 from train.run import environment
+from train.timing import Result, Work, interleaved, ratio
 from train.validation import ConfigError
-
-Work = Callable[[], Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,12 +47,14 @@ class BenchArguments:
 
     Attributes:
         name: `attention`: forward and backward of one layer's attention; `step`: a whole training
-            step, also that of transformers' Olmo2.
+            step, also that of transformers' Olmo2; `data`: what the loader makes of text and of
+            tokens; `resume`: how long it takes to go on at 1 %, 50 % and 99 % of a corpus.
         out: the directory that gets `<name>.json`.
         repeat: how often everything is measured; medians are reported.
         size: the model of `step`, a file of conf/size/.
         rows: rows of a step.
         seq_len: T of a step.
+        gigabytes: size of the corpus of `resume`, which is written for it.
         device: auto, cpu or cuda.
     """
 
@@ -64,6 +64,7 @@ class BenchArguments:
     size: str = "tiny"
     rows: int = 4
     seq_len: int = 1024
+    gigabytes: float = 1.0
     device: str = "auto"
 
     def problems(self) -> list[str]:
@@ -73,43 +74,11 @@ class BenchArguments:
             for key in ("repeat", "rows", "seq_len")
             if (value := getattr(self, key)) < 1
         ]
+        if not self.gigabytes > 0:
+            found.append(f"gigabytes={self.gigabytes}: expected a number above 0")
         if self.name not in BENCHMARKS:
             found.append(f"name={self.name}: expected one of {', '.join(BENCHMARKS)}")
         return found + device_problems(self.device)
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a benchmark measured: a row for each piece of work, and what they mean together."""
-
-    rows: list[dict[str, Any]]
-    ratios: dict[str, float]
-
-
-def interleaved(
-    works: dict[str, Work], repeat: int, device: torch.device
-) -> dict[str, list[float]]:
-    """Seconds of each piece of work, `repeat` times in turn, after one that is not counted."""
-    seconds: dict[str, list[float]] = {name: [] for name in works}
-    for turn in range(repeat + 1):
-        for name, work in works.items():
-            _synchronize(device)
-            start = perf_counter()
-            work()
-            _synchronize(device)
-            if turn:
-                seconds[name].append(perf_counter() - start)
-    return seconds
-
-
-def ratio(seconds: dict[str, list[float]], work: str, base: str) -> float:
-    """How many times as long `work` took as `base`: the median over the turns."""
-    return median(a / b for a, b in zip(seconds[work], seconds[base], strict=True))
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def bench_attention(given: BenchArguments, device: torch.device) -> Result:
@@ -225,7 +194,7 @@ def bench_step(given: BenchArguments, device: torch.device) -> Result:
 
 def _step_work(config: Config, batch: Tensor) -> Work:
     engine = SingleEngine(config)
-    return lambda: engine.step(batch, config.optim.lr)
+    return lambda: engine.step(Rows(batch), config.optim.lr)
 
 
 def _transformers_work(config: Config, batch: Tensor) -> Work:
@@ -261,6 +230,8 @@ def _transformers_work(config: Config, batch: Tensor) -> Work:
 BENCHMARKS: dict[str, Callable[[BenchArguments, torch.device], Result]] = {
     "attention": bench_attention,
     "step": bench_step,
+    "data": lambda given, _: bench_loading(given.repeat),
+    "resume": lambda given, _: bench_resuming(given.repeat, given.gigabytes),
 }
 
 
@@ -276,8 +247,8 @@ def main(given: BenchArguments) -> int:
     for row in result.rows:
         table.add_row(*(_cell(row[column]) for column in columns))
     console.print(table)
-    for name, ratio in result.ratios.items():
-        console.print(f"{name:32} {ratio:.3f}")
+    for name, value in result.ratios.items():
+        console.print(f"{name:32} {value:.3f}")
     path = Path(given.out, f"{given.name}.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     report = {"machine": environment(), "ratios": result.ratios, "rows": result.rows}

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, cast
+from typing import Any, NamedTuple, NoReturn, TypeVar, cast
 
 import hydra
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -25,10 +25,11 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from train.arguments import refuse
+from train.arguments import parse, refuse, usage
 from train.config import Config
 from train.validation import ConfigError, defaults, did_you_mean, keys, nearest
 
+T = TypeVar("T")
 CONF = Path(__file__).resolve().parent.parent / "conf"
 
 QUOTING = """write a text with special characters as 'key="..."'"""
@@ -71,6 +72,44 @@ def run(task: Callable[[Config], int]) -> NoReturn:
     sys.argv[1:] = [*flags, *command.overrides]
     hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(job)()
     sys.exit(0)
+
+
+def run_with(cls: type[T], task: Callable[[T, Config], int]) -> NoReturn:
+    """Runs `task` with a `cls` of this process's arguments and the config of all others.
+
+    Its result is the exit code; wrong arguments end the process as those of `run` do. There are no
+    sweeps. `--help` prints the docstring of `cls` and its defaults.
+    """
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(usage(cls))
+        sys.exit(0)
+    try:
+        code = task(*split(cls, sys.argv[1:]))
+    except ConfigError as error:
+        refuse(error)
+    sys.exit(code)
+
+
+def split(cls: type[T], texts: Iterable[str]) -> tuple[T, Config]:
+    """What the arguments of a `cls`, by their keys, and the others, as overrides, describe.
+
+    Raises:
+        ConfigError: with the problems of both.
+    """
+    names = set(keys(cls))
+    assert not names & SECTIONS
+    own: list[str] = []
+    others: list[str] = []
+    for text in texts:
+        (own if text.partition("=")[0] in names else others).append(text)
+    problems: list[str] = []
+    with _collecting(problems):
+        given = parse(cls, own)
+    with _collecting(problems):
+        config = load(others)
+    if problems:
+        raise ConfigError(problems)
+    return given, config
 
 
 def load(overrides: Iterable[str] = ()) -> Config:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator
 
-from data.config import Checked, DataConfig, TokenizerConfig
+from data.config import Checked, DataConfig, TokenizerConfig, check_least
 from phd.config import ModelConfig
 from train.validation import as_dict, build
 
@@ -31,16 +31,6 @@ def _in_seconds(value: Any) -> Any:
 
 
 Seconds = Annotated[float, BeforeValidator(_in_seconds), "a number of seconds, 30m, 2h"]
-
-
-def _check_least(config: Any, section: str, least: int, *names: str) -> list[str]:
-    """One sentence for each named setting below `least`; null always passes."""
-    kind = "an integer" if isinstance(least, int) else "a number"
-    return [
-        f"{section}.{name}={value}: expected {kind} of at least {least}"
-        for name in names
-        if (value := getattr(config, name)) is not None and value < least
-    ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +81,7 @@ class TrainConfig(Checked):
     seq_len: int = 256
 
     def problems(self) -> list[str]:
-        found = _check_least(
+        found = check_least(
             self, "train", 1, "max_steps", "max_tokens", "global_batch", "micro_batch", "seq_len"
         )
         if self.max_time is not None and self.max_time <= 0:
@@ -200,7 +190,7 @@ class ScheduleConfig(Checked):
     decay_fraction: float = 0.2
 
     def problems(self) -> list[str]:
-        found = _check_least(self, "schedule", 0, "warmup_steps", "warmup_tokens")
+        found = check_least(self, "schedule", 0, "warmup_steps", "warmup_tokens")
         found += [
             f"schedule.{name}={value}: expected a number from 0 to 1"
             for name in ("warmup_fraction", "final_ratio", "decay_fraction")
@@ -233,7 +223,7 @@ class EngineConfig(Checked):
     threads: int | None = None
 
     def problems(self) -> list[str]:
-        return _check_least(self, "engine", 1, "threads")
+        return check_least(self, "engine", 1, "threads")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,7 +239,7 @@ class CheckpointConfig(Checked):
     keep: int = 2
 
     def problems(self) -> list[str]:
-        return _check_least(self, "checkpoint", 0, "every") + _check_least(
+        return check_least(self, "checkpoint", 0, "every") + check_least(
             self, "checkpoint", 1, "keep"
         )
 
@@ -267,7 +257,7 @@ class EvalConfig(Checked):
     rows: int = 128
 
     def problems(self) -> list[str]:
-        return _check_least(self, "eval", 0, "every") + _check_least(self, "eval", 1, "rows")
+        return check_least(self, "eval", 0, "every") + check_least(self, "eval", 1, "rows")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -293,7 +283,7 @@ class SampleConfig(Checked):
     tokens: int = 100
 
     def problems(self) -> list[str]:
-        return _check_least(self, "hooks.sample", 0, "every") + _check_least(
+        return check_least(self, "hooks.sample", 0, "every") + check_least(
             self, "hooks.sample", 1, "tokens"
         )
 
@@ -305,7 +295,7 @@ class KVConfig(Checked):
     context: int = 4096
 
     def problems(self) -> list[str]:
-        return _check_least(self, "hooks.kv", 1, "context")
+        return check_least(self, "hooks.kv", 1, "context")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -319,7 +309,7 @@ class HooksConfig(Checked):
     kv: KVConfig = field(default_factory=KVConfig)
 
     def problems(self) -> list[str]:
-        return _check_least(self, "hooks", 1, "log_every")
+        return check_least(self, "hooks", 1, "log_every")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,13 +1,17 @@
 """How a model is trained on the hardware at hand; the model itself knows nothing of it."""
 
+from collections.abc import Iterator
 from typing import NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
-from phd.loss import IGNORED
+from data.heldout import HeldOut
+from data.stream import Batch
+from phd.loss import IGNORED, Loss
 from phd.model import Transformer
+from phd.segments import Segments
 from train.checkpoint import Checkpoint, TensorTree
 from train.config import Config
 from train.device import autocast, choose_device, precision
@@ -26,6 +30,35 @@ class StepResult(NamedTuple):
     grad_norm: Tensor
 
 
+class Rows(NamedTuple):
+    """Rows of text as tensors on the CPU.
+
+    Attributes:
+        tokens: int64 (R, T+1).
+        mask: bool (R, T), false for targets that do not count; None: all do.
+        starts: int64 (R, T), where in its row each input's document begins; None: documents are
+            not told apart.
+    """
+
+    tokens: Tensor
+    mask: Tensor | None = None
+    starts: Tensor | None = None
+
+    @classmethod
+    def of(cls, text: Batch | HeldOut) -> "Rows":
+        """The rows of a batch, sharing its memory."""
+        mask, starts = (
+            None if x is None else torch.from_numpy(x) for x in (text.mask, text.starts)
+        )
+        return cls(torch.from_numpy(text.rows), mask, starts)
+
+    @property
+    def targets(self) -> Tensor:
+        """int64 (R, T), `IGNORED` where a target does not count."""
+        targets = self.tokens[:, 1:]
+        return targets if self.mask is None else targets.where(self.mask, IGNORED)
+
+
 class Engine(Protocol):
     """What the training loop needs; every engine sums losses and counts targets alike."""
 
@@ -33,11 +66,11 @@ class Engine(Protocol):
     device: torch.device
     dtype: torch.dtype  # of the matrix products
 
-    def step(self, rows: Tensor, lr: float) -> StepResult:
-        """Take one optimizer step on rows, int64 (R, T+1), of this rank."""
+    def step(self, rows: Rows, lr: float) -> StepResult:
+        """Take one optimizer step on this rank's rows."""
 
-    def loss(self, rows: Tensor, mask: Tensor | None = None) -> tuple[Tensor, int]:
-        """(summed cross-entropy, targets) of rows without training; `mask` says what counts."""
+    def loss(self, rows: Rows) -> tuple[Tensor, int]:
+        """(summed cross-entropy, targets) of rows without training."""
 
     def synchronize(self) -> None:
         """Wait until everything asked of the device is done."""
@@ -64,18 +97,11 @@ class SingleEngine:
                 block.compile()
         self.optimizer = build_optimizer(self.model, config.optim)
 
-    def step(self, rows: Tensor, lr: float) -> StepResult:
+    def step(self, rows: Rows, lr: float) -> StepResult:
         """Accumulate the gradients of all micro-batches, clip them, update the weights."""
-        if self.device.type == "cuda":
-            rows = rows.pin_memory()  # or the copy would wait for the device
-        rows = rows.to(self.device, non_blocking=True)
-        tokens, targets = rows[:, :-1], rows[:, 1:]
-        count = (targets != IGNORED).sum()
+        count = (rows.targets != IGNORED).sum()
         cross_entropy = torch.zeros((), device=self.device)
-        micro = self.config.train.micro_batch or len(rows)
-        for part, part_targets in zip(tokens.split(micro), targets.split(micro), strict=True):
-            with autocast(self.device, self.dtype):
-                loss = self.model.loss(part, part_targets, self.config.optim.z_loss)
+        for loss in self._losses(rows, self.config.train.micro_batch or len(rows.tokens)):
             (loss.total / count).backward()
             cross_entropy += loss.cross_entropy
         grad_norm = clip_grad_norm_(
@@ -88,16 +114,31 @@ class SingleEngine:
         return StepResult(cross_entropy / count, grad_norm)
 
     @torch.no_grad()
-    def loss(self, rows: Tensor, mask: Tensor | None = None) -> tuple[Tensor, int]:
+    def loss(self, rows: Rows) -> tuple[Tensor, int]:
         """(summed cross-entropy in nats, number of targets), micro-batch by micro-batch."""
-        targets = rows[:, 1:] if mask is None else rows[:, 1:].where(mask, IGNORED)
         total = torch.zeros((), device=self.device, dtype=torch.float64)
         micro = self.config.train.micro_batch or self.config.train.global_batch
-        for part, part_targets in zip(rows[:, :-1].split(micro), targets.split(micro), strict=True):
-            with autocast(self.device, self.dtype):
-                loss = self.model.loss(part.to(self.device), part_targets.to(self.device))
+        for loss in self._losses(rows, micro):
             total += loss.cross_entropy
-        return total, int((targets != IGNORED).sum())
+        return total, int((rows.targets != IGNORED).sum())
+
+    def _losses(self, rows: Rows, micro: int) -> Iterator[Loss]:
+        """The loss of each `micro` rows, one after the other."""
+        parts = (rows.tokens[:, :-1].split(micro), rows.targets.split(micro))
+        segments = None
+        for number, (tokens, targets) in enumerate(zip(*parts, strict=True)):
+            if rows.starts is not None:
+                starts = rows.starts[number * micro :][:micro]
+                segments = Segments.of(starts).to(self.device)
+            tokens, targets = self._moved(tokens), self._moved(targets)
+            with autocast(self.device, self.dtype):
+                loss = self.model.loss(tokens, targets, self.config.optim.z_loss, segments)
+            yield loss
+
+    def _moved(self, x: Tensor) -> Tensor:
+        if self.device.type == "cuda":
+            x = x.pin_memory()  # or the copy would wait for the device
+        return x.to(self.device, non_blocking=True)
 
     def synchronize(self) -> None:
         """Wait until everything asked of the device is done."""

@@ -102,8 +102,6 @@ def main(given: GenerateArguments) -> int:
     for token in generate(model, prompt, given.sampling(), dice, given.max_tokens):
         if token.item() == tokenizer.eos_id:
             break
-        if token.item() >= tokenizer.vocab_size:
-            continue  # an embedding that the tokenizer has no piece for means nothing
         ids.append(int(token.item()))
         text = tokenizer.decode(ids)
         # A character of several byte tokens shows as U+FFFD until its last byte is there.

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from data.heldout import HeldOut
+from data.quarantine import Quarantine
 from data.stream import Batch
 from data.tokenizer import Tokenizer
 from phd.flops import training_flops_per_token
@@ -21,9 +22,14 @@ from phd.sampling import Sampling, generate
 from train.checkpoint import CheckpointError, CheckpointStore
 from train.config import Config
 from train.device import peak_flops, peak_memory_gib
-from train.engine import Engine
+from train.engine import Engine, Rows
 
 Metrics = dict[str, float | str]
+
+COUNTED_DOCUMENTS = 64
+
+MUCH_WAITING = 0.1
+"""The fraction of the time that waits for data from which on something should be done."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,9 @@ class StepRecord:
         batch: the step's batch; its cursors are where the stream goes on.
         train_s: seconds of training in this process, without hooks.
         data_wait_s: how many of them the step waited for data.
-        ending: why this is the last step: `finished`, `max_time` or a signal's name; or None.
+        ending: why this is the last step: `finished`, `max_time`, `out_of_text`, `no_data` or a
+            signal's name; or None.
+        failure: why there is no next batch; None if there is.
     """
 
     step: int
@@ -50,6 +58,7 @@ class StepRecord:
     train_s: float
     data_wait_s: float
     ending: str | None = None
+    failure: ValueError | None = None
 
     @property
     def interrupted(self) -> bool:
@@ -78,23 +87,46 @@ class TrainingMetrics:
 
     def __call__(self, record: StepRecord) -> Metrics:
         loss = record.loss.item()
-        targets = record.batch.rows[:, 1:].size
+        targets = record.batch.targets
         return {
             "train/loss": loss,
             "train/bits_per_byte": bits_per_byte(loss * targets, record.batch.target_bytes),
             "optim/lr": record.lr,
             "optim/grad_norm": record.grad_norm.item(),
             "progress/tokens": record.tokens,
-            "progress/epoch": record.batch.epoch,
             "progress/train_flops": record.tokens * self.flops_per_token,
         }
+
+
+class DataProgress:
+    """What was read of each source so far, in tokens and complete passes, and what was wrong.
+
+    With one source `progress/epoch`, else `progress/<source>/tokens` and `.../epoch` of each.
+    """
+
+    def __init__(self, config: Config, quarantine: Quarantine) -> None:
+        self.every = config.hooks.log_every
+        self.sources = tuple(config.data.sources)
+        self.quarantine = quarantine
+
+    def __call__(self, record: StepRecord) -> Metrics:
+        batch = record.batch
+        metrics: Metrics = {"progress/epoch": min(map(batch.epoch, self.sources))}
+        for source in self.sources if len(self.sources) > 1 else ():
+            metrics[f"progress/{source}/tokens"] = batch.tokens(source)
+            metrics[f"progress/{source}/epoch"] = batch.epoch(source)
+        if batch.mask is not None:
+            metrics["data/padding_fraction"] = 1 - batch.targets / batch.mask.size
+        metrics["data/quarantined"] = len(self.quarantine.faults)
+        return metrics
 
 
 class Throughput:
     """Speed since the last call, hooks and evaluation left out, and the memory's peak.
 
     `throughput/mfu` is the FLOPs that the pattern needs over the device's bf16 peak; it is absent
-    where the peak is not known.
+    where the peak is not known. Where documents are isolated, their lengths are those of the last
+    step's first `COUNTED_DOCUMENTS`.
     """
 
     def __init__(self, config: Config, device: torch.device, tokens: int) -> None:
@@ -102,8 +134,10 @@ class Throughput:
         self.device = device
         self.copies = config.model.K
         self.tokens_per_step = config.train.tokens_per_step
-        self.flops_per_token = training_flops_per_token(config.model, config.train.seq_len)
+        self.model = config.model
+        self.data = config.data
         self.last = (tokens, 0.0, 0.0)
+        self.calls, self.warned = 0, False
 
     def __call__(self, record: StepRecord) -> Metrics:
         now = (record.tokens, record.train_s, record.data_wait_s)
@@ -119,8 +153,24 @@ class Throughput:
             "memory/peak_gib": peak_memory_gib(self.device),
         }
         if peak := peak_flops(self.device):
-            metrics["throughput/mfu"] = tokens_per_s * self.flops_per_token / peak
+            documents = record.batch.document_lengths[:COUNTED_DOCUMENTS]
+            flops_per_token = training_flops_per_token(self.model, *documents)
+            metrics["throughput/mfu"] = tokens_per_s * flops_per_token / peak
+        # The first interval waits for files to open; later waits will go on.
+        if waited > MUCH_WAITING * seconds and self.calls and not self.warned:
+            self.warned = True
+            metrics["throughput/warning"] = self._advice(waited / seconds)
+        self.calls += 1
         return metrics
+
+    def _advice(self, fraction: float) -> str:
+        data = self.data
+        return (
+            f"the training waited for data {fraction:.0%} of the time; raise "
+            f"data.workers={data.workers} while there are idle cores, and "
+            f"data.prefetch={data.prefetch} if it comes in bursts; or tokenise beforehand with "
+            "python train/pretokenize.py"
+        )
 
 
 class KVCost:
@@ -155,8 +205,7 @@ class Evaluation:
 
     def measure(self) -> Metrics:
         """Cross-entropy per token in nats, and bits per byte."""
-        rows, mask = torch.from_numpy(self.text.rows), torch.from_numpy(self.text.mask)
-        total, targets = self.engine.loss(rows, mask)
+        total, targets = self.engine.loss(Rows.of(self.text))
         nats = total.item()
         return {
             f"eval/{self.name}/loss": nats / targets,
@@ -191,8 +240,7 @@ class Sample:
             if token.item() == self.tokenizer.eos_id:
                 break
             new.append(int(token.item()))
-        # A model may have more embeddings than the tokenizer has pieces; the rest mean nothing.
-        return self.tokenizer.decode([i for i in prompt + new if i < self.tokenizer.vocab_size])
+        return self.tokenizer.decode(prompt + new)
 
 
 class Saving:

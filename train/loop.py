@@ -3,11 +3,11 @@
 from itertools import count
 from time import perf_counter
 
-import torch
 from rich.progress import Progress
 
-from data.prefetch import Prefetch
+from data.loader import Loader
 from data.stream import Batch
+from train.engine import Rows
 from train.hooks import Metrics, StepRecord
 from train.interruption import Interruption
 from train.run import Run
@@ -26,15 +26,18 @@ def train(run: Run, progress: Progress) -> tuple[StepRecord, Metrics]:
         "training", total=config.train.total_steps, completed=run.step, status=""
     )
     started, hooks_s = perf_counter(), 0.0
-    with Interruption() as interruption, Prefetch(run.stream, config.data.prefetch) as batches:
+    workers, depth = config.data.workers, config.data.prefetch
+    with (
+        Interruption() as interruption,
+        Loader(run.stream, workers=workers, depth=depth) as batches,
+    ):
         for step in count(run.step + 1):
             batch = _next(batches)
-            rows = torch.from_numpy(batch.rows)
             lr = learning_rate(config, step - 1)
-            result = engine.step(rows, lr)
+            result = engine.step(Rows.of(batch), lr)
 
             train_s = perf_counter() - started - hooks_s
-            ending = run.ending(step, train_s, interruption.received)
+            ending = run.ending(step, train_s, interruption.received, batches.failure)
             due = [hook for hook in run.hooks if ending or (hook.every and step % hook.every == 0)]
             if due:
                 engine.synchronize()
@@ -49,6 +52,7 @@ def train(run: Run, progress: Progress) -> tuple[StepRecord, Metrics]:
                 train_s=train_s,
                 data_wait_s=batches.wait_s,
                 ending=ending,
+                failure=batches.failure,
             )
             metrics: Metrics = {}
             for hook in due:
@@ -65,7 +69,7 @@ def train(run: Run, progress: Progress) -> tuple[StepRecord, Metrics]:
     raise AssertionError("the stream is endless")
 
 
-def _next(batches: Prefetch[Batch]) -> Batch:
+def _next(batches: Loader) -> Batch:
     """The next batch; what the data refuses, such as too few documents, is the user's to mend."""
     try:
         return next(batches)

@@ -22,6 +22,7 @@ from train.plan import make_plan, print_plan
 from train.report import print_report
 from train.run import open_run
 from train.sinks import warn
+from train.validation import ConfigError
 
 KILLED = 128  # what a shell adds to a signal's number for the exit code of who died of it
 
@@ -40,6 +41,10 @@ def main(config: Config) -> int:
         failure = metrics.get("checkpoint/error")
         if failure and not config.hooks.console:  # else it has been told
             warn(console, str(failure))
+        if record.ending == "no_data":
+            raise ConfigError([str(record.failure)], "the data")
+        if record.ending == "out_of_text":
+            warn(console, f"ended after step {record.step}: {record.failure}")
         if record.interrupted:
             saved = "not saved" if failure else "saved"
             console.print(f"{record.ending}: {saved} after step {record.step}")

@@ -4,6 +4,7 @@ runs/phd_cswa-2-16-32-tiny/
     config.yaml        the whole configuration, every default included
     environment.json   versions, machine, source revision; one entry for each start
     metrics.jsonl      one line for each logging step
+    quarantine.jsonl   what was found that is no document, and where; absent if nothing was
     tokenizer.model    the SentencePiece model
     wandb_id.txt, wandb/
     checkpoints/       see train/checkpoint.py
@@ -27,8 +28,10 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from data.documents import Documents
+from data.fingerprint import changes, check_fingerprint
 from data.heldout import heldout_rows
-from data.stream import BatchShape, TokenStream, check_fingerprint
+from data.mixture import OutOfTextError
+from data.stream import BatchShape, TokenStream
 from data.tokenizer import Tokenizer
 from data.tokenizer_training import prepare_tokenizer
 from launch.place import Place
@@ -37,6 +40,7 @@ from train.config import Config
 from train.device import choose_device
 from train.engine import Engine, SingleEngine
 from train.hooks import (
+    DataProgress,
     Evaluation,
     Hook,
     KVCost,
@@ -74,13 +78,17 @@ class Run:
         total = self.config.train.total_steps
         return total is not None and self.step >= total
 
-    def ending(self, step: int, train_s: float, received: Signals | None) -> str | None:
+    def ending(
+        self, step: int, train_s: float, received: Signals | None, failure: ValueError | None
+    ) -> str | None:
         """Why the run ends after this step; None if it goes on."""
         if received is not None:
             return received.name
         total, limit = self.config.train.total_steps, self.config.train.max_time
         if total is not None and step >= total:
             return "finished"
+        if failure is not None:
+            return "out_of_text" if isinstance(failure, OutOfTextError) else "no_data"
         return "max_time" if limit is not None and train_s >= limit else None
 
     def finish(self) -> Metrics:
@@ -147,6 +155,7 @@ def open_run(config: Config, console: Console) -> Run:
     if config.run.resume == "never" and (moved := set_aside(directory)):
         console.print(f"run.resume=never: the earlier run is now in {moved}", markup=False)
     _describe(config, directory, tokenizer)
+    documents.quarantine.write_to(directory / "quarantine.jsonl")
     state = {"config": config.to_dict(), "stream": stream.fingerprint}
     return Run(
         config=config,
@@ -157,6 +166,7 @@ def open_run(config: Config, console: Console) -> Run:
         stream=stream,
         hooks=(
             TrainingMetrics(config),
+            DataProgress(config, documents.quarantine),
             Throughput(config, engine.device, step * config.train.tokens_per_step),
             KVCost(config, engine.dtype),
             Saving(config, engine, store, state),  # before anything that could fail
@@ -171,12 +181,22 @@ def open_run(config: Config, console: Console) -> Run:
 def _evaluations(
     config: Config, documents: Documents, tokenizer: Tokenizer, engine: Engine
 ) -> list[Evaluation]:
-    """The held-out evaluation; none where nothing is held out."""
+    """One of each source that has documents held out; none where nothing is to be."""
     if config.data.holdout == 0:
         return []
     seq_len, limit = config.train.seq_len, config.eval.rows
-    text = heldout_rows(documents, tokenizer, seq_len=seq_len, limit=limit)
-    return [Evaluation(config, engine, "heldout", text)]
+    found = []
+    for source in config.data.sources:
+        text = heldout_rows(documents, tokenizer, source, seq_len=seq_len, limit=limit)
+        name = "heldout" if len(config.data.sources) == 1 else source
+        if text is not None:
+            found.append(Evaluation(config, engine, name, text))
+    if not found:
+        raise ValueError(
+            f"data.holdout={config.data.holdout}: holds out none of the documents; raise it, add "
+            "documents, or set it to 0 to go without an evaluation"
+        )
+    return found
 
 
 def set_aside(directory: Path) -> Path | None:
@@ -216,13 +236,9 @@ def _newest(config: Config, store: CheckpointStore, console: Console) -> Checkpo
 
 def _changes(saved: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
     """What differs between two configurations, by key; not what only names, bounds or reports."""
-    before, after = leaves(saved), leaves(now)
     ignored = ("run.", "data.", "tokenizer.", "hooks.", "eval.", "checkpoint.", "model.attention")
-    return {
-        key: f"{key} was {before.get(key)!r} and is now {after.get(key)!r}"
-        for key in dict.fromkeys([*before, *after])
-        if before.get(key) != after.get(key) and not key.startswith(ignored)
-    }
+    changed = changes(leaves(saved), leaves(now))
+    return {key: line for key, line in changed.items() if not key.startswith(ignored)}
 
 
 def _describe(config: Config, directory: Path, tokenizer: Tokenizer) -> None:

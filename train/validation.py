@@ -35,14 +35,15 @@ def build(cls: type[T], values: Mapping[str, Any], place: str = "the configurati
 
     Args:
         cls: a dataclass with `problems()`, or a tree of them; a union of them is told apart by
-            the literal `kind` of each.
+            the literal `kind` of each, and a dict of them has names of the user's choice.
         values: what was given, unknown keys and all.
         place: where the problems are, for the error's title.
 
     Raises:
         ConfigError: with every problem.
     """
-    reader = _Reader(keys(cls), given=list(leaves(values)))
+    given = leaves(values)
+    reader = _Reader(_known(keys(cls), given), list(given))
     built = reader.section(cls, values, "")
     if reader.problems:
         raise ConfigError(reader.problems, place)
@@ -55,6 +56,8 @@ def as_dict(value: Any) -> Any:
         return {f.name: as_dict(getattr(value, f.name)) for f in fields(value)}
     if isinstance(value, tuple):
         return [as_dict(item) for item in value]
+    if isinstance(value, dict):
+        return {name: as_dict(item) for name, item in value.items()}
     return str(value) if isinstance(value, Path) else value
 
 
@@ -63,19 +66,23 @@ def defaults(cls: Any) -> dict[str, Any]:
     tree: dict[str, Any] = {}
     for setting, hint in _settings(cls):
         match _sections(hint):
-            case [section]:
+            case [section] if _entries(hint) is None:
                 tree[setting.name] = defaults(section)
-            case [] if not _required(setting):
+            case _ if not _required(setting):
                 tree[setting.name] = as_dict(_default(setting))
     return tree
 
 
 def keys(cls: Any, path: str = "") -> list[str]:
-    """The full name of everything that can be set in `cls`: `seed`, `model.K`, ..."""
+    """The full name of everything that can be set in `cls`: `seed`, `model.K`, ...
+
+    A `*` stands for a name of the user's choice: `data.sources.*.weight`.
+    """
     found: list[str] = []
     for setting, hint in _settings(cls):
         key, sections = path + setting.name, _sections(hint)
-        found += [name for section in sections for name in keys(section, f"{key}.")] or [key]
+        within = f"{key}.{'' if _entries(hint) is None else '*.'}"
+        found += [name for section in sections for name in keys(section, within)] or [key]
     return list(dict.fromkeys(found))
 
 
@@ -127,7 +134,8 @@ class _Reader:
             name, key = setting.name, path + setting.name
             if name not in values and not _required(setting):
                 continue
-            value = values.get(name, {} if _sections(hint) else OMITTED)
+            one = _sections(hint) and _entries(hint) is None
+            value = values.get(name, {} if one else OMITTED)
             if value == OMITTED:
                 self.unusable.add(key)
                 self.problems.append(f"{key}: has to be given")
@@ -137,6 +145,10 @@ class _Reader:
 
     def value(self, hint: Any, value: Any, key: str) -> Any:
         """Reads what one field holds."""
+        if (entry := _entries(hint)) is not None:
+            if isinstance(value, Mapping):
+                return {name: self.value(entry, v, f"{key}.{name}") for name, v in value.items()}
+            return self.reject(key, value, f"settings by name, such as {key}.NAME")
         sections = _sections(hint)
         if len(sections) > 1:
             return self.variant(sections, value, key)
@@ -166,7 +178,7 @@ class _Reader:
         if not found:
             return cls(**given)
         before = set(self.unusable)
-        for problem in found:
+        for problem in _named(found, path):
             mentioned = {key for key in re.findall(r"[\w.]*\w", problem) if key in self.known}
             if not mentioned & before:
                 self.problems.append(problem)
@@ -202,16 +214,46 @@ def leaves(values: Mapping[str, Any], path: str = "") -> dict[str, Any]:
     return found
 
 
+def _known(keys: Iterable[str], given: Iterable[str]) -> list[str]:
+    """The keys, those with a `*` once for every name that was given there."""
+    known = []
+    for key in keys:
+        section, star, _ = key.partition("*")
+        names = [k.removeprefix(section).partition(".")[0] for k in given if k.startswith(section)]
+        known += [key.replace("*", name, 1) for name in dict.fromkeys(names)] if star else [key]
+    return known
+
+
+def _named(problems: Iterable[str], path: str) -> list[str]:
+    """The problems of the section at `path`; `*` in its own keys stands for the name it has there.
+
+    >>> _named(["data.sources.*.weight=-1: expected more"], "data.sources.web.")
+    ['data.sources.web.weight=-1: expected more']
+    """
+    section, _, _ = path[:-1].rpartition(".")
+    return [problem.replace(f"{section}.*.", path) if section else problem for problem in problems]
+
+
 def _settings(cls: Any) -> list[tuple[Field[Any], Any]]:
     """The fields of a dataclass, each with its type."""
     hints = get_type_hints(cls, include_extras=True)
     return [(setting, hints[setting.name]) for setting in fields(cls)]
 
 
+def _entries(hint: Any) -> Any:
+    """What each name of a dict of dataclasses holds; None for other types."""
+    if get_origin(hint) is dict and _sections(entry := get_args(hint)[1]):
+        return entry
+    return None
+
+
 def _sections(hint: Any) -> list[Any]:
-    """The dataclasses that a field of this type holds one of; none for a plain value."""
+    """The dataclasses that a field of this type holds one of, or some of by name; none for a
+    plain value."""
     if get_origin(hint) is Annotated:
         hint = get_args(hint)[0]
+    if get_origin(hint) is dict:
+        return _sections(get_args(hint)[1])
     members = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     return [member for member in members if is_dataclass(member)]
 
@@ -268,6 +310,8 @@ def _words(hint: Any) -> str:
             return notes[0] if notes else _words(arguments[0])
         case origin if origin is Literal:
             return f"one of {', '.join(map(str, arguments))}"
+        case origin if origin is dict:
+            return f"{_words(arguments[1])} for each name"
         case origin if origin is tuple:
             return f"[{', '.join('...' if a is ... else _words(a) for a in arguments)}]"
     return " or ".join(map(_words, arguments))

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from data.config import DataConfig, DatasetsSource, PythonSource
+from data.config import DataConfig, FilesSource, PythonSource
 from train.command_line import CONF, check, load
 from train.config import Config
 from train.validation import ConfigError
@@ -18,7 +18,8 @@ SWEEPS = [file.stem for file in sorted(CONF.glob("sweep/*.yaml"))]
 
 # What some choices leave to the user to give.
 GIVEN = {
-    ("data", "files"): ["data.source.paths=[corpus]"],
+    ("data", "files"): ["data.sources.files.paths=[corpus]"],
+    ("data", "tokens"): ["data.sources.tokens.path=tokens/python"],
     ("tokenizer", "file"): ["tokenizer.path=llama.model"],
 }
 
@@ -32,7 +33,7 @@ SIZES = {
 
 
 def test_without_overrides_the_files_change_no_default() -> None:
-    assert load() == Config(data=DataConfig(source=PythonSource(kind="python")))
+    assert load() == Config(data=DataConfig(sources={"python": PythonSource(kind="python")}))
 
 
 def test_every_group_has_choices() -> None:
@@ -50,7 +51,7 @@ def test_every_choice_composes_and_comes_back_from_its_plain_values(
 
 
 def test_what_a_choice_leaves_open_has_to_be_given() -> None:
-    with pytest.raises(ConfigError, match=r"data\.source\.paths: has to be given"):
+    with pytest.raises(ConfigError, match=r"data\.sources\.files\.paths: has to be given"):
         load(["data=files"])
 
 
@@ -78,8 +79,9 @@ def test_groups_and_keys_mean_what_they_say_together() -> None:
     config = load([*shape, "data=fineweb_edu"])
     assert config.name == "phd_cswa-3-16-32-550m"
     assert config.model.layers == 16
-    assert isinstance(config.data.source, DatasetsSource)
-    assert config.data.source.path == "HuggingFaceFW/fineweb-edu"
+    source = config.data.sources["fineweb_edu"]
+    assert isinstance(source, FilesSource)
+    assert "HuggingFaceFW/fineweb-edu/sample/10BT" in str(source.paths)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -102,6 +104,7 @@ PAPER: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("experiment", PAPER)
 def test_the_papers_experiments_have_its_settings(experiment: str) -> None:
     config = load([f"experiment={experiment}"])
+    assert {"dclm", "wiki"} < set(config.data.sources)
     assert {"name": config.name, "steps": config.train.total_steps} == PAPER[experiment]
     assert config.train.tokens_per_step == 1024 * 4096
     assert config.warmup_steps == -(-8_400_000_000 // 2**22)

@@ -3,7 +3,9 @@
 import bz2
 import gzip
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from random import Random
@@ -13,10 +15,11 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from data.config import DataConfig, DatasetsSource, FilesSource
+from data.config import CacheConfig, DataConfig, DatasetsSource, FilesSource
 from data.documents import Documents
 from data.tokenizer import Tokenizer
 from data.tokenizer_training import LOSSLESS, train
+from tests.data.fault_server import FaultServer, serving
 
 KINDS = (
     "txt",
@@ -54,6 +57,8 @@ def write_texts(path: Path, texts: list[str]) -> None:
     match path.name.split(".", 1)[1]:
         case "txt":
             path.write_bytes(texts[0].encode())
+        case "txt.gz":
+            path.write_bytes(gzip.compress(texts[0].encode()))
         case "separated":
             path.with_suffix(".txt").write_bytes("<|end|>".join(texts).encode())
         case "jsonl":
@@ -107,11 +112,22 @@ def source_of(
 @pytest.fixture(scope="session")
 def documents_of(
     source_of: Callable[..., FilesSource | DatasetsSource],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Callable[..., Documents]:
     """The texts as documents, by kind of source and whatever settings a test needs."""
 
+    cache = CacheConfig(dir=str(tmp_path_factory.mktemp("cache")))
+
     def build(kind: str = "jsonl", files: int = 3, **settings: object) -> Documents:
-        defaults = {"lanes": 4, "block_documents": 3, "holdout": 0.0}
-        return Documents(DataConfig(source=source_of(kind, files), **{**defaults, **settings}))
+        defaults = {"lanes": 4, "block_documents": 3, "holdout": 0.0, "cache": cache}
+        sources = {"text": replace(source_of(kind, files), epochs=settings.pop("epochs", None))}
+        return Documents(DataConfig(sources=sources, **{**defaults, **settings}))
 
     return build
+
+
+@pytest.fixture
+def fault_server() -> Iterator[Callable[..., FaultServer]]:
+    """Serves a folder on the web until the test's end, with whatever `Behaviour` it needs."""
+    with ExitStack() as servers:
+        yield lambda folder, **behaviour: servers.enter_context(serving(folder, **behaviour))

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from data.documents import Documents
 from data.heldout import SPREAD, heldout_rows
+from data.packing import document_starts
 from data.tokenizer import Tokenizer
 
 DocumentsOf = Callable[..., Documents]
@@ -21,8 +22,9 @@ def documents(documents_of: DocumentsOf) -> Documents:
 def test_every_token_of_every_held_out_document_is_a_target_once(
     documents: Documents, tokenizer: Tokenizer, seq_len: int
 ) -> None:
-    texts = [d.text for d in documents.held_out()]
-    held = heldout_rows(documents, tokenizer, seq_len=seq_len, limit=10_000)
+    texts = [d.text for d in documents.held_out("text")]
+    held = heldout_rows(documents, tokenizer, "text", seq_len=seq_len, limit=10_000)
+    assert held
     twin = np.concatenate([tokenizer.encode_document(text) for text in texts])
     assert np.array_equal(held.rows[:, 1:][held.mask], twin)
     assert held.target_bytes == len("".join(texts).encode())
@@ -34,10 +36,13 @@ def test_every_token_of_every_held_out_document_is_a_target_once(
 def test_fewer_rows_are_chosen_evenly_from_several_times_as_many(
     documents: Documents, tokenizer: Tokenizer, limit: int
 ) -> None:
-    everything = heldout_rows(documents, tokenizer, seq_len=8, limit=10_000).rows
+    whole = heldout_rows(documents, tokenizer, "text", seq_len=8, limit=10_000)
+    assert whole
+    everything = whole.rows
     count = min(SPREAD * limit, len(everything))
     assert count > limit
-    held = heldout_rows(documents, tokenizer, seq_len=8, limit=limit)
+    held = heldout_rows(documents, tokenizer, "text", seq_len=8, limit=limit)
+    assert held
     assert np.array_equal(held.rows, everything[[i * count // limit for i in range(limit)]])
     assert held.target_bytes == tokenizer.byte_lengths[held.rows[:, 1:][held.mask]].sum()
 
@@ -45,13 +50,30 @@ def test_fewer_rows_are_chosen_evenly_from_several_times_as_many(
 def test_the_rows_are_the_same_for_every_kind_of_source_and_number_of_lanes(
     documents_of: DocumentsOf, documents: Documents, tokenizer: Tokenizer
 ) -> None:
-    expected = heldout_rows(documents, tokenizer, seq_len=16, limit=9)
+    expected = heldout_rows(documents, tokenizer, "text", seq_len=16, limit=9)
+    assert expected
     for kind, lanes in (("txt", 1), ("parquet", 8), ("datasets-jsonl", 2)):
         other = documents_of(kind, holdout=0.5, lanes=lanes, shuffle=False)
-        held = heldout_rows(other, tokenizer, seq_len=16, limit=9)
+        held = heldout_rows(other, tokenizer, "text", seq_len=16, limit=9)
+        assert held
         assert np.array_equal(held.rows, expected.rows)
 
 
-def test_nothing_held_out_is_an_error(documents_of: DocumentsOf, tokenizer: Tokenizer) -> None:
-    with pytest.raises(ValueError, match=r"data\.holdout=0\.0: holds out none of the documents"):
-        heldout_rows(documents_of(holdout=0.0), tokenizer, seq_len=16, limit=9)
+def test_where_nothing_is_held_out_there_are_no_rows(
+    documents_of: DocumentsOf, tokenizer: Tokenizer
+) -> None:
+    documents = documents_of(holdout=0.0)
+    assert heldout_rows(documents, tokenizer, "text", seq_len=16, limit=9) is None
+
+
+def test_documents_are_told_apart_where_they_are_isolated(
+    documents_of: DocumentsOf, documents: Documents, tokenizer: Tokenizer
+) -> None:
+    isolated = documents_of("jsonl", holdout=0.5, documents="isolate")
+    held = heldout_rows(isolated, tokenizer, "text", seq_len=16, limit=9)
+    plain = heldout_rows(documents, tokenizer, "text", seq_len=16, limit=9)
+    assert held
+    assert plain
+    assert np.array_equal(held.rows, plain.rows)
+    assert plain.starts is None
+    assert np.array_equal(held.starts, document_starts(held.rows, tokenizer.eos_id))

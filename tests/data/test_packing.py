@@ -1,10 +1,14 @@
+from collections import Counter
+from itertools import islice, pairwise
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.packing import pack
+from data.packing import PADDING, document_starts, pack, pack_best_fit
 
 lengths = st.lists(st.integers(1, 12), min_size=1, max_size=12)
+SEPARATOR = 10_000
 
 
 def numbered(lengths: list[int]) -> list[tuple[np.ndarray, int]]:
@@ -15,6 +19,11 @@ def numbered(lengths: list[int]) -> list[tuple[np.ndarray, int]]:
     ]
 
 
+def separated(lengths: list[int]) -> list[tuple[np.ndarray, int]]:
+    """The same, counted from 1, with a separator for the last token of each."""
+    return [(np.append(t[:-1] + 1, SEPARATOR), i) for t, i in numbered(lengths)]
+
+
 @given(lengths=lengths, seq_len=st.integers(1, 9))
 def test_rows_are_the_stream_cut_every_seq_len_tokens_with_one_more(
     lengths: list[int], seq_len: int
@@ -22,7 +31,8 @@ def test_rows_are_the_stream_cut_every_seq_len_tokens_with_one_more(
     total = sum(lengths)
     twin = [np.arange(s, s + seq_len + 1) for s in range(0, total - seq_len, seq_len)]
     rows = [row for row, _, _ in pack(numbered(lengths), seq_len)]
-    assert np.array_equal(np.array(rows), np.array(twin))
+    assert np.array_equal(np.array([row.tokens for row in rows]), np.array(twin))
+    assert all(row.targets == seq_len for row in rows)
 
 
 @given(lengths=lengths, seq_len=st.integers(1, 9))
@@ -32,11 +42,98 @@ def test_packing_goes_on_exactly_after_every_row(lengths: list[int], seq_len: in
     for i, (_, place, token) in enumerate(whole):
         rest = list(pack(documents[place:], seq_len, skip=token))
         assert len(rest) == len(whole) - i - 1
-        assert all(np.array_equal(a[0], b[0]) for a, b in zip(rest, whole[i + 1 :], strict=True))
+        for (a, *_), (b, *_) in zip(rest, whole[i + 1 :], strict=True):
+            assert np.array_equal(a.tokens, b.tokens)
         assert 0 <= token < lengths[place]
 
 
 def test_rows_are_independent_of_each_other() -> None:
-    first, second = (row for row, _, _ in pack(numbered([9]), 4))
+    (first, _), (second, _) = (row for row, _, _ in pack(numbered([9]), 4))
     first[:] = -1
     assert second.tolist() == [4, 5, 6, 7, 8]
+
+
+def best_fit(lengths: list[int], seq_len: int, group: int, start: int = 0, skip: int = 0):  # type: ignore[no-untyped-def]
+    documents = separated(lengths)[start:]
+    return list(pack_best_fit(documents, seq_len, skip, group=group, separator=SEPARATOR))
+
+
+@given(lengths=lengths, seq_len=st.integers(1, 9), group=st.integers(1, 5))
+def test_best_fit_makes_every_token_a_target_once_after_the_token_before_it(
+    lengths: list[int], seq_len: int, group: int
+) -> None:
+    seen: Counter[tuple[int, int]] = Counter()
+    for (tokens, targets), _, _ in best_fit(lengths, seq_len, group):
+        assert tokens.shape == (seq_len + 1,)
+        assert (tokens[targets + 1 :] == PADDING).all()
+        seen.update(zip(tokens[:targets].tolist(), tokens[1 : targets + 1].tolist(), strict=True))
+    expected: Counter[tuple[int, int]] = Counter()
+    for tokens, _ in separated(lengths):
+        before = [SEPARATOR, *tokens.tolist()]
+        expected.update(pairwise(before))
+    assert seen == expected
+
+
+@given(lengths=lengths, seq_len=st.integers(1, 9), group=st.integers(1, 5))
+def test_best_fit_cuts_only_documents_longer_than_a_row(
+    lengths: list[int], seq_len: int, group: int
+) -> None:
+    rows = [
+        row.tokens[1 : row.targets + 1].tolist() for row, _, _ in best_fit(lengths, seq_len, group)
+    ]
+    for tokens, _ in separated(lengths):
+        pieces = [row for row in rows if set(tokens.tolist()) - {SEPARATOR} & set(row)]
+        if 1 < len(tokens) <= seq_len:
+            [row] = pieces
+            at = row.index(tokens[0])
+            assert row[at : at + len(tokens)] == tokens.tolist()
+        elif len(tokens) > seq_len:
+            # A last piece that is the separator alone holds no token to find it by.
+            assert len(pieces) == -(-(len(tokens) - 1) // seq_len)
+
+
+@given(lengths=lengths, seq_len=st.integers(1, 9), group=st.integers(1, 5))
+def test_best_fit_goes_on_exactly_after_every_row(
+    lengths: list[int], seq_len: int, group: int
+) -> None:
+    whole = best_fit(lengths, seq_len, group)
+    for i, (_, place, used) in enumerate(whole):
+        rest = best_fit(lengths, seq_len, group, place, used)
+        assert len(rest) == len(whole) - i - 1
+        for (a, *_), (b, *_) in zip(rest, whole[i + 1 :], strict=True):
+            assert np.array_equal(a.tokens, b.tokens)
+            assert a.targets == b.targets
+
+
+def test_best_fit_puts_a_document_where_it_leaves_the_least_room() -> None:
+    rows = best_fit([6, 5, 2, 3, 4], seq_len=9, group=5)
+    # 6 opens a row and 5 another; 4 fits behind 5 exactly, 3 behind 6 exactly, 2 in a row alone.
+    held = [sorted(t for t in row.tokens.tolist() if 0 < t < SEPARATOR) for row, *_ in rows]
+    assert held == [[1, 2, 3, 4, 5, 14, 15], [7, 8, 9, 10, 17, 18, 19], [12]]
+
+
+def test_best_fit_wastes_little_and_cuts_few() -> None:
+    dice = np.random.default_rng(0)
+    lengths = np.minimum(dice.lognormal(4, 1, 4096).astype(int) + 1, 5000).tolist()
+    rows = best_fit(lengths, seq_len=256, group=256)
+    padding = 1 - sum(row.targets for row, *_ in rows) / (256 * len(rows))
+    assert padding < 0.02
+
+
+@given(rows=st.lists(st.lists(st.integers(0, 2), min_size=6, max_size=6), min_size=1, max_size=4))
+def test_a_separator_begins_the_document_after_it(rows: list[list[int]]) -> None:
+    tokens = np.array(rows)
+    starts = document_starts(tokens, separator=0)
+    for row, found in zip(tokens.tolist(), starts.tolist(), strict=True):
+        twin = [max([0, *(j for j in range(i + 1) if row[j] == 0)]) for i in range(5)]
+        assert found == twin
+
+
+def test_rows_are_made_as_they_are_asked_for() -> None:
+    def endless():  # type: ignore[no-untyped-def]
+        while True:
+            yield np.array([1, 2, SEPARATOR]), 0
+
+    assert len(list(islice(pack(endless(), 4), 5))) == 5
+    packed = pack_best_fit(endless(), 4, group=3, separator=SEPARATOR)
+    assert len(list(islice(packed, 5))) == 5

@@ -1,39 +1,58 @@
 from pathlib import Path
 
-from data.files import FileCorpus
+from data.cache import ShardCache
+from data.config import CacheConfig, RemoteConfig
+from data.files import CorpusFile, FileCorpus
+from data.formats import PythonFile
 from data.python_files import python_corpus, source_files
+from data.source import Document, Fault
+
+CACHE = ShardCache(CacheConfig(), RemoteConfig())
 
 
-def test_sources_are_sorted_and_tests_and_packages_left_out(tmp_path: Path) -> None:
+def test_sources_are_sorted_and_tests_packages_and_empty_files_left_out(tmp_path: Path) -> None:
     for name in ("b.py", "a/z.py", "a-/y.py", "test/t.py", "a/tests/t.py", "a/data.txt"):
         (path := tmp_path / "lib" / name).parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
+        path.write_text("pass")
+    (tmp_path / "lib/a/__init__.py").touch()
     (tmp_path / "lib/gone.py").symlink_to(tmp_path / "nowhere.py")
-    names = [file.name for file in source_files(tmp_path / "lib")]
+    names = [shard.name for shard in source_files(tmp_path / "lib")]
     assert names == ["lib/a-/y.py", "lib/a/z.py", "lib/b.py"]
 
 
 def test_packages_are_read_where_their_directory_is_the_root(tmp_path: Path) -> None:
     (tmp_path / "site-packages").mkdir()
-    (tmp_path / "site-packages/a.py").touch()
-    assert [f.name for f in source_files(tmp_path / "site-packages")] == ["site-packages/a.py"]
+    (tmp_path / "site-packages/a.py").write_text("pass")
+    (shard,) = source_files(tmp_path / "site-packages")
+    assert shard.name == "site-packages/a.py"
+    assert shard.url == str(tmp_path / "site-packages/a.py")
+    assert shard.size == 4
 
 
-def test_a_file_is_decoded_as_it_declares_and_passed_over_if_it_does_not_keep_to_it(
-    tmp_path: Path,
-) -> None:
+def test_a_file_in_another_encoding_than_it_declares_harms_no_other(tmp_path: Path) -> None:
     (tmp_path / "a.py").write_bytes("# coding: latin-1\ns = 'é'\r\n".encode("latin-1"))
     (tmp_path / "b.py").write_bytes(b"s = '\xe9'\n")
-    (tmp_path / "c.py").write_bytes(b"# coding: no-such\n")
-    (tmp_path / "d.py").write_bytes(b"\xef\xbb\xbfs = '\xc3\xa9'\n")
-    files = FileCorpus(tuple(source_files(tmp_path)))
-    read = {Path(d.origin).name: d.text for d, _ in files.documents(0, 1)}
-    assert read == {"a.py:1": "# coding: latin-1\ns = 'é'\r\n", "d.py:1": "s = 'é'\n"}
+    (tmp_path / "c.py").write_bytes(b"\xef\xbb\xbfs = '\xc3\xa9'\n")
+    files = tuple(CorpusFile(shard, PythonFile()) for shard in source_files(tmp_path))
+    a, b, c = (record for record, _ in FileCorpus("code", files, CACHE).documents(0, 1))
+    assert a == Document("# coding: latin-1\ns = 'é'\r\n", str(tmp_path / "a.py"))
+    assert isinstance(b, Fault)
+    assert b.origin == str(tmp_path / "b.py")
+    assert c == Document("s = 'é'\n", str(tmp_path / "c.py"))
 
 
 def test_the_standard_library_is_a_corpus_of_some_megabytes_and_packages_add_to_it() -> None:
-    library, everything = python_corpus(packages=False), python_corpus(packages=True)
+    library = python_corpus("code", packages=False, cache=CACHE)
+    everything = python_corpus("code", packages=True, cache=CACHE)
     assert 300 < len(library.files) < len(everything.files)
     assert everything.files[: len(library.files)] == library.files
-    assert {"ast.py", "argparse.py", "asyncio"} <= {f.name.split("/")[1] for f in library.files}
-    assert 5e6 < sum(f.path.stat().st_size for f in library.files) < 5e7
+    names = {file.shard.name.split("/")[1] for file in library.files}
+    assert {"ast.py", "argparse.py", "asyncio"} <= names
+    assert 5e6 < sum(file.shard.size for file in library.files) < 5e7
+
+
+def test_the_standard_library_is_read_once_by_all_lanes_and_hardly_has_faults() -> None:
+    library = python_corpus("code", packages=False, cache=CACHE)
+    records = [record for lane in range(8) for record, _ in library.documents(lane, 8)]
+    assert [record.origin for record in records] == [file.shard.url for file in library.files]
+    assert sum(isinstance(record, Fault) for record in records) < 3

@@ -4,13 +4,12 @@ from itertools import islice
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.shuffle import Cursor, Shuffle, endless
+from data.shuffle import Cursor, Shuffle, epochs
 from data.source import Document
 
 shuffles = st.builds(
     Shuffle,
-    seed=st.integers(0, 3),
-    lane=st.integers(0, 3),
+    key=st.sampled_from(["0 0 web", "0 1 web", "1 0 web"]),
     block_documents=st.integers(1, 6),
     enabled=st.booleans(),
 )
@@ -27,7 +26,7 @@ def reader(count: int) -> Callable[[int | None], Iterator[tuple[Document, int]]]
 
 
 def numbers(count: int, shuffle: Shuffle, wanted: int) -> list[int]:
-    documents = endless(reader(count), shuffle, Cursor())
+    documents = epochs(reader(count), shuffle, Cursor())
     return [int(d.text) for d, _ in islice(documents, wanted)]
 
 
@@ -45,18 +44,29 @@ def test_every_epoch_reads_every_document_once_and_blocks_in_their_order(
 @given(shuffle=shuffles, count=st.integers(1, 17), start=st.integers(0, 40))
 def test_it_goes_on_exactly_from_every_cursor(shuffle: Shuffle, count: int, start: int) -> None:
     read = reader(count)
-    whole = list(islice(endless(read, shuffle, Cursor()), start + 20))
-    assert list(islice(endless(read, shuffle, whole[start][1]), 20)) == whole[start:]
+    whole = list(islice(epochs(read, shuffle, Cursor()), start + 20))
+    assert list(islice(epochs(read, shuffle, whole[start][1]), 19)) == whole[start + 1 :]
 
 
-def test_the_order_depends_on_seed_lane_epoch_and_block() -> None:
-    base = Shuffle(seed=1, lane=1, block_documents=50)
+@given(shuffle=shuffles, count=st.integers(1, 9), limit=st.integers(1, 3))
+def test_it_ends_after_as_many_epochs_as_are_allowed(
+    shuffle: Shuffle, count: int, limit: int
+) -> None:
+    read = reader(count)
+    whole = list(epochs(read, shuffle, Cursor(), limit))
+    assert [d for d, _ in whole] == [
+        Document(str(i), "") for i in numbers(count, shuffle, limit * count)
+    ]
+    assert list(epochs(read, shuffle, whole[-1][1], limit)) == []
+
+
+def test_the_order_depends_on_key_epoch_and_block() -> None:
+    base = Shuffle("1 1 web", block_documents=50)
     orders = [
         base.order(1, 1, 50),
         base.order(2, 1, 50),
         base.order(1, 2, 50),
-        Shuffle(2, 1, 50).order(1, 1, 50),
-        Shuffle(1, 2, 50).order(1, 1, 50),
+        Shuffle("2 1 web", 50).order(1, 1, 50),
         range(50),
     ]
     assert len({tuple(order) for order in orders}) == len(orders)
@@ -64,14 +74,14 @@ def test_the_order_depends_on_seed_lane_epoch_and_block() -> None:
 
 
 def test_the_order_is_the_same_in_every_version() -> None:
-    assert Shuffle(seed=7, lane=3, block_documents=8).order(2, 5, 8) == [7, 4, 5, 0, 2, 3, 1, 6]
+    assert Shuffle("7 3", block_documents=8).order(2, 5, 8) == [7, 4, 5, 0, 2, 3, 1, 6]
 
 
 def test_every_document_comes_to_every_place_about_equally_often() -> None:
-    first = [Shuffle(seed, 0, 4).order(0, 0, 4)[0] for seed in range(4000)]
+    first = [Shuffle(str(seed), 4).order(0, 0, 4)[0] for seed in range(4000)]
     assert all(900 < first.count(i) < 1100 for i in range(4))
 
 
 def test_without_shuffling_documents_come_as_they_lie() -> None:
-    plain = Shuffle(seed=0, lane=0, block_documents=3, enabled=False)
+    plain = Shuffle("", block_documents=3, enabled=False)
     assert numbers(5, plain, 12) == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 1]

@@ -7,9 +7,10 @@ import pytest
 
 from data.config import DataConfig, PythonSource
 from data.documents import Documents
-from data.prefetch import Prefetch
+from data.fingerprint import check_fingerprint
+from data.loader import Loader
 from data.shuffle import Shuffle
-from data.stream import Batch, BatchShape, Cursors, TokenStream, check_fingerprint
+from data.stream import Batch, BatchShape, Cursors, TokenStream
 from data.tokenizer import Tokenizer
 
 T = 13
@@ -35,16 +36,23 @@ def taken(batches: Iterator[Batch] | TokenStream, count: int) -> list[Batch]:
 def equal(some: list[Batch], others: list[Batch]) -> bool:
     assert len(some) == len(others)
     return all(
-        np.array_equal(a.rows, b.rows) and a[1:3] == b[1:3]
+        np.array_equal(a.rows, b.rows)
+        and same(a.mask, b.mask)
+        and same(a.starts, b.starts)
+        and a.target_bytes == b.target_bytes
         for a, b in zip(some, others, strict=True)
     )
+
+
+def same(a: np.ndarray | None, b: np.ndarray | None) -> bool:
+    return a is b if a is None or b is None else np.array_equal(a, b)
 
 
 def lane_tokens(documents: Documents, tokenizer: Tokenizer, seed: int, lane: int) -> np.ndarray:
     """The slow twin: three epochs of a lane's tokens, all in memory."""
     config = documents.config
-    texts = [document.text for document, _ in documents.training(lane)]
-    shuffle = Shuffle(seed, lane, config.block_documents, config.shuffle)
+    texts = [document.text for document, _ in documents.training("text", lane)]
+    shuffle = Shuffle(f"{seed} {lane} text", config.block_documents, config.shuffle)
     pieces = []
     for epoch in range(3):
         for block in range(-(-len(texts) // config.block_documents)):
@@ -72,9 +80,12 @@ def test_it_goes_on_exactly_from_every_batch(
 ) -> None:
     documents = documents_of(kind)
     whole = taken(stream(documents, tokenizer), 45)
-    assert whole[-1].epoch >= 1
-    places = [batch.cursors for batch in whole]
-    assert any(c["0"]["token"] and c["0"]["document"] and c["0"]["block"] for c in places)
+    assert whole[-1].epoch("text") >= 1
+    places = [batch.cursors["0"] for batch in whole]
+    drawn = [place["sources"]["text"] for place in places]
+    assert any(
+        p["skip"] and d["document"] and d["block"] for p, d in zip(places, drawn, strict=True)
+    )
     for i in range(0, 42, 7 if kind.startswith("datasets") else 1):
         saved = json.loads(json.dumps(whole[i].cursors))
         again = Documents(documents.config)
@@ -92,7 +103,9 @@ def test_it_can_be_interrupted_after_every_batch(
 
 
 def test_python_files_go_on_exactly(tokenizer: Tokenizer) -> None:
-    documents = Documents(DataConfig(source=PythonSource(kind="python"), block_documents=4))
+    documents = Documents(
+        DataConfig(sources={"python": PythonSource(kind="python")}, block_documents=4)
+    )
     whole = taken(stream(documents, tokenizer, seq_len=2048), 30)
     cursors = whole[11].cursors
     assert equal(taken(stream(documents, tokenizer, cursors, seq_len=2048), 18), whole[12:])
@@ -140,18 +153,50 @@ def test_a_lane_goes_on_exactly_in_batches_of_another_shape(
     assert np.array_equal(np.concatenate(targets), twin[: 3 * T + 4 * 7])
 
 
-def test_prefetching_changes_nothing(documents_of: DocumentsOf, tokenizer: Tokenizer) -> None:
+@pytest.mark.parametrize("workers", [0, 1, 2, 3, 9])
+def test_workers_change_nothing(
+    documents_of: DocumentsOf, tokenizer: Tokenizer, workers: int
+) -> None:
     batches = stream(documents_of(), tokenizer)
-    with Prefetch(batches, depth=3) as ahead:
-        assert equal(taken(ahead, 20), taken(batches, 20))
+    with Loader(batches, workers=workers, depth=3) as loader:
+        assert equal(taken(loader, 20), taken(batches, 20))
+
+
+@pytest.mark.parametrize("isolated", [True, False])
+def test_best_fit_goes_on_exactly_and_masks_its_padding(
+    documents_of: DocumentsOf, tokenizer: Tokenizer, isolated: bool
+) -> None:
+    documents = documents_of(packing="best_fit", documents="isolate" if isolated else "concatenate")
+    whole = taken(stream(documents, tokenizer, seq_len=40), 30)
+    for i in range(29):
+        saved = json.loads(json.dumps(whole[i].cursors))
+        assert equal(
+            taken(stream(documents, tokenizer, saved, seq_len=40), 1), whole[i + 1 : i + 2]
+        )
+    for batch in whole:
+        assert batch.mask is not None
+        assert batch.targets == batch.mask.sum() < batch.mask.size
+        lengths = tokenizer.byte_lengths[batch.rows[:, 1:]]
+        assert batch.target_bytes == lengths[batch.mask].sum()
+        assert (batch.starts is None) == (not isolated)
+
+
+def test_isolated_documents_begin_with_their_separator(
+    documents_of: DocumentsOf, tokenizer: Tokenizer
+) -> None:
+    [batch] = taken(stream(documents_of(documents="isolate"), tokenizer), 1)
+    assert batch.starts is not None
+    for row, starts in zip(batch.rows[:, :-1], batch.starts, strict=True):
+        borders = np.flatnonzero(row == tokenizer.eos_id)
+        assert set(starts) == {0, *borders}
 
 
 def test_seeds_and_epochs_differ(documents_of: DocumentsOf, tokenizer: Tokenizer) -> None:
     documents = documents_of(lanes=1, block_documents=100)
     rows = [taken(stream(documents, tokenizer, seed=s), 1)[0].rows for s in (1, 2)]
     assert not np.array_equal(*rows)
-    texts = [d.text for d, _ in documents.training(0)]
-    shuffle = Shuffle(1, 0, 100)
+    texts = [d.text for d, _ in documents.training("text", 0)]
+    shuffle = Shuffle("1 0 text", 100)
     orders = [[texts[i] for i in shuffle.order(epoch, 0, 41)] for epoch in (0, 1)]
     assert orders[0] != orders[1]
     assert sorted(orders[0]) == sorted(orders[1]) == sorted(texts)
@@ -173,8 +218,10 @@ def test_the_epoch_is_that_of_the_slowest_lane(
 ) -> None:
     epochs = []
     for batch in taken(stream(documents_of(), tokenizer), 40):
-        epochs.append(sorted(cursor["epoch"] for cursor in batch.cursors.values()))
-        assert batch.epoch == epochs[-1][0]
+        lanes = batch.lanes.values()
+        epochs.append(sorted(lane.sources["text"].cursor.epoch for lane in lanes))
+        assert batch.epoch("text") == epochs[-1][0]
+        assert batch.tokens("text") == sum(lane.sources["text"].tokens for lane in lanes)
     assert [0, 0, 0, 1] in epochs
     assert epochs[-1][0] >= 1
 
@@ -184,12 +231,12 @@ def test_held_out_documents_are_never_trained_on(
 ) -> None:
     documents = documents_of(lanes=1, holdout=0.3)
     batches = taken(stream(documents, tokenizer, global_batch=1, seq_len=500), 20)
-    assert batches[-1].epoch >= 1
+    assert batches[-1].epoch("text") >= 1
     ids = np.concatenate([batch.rows[0, :-1] for batch in batches])
     ends = np.flatnonzero(ids == tokenizer.eos_id)
     trained = {tokenizer.decode(part) for part in np.split(ids, ends + 1)[:-1]}
-    assert trained == {d.text for d, _ in documents.training(0)}
-    assert trained.isdisjoint({d.text for d in documents.held_out()})
+    assert trained == {d.text for d, _ in documents.training("text", 0)}
+    assert trained.isdisjoint({d.text for d in documents.held_out("text")})
 
 
 def test_a_batch_that_cannot_be_dealt_equally_is_refused(
@@ -213,6 +260,9 @@ def test_the_fingerprint_is_json_and_tells_every_change(
         stream(documents_of(shuffle=False), tokenizer),
         stream(documents_of(block_documents=4), tokenizer),
         stream(documents_of(holdout=0.1), tokenizer),
+        stream(documents_of(max_document_bytes=99), tokenizer),
+        stream(documents_of(packing="best_fit"), tokenizer),
+        stream(documents_of(documents="isolate"), tokenizer),
         stream(documents, tokenizer, seed=6),
     ]
     for other in others:

@@ -1,9 +1,12 @@
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from sentencepiece import sentencepiece_model_pb2
 
 from data.tokenizer import SPACE, Tokenizer
 from data.tokenizer_training import LOSSLESS, train
@@ -85,6 +88,78 @@ def test_a_document_ends_with_its_separator(tokenizer: Tokenizer) -> None:
     assert ids.tolist() == [*tokenizer.encode("hidden").tolist(), tokenizer.eos_id]
     assert tokenizer.decode(ids) == "hidden"
     assert tokenizer.byte_lengths[tokenizer.eos_id] == 0
+
+
+def test_decoding_passes_over_what_has_no_text(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("a hidden copy").tolist()
+    end, beyond = tokenizer.eos_id, [tokenizer.vocab_size, 10**6]
+    assert tokenizer.decode([end, *ids[:2], *beyond, end, *ids[2:], end]) == "a hidden copy"
+    assert tokenizer.decode(np.array([], dtype=np.int64)) == ""
+
+
+def changed(tokenizer: Tokenizer, tmp_path: Path, change: Callable[[Any], None]) -> Tokenizer:
+    """The same model with a change in its file."""
+    tokenizer.save(path := tmp_path / "changed.model")
+    model = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
+    change(model)
+    return Tokenizer(model.SerializeToString())
+
+
+def test_models_that_encode_alike_have_one_fingerprint(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    def tell_of_another_training(model: Any) -> None:
+        model.trainer_spec.num_threads = 7
+        model.trainer_spec.input.append("elsewhere.txt")
+        model.trainer_spec.model_prefix = "elsewhere"
+        model.trainer_spec.split_digits = not model.trainer_spec.split_digits  # is in the pieces
+        model.normalizer_spec.name = "none"
+        model.denormalizer_spec.add_dummy_prefix = True  # as it is where nothing is said
+
+    twin = changed(tokenizer, tmp_path, tell_of_another_training)
+    assert twin._model != tokenizer._model
+    assert twin.fingerprint == tokenizer.fingerprint
+
+
+CHANGES: dict[str, Callable[[Any], None]] = {
+    "a score": lambda model: setattr(model.pieces[-1], "score", model.pieces[-1].score - 1),
+    "a piece": lambda model: setattr(model.pieces[-1], "piece", "€"),
+    "a type": lambda model: setattr(model.pieces[-1], "type", 4),
+    "the order": lambda model: model.pieces.insert(300, model.pieces.pop()),
+    "one less": lambda model: model.pieces.pop(),
+    "the kind": lambda model: setattr(model.trainer_spec, "model_type", 1),
+    "a suffix": lambda model: setattr(model.trainer_spec, "treat_whitespace_as_suffix", True),
+    "the unknown": lambda model: setattr(model.trainer_spec, "unk_surface", "?"),
+    "the separator": lambda model: setattr(model.trainer_spec, "eos_piece", "<unk>"),
+    "a prefix": lambda model: setattr(model.normalizer_spec, "add_dummy_prefix", True),
+    "spaces": lambda model: setattr(model.normalizer_spec, "remove_extra_whitespaces", True),
+    "spaces kept": lambda model: setattr(model.normalizer_spec, "escape_whitespaces", False),
+    "decoding": lambda model: setattr(model.denormalizer_spec, "escape_whitespaces", False),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_any_change_of_what_encodes_changes_the_fingerprint(
+    tokenizer: Tokenizer, tmp_path: Path, change: str
+) -> None:
+    other = changed(tokenizer, tmp_path, CHANGES[change])
+    assert other.fingerprint != tokenizer.fingerprint
+
+
+def test_a_change_of_normalization_changes_the_fingerprint(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    options = {**LOSSLESS, "model_type": "bpe", "vocab_size": 300}
+    train(iter(TEXT), {**options, "normalization_rule_name": "nfkc"}).save(tmp_path / "nfkc.model")
+    nfkc = sentencepiece_model_pb2.ModelProto.FromString((tmp_path / "nfkc.model").read_bytes())
+    characters = nfkc.normalizer_spec.precompiled_charsmap
+
+    def normalize(model: Any) -> None:
+        model.normalizer_spec.precompiled_charsmap = characters
+
+    other = changed(tokenizer, tmp_path, normalize)
+    assert other.encode("ﬁ").tolist() == tokenizer.encode("fi").tolist()
+    assert other.fingerprint != tokenizer.fingerprint
 
 
 def test_a_saved_model_is_the_same(tokenizer: Tokenizer, tmp_path: Path) -> None:

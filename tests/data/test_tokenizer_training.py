@@ -1,11 +1,13 @@
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from data.config import TokenizerConfig
+from data.config import DataConfig, PythonSource, TokenizerConfig, TokensSource
 from data.documents import Documents
+from data.token_files import write_tokens
 from data.tokenizer import Tokenizer
 from data.tokenizer_training import LOSSLESS, prepare_tokenizer, train
 
@@ -54,7 +56,7 @@ def test_it_never_sees_held_out_text(
     documents_of: Callable[..., Documents], texts: list[str], tmp_path: Path
 ) -> None:
     documents = documents_of(holdout=0.3)
-    held_out = {d.text for d in documents.held_out()}
+    held_out = {d.text for d in documents.held_out("text")}
     config = TokenizerConfig(cache_dir=str(tmp_path))
     options = {**LOSSLESS, "model_type": "bpe", "vocab_size": 350}
     twin = train((t for t in texts if t not in held_out), options)
@@ -108,3 +110,62 @@ def test_a_trained_vocabulary_has_to_fit_the_model(
 def test_a_missing_model_is_named(documents_of: Callable[..., Documents]) -> None:
     with pytest.raises(ValueError, match=r"tokenizer\.path='no\.model': no such file; give a"):
         prepare_tokenizer(TokenizerConfig(path="no.model"), documents_of(), vocab_size=300)
+
+
+@pytest.fixture(scope="module")
+def tokens_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Tokenizer], TokensSource]:
+    """Writes a source of tokens that a tokenizer made."""
+
+    def write(tokenizer: Tokenizer) -> TokensSource:
+        directory = tmp_path_factory.mktemp("tokens")
+        write_tokens(directory, [["the original", "hidden copies"]], tokenizer)
+        return TokensSource(kind="tokens", path=str(directory))
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def other(texts: list[str]) -> Tokenizer:
+    return train(iter(texts), {**LOSSLESS, "model_type": "bpe", "vocab_size": 330})
+
+
+def test_sources_of_tokens_bring_their_tokenizer(
+    tokens_of: Callable[..., TokensSource], tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    sources = {"python": PythonSource(kind="python"), "tokens": tokens_of(tokenizer)}
+    documents = Documents(DataConfig(sources=sources))
+    config = TokenizerConfig(cache_dir=str(tmp_path))
+    found = prepare_tokenizer(config, documents, vocab_size=4096)
+    assert found.fingerprint == tokenizer.fingerprint
+    assert models(tmp_path) == {}
+    with pytest.raises(
+        ValueError, match=r"^data\.sources\.tokens\.path='.*': has \d+ pieces, more"
+    ):
+        prepare_tokenizer(config, documents, vocab_size=300)
+
+
+def test_tokens_of_another_tokenizer_are_refused_by_name(
+    tokens_of: Callable[..., TokensSource], tokenizer: Tokenizer, other: Tokenizer
+) -> None:
+    sources = {"mine": tokens_of(tokenizer), "theirs": tokens_of(other)}
+    documents = Documents(DataConfig(sources=sources))
+    advice = re.escape(f"set tokenizer.path={sources['theirs'].path}")
+    for path, setting in (
+        (None, r"data\.sources\.mine\.path='"),
+        (f"{sources['mine'].path}/tokenizer.model", r"tokenizer\.path='"),
+    ):
+        problem = (
+            rf"^data\.sources\.theirs\.path='.*not those of the tokenizer of {setting}.*{advice}"
+        )
+        with pytest.raises(ValueError, match=problem):
+            prepare_tokenizer(TokenizerConfig(path=path), documents, vocab_size=4096)
+
+
+def test_tokens_of_a_given_tokenizer_are_taken(
+    tokens_of: Callable[..., TokensSource], tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    documents = Documents(DataConfig(sources={"tokens": tokens_of(tokenizer)}))
+    tokenizer.save(path := tmp_path / "a.model")
+    config = TokenizerConfig(path=str(path))
+    found = prepare_tokenizer(config, documents, vocab_size=4096)
+    assert found.fingerprint == tokenizer.fingerprint

@@ -1,4 +1,4 @@
-"""What the model's tests share: random configs and patterns, and the same numbers every time."""
+"""What the model's tests share: random configs, patterns and documents, and the same numbers."""
 
 from typing import get_args
 
@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from phd.config import CopyPositions, ModelConfig, Norm, SpanUnit, Variant
 from phd.pattern import Pattern
+from phd.segments import Segments
 
 SPANS = st.integers(1, 8) | st.integers(9, 60) | st.just(1000)
 
@@ -32,15 +33,27 @@ def configs(draw: st.DrawFn, max_copies: int = 5) -> ModelConfig:
         kv_heads=kv_heads,
         head_dim=draw(st.sampled_from([2, 8])),
         vocab_size=17,
-        max_seq_len=48,
+        max_seq_len=130,
         norm=draw(st.sampled_from(get_args(Norm))),
         tied=draw(st.booleans()),
     )
 
 
-# Tests ask for them by annotation: `@given(config=...)`, `@given(pattern=...)`.
+@st.composite
+def documents(draw: st.DrawFn) -> Segments:
+    """Rows of one length, each cut anywhere."""
+    T = draw(st.integers(1, 40) | st.integers(41, 130))
+    starts = torch.zeros(draw(st.integers(1, 3)), T, dtype=torch.int64)
+    for row in starts:
+        for n in draw(st.sets(st.integers(0, T - 1), max_size=6)):
+            row[n] = n
+    return Segments.of(starts.cummax(1).values)
+
+
+# Tests ask for them by annotation: `@given(config=...)`, `@given(pattern=..., segments=...)`.
 st.register_type_strategy(ModelConfig, configs())
 st.register_type_strategy(Pattern, configs(max_copies=8).map(Pattern.of))
+st.register_type_strategy(Segments, documents())
 
 
 @pytest.fixture(autouse=True)

@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_leaves
 import phd.blocks
 from phd.config import ModelConfig
 from phd.model import Transformer
+from phd.segments import Segments
 
 # Every tensor that a step at T = 1024 needs is smaller than a bool mask of T x T would be.
 SHAPE: dict[str, Any] = {
@@ -36,15 +37,15 @@ class LargestTensor(TorchDispatchMode):
         return results
 
 
-def largest_tensor_of_a_step(T: int, **settings: Any) -> int:
+def largest_tensor_of_a_step(T: int, segments: Segments | None = None, **settings: Any) -> int:
     model = Transformer(ModelConfig(**SHAPE, K=3, max_seq_len=T, **settings)).reset(0)
     tokens, targets = torch.randint(0, SHAPE["vocab_size"], (2, 1, T))
     with LargestTensor() as largest:
-        model.loss(tokens, targets).total.backward()
+        model.loss(tokens, targets, segments=segments).total.backward()
     return largest.nbytes
 
 
-@pytest.mark.parametrize(
+models = pytest.mark.parametrize(
     "settings",
     [
         {"variant": "naive_repeat"},
@@ -55,11 +56,22 @@ def largest_tensor_of_a_step(T: int, **settings: Any) -> int:
     ],
     ids=lambda settings: "-".join(map(str, settings.values())),
 )
+
+
+@models
 def test_a_packed_step_makes_nothing_as_large_as_a_mask_of_the_row(
     settings: dict[str, Any],
 ) -> None:
     T = 1024
     assert largest_tensor_of_a_step(T, attention="packed", **settings) < T * T
+
+
+@models
+def test_nor_does_it_when_the_row_holds_documents(settings: dict[str, Any]) -> None:
+    T = 1024
+    borders = torch.tensor([[0] * 5 + [5] * 700 + [705] * (T - 705)])
+    segments = Segments.of(borders)
+    assert largest_tensor_of_a_step(T, segments, attention="packed", **settings) < T * T
 
 
 @pytest.mark.parametrize("variant", ["phd_swa", "phd_cswa"])

@@ -2,24 +2,52 @@
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from phd.config import ModelConfig
 from phd.model import Transformer
-
+from phd.segments import Segments
 
 # Dynamo's own: it instantiates autograd functions and reads `.grad` of what it traces.
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-def test_the_traced_loss_and_its_gradients_equal_the_eager_ones() -> None:
-    # It traces, functionalises and differentiates as the default backend does, and builds no C++.
-    backend = "aot_eager"
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not:UserWarning"),
+]
+# It traces, functionalises and differentiates as the default backend does, and builds no C++.
+BACKEND = "aot_eager"
+
+
+def model() -> Transformer:
     config = ModelConfig(
         K=3, window=4, chunk=8, layers=1, dim=16, ffn_dim=24, head_dim=8, vocab_size=31
     )
-    model = Transformer(config).reset(0)
+    return Transformer(config).reset(0)
+
+
+def test_the_traced_loss_and_its_gradients_equal_the_eager_ones() -> None:
+    eager = model()
     tokens, targets = torch.randint(0, 31, (2, 1, 20))
     results = []
-    for loss in (model.loss, torch.compile(model.loss, backend=backend)):
+    for loss in (eager.loss, torch.compile(eager.loss, backend=BACKEND)):
         total = loss(tokens, targets).total
-        results.append([total, *torch.autograd.grad(total, list(model.parameters()))])
+        results.append([total, *torch.autograd.grad(total, list(eager.parameters()))])
     torch.testing.assert_close(*results)
+
+
+def test_traced_twice_at_most_the_model_holds_for_all_documents() -> None:
+    """Once for the first number of documents, once for any other, and never broken in two."""
+    torch.compiler.reset()
+    eager, counter = model().double(), CompileCounterWithBackend(BACKEND)
+    traced = torch.compile(eager, backend=counter, fullgraph=True)
+    tokens = torch.randint(0, 31, (2, 20))
+    for cuts in ([], [7], [3], [3, 15], list(range(1, 20))):
+        opens = torch.zeros(2, 20, dtype=torch.int64)
+        opens[1, cuts] = torch.tensor(cuts, dtype=torch.int64)
+        segments = Segments.of(opens.cummax(1).values)
+        results = []
+        for call in (eager, traced):
+            hidden = call(tokens, segments)
+            total = (hidden * torch.linspace(-1, 1, hidden.numel()).view_as(hidden)).sum()
+            results.append([hidden, *torch.autograd.grad(total, list(eager.parameters()))])
+        torch.testing.assert_close(*results)
+    assert counter.frame_count <= 2

@@ -10,6 +10,7 @@ from phd.attention import attend
 from phd.config import Backend, ModelConfig
 from phd.model import Transformer
 from phd.pattern import Pattern
+from phd.segments import Segments
 
 pytestmark = [
     pytest.mark.skipif(
@@ -21,6 +22,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is dep:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:linear_cross_entropy. forcing allow_retain:UserWarning"),
     pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode is a proto:UserWarning"),
 ]
 
 PATTERNS = {
@@ -37,6 +39,7 @@ last_copy_only = pytest.mark.parametrize("last_copy_only", [False, True])
 # Errors allowed, as a share of the largest value: some units in the last place of each dtype.
 TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 4e-3, torch.float32: 1e-4}
 B, N, G, T, H = 2, 4, 2, 300, 64
+STARTS = torch.tensor([[0] + [1] * 129 + [130] * 170, [0] * 256 + [256] * 43 + [299]])
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +48,13 @@ def compiled_afresh() -> None:
     torch.compiler.reset()
 
 
-def check(backend: Backend, dtype: torch.dtype, pattern: Pattern, last_copy_only: bool) -> None:
+def check(
+    backend: Backend,
+    dtype: torch.dtype,
+    pattern: Pattern,
+    last_copy_only: bool,
+    segments: Segments | None = None,
+) -> None:
     """Output and gradients on the GPU against the dense definition in float64 on the CPU."""
     Q, K = 1 if last_copy_only else pattern.K, pattern.K
     shapes = [(B, N, Q, T, H), (B, G, K, T, H), (B, G, K, T, H), (B, N, Q, T, H)]
@@ -54,7 +63,8 @@ def check(backend: Backend, dtype: torch.dtype, pattern: Pattern, last_copy_only
     def solve(backend: Backend, tensors: list[Tensor]) -> tuple[Tensor, ...]:
         *qkv, dout = tensors
         q, k, v = (x.requires_grad_() for x in qkv)
-        out = attend(q, k, v, pattern, backend)
+        here = None if segments is None else segments.to(q.device)
+        out = attend(q, k, v, pattern, backend, here)
         return out, *torch.autograd.grad(out, (q, k, v), dout)
 
     found = solve(backend, [x.cuda() for x in rounded])
@@ -83,11 +93,57 @@ def test_flex_equals_the_dense_definition_on_cuda(
     check("flex", dtype, pattern, last_copy_only)
 
 
+@patterns
+@last_copy_only
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_packed_documents_equal_the_dense_definition_on_cuda(
+    dtype: torch.dtype, pattern: Pattern, last_copy_only: bool
+) -> None:
+    check("packed", dtype, pattern, last_copy_only, Segments.of(STARTS))
+
+
+@pytest.mark.parametrize("head_dim", [64, 20])
+def test_documents_of_one_token_each_run_on_cuda(head_dim: int) -> None:
+    segments = Segments.of(torch.arange(9).expand(2, 9)).to("cuda")
+    q, k, v = (
+        torch.randn(2, heads, 1, 9, head_dim, device="cuda", dtype=torch.bfloat16)
+        for heads in (N, G, G)
+    )
+    out = attend(q, k, v, Pattern("causal"), "packed", segments)
+    assert torch.equal(out, v.repeat_interleave(N // G, 1))
+
+
+@patterns
+@last_copy_only
+def test_flex_documents_equal_the_dense_definition_on_cuda(
+    pattern: Pattern, last_copy_only: bool
+) -> None:
+    check("flex", torch.float32, pattern, last_copy_only, Segments.of(STARTS))
+
+
+def test_documents_do_not_make_the_host_wait_for_the_device() -> None:
+    segments, pattern = Segments.of(STARTS), Pattern("hidden", K=3, window=16, chunk_tokens=16)
+    shapes = [(B, heads, 3, T, H) for heads in (N, G, G)]
+    q, k, v = (
+        torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        for shape in shapes
+    )
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        out = attend(q, k, v, pattern, "packed", segments.to("cuda"))
+        torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 SETTINGS: dict[str, Any] = {"K": 3, "layers": 3, "dim": 128, "head_dim": 32, "vocab_size": 512}
 
 
-def loss_and_gradients(model: Transformer, rows: Tensor) -> list[Tensor]:
-    total = model.loss(rows[:, :-1], rows[:, 1:]).total
+def loss_and_gradients(
+    model: Transformer, rows: Tensor, segments: Segments | None = None
+) -> list[Tensor]:
+    total = model.loss(rows[:, :-1], rows[:, 1:], segments=segments).total
     return [total, *torch.autograd.grad(total, list(model.parameters()))]
 
 
@@ -111,6 +167,16 @@ def test_the_compiled_step_equals_the_eager_one() -> None:
     expected = loss_and_gradients(model, rows)
     model.compile()
     torch.testing.assert_close(loss_and_gradients(model, rows), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_the_compiled_step_over_documents_equals_the_eager_one() -> None:
+    model = Transformer(ModelConfig(**SETTINGS)).reset(0).cuda()
+    rows = torch.randint(0, 512, (2, T + 1), device="cuda")
+    segments = Segments.of(STARTS).to("cuda")
+    expected = loss_and_gradients(model, rows, segments)
+    model.compile()
+    found = loss_and_gradients(model, rows, segments)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_weights_drawn_on_the_gpu_are_those_drawn_on_the_cpu() -> None:

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -47,6 +48,17 @@ def test_a_pair_that_the_mask_allows_costs_what_torch_counts_for_it(
     found, torchs = forward_flops(config, T), counted(config, T, training=False)
     assert found.attention * dense == torchs.attention * allowed
     assert found.total == found.linear + found.attention
+
+
+@claim
+@given(config=..., documents=st.lists(lengths, min_size=1, max_size=4))
+def test_isolated_documents_cost_what_rows_of_their_own_cost(
+    config: ModelConfig, documents: list[int]
+) -> None:
+    alone = [forward_flops(config, T) for T in documents]
+    assert forward_flops(config, *documents) == tuple(map(sum, zip(*alone, strict=True)))
+    per_token = training_flops_per_token(config, *documents)
+    assert per_token * sum(documents) == pytest.approx(3 * sum(x.total for x in alone))
 
 
 @claim

@@ -69,13 +69,14 @@ def test_one_slot_at_a_time_the_predicate_agrees_with_the_mask(pattern: Pattern,
 
 @claim
 @given(pattern=..., T=lengths)
-def test_a_hidden_copy_sees_the_interval_of_hidden_copies_from_the_first(
+def test_a_hidden_copy_sees_the_last_so_many_hidden_copies_up_to_itself(
     pattern: Pattern, T: int
 ) -> None:
     assume(pattern.rule == "hidden")
     h = torch.arange(T * (pattern.K - 1))
-    first = pattern.hidden_first(T).T.flatten()[:, None]
-    assert torch.equal(hidden_mask(pattern, T), (h >= first) & (h <= h[:, None]))
+    behind = h[:, None] - h
+    seen = pattern.hidden_seen(torch.arange(T)).T.flatten()[:, None]
+    assert torch.equal(hidden_mask(pattern, T), (behind >= 0) & (behind < seen))
 
 
 @claim
@@ -83,7 +84,7 @@ def test_a_hidden_copy_sees_the_interval_of_hidden_copies_from_the_first(
 def test_the_tokens_seen_of_each_copy_are_an_interval(pattern: Pattern, T: int) -> None:
     token = torch.arange(T)
     for s, r in product(range(pattern.K), repeat=2):
-        low, high = (x[:, None] for x in pattern.seen_tokens(s, r, T))
+        low, high = (x[:, None] for x in pattern.seen_tokens(s, r, token))
         assert torch.equal(pattern.mask(T)[s, :, r], (token >= low) & (token <= high))
 
 

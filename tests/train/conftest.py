@@ -97,7 +97,12 @@ def small(corpus: Path, tmp_path: Path) -> Callable[..., list[str]]:
     """The overrides of a small run in a directory of this test, and others after them."""
 
     def overrides(*others: str) -> list[str]:
-        return [*SMALL, f"data.source.paths={corpus}", f"run.dir={tmp_path / 'run'}", *others]
+        return [
+            *SMALL,
+            f"data.sources.files.paths={corpus}",
+            f"run.dir={tmp_path / 'run'}",
+            *others,
+        ]
 
     return overrides
 

@@ -27,15 +27,38 @@ if __name__ == "__main__":
 """
 
 
+# An entry point with an argument of its own.
+OWN = """
+from dataclasses import dataclass
+from train.command_line import run_with
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    \"\"\"Arguments of the demo.\"\"\"
+    out: str
+    parts: int = 3
+
+    def problems(self):
+        return [] if self.parts > 0 else [f"parts={self.parts}: expected more"]
+
+def main(given, config):
+    print(given.out, given.parts, config.name)
+    return given.parts
+
+if __name__ == "__main__":
+    run_with(Arguments, main)
+"""
+
+
 def problems(*overrides: str, multirun: bool = False) -> list[str]:
     with pytest.raises(ConfigError) as refusal:
         check(overrides, multirun=multirun)
     return list(refusal.value.problems)
 
 
-def script(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def script(folder: Path, *arguments: str, code: str = SCRIPT) -> subprocess.CompletedProcess[str]:
     """Runs a small entry point that lies in, and is started from, a folder far from `conf/`."""
-    (folder / "demo.py").write_text(SCRIPT)
+    (folder / "demo.py").write_text(code)
     environment = os.environ | {"PYTHONPATH": str(CONF.parent), "PYTHONDONTWRITEBYTECODE": "1"}
     command = [sys.executable, "-W", "error", "demo.py", *arguments]
     return subprocess.run(
@@ -100,6 +123,15 @@ def test_a_plus_makes_no_difference() -> None:
     plain = load(["model=phd", "model.K=3", "hooks=quiet"])
     assert load(["+model=phd", "++model.K=3", "+hooks=quiet"]) == plain
     assert (plain.model.variant, plain.model.K, plain.hooks.console) == ("phd", 3, False)
+
+
+def test_a_list_of_data_is_a_mixture() -> None:
+    config = load(["data=[fineweb_edu,python]", "data.sources.python.weight=0.1"])
+    assert list(config.data.sources) == ["fineweb_edu", "python"]
+    assert config.data.mixture == [(0, {"fineweb_edu": 1.0, "python": 0.1})]
+    [alone, both] = check(["data=c4,[c4,olmo_mix]"], multirun=True).jobs
+    assert list(alone.data.sources) == ["c4"]
+    assert list(both.data.sources)[:2] == ["c4", "dclm"]
 
 
 def test_a_deleted_key_has_its_default() -> None:
@@ -179,3 +211,26 @@ def test_cfg_job_shows_every_setting(tmp_path: Path) -> None:
     shown: Any = OmegaConf.to_container(OmegaConf.create(done.stdout))
     assert Config.from_dict(shown) == load(["model.K=3"])
     assert shown | {"data": {}} == load(["model.K=3"]).to_dict() | {"data": {}}
+
+
+def test_a_command_has_arguments_beside_the_configuration(tmp_path: Path) -> None:
+    done = script(tmp_path, "model=phd", "out=a=b", "parts=0x2", "model.K=3", code=OWN)
+    assert (done.returncode, done.stdout) == (2, "")
+    done = script(tmp_path, "model=phd", "out=a=b", "parts=5", "model.K=3", code=OWN)
+    assert (done.returncode, done.stdout, done.stderr) == (5, "a=b 5 phd-3-tiny\n", "")
+
+
+def test_what_is_wrong_with_both_is_told_at_once(tmp_path: Path) -> None:
+    done = script(tmp_path, "parts=0", "out=x", "model.K=0", "ouut=y", code=OWN)
+    assert (done.returncode, done.stdout) == (2, "")
+    lines = done.stderr.splitlines()
+    assert lines[:2] == ["3 problems in the configuration:", "  parts=0: expected more"]
+    assert lines[2].startswith("  ouut: unknown group or key; ")
+    assert lines[3:] == ["  model.K=0: expected an integer of at least 1"]
+    assert "out: has to be given" in script(tmp_path, code=OWN).stderr
+
+
+def test_help_shows_a_commands_own_arguments(tmp_path: Path) -> None:
+    done = script(tmp_path, "--help", code=OWN)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "Arguments of the demo.\n\n  out=...\n  parts=3\n"

@@ -12,11 +12,11 @@ from data.config import DataConfig, FilesSource, PythonSource
 from train.config import DEFAULT_STEPS, Config, RunConfig, ScheduleConfig, TrainConfig
 from train.validation import ConfigError, defaults, keys
 
-PYTHON = {"data": {"source": {"kind": "python"}}}
+PYTHON = {"data": {"sources": {"python": {"kind": "python"}}}}
 
 # Under nearly every test, so that other defaults do not change what it claims.
 BASE = {
-    "data.source": {"kind": "python"},
+    "data.sources.python": {"kind": "python"},
     "data.lanes": 8,
     "model.heads": 4,
     "model.kv_heads": 2,
@@ -52,7 +52,9 @@ def problems(settings: dict[str, Any]) -> list[str]:
 
 
 def test_nothing_given_is_every_default() -> None:
-    assert Config.from_dict(PYTHON) == Config(data=DataConfig(source=PythonSource(kind="python")))
+    assert Config.from_dict(PYTHON) == Config(
+        data=DataConfig(sources={"python": PythonSource(kind="python")})
+    )
 
 
 def test_the_plain_defaults_are_the_dataclasses_defaults() -> None:
@@ -65,14 +67,14 @@ def test_the_plain_defaults_are_the_dataclasses_defaults() -> None:
 def test_a_config_survives_json() -> None:
     before = config(
         {
-            "data.source": {"kind": "files", "paths": ["a.txt", "b"]},
+            "data.sources.own": {"kind": "files", "paths": ["a.txt", "b"]},
             "train.max_time": "2h",
             "train.max_steps": 9,
             "optim.betas": [0.8, 0.99],
             "hooks.sample.prompt": "a = 'x: y'\n",
         }
     )
-    assert isinstance(before.data.source, FilesSource)
+    assert isinstance(before.data.sources["own"], FilesSource)
     plain = json.loads(json.dumps(before.to_dict()))
     assert plain == before.to_dict()
     assert Config.from_dict(plain) == before
@@ -109,8 +111,9 @@ WORDING: list[tuple[Any, ...]] = [
         "hooks.wandb.zzz: unknown key; there is hooks.wandb.{mode, project}",
     ),
     (
-        {"data.source": {"kind": "python", "paths": "x"}},
-        "data.source.paths: unknown key; there is data.source.{kind, packages}",
+        {"data.sources.python": {"kind": "python", "paths": "x"}},
+        "data.sources.python.paths: unknown key; there is ",
+        "data.sources.python.{weight, epochs, kind, packages}",
     ),
     ({"model.K": "two"}, "model.K='two': expected an integer"),
     ({"model.K": True}, "model.K=True: expected an integer"),
@@ -131,10 +134,37 @@ WORDING: list[tuple[Any, ...]] = [
     ),
     ({"hooks.kv": 3}, "hooks.kv=3: expected settings such as hooks.kv.context"),
     (
-        {"data.source": {"kind": "file"}},
-        "data.source.kind='file': expected one of python, files, datasets. Did you mean files?",
+        {"data.sources.own": {"kind": "file"}},
+        "data.sources.own.kind='file': expected one of python, files, datasets, tokens. ",
+        "Did you mean files?",
     ),
-    ({"data.source": {"kind": "files"}}, "data.source.paths: has to be given"),
+    (
+        {"data.sources.python.wieght": 2},
+        "data.sources.python.wieght: unknown key. Did you mean ",
+        "data.sources.python.weight?",
+    ),
+    (
+        {"data.sources.python.weight": -1},
+        "data.sources.python.weight=-1.0: expected a number of at ",
+        "least 0.0",
+    ),
+    ({"data.sources": 3}, "data.sources=3: expected settings by name, such as data.sources.NAME"),
+    (
+        {"data.phases.end": {"weights": {"python": 2}}},
+        "data.phases.end.after_tokens=0: expected an ",
+        "integer of at least 1",
+    ),
+    (
+        {"data.phases.end": {"after_tokens": 9, "weights": {"web": 2}}},
+        "data.phases.end.weights.web: ",
+        "no such source; expected one of python",
+    ),
+    (
+        {"data.phases.end": {"after_tokens": 9, "weights": 2}},
+        "data.phases.end.weights=2: expected a ",
+        "number for each name",
+    ),
+    ({"data.sources.own": {"kind": "files"}}, "data.sources.own.paths: has to be given"),
     ({"tokenizer.path": "???"}, "tokenizer.path: has to be given"),
     ({"model.K": 0}, "model.K=0: expected an integer of at least 1"),
     ({"seed": -1}, "seed=-1: expected an integer of at least 0"),
@@ -292,13 +322,16 @@ def test_a_part_alone_refuses_what_the_whole_refuses() -> None:
     with pytest.raises(ValueError, match=r"train\.global_batch=0"):
         TrainConfig(global_batch=0)
     with pytest.raises(ValueError, match=r"train\.seq_len=8192"):
-        Config(data=DataConfig(source=PythonSource(kind="python")), train=TrainConfig(seq_len=8192))
+        Config(
+            data=DataConfig(sources={"python": PythonSource(kind="python")}),
+            train=TrainConfig(seq_len=8192),
+        )
 
 
 def test_every_setting_has_one_full_name() -> None:
     names = keys(Config)
     assert len(names) == len(set(names))
-    assert {"seed", "run.dir", "model.K", "hooks.wandb.mode", "data.source.paths"} <= set(names)
+    assert {"seed", "run.dir", "model.K", "hooks.wandb.mode", "data.sources.*.paths"} <= set(names)
 
 
 def test_the_first_bound_ends_the_run() -> None:

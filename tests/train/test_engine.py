@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from phd.model import Transformer
 from train.checkpoint import Checkpoint, CheckpointStore, flatten
 from train.config import Config
-from train.engine import SingleEngine
+from train.engine import Rows, SingleEngine
 
 ROWS = torch.randint(0, 320, (4, 33), generator=torch.Generator().manual_seed(1))
 
@@ -40,7 +40,7 @@ def test_a_step_is_adamw_on_the_clipped_gradient_of_the_mean_loss(
     engine = SingleEngine(settings)
     before = {name: p.detach().clone() for name, p in engine.model.named_parameters()}
     loss, gradient = plain_gradient(engine.model, ROWS)
-    result = engine.step(ROWS, lr=0.01)
+    result = engine.step(Rows(ROWS), lr=0.01)
     torch.testing.assert_close(result.loss, loss)
     torch.testing.assert_close(result.grad_norm, norm(gradient), rtol=1e-4, atol=0)
 
@@ -61,7 +61,7 @@ def test_two_steps_equal_two_steps_of_plain_pytorch(config) -> None:
     engine = SingleEngine(config("train.micro_batch=2"))
     twin = SingleEngine(config())
     for lr in (0.01, 0.003):
-        engine.step(ROWS, lr)
+        engine.step(Rows(ROWS), lr)
         _, gradient = plain_gradient(twin.model, ROWS)
         for name, parameter in twin.model.named_parameters():
             parameter.grad = gradient[name]
@@ -83,7 +83,7 @@ def test_accumulation_changes_neither_loss_nor_gradient(
     expected, gradient = plain_gradient(SingleEngine(whole).model, ROWS)
     results = []
     for settings in (whole, cut):
-        result = SingleEngine(settings).step(ROWS, lr=0.0)
+        result = SingleEngine(settings).step(Rows(ROWS), lr=0.0)
         results.append((result.loss.item(), result.grad_norm.item()))
     assert results[1] == pytest.approx(results[0], rel=1e-6)
     assert results[1][0] == pytest.approx(expected.item(), rel=1e-6)
@@ -93,16 +93,16 @@ def test_accumulation_changes_neither_loss_nor_gradient(
 
 def test_the_z_loss_steers_but_is_not_part_of_what_is_logged(config) -> None:
     settings = config()
-    plain = SingleEngine(settings).step(ROWS, lr=0.0)
-    steered = SingleEngine(adjusted(settings, "optim", z_loss=0.1)).step(ROWS, lr=0.0)
+    plain = SingleEngine(settings).step(Rows(ROWS), lr=0.0)
+    steered = SingleEngine(adjusted(settings, "optim", z_loss=0.1)).step(Rows(ROWS), lr=0.0)
     torch.testing.assert_close(steered.loss, plain.loss)
     assert steered.grad_norm != pytest.approx(plain.grad_norm.item(), rel=1e-3)
 
 
 def test_a_steps_gradient_leaves_nothing_for_the_next(config) -> None:
     engine = SingleEngine(config())
-    first = engine.step(ROWS, lr=0.0)
-    second = engine.step(ROWS, lr=0.0)
+    first = engine.step(Rows(ROWS), lr=0.0)
+    second = engine.step(Rows(ROWS), lr=0.0)
     assert torch.equal(second.grad_norm, first.grad_norm)
 
 
@@ -117,20 +117,49 @@ def test_the_summed_loss_counts_what_the_mask_says(config) -> None:
     mask = torch.rand(4, 32, generator=torch.Generator().manual_seed(0)) < 0.5
     logits = engine.model.logits(ROWS[:, :-1])
     each = cross_entropy(logits.flatten(0, 1), ROWS[:, 1:].flatten(), reduction="none")
-    total, count = engine.loss(ROWS, mask)
+    total, count = engine.loss(Rows(ROWS, mask))
     assert count == mask.sum()
     assert total.item() == pytest.approx(each[mask.flatten()].sum().item(), rel=1e-6)
-    total, count = engine.loss(ROWS)
+    total, count = engine.loss(Rows(ROWS))
     assert count == mask.numel()
     assert total.item() == pytest.approx(each.sum().item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("micro_batch", [2, 4])
+def test_targets_that_are_padding_count_nowhere(config, micro_batch: int) -> None:
+    mask = torch.arange(32) < torch.tensor([[32], [7], [20], [1]])
+    settings = config("train.global_batch=4", f"train.micro_batch={micro_batch}")
+    engine, twin = SingleEngine(settings), SingleEngine(settings)
+    result = engine.step(Rows(ROWS, mask), lr=0.0)
+    logits = twin.model.logits(ROWS[:, :-1])
+    loss = cross_entropy(logits[mask], ROWS[:, 1:][mask])
+    loss.backward()
+    norm = torch.cat([p.grad.flatten() for p in twin.model.parameters()]).norm()
+    assert result.loss.item() == pytest.approx(loss.item(), rel=1e-5)
+    assert result.grad_norm.item() == pytest.approx(norm.item(), rel=1e-4)
+
+
+def test_isolated_documents_cost_what_they_cost_alone(config) -> None:
+    engine = SingleEngine(config("train.global_batch=4", "train.micro_batch=2"))
+    borders = torch.tensor([[0, 9, 32], [0, 1, 32], [0, 20, 32], [0, 31, 32]])
+    place = torch.arange(32)
+    starts = torch.where(place < borders[:, 1:2], 0, borders[:, 1:2])
+    total, count = engine.loss(Rows(ROWS, starts=starts))
+    alone = 0.0
+    for row, (_, border, _) in zip(ROWS, borders.tolist(), strict=True):
+        for start, stop in ((0, border), (border, 32)):
+            logits = engine.model.logits(row[None, start:stop])[0]
+            alone += cross_entropy(logits, row[start + 1 : stop + 1], reduction="sum").item()
+    assert count == 4 * 32
+    assert total.item() == pytest.approx(alone, rel=1e-5)
 
 
 def test_in_bf16_weights_moments_and_gradients_stay_float32(config) -> None:
     engine = SingleEngine(config("engine.precision=bf16"))
     exact = SingleEngine(config())
     assert (engine.dtype, exact.dtype) == (torch.bfloat16, torch.float32)
-    result = engine.step(ROWS, lr=0.01)
-    expected = exact.step(ROWS, lr=0.01).loss
+    result = engine.step(Rows(ROWS), lr=0.01)
+    expected = exact.step(Rows(ROWS), lr=0.01).loss
     assert result.loss.dtype == torch.float32
     assert result.loss != expected
     torch.testing.assert_close(result.loss, expected, rtol=1e-2, atol=0)
@@ -150,14 +179,14 @@ def saved(engine: SingleEngine, store: CheckpointStore, step: int) -> Checkpoint
 
 def test_a_restored_engine_goes_on_bitwise(config, tmp_path) -> None:
     first, second = SingleEngine(config()), SingleEngine(config("seed=9"))
-    first.step(ROWS, lr=0.01)
-    second.step(ROWS.flip(0), lr=0.01)
+    first.step(Rows(ROWS), lr=0.01)
+    second.step(Rows(ROWS.flip(0)), lr=0.01)
     checkpoint = saved(first, CheckpointStore(tmp_path, keep=1), 1)
     drawn = torch.rand(3)
     second.restore(checkpoint)
     assert torch.equal(torch.rand(3), drawn)
     for engine in (first, second):
-        engine.step(ROWS, lr=0.01)
+        engine.step(Rows(ROWS), lr=0.01)
     ours, theirs = flatten(second.state()), flatten(first.state())
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)

@@ -9,12 +9,17 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from data.heldout import HeldOut, heldout_rows
+from data.mixture import Drawn, LaneCursor
+from data.quarantine import Quarantine
+from data.shuffle import Cursor
+from data.source import Fault
 from data.stream import Batch
 from phd.flops import training_flops_per_token
 from phd.kv import kv_bytes
 from train.checkpoint import CheckpointStore
 from train.engine import SingleEngine
 from train.hooks import (
+    DataProgress,
     Evaluation,
     KVCost,
     Sample,
@@ -43,15 +48,19 @@ LOGGED = {
     "memory/peak_gib",
     "progress/tokens",
     "progress/epoch",
+    "data/quarantined",
     "progress/train_flops",
 }
 AT_THE_END = {"eval/heldout/loss", "eval/heldout/bits_per_byte", "sample/text", "checkpoint/save_s"}
 
 
+LANE = LaneCursor({"files": Drawn(Cursor(epoch=3), tokens=400)}, skip=7)
+
+
 def record_of(**known: object) -> StepRecord:
     """A record of step 10 after 1000 tokens, except for what is known."""
-    rows = np.zeros((2, 5), dtype=np.int64)
-    batch = Batch(rows, target_bytes=16, epoch=3, cursors={"0": {"token": 7}})
+    rows = np.zeros((2, 33), dtype=np.int64)
+    batch = Batch(rows, mask=None, starts=None, target_bytes=16, lanes={0: LANE})
     values = {"loss": torch.tensor(2.0), "grad_norm": torch.tensor(0.5), "batch": batch}
     values |= {"step": 10, "tokens": 1000, "lr": 0.1, "train_s": 4.0, "data_wait_s": 1.0}
     return StepRecord(**(values | known))
@@ -85,11 +94,10 @@ def test_the_training_metrics_are_the_records(config) -> None:
     flops = training_flops_per_token(settings.model, settings.train.seq_len)
     assert TrainingMetrics(settings)(record_of()) == {
         "train/loss": 2.0,
-        "train/bits_per_byte": 2.0 * (2 * 4) / log(2) / 16,
+        "train/bits_per_byte": 2.0 * (2 * 32) / log(2) / 16,
         "optim/lr": 0.1,
         "optim/grad_norm": 0.5,
         "progress/tokens": 1000,
-        "progress/epoch": 3,
         "progress/train_flops": 1000 * flops,
     }
 
@@ -115,6 +123,8 @@ def test_throughput_is_of_the_time_since_the_last_call(config) -> None:
     throughput = Throughput(config("model.K=3"), CPU, tokens=128)
     throughput(record_of(tokens=256, train_s=1.0, data_wait_s=0.5))
     metrics = throughput(record_of(tokens=128 * 6, train_s=3.0, data_wait_s=1.0))
+    warning = metrics.pop("throughput/warning")
+    assert "waited for data 25% of the time; raise data.workers=1" in str(warning)
     assert metrics.pop("memory/peak_gib") > 0
     assert metrics == {
         "throughput/tokens_per_s": 256.0,
@@ -147,6 +157,14 @@ def test_mfu_is_the_needed_flops_over_the_peak_and_absent_where_that_is_unknown(
     assert mfu("NVIDIA H100 PCIe") == pytest.approx(needed / 756e12)
     assert mfu("Something New 9000") is None
     assert "throughput/mfu" not in Throughput(settings, CPU, 0)(record_of())
+    starts = np.zeros((2, 32), dtype=np.int64)
+    starts[1, 20:] = 20
+    isolated = record_of()
+    isolated = replace(isolated, batch=isolated.batch._replace(starts=starts))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H100 80GB HBM3")
+    found = Throughput(settings, cuda, 0)(isolated)["throughput/mfu"]
+    needed = 1000 / 4.0 * training_flops_per_token(settings.model, 32, 20, 12)
+    assert found == pytest.approx(needed / 989e12)
 
 
 # The KV cache
@@ -172,14 +190,14 @@ def test_the_kv_metrics_are_what_a_cache_in_the_runs_precision_holds(variant: st
 
 def test_the_evaluation_is_the_mean_over_the_held_out_targets(config, opened) -> None:
     run = opened(config("eval.rows=1000", "train.micro_batch=2"))
-    text = heldout_rows(run.stream.documents, run.tokenizer, seq_len=32, limit=1000)
+    text = heldout_rows(run.stream.documents, run.tokenizer, "files", seq_len=32, limit=1000)
     assert not text.mask.all()
     rows, mask = torch.from_numpy(text.rows), torch.from_numpy(text.mask)
     total = nats(run.engine, rows, mask)
     metrics = run.finish()
     assert metrics["eval/heldout/loss"] == pytest.approx(total / mask.sum().item(), rel=1e-5)
     # Every held-out document's bytes, each once.
-    size = sum(len(document.text.encode()) for document in run.stream.documents.held_out())
+    size = sum(len(document.text.encode()) for document in run.stream.documents.held_out("files"))
     assert metrics["eval/heldout/bits_per_byte"] == pytest.approx(total / log(2) / size, rel=1e-5)
 
 
@@ -191,16 +209,20 @@ def test_padding_never_counts(config) -> None:
     mask[2, 10:] = False
     other = rows.copy()
     other[2, 11:] = 5  # what the padding holds
-    results = [Evaluation(settings, engine, "x", HeldOut(r, mask, 100)) for r in (rows, other)]
+    results = [
+        Evaluation(settings, engine, "x", HeldOut(r, mask, None, 100)) for r in (rows, other)
+    ]
     assert results[0].measure() == results[1].measure()
-    seen = Evaluation(settings, engine, "x", HeldOut(other, np.ones_like(mask), 100)).measure()
+    seen = Evaluation(
+        settings, engine, "x", HeldOut(other, np.ones_like(mask), None, 100)
+    ).measure()
     assert seen != results[0].measure()
 
 
 @pytest.mark.parametrize("micro_batch", [1, 2, 4])
 def test_the_evaluation_does_not_depend_on_the_micro_batch(micro_batch: int, config) -> None:
     rows = np.random.default_rng(0).integers(0, 320, (7, 33))
-    text = HeldOut(rows, np.ones((7, 32), dtype=bool), 100)
+    text = HeldOut(rows, np.ones((7, 32), dtype=bool), None, 100)
     whole, cut = config(), config(f"train.micro_batch={micro_batch}")
     metrics = [Evaluation(c, SingleEngine(c), "x", text).measure() for c in (whole, cut)]
     assert metrics[1] == pytest.approx(metrics[0], rel=1e-6)
@@ -255,7 +277,7 @@ def test_a_checkpoint_holds_what_the_run_goes_on_from(config, opened) -> None:
     saving = Saving(run.config, run.engine, run.store, state)
     assert list(saving(record_of())) == ["checkpoint/save_s"]
     saved = run.store.newest()
-    expected = {"step": 10, "tokens": 1000, "cursors": {"0": {"token": 7}}}
+    expected = {"step": 10, "tokens": 1000, "cursors": {"0": LANE.to_json()}}
     assert saved.state == state | expected
 
 
@@ -269,3 +291,54 @@ def test_a_disk_that_refuses_costs_the_checkpoint_and_is_told(config, opened) ->
     assert name == "checkpoint/error"
     assert f"the checkpoint of step 10 could not be written to {blocked}" in message
     assert message.endswith("training goes on")
+
+
+# Waiting for data
+
+
+def test_waiting_is_told_once_and_not_for_the_first_interval(config) -> None:
+    throughput = Throughput(config("data.workers=3"), CPU, tokens=0)
+    told = []
+    for n, waited in enumerate((0.9, 1.8, 1.85, 2.7), start=1):
+        record = record_of(tokens=128 * n, train_s=1.0 * n, data_wait_s=waited)
+        told.append(throughput(record).get("throughput/warning"))
+    assert told[0] is told[2] is told[3] is None
+    assert "waited for data 90% of the time; raise data.workers=3" in str(told[1])
+
+
+def test_a_little_waiting_is_not_worth_a_word(config) -> None:
+    throughput = Throughput(config(), CPU, tokens=0)
+    for n in range(1, 5):
+        record = record_of(tokens=128 * n, train_s=1.0 * n, data_wait_s=0.09 * n)
+        assert "throughput/warning" not in throughput(record)
+
+
+# Data
+
+
+def test_a_mixture_tells_what_was_read_of_each_source(config) -> None:
+    both = config("data=[files,python]", "data.packing=best_fit")
+    lanes = {
+        n: LaneCursor(
+            {
+                "files": Drawn(Cursor(epoch=2 + n), tokens=400 * n),
+                "python": Drawn(Cursor(epoch=1), tokens=7),
+            }
+        )
+        for n in (1, 2)
+    }
+    mask = np.ones((2, 4), dtype=bool)
+    mask[1, 2:] = False
+    record = record_of()
+    record = replace(record, batch=record.batch._replace(lanes=lanes, mask=mask))
+    quarantine = Quarantine(1.0)
+    quarantine.add(Fault("empty", "a@0"))
+    assert DataProgress(both, quarantine)(record) == {
+        "progress/epoch": 1,
+        "progress/files/tokens": 1200,
+        "progress/files/epoch": 3,
+        "progress/python/tokens": 14,
+        "progress/python/epoch": 1,
+        "data/padding_fraction": 0.25,
+        "data/quarantined": 1,
+    }

@@ -138,13 +138,13 @@ def test_what_a_run_cannot_be_made_of_is_refused_on_one_screen(
     (tmp_path / "empty.jsonl").write_text('{"text": " "}\n')
     setting, told, remedy = {
         "missing path": (
-            f"data.source.paths={tmp_path}/nowhere/*.txt",
-            f"data.source.paths='{tmp_path}/nowhere/*.txt': no such file, no directory with",
-            "correct the path",
+            f"data.sources.files.paths={tmp_path}/nowhere/*.txt",
+            f"data.sources.files.paths='{tmp_path}/nowhere/*.txt': cannot be listed (",
+            "correct it",
         ),
         "empty corpus": (
-            f"data.source.paths={tmp_path}/empty.jsonl",
-            f"data.source: no text in it ({tmp_path}/empty.jsonl)",
+            f"data.sources.files.paths={tmp_path}/empty.jsonl",
+            f"data.sources.files: no text in it ({tmp_path}/empty.jsonl; 1 records are ",
             "choose a source with documents",
         ),
         "large tokenizer": (

@@ -89,7 +89,7 @@ PEAK = """
 import sys, torch
 from dataclasses import replace
 from train.command_line import load
-from train.engine import SingleEngine
+from train.engine import Rows, SingleEngine
 from train.memory import predict_memory
 from phd.model import count_parameters
 
@@ -99,7 +99,7 @@ def status(name):
 
 def step(config, rows):
     engine = SingleEngine(config)
-    engine.step(torch.zeros(rows, config.train.seq_len + 1, dtype=torch.int64), 1e-3)
+    engine.step(Rows(torch.zeros(rows, config.train.seq_len + 1, dtype=torch.int64)), 1e-3)
 
 config = load(sys.argv[1:])
 step(replace(config, train=replace(config.train, seq_len=16)), 1)

@@ -211,10 +211,10 @@ def test_a_checkpoint_of_other_settings_is_refused_and_left_alone(
 def test_a_corpus_that_has_grown_is_refused(config, trained, corpus: Path, tmp_path: Path) -> None:
     text = tmp_path / "mine.jsonl"
     text.write_bytes(corpus.read_bytes())
-    trained(config(f"data.source.paths={text}"))
+    trained(config(f"data.sources.files.paths={text}"))
     text.write_bytes(corpus.read_bytes() + b'{"text": "more"}\n')
-    problem = refusal(config(f"data.source.paths={text}", "train.max_steps=9"))
-    assert "this run cannot go on with other data: data.source was '1 files" in problem
+    problem = refusal(config(f"data.sources.files.paths={text}", "train.max_steps=9"))
+    assert "this run cannot go on with other data: data.sources.files was '1 files" in problem
     assert "and is now '1 files" in problem
 
 
@@ -223,7 +223,9 @@ def test_a_corpus_may_move(config, trained, corpus: Path, tmp_path: Path) -> Non
     moved = tmp_path / "elsewhere" / corpus.name
     moved.write_bytes(corpus.read_bytes())
     trained(config())
-    assert trained(config(f"data.source.paths={moved}", "train.max_steps=7")).record.step == 7
+    assert (
+        trained(config(f"data.sources.files.paths={moved}", "train.max_steps=7")).record.step == 7
+    )
 
 
 # run.resume
@@ -259,7 +261,7 @@ def sorted_files(folder: Path, name: str) -> list[Path]:
 
 def test_a_refused_run_leaves_the_old_one_where_it_is(config, trained, tmp_path: Path) -> None:
     trained(config())
-    refusal(config("run.resume=never", "data.source.paths=nowhere.txt"))
+    refusal(config("run.resume=never", "data.sources.files.paths=nowhere.txt"))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run"]
 
 
@@ -295,7 +297,7 @@ def test_git_is_not_needed(config, opened, monkeypatch: pytest.MonkeyPatch, tmp_
 @pytest.mark.parametrize(
     ("override", "told"),
     [
-        ("data.source.paths=nowhere.txt", "data.source.paths='nowhere.txt': "),
+        ("data.sources.files.paths=nowhere.txt", "data.sources.files.paths='nowhere.txt': "),
         ("tokenizer.path=none.model", "tokenizer.path='none.model': no such file"),
         ("tokenizer.vocab_size=100", "tokenizer.vocab_size=100: SentencePiece cannot make"),
         ("data.holdout=0.001", "data.holdout=0.001: holds out none of the documents"),

@@ -18,7 +18,7 @@ PEAK = 2.0
 def rates(steps: int = 100, *, extra: int = 0, **schedule: Any) -> list[float]:
     """The rate of every step of a run, and of some after it."""
     config = Config(
-        data=DataConfig(source=PythonSource(kind="python")),
+        data=DataConfig(sources={"python": PythonSource(kind="python")}),
         train=TrainConfig(max_steps=steps, global_batch=16, seq_len=256),
         optim=OptimConfig(lr=PEAK),
         schedule=ScheduleConfig(**schedule),
@@ -102,7 +102,7 @@ def test_a_warm_up_in_tokens_ends_when_they_are_trained_on() -> None:
 
 def test_a_run_that_only_time_ends_has_a_constant_rate_after_its_warm_up() -> None:
     config = Config(
-        data=DataConfig(source=PythonSource(kind="python")),
+        data=DataConfig(sources={"python": PythonSource(kind="python")}),
         train=TrainConfig(max_time=60.0),
         optim=OptimConfig(lr=PEAK),
         schedule=ScheduleConfig(kind="constant", warmup_steps=2),

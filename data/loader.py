@@ -1,0 +1,88 @@
+"""Batches of a token stream, made ready by threads, in the stream's own order."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from time import perf_counter
+
+from data.mixture import LaneCursor
+from data.packing import Row
+from data.prefetch import Prefetch
+from data.stream import Batch, TokenStream
+
+
+class Loader:
+    """The batches of a stream; each worker reads and tokenises for some of its lanes.
+
+        lanes 0 1 2 3 4 5, two workers     worker 0: rows of lanes 0 2 4 0 2 4 ...
+                                           worker 1: rows of lanes 1 3 5 1 3 5 ...
+                                           batch:    one of each in turn
+
+    Lanes know nothing of each other, so the batches are the same whatever the number of workers.
+    SentencePiece, decompression and Arrow work outside Python's lock, so threads are enough. Close
+    the loader, or use it as a context, to end them.
+
+    Args:
+        workers: threads; with 0, the consumer makes each batch when it asks for it.
+        depth: batches that are made in advance.
+
+    Attributes:
+        wait_s: seconds that the consumer has waited so far.
+        failure: why there is no batch after the last one that was given; None while there is.
+    """
+
+    def __init__(self, stream: TokenStream, *, workers: int, depth: int) -> None:
+        self.stream = stream
+        self.wait_s = 0.0
+        self.failure: ValueError | None = None
+        self._next: Batch | None = None
+        self._threads = ExitStack()
+        order = stream.lanes
+        lanes = list(dict.fromkeys(order))
+        workers = min(workers, len(lanes))
+        if not workers:
+            self._rows = stream.rows(order)
+            return
+        worker_of = {lane: i % workers for i, lane in enumerate(lanes)}
+        feeds = []
+        for worker in range(workers):
+            own = [lane for lane in order if worker_of[lane] == worker]
+            feed = Prefetch(stream.rows(own), depth * len(own))
+            feeds.append(self._threads.enter_context(feed))
+        self._rows = _merged([feeds[worker_of[lane]] for lane in order])
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        start = perf_counter()
+        batch = self._next or self._made()
+        if batch is None:
+            assert self.failure is not None
+            raise self.failure
+        self._next = self._made()  # one ahead, so that whoever takes the last one is told so
+        self.wait_s += perf_counter() - start
+        return batch
+
+    def _made(self) -> Batch | None:
+        if self.failure is None:
+            try:
+                return self.stream.batch(self._rows)
+            except ValueError as error:
+                self.failure = error
+        return None
+
+    def close(self) -> None:
+        """Ends the threads, each after the row that it is making."""
+        self._threads.close()
+
+    def __enter__(self) -> "Loader":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def _merged(order: list[Prefetch[tuple[Row, LaneCursor]]]) -> Iterator[tuple[Row, LaneCursor]]:
+    while True:
+        for feed in order:
+            yield next(feed)

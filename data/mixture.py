@@ -1,0 +1,161 @@
+"""Several sources in one stream of documents, each with its share of the tokens.
+
+Next comes the source whose tokens, over its weight, are the fewest: stride scheduling (Waldspurger
+and Weihl, MIT/LCS/TM-528, 1995). So weights are shares of the tokens, whatever the documents'
+lengths, and they are kept to within a document. What comes next depends on nothing but the counts,
+which the cursor holds:
+
+    weights 3 : 1, documents of 100 tokens
+
+    tokens of web      0     100     200     300              400
+    tokens of books    0                              100
+    next               web   books   ...
+
+Lanes must not take a document of a rare source all at the same step. So a part of the next document
+counts, too, the same for all documents of a lane, phase and source: for one lane a source's turn
+comes when its next document would begin, for another when it would end.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+from xxhash import xxh3_64_intdigest
+
+from data.documents import Documents
+from data.shuffle import AnyDocument, Cursor, Shuffle, epochs
+from data.tokenizer import Tokenizer
+
+
+class OutOfTextError(ValueError):
+    """Every source has been read as often as its `epochs` allow."""
+
+
+class Drawn(NamedTuple):
+    """What a lane has read of a source.
+
+    Attributes:
+        cursor: where its documents go on.
+        tokens: tokens that were read so far.
+        earlier: how many of them before the present phase.
+    """
+
+    cursor: Cursor = Cursor()
+    tokens: int = 0
+    earlier: int = 0
+
+
+class LaneCursor(NamedTuple):
+    """The value from which a lane goes on exactly.
+
+    Attributes:
+        sources: by name, before the next document.
+        phase: number of the weights that apply.
+        skip: what has been used of the documents that follow: tokens of the first, or, with
+            best-fit packing, rows of the group that is packed together.
+    """
+
+    sources: dict[str, Drawn]
+    phase: int = 0
+    skip: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values."""
+        sources = {
+            name: {**drawn.cursor._asdict(), "tokens": drawn.tokens, "earlier": drawn.earlier}
+            for name, drawn in self.sources.items()
+        }
+        return {"sources": sources, "phase": self.phase, "skip": self.skip}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "LaneCursor":
+        """The inverse of `to_json`."""
+        sources = {
+            name: Drawn(Cursor(*(saved[field] for field in Cursor._fields)), tokens, earlier)
+            for name, saved in values["sources"].items()
+            for tokens, earlier in [(saved["tokens"], saved["earlier"])]
+        }
+        return cls(sources, values["phase"], values["skip"])
+
+
+@dataclass(frozen=True)
+class Lane:
+    """One lane of a run's documents: all sources, mixed and tokenised."""
+
+    documents: Documents
+    tokenizer: Tokenizer
+    seed: int
+    number: int
+
+    def read(self, start: LaneCursor | None = None) -> Iterator[tuple[np.ndarray, LaneCursor]]:
+        """Documents' tokens [n] with their separators, each with the cursor before it.
+
+        Raises:
+            OutOfTextError: nothing is left.
+        """
+        config = self.documents.config
+        cursor = start or LaneCursor(dict.fromkeys(config.sources, Drawn()))
+        readers = {name: self._source(name, drawn.cursor) for name, drawn in cursor.sources.items()}
+        ahead: dict[str, tuple[np.ndarray, Cursor]] = {}
+        mixture = config.mixture
+        total = sum(drawn.tokens for drawn in cursor.sources.values())
+        while True:
+            while (following := cursor.phase + 1) < len(mixture):
+                if total * config.lanes < mixture[following][0]:
+                    break
+                cursor = _begin(cursor, following)
+            weights = mixture[cursor.phase][1]
+            for name in [n for n in readers if n not in ahead and weights[n]]:
+                if (item := next(readers[name], None)) is None:
+                    del readers[name]
+                else:
+                    ahead[name] = self.tokenizer.document_tokens(item[0]), item[1]
+            name = self._next(cursor, weights, ahead)
+            tokens, after = ahead.pop(name)
+            yield tokens, cursor
+            count = len(tokens)
+            total += count
+            _, before, earlier = cursor.sources[name]
+            drawn = Drawn(after, before + count, earlier)
+            cursor = LaneCursor({**cursor.sources, name: drawn}, cursor.phase)
+
+    def _source(self, name: str, start: Cursor) -> Iterator[tuple[AnyDocument, Cursor]]:
+        config = self.documents.config
+        key = f"{self.seed} {self.number} {name}"
+        shuffle = Shuffle(key, config.block_documents, config.shuffle)
+        read = partial(self.documents.training, name, self.number)
+        return epochs(read, shuffle, start, config.sources[name].epochs)
+
+    def _next(
+        self,
+        cursor: LaneCursor,
+        weights: Mapping[str, float],
+        ahead: Mapping[str, tuple[np.ndarray, Cursor]],
+    ) -> str:
+        """The source whose turn it is, of those whose next document is there."""
+        turns = [name for name in ahead if weights[name]]
+        if len(turns) == 1:
+            return turns[0]
+        if not turns:
+            limits = {n: self.documents.config.sources[n].epochs for n in weights if weights[n]}
+            raise OutOfTextError(
+                f"data.sources.*.epochs={limits}: lane {self.number} has no more text; raise them, "
+                "or end the run earlier with train.max_tokens"
+            )
+
+        def place(name: str) -> float:
+            drawn = cursor.sources[name]
+            key = f"{self.seed} {self.number} {cursor.phase} {name}"
+            part = xxh3_64_intdigest(key.encode()) / 2**64
+            tokens = drawn.tokens - drawn.earlier + part * len(ahead[name][0])
+            return tokens / weights[name]
+
+        return min(sorted(turns), key=place)
+
+
+def _begin(cursor: LaneCursor, phase: int) -> LaneCursor:
+    """The cursor when new weights begin to apply."""
+    sources = {n: d._replace(earlier=d.tokens) for n, d in cursor.sources.items()}
+    return LaneCursor(sources, phase)

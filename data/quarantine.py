@@ -1,0 +1,85 @@
+"""Records that are no documents: written down, and no reason to stop while they are few."""
+
+import json
+from pathlib import Path
+from threading import Lock
+
+from data.source import Fault
+
+FREE = 20
+"""Faults that never stop a run: a rate means little before there are some."""
+
+
+class Quarantine:
+    """Collects faults, each place once however often it is read.
+
+    Args:
+        max_fraction: the fraction of faults among all records beyond which reading stops.
+
+    Attributes:
+        faults: what was wrong, by origin; also what earlier starts of the run found.
+        records: records that were read so far in this process, faults included.
+    """
+
+    def __init__(self, max_fraction: float) -> None:
+        self.max_fraction = max_fraction
+        self.faults: dict[str, Fault] = {}
+        self.records = 0
+        self._found: set[str] = set()  # in this process, as `records` are
+        self._path: Path | None = None
+        self._lock = Lock()
+
+    def write_to(self, path: Path) -> None:
+        """Writes what was and will be found to a file of JSON lines; what it holds is known."""
+        with self._lock:
+            known = _read(path)
+            self._path = path
+            new = [fault for origin, fault in self.faults.items() if origin not in known]
+            self.faults = known | self.faults
+            self._append(new)
+
+    def passed(self, records: int) -> None:
+        """Counts good records."""
+        with self._lock:
+            self.records += records
+
+    def add(self, fault: Fault) -> None:
+        """Takes a fault in.
+
+        Raises:
+            ValueError: there are too many of them.
+        """
+        with self._lock:
+            self.records += 1
+            if fault.origin not in self.faults:
+                self.faults[fault.origin] = fault
+                self._append([fault])
+            self._found.add(fault.origin)
+            if len(self._found) > max(FREE, self.max_fraction * self.records):
+                raise self._too_many(fault)
+
+    def _append(self, faults: list[Fault]) -> None:
+        if self._path is None or not faults:
+            return
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(fault._asdict()) + "\n" for fault in faults))
+
+    def _too_many(self, last: Fault) -> ValueError:
+        place = f" (all in {self._path})" if self._path else ""
+        return ValueError(
+            f"data.max_quarantined={self.max_fraction}: {len(self._found)} of {self.records} "
+            f"records are no documents{place}; the last is {last.origin}: {last.reason}. Mend the "
+            "source, or raise data.max_quarantined"
+        )
+
+
+def _read(path: Path) -> dict[str, Fault]:
+    """The faults that an earlier start wrote, but for a last line that it did not finish."""
+    if not path.exists():
+        return {}
+    lines = path.read_bytes().split(b"\n")
+    if lines[-1]:
+        path.write_bytes(b"".join(line + b"\n" for line in lines[:-1]))
+    faults = [Fault(**json.loads(line)) for line in lines[:-1]]
+    return {fault.origin: fault for fault in faults}

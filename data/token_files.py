@@ -1,0 +1,393 @@
+"""Documents that are tokens already: files that are written once, mapped, and read by lanes.
+
+    index.json             what is in the other files; written last: without it, it is not finished
+    tokenizer.model        the SentencePiece model that made the tokens
+    00000.tokens           uint16 or uint32 each: the documents of a shard, end to end
+    00000.documents        two uint64 for each document: where it ends, in tokens, and the xxh3_64
+                           of its text, which decides whether it is held out
+    00000.quarantine.jsonl what was found that is no document; only if there was any
+    00001.tokens           ...
+
+    00000.tokens       a a a / b b / c c c c c /        / is the separator that ends a document
+    00000.documents    4 #a    7 #b   13      #c
+
+All numbers are little-endian. While it is written, `unfinished.json` holds the index of the shards
+that are whole: what is not in it is written again.
+"""
+
+import hashlib
+import json
+import os
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import xxhash
+from pydantic import TypeAdapter, ValidationError
+
+from data.fingerprint import changes
+from data.source import Position, TokenDocument
+from data.tokenizer import Tokenizer
+
+INDEX = "index.json"
+UNFINISHED = "unfinished.json"
+MODEL = "tokenizer.model"
+COMMAND = "`python train/pretokenize.py`"
+
+READ_AHEAD = 1024
+"""Documents whose ends are made Python's numbers together: one at a time costs three times more."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenShard:
+    """What is in one shard.
+
+    Attributes:
+        name: of its files, without their suffix.
+        bytes: UTF-8 bytes of the text that the tokens were made of.
+        xxh3_128: hashes of the two files, by suffix.
+        quarantined: records that were no documents.
+    """
+
+    name: str
+    documents: int
+    tokens: int
+    bytes: int
+    xxh3_128: dict[str, str]
+    quarantined: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenIndex:
+    """What is in a directory of token files.
+
+    Attributes:
+        dtype: of a token.
+        vocab_size: V of the tokenizer.
+        tokenizer: its fingerprint.
+        separator: the id that ends each document.
+        made_from: the text and the settings that decide the tokens, by setting.
+        parts: how many shards there are when all are written.
+        shards: those that are, by name.
+    """
+
+    format: Literal[1] = 1
+    dtype: Literal["uint16", "uint32"]
+    vocab_size: int
+    tokenizer: str
+    separator: int
+    made_from: dict[str, Any]
+    parts: int
+    shards: tuple[TokenShard, ...] = ()
+
+    @classmethod
+    def load(cls, path: Path) -> "TokenIndex":
+        """The index in a file.
+
+        Raises:
+            ValueError: it is none.
+        """
+        try:
+            return TypeAdapter(cls).validate_json(path.read_bytes())
+        except ValidationError as error:
+            flaw = error.errors()[0]
+            place = ".".join(map(str, flaw["loc"]))
+            raise ValueError(
+                f"{path}: not an index of token files ({place} {flaw['msg']})"
+            ) from None
+
+    def save(self, path: Path) -> None:
+        """Writes the file in one piece; when this returns the disk has it."""
+        partial = path.with_name(f".{path.name}.partial")
+        totals = {"documents": self.documents, "tokens": self.tokens, "bytes": self.bytes}
+        with partial.open("w", encoding="utf-8") as file:
+            json.dump({**totals, **asdict(self)}, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+
+    @property
+    def documents(self) -> int:
+        """Documents of all shards."""
+        return sum(shard.documents for shard in self.shards)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all shards, separators included."""
+        return sum(shard.tokens for shard in self.shards)
+
+    @property
+    def bytes(self) -> int:
+        """UTF-8 bytes of the text of all shards."""
+        return sum(shard.bytes for shard in self.shards)
+
+    @property
+    def quarantined(self) -> int:
+        """Records of all shards that were no documents."""
+        return sum(shard.quarantined for shard in self.shards)
+
+    @property
+    def missing(self) -> list[int]:
+        """The numbers of the shards that have still to be written."""
+        written = {shard.name for shard in self.shards}
+        return [number for number in range(self.parts) if shard_name(number) not in written]
+
+    def with_shard(self, shard: TokenShard) -> "TokenIndex":
+        """The index with one shard more."""
+        shards = sorted([*self.shards, shard], key=lambda shard: shard.name)
+        return replace(self, shards=tuple(shards))
+
+
+def shard_name(number: int) -> str:
+    """The name of a shard's files, without their suffix.
+
+    >>> shard_name(7)
+    '00007'
+    """
+    return f"{number:05}"
+
+
+class TokenCorpus:
+    """The documents of a directory of token files, as they were written.
+
+    A lane reads an equal interval of the tokens of all shards end to end: the documents whose
+    first token is in it. A position is the number of the next document, counted over all shards.
+
+        tokens     a a a / b b / c c c c c /      lane 0 of 2 has a and b, for b begins at 4,
+        interval   0 0 0 0 0 0 1 1 1 1 1 1 1      lane 1 has c
+
+    Args:
+        name: the source's.
+        path: the directory.
+
+    Raises:
+        ValueError: it is missing, not finished, or not as it was written.
+    """
+
+    def __init__(self, name: str, path: Path) -> None:
+        self.name = name
+        self.path = path
+        self.index = self._load_index()
+        self._dtype = np.dtype(self.index.dtype).newbyteorder("<")
+        self._check_sizes()
+        shards = self.index.shards
+        # Of each shard and, last, of what would come after them all.
+        self._first_document = [*accumulate((s.documents for s in shards), initial=0)]
+        self._first_token = [*accumulate((s.tokens for s in shards), initial=0)]
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """The contents of the files; where they lie does not matter."""
+        parts = [self.tokenizer_fingerprint, *(shard.xxh3_128 for shard in self.index.shards)]
+        contents = xxhash.xxh3_128_hexdigest(json.dumps(parts).encode())
+        count = f"{self.index.documents} documents of {self.index.tokens} tokens"
+        return {f"data.sources.{self.name}": f"{count} {contents}"}
+
+    @property
+    def tokenizer_fingerprint(self) -> str:
+        """The fingerprint of the tokenizer that made the tokens."""
+        return self.index.tokenizer
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """The `.model` file of the tokenizer that made the tokens."""
+        return self.path / MODEL
+
+    def documents(
+        self, lane: int, lanes: int, position: Position = None
+    ) -> Iterator[tuple[TokenDocument, Position]]:
+        """One pass over a lane's documents, their tokens not copied; see `Corpus`."""
+        total = self._first_token[-1]
+        stop = self._first_from((lane + 1) * total // lanes)
+        number = self._first_from(lane * total // lanes) if position is None else position
+        while number < stop:
+            shard = bisect_right(self._first_document, number) - 1
+            first = self._first_document[shard]
+            tokens, table = self._tokens(shard), self._table(shard)
+            origin = f"{self.path / self.index.shards[shard].name}.tokens#"
+            here = min(stop - first, len(table))
+            at = number - first
+            start = int(table[at - 1, 0]) if at else 0
+            for begin in range(at, here, READ_AHEAD):
+                for end, digest in table[begin : min(begin + READ_AHEAD, here)].tolist():
+                    document = TokenDocument(tokens[start:end], digest, f"{origin}{at}")
+                    start = end
+                    at += 1
+                    yield document, first + at
+            number = first + here
+
+    def verify(self) -> None:
+        """Reads every file and compares it with the index.
+
+        Raises:
+            ValueError: one has changed since it was written.
+        """
+        for shard in self.index.shards:
+            for suffix, expected in shard.xxh3_128.items():
+                file = self.path / f"{shard.name}.{suffix}"
+                if _hash(file) != expected:
+                    raise self._damaged(f"{file.name} is not as it was written: its hash differs")
+        if Tokenizer.load(self.tokenizer_path).fingerprint != self.tokenizer_fingerprint:
+            raise self._damaged(f"{MODEL} is not the one that made the tokens")
+
+    def _first_from(self, token: int) -> int:
+        """The number of the first document that begins at this token or after it."""
+        shard = bisect_right(self._first_token, token) - 1
+        first, offset = self._first_document[shard], token - self._first_token[shard]
+        if offset == 0:
+            return first
+        ends = self._table(shard)[:, 0]
+        return first + 1 + int(np.searchsorted(ends, np.uint64(offset)))
+
+    def _tokens(self, shard: int) -> np.ndarray:
+        """The tokens [n] of a shard; a plain array: slices of a memmap cost five times more."""
+        path = self.path / f"{self.index.shards[shard].name}.tokens"
+        return np.asarray(np.memmap(path, self._dtype, mode="r"))
+
+    def _table(self, shard: int) -> np.ndarray:
+        """The end and the digest of each document [n, 2] of a shard."""
+        path = self.path / f"{self.index.shards[shard].name}.documents"
+        return np.asarray(np.memmap(path, "<u8", mode="r")).reshape(-1, 2)
+
+    def _load_index(self) -> TokenIndex:
+        try:
+            return TokenIndex.load(self.path / INDEX)
+        except FileNotFoundError:
+            raise self._refusal(*self._why_no_index()) from None
+        except ValueError as error:
+            raise self._damaged(str(error)) from None
+
+    def _why_no_index(self) -> tuple[str, str]:
+        """What there is instead of an index, and what to do."""
+        if (self.path / UNFINISHED).exists():
+            index = TokenIndex.load(self.path / UNFINISHED)
+            found = f"not finished, {len(index.shards)} of {index.parts} shards are written"
+            return found, f"run the same {COMMAND} again: it goes on where it ended"
+        found = f"no {INDEX} in it" if self.path.is_dir() else "no such directory"
+        inside = [str(index.parent) for index in sorted(self.path.glob(f"*/{INDEX}"))]
+        choice = " or ".join(inside) or f"a directory that {COMMAND} wrote"
+        return found, f"give {choice} (relative paths start at {Path.cwd()})"
+
+    def _check_sizes(self) -> None:
+        """Compares what is there with the index, without reading it."""
+        for shard in self.index.shards:
+            expected = {
+                "tokens": shard.tokens * self._dtype.itemsize,
+                "documents": shard.documents * 16,
+            }
+            for suffix, size in expected.items():
+                file = self.path / f"{shard.name}.{suffix}"
+                if not file.exists():
+                    raise self._damaged(f"{file.name} is missing")
+                if (found := file.stat().st_size) != size:
+                    raise self._damaged(f"{file.name} has {found} bytes instead of {size}")
+        if not self.tokenizer_path.exists():
+            raise self._damaged(f"{MODEL} is missing")
+
+    def _damaged(self, found: str) -> ValueError:
+        return self._refusal(f"damaged, {found}", "delete it and write it anew, or copy it again")
+
+    def _refusal(self, found: str, advice: str) -> ValueError:
+        return ValueError(f"data.sources.{self.name}.path={str(self.path)!r}: {found}; {advice}")
+
+
+def new_index(tokenizer: Tokenizer, made_from: dict[str, Any], parts: int) -> TokenIndex:
+    """The index of a directory in which nothing is written yet."""
+    return TokenIndex(
+        dtype=_smallest_dtype(tokenizer.vocab_size),
+        vocab_size=tokenizer.vocab_size,
+        tokenizer=tokenizer.fingerprint,
+        separator=tokenizer.eos_id,
+        made_from=made_from,
+        parts=parts,
+    )
+
+
+def begin(directory: Path, wanted: TokenIndex, tokenizer: Tokenizer) -> TokenIndex:
+    """Makes a directory for the shards of `wanted`, or goes on with what is written there.
+
+    Returns:
+        `wanted` with the shards that are written already.
+
+    Raises:
+        ValueError: something else is written there.
+    """
+    for name in (INDEX, UNFINISHED):
+        if (directory / name).exists():
+            found = TokenIndex.load(directory / name)
+            _check_same(directory, replace(found, shards=()), wanted)
+            return found
+    directory.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(directory / MODEL)
+    wanted.save(directory / UNFINISHED)
+    return wanted
+
+
+def finish(directory: Path) -> None:
+    """Makes a directory that is begun, and of which all shards are written, one to read."""
+    if (directory / UNFINISHED).exists():
+        (directory / UNFINISHED).replace(directory / INDEX)
+
+
+def write_shard(
+    directory: Path, number: int, texts: Iterable[tuple[str, int]], tokenizer: Tokenizer
+) -> TokenShard:
+    """Tokenises texts, each given with its xxh3_64, into the files of a shard of a begun directory.
+
+    The disk has them when this returns, but they count only when the index names them.
+    """
+    name = shard_name(number)
+    dtype = np.dtype(_smallest_dtype(tokenizer.vocab_size)).newbyteorder("<")
+    paths = {suffix: directory / f"{name}.{suffix}" for suffix in ("tokens", "documents")}
+    documents = size = end = 0
+    with paths["tokens"].open("wb") as tokens_file, paths["documents"].open("wb") as table_file:
+        for text, digest in texts:
+            tokens = tokenizer.encode_document(text)
+            documents, size, end = documents + 1, size + len(text.encode()), end + len(tokens)
+            tokens_file.write(tokens.astype(dtype).tobytes())
+            table_file.write(np.array([end, digest], "<u8").tobytes())
+        for file in (tokens_file, table_file):
+            file.flush()
+            os.fsync(file.fileno())
+    hashes = {suffix: _hash(path) for suffix, path in paths.items()}
+    return TokenShard(name=name, documents=documents, tokens=end, bytes=size, xxh3_128=hashes)
+
+
+def write_tokens(directory: Path, parts: Sequence[Iterable[str]], tokenizer: Tokenizer) -> None:
+    """Tokenises texts that are at hand into a whole directory, a shard for each part."""
+    index = begin(directory, new_index(tokenizer, {}, len(parts)), tokenizer)
+    for number, part in enumerate(parts):
+        texts = ((text, xxhash.xxh3_64_intdigest(text.encode())) for text in part)
+        index = index.with_shard(write_shard(directory, number, texts, tokenizer))
+    index.save(directory / UNFINISHED)
+    finish(directory)
+
+
+def _smallest_dtype(vocab_size: int) -> Literal["uint16", "uint32"]:
+    """The type that holds every id of a vocabulary.
+
+    >>> _smallest_dtype(65536), _smallest_dtype(65537)
+    ('uint16', 'uint32')
+    """
+    return "uint16" if vocab_size <= 2**16 else "uint32"
+
+
+def _check_same(directory: Path, found: TokenIndex, wanted: TokenIndex) -> None:
+    there, now = (asdict(index) for index in (found, wanted))
+    there |= there.pop("made_from")
+    now |= now.pop("made_from")
+    if changed := changes(there, now):
+        raise ValueError(
+            f"{directory}: holds tokens that were made otherwise: {'; '.join(changed.values())}. "
+            "Restore what changed, choose another directory, or delete this one"
+        )
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()

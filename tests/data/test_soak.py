@@ -1,0 +1,254 @@
+"""Random corpora, settings and kill points: whatever happens, the rows are the same.
+
+`make soak-data CASES=500 SEED=0` runs many; here are some tens.
+"""
+
+import bz2
+import gzip
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+
+from data.config import (
+    CacheConfig,
+    DataConfig,
+    DatasetsSource,
+    FilesSource,
+    Phase,
+    RemoteConfig,
+    Source,
+    TokensSource,
+    divisors,
+)
+from data.documents import Documents
+from data.loader import Loader
+from data.mixture import Lane
+from data.stream import Batch, BatchShape, Cursors, TokenStream
+from data.token_files import write_tokens
+from data.tokenizer import Tokenizer
+
+CASES = int(os.environ.get("CASES", "40"))
+FIRST = int(os.environ.get("SEED", "0"))
+WORDS = "the parallel hidden decoding transformer keeps only original tokens"
+
+FORMS = (
+    *("jsonl", "jsonl.gz", "jsonl.zst", "jsonl.bz2", "txt", "separated", "parquet", "tokens"),
+    *("datasets-jsonl", "datasets-parquet"),
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One drawn run: its data, and what remains free to change while it goes on."""
+
+    config: DataConfig
+    texts: dict[str, list[str]]
+    global_batch: int
+    seq_len: int
+    seed: int
+    steps: int
+
+
+def write_shard(path: Path, texts: list[str], dice: Random) -> None:
+    """Some texts in the form that the file's name says."""
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+    half = len(lines) // 2
+    match path.name.split(".", 1)[1]:
+        case "jsonl":
+            path.write_bytes(lines)
+        case "jsonl.gz":  # of several members
+            path.write_bytes(gzip.compress(lines[:half]) + gzip.compress(lines[half:]))
+        case "jsonl.zst":  # of several frames
+            path.write_bytes(zstandard.compress(lines[:half]) + zstandard.compress(lines[half:]))
+        case "jsonl.bz2":
+            path.write_bytes(bz2.compress(lines))
+        case "txt":
+            path.write_text("\n\n".join(texts), newline="")
+        case "parquet":
+            rows = dice.choice([1, 3, 100])
+            pq.write_table(
+                pa.table({"text": pa.array(texts, pa.string())}), path, row_group_size=rows
+            )
+
+
+def cut(texts: list[str], parts: int, dice: Random) -> list[list[str]]:
+    """The texts in some parts, of which some may be empty."""
+    places = sorted(dice.choices(range(len(texts) + 1), k=parts - 1))
+    return [texts[a:b] for a, b in zip([0, *places], [*places, len(texts)], strict=True)]
+
+
+def draw_source(
+    name: str, folder: Path, dice: Random, tokenizer: Tokenizer, url: str | None
+) -> tuple[Source, list[str]]:
+    """A corpus of some form, written, and its texts."""
+    form = dice.choice(FORMS[:-3] if url else FORMS)
+    texts = [
+        f"{name}{i} " + " ".join(dice.choices(WORDS.split(), k=dice.choice([1, 5, 20, 60])))
+        for i in range(dice.randint(40, 90))
+    ]
+    folder = folder / name
+    folder.mkdir()
+    settings: dict[str, Any] = {"weight": dice.choice([1.0, 0.3, 4.0])}
+    if form == "tokens":
+        write_tokens(folder / "tokens", cut(texts, dice.randint(1, 4), dice), tokenizer)
+        return TokensSource(kind="tokens", path=str(folder / "tokens"), **settings), texts
+    if form == "txt":
+        for i, text in enumerate(texts):
+            (folder / f"{i:03}.txt").write_text(text)
+    else:
+        end = {"separated": "txt"}.get(form, form.removeprefix("datasets-"))
+        for i, part in enumerate(cut(texts, dice.randint(1, 5), dice)):
+            if part or form.startswith("datasets-") is False:
+                write_shard(folder / f"{i:03}.{end}", part, dice)
+    if form.startswith("datasets-"):
+        path = {"jsonl": "json", "parquet": "parquet"}[end]
+        files = tuple(sorted(map(str, folder.iterdir())))
+        return DatasetsSource(kind="datasets", path=path, data_files=files, **settings), texts
+    separator = "\n\n" if form == "separated" else None
+    files = [f"{url}/{name}/{p.name}" for p in folder.iterdir()] if url else [str(folder)]
+    return FilesSource(
+        kind="files", paths=tuple(sorted(files)), separator=separator, **settings
+    ), texts
+
+
+def draw_case(folder: Path, dice: Random, tokenizer: Tokenizer, url: str | None = None) -> Case:
+    """A random run whose data lies in a folder, or is served from it under a URL."""
+    drawn = {
+        name: draw_source(name, folder, dice, tokenizer, url)
+        for name in "abc"[: dice.choice([1, 1, 2, 3])]
+    }
+    sources = {name: source for name, (source, _) in drawn.items()}
+    if len(sources) > 1 and dice.random() < 0.4:
+        sources["b"] = replace(sources["b"], epochs=dice.randint(1, 2))
+    phases = {}
+    if len(sources) > 1 and dice.random() < 0.4:
+        phases = {"later": Phase(after_tokens=dice.randint(1, 3000), weights={"a": 9.0, "b": 0.1})}
+    lanes = dice.choice([1, 2, 3, 4, 6, 8])
+    seq_len = dice.randint(4, 60)
+    global_batch = lanes * dice.randint(1, 3)
+    config = DataConfig(
+        sources=sources,
+        phases=phases,
+        lanes=lanes,
+        shuffle=dice.random() < 0.8,
+        block_documents=dice.randint(1, 9),
+        holdout=dice.choice([0.0, 0.1]),
+        documents=dice.choice(["concatenate", "isolate"]),
+        packing=dice.choice(["sequential", "best_fit"]),
+        remote=RemoteConfig(timeout_s=0.5, retry_s=30),
+        cache=CacheConfig(dir=str(folder / "cache"), remote=dice.random() < 0.3),
+    )
+    texts = {name: own for name, (_, own) in drawn.items()}
+    size = sum(len(tokenizer.encode_document(t)) for own in texts.values() for t in own)
+    steps = min(300, round(dice.choice([0.6, 1.3, 2.4]) * size / (global_batch * seq_len)) + 3)
+    return Case(config, texts, global_batch, seq_len, dice.randint(0, 9), steps)
+
+
+def stream(
+    case: Case, tokenizer: Tokenizer, rank: int, world: int, cursors: Cursors | None
+) -> TokenStream:
+    shape = BatchShape(global_batch=case.global_batch, seq_len=case.seq_len, rank=rank, world=world)
+    return TokenStream(Documents(case.config), tokenizer, shape, seed=case.seed, cursors=cursors)
+
+
+def as_bytes(batches: list[Batch], world: int) -> bytes:
+    """The batches of all ranks at a step, put together by row."""
+    parts = [
+        np.concatenate([b.rows, *(x for x in (b.mask, b.starts) if x is not None)], axis=1)
+        for b in batches
+    ]
+    whole = np.empty((len(parts) * len(parts[0]), parts[0].shape[1]), parts[0].dtype)
+    for rank, part in enumerate(parts):
+        whole[rank::world] = part
+    return whole.tobytes()
+
+
+def interrupted(case: Case, dice: Random, tokenizer: Tokenizer) -> Iterator[bytes]:
+    """The run, killed and taken up again and again by other numbers of ranks and workers."""
+    cursors: Cursors | None = None
+    done = 0
+    while done < case.steps:
+        world = dice.choice(divisors(case.config.lanes))
+        workers, depth = dice.choice([0, 0, 1, 2, 3]), dice.randint(1, 4)
+        wanted = min(dice.choice([1, 2, 7, 30, 300]), case.steps - done)
+        with ExitStack() as alive:
+            ranks = [
+                alive.enter_context(
+                    Loader(stream(case, tokenizer, r, world, cursors), workers=workers, depth=depth)
+                )
+                for r in range(world)
+            ]
+            for _ in range(wanted):
+                batches = [next(rank) for rank in ranks]
+                yield as_bytes(batches, world)
+        merged = {lane: cursor for batch in batches for lane, cursor in batch.cursors.items()}
+        cursors = json.loads(json.dumps(merged))
+        done += wanted
+
+
+def check_rows(case: Case, dice: Random, tokenizer: Tokenizer) -> None:
+    """The interrupted run's rows are those of one rank that nobody interrupts."""
+    whole = (as_bytes([b], 1) for b in islice(stream(case, tokenizer, 0, 1, None), case.steps))
+    for step, (a, b) in enumerate(zip(whole, interrupted(case, dice, tokenizer), strict=True)):
+        assert a == b, f"step {step}"
+
+
+def check_epochs(case: Case, tokenizer: Tokenizer) -> None:
+    """Every document of an epoch comes once in it, in one lane."""
+    documents = Documents(replace(case.config, phases={}))
+    for name, texts in case.texts.items():
+        if not case.config.sources[name].weight:
+            continue
+        expected = Counter(texts) - Counter(_texts(documents.held_out(name), tokenizer))
+        epochs: list[Counter[str]] = [Counter(), Counter()]
+        for number in range(case.config.lanes):
+            lane = Lane(documents, tokenizer, case.seed, number)
+            own = sum(1 for _ in documents.training(name, number))
+            alone = replace(documents.config, sources={name: documents.config.sources[name]})
+            lane = Lane(Documents(replace(alone, phases={})), tokenizer, case.seed, number)
+            limit = documents.config.sources[name].epochs
+            wanted = own * min(2, limit or 2)
+            read = [tokenizer.decode(tokens) for tokens, _ in islice(lane.read(), wanted)]
+            assert len(read) == wanted
+            epochs[0] += Counter(read[:own])
+            epochs[1] += Counter(read[own:])
+        assert epochs[0] == expected
+        assert epochs[1] in (expected, Counter())
+
+
+def _texts(documents: Iterator[Any], tokenizer: Tokenizer) -> list[str]:
+    return [tokenizer.decode(tokenizer.document_tokens(d)) for d in documents]
+
+
+@pytest.mark.parametrize("seed", range(FIRST, FIRST + CASES))
+def test_rows_are_the_same_through_any_kills_and_changes(
+    tmp_path: Path, tokenizer: Tokenizer, seed: int
+) -> None:
+    dice = Random(seed)
+    case = draw_case(tmp_path, dice, tokenizer)
+    check_rows(case, dice, tokenizer)
+    check_epochs(case, tokenizer)
+
+
+@pytest.mark.parametrize("seed", range(FIRST, FIRST + max(1, CASES // 5)))
+def test_rows_are_the_same_over_a_faulty_network(
+    tmp_path: Path, tokenizer: Tokenizer, fault_server: Callable[..., Any], seed: int
+) -> None:
+    dice = Random(f"network {seed}")
+    server = fault_server(tmp_path, rate=0.05, seed=seed)
+    case = draw_case(tmp_path, dice, tokenizer, server.url)
+    check_rows(case, dice, tokenizer)
+    check_epochs(case, tokenizer)

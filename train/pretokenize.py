@@ -1,0 +1,291 @@
+"""Make tokens of text once, for runs that read them in place of it.
+
+python train/pretokenize.py data=python out=tokens
+
+writes a directory for each source, here `tokens/python` (data/token_files.py draws one), and says
+how to train on it. After an interruption the same command goes on.
+"""
+
+import json
+import multiprocessing
+import os
+import re
+import shlex
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from threading import Thread
+from time import perf_counter
+from typing import Any, TypeVar
+
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from data.config import DataConfig, Source, TokensSource
+from data.documents import Documents
+from data.source import Document
+from data.token_files import (
+    MODEL,
+    UNFINISHED,
+    TokenIndex,
+    TokenShard,
+    begin,
+    finish,
+    new_index,
+    shard_name,
+    write_shard,
+)
+from data.tokenizer import Tokenizer
+from data.tokenizer_training import prepare_tokenizer
+from train import command_line
+from train.config import Config
+from train.validation import OMITTED, ConfigError, as_dict, leaves
+
+T = TypeVar("T")
+INTERRUPTED = 128 + signal.SIGINT
+REFRESH_S = 0.5  # between two looks at how much is written
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretokenizeArguments:
+    """Arguments of `python train/pretokenize.py`, each as key=value.
+
+    All others are those of `python train/main.py`, of which `data` and `tokenizer` matter.
+
+    Attributes:
+        out: where a directory for each source is written.
+        parts: shards that a source is cut into, each the work of one process.
+        processes: how many work at a time; null: one for each core. The files do not depend on it.
+    """
+
+    out: str
+    parts: int = 16
+    processes: int | None = None
+
+    def problems(self) -> list[str]:
+        """Every impossible setting, one sentence each."""
+        return [
+            f"{name}={value}: expected an integer of at least 1"
+            for name in ("parts", "processes")
+            if (value := getattr(self, name)) is not None and value < 1
+        ]
+
+    @property
+    def workers(self) -> int:
+        """How many processes that is."""
+        return self.processes or len(os.sched_getaffinity(0))
+
+    def directory(self, name: str) -> Path:
+        """Where the source of this name is written."""
+        return Path(self.out).expanduser() / name
+
+
+@dataclass(frozen=True)
+class Written:
+    """What has become of a source.
+
+    Attributes:
+        tokens_per_s: of all processes together; None where nothing was left to write.
+    """
+
+    index: TokenIndex
+    tokens_per_s: float | None
+
+
+def pretokenize(
+    given: PretokenizeArguments, config: Config, console: Console
+) -> dict[str, Written]:
+    """Writes the token files of every source, by its name.
+
+    Raises:
+        ValueError: a source has no text, has too much in it that is none, or has changed since the
+            writing began.
+    """
+    for name, source in config.data.sources.items():
+        if isinstance(source, TokensSource):
+            raise ValueError(f"data.sources.{name}.kind=tokens: is tokens already; leave it out")
+    documents = Documents(config.data)
+    vocab_size = config.model.vocab_size
+    tokenizer = prepare_tokenizer(config.tokenizer, documents, vocab_size=vocab_size)
+    written = {}
+    for name, source in config.data.sources.items():
+        alone = replace(config.data, sources={name: replace(source, weight=1.0)}, phases={})
+        directory = given.directory(name)
+        wanted = new_index(tokenizer, made_from(documents, name), given.parts)
+        index = begin(directory, wanted, tokenizer)
+        with _progress(console) as progress:
+            written[name] = write_source(alone, directory, index, given.workers, progress)
+    return written
+
+
+def made_from(documents: Documents, name: str) -> dict[str, Any]:
+    """What decides which texts of a source are tokenised, by setting."""
+    longest = documents.config.max_document_bytes
+    return {**documents.corpora[name].identity, "data.max_document_bytes": longest}
+
+
+def write_source(
+    data: DataConfig, directory: Path, index: TokenIndex, workers: int, progress: Progress
+) -> Written:
+    """Writes the shards that `index` lacks of the only source of `data`."""
+    [name] = data.sources
+    size = np.dtype(index.dtype).itemsize
+    missing, before, started = index.missing, index.tokens, perf_counter()
+    bar = progress.add_task(name, total=index.parts, tokens=index.tokens)
+    jobs = [partial(write_part, data, directory, number) for number in missing]
+    for shards in in_processes(jobs, workers):
+        for shard in shards:
+            index = index.with_shard(shard)
+            index.save(directory / UNFINISHED)
+        tokens = sum(path.stat().st_size for path in directory.glob("*.tokens")) // size
+        progress.update(bar, completed=len(index.shards), tokens=tokens)
+    if not index.documents:
+        raise ValueError(f"data.sources.{name}: no text in it; choose a source with documents")
+    finish(directory)
+    seconds = perf_counter() - started
+    return Written(index, (index.tokens - before) / seconds if missing else None)
+
+
+def write_part(data: DataConfig, directory: Path, number: int) -> TokenShard:
+    """Writes one shard: an equal share of the documents of the only source of `data`.
+
+    Raises:
+        ValueError: the source has changed, or has too much in it that is no document.
+    """
+    index = TokenIndex.load(directory / UNFINISHED)
+    documents = Documents(data)
+    [name] = data.sources
+    if made_from(documents, name) != index.made_from:
+        raise ValueError(
+            f"data.sources.{name}: has changed since {directory} was begun; delete that directory "
+            "and write it anew"
+        )
+    documents.quarantine.write_to(directory / f"{shard_name(number)}.quarantine.jsonl")
+    texts = (
+        (document.text, digest)
+        for document, digest, _ in documents.usable(name, number, index.parts)
+        if isinstance(document, Document)
+    )
+    shard = write_shard(directory, number, texts, Tokenizer.load(directory / MODEL))
+    return replace(shard, quarantined=len(documents.quarantine.faults))
+
+
+def in_processes(jobs: Sequence[Callable[[], T]], workers: int) -> Iterator[list[T]]:
+    """Does jobs in processes of their own; yields, twice a second or more, what has been done.
+
+    Raises:
+        BrokenProcessPool: a process was killed.
+    """
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, initializer=_end_with_parent) as pool:
+        running = {pool.submit(job) for job in jobs}
+        try:
+            while running:
+                done, running = wait(running, timeout=REFRESH_S, return_when=FIRST_COMPLETED)
+                yield [future.result() for future in done]
+        except BaseException:
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
+
+
+def _end_with_parent() -> None:
+    """Makes a worker end when its parent does, even by SIGKILL: else it would write on unseen."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "not a worker"
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    Thread(target=follow, daemon=True).start()
+
+
+def training_arguments(data: DataConfig, directory: Callable[[str], Path]) -> list[str]:
+    """The arguments of `python train/main.py` that read the tokens in `directory(name)` in place
+    of each source's text; the other settings under `data` stay.
+
+    A single source is then called `tokens`, as in `data=tokens`, and needs no phases.
+    """
+    single = len(data.sources) == 1
+    sources: dict[str, Source] = {
+        "tokens" if single else name: TokensSource(
+            kind="tokens", path=str(directory(name)), weight=source.weight, epochs=source.epochs
+        )
+        for name, source in data.sources.items()
+    }
+    wanted = replace(data, sources=sources, phases={} if single else data.phases)
+    default = TokensSource(kind="tokens", path=OMITTED)
+    standard = leaves(as_dict(DataConfig(sources=dict.fromkeys(sources, default))), "data.")
+    return [
+        "data=tokens",
+        *([] if single else ["~data.sources.tokens"]),
+        *(
+            f"{key}={_spelled(value)}"
+            for key, value in leaves(as_dict(wanted), "data.").items()
+            if standard.get(key, OMITTED) != value or (key.endswith(".kind") and not single)
+        ),
+    ]
+
+
+def _spelled(value: Any) -> str:
+    """A value as Hydra reads it; text with special characters has quotes."""
+    plain = isinstance(value, str) and re.fullmatch(r"[\w./-]+", value)
+    return value if plain else json.dumps(value, ensure_ascii=False)
+
+
+def print_written(written: Mapping[str, Written], console: Console) -> None:
+    """What each source has become, one line each."""
+    for name, source in written.items():
+        index, speed = source.index, source.tokens_per_s
+        console.print(
+            f"{name}: {index.documents:,} documents, {index.tokens:,} tokens of {index.bytes:,} "
+            f"bytes ({index.bytes / index.tokens:.2f} bytes per token), "
+            f"{index.quarantined:,} records quarantined, "
+            f"{'was there already' if speed is None else f'{speed:,.0f} tokens/s'}"
+        )
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("shards, {task.fields[tokens]:,} tokens"),
+        TimeElapsedColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+
+
+def main(given: PretokenizeArguments, config: Config) -> int:
+    """Write the tokens and say what they are; returns the exit code."""
+    console = Console(soft_wrap=True, highlight=False)
+    try:
+        written = pretokenize(given, config, console)
+    except (OSError, ValueError) as error:
+        raise ConfigError([str(error)]) from error
+    except BrokenProcessPool as error:
+        killed = (
+            f"processes={given.workers}: one was killed, perhaps for want of memory; lower it, and "
+            "the same command goes on"
+        )
+        raise ConfigError([killed]) from error
+    except KeyboardInterrupt:
+        console.print("interrupted: the same command goes on with the shards that are missing")
+        return INTERRUPTED
+    print_written(written, console)
+    command = ["python", "train/main.py", *training_arguments(config.data, given.directory)]
+    console.print(f"train on it: {shlex.join(command)}")
+    return 0
+
+
+if __name__ == "__main__":
+    command_line.run_with(PretokenizeArguments, main)

@@ -1,0 +1,179 @@
+"""Train a tokenizer for runs that come later, and tell how good and how fast it is.
+
+python train/tokenizer.py data=python tokenizer=unigram model.vocab_size=8192 out=python.model
+"""
+
+import shlex
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import NamedTuple
+
+from rich.console import Console
+from rich.table import Table
+
+from data.config import TokensSource
+from data.documents import Documents
+from data.tokenizer import Tokenizer
+from data.tokenizer_training import train, training_options
+from train import command_line
+from train.config import Config
+from train.validation import ConfigError
+
+MEASURED = 8_000_000
+"""Bytes of the sample, and an eighth as many of held-out text, on which a tokenizer is measured."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerArguments:
+    """Arguments of `python train/tokenizer.py`, each as key=value.
+
+    All others are those of `python train/main.py`, of which `data` and `tokenizer` matter.
+
+    Attributes:
+        out: the SentencePiece model that is written; nothing may be there yet.
+    """
+
+    out: str
+
+    @property
+    def path(self) -> Path:
+        """`out`, as a path."""
+        return Path(self.out).expanduser()
+
+    def problems(self) -> list[str]:
+        """Every impossible setting, one sentence each."""
+        if not self.out:
+            return ["out='': expected the path of the .model that is written"]
+        if self.path.exists():
+            return [f"out={self.out}: is there already; give another path, or remove it"]
+        return []
+
+
+class Encoded(NamedTuple):
+    """What encoding some texts has come to."""
+
+    documents: int
+    size: int  # UTF-8 bytes
+    tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """A tokenizer in numbers.
+
+    Attributes:
+        documents: in the sample that it was trained on.
+        size: of the sample, in UTF-8 bytes.
+        training_s: seconds of training, reading not included.
+        sample: the sample's beginning, encoded by one thread.
+        held_out: texts that it has not seen, the same; None where none is held out.
+    """
+
+    tokenizer: Tokenizer
+    documents: int
+    size: int
+    training_s: float
+    sample: Encoded
+    held_out: Encoded | None
+
+
+def make_tokenizer(config: Config) -> Report:
+    """Train on a sample of the data, exactly as a run without a tokenizer would, and measure.
+
+    Raises:
+        ValueError: there is no text, or the vocabulary is too small for it.
+    """
+    if config.tokenizer.path is not None:
+        raise ValueError(
+            f"tokenizer.path={config.tokenizer.path!r}: is trained already; choose tokenizer=bpe "
+            "or tokenizer=unigram to train another one"
+        )
+    documents = Documents(config.data)
+    sample = list(documents.sample(config.tokenizer.sample_bytes))
+    start = perf_counter()
+    tokenizer = train(iter(sample), training_options(config.tokenizer, config.model.vocab_size))
+    training_s = perf_counter() - start
+    held_out = list(_held_out(documents, MEASURED // 8))
+    return Report(
+        tokenizer=tokenizer,
+        documents=len(sample),
+        size=sum(len(text.encode()) for text in sample),
+        training_s=training_s,
+        sample=encode(tokenizer, _beginning(sample, MEASURED)),
+        held_out=encode(tokenizer, held_out) if held_out else None,
+    )
+
+
+def encode(tokenizer: Tokenizer, texts: Iterable[str]) -> Encoded:
+    """Encodes texts one after another."""
+    documents = size = tokens = 0
+    seconds = 0.0
+    for text in texts:
+        start = perf_counter()
+        count = len(tokenizer.encode(text))
+        seconds += perf_counter() - start
+        documents, size, tokens = documents + 1, size + len(text.encode()), tokens + count
+    return Encoded(documents, size, tokens, seconds)
+
+
+def _held_out(documents: Documents, size: int) -> Iterator[str]:
+    """About `size` bytes of held-out text, of each source by its weight."""
+    config = documents.config
+    _, weights = config.mixture[0]
+    texts = {n: w for n, w in weights.items() if not isinstance(config.sources[n], TokensSource)}
+    for name, weight in texts.items() if config.holdout else ():
+        found = (document.text for document in documents.held_out(name))  # type: ignore[union-attr]
+        yield from _beginning(found, size * weight / sum(texts.values()))
+
+
+def _beginning(texts: Iterable[str], size: float) -> Iterator[str]:
+    """The first texts, whole, until they have `size` bytes."""
+    for text in texts if size else ():
+        yield text
+        size -= len(text.encode())
+        if size <= 0:
+            break
+
+
+def print_report(report: Report, console: Console) -> None:
+    """The report as a table."""
+    tokenizer, sample = report.tokenizer, report.sample
+    table = Table(title="the tokenizer", title_justify="left", show_header=False)
+    table.add_row("pieces", f"{tokenizer.vocab_size:,}")
+    table.add_row("trained on", f"{report.documents:,} documents, {report.size / 1e6:,.1f} MB")
+    table.add_row("training", f"{report.training_s:.1f} s")
+    table.add_row("bytes per token", f"{_fineness(report.held_out)} of held-out text")
+    table.add_row("", f"{_fineness(sample)} of the sample")
+    table.add_row(
+        "speed, one thread",
+        f"{sample.size / sample.seconds / 1e6:.1f} MB/s, "
+        f"{sample.tokens / sample.seconds:,.0f} tokens/s",
+    )
+    table.add_row("fingerprint", tokenizer.fingerprint)
+    console.print(table)
+
+
+def _fineness(encoded: Encoded | None) -> str:
+    return "none" if encoded is None else f"{encoded.size / encoded.tokens:.3f}"
+
+
+def main(given: TokenizerArguments, config: Config) -> int:
+    """Train, write, and tell."""
+    console = Console(soft_wrap=True, highlight=False)
+    try:
+        report = make_tokenizer(config)
+        report.tokenizer.save(given.path)
+    except (OSError, ValueError) as error:
+        raise ConfigError([str(error)]) from error
+    print_report(report, console)
+    path = shlex.quote(str(given.path))
+    use = f"tokenizer=file tokenizer.path={path} model.vocab_size={config.model.vocab_size}"
+    console.print(f"written: {path}\nuse it: {use}", markup=False)
+    return 0
+
+
+if __name__ == "__main__":
+    command_line.run_with(TokenizerArguments, main)
