@@ -23,8 +23,8 @@ from data.quarantine import Quarantine
 from data.source import Corpus, Document, Fault, Position, Record, TokenDocument
 from data.token_files import TokenCorpus
 
-SAMPLED_LANES = 4
-"""Places of a source at which a sample of it is taken."""
+SAMPLED_PLACES = 4
+"""Places of a source at which a sample of it is taken, if it is near; else its beginning is."""
 
 COUNTED = 1000
 """Documents that are looked at to explain why there are too few."""
@@ -172,7 +172,8 @@ class Documents:
         found = False
         for name, weight in texts.items():
             room = size * weight / sum(texts.values()) if weight else 0
-            for document, digest in self.in_turn(name, SAMPLED_LANES):
+            places = SAMPLED_PLACES if self.corpora[name].is_near else 1
+            for document, digest in self.in_turn(name, places):
                 if room <= 0:
                     break
                 if not is_held_out(digest, self.config.holdout):

@@ -43,6 +43,11 @@ class FileCorpus:
         contents = f"{len(self.files)} files {xxh3_128_hexdigest(listing.encode())}"
         return {f"data.sources.{self.name}": contents}
 
+    @cached_property
+    def is_near(self) -> bool:
+        """No file has to be copied or unpacked before it can be read."""
+        return not any(self.cache.copies(file.shard) for file in self.files)
+
     def documents(
         self, lane: int, lanes: int, position: Position = None
     ) -> Iterator[tuple[Record, Position]]:

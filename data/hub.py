@@ -107,6 +107,11 @@ class HubCorpus:
         values["shards"] = self.stream.num_shards
         return {f"data.sources.{self.name}.{key}": value for key, value in values.items()}
 
+    @property
+    def is_near(self) -> bool:
+        """Every place means opening a file elsewhere."""
+        return False
+
     def documents(
         self, lane: int, lanes: int, position: Position = None
     ) -> Iterator[tuple[Document | Fault, Position]]:

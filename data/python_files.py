@@ -4,6 +4,8 @@ import os
 import sysconfig
 from pathlib import Path
 
+from xxhash import xxh3_64_intdigest
+
 from data.cache import ShardCache
 from data.files import CorpusFile, FileCorpus
 from data.formats import PythonFile
@@ -15,10 +17,13 @@ PASSED_OVER = frozenset({"test", "tests", "idle_test", "site-packages", "dist-pa
 
 
 def python_corpus(name: str, *, packages: bool, cache: ShardCache) -> FileCorpus:
-    """The standard library's `.py` files without its tests, and those of installed packages."""
+    """The standard library's `.py` files without its tests, and those of installed packages, in an
+    order by a hash of their names."""
     paths = ["stdlib", *(["purelib", "platlib"] if packages else [])]
     roots = dict.fromkeys(Path(sysconfig.get_path(path)) for path in paths)
     shards = [shard for root in roots for shard in source_files(root)]
+    # Lanes read neighbours: by name, one of them would have nothing but tables of characters.
+    shards.sort(key=lambda shard: xxh3_64_intdigest(shard.name.encode()))
     return FileCorpus(name, tuple(CorpusFile(shard, PythonFile()) for shard in shards), cache)
 
 

@@ -49,6 +49,10 @@ class Corpus(Protocol):
     def identity(self) -> dict[str, Any]:
         """What decides the documents and their order, by setting: if equal, so are they."""
 
+    @property
+    def is_near(self) -> bool:
+        """Whether it costs little to begin to read in several places."""
+
     def documents(
         self, lane: int, lanes: int, position: Position = None
     ) -> Iterator[tuple[Record, Position]]:

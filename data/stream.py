@@ -62,7 +62,8 @@ class Batch(NamedTuple):
         return np.diff(borders, append=B * T).tolist()
 
     def tokens(self, source: str) -> int:
-        """Tokens that this rank's lanes have read of a source so far."""
+        """Tokens that this rank's lanes have read of a source so far; with best-fit packing, before
+        the documents that are being packed together."""
         return sum(cursor.sources[source].tokens for cursor in self.lanes.values())
 
     def epoch(self, source: str) -> int:

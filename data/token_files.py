@@ -189,6 +189,11 @@ class TokenCorpus:
         return {f"data.sources.{self.name}": f"{count} {contents}"}
 
     @property
+    def is_near(self) -> bool:
+        """The files are mapped."""
+        return True
+
+    @property
     def tokenizer_fingerprint(self) -> str:
         """The fingerprint of the tokenizer that made the tokens."""
         return self.index.tokenizer

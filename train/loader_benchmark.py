@@ -3,6 +3,7 @@
 import gzip
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -26,7 +27,7 @@ from data.mixture import Drawn, LaneCursor
 from data.shuffle import Cursor
 from data.source import Document
 from data.stream import BatchShape, TokenStream
-from data.token_files import write_tokens
+from data.token_files import INDEX, TokenIndex, shard_name, write_tokens
 from data.tokenizer import Tokenizer
 from data.tokenizer_training import prepare_tokenizer
 from train.timing import Result, Work, interleaved, ratio
@@ -38,6 +39,9 @@ MANY_TOKENS = 50_000_000
 """Pre-tokenised tokens that are read in a turn: about as long as it takes to read the text."""
 
 PLACES = (0.01, 0.5, 0.99)
+
+ROW_GROUP = 64
+"""Rows of a group in Parquet: about a megabyte."""
 
 
 def bench_loading(repeat: int) -> Result:
@@ -166,8 +170,23 @@ def _large_corpora(
         form: FilesSource(kind="files", paths=str(folder / f"large.{form}"))
         for form in ("jsonl", "jsonl.gz", "parquet")
     }
-    write_tokens(folder / "tokens", [texts], tokenizer)
-    return sources
+    _write_repeated_tokens(folder / "tokens", texts, repeats, tokenizer)
+    return sources | {"tokens": TokensSource(kind="tokens", path=str(folder / "tokens"))}
+
+
+def _write_repeated_tokens(
+    path: Path, texts: list[str], repeats: int, tokenizer: Tokenizer
+) -> None:
+    """The texts over and over as tokens, tokenised once."""
+    write_tokens(path, [texts], tokenizer)
+    index = TokenIndex.load(path / INDEX)
+    [first] = index.shards
+    for number in range(1, repeats):
+        shard = replace(first, name=shard_name(number))
+        for suffix in shard.xxh3_128:
+            shutil.copy(path / f"{first.name}.{suffix}", path / f"{shard.name}.{suffix}")
+        index = index.with_shard(shard)
+    replace(index, parts=repeats).save(path / INDEX)
 
 
 def _write_jsonl(path: Path, texts: list[str]) -> None:
@@ -178,5 +197,5 @@ def _write_jsonl(path: Path, texts: list[str]) -> None:
 def _write_parquet(path: Path, texts: list[str]) -> None:
     schema = pa.schema({"text": pa.string()})
     with ParquetWriter(path, schema) as writer:
-        for start in range(0, len(texts), 512):
-            writer.write_table(pa.table({"text": texts[start : start + 512]}, schema=schema))
+        for start in range(0, len(texts), ROW_GROUP):
+            writer.write_table(pa.table({"text": texts[start : start + ROW_GROUP]}, schema=schema))

@@ -7,6 +7,7 @@ from statistics import median
 import pytest
 import torch
 
+from train import loader_benchmark
 from train.arguments import parse
 from train.bench import BENCHMARKS, BenchArguments, interleaved, main
 from train.validation import ConfigError
@@ -90,3 +91,20 @@ def test_impossible_arguments_are_all_told_at_once() -> None:
         f"name=speed: expected one of {', '.join(BENCHMARKS)}",
         "device=tpu: expected auto, cpu or cuda",
     ]
+
+
+def test_the_loaders_benchmarks_measure_every_form(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loader_benchmark, "MANY_TOKENS", 1_000_000)
+    monkeypatch.setattr(loader_benchmark, "_texts", lambda: ["a text of words " * 40] * 300)
+    out = str(tmp_path)
+    assert main(BenchArguments(name="data", repeat=1, out=out)) == 0
+    rows = json.loads((tmp_path / "data.json").read_text(encoding="utf-8"))["rows"]
+    assert [row["work"] for row in rows] == ["SentencePiece", "jsonl", "parquet", "pre-tokenised"]
+    assert rows[0]["x_SentencePiece"] == 1
+    assert main(BenchArguments(name="resume", repeat=1, out=out, gigabytes=0.002)) == 0
+    rows = json.loads((tmp_path / "resume.json").read_text(encoding="utf-8"))["rows"]
+    assert [row["work"] for row in rows] == ["jsonl", "jsonl.gz", "parquet", "tokens"]
+    assert all(row[f"at {place} ms"] > 0 for row in rows for place in ("1%", "50%", "99%"))
+    assert "99%_over_1%" in capsys.readouterr().out

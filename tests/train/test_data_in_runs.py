@@ -1,0 +1,133 @@
+"""What the data does to a run: mixtures that go on, text that ends, shards that vanish."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from train import main as main_module
+from train.checkpoint import flatten
+from train.config import Config
+from train.hooks import Metrics, StepRecord
+from train.run import Run
+from train.validation import ConfigError
+
+
+@pytest.fixture
+def mixed(tmp_path: Path) -> Callable[..., list[str]]:
+    """The overrides of a mixture of two corpora, packed best-fit and isolated, in two phases."""
+    for name, words in (("a", 9), ("b", 40)):
+        texts = [f"{name}{i} " + "tokens that are kept " * (i % words) for i in range(60)]
+        text = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+        (tmp_path / f"{name}.jsonl").write_text(text)
+
+    def overrides(*others: str) -> list[str]:
+        sources = [f"data.sources.{n}={{kind:files,paths:{tmp_path}/{n}.jsonl}}" for n in "ab"]
+        return [
+            "~data.sources.files",
+            *sources,
+            "data.sources.b.weight=3",
+            "data.phases.later.after_tokens=700",
+            "data.phases.later.weights.a=5",
+            "data.packing=best_fit",
+            "data.documents=isolate",
+            *others,
+        ]
+
+    return overrides
+
+
+class Vanishing:
+    """A hook that removes a file after some step."""
+
+    every = 1
+
+    def __init__(self, path: Path, step: int) -> None:
+        self.path = path
+        self.step = step
+
+    def __call__(self, record: StepRecord) -> Metrics:
+        if record.step == self.step:
+            self.path.unlink()
+        return {}
+
+
+def test_a_mixture_goes_on_bitwise(config, mixed, trained, logged, tmp_path: Path) -> None:
+    settings = mixed("train.max_steps=12", "data.workers=2", "schedule=constant")
+    whole = trained(config(*settings, f"run.dir={tmp_path / 'whole'}"))
+    trained(config(*mixed("train.max_steps=5", "data.workers=0", "schedule=constant")))
+    rest = trained(config(*settings))
+
+    def steps(run: Run) -> list[Metrics]:
+        """What is logged, without what is measured at an end only."""
+        ends = ("eval/", "sample/")
+        lines = logged(run.directory)
+        return [{k: v for k, v in line.items() if not k.startswith(ends)} for line in lines]
+
+    assert steps(rest.run) == steps(whole.run)
+    assert rest.metrics["eval/a/loss"] == whole.metrics["eval/a/loss"]
+    ours, theirs = (flatten(done.run.engine.state()) for done in (rest, whole))
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+    last = logged(rest.run.directory)[-1]
+    assert last["progress/a/tokens"] > 0
+    assert last["progress/b/tokens"] > 0
+    assert 0 < last["data/padding_fraction"] < 0.5
+    assert {"eval/a/loss", "eval/b/loss"} <= set(last)
+
+
+def test_changed_weights_are_refused_on_resume(config, mixed, trained, opened) -> None:
+    trained(config(*mixed("train.max_steps=2")))
+    with pytest.raises(ConfigError, match=r"data\.sources\.\*\.weight was .* and is now"):
+        opened(config(*mixed("train.max_steps=4", "data.sources.b.weight=4")))
+
+
+def test_a_run_ends_well_with_its_text(
+    config: Callable[..., Config], capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = config("data.sources.files.epochs=2", "train.max_steps=500", "hooks.console=false")
+    assert main_module.main(settings) == 0
+    output = " ".join(capsys.readouterr().out.split())
+    assert "ended after step" in output
+    assert "data.sources.*.epochs={'files': 2}: lane" in output
+    assert "heldout: " in output
+    with pytest.raises(ConfigError, match=r"data\.sources\.\*\.epochs=\{'files': 2\}"):
+        main_module.main(settings)
+
+
+def test_when_the_data_fails_the_run_is_saved_before_it_says_so(
+    config, trained, corpus: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "text.jsonl"
+    path.write_bytes(corpus.read_bytes())
+    settings = config(
+        f"data.sources.files.paths={path}",
+        "data.remote.retry_s=0.2",
+        "data.workers=1",
+        "data.prefetch=1",
+        "train.max_steps=500",
+    )
+    done = trained(settings, hooks=(Vanishing(path, 3),))
+    assert done.record.ending == "no_data"
+    assert str(path) in str(done.record.failure)
+    newest = done.run.store.newest()
+    assert newest.step == done.record.step >= 3
+    path.write_bytes(corpus.read_bytes())
+    more = config(f"data.sources.files.paths={path}", f"train.max_steps={newest.step + 2}")
+    assert trained(more).record.step == newest.step + 2
+
+
+def test_what_is_no_document_is_found_in_the_runs_directory(
+    config, trained, logged, corpus: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "text.jsonl"
+    path.write_bytes(b"not JSON\n" + corpus.read_bytes() + b'{"text": ""}\n')
+    done = trained(config(f"data.sources.files.paths={path}", "train.max_steps=30"))
+    lines = (done.run.directory / "quarantine.jsonl").read_text().splitlines()
+    origins = {json.loads(line)["origin"]: json.loads(line)["reason"] for line in lines}
+    size = path.stat().st_size
+    assert origins[f"{path}@0"].startswith("not JSON")
+    assert origins[f"{path}@{size - len(b'{.text.: ..}') - 1}"] == "empty"
+    assert len(origins) == 2
+    assert logged(done.run.directory)[-1]["data/quarantined"] == 2

@@ -1,0 +1,69 @@
+"""What a configuration will feed is told as it is."""
+
+import json
+import re
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+
+import pytest
+
+from data.documents import Documents
+from data.stream import BatchShape, TokenStream
+from data.tokenizer_training import prepare_tokenizer
+from train import inspect_data
+from train.config import Config
+from train.inspect_data import count, main, shown_row
+from train.validation import ConfigError
+
+Configured = Callable[..., Config]
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inspect_data, "MEASURE_S", 0.05)
+
+
+def test_what_is_told_of_a_source_is_what_is_in_it(
+    config: Configured, corpus: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(config()) == 0
+    output = capsys.readouterr().out
+    texts = [json.loads(line)["text"] for line in corpus.read_text().splitlines()]
+    size = sum(len(text.encode()) for text in texts)
+    assert "53, 10 of them held out" in output or re.search(r"53, \d+ of them held out", output)
+    assert f"{size:,} bytes" in output
+    assert re.search(r"tokens of an epoch +│ about [\d,]+", output)
+    assert f"{corpus}@0" in output
+    assert "⟨/⟩" in output
+    assert "quarantined: 0 of " in output
+    assert re.search(r"the loader alone: [\d,]+ tokens/s with data.workers=1", output)
+
+
+def test_a_source_that_is_not_read_to_its_end_is_not_called_known(config: Configured) -> None:
+    settings = config()
+    documents = Documents(settings.data)
+    tokenizer = prepare_tokenizer(settings.tokenizer, documents, vocab_size=320)
+    whole = count(documents, tokenizer, "files", seconds=60)
+    part = count(documents, tokenizer, "files", seconds=0)
+    assert (whole.whole, whole.documents, part.whole, part.documents) == (True, 53, False, 1)
+    assert 0 < whole.held_out < whole.documents
+    assert len(whole.first) == 3
+
+
+def test_a_row_is_shown_with_its_borders_and_its_padding(config: Configured) -> None:
+    settings = config("data.packing=best_fit", "train.seq_len=200", "model.max_seq_len=200")
+    documents = Documents(settings.data)
+    tokenizer = prepare_tokenizer(settings.tokenizer, documents, vocab_size=320)
+    shape = BatchShape(global_batch=4, seq_len=200)
+    for batch in islice(TokenStream(documents, tokenizer, shape, seed=0), 5):
+        shown = shown_row(batch, tokenizer)
+        text, _, padding = shown.partition("⟨·")
+        assert shown.startswith("⟨/⟩")
+        tokens = 1 + sum(len(tokenizer.encode_document(t)) for t in text.split("⟨/⟩")[1:-1])
+        assert tokens + int(padding.rstrip("⟩") or 0) == 201
+
+
+def test_what_cannot_be_read_is_refused(config: Configured, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data\.sources\.files\.paths="):
+        main(config(f"data.sources.files.paths={tmp_path}/none"))
