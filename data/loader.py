@@ -1,12 +1,12 @@
 """Batches of a token stream, made ready by threads, in the stream's own order."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from time import perf_counter
 
 from data.mixture import LaneCursor
 from data.packing import Row
-from data.prefetch import Prefetch
+from data.prefetch import Prefetch, WaitEndedError, never
 from data.stream import Batch, TokenStream
 
 
@@ -24,13 +24,21 @@ class Loader:
     Args:
         workers: threads; with 0, the consumer makes each batch when it asks for it.
         depth: batches that are made in advance.
+        give_up: whether to wait no longer for a batch, asked while workers have none.
 
     Attributes:
         wait_s: seconds that the consumer has waited so far.
         failure: why there is no batch after the last one that was given; None while there is.
     """
 
-    def __init__(self, stream: TokenStream, *, workers: int, depth: int) -> None:
+    def __init__(
+        self,
+        stream: TokenStream,
+        *,
+        workers: int,
+        depth: int,
+        give_up: Callable[[], bool] = never,
+    ) -> None:
         self.stream = stream
         self.wait_s = 0.0
         self.failure: ValueError | None = None
@@ -46,7 +54,7 @@ class Loader:
         feeds = []
         for worker in range(workers):
             own = [lane for lane in order if worker_of[lane] == worker]
-            feed = Prefetch(stream.rows(own), depth * len(own))
+            feed = Prefetch(stream.rows(own), depth * len(own), give_up)
             feeds.append(self._threads.enter_context(feed))
         self._rows = _merged([feeds[worker_of[lane]] for lane in order])
 
@@ -57,9 +65,9 @@ class Loader:
         start = perf_counter()
         batch = self._next or self._made()
         if batch is None:
-            assert self.failure is not None
-            raise self.failure
-        self._next = self._made()  # one ahead, so that whoever takes the last one is told so
+            raise self.failure or WaitEndedError
+        # One ahead, so that whoever takes the last one is told so. None, too, after `give_up`.
+        self._next = self._made()
         self.wait_s += perf_counter() - start
         return batch
 
@@ -69,6 +77,8 @@ class Loader:
                 return self.stream.batch(self._rows)
             except ValueError as error:
                 self.failure = error
+            except WaitEndedError:
+                pass
         return None
 
     def close(self) -> None:

@@ -1,12 +1,27 @@
 """Batches made ready in the background while the model computes."""
 
-from collections.abc import Iterable, Iterator
-from queue import SimpleQueue
+from collections.abc import Callable, Iterable, Iterator
+from queue import Empty, SimpleQueue
 from threading import Event, Semaphore, Thread
 from time import perf_counter
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
+
+POLL_S = 0.2
+"""Seconds between two looks at whether the consumer should stop waiting."""
+
+GRACE_S = 5.0
+"""Seconds that closing waits for an item in the making; a stalled server may keep it longer."""
+
+
+class WaitEndedError(Exception):
+    """The consumer was told to wait no longer."""
+
+
+def never() -> bool:
+    """The answer of a consumer that waits as long as it takes."""
+    return False
 
 
 class Prefetch(Generic[T]):
@@ -16,12 +31,18 @@ class Prefetch(Generic[T]):
     lost, so a checkpoint stores the cursors of the last batch that was consumed. Close it, or use
     it as a context, to end its thread.
 
+    Args:
+        items: what is made in advance.
+        depth: how many of them.
+        give_up: whether to wait no longer, asked while nothing is ready.
+
     Attributes:
         wait_s: seconds that the consumer has waited so far.
     """
 
-    def __init__(self, items: Iterable[T], depth: int) -> None:
+    def __init__(self, items: Iterable[T], depth: int, give_up: Callable[[], bool] = never) -> None:
         assert depth >= 1
+        self._give_up = give_up
         self.wait_s = 0.0
         self._room = Semaphore(depth)
         self._made: SimpleQueue[tuple[T] | BaseException] = SimpleQueue()
@@ -46,7 +67,7 @@ class Prefetch(Generic[T]):
     def __next__(self) -> T:
         assert not self._closed.is_set(), "closed"
         start = perf_counter()
-        made = self._made.get()
+        made = self._take()
         self.wait_s += perf_counter() - start
         if isinstance(made, BaseException):
             self._made.put(made)  # for whoever asks again
@@ -54,11 +75,19 @@ class Prefetch(Generic[T]):
         self._room.release()
         return made[0]
 
+    def _take(self) -> tuple[T] | BaseException:
+        while True:
+            try:
+                return self._made.get(timeout=POLL_S)
+            except Empty:
+                if self._give_up():
+                    raise WaitEndedError from None
+
     def close(self) -> None:
-        """Ends the thread, after the item that it is making."""
+        """Ends the thread after the item that it is making, or leaves it to end by itself."""
         self._closed.set()
         self._room.release()
-        self._thread.join()
+        self._thread.join(GRACE_S)
 
     def __enter__(self) -> "Prefetch[T]":
         return self

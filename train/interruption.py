@@ -17,6 +17,10 @@ class Interruption:
         self._before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
+    def came(self) -> bool:
+        """Whether one came."""
+        return self.received is not None
+
     def _note(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
         self.received = signal.Signals(number)
         self._restore()

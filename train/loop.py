@@ -6,6 +6,7 @@ from time import perf_counter
 from rich.progress import Progress
 
 from data.loader import Loader
+from data.prefetch import WaitEndedError
 from data.stream import Batch
 from train.engine import Rows
 from train.hooks import Metrics, StepRecord
@@ -29,7 +30,7 @@ def train(run: Run, progress: Progress) -> tuple[StepRecord, Metrics]:
     workers, depth = config.data.workers, config.data.prefetch
     with (
         Interruption() as interruption,
-        Loader(run.stream, workers=workers, depth=depth) as batches,
+        Loader(run.stream, workers=workers, depth=depth, give_up=interruption.came) as batches,
     ):
         for step in count(run.step + 1):
             batch = _next(batches)
@@ -75,3 +76,5 @@ def _next(batches: Loader) -> Batch:
         return next(batches)
     except ValueError as error:
         raise ConfigError([str(error)], "the data") from error
+    except WaitEndedError:
+        raise KeyboardInterrupt from None  # before the first step: there is nothing to save

@@ -5,7 +5,7 @@ from itertools import count, islice
 
 import pytest
 
-from data.prefetch import Prefetch
+from data.prefetch import Prefetch, WaitEndedError
 
 
 def prefetch_threads() -> int:
@@ -78,3 +78,28 @@ def test_the_time_that_the_consumer_waits_is_measured() -> None:
         before = ahead.wait_s
         next(ahead)
         assert 0 <= ahead.wait_s - before < 0.04
+
+
+def test_whoever_is_told_to_wait_no_longer_stops_waiting_and_closing_takes_no_longer() -> None:
+    stalled = threading.Event()
+
+    def items() -> Iterator[int]:
+        yield 1
+        stalled.wait()
+
+    told = threading.Event()
+    ahead = Prefetch(items(), depth=2, give_up=told.is_set)
+    assert next(ahead) == 1
+    threading.Timer(0.1, told.set).start()
+    start = time.monotonic()
+    with pytest.raises(WaitEndedError):
+        next(ahead)
+    assert 0.1 <= time.monotonic() - start < 2
+    stalled.set()
+    ahead.close()
+
+
+def test_what_is_ready_is_given_even_to_whoever_gives_up() -> None:
+    with Prefetch(range(3), depth=3, give_up=lambda: True) as ahead:
+        time.sleep(0.1)
+        assert list(ahead) == [0, 1, 2]

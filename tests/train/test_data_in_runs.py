@@ -1,12 +1,17 @@
 """What the data does to a run: mixtures that go on, text that ends, shards that vanish."""
 
 import json
+import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
+from threading import Timer
+from time import monotonic
 
 import pytest
 import torch
 
+from tests.data.fault_server import FaultServer, serving
 from train import main as main_module
 from train.checkpoint import flatten
 from train.config import Config
@@ -131,3 +136,44 @@ def test_what_is_no_document_is_found_in_the_runs_directory(
     assert origins[f"{path}@{size - len(b'{.text.: ..}') - 1}"] == "empty"
     assert len(origins) == 2
     assert logged(done.run.directory)[-1]["data/quarantined"] == 2
+
+
+class Stalling:
+    """A hook after which a server answers nothing any more, and somebody ends the run."""
+
+    every = 1
+
+    def __init__(self, server: FaultServer, step: int) -> None:
+        self.server = server
+        self.step = step
+
+    def __call__(self, record: StepRecord) -> Metrics:
+        if record.step == self.step:
+            self.server.behaviour.rate = 1.0
+            Timer(0.3, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        return {}
+
+
+def test_a_signal_ends_a_run_that_waits_for_a_stalled_server(
+    config, trained, corpus: Path, tmp_path: Path
+) -> None:
+    lines = corpus.read_bytes()
+    for number in range(9):
+        (tmp_path / f"{number}.jsonl").write_bytes(lines)
+    with serving(tmp_path, faults=("stall",), stall_s=60.0) as server:
+        settings = config(
+            f"data.sources.files.paths=[{','.join(f'{server.url}/{n}.jsonl' for n in range(9))}]",
+            "data.lanes=1",
+            "data.workers=1",
+            "data.prefetch=1",
+            "data.remote.timeout_s=1",
+            "train.max_steps=5000",
+            "train.micro_batch=4",
+        )
+        start = monotonic()
+        done = trained(settings, hooks=(Stalling(server, 2),))
+    assert done.record.ending == "SIGTERM"
+    assert 2 < done.record.step < 5000
+    newest = done.run.store.newest()
+    assert newest.step == done.record.step
+    assert monotonic() - start < 20
