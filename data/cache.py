@@ -119,7 +119,7 @@ class ShardCache:
         Raises:
             ShardError: it cannot be had, is damaged, or does not fit on the disk.
         """
-        if not self.copies(shard):
+        if not self._is_copied(shard):
             return open_shard(shard, self.remote)
         with self._copy(shard) as copy:
             self._ensure(shard, copy)
@@ -136,8 +136,7 @@ class ShardCache:
         with self._copy(shard) as copy:
             return (copy.about() or self._ensure(shard, copy)).size
 
-    def copies(self, shard: Shard) -> bool:
-        """Whether a shard is read from a copy."""
+    def _is_copied(self, shard: Shard) -> bool:
         is_far = not is_local(shard.url)
         return compression_of(shard.name) is not None or (is_far and self.config.remote)
 

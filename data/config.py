@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from math import inf
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
@@ -25,7 +26,7 @@ def check_least(config: Any, section: str, least: float, *names: str) -> list[st
     return [
         f"{section}.{name}={value}: expected {kind} of at least {least}"
         for name in names
-        if (value := getattr(config, name)) is not None and value < least
+        if (value := getattr(config, name)) is not None and not least <= value < inf
     ]
 
 
@@ -74,14 +75,19 @@ class FilesSource(AnySource):
         paths: files, directories (read recursively) and globs such as `books/**/*.txt`, on this
             machine or as URLs that fsspec opens: `https://`, `hf://datasets/`, `s3://`.
         text_field: the column or key that holds a document's text in `.parquet` and `.jsonl`.
-        separator: what stands between two documents in a `.txt` file, for example
-            `<|endoftext|>`; null: the whole file is one document.
+        separator: what stands between two documents in a `.txt` file, for example `<|end|>`;
+            `\\n` and `\\t` mean a line's end and a tab; null: the whole file is one document.
     """
 
     kind: Literal["files"]
     paths: str | tuple[str, ...]
     text_field: str = "text"
     separator: str | None = None
+
+    @property
+    def mark(self) -> str | None:
+        """`separator`, with its line ends and tabs."""
+        return self.separator and self.separator.replace("\\n", "\n").replace("\\t", "\t")
 
     @property
     def patterns(self) -> tuple[str, ...]:
@@ -166,7 +172,7 @@ class Phase(Checked):
         return found + [
             f"data.phases.*.weights.{name}={weight}: expected a number of at least 0"
             for name, weight in self.weights.items()
-            if weight < 0
+            if not 0 <= weight < inf
         ]
 
 
@@ -228,7 +234,8 @@ class DataConfig(Checked):
         packing: `sequential` cuts the documents where a row ends and wastes nothing; `best_fit`
             cuts only those that are longer than a row, and fills up with padding.
         max_document_bytes: UTF-8 bytes beyond which a document is quarantined.
-        max_quarantined: fraction of quarantined documents beyond which the run stops.
+        max_quarantined: fraction of quarantined documents beyond which the run stops; the first 20
+            never stop it, unless this is 0.
         workers: threads that read and tokenise; 0: the training thread does it between steps.
         prefetch: batches that are made ready ahead of the training step.
     """

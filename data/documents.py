@@ -24,9 +24,12 @@ from data.source import Corpus, Document, Fault, Position, Record, TokenDocument
 from data.token_files import TokenCorpus
 
 SAMPLED_PLACES = 4
-"""Places of a source at which a sample of it is taken, if it is near; else its beginning is."""
+"""Places of a source at which a sample of it is taken, if it is seekable; else its beginning is."""
 
-COUNTED = 1000
+COUNTED = 100
+"""Good records after which they are added to all that were read: less often costs less."""
+
+EXPLAINED = 1000
 """Documents that are looked at to explain why there are too few."""
 
 
@@ -98,16 +101,20 @@ class Documents:
     ) -> Iterator[Usable]:
         """One pass over a lane's documents of a source, without those that are quarantined."""
         passed = 0
-        for record, after in self.corpora[name].documents(lane, lanes, position):
-            checked = self._checked(record)
-            if isinstance(checked, Fault):
-                self.quarantine.passed(passed)
-                passed = 0
-                self.quarantine.add(checked)
-            else:
-                passed += 1
+        try:
+            for record, after in self.corpora[name].documents(lane, lanes, position):
+                checked = self._checked(record)
+                if isinstance(checked, Fault):
+                    self.quarantine.passed(passed)
+                    passed = 0
+                    self.quarantine.add(checked)
+                    continue
+                if (passed := passed + 1) == COUNTED:
+                    self.quarantine.passed(passed)
+                    passed = 0
                 yield Usable(record, checked, after)  # type: ignore[arg-type]
-        self.quarantine.passed(passed)
+        finally:
+            self.quarantine.passed(passed)
 
     def _checked(self, record: Record) -> int | Fault:
         """The digest of a record's text; a fault if it is no document."""
@@ -145,9 +152,9 @@ class Documents:
         if barren:
             raise self._too_few(name)
 
-    def held_out(self, name: str) -> Iterator[Document | TokenDocument]:
-        """The held-out documents of a source, in its order."""
-        for document, digest, _ in self.usable(name, 0, 1):
+    def held_out(self, name: str, most: int | None = None) -> Iterator[Document | TokenDocument]:
+        """The held-out documents of a source, in its order; of the first `most` of all alone."""
+        for document, digest, _ in islice(self.usable(name, 0, 1), most):
             if is_held_out(digest, self.config.holdout):
                 yield document
 
@@ -172,7 +179,7 @@ class Documents:
         found = False
         for name, weight in texts.items():
             room = size * weight / sum(texts.values()) if weight else 0
-            places = SAMPLED_PLACES if self.corpora[name].is_near else 1
+            places = SAMPLED_PLACES if self.corpora[name].is_seekable else 1
             for document, digest in self.in_turn(name, places):
                 if room <= 0:
                     break
@@ -189,21 +196,21 @@ class Documents:
 
     def _too_few(self, name: str) -> ValueError:
         """The error for a lane that finds nothing to train on."""
-        digests = [digest for _, digest, _ in islice(self.usable(name, 0, 1), COUNTED)]
+        digests = [digest for _, digest, _ in islice(self.usable(name, 0, 1), EXPLAINED)]
+        faults = self.quarantine.faults
+        bad = f"; not documents: {self.quarantine.summary()}" if faults else ""
         if not digests:
-            faults = len(self.quarantine.faults)
             return ValueError(
-                f"data.sources.{name}: no text in it ({_place(self._source(name))}"
-                f"{f'; {faults} records are no documents' if faults else ''}); choose a source "
-                "with documents"
+                f"data.sources.{name}: no text in it ({_place(self._source(name))}{bad}); choose a "
+                "source with documents"
             )
         held_out = sum(is_held_out(digest, self.config.holdout) for digest in digests)
-        count = f"{len(digests)}{' or more' if len(digests) == COUNTED else ''}"
+        count = f"{len(digests)}{' or more' if len(digests) == EXPLAINED else ''}"
         return ValueError(
             f"data.lanes={self.config.lanes}: a lane found no document to train on, for "
             f"data.sources.{name} has {count} and data.holdout={self.config.holdout} holds out "
-            f"{held_out} of them; lower data.lanes or add documents (a .txt file is one, unless "
-            f"data.sources.{name}.separator cuts it)"
+            f"{held_out} of them{bad}. Lower data.lanes, or add documents: a long one can fill the "
+            "parts of several lanes, and a .txt file is one unless a separator cuts it"
         )
 
 

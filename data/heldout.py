@@ -11,6 +11,9 @@ from data.tokenizer import Tokenizer
 SPREAD = 8
 """How many times more held-out text is read than is chosen from it."""
 
+MOST_DOCUMENTS = 100_000
+"""Documents of a source that are looked at for it: where few are held out, the rows are fewer."""
+
 
 class HeldOut(NamedTuple):
     """Held-out text in rows.
@@ -60,7 +63,7 @@ def _stream(documents: Documents, tokenizer: Tokenizer, source: str, size: int) 
     """
     pieces = [np.array([tokenizer.eos_id])]
     room = size
-    for document in documents.held_out(source):
+    for document in documents.held_out(source, MOST_DOCUMENTS):
         pieces.append(tokenizer.document_tokens(document))
         room -= len(pieces[-1])
         if room <= 0:

@@ -108,8 +108,8 @@ class HubCorpus:
         return {f"data.sources.{self.name}.{key}": value for key, value in values.items()}
 
     @property
-    def is_near(self) -> bool:
-        """Every place means opening a file elsewhere."""
+    def is_seekable(self) -> bool:
+        """Most formats are read from their beginning."""
         return False
 
     def documents(

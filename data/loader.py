@@ -1,6 +1,6 @@
 """Batches of a token stream, made ready by threads, in the stream's own order."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack
 from time import perf_counter
 
@@ -41,7 +41,7 @@ class Loader:
     ) -> None:
         self.stream = stream
         self.wait_s = 0.0
-        self.failure: ValueError | None = None
+        self.failure: Exception | None = None
         self._next: Batch | None = None
         self._threads = ExitStack()
         order = stream.lanes
@@ -75,15 +75,16 @@ class Loader:
         if self.failure is None:
             try:
                 return self.stream.batch(self._rows)
-            except ValueError as error:
-                self.failure = error
             except WaitEndedError:
                 pass
+            except Exception as error:
+                self.failure = error
         return None
 
     def close(self) -> None:
-        """Ends the threads, each after the row that it is making."""
+        """Ends the threads, each after the row that it is making, and closes what is open."""
         self._threads.close()
+        self._rows.close()
 
     def __enter__(self) -> "Loader":
         return self
@@ -92,7 +93,7 @@ class Loader:
         self.close()
 
 
-def _merged(order: list[Prefetch[tuple[Row, LaneCursor]]]) -> Iterator[tuple[Row, LaneCursor]]:
+def _merged(order: list[Prefetch[tuple[Row, LaneCursor]]]) -> Generator[tuple[Row, LaneCursor]]:
     while True:
         for feed in order:
             yield next(feed)

@@ -29,10 +29,6 @@ from data.shuffle import AnyDocument, Cursor, Shuffle, epochs
 from data.tokenizer import Tokenizer
 
 
-class OutOfTextError(ValueError):
-    """Every source has been read as often as its `epochs` allow."""
-
-
 class Drawn(NamedTuple):
     """What a lane has read of a source.
 
@@ -45,6 +41,16 @@ class Drawn(NamedTuple):
     cursor: Cursor = Cursor()
     tokens: int = 0
     earlier: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values."""
+        return {**self.cursor._asdict(), "tokens": self.tokens, "earlier": self.earlier}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "Drawn":
+        """The inverse of `to_json`."""
+        cursor = Cursor(*(values[field] for field in Cursor._fields))
+        return cls(cursor, values["tokens"], values["earlier"])
 
 
 class LaneCursor(NamedTuple):
@@ -63,20 +69,13 @@ class LaneCursor(NamedTuple):
 
     def to_json(self) -> dict[str, Any]:
         """As plain values."""
-        sources = {
-            name: {**drawn.cursor._asdict(), "tokens": drawn.tokens, "earlier": drawn.earlier}
-            for name, drawn in self.sources.items()
-        }
+        sources = {name: drawn.to_json() for name, drawn in self.sources.items()}
         return {"sources": sources, "phase": self.phase, "skip": self.skip}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "LaneCursor":
         """The inverse of `to_json`."""
-        sources = {
-            name: Drawn(Cursor(*(saved[field] for field in Cursor._fields)), tokens, earlier)
-            for name, saved in values["sources"].items()
-            for tokens, earlier in [(saved["tokens"], saved["earlier"])]
-        }
+        sources = {name: Drawn.from_json(drawn) for name, drawn in values["sources"].items()}
         return cls(sources, values["phase"], values["skip"])
 
 
@@ -92,8 +91,8 @@ class Lane:
     def read(self, start: LaneCursor | None = None) -> Iterator[tuple[np.ndarray, LaneCursor]]:
         """Documents' tokens [n] with their separators, each with the cursor before it.
 
-        Raises:
-            OutOfTextError: nothing is left.
+        It ends when every source with a weight has been read as often as its `epochs` allow; last
+        comes an empty document with the cursor of the end.
         """
         config = self.documents.config
         cursor = start or LaneCursor(dict.fromkeys(config.sources, Drawn()))
@@ -110,8 +109,12 @@ class Lane:
             for name in [n for n in readers if n not in ahead and weights[n]]:
                 if (item := next(readers[name], None)) is None:
                     del readers[name]
+                    cursor = _used_up(cursor, name, config.sources[name].epochs)
                 else:
                     ahead[name] = self.tokenizer.document_tokens(item[0]), item[1]
+            if not any(weights[name] for name in ahead):
+                yield np.empty(0, dtype=np.int32), cursor
+                return
             name = self._next(cursor, weights, ahead)
             tokens, after = ahead.pop(name)
             yield tokens, cursor
@@ -138,12 +141,6 @@ class Lane:
         turns = [name for name in ahead if weights[name]]
         if len(turns) == 1:
             return turns[0]
-        if not turns:
-            limits = {n: self.documents.config.sources[n].epochs for n in weights if weights[n]}
-            raise OutOfTextError(
-                f"data.sources.*.epochs={limits}: lane {self.number} has no more text; raise them, "
-                "or end the run earlier with train.max_tokens"
-            )
 
         def place(name: str) -> float:
             drawn = cursor.sources[name]
@@ -153,6 +150,13 @@ class Lane:
             return tokens / weights[name]
 
         return min(sorted(turns), key=place)
+
+
+def _used_up(cursor: LaneCursor, name: str, epochs: int | None) -> LaneCursor:
+    """The cursor when all of a source's epochs are complete."""
+    assert epochs is not None
+    drawn = cursor.sources[name]._replace(cursor=Cursor(epoch=epochs))
+    return cursor._replace(sources={**cursor.sources, name: drawn})
 
 
 def _begin(cursor: LaneCursor, phase: int) -> LaneCursor:

@@ -3,7 +3,7 @@
 from bisect import bisect_left, insort
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -14,10 +14,17 @@ PADDING = 0
 
 
 class Row(NamedTuple):
-    """A row of T+1 tokens, int64; `targets` says how many of its T targets count, the first."""
+    """A row of text.
+
+    Attributes:
+        tokens: [T+1] int64.
+        targets: how many of its T targets count, the first.
+        reached: the place of the last document that was read for it.
+    """
 
     tokens: np.ndarray
     targets: int
+    reached: Any
 
 
 def pack(
@@ -35,14 +42,15 @@ def pack(
         skip: tokens of the first document to leave out.
 
     Yields:
-        a row, and where the next one starts: in which document, at which token.
+        a row, and where the next one starts: in which document, at which token. The last one is
+        filled up with padding.
 
-    >>> tokens = [np.array([1, 1, 1, 0]), np.array([2, 2, 0]), np.array([3, 3, 3, 3, 3, 0])]
+    >>> tokens = [np.array([1, 1, 1, 0]), np.array([2, 2, 0]), np.array([3, 3, 3, 0])]
     >>> for row, place, offset in pack(zip(tokens, "abc"), seq_len=4):
-    ...     print(row.tokens, place, offset)
-    [1 1 1 0 2] b 0
-    [2 2 0 3 3] c 1
-    [3 3 3 3 0] c 5
+    ...     print(row.tokens, row.targets, place, offset)
+    [1 1 1 0 2] 4 b 0
+    [2 2 0 3 3] 4 c 1
+    [3 3 0 0 0] 2 c 4
     """
     size = seq_len + 1
     row = np.empty(size, dtype=np.int64)
@@ -57,9 +65,13 @@ def pack(
                 break
             row[filled:] = tokens[start:stop]
             start = stop - 1  # the row's last token is the first of the next
-            yield Row(row, seq_len), place, start
+            yield Row(row, seq_len, place), place, start
             row = np.empty(size, dtype=np.int64)
             filled = 0
+    # An empty document at the end gives its place to a row, if need be to one of padding alone.
+    if filled > 1 or (filled and not len(tokens)):
+        row[filled:] = PADDING
+        yield Row(row, filled - 1, place), place, len(tokens)
 
 
 def pack_best_fit(
@@ -94,8 +106,9 @@ def pack_best_fit(
     following = iter(documents)
     while taken := list(islice(following, group)):
         rows = _fit([tokens for tokens, _ in taken], seq_len, separator)
+        (_, first), (_, last) = taken[0], taken[-1]
         for number in range(skip, len(rows)):
-            yield rows[number], taken[0][1], number + 1
+            yield Row(*rows[number], last), first, number + 1
         skip = 0
 
 
@@ -107,13 +120,13 @@ class _Piece(NamedTuple):
     document: int
 
 
-def _fit(documents: list[np.ndarray], seq_len: int, separator: int) -> list[Row]:
-    """Rows with all tokens of some documents."""
+def _fit(documents: list[np.ndarray], seq_len: int, separator: int) -> list[tuple[np.ndarray, int]]:
+    """Rows with all tokens of some documents, each with its number of targets."""
     whole: list[_Piece] = []
     bins: list[list[_Piece]] = []
     room: list[tuple[int, int]] = []  # what is left in which bin, sorted
     for number, tokens in enumerate(documents):
-        if len(tokens) <= seq_len:
+        if 0 < len(tokens) <= seq_len:
             whole.append(_Piece(tokens, separator, number))
             continue
         for start in range(0, len(tokens), seq_len):
@@ -134,12 +147,12 @@ def _fit(documents: list[np.ndarray], seq_len: int, separator: int) -> list[Row]
     return [_row(pieces, seq_len) for pieces in bins]
 
 
-def _row(pieces: list[_Piece], seq_len: int) -> Row:
+def _row(pieces: list[_Piece], seq_len: int) -> tuple[np.ndarray, int]:
     tokens = np.full(seq_len + 1, PADDING, dtype=np.int64)
     tokens[0], stop = pieces[0].before, 1
     for piece in pieces:
         tokens[stop : (stop := stop + len(piece.tokens))] = piece.tokens
-    return Row(tokens, stop - 1)
+    return tokens, stop - 1
 
 
 def document_starts(tokens: np.ndarray, separator: int) -> np.ndarray:

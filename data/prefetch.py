@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable, Iterator
 from queue import Empty, SimpleQueue
 from threading import Event, Semaphore, Thread
-from time import perf_counter
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -35,15 +34,11 @@ class Prefetch(Generic[T]):
         items: what is made in advance.
         depth: how many of them.
         give_up: whether to wait no longer, asked while nothing is ready.
-
-    Attributes:
-        wait_s: seconds that the consumer has waited so far.
     """
 
     def __init__(self, items: Iterable[T], depth: int, give_up: Callable[[], bool] = never) -> None:
         assert depth >= 1
         self._give_up = give_up
-        self.wait_s = 0.0
         self._room = Semaphore(depth)
         self._made: SimpleQueue[tuple[T] | BaseException] = SimpleQueue()
         self._closed = Event()
@@ -66,9 +61,7 @@ class Prefetch(Generic[T]):
 
     def __next__(self) -> T:
         assert not self._closed.is_set(), "closed"
-        start = perf_counter()
         made = self._take()
-        self.wait_s += perf_counter() - start
         if isinstance(made, BaseException):
             self._made.put(made)  # for whoever asks again
             raise made

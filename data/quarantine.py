@@ -1,13 +1,15 @@
 """Records that are no documents: written down, and no reason to stop while they are few."""
 
 import json
+from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from threading import Lock
 
 from data.source import Fault
 
 FREE = 20
-"""Faults that never stop a run: a rate means little before there are some."""
+"""Faults that never stop a run, unless none are allowed: a rate of so few means little."""
 
 
 class Quarantine:
@@ -19,12 +21,14 @@ class Quarantine:
     Attributes:
         faults: what was wrong, by origin; also what earlier starts of the run found.
         records: records that were read so far in this process, faults included.
+        trouble: why the file could not be written the last time; None if it could.
     """
 
     def __init__(self, max_fraction: float) -> None:
         self.max_fraction = max_fraction
         self.faults: dict[str, Fault] = {}
         self.records = 0
+        self.trouble: str | None = None
         self._found: set[str] = set()  # in this process, as `records` are
         self._path: Path | None = None
         self._lock = Lock()
@@ -55,31 +59,45 @@ class Quarantine:
                 self.faults[fault.origin] = fault
                 self._append([fault])
             self._found.add(fault.origin)
-            if len(self._found) > max(FREE, self.max_fraction * self.records):
+            free = FREE if self.max_fraction else 0
+            if len(self._found) > max(free, self.max_fraction * self.records):
                 raise self._too_many(fault)
 
     def _append(self, faults: list[Fault]) -> None:
         if self._path is None or not faults:
             return
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(fault._asdict()) + "\n" for fault in faults))
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write("".join(json.dumps(fault._asdict()) + "\n" for fault in faults))
+            self.trouble = None
+        except OSError as error:
+            self.trouble = f"{self._path} is not written: {error}"
 
     def _too_many(self, last: Fault) -> ValueError:
         place = f" (all in {self._path})" if self._path else ""
         return ValueError(
             f"data.max_quarantined={self.max_fraction}: {len(self._found)} of {self.records} "
-            f"records are no documents{place}; the last is {last.origin}: {last.reason}. Mend the "
-            "source, or raise data.max_quarantined"
+            f"records are no documents{place}: {self.summary()}; the last is {last.origin}: "
+            f"{last.reason}. Mend the source, or raise data.max_quarantined"
         )
+
+    def summary(self) -> str:
+        """What was wrong and how often, the most frequent first: `12 not JSON, 1 empty`."""
+        kinds = Counter(fault.reason.partition(":")[0] for fault in self.faults.values())
+        return ", ".join(f"{count} {kind}" for kind, count in kinds.most_common(5))
 
 
 def _read(path: Path) -> dict[str, Fault]:
     """The faults that an earlier start wrote, but for a last line that it did not finish."""
-    if not path.exists():
+    if not path.is_file():
         return {}
     lines = path.read_bytes().split(b"\n")
     if lines[-1]:
         path.write_bytes(b"".join(line + b"\n" for line in lines[:-1]))
-    faults = [Fault(**json.loads(line)) for line in lines[:-1]]
-    return {fault.origin: fault for fault in faults}
+    faults = {}
+    for line in lines[:-1]:
+        with suppress(ValueError, TypeError):  # of another hand
+            fault = Fault(**json.loads(line))
+            faults[fault.origin] = fault
+    return faults

@@ -50,8 +50,8 @@ class Corpus(Protocol):
         """What decides the documents and their order, by setting: if equal, so are they."""
 
     @property
-    def is_near(self) -> bool:
-        """Whether it costs little to begin to read in several places."""
+    def is_seekable(self) -> bool:
+        """Whether reading can begin anywhere without reading what lies before."""
 
     def documents(
         self, lane: int, lanes: int, position: Position = None

@@ -8,20 +8,24 @@ rank owns the lanes rank::world, so the same rows are drawn however many ranks s
                                    rank   0 1 0 1 0 1 0 1    of world = 2
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import cycle
+from itertools import cycle, repeat
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from data.documents import Documents
-from data.mixture import Lane, LaneCursor
-from data.packing import Row, document_starts, pack, pack_best_fit
+from data.mixture import Drawn, Lane, LaneCursor
+from data.packing import PADDING, Row, document_starts, pack, pack_best_fit
 from data.tokenizer import Tokenizer
 
 Cursors = Mapping[str, Mapping[str, Any]]
 """The cursor of each lane, by the lane's number in text: a JSON object."""
+
+
+class OutOfTextError(ValueError):
+    """Every source has been read as often as its `epochs` allow."""
 
 
 class Batch(NamedTuple):
@@ -34,6 +38,8 @@ class Batch(NamedTuple):
             not told apart.
         target_bytes: UTF-8 bytes that the targets stand for.
         lanes: where this rank's lanes go on after this batch, by their number.
+        reached: how far they have read for it: before the last document, which may be far beyond
+            where they go on.
     """
 
     rows: np.ndarray
@@ -41,6 +47,7 @@ class Batch(NamedTuple):
     starts: np.ndarray | None
     target_bytes: int
     lanes: dict[int, LaneCursor]
+    reached: dict[int, LaneCursor]
 
     @property
     def targets(self) -> int:
@@ -62,13 +69,12 @@ class Batch(NamedTuple):
         return np.diff(borders, append=B * T).tolist()
 
     def tokens(self, source: str) -> int:
-        """Tokens that this rank's lanes have read of a source so far; with best-fit packing, before
-        the documents that are being packed together."""
-        return sum(cursor.sources[source].tokens for cursor in self.lanes.values())
+        """Tokens that this rank's lanes have read of a source so far."""
+        return sum(cursor.sources[source].tokens for cursor in self.reached.values())
 
     def epoch(self, source: str) -> int:
         """Complete passes of the slowest of these lanes over its share of a source."""
-        return min(cursor.sources[source].cursor.epoch for cursor in self.lanes.values())
+        return min(cursor.sources[source].cursor.epoch for cursor in self.reached.values())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +92,7 @@ class BatchShape:
 
 
 class TokenStream:
-    """An endless stream of batches.
+    """A stream of batches, endless unless all sources have `epochs`.
 
     Args:
         cursors: where each lane goes on; those of a batch continue with the next one. The lanes
@@ -122,20 +128,22 @@ class TokenStream:
         length. (Best-fit packing alone counts in rows.)
         """
         config = self.documents.config
-        epochs = {name: source.epochs for name, source in config.sources.items()}
         return {
             **self.documents.identity,
-            "data.sources.*.weight": [[start, weights] for start, weights in config.mixture],
-            "data.sources.*.epochs": epochs,
+            "data.sources.*.weight and data.phases": [list(part) for part in config.mixture],
             "data.lanes": config.lanes,
             "data.shuffle": config.shuffle,
             "data.block_documents": config.block_documents,
             "data.documents": config.documents,
-            "data.packing": config.packing,
-            **({"train.seq_len": self.shape.seq_len} if config.packing == "best_fit" else {}),
+            "data.packing": self._packing,
             "seed": self.seed,
             "tokenizer": self.tokenizer.fingerprint,
         }
+
+    @property
+    def _packing(self) -> str:
+        packing = self.documents.config.packing
+        return packing if packing == "sequential" else f"{packing} in rows of {self.shape.seq_len}"
 
     @property
     def lanes(self) -> list[int]:
@@ -143,11 +151,12 @@ class TokenStream:
         return self.shape.lanes(self.documents.config.lanes)
 
     def __iter__(self) -> Iterator[Batch]:
+        """The batches; the end of all text raises an `OutOfTextError`."""
         rows = self.rows(self.lanes)
         while True:
             yield self.batch(rows)
 
-    def rows(self, lanes: Sequence[int]) -> Iterator[tuple[Row, LaneCursor]]:
+    def rows(self, lanes: Sequence[int]) -> Generator[tuple[Row, LaneCursor]]:
         """Rows of these lanes in turn, over and over, each with its lane's cursor after it."""
         readers = {lane: self._lane(lane) for lane in lanes}
         for lane in cycle(lanes):
@@ -163,20 +172,35 @@ class TokenStream:
         else:
             group, separator = config.block_documents, self.tokenizer.eos_id
             rows = pack_best_fit(documents, T, skip, group=group, separator=separator)
+        after = start or LaneCursor(dict.fromkeys(config.sources, Drawn()))
+        reached = after
         for row, (sources, phase, _), used in rows:
-            yield row, LaneCursor(sources, phase, used)
+            yield row, (after := LaneCursor(sources, phase, used))
+            reached = row.reached
+        nothing = Row(np.full(T + 1, PADDING, dtype=np.int64), 0, reached)
+        yield from repeat((nothing, after))
 
     def batch(self, rows: Iterator[tuple[Row, LaneCursor]]) -> Batch:
-        """The next batch of this rank, of rows that come in the order of `lanes`."""
+        """The next batch of this rank, of rows that come in the order of `lanes`.
+
+        Lanes whose text has ended give rows of padding, until all have. Of several ranks none
+        knows of the others' lanes: their batches have no targets from there on.
+
+        Raises:
+            OutOfTextError: nothing is left.
+        """
         config, order, T = self.documents.config, self.lanes, self.shape.seq_len
         tokens = np.empty((len(order), T + 1), dtype=np.int64)
         counted = np.empty(len(order), dtype=np.int64)
-        after = {}
+        after, reached = {}, {}
         for i, lane in enumerate(order):
-            (tokens[i], counted[i]), after[lane] = next(rows)
+            row, after[lane] = next(rows)
+            tokens[i], counted[i], reached[lane] = row
+        if not counted.any() and self.shape.world == 1:
+            raise self._out_of_text()
         lengths = self.tokenizer.byte_lengths.take(tokens[:, 1:])
         mask = None
-        if config.packing == "best_fit":
+        if counted.min() < T:
             mask = np.arange(T) < counted[:, None]
             lengths *= mask
         isolated = config.documents == "isolate"
@@ -186,4 +210,12 @@ class TokenStream:
             starts=document_starts(tokens, self.tokenizer.eos_id) if isolated else None,
             target_bytes=int(lengths.sum()),
             lanes=after,
+            reached=reached,
+        )
+
+    def _out_of_text(self) -> OutOfTextError:
+        limits = {name: source.epochs for name, source in self.documents.config.sources.items()}
+        return OutOfTextError(
+            f"data.sources.*.epochs={limits}: all text has been read so often; raise them to go "
+            "on, or end the run earlier with train.max_tokens"
         )

@@ -189,7 +189,7 @@ class TokenCorpus:
         return {f"data.sources.{self.name}": f"{count} {contents}"}
 
     @property
-    def is_near(self) -> bool:
+    def is_seekable(self) -> bool:
         """The files are mapped."""
         return True
 

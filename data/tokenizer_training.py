@@ -80,7 +80,10 @@ def _given(path: str) -> Tokenizer:
             f"tokenizer.path={path!r}: no such file; give a SentencePiece .model, or null to train "
             "one on the data"
         )
-    return Tokenizer.load(file)
+    try:
+        return Tokenizer.load(file)
+    except ValueError as error:
+        raise ValueError(f"tokenizer.path={path!r}: cannot be used ({error})") from error
 
 
 def _check_made_by(tokenizer: Tokenizer, setting: str, tokens: dict[str, TokenCorpus]) -> None:
@@ -100,6 +103,7 @@ def _trained(config: TokenizerConfig, documents: Documents, vocab_size: int) -> 
     made_from = {
         **options,
         **documents.identity,
+        "weights": documents.config.mixture[0][1],
         "sample_bytes": config.sample_bytes,
         "sentencepiece": sentencepiece.__version__,
     }
@@ -117,15 +121,28 @@ def train(texts: Iterator[str], options: dict[str, Any]) -> Tokenizer:
         ValueError: the texts have more characters than the vocabulary has room for.
     """
     model = io.BytesIO()
+    failures: list[ValueError] = []
+
+    def read() -> Iterator[str]:
+        """The texts; SentencePiece would take what goes wrong with them for its own failure."""
+        try:
+            yield from texts
+        except ValueError as error:
+            failures.append(error)
+
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=texts, model_writer=model, **options
+            sentence_iterator=read(), model_writer=model, **options
         )
     except RuntimeError as error:
+        if failures:
+            raise failures[0] from error
         raise ValueError(
             f"tokenizer.vocab_size={options['vocab_size']}: SentencePiece cannot make so small a "
             f"vocabulary of this text ({error}); raise it, or give a tokenizer.path"
         ) from error
+    if failures:
+        raise failures[0]
     return Tokenizer(model.getvalue())
 
 

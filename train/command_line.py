@@ -32,7 +32,7 @@ from train.validation import ConfigError, defaults, did_you_mean, keys, nearest
 T = TypeVar("T")
 CONF = Path(__file__).resolve().parent.parent / "conf"
 
-QUOTING = """write a text with special characters as 'key="..."'"""
+QUOTING = "a text with special characters has quotes within quotes:"
 SECTIONS = {setting.name for setting in fields(Config)}
 
 # What a run's name tells anyway; other settings that differ within a sweep are added to it.
@@ -181,7 +181,11 @@ def _parse(texts: Iterable[str]) -> tuple[dict[str, Override], list[str]]:
             override = parser.parse_override(text)
         except HydraException as error:
             reason = str(error).partition("\n")[0]
-            problems.append(f"{text!r}: not key=value as Hydra reads it ({reason}); {QUOTING}")
+            key, _, value = text.partition("=")
+            problems.append(
+                f"{text!r}: not key=value as Hydra reads it ({reason}); {QUOTING} "
+                f"'{key}=\"{value}\"'"
+            )
             continue
         if found := _name_problems(override):
             problems += found

@@ -38,7 +38,7 @@ class StepRecord:
 
     Attributes:
         step: how many have been, this one included.
-        tokens: tokens of text trained on so far, this step's included.
+        tokens: tokens of all rows so far, this step's and their padding included.
         loss, grad_norm: scalars on the device; see `train.engine.StepResult`.
         lr: the step's learning rate.
         batch: the step's batch; its cursors are where the stream goes on.
@@ -58,7 +58,7 @@ class StepRecord:
     train_s: float
     data_wait_s: float
     ending: str | None = None
-    failure: ValueError | None = None
+    failure: Exception | None = None
 
     @property
     def interrupted(self) -> bool:
@@ -101,23 +101,27 @@ class TrainingMetrics:
 class DataProgress:
     """What was read of each source so far, in tokens and complete passes, and what was wrong.
 
-    With one source `progress/epoch`, else `progress/<source>/tokens` and `.../epoch` of each.
+    `progress/epoch` is of the source that is least far, of those that have a weight at first.
     """
 
     def __init__(self, config: Config, quarantine: Quarantine) -> None:
         self.every = config.hooks.log_every
         self.sources = tuple(config.data.sources)
+        _, weights = config.data.mixture[0]
+        self.weighted = [name for name, weight in weights.items() if weight]
         self.quarantine = quarantine
 
     def __call__(self, record: StepRecord) -> Metrics:
         batch = record.batch
-        metrics: Metrics = {"progress/epoch": min(map(batch.epoch, self.sources))}
-        for source in self.sources if len(self.sources) > 1 else ():
+        metrics: Metrics = {"progress/epoch": min(map(batch.epoch, self.weighted))}
+        for source in self.sources:
             metrics[f"progress/{source}/tokens"] = batch.tokens(source)
             metrics[f"progress/{source}/epoch"] = batch.epoch(source)
         if batch.mask is not None:
             metrics["data/padding_fraction"] = 1 - batch.targets / batch.mask.size
         metrics["data/quarantined"] = len(self.quarantine.faults)
+        if self.quarantine.trouble:
+            metrics["data/warning"] = self.quarantine.trouble
         return metrics
 
 

@@ -94,7 +94,9 @@ def shown_row(batch: Batch, tokenizer: Tokenizer) -> str:
     return text + (f"⟨·{len(row) - end}⟩" if end < len(row) else "")
 
 
-def print_source(name: str, found: Counted, weight: float, console: Console) -> None:
+def print_source(
+    name: str, found: Counted, weight: float, tokenizer: Tokenizer, console: Console
+) -> None:
     """One source's documents, and a few of them."""
     known = "" if found.whole else "the first "
     epoch = found.tokens * (found.documents - found.held_out) // max(1, found.documents)
@@ -102,15 +104,18 @@ def print_source(name: str, found: Counted, weight: float, console: Console) -> 
     table.add_row("share of the tokens", f"{weight:.1%}")
     table.add_row("documents", f"{known}{found.documents:,}, {found.held_out:,} of them held out")
     table.add_row("text", f"{known}{found.size:,} bytes")
-    table.add_row("tokens", f"{known}{found.tokens:,}, {found.size / found.tokens:.2f} bytes each")
+    table.add_row(
+        "tokens", f"{known}{found.tokens:,}, {found.size / max(1, found.tokens):.2f} bytes each"
+    )
     whole = f"about {epoch:,}" if found.whole else f"not known: read for {READ_S:.0f} s only"
     table.add_row("tokens of an epoch", whole)
     console.print(table)
     for document in found.first:
-        text = repr(document.text[:60]) if isinstance(document, Document) else ""
-        size = len(document.text if isinstance(document, Document) else document.tokens)
-        unit = "characters" if isinstance(document, Document) else "tokens"
-        console.print(f"  {document.origin}  {size:,} {unit}  {text}", markup=False)
+        if isinstance(document, Document):
+            size, text = f"{len(document.text):,} characters", document.text[:60]
+        else:
+            size, text = f"{len(document.tokens):,} tokens", tokenizer.decode(document.tokens[:20])
+        console.print(f"  {document.origin}  {size}  {text!r}", markup=False)
 
 
 def main(config: Config) -> int:
@@ -124,7 +129,9 @@ def main(config: Config) -> int:
         _, weights = config.data.mixture[0]
         for name, weight in weights.items():
             found = count(documents, tokenizer, name, READ_S)
-            print_source(name, found, weight / sum(weights.values()), console)
+            print_source(name, found, weight / sum(weights.values()), tokenizer, console)
+        quarantine = documents.quarantine
+        records, faults = quarantine.records, len(quarantine.faults)
         shape = BatchShape(global_batch=config.train.global_batch, seq_len=config.train.seq_len)
         stream = TokenStream(documents, tokenizer, shape, seed=config.seed)
         speed, batch = loading_speed(stream, config, MEASURE_S)
@@ -136,9 +143,10 @@ def main(config: Config) -> int:
     console.print(shown_row(batch, tokenizer), markup=False)
     if batch.mask is not None:
         console.print(f"padding: {1 - batch.targets / batch.mask.size:.1%} of the first batch")
-    faults = documents.quarantine.faults
-    console.print(f"\nquarantined: {len(faults)} of {documents.quarantine.records:,} records read")
-    for fault in islice(faults.values(), EXCERPT):
+    console.print(f"\nquarantined: {faults} of {records:,} records")
+    if faults:
+        console.print(f"  {quarantine.summary()}; for example", markup=False)
+    for fault in islice(quarantine.faults.values(), EXCERPT):
         console.print(f"  {fault.origin}: {fault.reason}", markup=False)
     console.print(
         f"the loader alone: {speed:,.0f} tokens/s with data.workers={config.data.workers}"

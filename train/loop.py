@@ -7,7 +7,7 @@ from rich.progress import Progress
 
 from data.loader import Loader
 from data.prefetch import WaitEndedError
-from data.stream import Batch
+from data.stream import Batch, OutOfTextError
 from train.engine import Rows
 from train.hooks import Metrics, StepRecord
 from train.interruption import Interruption
@@ -71,10 +71,18 @@ def train(run: Run, progress: Progress) -> tuple[StepRecord, Metrics]:
 
 
 def _next(batches: Loader) -> Batch:
-    """The next batch; what the data refuses, such as too few documents, is the user's to mend."""
+    """The next batch."""
     try:
         return next(batches)
+    except OutOfTextError:
+        raise
     except ValueError as error:
-        raise ConfigError([str(error)], "the data") from error
+        raise user_error(error) from error
     except WaitEndedError:
         raise KeyboardInterrupt from None  # before the first step: there is nothing to save
+
+
+def user_error(failure: Exception | None) -> Exception:
+    """What the data refuses, such as too few documents, is the user's to mend; all else is not."""
+    assert failure is not None
+    return ConfigError([str(failure)], "the data") if isinstance(failure, ValueError) else failure

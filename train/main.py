@@ -15,14 +15,14 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from data.stream import OutOfTextError
 from train import command_line
 from train.config import Config
-from train.loop import train
+from train.loop import train, user_error
 from train.plan import make_plan, print_plan
 from train.report import print_report
 from train.run import open_run
 from train.sinks import warn
-from train.validation import ConfigError
 
 KILLED = 128  # what a shell adds to a signal's number for the exit code of who died of it
 
@@ -34,22 +34,28 @@ def main(config: Config) -> int:
     with open_run(config, console) as run:
         if run.finished:
             console.print(f"nothing to train: {run.step} steps are done")
-            print_report(run, run.step, run.finish(), console)
+            print_report(run, run.finish(), console, complete=True)
             return 0
-        with _progress(console) as progress:
-            record, metrics = train(run, progress)
+        try:
+            with _progress(console) as progress:
+                record, metrics = train(run, progress)
+        except OutOfTextError as error:
+            console.print(f"nothing to train: {run.step} steps are done. {error}", markup=False)
+            print_report(run, run.finish(), console, complete=True)
+            return 0
         failure = metrics.get("checkpoint/error")
         if failure and not config.hooks.console:  # else it has been told
             warn(console, str(failure))
         if record.ending == "no_data":
-            raise ConfigError([str(record.failure)], "the data")
+            raise user_error(record.failure)
         if record.ending == "out_of_text":
             warn(console, f"ended after step {record.step}: {record.failure}")
         if record.interrupted:
             saved = "not saved" if failure else "saved"
             console.print(f"{record.ending}: {saved} after step {record.step}")
             return KILLED + Signals[str(record.ending)]
-        print_report(run, record.step, metrics, console)
+        complete = record.ending in ("finished", "out_of_text")
+        print_report(run, metrics, console, complete=complete)
     return 0
 
 

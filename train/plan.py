@@ -103,6 +103,12 @@ def _warnings(plan: Plan) -> list[str]:
         )
     if model.K == 1 and model.variant != "vanilla":
         found.append(f"model.K=1: {model.variant} with one copy is vanilla")
+    found += [
+        f"data.phases.{name}.after_tokens={phase.after_tokens}: begins after the run's "
+        f"{plan.tokens} tokens"
+        for name, phase in config.data.phases.items()
+        if plan.tokens is not None and phase.after_tokens >= plan.tokens
+    ]
     if config.optim.lr > 0.02:
         found.append(f"optim.lr={config.optim.lr}: AdamW diverges at such rates")
     if config.checkpoint.every == 0:
@@ -139,10 +145,21 @@ def print_plan(plan: Plan, console: Console) -> None:
     )
     memory = ", ".join(f"{name} {_size(n)}" for name, n in plan.memory._asdict().items())
     table.add_row("memory", f"about {_size(plan.memory.total)}: {memory}")
+    table.add_row("text", "; ".join(_shares(start, w) for start, w in config.data.mixture))
     table.add_row("run directory", str(config.run_dir))
     console.print(table)
     for warning in plan.warnings:
         console.print(f"[yellow]warning: {warning}[/]", highlight=False)
+
+
+def _shares(start: int, weights: dict[str, float]) -> str:
+    """What the tokens are drawn from.
+
+    >>> _shares(1_000_000, {"web": 3, "books": 1})
+    'from 1M tokens on web 75%, books 25%'
+    """
+    shares = (f"{name} {weight / sum(weights.values()):.0%}" for name, weight in weights.items())
+    return (f"from {_count(start)} tokens on " if start else "") + ", ".join(shares)
 
 
 class KVRow(NamedTuple):

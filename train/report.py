@@ -14,8 +14,11 @@ from train.plan import kv_rows
 from train.run import Run
 
 
-def print_report(run: Run, step: int, metrics: Metrics, console: Console) -> None:
-    """The held-out result, a sample, the price of the KV cache, and what to do next."""
+def print_report(run: Run, metrics: Metrics, console: Console, *, complete: bool) -> None:
+    """The held-out result, a sample, the price of the KV cache, and what to do next.
+
+    A run is `complete` if the same command would not go on with it.
+    """
     for key, value in metrics.items():
         if key.startswith("eval/") and key.endswith("/loss"):
             name = key.removesuffix("/loss")
@@ -32,7 +35,7 @@ def print_report(run: Run, step: int, metrics: Metrics, console: Console) -> Non
     console.print(f"checkpoint: {_checkpoint(run)}", markup=False)
     console.print(f"metrics:    {run.directory / 'metrics.jsonl'}")
     console.print("\n[bold]next[/]")
-    for command in next_commands(run, step):
+    for command in next_commands(run, complete=complete):
         console.print(f"  {command}", markup=False)
 
 
@@ -55,20 +58,25 @@ def kv_table(run: Run) -> Table:
     return table
 
 
-def next_commands(run: Run, step: int) -> list[str]:
+def next_commands(run: Run, *, complete: bool) -> list[str]:
     """Commands that go on from here, as they can be pasted into this shell."""
-    total = run.config.train.total_steps
     generate = _command(
         "generate.py", f"run={run.directory}", f"prompt={run.config.hooks.sample.prompt}"
     )
-    if total is not None and step < total:
+    if not complete:
         return ["the same command again goes on with the training", generate]
     return [
         generate,
-        _command("main.py", "model=vanilla"),
-        _command("main.py", "-m", "+sweep=k"),
+        _command("main.py", "model=vanilla", *_own_data()),
+        _command("main.py", "-m", "+sweep=k", *_own_data()),
         _command("bench.py", "attention", "out=bench"),
     ]
+
+
+def _own_data() -> list[str]:
+    """What this command line says of the text, which another run should share to compare."""
+    said = (argument for argument in sys.argv[1:] if "=" in argument)
+    return [a for a in said if a.lstrip("+~").startswith(("data", "tokenizer", "size=", "train."))]
 
 
 def _command(script: str, *arguments: str) -> str:

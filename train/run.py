@@ -27,11 +27,11 @@ import torch
 from omegaconf import OmegaConf
 from rich.console import Console
 
+from data.config import TokenizerConfig
 from data.documents import Documents
 from data.fingerprint import changes, check_fingerprint
 from data.heldout import heldout_rows
-from data.mixture import OutOfTextError
-from data.stream import BatchShape, TokenStream
+from data.stream import BatchShape, OutOfTextError, TokenStream
 from data.tokenizer import Tokenizer
 from data.tokenizer_training import prepare_tokenizer
 from launch.place import Place
@@ -52,7 +52,7 @@ from train.hooks import (
 )
 from train.pretrained import pretrained_start
 from train.sinks import ConsoleLine, MetricsFile, Sink, Wandb, warn, write_whole
-from train.validation import ConfigError, leaves
+from train.validation import ConfigError, as_dict, leaves
 
 # Settings that a resumed run must share with its checkpoint; the rest may be changed.
 FIXED = ("seed", "model", "train.global_batch", "train.seq_len")
@@ -79,7 +79,7 @@ class Run:
         return total is not None and self.step >= total
 
     def ending(
-        self, step: int, train_s: float, received: Signals | None, failure: ValueError | None
+        self, step: int, train_s: float, received: Signals | None, failure: Exception | None
     ) -> str | None:
         """Why the run ends after this step; None if it goes on."""
         if received is not None:
@@ -132,7 +132,7 @@ def open_run(config: Config, console: Console) -> Run:
         checkpoint = _newest(config, store, console)
         documents = Documents(config.data)
         tokenizer = prepare_tokenizer(
-            config.tokenizer, documents, vocab_size=config.model.vocab_size
+            _tokenizer_settings(config, checkpoint), documents, vocab_size=config.model.vocab_size
         )
         stream = TokenStream(
             documents,
@@ -144,7 +144,7 @@ def open_run(config: Config, console: Console) -> Run:
         if checkpoint:
             check_fingerprint(checkpoint.state["stream"], stream.fingerprint)
         engine = SingleEngine(config)
-        measuring = _evaluations(config, documents, tokenizer, engine)
+        measuring = _evaluations(config, documents, tokenizer, engine, console)
         if checkpoint:
             engine.restore(checkpoint)
         elif config.run.start_from is not None:
@@ -178,8 +178,18 @@ def open_run(config: Config, console: Console) -> Run:
     )
 
 
+def _tokenizer_settings(config: Config, checkpoint: Checkpoint | None) -> TokenizerConfig:
+    """The settings; of a resumed run that has not changed them, those that name its own model.
+
+    It would be trained again, and maybe otherwise, where the cache has been emptied.
+    """
+    model = config.run_dir / "tokenizer.model"
+    same = checkpoint and checkpoint.state["config"]["tokenizer"] == as_dict(config.tokenizer)
+    return TokenizerConfig(path=str(model)) if same and model.exists() else config.tokenizer
+
+
 def _evaluations(
-    config: Config, documents: Documents, tokenizer: Tokenizer, engine: Engine
+    config: Config, documents: Documents, tokenizer: Tokenizer, engine: Engine, console: Console
 ) -> list[Evaluation]:
     """One of each source that has documents held out; none where nothing is to be."""
     if config.data.holdout == 0:
@@ -189,7 +199,9 @@ def _evaluations(
     for source in config.data.sources:
         text = heldout_rows(documents, tokenizer, source, seq_len=seq_len, limit=limit)
         name = "heldout" if len(config.data.sources) == 1 else source
-        if text is not None:
+        if text is None:
+            warn(console, f"data.sources.{source}: none of its documents are held out to evaluate")
+        else:
             found.append(Evaluation(config, engine, name, text))
     if not found:
         raise ValueError(
@@ -238,7 +250,11 @@ def _changes(saved: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
     """What differs between two configurations, by key; not what only names, bounds or reports."""
     ignored = ("run.", "data.", "tokenizer.", "hooks.", "eval.", "checkpoint.", "model.attention")
     changed = changes(leaves(saved), leaves(now))
-    return {key: line for key, line in changed.items() if not key.startswith(ignored)}
+    return {
+        key: line
+        for key, line in changed.items()
+        if not key.startswith(ignored) or key.endswith(".epochs")
+    }
 
 
 def _describe(config: Config, directory: Path, tokenizer: Tokenizer) -> None:

@@ -51,6 +51,10 @@ class TokenizerArguments:
         return []
 
 
+ROUND = 64
+"""Embeddings in such multiples suit every kind of hardware."""
+
+
 class Encoded(NamedTuple):
     """What encoding some texts has come to."""
 
@@ -170,7 +174,8 @@ def main(given: TokenizerArguments, config: Config) -> int:
         raise ConfigError([str(error)]) from error
     print_report(report, console)
     path = shlex.quote(str(given.path))
-    use = f"tokenizer=file tokenizer.path={path} model.vocab_size={config.model.vocab_size}"
+    room = -(-report.tokenizer.vocab_size // ROUND) * ROUND
+    use = f"tokenizer=file tokenizer.path={path} model.vocab_size={room}"
     console.print(f"written: {path}\nuse it: {use}", markup=False)
     return 0
 

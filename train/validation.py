@@ -166,7 +166,11 @@ class _Reader:
         kind = value.get("kind") if isinstance(value, Mapping) else value
         if isinstance(kind, str) and kind in kinds:
             return self.section(kinds[kind], value, f"{key}.")
-        self.reject(f"{key}.kind", kind, _expected(Literal[*kinds], kind))
+        if kind is None:
+            self.unusable.add(f"{key}.kind")
+            self.problems.append(f"{key}.kind: has to be given, one of {', '.join(kinds)}")
+        else:
+            self.reject(f"{key}.kind", kind, _expected(Literal[*kinds], kind))
         return _draft(sections[0], {})
 
     def settle(self, cls: type[T], given: dict[str, Any], path: str) -> T:

@@ -117,8 +117,8 @@ def test_a_lane_without_documents_is_an_error_instead_of_an_endless_search(tmp_p
         read(documents, 2)
     assert str(error.value) == (
         "data.lanes=4: a lane found no document to train on, for data.sources.text has 3 and "
-        "data.holdout=0.0 holds out 0 of them; lower data.lanes or add documents (a .txt file is "
-        "one, unless data.sources.text.separator cuts it)"
+        "data.holdout=0.0 holds out 0 of them. Lower data.lanes, or add documents: a long one "
+        "can fill the parts of several lanes, and a .txt file is one unless a separator cuts it"
     )
 
 
@@ -129,7 +129,7 @@ def test_a_corpus_without_text_is_an_error(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match="no text in it") as error:
             attempt()
         assert str(error.value) == (
-            f"data.sources.text: no text in it ({tmp_path}/a.jsonl; 2 records are no documents); "
+            f"data.sources.text: no text in it ({tmp_path}/a.jsonl; not documents: 2 empty); "
             "choose a source with documents"
         )
 
@@ -210,3 +210,21 @@ def test_too_many_bad_documents_stop_the_run(tmp_path: Path) -> None:
         read(documents, 0)
     documents = Documents(config({"text": source}, lanes=1, max_quarantined=0.5))
     assert read(documents, 0) == ["good"] * 50
+
+
+def test_a_document_is_measured_in_bytes(tmp_path: Path) -> None:
+    source = write(tmp_path / "a.jsonl", "é" * 10, "e" * 20, "é" * 11)
+    documents = Documents(config({"text": source}, lanes=1, max_document_bytes=20))
+    assert read(documents, 0) == ["é" * 10, "e" * 20]
+
+
+def test_good_records_are_counted_while_they_are_read_and_when_reading_ends(tmp_path: Path) -> None:
+    source = write(tmp_path / "a.jsonl", *(f"text {i}" for i in range(250)))
+    documents = Documents(config({"text": source}, lanes=1))
+    reading = documents.training("text", 0)
+    list(islice(reading, 230))
+    assert 200 <= documents.quarantine.records <= 230
+    reading.close()  # type: ignore[attr-defined]
+    assert documents.quarantine.records == 230
+    read(documents, 0)
+    assert documents.quarantine.records == 480

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from data.config import DataConfig, FilesSource, Phase
 from data.documents import Documents
-from data.mixture import Drawn, Lane, LaneCursor, OutOfTextError
+from data.mixture import Drawn, Lane, LaneCursor
 from data.tokenizer import Tokenizer
 
 Reader = Callable[..., Lane]
@@ -85,16 +85,24 @@ def test_shares_are_right_from_the_first_document_on(lane: Reader, documents: in
     assert 0.6 < tokens["a"] / sum(tokens.values()) < 0.9
 
 
-def test_lanes_begin_at_different_places_of_the_turn(lane: Reader) -> None:
+def test_lanes_seeds_and_phases_begin_at_different_places_of_the_turn(lane: Reader) -> None:
+    reader = lane({"a": 40, "b": 1}, lanes=1)
     firsts = []
-    for number in range(40):
-        reader = lane({"a": 40, "b": 1})
-        reader = Lane(reader.documents, reader.tokenizer, seed=number, number=0)
-        names = [name[0] for name, _ in drawn(reader, 400)]
+    for seed, number in [(3, n) for n in range(30)] + [(s, 0) for s in range(30)]:
+        own = Lane(_Whole(reader.documents.config), reader.tokenizer, seed=seed, number=number)
+        names = [name[0] for name, _ in drawn(own, 400)]
         firsts.append(names.index("b"))
-    assert len(set(firsts)) > 5
-    early = sum(first < 3 for first in firsts)
-    assert 0 < early < 40
+    assert len(set(firsts[:30])) > 5
+    assert len(set(firsts[30:])) > 5
+    assert 0 < sum(first < 3 for first in firsts) < 60
+
+
+class _Whole(Documents):
+    """Documents of which every lane reads all, so that only its number makes a difference."""
+
+    def training(self, name: str, lane: int, position: object = None):  # type: ignore[no-untyped-def]
+        del lane
+        return super().training(name, 0, position)
 
 
 @settings(max_examples=40)
@@ -143,13 +151,14 @@ def test_when_all_sources_are_used_up_the_text_ends(lane: Reader) -> None:
     reader = lane({"a": 1, "b": 1}, epochs={"a": 1, "b": 3})
     read = reader.read()
     own = {name: len(list(reader.documents.training(name, 0))) for name in "ab"}
-    documents = [next(read) for _ in range(own["a"] + 3 * own["b"])]
-    with pytest.raises(
-        OutOfTextError, match=r"data\.sources\.\*\.epochs=\{'a': 1, 'b': 3\}: lane 0"
-    ):
-        next(read)
-    with pytest.raises(OutOfTextError):
-        list(islice(reader.read(documents[-1][1]), 2))
+    documents = list(read)
+    assert len(documents) == own["a"] + 3 * own["b"] + 1
+    nothing, end = documents[-1]
+    assert len(nothing) == 0
+    assert [end.sources[name].cursor.epoch for name in "ab"] == [1, 3]
+    assert [(t.tolist(), c) for t, c in reader.read(end)] == [([], end)]
+    rest = list(reader.read(documents[-2][1]))
+    assert [c for _, c in rest] == [c for _, c in documents[-2:]]
 
 
 def test_phases_change_the_weights_when_their_tokens_are_reached(lane: Reader) -> None:

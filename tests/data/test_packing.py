@@ -29,10 +29,13 @@ def test_rows_are_the_stream_cut_every_seq_len_tokens_with_one_more(
     lengths: list[int], seq_len: int
 ) -> None:
     total = sum(lengths)
-    twin = [np.arange(s, s + seq_len + 1) for s in range(0, total - seq_len, seq_len)]
     rows = [row for row, _, _ in pack(numbered(lengths), seq_len)]
-    assert np.array_equal(np.array([row.tokens for row in rows]), np.array(twin))
-    assert all(row.targets == seq_len for row in rows)
+    assert len(rows) == -(-(total - 1) // seq_len)
+    for i, row in enumerate(rows):
+        first, last = i * seq_len, min(total - 1, (i + 1) * seq_len)
+        assert row.targets == last - first
+        assert row.tokens[: row.targets + 1].tolist() == list(range(first, last + 1))
+        assert (row.tokens[row.targets + 1 :] == PADDING).all()
 
 
 @given(lengths=lengths, seq_len=st.integers(1, 9))
@@ -44,11 +47,11 @@ def test_packing_goes_on_exactly_after_every_row(lengths: list[int], seq_len: in
         assert len(rest) == len(whole) - i - 1
         for (a, *_), (b, *_) in zip(rest, whole[i + 1 :], strict=True):
             assert np.array_equal(a.tokens, b.tokens)
-        assert 0 <= token < lengths[place]
+        assert 0 <= token <= lengths[place]
 
 
 def test_rows_are_independent_of_each_other() -> None:
-    (first, _), (second, _) = (row for row, _, _ in pack(numbered([9]), 4))
+    first, second = (row.tokens for row, _, _ in pack(numbered([9]), 4))
     first[:] = -1
     assert second.tolist() == [4, 5, 6, 7, 8]
 
@@ -63,7 +66,7 @@ def test_best_fit_makes_every_token_a_target_once_after_the_token_before_it(
     lengths: list[int], seq_len: int, group: int
 ) -> None:
     seen: Counter[tuple[int, int]] = Counter()
-    for (tokens, targets), _, _ in best_fit(lengths, seq_len, group):
+    for (tokens, targets, _), _, _ in best_fit(lengths, seq_len, group):
         assert tokens.shape == (seq_len + 1,)
         assert (tokens[targets + 1 :] == PADDING).all()
         seen.update(zip(tokens[:targets].tolist(), tokens[1 : targets + 1].tolist(), strict=True))
@@ -110,6 +113,28 @@ def test_best_fit_puts_a_document_where_it_leaves_the_least_room() -> None:
     # 6 opens a row and 5 another; 4 fits behind 5 exactly, 3 behind 6 exactly, 2 in a row alone.
     held = [sorted(t for t in row.tokens.tolist() if 0 < t < SEPARATOR) for row, *_ in rows]
     assert held == [[1, 2, 3, 4, 5, 14, 15], [7, 8, 9, 10, 17, 18, 19], [12]]
+
+
+def test_best_fit_rows_come_in_the_order_of_their_first_documents() -> None:
+    rows = best_fit([2, 9, 3, 9, 7], seq_len=9, group=5)
+    firsts = [int(min(t for t in row.tokens if 0 < t < SEPARATOR)) for row, *_ in rows]
+    assert firsts == [1, 3, 12, 15]
+
+
+def test_a_row_knows_how_far_was_read_for_it() -> None:
+    reached = [row.reached for row, _, _ in best_fit([2, 9, 3, 9, 7], seq_len=9, group=2)]
+    assert reached == [1, 1, 3, 3, 4]
+    assert [row.reached for row, _, _ in pack(numbered([3, 3, 3]), 4)] == [1, 2]
+
+
+def test_an_empty_document_at_the_end_gives_no_row_and_its_place_to_the_last() -> None:
+    end = (np.empty(0, dtype=np.int32), 9)
+    packed = list(pack([*numbered([3, 3]), end], 4))
+    assert [(row.targets, place, used) for row, place, used in packed] == [(4, 1, 1), (1, 9, 0)]
+    packed = list(pack([*numbered([3, 2]), end], 4))
+    assert [(row.targets, place, used) for row, place, used in packed] == [(4, 1, 1), (0, 9, 0)]
+    fitted = list(pack_best_fit([*separated([3, 3]), end], 9, group=5, separator=SEPARATOR))
+    assert [(row.targets, row.reached, *rest) for row, *rest in fitted] == [(6, 9, 0, 1)]
 
 
 def test_best_fit_wastes_little_and_cuts_few() -> None:

@@ -65,21 +65,6 @@ def test_it_can_be_closed_after_the_end_and_twice() -> None:
     ahead.close()
 
 
-def test_the_time_that_the_consumer_waits_is_measured() -> None:
-    def slow() -> Iterator[int]:
-        for i in count():
-            time.sleep(0.05)
-            yield i
-
-    with Prefetch(slow(), depth=2) as ahead:
-        next(ahead)
-        assert 0.04 < ahead.wait_s < 1
-        time.sleep(0.15)
-        before = ahead.wait_s
-        next(ahead)
-        assert 0 <= ahead.wait_s - before < 0.04
-
-
 def test_whoever_is_told_to_wait_no_longer_stops_waiting_and_closing_takes_no_longer() -> None:
     stalled = threading.Event()
 

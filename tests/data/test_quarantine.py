@@ -56,7 +56,10 @@ def test_a_few_never_stop_a_run_and_a_higher_rate_does() -> None:
         quarantine.add(fault(number))
     with pytest.raises(ValueError, match=r"data\.max_quarantined=0\.1: 21 of 21 records") as error:
         quarantine.add(fault(FREE, "not JSON"))
-    assert "the last is a.jsonl@20: not JSON. Mend the source, or raise" in str(error.value)
+    assert (
+        "are no documents: 20 empty, 1 not JSON; the last is a.jsonl@20: not JSON. Mend the source"
+        in str(error.value)
+    )
 
 
 def test_the_rate_is_that_of_all_records_and_a_place_counts_once() -> None:
@@ -108,3 +111,27 @@ def test_threads_share_it(tmp_path: Path) -> None:
         quarantine.faults
     )
     assert len(quarantine.faults) == 500
+
+
+def test_where_none_are_allowed_the_first_one_stops_the_run() -> None:
+    with pytest.raises(ValueError, match=r"data\.max_quarantined=0: 1 of 1 records"):
+        Quarantine(0).add(fault(1))
+
+
+def test_a_file_that_cannot_be_written_costs_its_lines_and_not_the_run(tmp_path: Path) -> None:
+    quarantine = Quarantine(1.0)
+    (tmp_path / "quarantine.jsonl").mkdir()
+    quarantine.write_to(tmp_path / "quarantine.jsonl")
+    quarantine.add(fault(1))
+    assert "is not written" in str(quarantine.trouble)
+    (tmp_path / "quarantine.jsonl").rmdir()
+    quarantine.add(fault(2))
+    assert quarantine.trouble is None
+
+
+def test_lines_of_another_hand_are_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "quarantine.jsonl"
+    path.write_text('not JSON\n{"origin": 3}\n[]\n' + json.dumps(fault(1)._asdict()) + "\n")
+    quarantine = Quarantine(1.0)
+    quarantine.write_to(path)
+    assert list(quarantine.faults) == ["a.jsonl@1"]

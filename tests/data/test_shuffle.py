@@ -85,3 +85,9 @@ def test_every_document_comes_to_every_place_about_equally_often() -> None:
 def test_without_shuffling_documents_come_as_they_lie() -> None:
     plain = Shuffle("", block_documents=3, enabled=False)
     assert numbers(5, plain, 12) == [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 1]
+
+
+def test_every_block_has_an_order_of_its_own() -> None:
+    read = numbers(400, Shuffle("x", block_documents=20), 400)
+    orders = {tuple(i % 20 for i in read[start : start + 20]) for start in range(0, 400, 20)}
+    assert len(orders) == 20

@@ -36,7 +36,7 @@ from data.config import (
 from data.documents import Documents
 from data.loader import Loader
 from data.mixture import Lane
-from data.stream import Batch, BatchShape, Cursors, TokenStream
+from data.stream import Batch, BatchShape, Cursors, OutOfTextError, TokenStream
 from data.token_files import write_tokens
 from data.tokenizer import Tokenizer
 
@@ -133,16 +133,15 @@ def draw_case(folder: Path, dice: Random, tokenizer: Tokenizer, url: str | None 
     sources = {name: source for name, (source, _) in drawn.items()}
     if len(sources) > 1 and dice.random() < 0.4:
         sources["b"] = replace(sources["b"], epochs=dice.randint(1, 2))
+    elif dice.random() < 0.4:  # text that ends
+        sources = {n: replace(s, epochs=dice.randint(1, 2)) for n, s in sources.items()}
     phases = {}
     if len(sources) > 1 and dice.random() < 0.4:
         phases = {"later": Phase(after_tokens=dice.randint(1, 3000), weights={"a": 9.0, "b": 0.1})}
-    lanes = dice.choice([1, 2, 3, 4, 6, 8])
     seq_len = dice.randint(4, 60)
-    global_batch = lanes * dice.randint(1, 3)
     config = DataConfig(
         sources=sources,
         phases=phases,
-        lanes=lanes,
         shuffle=dice.random() < 0.8,
         block_documents=dice.randint(1, 9),
         holdout=dice.choice([0.0, 0.1]),
@@ -151,10 +150,28 @@ def draw_case(folder: Path, dice: Random, tokenizer: Tokenizer, url: str | None 
         remote=RemoteConfig(timeout_s=0.5, retry_s=30),
         cache=CacheConfig(dir=str(folder / "cache"), remote=dice.random() < 0.3),
     )
+    wanted = dice.choice([1, 2, 3, 4, 6, 8])
+    lanes = next(n for n in (8, 6, 4, 3, 2, 1) if n <= wanted and feeds(replace(config, lanes=n)))
+    config = replace(config, lanes=lanes)
+    global_batch = lanes * dice.randint(1, 3)
     texts = {name: own for name, (_, own) in drawn.items()}
     size = sum(len(tokenizer.encode_document(t)) for own in texts.values() for t in own)
     steps = min(300, round(dice.choice([0.6, 1.3, 2.4]) * size / (global_batch * seq_len)) + 3)
     return Case(config, texts, global_batch, seq_len, dice.randint(0, 9), steps)
+
+
+def feeds(config: DataConfig) -> bool:
+    """Whether every lane has a document of every source, as every run must."""
+    documents = Documents(config)
+    try:
+        for name in config.sources:
+            for lane in range(config.lanes):
+                next(documents.training(name, lane))
+    except ValueError as error:
+        if "a lane found no document" in str(error):
+            return False
+        raise
+    return True
 
 
 def stream(
@@ -166,11 +183,11 @@ def stream(
 
 def as_bytes(batches: list[Batch], world: int) -> bytes:
     """The batches of all ranks at a step, put together by row."""
-    parts = [
-        np.concatenate([b.rows, *(x for x in (b.mask, b.starts) if x is not None)], axis=1)
-        for b in batches
-    ]
-    whole = np.empty((len(parts) * len(parts[0]), parts[0].shape[1]), parts[0].dtype)
+    parts = []
+    for rows, mask, starts, *_ in batches:
+        mask = np.ones_like(rows[:, 1:]) if mask is None else mask
+        parts.append(np.concatenate([rows, mask, mask if starts is None else starts], axis=1))
+    whole = np.empty((len(parts) * len(parts[0]), parts[0].shape[1]), np.int64)
     for rank, part in enumerate(parts):
         whole[rank::world] = part
     return whole.tobytes()
@@ -201,9 +218,38 @@ def interrupted(case: Case, dice: Random, tokenizer: Tokenizer) -> Iterator[byte
 
 def check_rows(case: Case, dice: Random, tokenizer: Tokenizer) -> None:
     """The interrupted run's rows are those of one rank that nobody interrupts."""
-    whole = (as_bytes([b], 1) for b in islice(stream(case, tokenizer, 0, 1, None), case.steps))
+    batches: list[Batch] = []
+    ended = False
+    try:
+        for batch in islice(stream(case, tokenizer, 0, 1, None), case.steps):
+            batches.append(batch)
+    except OutOfTextError:
+        ended = True
+    case = replace(case, steps=len(batches))
+    whole = [as_bytes([batch], 1) for batch in batches]
     for step, (a, b) in enumerate(zip(whole, interrupted(case, dice, tokenizer), strict=True)):
         assert a == b, f"step {step}"
+    if ended:
+        check_all_was_read(case, batches, tokenizer)
+
+
+def check_all_was_read(case: Case, batches: list[Batch], tokenizer: Tokenizer) -> None:
+    """The targets of a run that came to the end of its text are all tokens of all its epochs."""
+    documents = Documents(case.config)
+    expected: Counter[int] = Counter()
+    for name, source in case.config.sources.items():
+        assert source.epochs
+        for lane in range(case.config.lanes):
+            for document, _ in documents.training(name, lane):
+                for token in tokenizer.document_tokens(document).tolist():
+                    expected[token] += source.epochs
+    found: Counter[int] = Counter()
+    for batch in batches:
+        targets = batch.rows[:, 1:]
+        found.update((targets.ravel() if batch.mask is None else targets[batch.mask]).tolist())
+    if case.config.packing == "sequential":  # a lane's first token has nothing before it
+        found.update(batches[0].rows[: case.config.lanes, 0].tolist())
+    assert found == expected
 
 
 def check_epochs(case: Case, tokenizer: Tokenizer) -> None:

@@ -5,10 +5,11 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from data.config import DataConfig, PythonSource
+from data.config import DataConfig, Phase, PythonSource
 from data.documents import Documents
 from data.fingerprint import check_fingerprint
 from data.loader import Loader
+from data.packing import PADDING
 from data.shuffle import Shuffle
 from data.stream import Batch, BatchShape, Cursors, TokenStream
 from data.tokenizer import Tokenizer
@@ -173,12 +174,26 @@ def test_best_fit_goes_on_exactly_and_masks_its_padding(
         assert equal(
             taken(stream(documents, tokenizer, saved, seq_len=40), 1), whole[i + 1 : i + 2]
         )
+    padded = 0
     for batch in whole:
         assert batch.mask is not None
+        padded += (~batch.mask).sum()
         assert batch.targets == batch.mask.sum() < batch.mask.size
         lengths = tokenizer.byte_lengths[batch.rows[:, 1:]]
         assert batch.target_bytes == lengths[batch.mask].sum()
         assert (batch.starts is None) == (not isolated)
+    assert padded > 0
+
+
+def test_padding_stands_for_no_bytes_whatever_its_id_means(
+    documents_of: DocumentsOf, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths = tokenizer.byte_lengths.copy()
+    plain = taken(stream(documents_of(packing="best_fit"), tokenizer, seq_len=40), 5)
+    lengths[PADDING] = 1000
+    monkeypatch.setattr(tokenizer, "byte_lengths", lengths)
+    again = taken(stream(documents_of(packing="best_fit"), tokenizer, seq_len=40), 5)
+    assert [batch.target_bytes for batch in again] == [batch.target_bytes for batch in plain]
 
 
 def test_isolated_documents_begin_with_their_separator(
@@ -263,11 +278,28 @@ def test_the_fingerprint_is_json_and_tells_every_change(
         stream(documents_of(max_document_bytes=99), tokenizer),
         stream(documents_of(packing="best_fit"), tokenizer),
         stream(documents_of(documents="isolate"), tokenizer),
+        stream(documents_of(phases={"x": Phase(after_tokens=9, weights={"text": 2.0})}), tokenizer),
         stream(documents, tokenizer, seed=6),
     ]
     for other in others:
         with pytest.raises(ValueError, match="cannot go on with other data"):
             check_fingerprint(now, other.fingerprint)
+
+
+def test_rows_of_another_length_are_other_data_for_best_fit_alone(
+    documents_of: DocumentsOf, tokenizer: Tokenizer
+) -> None:
+    documents = documents_of(packing="best_fit")
+    now = stream(documents, tokenizer).fingerprint
+    with pytest.raises(ValueError, match=r"data\.packing was 'best_fit in rows of 13' and is now"):
+        check_fingerprint(now, stream(documents, tokenizer, seq_len=5).fingerprint)
+
+
+def test_another_limit_of_epochs_is_no_other_data(
+    documents_of: DocumentsOf, tokenizer: Tokenizer
+) -> None:
+    once, twice = (stream(documents_of(epochs=n), tokenizer) for n in (1, 2))
+    check_fingerprint(once.fingerprint, twice.fingerprint)
 
 
 def test_cursors_of_other_data_can_be_told_by_the_fingerprint_before_they_are_used(

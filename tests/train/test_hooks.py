@@ -49,6 +49,8 @@ LOGGED = {
     "progress/tokens",
     "progress/epoch",
     "data/quarantined",
+    "progress/files/tokens",
+    "progress/files/epoch",
     "progress/train_flops",
 }
 AT_THE_END = {"eval/heldout/loss", "eval/heldout/bits_per_byte", "sample/text", "checkpoint/save_s"}
@@ -60,7 +62,7 @@ LANE = LaneCursor({"files": Drawn(Cursor(epoch=3), tokens=400)}, skip=7)
 def record_of(**known: object) -> StepRecord:
     """A record of step 10 after 1000 tokens, except for what is known."""
     rows = np.zeros((2, 33), dtype=np.int64)
-    batch = Batch(rows, mask=None, starts=None, target_bytes=16, lanes={0: LANE})
+    batch = Batch(rows, mask=None, starts=None, target_bytes=16, lanes={0: LANE}, reached={0: LANE})
     values = {"loss": torch.tensor(2.0), "grad_norm": torch.tensor(0.5), "batch": batch}
     values |= {"step": 10, "tokens": 1000, "lr": 0.1, "train_s": 4.0, "data_wait_s": 1.0}
     return StepRecord(**(values | known))
@@ -330,7 +332,7 @@ def test_a_mixture_tells_what_was_read_of_each_source(config) -> None:
     mask = np.ones((2, 4), dtype=bool)
     mask[1, 2:] = False
     record = record_of()
-    record = replace(record, batch=record.batch._replace(lanes=lanes, mask=mask))
+    record = replace(record, batch=record.batch._replace(reached=lanes, mask=mask))
     quarantine = Quarantine(1.0)
     quarantine.add(Fault("empty", "a@0"))
     assert DataProgress(both, quarantine)(record) == {

@@ -144,7 +144,7 @@ def test_what_a_run_cannot_be_made_of_is_refused_on_one_screen(
         ),
         "empty corpus": (
             f"data.sources.files.paths={tmp_path}/empty.jsonl",
-            f"data.sources.files: no text in it ({tmp_path}/empty.jsonl; 1 records are ",
+            f"data.sources.files: no text in it ({tmp_path}/empty.jsonl; not documents: 1 empty",
             "choose a source with documents",
         ),
         "large tokenizer": (

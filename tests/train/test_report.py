@@ -25,7 +25,8 @@ METRICS: Metrics = {
 
 def report(run: Run, step: int, metrics: Metrics) -> str:
     text = io.StringIO()
-    print_report(run, step, metrics, Console(file=text, width=300))
+    complete = step >= 6
+    print_report(run, metrics, Console(file=text, width=300), complete=complete)
     return text.getvalue()
 
 
@@ -54,13 +55,17 @@ def test_the_report_does_without_what_was_not_measured(config, opened) -> None:
 
 def test_a_run_that_is_not_at_its_end_is_told_how_it_goes_on(config, opened) -> None:
     run = opened(config())
-    assert next_commands(run, 5)[0] == "the same command again goes on with the training"
-    assert "the same command" not in " ".join(next_commands(run, 6))
+    assert (
+        next_commands(run, complete=False)[0] == "the same command again goes on with the training"
+    )
+    assert "the same command" not in " ".join(next_commands(run, complete=True))
 
 
 @pytest.mark.parametrize("step", [5, 6])
 def test_every_command_it_suggests_exists(step: int, config, opened) -> None:
-    commands = [shlex.split(command) for command in next_commands(opened(config()), step)]
+    commands = [
+        shlex.split(command) for command in next_commands(opened(config()), complete=step >= 6)
+    ]
     scripts = [words for words in commands if words[1].endswith(".py")]
     assert len(scripts) == (1 if step < 6 else 4)
     for interpreter, script, *arguments in scripts:
@@ -75,5 +80,7 @@ def test_the_prompt_it_suggests_is_the_samples(prompt: str, config, opened) -> N
     run = opened(config())
     hooks = replace(run.config.hooks, sample=SampleConfig(prompt=prompt, tokens=4))
     run = replace(run, config=replace(run.config, hooks=hooks))
-    generate = next(command for command in next_commands(run, 6) if "generate.py" in command)
+    generate = next(
+        command for command in next_commands(run, complete=True) if "generate.py" in command
+    )
     assert shlex.split(generate)[2:] == [f"run={run.directory}", f"prompt={prompt}"]
