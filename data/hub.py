@@ -25,8 +25,6 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakSet
 
-import pyarrow
-
 from data.config import DatasetsSource
 from data.source import Document, Fault, Position, no_such_field
 
@@ -189,8 +187,9 @@ class HubCorpus:
         """Names the settings when `datasets` fails."""
         try:
             yield
-        # Not found, no network, a damaged file; no such split or name.
-        except (OSError, ValueError, pyarrow.ArrowException) as error:
+        # Not found, no network, a damaged file; no such split or name: each library behind it has
+        # errors of its own.
+        except Exception as error:
             chosen = [
                 f"data.sources.{self.name}.{key}={value!r}"
                 for key in ("path", "name", "split", "revision", "data_files")

@@ -251,13 +251,19 @@ class TokenCorpus:
 
     def _tokens(self, shard: int) -> np.ndarray:
         """The tokens [n] of a shard; a plain array: slices of a memmap cost five times more."""
-        path = self.path / f"{self.index.shards[shard].name}.tokens"
-        return np.asarray(np.memmap(path, self._dtype, mode="r"))
+        return self._mapped(f"{self.index.shards[shard].name}.tokens", self._dtype)
 
     def _table(self, shard: int) -> np.ndarray:
         """The end and the digest of each document [n, 2] of a shard."""
-        path = self.path / f"{self.index.shards[shard].name}.documents"
-        return np.asarray(np.memmap(path, "<u8", mode="r")).reshape(-1, 2)
+        return self._mapped(f"{self.index.shards[shard].name}.documents", np.dtype("<u8")).reshape(
+            -1, 2
+        )
+
+    def _mapped(self, file: str, dtype: np.dtype) -> np.ndarray:
+        try:
+            return np.asarray(np.memmap(self.path / file, dtype, mode="r"))
+        except (OSError, ValueError) as error:
+            raise self._damaged(f"{file} cannot be read ({error})") from error
 
     def _load_index(self) -> TokenIndex:
         try:

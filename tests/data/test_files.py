@@ -376,3 +376,25 @@ def test_compressed_json_holds_json_lines_and_a_plain_one_is_read_where_it_is_na
     for paths, expected in named.items():
         corpus = file_corpus("x", FilesSource(kind="files", paths=paths), cache, 1000)
         assert [record.text for record, _ in corpus.documents(0, 1)] == expected
+
+
+def test_lanes_have_about_equal_parts_where_only_some_files_are_compressed(
+    tmp_path: Path, cache: ShardCache
+) -> None:
+    dice = Random(0)
+    for name in ("a.jsonl", "b.jsonl.gz", "c.jsonl"):
+        words = [f"w{dice.randint(0, 300)}" for _ in range(40_000)]
+        texts = [" ".join(words[i : i + 40]) for i in range(0, len(words), 40)]
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+        (tmp_path / name).write_bytes(gzip.compress(lines) if name.endswith("gz") else lines)
+    corpus = file_corpus("x", FilesSource(kind="files", paths=str(tmp_path)), cache, 10_000)
+    counts = [sum(1 for _ in corpus.documents(lane, 6)) for lane in range(6)]
+    assert sum(counts) == 3000
+    assert max(counts) < 1.5 * min(counts)
+
+
+def test_a_separator_may_be_spelled_with_escapes(tmp_path: Path, cache: ShardCache) -> None:
+    (tmp_path / "a.txt").write_text("one\n\n\ttwo\n\n\tthree")
+    source = FilesSource(kind="files", paths=str(tmp_path), separator="\\n\\n\\t")
+    corpus = file_corpus("x", source, cache, 1000)
+    assert [record.text for record, _ in corpus.documents(0, 1)] == ["one", "two", "three"]

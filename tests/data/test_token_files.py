@@ -17,7 +17,15 @@ from xxhash import xxh3_64_intdigest
 from data.config import DataConfig, FilesSource, TokensSource
 from data.documents import Documents
 from data.source import Document, TokenDocument
-from data.token_files import TokenCorpus, TokenIndex, begin, finish, new_index, write_shard
+from data.token_files import (
+    TokenCorpus,
+    TokenIndex,
+    begin,
+    finish,
+    new_index,
+    write_shard,
+    write_tokens,
+)
 from data.tokenizer import Tokenizer
 from data.tokenizer_training import LOSSLESS, train
 
@@ -348,3 +356,14 @@ def test_what_is_begun_does_not_go_on_as_something_else(
         ) as error:
             begin(copied, wanted, tokenizer)
         assert change in str(error.value)
+
+
+def test_a_shard_that_vanishes_while_it_is_read_is_named(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    write_tokens(tmp_path, [["a text"], ["another"]], tokenizer)
+    reading = TokenCorpus("x", tmp_path).documents(0, 1)
+    next(reading)
+    (tmp_path / "00001.tokens").unlink()
+    with pytest.raises(ValueError, match=r"data\.sources\.x\.path=.*00001\.tokens cannot be read"):
+        list(reading)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from data.config import DataConfig, PythonSource, TokenizerConfig, TokensSource
+from data.config import DataConfig, FilesSource, PythonSource, TokenizerConfig, TokensSource
 from data.documents import Documents
 from data.token_files import write_tokens
 from data.tokenizer import Tokenizer
@@ -169,3 +169,29 @@ def test_tokens_of_a_given_tokenizer_are_taken(
     config = TokenizerConfig(path=str(path))
     found = prepare_tokenizer(config, documents, vocab_size=4096)
     assert found.fingerprint == tokenizer.fingerprint
+
+
+def test_what_is_wrong_with_the_text_is_not_blamed_on_the_vocabulary(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "good words"}\nbad\n' * 100)
+    source = FilesSource(kind="files", paths=str(tmp_path))
+    documents = Documents(DataConfig(sources={"text": source}, holdout=0.0))
+    config = TokenizerConfig(vocab_size=300, cache_dir=str(tmp_path / "cache"))
+    with pytest.raises(ValueError, match=r"data\.max_quarantined=0\.02: 21 of") as error:
+        prepare_tokenizer(config, documents, vocab_size=300)
+    assert "vocab_size" not in str(error.value)
+
+
+def test_a_mixture_of_other_weights_has_a_tokenizer_of_its_own(tmp_path: Path) -> None:
+    for name, word in (("a", "alpha beta"), ("b", "gamma delta")):
+        text = "".join(f'{{"text": "{word} {i}"}}\n' for i in range(400))
+        (tmp_path / f"{name}.jsonl").write_text(text)
+    made = []
+    for weight in (100.0, 0.01):
+        sources = {
+            n: FilesSource(kind="files", paths=str(tmp_path / f"{n}.jsonl"), weight=w)
+            for n, w in (("a", weight), ("b", 1.0))
+        }
+        documents = Documents(DataConfig(sources=sources, holdout=0.0))
+        config = TokenizerConfig(vocab_size=300, sample_bytes=500, cache_dir=str(tmp_path))
+        made.append(prepare_tokenizer(config, documents, vocab_size=300).fingerprint)
+    assert made[0] != made[1]

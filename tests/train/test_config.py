@@ -148,6 +148,16 @@ WORDING: list[tuple[Any, ...]] = [
         "data.sources.python.weight=-1.0: expected a number of at ",
         "least 0.0",
     ),
+    (
+        {"data.sources.own.paths": "x"},
+        "data.sources.own.kind: has to be given, one of python, ",
+        "files, datasets, tokens",
+    ),
+    (
+        {"data.sources.python.weight": float("inf")},
+        "data.sources.python.weight=inf: expected ",
+        "a number of at least 0.0",
+    ),
     ({"data.sources": 3}, "data.sources=3: expected settings by name, such as data.sources.NAME"),
     (
         {"data.phases.end": {"weights": {"python": 2}}},

@@ -8,9 +8,12 @@ from pathlib import Path
 from threading import Timer
 from time import monotonic
 
+import numpy as np
 import pytest
 import torch
 
+from data.source import Document
+from data.tokenizer import Tokenizer
 from tests.data.fault_server import FaultServer, serving
 from train import main as main_module
 from train.checkpoint import flatten
@@ -184,3 +187,31 @@ def test_a_signal_ends_a_run_that_waits_for_a_stalled_server(
     newest = done.run.store.newest()
     assert newest.step == done.record.step
     assert monotonic() - start < 20
+
+
+def test_a_resumed_run_keeps_its_own_tokenizer(
+    config, trained, opened, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done = trained(config("train.max_steps=2"))
+    monkeypatch.setenv("PHD_CACHE", str(tmp_path / "empty"))
+    monkeypatch.setattr("data.tokenizer_training.train", None)
+    again = opened(config("train.max_steps=4"))
+    assert again.tokenizer.fingerprint == done.run.tokenizer.fingerprint
+    assert again.step == 2
+
+
+def test_a_failure_that_is_nobodys_setting_shows_after_the_run_was_saved(
+    config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    encode, calls = Tokenizer.document_tokens, []
+
+    def failing(tokenizer: Tokenizer, document: Document) -> np.ndarray:
+        calls.append(document)
+        if len(calls) > 60:
+            raise RuntimeError("broken")
+        return encode(tokenizer, document)
+
+    monkeypatch.setattr(Tokenizer, "document_tokens", failing)
+    with pytest.raises(RuntimeError, match="broken"):
+        main_module.main(config("train.max_steps=500"))
+    assert len(list((tmp_path / "run/checkpoints").glob("step_*/COMPLETE"))) == 1
