@@ -19,7 +19,7 @@ class Row(NamedTuple):
     Attributes:
         tokens: [T+1] int64.
         targets: how many of its T targets count, the first.
-        reached: the place of the last document that was read for it.
+        reached: the place of the last document in it; with best fit, about.
     """
 
     tokens: np.ndarray
@@ -106,9 +106,11 @@ def pack_best_fit(
     following = iter(documents)
     while taken := list(islice(following, group)):
         rows = _fit([tokens for tokens, _ in taken], seq_len, separator)
-        (_, first), (_, last) = taken[0], taken[-1]
+        places = [place for _, place in taken]
         for number in range(skip, len(rows)):
-            yield Row(*rows[number], last), first, number + 1
+            # Rows follow the documents' order: so far they hold about as large a part of them.
+            reached = places[max(0, (number + 1) * len(places) // len(rows) - 1)]
+            yield Row(*rows[number], reached), places[0], number + 1
         skip = 0
 
 

@@ -38,8 +38,8 @@ class Batch(NamedTuple):
             not told apart.
         target_bytes: UTF-8 bytes that the targets stand for.
         lanes: where this rank's lanes go on after this batch, by their number.
-        reached: how far they have read for it: before the last document, which may be far beyond
-            where they go on.
+        reached: how far their text has come: before the last document. With best-fit packing they
+            go on from earlier, from the beginning of the documents that are packed together.
     """
 
     rows: np.ndarray

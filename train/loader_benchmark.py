@@ -40,6 +40,9 @@ MANY_TOKENS = 50_000_000
 
 PLACES = (0.01, 0.5, 0.99)
 
+BLOCK = 256
+"""Documents of a block, the default."""
+
 ROW_GROUP = 64
 """Rows of a group in Parquet: about a megabyte."""
 
@@ -81,14 +84,17 @@ def bench_loading(repeat: int) -> Result:
 
 
 def bench_resuming(repeat: int, gigabytes: float) -> Result:
-    """From a cursor to the first batch, in one lane, at several places of a corpus."""
+    """From a cursor to the first batch, in one lane, at several places of a corpus.
+
+    The same block of texts is repeated, in one order, so that only the place makes a difference.
+    """
     with TemporaryDirectory() as name:
         folder = Path(name)
-        texts, tokenizer, size = _texts(), _tokenizer(), round(gigabytes * 1e9)
+        texts, tokenizer, size = _texts()[:BLOCK], _tokenizer(), round(gigabytes * 1e9)
         sources = _large_corpora(folder, texts, size, tokenizer)
         rows: list[dict[str, Any]] = []
         for form, source in sources.items():
-            config = _config(source, folder, lanes=1)
+            config = replace(_config(source, folder, lanes=1), shuffle=False, block_documents=BLOCK)
             cursors = _cursors(Documents(config))
             works = {
                 f"{place:.0%}": _resuming(config, tokenizer, cursor)

@@ -123,7 +123,9 @@ def test_best_fit_rows_come_in_the_order_of_their_first_documents() -> None:
 
 def test_a_row_knows_how_far_was_read_for_it() -> None:
     reached = [row.reached for row, _, _ in best_fit([2, 9, 3, 9, 7], seq_len=9, group=2)]
-    assert reached == [1, 1, 3, 3, 4]
+    assert reached == [0, 1, 2, 3, 4]
+    long = [row.reached for row, _, _ in best_fit([20, 20], seq_len=5, group=2)]
+    assert long == [0, 0, 0, 0, 0, 0, 0, 1]
     assert [row.reached for row, _, _ in pack(numbered([3, 3, 3]), 4)] == [1, 2]
 
 

@@ -32,6 +32,9 @@ WARNINGS = {
     "model.chunk=256 model.window=1": ("model.chunk=256 covers the whole row", "phd_swa"),
     "model.K=1 model.window=1": ("model.K=1: phd_cswa with one copy is vanilla",),
     "optim.lr=0.03": ("optim.lr=0.03", "diverges"),
+    "data.phases.x.after_tokens=1e12 data.phases.x.weights.python=2": (
+        "data.phases.x.after_tokens=1000000000000: begins after the run's",
+    ),
     "checkpoint.every=0": ("checkpoint.every=0", "a crash loses everything"),
 }
 
