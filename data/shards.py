@@ -18,7 +18,7 @@ COMPRESSED = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd", ".bz2": "bz2"}
 
 DEPTH = 99  # of folders in folders
 
-LISTING = RemoteConfig(timeout_s=15.0, retry_s=30.0)
+LISTING = RemoteConfig(timeout_s=10.0, retry_s=10.0)
 """Shorter than for reading: a run that has not begun loses nothing, and somebody waits for it."""
 
 
