@@ -1,3 +1,4 @@
+import asyncio
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -9,6 +10,7 @@ from threading import Timer
 
 import fsspec
 import pytest
+from fsspec.asyn import AsyncFileSystem
 from pyarrow.parquet import ParquetFile
 
 from data.config import RemoteConfig
@@ -268,14 +270,36 @@ def test_a_local_file_that_is_gone_is_an_error_that_names_it(file: Path) -> None
         stream.read(1)
 
 
+class Distant(AsyncFileSystem):
+    """An asynchronous store of one file, which may take its time."""
+
+    protocol = "distant"
+    content = b""
+    delay_s = 0.0
+
+    async def _info(self, path: str, **_: object) -> dict[str, object]:
+        return {"name": path, "type": "file", "size": len(self.content)}
+
+    async def _cat_file(
+        self,
+        path: str,  # noqa: ARG002 - a file system's signature
+        start: int | None = None,
+        end: int | None = None,
+        **_: object,
+    ) -> bytes:
+        await asyncio.sleep(self.delay_s)
+        return self.content[start:end]
+
+
 def test_requests_to_other_stores_are_given_up_in_time(
-    file: Path, content: bytes, fault_server: Callable[..., FaultServer]
+    content: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    server = fault_server(file.parent)
-    store = OtherStore(PATIENT.timeout_s)  # fsspec's own reader of the web is one of many
-    shard = Shard(f"{server.url}/a.txt", "a.txt", len(content), "")
+    fsspec.register_implementation("distant", Distant, clobber=True)
+    monkeypatch.setattr(Distant, "content", content)
+    store = OtherStore(0.3)
+    shard = Shard("distant://a.txt", "a.txt", len(content), "")
     assert b"".join(store.read(shard, 5, len(content), skip=False)) == content[5:]
-    server.behaviour.faults, server.behaviour.rate = ("stall",), 1.0
+    monkeypatch.setattr(Distant, "delay_s", 20.0)
     with pytest.raises(TimeoutError):
         next(store.read(shard, 0, 9, skip=False))
 
