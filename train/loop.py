@@ -67,7 +67,7 @@ def train(run: Run, progress: Progress) -> tuple[StepRecord, Metrics]:
                 progress.update(bar, status=status)
             if ending:
                 return record, metrics
-    raise AssertionError("the stream is endless")
+    raise AssertionError("steps are counted without end")
 
 
 def _next(batches: Loader) -> Batch:
