@@ -7,9 +7,9 @@ which the cursor holds:
 
     weights 3 : 1, documents of 100 tokens
 
-    tokens of web      0     100     200     300              400
-    tokens of books    0                              100
-    next               web   books   ...
+    tokens of web      0      0    100  200  300    300  400  500  600
+    tokens of books    0      100  100  100  100    200  200  200  200
+    next               books  web  web  web  books  web  web  web  books
 
 Lanes must not take a document of a rare source all at the same step. So a part of the next document
 counts, too, the same for all documents of a lane, phase and source: for one lane a source's turn

@@ -86,9 +86,9 @@ def pack_best_fit(
 
         documents   a a a .   b b .   c c c c c c c .   d .
 
-        rows, T=6   . a a a . d .          every row begins with what stands before its first
-                    . c c c c c c          target: a separator, or the token before the cut
-                    c c . b b . 0          0 is padding, and no target
+        rows, T=6   c c . a a a .          every row begins with what stands before its first
+                    . b b . d . 0          target: a separator, or the token before the cut
+                    . c c c c c c          0 is padding, and no target
 
     Of `group` documents at a time, the longest comes first and goes where it leaves the least room
     (best-fit decreasing, as in arXiv 2404.10830); rows then follow in the order of the documents.
@@ -102,6 +102,14 @@ def pack_best_fit(
     Yields:
         a row, and where the next one starts: the first document of its group, and how many rows of
         the group come before it.
+
+    >>> texts = ("aaa.", "bb.", "ccccccc.", "d.")
+    >>> documents = [(np.array(["0.abcd".index(c) for c in text]), text) for text in texts]
+    >>> for row, _, _ in pack_best_fit(documents, seq_len=6, group=4, separator=1):
+    ...     print("".join("0.abcd"[token] for token in row.tokens), row.targets)
+    cc.aaa. 6
+    .bb.d.0 5
+    .cccccc 6
     """
     following = iter(documents)
     while taken := list(islice(following, group)):

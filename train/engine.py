@@ -99,9 +99,10 @@ class SingleEngine:
 
     def step(self, rows: Rows, lr: float) -> StepResult:
         """Accumulate the gradients of all micro-batches, clip them, update the weights."""
-        count = (rows.targets != IGNORED).sum()
+        targets = rows.targets
+        count = (targets != IGNORED).sum()
         cross_entropy = torch.zeros((), device=self.device)
-        for loss in self._losses(rows, self.config.train.micro_batch or len(rows.tokens)):
+        for loss in self._losses(rows, targets, self.config.train.micro_batch or len(targets)):
             (loss.total / count).backward()
             cross_entropy += loss.cross_entropy
         grad_norm = clip_grad_norm_(
@@ -116,23 +117,24 @@ class SingleEngine:
     @torch.no_grad()
     def loss(self, rows: Rows) -> tuple[Tensor, int]:
         """(summed cross-entropy in nats, number of targets), micro-batch by micro-batch."""
+        targets = rows.targets
         total = torch.zeros((), device=self.device, dtype=torch.float64)
         micro = self.config.train.micro_batch or self.config.train.global_batch
-        for loss in self._losses(rows, micro):
+        for loss in self._losses(rows, targets, micro):
             total += loss.cross_entropy
-        return total, int((rows.targets != IGNORED).sum())
+        return total, int((targets != IGNORED).sum())
 
-    def _losses(self, rows: Rows, micro: int) -> Iterator[Loss]:
+    def _losses(self, rows: Rows, targets: Tensor, micro: int) -> Iterator[Loss]:
         """The loss of each `micro` rows, one after the other."""
-        parts = (rows.tokens[:, :-1].split(micro), rows.targets.split(micro))
+        parts = zip(rows.tokens[:, :-1].split(micro), targets.split(micro), strict=True)
         segments = None
-        for number, (tokens, targets) in enumerate(zip(*parts, strict=True)):
+        for number, (tokens, wanted) in enumerate(parts):
             if rows.starts is not None:
                 starts = rows.starts[number * micro :][:micro]
                 segments = Segments.of(starts).to(self.device)
-            tokens, targets = self._moved(tokens), self._moved(targets)
+            tokens, wanted = self._moved(tokens), self._moved(wanted)
             with autocast(self.device, self.dtype):
-                loss = self.model.loss(tokens, targets, self.config.optim.z_loss, segments)
+                loss = self.model.loss(tokens, wanted, self.config.optim.z_loss, segments)
             yield loss
 
     def _moved(self, x: Tensor) -> Tensor:
