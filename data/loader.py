@@ -61,14 +61,20 @@ class Loader:
     def __iter__(self) -> Iterator[Batch]:
         return self
 
+    def peek(self) -> Batch | None:
+        """The next batch, without taking it; None: there is none, or the wait was given up."""
+        if self._next is None:
+            start = perf_counter()
+            self._next = self._made()
+            self.wait_s += perf_counter() - start
+        return self._next
+
     def __next__(self) -> Batch:
-        start = perf_counter()
-        batch = self._next or self._made()
+        batch = self.peek()
         if batch is None:
             raise self.failure or WaitEndedError
-        # One ahead, so that whoever takes the last one is told so. None, too, after `give_up`.
-        self._next = self._made()
-        self.wait_s += perf_counter() - start
+        self._next = None
+        self.peek()  # so that whoever takes the last one is told so
         return batch
 
     def _made(self) -> Batch | None:

@@ -20,6 +20,7 @@ class Quarantine:
 
     Attributes:
         faults: what was wrong, by origin; also what earlier starts of the run found.
+        known: how many of them were in the file when this start opened it.
         records: records that were read so far in this process, faults included.
         trouble: why the file could not be written the last time; None if it could.
     """
@@ -27,16 +28,23 @@ class Quarantine:
     def __init__(self, max_fraction: float) -> None:
         self.max_fraction = max_fraction
         self.faults: dict[str, Fault] = {}
+        self.known = 0
         self.records = 0
         self.trouble: str | None = None
         self._found: set[str] = set()  # in this process, as `records` are
         self._path: Path | None = None
         self._lock = Lock()
 
+    @property
+    def new(self) -> int:
+        """Faults that no earlier start had found."""
+        return len(self.faults) - self.known
+
     def write_to(self, path: Path) -> None:
         """Writes what was and will be found to a file of JSON lines; what it holds is known."""
         with self._lock:
             known = _read(path)
+            self.known = len(known)
             self._path = path
             new = [fault for origin, fault in self.faults.items() if origin not in known]
             self.faults = known | self.faults

@@ -28,6 +28,49 @@ class OutOfTextError(ValueError):
     """Every source has been read as often as its `epochs` allow."""
 
 
+class Reading(NamedTuple):
+    """What a batch adds to a run: of one rank's rows, or, merged, of all ranks'.
+
+    Attributes:
+        targets: how many count.
+        positions: how many there are, padding included.
+        target_bytes: UTF-8 bytes that the targets stand for.
+        lanes: where the lanes go on after this batch, by their number.
+        reached: how far their text has come: before the last document. With best-fit packing they
+            go on from earlier, from the beginning of the documents that are packed together.
+    """
+
+    targets: int
+    positions: int
+    target_bytes: int
+    lanes: dict[int, LaneCursor]
+    reached: dict[int, LaneCursor]
+
+    @classmethod
+    def merged(cls, parts: Sequence["Reading"]) -> "Reading":
+        """Those of all ranks in one."""
+        return cls(
+            sum(part.targets for part in parts),
+            sum(part.positions for part in parts),
+            sum(part.target_bytes for part in parts),
+            {lane: cursor for part in parts for lane, cursor in part.lanes.items()},
+            {lane: cursor for part in parts for lane, cursor in part.reached.items()},
+        )
+
+    @property
+    def cursors(self) -> Cursors:
+        """`lanes` as plain values, from which a `TokenStream` goes on."""
+        return {str(lane): self.lanes[lane].to_json() for lane in sorted(self.lanes)}
+
+    def tokens(self, source: str) -> int:
+        """Tokens that these lanes have read of a source so far."""
+        return sum(cursor.sources[source].tokens for cursor in self.reached.values())
+
+    def epoch(self, source: str) -> int:
+        """Complete passes of the slowest of these lanes over its share of a source."""
+        return min(cursor.sources[source].cursor.epoch for cursor in self.reached.values())
+
+
 class Batch(NamedTuple):
     """One rank's rows of a global batch.
 
@@ -36,28 +79,13 @@ class Batch(NamedTuple):
         mask: [B, T] bool, false for targets that are padding; None: there is none.
         starts: [B, T] int64, where in its row each input's document begins; None: documents are
             not told apart.
-        target_bytes: UTF-8 bytes that the targets stand for.
-        lanes: where this rank's lanes go on after this batch, by their number.
-        reached: how far their text has come: before the last document. With best-fit packing they
-            go on from earlier, from the beginning of the documents that are packed together.
+        reading: what it adds to the run.
     """
 
     rows: np.ndarray
     mask: np.ndarray | None
     starts: np.ndarray | None
-    target_bytes: int
-    lanes: dict[int, LaneCursor]
-    reached: dict[int, LaneCursor]
-
-    @property
-    def targets(self) -> int:
-        """How many targets count."""
-        return self.rows[:, 1:].size if self.mask is None else int(self.mask.sum())
-
-    @property
-    def cursors(self) -> Cursors:
-        """`lanes` as plain values, from which a `TokenStream` goes on."""
-        return {str(lane): cursor.to_json() for lane, cursor in self.lanes.items()}
+    reading: Reading
 
     @property
     def document_lengths(self) -> list[int]:
@@ -67,14 +95,6 @@ class Batch(NamedTuple):
             return [T] * B
         borders = np.flatnonzero(self.starts == np.arange(T))
         return np.diff(borders, append=B * T).tolist()
-
-    def tokens(self, source: str) -> int:
-        """Tokens that this rank's lanes have read of a source so far."""
-        return sum(cursor.sources[source].tokens for cursor in self.reached.values())
-
-    def epoch(self, source: str) -> int:
-        """Complete passes of the slowest of these lanes over its share of a source."""
-        return min(cursor.sources[source].cursor.epoch for cursor in self.reached.values())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,7 +217,7 @@ class TokenStream:
             row, after[lane] = next(rows)
             tokens[i], counted[i], reached[lane] = row
         if not counted.any() and self.shape.world == 1:
-            raise self._out_of_text()
+            raise self.out_of_text()
         lengths = self.tokenizer.byte_lengths.take(tokens[:, 1:])
         mask = None
         if counted.min() < T:
@@ -208,12 +228,17 @@ class TokenStream:
             rows=tokens,
             mask=mask,
             starts=document_starts(tokens, self.tokenizer.eos_id) if isolated else None,
-            target_bytes=int(lengths.sum()),
-            lanes=after,
-            reached=reached,
+            reading=Reading(
+                targets=int(counted.sum()),
+                positions=lengths.size,
+                target_bytes=int(lengths.sum()),
+                lanes=after,
+                reached=reached,
+            ),
         )
 
-    def _out_of_text(self) -> OutOfTextError:
+    def out_of_text(self) -> OutOfTextError:
+        """What is to be said when nothing is left, of which of several ranks none knows."""
         limits = {name: source.epochs for name, source in self.documents.config.sources.items()}
         return OutOfTextError(
             f"data.sources.*.epochs={limits}: all text has been read so often; raise them to go "

@@ -42,7 +42,7 @@ class Tokenizer:
     """
 
     def __init__(self, model: bytes) -> None:
-        self._model = model
+        self.model = model
         self._processor = SentencePieceProcessor(model_proto=model)
         self.vocab_size: int = self._processor.vocab_size()
         self.eos_id: int = self._processor.eos_id()
@@ -73,7 +73,7 @@ class Tokenizer:
         """Writes the `.model` file; nobody ever sees half of it."""
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.{os.getpid()}")
-        partial.write_bytes(self._model)
+        partial.write_bytes(self.model)
         partial.replace(path)
 
     def encode(self, text: str) -> np.ndarray:

@@ -12,14 +12,24 @@ class Place:
         rank: this process's number among all of them.
         world: how many there are.
         local_rank: its number on this machine, which is the number of its device.
+        restarts: how often they have been started again, by `torchrun` or by SLURM.
     """
 
     rank: int = 0
     world: int = 1
     local_rank: int = 0
+    restarts: int = 0
 
     @classmethod
     def from_environment(cls) -> "Place":
         """The place that `torchrun`'s variables say; the only process where there are none."""
-        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-        return cls(*(int(os.environ.get(n, d)) for n, d in zip(names, (0, 1, 0), strict=True)))
+
+        def number(name: str, otherwise: int) -> int:
+            return int(os.environ.get(name, otherwise))
+
+        return cls(
+            rank=number("RANK", 0),
+            world=number("WORLD_SIZE", 1),
+            local_rank=number("LOCAL_RANK", 0),
+            restarts=number("TORCHELASTIC_RESTART_COUNT", 0) + number("SLURM_RESTART_COUNT", 0),
+        )

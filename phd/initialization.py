@@ -1,6 +1,7 @@
 """Initial weights, a pure function of the seed and each parameter's name."""
 
 import hashlib
+from collections.abc import Iterator
 from math import sqrt
 
 import torch
@@ -9,9 +10,8 @@ from torch import Tensor, nn
 from phd.config import ModelConfig
 
 
-@torch.no_grad()
-def initialize(model: nn.Module, seed: int) -> None:
-    """Draw every parameter of a `Transformer`, in place.
+def initial_weights(model: nn.Module, seed: int) -> Iterator[tuple[str, Tensor]]:
+    """Each parameter's name in a `Transformer` on any device, and its value, drawn on the CPU.
 
         parameter                 standard deviation
         embed, head, q k v        1 / sqrt(2.5 D)                    truncated at 3 sigma
@@ -21,19 +21,20 @@ def initialize(model: nn.Module, seed: int) -> None:
         copy_embed                0: the model starts as the one without it
 
     Each parameter has a generator of its own, keyed by (seed, name). So variants of one size and
-    seed start from the same weights, whatever K is, and a sharded model from those of a whole one.
+    seed start from the same weights, whatever K is, and a sharded model from those of a whole one;
+    one after the other, so that nobody has to hold them all.
     """
     config: ModelConfig = model.config  # type: ignore[assignment]
     std = 1 / sqrt(2.5 * config.dim)
     for name, parameter in model.named_parameters():
         if "norm" in name:
-            parameter.fill_(1)
+            yield name, torch.ones(parameter.shape)
         elif name.startswith("copy_embed"):
-            parameter.zero_()
+            yield name, torch.zeros(parameter.shape)
         else:
             output = name.endswith(("attention.o.weight", "ffn.down.weight"))
             scaled = std / sqrt(2 * config.layers) if output else std
-            parameter.copy_(_truncated_normal(parameter.shape, scaled, f"{seed}/{name}"))
+            yield name, _truncated_normal(parameter.shape, scaled, f"{seed}/{name}")
 
 
 def _truncated_normal(shape: torch.Size, std: float, key: str) -> Tensor:

@@ -76,7 +76,8 @@ class _Chunked(torch.autograd.Function):
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float, learning: bool
     ) -> tuple[Tensor, Tensor]:
         exact = torch.promote_types(hidden.dtype, torch.float32)
-        total, cross_entropy = hidden.new_zeros(2, dtype=exact)
+        # Not two views of one tensor: FSDP's hooks do not take those.
+        total, cross_entropy = (hidden.new_zeros((), dtype=exact) for _ in range(2))
         d_hidden = torch.empty_like(hidden)
         d_weight = torch.zeros_like(weight if learning else weight[:0], dtype=exact)
         head = weight.to(hidden.dtype)

@@ -8,7 +8,7 @@ from torch.nn.functional import linear
 
 from phd.block import Block
 from phd.config import ModelConfig
-from phd.initialization import initialize
+from phd.initialization import initial_weights
 from phd.loss import Loss, next_token_loss
 from phd.norm import RMSNorm
 from phd.rope import Rope
@@ -49,10 +49,12 @@ class Transformer(nn.Module):
         from the embedding, neither a move to another device nor sharding."""
         return self.embed.weight if self.config.tied else self.head.weight
 
+    @torch.no_grad()
     def reset(self, seed: int) -> "Transformer":
         """Draw the weights (see `phd.initialization`) and rebuild the tables; returns itself."""
+        for name, value in initial_weights(self, seed):
+            self.get_parameter(name).copy_(value)
         self.rope.build(self.embed.weight.device)
-        initialize(self, seed)
         return self
 
     @torch.no_grad()
@@ -80,6 +82,8 @@ class Transformer(nn.Module):
                 "raise model.max_seq_len or pass fewer tokens"
             )
         x = self.embed(tokens).unsqueeze(1)
+        # The residual stream is float32, also where the weights are gathered in half precision.
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
         if self.config.copy_embedding:
             x = x + self.copy_embed.weight[:, None]
         rope = self.rope.tables(T, segments)

@@ -5,20 +5,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import rms_norm
 
 
 class RMSNorm(nn.RMSNorm):
     """weight * x / sqrt(mean(x^2) + eps) over the last dim (arXiv 1910.07467).
 
-    Computed in the weight's precision, whatever autocast makes of x.
+    Computed in float32 at least, whatever autocast makes of x, or sharding of the weight.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., D) -> (..., D) in the weight's dtype."""
-        x = x.to(self.weight.dtype)
+        """(..., D) -> (..., D) in float32 or wider."""
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        x, weight = x.to(dtype), self.weight.to(dtype)
         if x.device.type == "cpu":
-            return _RMSNorm.apply(x, self.weight, self.eps)
-        return super().forward(x)
+            return _RMSNorm.apply(x, weight, self.eps)
+        return rms_norm(x, self.normalized_shape, weight, self.eps)
 
 
 class _RMSNorm(torch.autograd.Function):

@@ -4,6 +4,7 @@ python train/bench.py attention out=bench
 python train/bench.py step out=bench
 python train/bench.py data out=bench
 python train/bench.py resume out=bench
+python train/bench.py checkpoint size=151m out=bench
 """
 
 import train  # noqa: F401  # first: how threads wait is settled before torch is loaded
@@ -30,12 +31,16 @@ from phd.flops import training_flops_per_token
 from phd.hugging_face import to_hugging_face
 from phd.pattern import Pattern
 from train import arguments
+from train.checkpoint_benchmark import bench_saving
 from train.command_line import load
-from train.config import Config, EngineConfig
+from train.config import Config
 from train.device import autocast, choose_device, device_problems
-from train.engine import Rows, SingleEngine
+from train.engine import Rows
+from train.engine_config import EngineConfig
+from train.fsdp import FsdpEngine
 from train.loader_benchmark import bench_loading, bench_resuming
 from train.optimizer import build_optimizer
+from train.ranks import Ranks
 from train.run import environment
 from train.timing import Result, Work, interleaved, ratio
 from train.validation import ConfigError
@@ -48,10 +53,11 @@ class BenchArguments:
     Attributes:
         name: `attention`: forward and backward of one layer's attention; `step`: a whole training
             step, also that of transformers' Olmo2; `data`: what the loader makes of text and of
-            tokens; `resume`: how long it takes to go on at 1 %, 50 % and 99 % of a corpus.
-        out: the directory that gets `<name>.json`.
+            tokens; `resume`: how long it takes to go on at 1 %, 50 % and 99 % of a corpus;
+            `checkpoint`: how long a save stops the training, and how long it takes.
+        out: the directory that gets `<name>.json`; `checkpoint` measures its disk.
         repeat: how often everything is measured; medians are reported.
-        size: the model of `step`, a file of conf/size/.
+        size: the model of `step` and `checkpoint`, a file of conf/size/.
         rows: rows of a step.
         seq_len: T of a step.
         gigabytes: size of the corpus of `resume`, which is written for it.
@@ -193,7 +199,7 @@ def bench_step(given: BenchArguments, device: torch.device) -> Result:
 
 
 def _step_work(config: Config, batch: Tensor) -> Work:
-    engine = SingleEngine(config)
+    engine = FsdpEngine(config, Ranks())
     return lambda: engine.step(Rows(batch), config.optim.lr)
 
 
@@ -207,7 +213,7 @@ def _transformers_work(config: Config, batch: Tensor) -> Work:
             "the arguments",
         ) from None
     twin = replace(config, model=config.model.vanilla_twin)
-    engine = SingleEngine(twin)
+    engine = FsdpEngine(twin, Ranks())
     shape, weights = to_hugging_face(twin.model, engine.model.state_dict())
     model = Olmo2ForCausalLM(Olmo2Config(**shape, use_cache=False))
     model.to(device=engine.device)  # type: ignore[call-arg]
@@ -227,11 +233,18 @@ def _transformers_work(config: Config, batch: Tensor) -> Work:
     return work
 
 
+def bench_checkpoint(given: BenchArguments, device: torch.device) -> Result:
+    """A save of a model with its optimizer's moments, 12 bytes for each parameter."""
+    config = load([f"size={given.size}", f"engine.device={device.type}"])
+    return bench_saving(config, given.repeat, Path(given.out), device)
+
+
 BENCHMARKS: dict[str, Callable[[BenchArguments, torch.device], Result]] = {
     "attention": bench_attention,
     "step": bench_step,
     "data": lambda given, _: bench_loading(given.repeat),
     "resume": lambda given, _: bench_resuming(given.repeat, given.gigabytes),
+    "checkpoint": bench_checkpoint,
 }
 
 

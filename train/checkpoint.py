@@ -2,30 +2,42 @@
 
 checkpoints/
     step_00000100/
-        __0_0.distcp, .metadata   tensors by canonical name, by torch.distributed.checkpoint
-        state.json                everything else: step, cursors, config, ...
-        manifest.json, COMPLETE   sizes and hashes of the above; see `manifest`
-    .step_00000200.partial/       being written, or left by a crash
+        __0_0.distcp, __1_0.distcp, ...  tensors by canonical name, a file for each rank that wrote
+        tensors.json, .metadata          where they are; see `tensor_files`
+        state.json                       everything else: step, cursors, config, ...
+        manifest.json, COMPLETE          sizes and hashes of the above; see `manifest`
+    .step_00000200.*.partial/            being written, or left by a crash; see `partial`
 """
 
 import json
 import re
 import shutil
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent import futures
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias, cast
+from threading import Thread
+from time import perf_counter
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlan
+from torch.distributed.checkpoint.storage import WriteResult
 
 from train import manifest
+from train.manifest import Entries
+from train.partial import new_partial
+from train.ranks import Ranks
+from train.staging import HostMemory, StagedPlanner
+from train.tensor_files import TensorSpec, TensorWriter, read_index, read_tensors, specs_in
+from train.unison import first_alone, together
 
+T = TypeVar("T")
 TensorTree: TypeAlias = "Mapping[str, Tensor | TensorTree]"
 
 STATE = "state.json"
@@ -69,63 +81,142 @@ class Checkpoint:
         """The number of optimizer steps taken."""
         return self.state["step"]
 
+    @cached_property
+    def specs(self) -> dict[str, TensorSpec]:
+        """The dtype and shape of every tensor in it, by name."""
+        return specs_in(self._index)
+
     def load(self, tensors: TensorTree) -> None:
         """Fill `tensors` in place with the saved ones, bit for bit.
 
-        Names, shapes and dtypes must all be the saved ones; a ValueError lists those that are not,
-        and then nothing has been changed.
+        They are whole tensors or DTensors, sharded as they may be: each rank reads for itself, and
+        only the saved pieces that overlap with its own. Names, shapes and dtypes must all be the
+        saved ones, but that either side may lack `random` ones, which are left as they are; a
+        ValueError lists those that are not, and then nothing has been changed.
         """
-        wanted = flatten(tensors)
-        if mismatches := _mismatches(_specs(self.path), wanted):
+        self.check(tensors)
+        wanted = flatten(tensors).items()
+        self._read({name: tensor for name, tensor in wanted if name in self.specs})
+
+    def check(self, tensors: TensorTree) -> None:
+        """Raise the ValueError of `load` if `tensors` do not fit, which may be on `meta`."""
+        if mismatches := _mismatches(self.specs, flatten(tensors)):
             raise ValueError(_mismatch_message(self.path, mismatches))
-        _read_tensors(self.path, wanted)
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Read whole tensors into new ones on the CPU; one name at a time takes little memory."""
+        tensors = {
+            name: torch.empty(self.specs[name].shape, dtype=self.specs[name].dtype)
+            for name in names
+        }
+        self._read(tensors)
+        return tensors
 
     def load_weights(self) -> dict[str, Tensor]:
         """Read what was saved under `model`, and nothing else, into new tensors on the CPU."""
-        weights = {
-            name: torch.empty(spec.shape, dtype=spec.dtype)
-            for name, spec in _specs(self.path).items()
-            if name.startswith("model.")
-        }
-        _read_tensors(self.path, weights)
+        weights = self.read(name for name in self.specs if name.startswith("model."))
         return {name.removeprefix("model."): tensor for name, tensor in weights.items()}
+
+    @cached_property
+    def _index(self) -> Metadata:
+        return read_index(self.path)
+
+    def _read(self, tensors: dict[str, Tensor]) -> None:
+        read_tensors(self.path, self._index, tensors)
+
+
+class Saved(NamedTuple):
+    """A save that is complete.
+
+    Attributes:
+        step: the step that was saved.
+        path: the checkpoint's directory.
+        save_s: seconds from the call of `save` until it could be relied on.
+    """
+
+    step: int
+    path: Path
+    save_s: float
 
 
 class CheckpointStore:
-    """The checkpoints of one run, in the directory `root`; the newest `keep` stay.
+    """The checkpoints of one run, in the directory `root` that all its ranks share.
 
-    While one is being written the disk holds `keep + 1`.
+    The newest `keep` stay, and for ever those of steps that are multiples of `keep_every`; while
+    one is being written the disk holds one more. Methods are called by all ranks alike.
+
+        training   --| copy |---------- trains on ----------| copy |--
+        behind it           | write, fsync, read back, publish, delete old |
     """
 
-    def __init__(self, root: Path, *, keep: int) -> None:
+    def __init__(
+        self, root: Path, *, keep: int, keep_every: int = 0, ranks: Ranks | None = None
+    ) -> None:
         assert keep >= 1, keep
         self.root = root
         self.keep = keep
+        self.keep_every = keep_every
+        self.ranks = ranks or Ranks()
+        self._memory = HostMemory()
+        self._under_way: Future[Saved] | None = None
 
-    def save(self, step: int, tensors: TensorTree, state: Mapping[str, Any]) -> Path:
-        """Write `tensors` and the JSON `state` as the checkpoint of `step`; return its directory.
+    def save(self, step: int, tensors: TensorTree, state: Mapping[str, Any]) -> Saved | None:
+        """Begin to save `tensors` and the JSON `state` as the checkpoint of `step`.
 
-        It appears whole, in one rename; only then are the oldest deleted. A whole checkpoint of
-        the same step is kept as it is (a run reaches a step in one state only); a damaged one is
-        replaced. Raises CheckpointError if the disk refuses.
+        It waits for an earlier save that is still under way, copies this rank's tensors to the
+        host, and returns; they may change from then on. The rest happens in a thread.
+
+        A checkpoint appears whole, in one rename, after its files have been read back; only then
+        are older ones deleted. A whole checkpoint of the same step is kept as it is (a run reaches
+        a step in one state only); a damaged one is replaced.
+
+        Args:
+            step: optimizer steps taken.
+            tensors: what this rank writes: whole tensors, and its DTensors.
+            state: the same on all ranks; the first one's is written.
+
+        Returns:
+            The save before this one, unless `wait` has told of it.
+
+        Raises:
+            CheckpointError: on all ranks, if that one failed; this one has begun nevertheless.
+            RuntimeError: a rank has died, or something else that is not the disk's; none has begun.
         """
-        path = self._path(step)
+        start = perf_counter()
+        self._finish()
+        if self._under_way and not isinstance(self._under_way.exception(), CheckpointError | None):
+            return self.wait()  # which raises: another save would wait for a dead rank
+        planner = StagedPlanner(flatten(tensors), self._memory)
         text = json.dumps({**state, "step": step}, indent=1)
-        if manifest.damage(path) is not None:
-            with _told(f"the checkpoint of step {step} could not be written to {self.root}"):
-                self._publish(path, flatten(tensors), text)
-        with _told(f"step {step} is saved, but older checkpoints in {self.root} were not deleted"):
-            self._prune(step)
-        return path
+        earlier = self._under_way
+        self._under_way = _in_background(lambda: self._write(step, planner, text, start))
+        return earlier.result() if earlier else None
+
+    def wait(self) -> Saved | None:
+        """Wait for the save under way; None if all that were begun have been told of.
+
+        Raises:
+            CheckpointError: on all ranks, if it failed.
+        """
+        self._finish()
+        ended, self._under_way = self._under_way, None
+        return ended.result() if ended else None
+
+    def close(self) -> None:
+        """Wait until nothing is written any more; only `wait` and `save` tell how it ended."""
+        self._finish()
 
     def newest(self) -> Checkpoint | None:
-        """Find the newest whole checkpoint; None if there are none at all.
+        """Find the newest whole checkpoint, the same on all ranks; None if there are none at all.
 
-        Raises ValueError if there are some but all are damaged.
+        Each rank reads its share of the files. Raises ValueError if there are some but all are
+        damaged.
         """
+        self._finish()
         passed_over: tuple[PassedOver, ...] = ()
-        for _, path in self._newest_first():
-            flaw = manifest.damage(path)
+        for path in self.ranks.broadcast([path for _, path in self._newest_first()]):
+            flaws = self.ranks.gather(self._damage(path))
+            flaw = next((_seen_by(rank, flaw) for rank, flaw in enumerate(flaws) if flaw), None)
             if flaw is None:
                 return Checkpoint(path, _read_state(path), passed_over)
             passed_over += (PassedOver(path, flaw),)
@@ -137,6 +228,15 @@ class CheckpointStore:
             )
         return None
 
+    def _finish(self) -> None:
+        """Wait for the save under way, whatever becomes of it."""
+        if self._under_way:
+            futures.wait([self._under_way])
+
+    def _damage(self, path: Path) -> str | None:
+        """What is wrong with this rank's share of a checkpoint."""
+        return manifest.damage(path, share=(self.ranks.rank, self.ranks.world))
+
     def _path(self, step: int) -> Path:
         return self.root / f"step_{step:08d}"
 
@@ -145,35 +245,80 @@ class CheckpointStore:
         names = ((re.fullmatch(r"step_(\d{8,})", path.name), path) for path in self.root.glob("*"))
         return sorted(((int(match[1]), path) for match, path in names if match), reverse=True)
 
-    def _publish(self, path: Path, tensors: dict[str, Tensor], state: str) -> None:
-        self.root.mkdir(parents=True, exist_ok=True)
-        for leftover in self.root.glob(".step_*.partial"):
-            shutil.rmtree(leftover)
-        partial = self.root / f".{path.name}.partial"
+    # Below: in the background, on all ranks together
+
+    def _write(self, step: int, planner: StagedPlanner, state: str, start: float) -> Saved:
+        """What becomes of a checkpoint once its tensors are on the host."""
+        path, ranks = self._path(step), self.ranks
+        with _told(f"the checkpoint of step {step} could not be written to {self.root}"):
+            flaws = together(ranks, lambda: self._damage(path), lambda flaws: [flaws] * ranks.world)
+            if any(flaws):
+                self._publish(path, planner, state)
+        with _told(f"step {step} is saved, but older checkpoints in {self.root} were not deleted"):
+            first_alone(ranks, lambda: self._prune(step))
+        return Saved(step, path, perf_counter() - start)
+
+    def _publish(self, path: Path, planner: StagedPlanner, state: str) -> None:
+        """Write beside, read back, and rename; what fails on a rank leaves nothing behind."""
+        partial = first_alone(self.ranks, lambda: new_partial(path))
         try:
-            _write_tensors(partial, tensors)
-            manifest.write_durably(partial / STATE, state)
-            manifest.seal(partial)
-            if path.exists():
-                manifest.remove(path)
-            partial.rename(path)
-            manifest.flush_directory(self.root)
+            self._write_files(partial, planner, state)
+            self._read_back(partial)
+            first_alone(self.ranks, lambda: self._make_visible(partial, path))
         except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
+            if self.ranks.first:
+                shutil.rmtree(partial, ignore_errors=True)
             raise
 
+    def _write_files(self, partial: Path, planner: StagedPlanner, state: str) -> None:
+        writer = TensorWriter(partial)
+
+        def divide(plans: list[SavePlan]) -> list[SavePlan]:
+            return writer.prepare_global_plan(planner.create_global_plan(plans)[0])
+
+        plan = together(self.ranks, lambda: planner.local_plan, divide)
+
+        def seal(shares: list[tuple[list[WriteResult], Entries]]) -> list[None]:
+            writer.write_index(planner.metadata, [results for results, _ in shares])
+            writer.write_text(STATE, state)
+            for _, entries in shares:
+                writer.entries.update(entries)
+            manifest.seal(partial, writer.entries)
+            return [None] * len(shares)
+
+        together(self.ranks, lambda: (writer.write_pieces(plan, planner), writer.entries), seal)
+
+    def _read_back(self, partial: Path) -> None:
+        """Make sure that the disk gives back what it was given, each rank a share of it."""
+
+        def check() -> None:
+            if flaw := self._damage(partial):
+                raise OSError(f"the disk does not give back what was written: {flaw}")
+
+        together(self.ranks, check, lambda done: done)
+
+    def _make_visible(self, partial: Path, path: Path) -> None:
+        if path.exists():
+            manifest.remove(path)
+        partial.rename(path)
+        manifest.flush_directory(self.root)
+
     def _prune(self, step: int) -> None:
-        """Of the checkpoints up to `step` leave the newest `keep` whole ones.
+        """Of the checkpoints up to `step` leave the whole ones that are to be kept.
 
         Later ones are damaged, or the run would have gone on from them; training replaces them
-        when it reaches them. Hashes are not compared here: that would read everything each time.
+        when it reaches them. Hashes are not compared here: that would read everything each time,
+        and the newest has just been verified.
         """
-        whole = 0
-        for path in (path for its_step, path in self._newest_first() if its_step <= step):
-            if whole < self.keep and manifest.damage(path, contents=False) is None:
-                whole += 1
-            else:
+        kept = 0
+        for its_step, path in self._newest_first():
+            if its_step > step:
+                continue
+            whole = manifest.damage(path, contents=False) is None
+            for_ever = self.keep_every and its_step % self.keep_every == 0
+            if not whole or (kept >= self.keep and not for_ever):
                 manifest.remove(path)
+            kept += whole
 
 
 def flatten(tree: TensorTree) -> dict[str, Tensor]:
@@ -192,31 +337,17 @@ def flatten(tree: TensorTree) -> dict[str, Tensor]:
     return flat
 
 
-class _Spec(NamedTuple):
-    dtype: torch.dtype
-    shape: torch.Size
-
-    def __str__(self) -> str:
-        return f"{str(self.dtype).removeprefix('torch.')} {list(self.shape)}"
-
-
 def _read_state(path: Path) -> dict[str, Any]:
     return json.loads((path / STATE).read_text(encoding="utf-8"))
 
 
-def _specs(path: Path) -> dict[str, _Spec]:
-    """Read what a verified checkpoint holds; DCP keeps that as a pickle."""
-    metadata = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-    saved = cast(dict[str, TensorStorageMetadata], metadata)  # `flatten` lets in tensors alone
-    return {name: _Spec(entry.properties.dtype, entry.size) for name, entry in saved.items()}
-
-
-def _mismatches(saved: dict[str, _Spec], wanted: dict[str, Tensor]) -> list[str]:
-    needed = {name: _Spec(tensor.dtype, tensor.shape) for name, tensor in wanted.items()}
+def _mismatches(saved: dict[str, TensorSpec], wanted: dict[str, Tensor]) -> list[str]:
+    needed = {name: TensorSpec(tensor.dtype, tensor.shape) for name, tensor in wanted.items()}
+    optional = {name for name in saved.keys() ^ needed.keys() if name.startswith("random.")}
     return [
         f"{name}: {saved.get(name, 'nothing')} in the checkpoint, "
         f"{needed.get(name, 'nothing')} in this run"
-        for name in sorted(saved.keys() | needed.keys())
+        for name in sorted((saved.keys() | needed.keys()) - optional)
         if saved.get(name) != needed.get(name)
     ]
 
@@ -232,38 +363,27 @@ def _mismatch_message(path: Path, mismatches: list[str]) -> str:
     )
 
 
-def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    with _plain_dcp():
-        dcp.save(tensors, storage_writer=dcp.FileSystemWriter(path, sync_files=False))
-
-
-def _read_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    with _plain_dcp():
-        dcp.load(tensors, storage_reader=dcp.FileSystemReader(path))
-
-
-@contextmanager
-def _plain_dcp() -> Iterator[None]:
-    """Raise DCP's errors as what they are, and do without its warning that there is one process.
-
-    DCP wraps every exception, KeyboardInterrupt too, in a BaseException of its own; and in it
-    `torch.save` buries a disk's OSError under a RuntimeError about its position in the file.
-    """
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            yield
-    except CheckpointException as wrapped:
-        first, _ = next(iter(wrapped.failures.values()))
-        error: BaseException | None = first
-        while error and not isinstance(error, OSError):
-            error = error.__cause__ or error.__context__
-        raise (error or first) from None
-
-
 @contextmanager
 def _told(problem: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
         raise CheckpointError(f"{problem}: {error}") from error
+
+
+def _seen_by(rank: int, flaw: str) -> str:
+    return f"{flaw} (for rank {rank})" if rank else flaw
+
+
+def _in_background(work: Callable[[], T]) -> Future[T]:
+    """Do `work` in a thread that does not keep the process from ending."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    Thread(target=run, name="checkpoint", daemon=True).start()
+    return future

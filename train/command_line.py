@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any, NamedTuple, NoReturn, TypeVar, cast
 
 import hydra
@@ -25,7 +26,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from train.arguments import parse, refuse, usage
+from launch.place import Place
+from train.arguments import USAGE_ERROR, parse, refuse, usage
 from train.config import Config
 from train.validation import ConfigError, defaults, did_you_mean, keys, nearest
 
@@ -58,20 +60,29 @@ def run(task: Callable[[Config], int]) -> NoReturn:
     try:
         command = check(arguments.overrides, multirun=arguments.multirun)
     except ConfigError as error:
-        refuse(error)
+        _refuse(error)
 
     def job(tree: DictConfig) -> None:
         config = _named(_read(tree), HydraConfig.get().overrides.task, command.swept)
         try:
             code = task(config)
         except ConfigError as error:
-            refuse(error)
+            _refuse(error)
         if code:
             sys.exit(code)
 
     sys.argv[1:] = [*flags, *command.overrides]
+    if Place.from_environment().rank:  # the first rank alone writes Hydra's multirun.yaml
+        sys.argv.append(f"hydra.sweep.dir={mkdtemp()}")
     hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(job)()
     sys.exit(0)
+
+
+def _refuse(error: ConfigError) -> NoReturn:
+    """Ends the process; of several ranks, which all refuse the same, the first one says why."""
+    if Place.from_environment().rank:
+        sys.exit(USAGE_ERROR)
+    refuse(error)
 
 
 def run_with(cls: type[T], task: Callable[[T, Config], int]) -> NoReturn:

@@ -14,6 +14,7 @@ from pydantic import BeforeValidator
 
 from data.config import Checked, DataConfig, TokenizerConfig, check_least
 from phd.config import ModelConfig
+from train.engine_config import DeepSpeedConfig, FsdpConfig
 from train.validation import as_dict, build
 
 DEFAULT_STEPS = 450
@@ -205,43 +206,61 @@ class ScheduleConfig(Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EngineConfig(Checked):
-    """What the model runs on.
-
-    Attributes:
-        kind: `single` is one process and one device.
-        device: `auto` is CUDA where there is one.
-        precision: `auto` is bf16 autocast on CUDA and fp32 on the CPU; weights are always fp32.
-        compile: compile the model with `torch.compile`.
-        threads: threads of the CPU's kernels; null: PyTorch's choice.
-    """
-
-    kind: Literal["single"] = "single"
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    compile: bool = False
-    threads: int | None = None
-
-    def problems(self) -> list[str]:
-        return check_least(self, "engine", 1, "threads")
-
-
-@dataclass(frozen=True, kw_only=True)
 class CheckpointConfig(Checked):
     """When the run's state is saved; it always is at the end and when interrupted.
 
     Attributes:
         every: steps between two checkpoints; 0: only at the end.
         keep: the newest checkpoints that are kept.
+        keep_every: checkpoints of every so many steps are kept for ever; 0: none.
     """
 
     every: int = 100
     keep: int = 2
+    keep_every: int = 0
 
     def problems(self) -> list[str]:
-        return check_least(self, "checkpoint", 0, "every") + check_least(
+        return check_least(self, "checkpoint", 0, "every", "keep_every") + check_least(
             self, "checkpoint", 1, "keep"
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FaultsConfig(Checked):
+    """What happens when something goes wrong; nothing of it changes a run in which nothing does.
+
+    A bad step is one whose loss or gradient norm is not finite, or a spike. No weight, moment or
+    step count is changed by it, on any rank, and its batch is written to `bad_steps/`.
+
+    Attributes:
+        policy: `skip` goes on with the next batch; `rollback` goes back to the last checkpoint and
+            passes over the batch; `abort` ends the run without saving.
+        spike: a loss or gradient norm this many robust standard deviations above the median of the
+            last `window` steps is a spike; null: only what is not finite is bad.
+        window: steps that a spike is compared with; none is one before half of them are known.
+        most_in_a_row: bad steps in a row, or rollbacks to one checkpoint, that end the run.
+        step_timeout: seconds after which a step, with what is measured after it, counts as hung:
+            every rank writes its stack to `stacks/` and ends.
+        exit_timeout: seconds that a rank has to save and leave after a signal; less than the
+            launcher grants before it kills (`grace_s`).
+    """
+
+    policy: Literal["abort", "skip", "rollback"] = "skip"
+    spike: float | None = None
+    window: int = 128
+    most_in_a_row: int = 10
+    step_timeout: Seconds = 1800.0
+    exit_timeout: Seconds = 100.0
+
+    def problems(self) -> list[str]:
+        found = check_least(self, "faults", 1, "most_in_a_row") + check_least(
+            self, "faults", 8, "window"
+        )
+        return found + [
+            f"faults.{name}={value}: expected a number above 0"
+            for name in ("spike", "step_timeout", "exit_timeout")
+            if (value := getattr(self, name)) is not None and not value > 0
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -324,8 +343,9 @@ class Config(Checked):
     train: TrainConfig = field(default_factory=TrainConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
-    engine: EngineConfig = field(default_factory=EngineConfig)
+    engine: FsdpConfig | DeepSpeedConfig = field(default_factory=FsdpConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    faults: FaultsConfig = field(default_factory=FaultsConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     hooks: HooksConfig = field(default_factory=HooksConfig)
 

@@ -7,8 +7,9 @@ import sys
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from torch import Tensor
 
-from train.config import EngineConfig
+from train.engine_config import EngineConfig
 
 # Dense bf16 peak of one device, FLOP/s, from the makers' data sheets.
 PEAK_FLOPS = {
@@ -83,6 +84,30 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
     if dtype == torch.float32:
         return nullcontext()
     return torch.autocast(device.type, dtype=dtype)
+
+
+class Readout:
+    """Scalars on their way from the device; asking for them later waits for them alone.
+
+    `item()` would wait for everything that was queued after them, too.
+    """
+
+    def __init__(self, *scalars: Tensor) -> None:
+        values = torch.stack([scalar.detach().double() for scalar in scalars])
+        self._event: torch.cuda.Event | None = None
+        if values.is_cuda:
+            self._values = torch.empty(len(scalars), dtype=torch.float64, pin_memory=True)
+            self._values.copy_(values, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+        else:
+            self._values = values
+
+    def values(self) -> list[float]:
+        """The scalars as numbers."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._values.tolist()
 
 
 def peak_flops(device: torch.device) -> float | None:

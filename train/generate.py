@@ -18,8 +18,9 @@ from phd.model import Transformer
 from phd.sampling import Sampling, generate
 from train import arguments
 from train.checkpoint import CheckpointStore
-from train.config import Config, EngineConfig
+from train.config import Config
 from train.device import choose_device, device_problems
+from train.engine_config import EngineConfig
 from train.validation import ConfigError
 
 

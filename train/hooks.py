@@ -4,7 +4,8 @@ A hook is called with the record of a step, every `every` steps and at the run's
 what is to be logged. It holds what it needs, but no reference to whoever calls it.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from math import log
 from time import perf_counter
 from typing import Any, Protocol
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from data.heldout import HeldOut
 from data.quarantine import Quarantine
-from data.stream import Batch
+from data.stream import Batch, Reading
 from data.tokenizer import Tokenizer
 from phd.flops import training_flops_per_token
 from phd.kv import kv_bytes
@@ -23,6 +24,7 @@ from train.checkpoint import CheckpointError, CheckpointStore
 from train.config import Config
 from train.device import peak_flops, peak_memory_gib
 from train.engine import Engine, Rows
+from train.ranks import Ranks
 
 Metrics = dict[str, float | str]
 
@@ -39,11 +41,15 @@ class StepRecord:
     Attributes:
         step: how many have been, this one included.
         tokens: tokens of all rows so far, this step's and their padding included.
+        batches: batches that the stream has given so far; more than steps where some were passed
+            over.
         loss, grad_norm: scalars on the device; see `train.engine.StepResult`.
         lr: the step's learning rate.
-        batch: the step's batch; its cursors are where the stream goes on.
+        batch: this rank's rows.
+        reading: what all ranks' rows have added; its cursors are where the stream goes on.
+        bad_steps: what is remembered of bad steps; a JSON object.
         train_s: seconds of training in this process, without hooks.
-        data_wait_s: how many of them the step waited for data.
+        data_wait_s: how many of them were waits for data, by rank.
         ending: why this is the last step: `finished`, `max_time`, `out_of_text`, `no_data` or a
             signal's name; or None.
         failure: why there is no next batch; None if there is.
@@ -51,14 +57,26 @@ class StepRecord:
 
     step: int
     tokens: int
+    batches: int
     lr: float
     loss: Tensor
     grad_norm: Tensor
     batch: Batch
+    reading: Reading
+    bad_steps: Mapping[str, Any]
     train_s: float
-    data_wait_s: float
+    data_wait_s: tuple[float, ...]
     ending: str | None = None
     failure: Exception | None = None
+
+    def of_all(self, ranks: Ranks) -> "StepRecord":
+        """The record with what only all ranks together know; every rank calls it."""
+        known = ranks.gather((self.reading, self.data_wait_s))
+        return replace(
+            self,
+            reading=Reading.merged([reading for reading, _ in known]),
+            data_wait_s=tuple(wait for _, waits in known for wait in waits),
+        )
 
     @property
     def interrupted(self) -> bool:
@@ -67,11 +85,16 @@ class StepRecord:
 
 
 class Hook(Protocol):
-    """Called after every `every`-th step (0: never) and after the last."""
+    """Called on all ranks after every `every`-th step (0: never) and after the last."""
 
     every: int
 
     def __call__(self, record: StepRecord) -> Metrics: ...
+
+
+def is_due(hook: Hook, step: int) -> bool:
+    """Whether a hook is to be called after this step, if it is not the last."""
+    return bool(hook.every and step % hook.every == 0)
 
 
 class TrainingMetrics:
@@ -87,15 +110,18 @@ class TrainingMetrics:
 
     def __call__(self, record: StepRecord) -> Metrics:
         loss = record.loss.item()
-        targets = record.batch.targets
-        return {
+        targets, size = record.reading.targets, record.reading.target_bytes
+        metrics: Metrics = {
             "train/loss": loss,
-            "train/bits_per_byte": bits_per_byte(loss * targets, record.batch.target_bytes),
+            "train/bits_per_byte": bits_per_byte(loss * targets, size),
             "optim/lr": record.lr,
             "optim/grad_norm": record.grad_norm.item(),
             "progress/tokens": record.tokens,
             "progress/train_flops": record.tokens * self.flops_per_token,
         }
+        if count := record.bad_steps["count"]:
+            metrics["train/bad_steps"] = count
+        return metrics
 
 
 class DataProgress:
@@ -104,24 +130,26 @@ class DataProgress:
     `progress/epoch` is of the source that is least far, of those that have a weight at first.
     """
 
-    def __init__(self, config: Config, quarantine: Quarantine) -> None:
+    def __init__(self, config: Config, quarantine: Quarantine, ranks: Ranks) -> None:
         self.every = config.hooks.log_every
         self.sources = tuple(config.data.sources)
         _, weights = config.data.mixture[0]
         self.weighted = [name for name, weight in weights.items() if weight]
         self.quarantine = quarantine
+        self.ranks = ranks
 
     def __call__(self, record: StepRecord) -> Metrics:
-        batch = record.batch
-        metrics: Metrics = {"progress/epoch": min(map(batch.epoch, self.weighted))}
+        reading = record.reading
+        metrics: Metrics = {"progress/epoch": min(map(reading.epoch, self.weighted))}
         for source in self.sources:
-            metrics[f"progress/{source}/tokens"] = batch.tokens(source)
-            metrics[f"progress/{source}/epoch"] = batch.epoch(source)
-        if batch.mask is not None:
-            metrics["data/padding_fraction"] = 1 - batch.targets / batch.mask.size
-        metrics["data/quarantined"] = len(self.quarantine.faults)
-        if self.quarantine.trouble:
-            metrics["data/warning"] = self.quarantine.trouble
+            metrics[f"progress/{source}/tokens"] = reading.tokens(source)
+            metrics[f"progress/{source}/epoch"] = reading.epoch(source)
+        if reading.targets < reading.positions or record.batch.mask is not None:
+            metrics["data/padding_fraction"] = 1 - reading.targets / reading.positions
+        found = self.ranks.gather((self.quarantine.new, self.quarantine.trouble))
+        metrics["data/quarantined"] = self.quarantine.known + sum(new for new, _ in found)
+        for trouble in filter(None, (trouble for _, trouble in found)):
+            metrics["data/warning"] = trouble
         return metrics
 
 
@@ -129,48 +157,58 @@ class Throughput:
     """Speed since the last call, hooks and evaluation left out, and the memory's peak.
 
     `throughput/mfu` is the FLOPs that the pattern needs over the device's bf16 peak; it is absent
-    where the peak is not known. Where documents are isolated, their lengths are those of the last
-    step's first `COUNTED_DOCUMENTS`.
+    where the peak is not known. The wait for data is that of the rank that waited most. Where
+    documents are isolated, their lengths are those of the first `COUNTED_DOCUMENTS` of this
+    rank's last step.
     """
 
-    def __init__(self, config: Config, device: torch.device, tokens: int) -> None:
+    def __init__(self, config: Config, device: torch.device, tokens: int, ranks: Ranks) -> None:
         self.every = config.hooks.log_every
         self.device = device
+        self.ranks = ranks
         self.copies = config.model.K
         self.tokens_per_step = config.train.tokens_per_step
         self.model = config.model
         self.data = config.data
-        self.last = (tokens, 0.0, 0.0)
+        self.last = (tokens, 0.0, (0.0,) * ranks.world)
         self.calls, self.warned = 0, False
 
     def __call__(self, record: StepRecord) -> Metrics:
-        now = (record.tokens, record.train_s, record.data_wait_s)
-        tokens, seconds, waited = (b - a for a, b in zip(self.last, now, strict=True))
-        self.last = now
+        (tokens, train_s, waits), self.last = (
+            self.last,
+            (record.tokens, record.train_s, record.data_wait_s),
+        )
+        tokens, seconds = record.tokens - tokens, record.train_s - train_s
+        waited, rank = max(
+            (now - before, rank)
+            for rank, (before, now) in enumerate(zip(waits, record.data_wait_s, strict=True))
+        )
         tokens_per_s = tokens / seconds
         metrics: Metrics = {
             "throughput/tokens_per_s": tokens_per_s,
-            "throughput/tokens_per_s_per_device": tokens_per_s,
+            "throughput/tokens_per_s_per_device": tokens_per_s / self.ranks.world,
             "throughput/slots_per_s": tokens_per_s * self.copies,
             "throughput/step_s": seconds * self.tokens_per_step / tokens,
             "throughput/data_wait_fraction": waited / seconds,
-            "memory/peak_gib": peak_memory_gib(self.device),
+            "memory/peak_gib": max(self.ranks.gather(peak_memory_gib(self.device))),
         }
         if peak := peak_flops(self.device):
             documents = record.batch.document_lengths[:COUNTED_DOCUMENTS]
             flops_per_token = training_flops_per_token(self.model, *documents)
-            metrics["throughput/mfu"] = tokens_per_s * flops_per_token / peak
+            flops_per_s = tokens_per_s * flops_per_token / self.ranks.world
+            metrics["throughput/mfu"] = flops_per_s / peak
         # The first interval waits for files to open; later waits will go on.
         if waited > MUCH_WAITING * seconds and self.calls and not self.warned:
             self.warned = True
-            metrics["throughput/warning"] = self._advice(waited / seconds)
+            metrics["throughput/warning"] = self._advice(waited / seconds, rank)
         self.calls += 1
         return metrics
 
-    def _advice(self, fraction: float) -> str:
+    def _advice(self, fraction: float, rank: int) -> str:
         data = self.data
+        who = "the training" if self.ranks.world == 1 else f"rank {rank}, the slowest,"
         return (
-            f"the training waited for data {fraction:.0%} of the time; raise "
+            f"{who} waited for data {fraction:.0%} of the time; raise "
             f"data.workers={data.workers} while there are idle cores, and "
             f"data.prefetch={data.prefetch} if it comes in bursts; or tokenise beforehand with "
             "python train/pretokenize.py"
@@ -196,21 +234,26 @@ class KVCost:
 
 
 class Evaluation:
-    """The loss on held-out documents."""
+    """The loss on held-out documents; nothing where `stop` ends it early."""
 
-    def __init__(self, config: Config, engine: Engine, name: str, text: HeldOut) -> None:
+    def __init__(
+        self, config: Config, engine: Engine, name: str, text: HeldOut, stop: Callable[[], bool]
+    ) -> None:
         self.every = config.eval.every
         self.engine = engine
         self.name = name
         self.text = text
+        self.stop = stop
 
     def __call__(self, record: StepRecord) -> Metrics:
         return {} if record.interrupted else self.measure()
 
     def measure(self) -> Metrics:
         """Cross-entropy per token in nats, and bits per byte."""
-        total, targets = self.engine.loss(Rows.of(self.text))
-        nats = total.item()
+        found = self.engine.loss(Rows.of(self.text), self.stop)
+        if found is None:
+            return {}
+        nats, targets = (x.item() for x in found)
         return {
             f"eval/{self.name}/loss": nats / targets,
             f"eval/{self.name}/bits_per_byte": bits_per_byte(nats, self.text.target_bytes),
@@ -220,35 +263,47 @@ class Evaluation:
 class Sample:
     """A text that the model writes: the same prompt and the same dice every time."""
 
-    def __init__(self, config: Config, engine: Engine, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, config: Config, engine: Engine, tokenizer: Tokenizer, stop: Callable[[], bool]
+    ) -> None:
         self.every = config.hooks.sample.every
         self.config = config
         self.engine = engine
         self.tokenizer = tokenizer
+        self.stop = stop
 
     def __call__(self, record: StepRecord) -> Metrics:
         return {} if record.interrupted else self.measure()
 
     def measure(self) -> Metrics:
-        """The sample as a metric."""
-        return {"sample/text": self.write()}
+        """The sample as a metric; nothing where `stop` ends it early."""
+        text = self.write()
+        return {} if text is None else {"sample/text": text}
 
-    def write(self) -> str:
-        """The prompt and what follows it, until the document ends."""
+    def write(self) -> str | None:
+        """The prompt and what follows it, until the document ends. Every rank writes the same."""
         settings = self.config.hooks.sample
         prompt = [self.tokenizer.eos_id, *self.tokenizer.encode(settings.prompt).tolist()]
         tokens = torch.tensor([prompt], device=self.engine.device)
         dice = torch.Generator().manual_seed(self.config.seed)
         new = []
-        for token in generate(self.engine.model, tokens, Sampling(), dice, settings.tokens):
-            if token.item() == self.tokenizer.eos_id:
-                break
-            new.append(int(token.item()))
+        with self.engine.usable() as model:
+            for token in generate(model, tokens, Sampling(), dice, settings.tokens):
+                if self.stop():
+                    return None
+                if token.item() == self.tokenizer.eos_id:
+                    break
+                new.append(int(token.item()))
         return self.tokenizer.decode(prompt + new)
 
 
 class Saving:
-    """Writes checkpoints; a disk that refuses costs the checkpoint, not the run."""
+    """Writes checkpoints behind the training; a disk that refuses costs the checkpoint, not the
+    run. At the run's end it waits for the disk.
+
+    `checkpoint/stall_s` is how long the training stood still, `checkpoint/save_s` how long the
+    last complete save took.
+    """
 
     def __init__(
         self, config: Config, engine: Engine, store: CheckpointStore, state: dict[str, Any]
@@ -259,13 +314,28 @@ class Saving:
         self.state = state
 
     def __call__(self, record: StepRecord) -> Metrics:
-        start = perf_counter()
-        state = {**self.state, "tokens": record.tokens, "cursors": record.batch.cursors}
+        state = {
+            **self.state,
+            "tokens": record.tokens,
+            "batches": record.batches,
+            "bad_steps": record.bad_steps,
+            "cursors": record.reading.cursors,
+        }
+        metrics: Metrics = {}
+        start, saved = perf_counter(), None
         try:
-            self.store.save(record.step, self.engine.state(), state)
+            saved = self.store.save(record.step, self.engine.state(), state)
         except CheckpointError as error:
-            return {"checkpoint/error": f"{error}{'' if record.ending else '; training goes on'}"}
-        return {"checkpoint/save_s": perf_counter() - start}
+            metrics["checkpoint/error"] = f"{error}; training goes on"
+        metrics["checkpoint/stall_s"] = perf_counter() - start
+        if record.ending:
+            try:
+                saved = self.store.wait()
+            except CheckpointError as error:
+                metrics["checkpoint/error"] = str(error)
+        if saved is not None:
+            metrics["checkpoint/save_s"] = saved.save_s
+        return metrics
 
 
 def bits_per_byte(nats: float, size: int) -> float:

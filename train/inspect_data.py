@@ -77,7 +77,7 @@ def loading_speed(stream: TokenStream, config: Config, seconds: float) -> tuple[
         first = next(loader)
         start, targets = perf_counter(), 0
         while (spent := perf_counter() - start) < seconds and loader.failure is None:
-            targets += next(loader).targets
+            targets += next(loader).reading.targets
     return targets / spent, first
 
 
@@ -142,7 +142,8 @@ def main(config: Config) -> int:
     )
     console.print(shown_row(batch, tokenizer), markup=False)
     if batch.mask is not None:
-        console.print(f"padding: {1 - batch.targets / batch.mask.size:.1%} of the first batch")
+        reading = batch.reading
+        console.print(f"padding: {1 - reading.targets / reading.positions:.1%} of the first batch")
     console.print(f"\nquarantined: {faults} of {records:,} records")
     if faults:
         console.print(f"  {quarantine.summary()}; for example", markup=False)

@@ -1,20 +1,59 @@
-"""A polite end on SIGINT and SIGTERM: finish the step, save, leave."""
+"""A polite end on a signal: finish the step, save, leave."""
 
+import os
 import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from threading import Thread
 from types import FrameType
+
+from launch.ending import SAVED
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+
+def _nothing() -> None:
+    pass
 
 
 class Interruption:
-    """While it is entered, the first SIGINT or SIGTERM is only noted; a second one acts at once.
+    """While it is entered, signals are only noted: who reads `received` ends in peace.
+
+        first of SIGINT, SIGTERM, SIGUSR1, SIGUSR2    noted, and `at_first` is called
+        SIGINT after that                             KeyboardInterrupt at once: a person insists
+        any other after that                          ignored
+
+    Schedulers and launchers repeat SIGTERM, and a repetition must not break the save that the
+    first one asked for; whoever will not wait has SIGKILL.
+
+    Python runs no handler while the main thread is in C, where it may wait for a rank that has
+    died. So `at_first` is called from a thread of its own, which the interpreter wakes up from
+    within the signal itself, and is the place to set a deadline.
+
+    It may be entered again within itself, which changes nothing.
 
     Attributes:
-        received: the one that came, or None.
+        at_first: called once, from another thread, as soon as the first signal is there.
+        received: the first one that came, or None.
     """
 
     received: signal.Signals | None = None
 
+    def __init__(self, at_first: Callable[[], object] = _nothing) -> None:
+        self.at_first = at_first
+        self._depth = 0
+
     def __enter__(self) -> "Interruption":
-        self._before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        self._depth += 1
+        if self._depth > 1:
+            return self
+        self._read_end, self._write_end = os.pipe()
+        os.set_blocking(self._write_end, False)
+        self._thread = Thread(target=self._listen, name="interruption", daemon=True)
+        self._thread.start()
+        self._woken = signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
+        self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # see launch/tether.py
         return self
 
     def came(self) -> bool:
@@ -22,12 +61,44 @@ class Interruption:
         return self.received is not None
 
     def _note(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
-        self.received = signal.Signals(number)
-        self._restore()
+        if self.received is None:
+            self.received = signal.Signals(number)
+        elif number == signal.SIGINT:
+            raise KeyboardInterrupt
 
-    def _restore(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+    def _listen(self) -> None:
+        """Read the numbers of signals, those of others' handlers among them, up to the first."""
+        while number := os.read(self._read_end, 1):
+            if number[0] in SIGNALS:
+                self.at_first()
+                return
 
     def __exit__(self, *error: object) -> None:
-        self._restore()
+        self._depth -= 1
+        if self._depth:
+            return
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._woken)
+        os.close(self._write_end)
+        self._thread.join()
+        os.close(self._read_end)
+
+
+@contextmanager
+def leaving_at_once() -> Iterator[None]:
+    """Where nothing is to be saved, SIGTERM, SIGUSR1 and SIGUSR2 end a lone process with `SAVED`.
+
+    The same command goes on where the last checkpoint is. SIGINT is a KeyboardInterrupt, as ever.
+    """
+
+    def leave(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+        raise SystemExit(SAVED)
+
+    before = {number: signal.signal(number, leave) for number in SIGNALS[1:]}
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

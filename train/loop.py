@@ -1,65 +1,78 @@
 """The training loop."""
 
-from itertools import count
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from time import perf_counter
 
 from rich.progress import Progress
 
 from data.loader import Loader
-from data.prefetch import WaitEndedError
 from data.stream import Batch, OutOfTextError
+from train.agreement import Standing
 from train.engine import Rows
-from train.hooks import Metrics, StepRecord
-from train.interruption import Interruption
+from train.hooks import Hook, Metrics, Saving, StepRecord, is_due
+from train.ranks import Ranks
 from train.run import Run
 from train.schedule import learning_rate
-from train.sinks import console_lines
+from train.sinks import Sink, console_lines
 from train.validation import ConfigError
+
+
+class LeftEarlyError(Exception):
+    """A signal came before there was anything to save."""
 
 
 def train(run: Run, progress: Progress) -> tuple[StepRecord, Metrics]:
     """Train from the run's step to its end; return the last step's record and metrics.
 
-    Nothing here waits for the device, except on steps after which a hook is due.
+    Nothing here waits for the device, except on steps after which a hook is due. All ranks take
+    the same steps, and end after the same one.
+
+    Raises:
+        OutOfTextError: there is nothing to train on.
+        LeftEarlyError: a signal came before the first step.
+        RollBackError, BadStepError: see `train.verdicts`.
     """
-    config, engine = run.config, run.engine
+    config, engine, agreement = run.config, run.engine, run.agreement
+    workers, depth, give_up = config.data.workers, config.data.prefetch, run.interruption.came
     bar = progress.add_task(
         "training", total=config.train.total_steps, completed=run.step, status=""
     )
     started, hooks_s = perf_counter(), 0.0
-    workers, depth = config.data.workers, config.data.prefetch
-    with (
-        Interruption() as interruption,
-        Loader(run.stream, workers=workers, depth=depth, give_up=interruption.came) as batches,
-    ):
-        for step in count(run.step + 1):
-            batch = _next(batches)
+    record: StepRecord | None = None
+    with Loader(run.stream, workers=workers, depth=depth, give_up=give_up) as loader:
+        _agree_to_begin(run, loader)
+        for step, (number, batch) in enumerate(_batches(run, loader), run.step + 1):
             lr = learning_rate(config, step - 1)
-            result = engine.step(Rows.of(batch), lr)
+            agreement.begin(_standing(run, loader, perf_counter() - started - hooks_s))
+            result = engine.step(Rows.of(batch), lr, run.verdicts.limits(step), agreement.stop)
+            standing = agreement.end()
+            if result is None:
+                return _interrupted(run, record)
+            run.verdicts.take(step, number, batch, lr, result)
 
-            train_s = perf_counter() - started - hooks_s
-            ending = run.ending(step, train_s, interruption.received, batches.failure)
-            due = [hook for hook in run.hooks if ending or (hook.every and step % hook.every == 0)]
+            ending = run.ending(step, standing)
+            due = [hook for hook in run.hooks if ending or is_due(hook, step)]
             if due:
+                run.verdicts.settle()
                 engine.synchronize()
-                train_s = perf_counter() - started - hooks_s
+            train_s = perf_counter() - started - hooks_s
             record = StepRecord(
                 step=step,
                 tokens=step * config.train.tokens_per_step,
+                batches=number,
                 lr=lr,
                 loss=result.loss,
                 grad_norm=result.grad_norm,
                 batch=batch,
+                reading=batch.reading,
+                bad_steps=run.verdicts.to_json(),
                 train_s=train_s,
-                data_wait_s=batches.wait_s,
+                data_wait_s=(loader.wait_s,),
                 ending=ending,
-                failure=batches.failure,
+                failure=_failure(run, loader, ending),
             )
-            metrics: Metrics = {}
-            for hook in due:
-                metrics |= hook(record)
-            for sink in run.sinks if metrics else ():
-                sink.write(step, metrics)
+            metrics = _observe(record, run.ranks, due, run.sinks)
             hooks_s = perf_counter() - started - train_s
 
             progress.update(bar, completed=step)
@@ -67,19 +80,75 @@ def train(run: Run, progress: Progress) -> tuple[StepRecord, Metrics]:
                 progress.update(bar, status=status)
             if ending:
                 return record, metrics
-    raise AssertionError("steps are counted without end")
+            if agreement.signal:
+                return _interrupted(run, record)
+    raise AssertionError("the batches have no end")
 
 
-def _next(batches: Loader) -> Batch:
-    """The next batch."""
-    try:
-        return next(batches)
-    except OutOfTextError:
-        raise
-    except ValueError as error:
-        raise user_error(error) from error
-    except WaitEndedError:
-        raise KeyboardInterrupt from None  # before the first step: there is nothing to save
+def _batches(run: Run, loader: Loader) -> Iterator[tuple[int, Batch]]:
+    """The batches and their numbers from the run's beginning, without those to be passed over."""
+    for number, batch in enumerate(loader, run.batches + 1):
+        if number not in run.pass_over:
+            yield number, batch
+
+
+def _standing(run: Run, loader: Loader, train_s: float) -> Standing:
+    """What this rank knows before a step."""
+    following, limit = loader.peek(), run.config.train.max_time
+    return Standing(
+        failed=loader.failure is not None and not isinstance(loader.failure, OutOfTextError),
+        full=following is not None and following.reading.targets > 0,
+        late=limit is not None and train_s >= limit,
+    )
+
+
+def _agree_to_begin(run: Run, loader: Loader) -> None:
+    """Make sure that every rank has a first batch."""
+    run.agreement.begin(_standing(run, loader, 0.0))
+    standing = run.agreement.end()
+    if run.agreement.signal:
+        raise LeftEarlyError
+    if ending := run.data_ending(standing):
+        failure = _failure(run, loader, ending)
+        raise failure if isinstance(failure, OutOfTextError) else user_error(failure)
+
+
+def _failure(run: Run, loader: Loader, ending: str | None) -> Exception | None:
+    """Why there is no next batch, the same on all ranks; None if there is."""
+    if ending == "out_of_text":
+        return run.stream.out_of_text()
+    if ending != "no_data":
+        return None
+    own = loader.failure
+    told = run.ranks.gather(None if own is None else (isinstance(own, ValueError), str(own)))
+    if own is not None and not isinstance(own, OutOfTextError):
+        return own
+    refused, text = next(found for found in told if found is not None)
+    return ValueError(text) if refused else RuntimeError(text)
+
+
+def _observe(record: StepRecord, ranks: Ranks, hooks: list[Hook], sinks: Iterable[Sink]) -> Metrics:
+    """Call hooks with what all ranks know of a step, and write what they return."""
+    metrics: Metrics = {}
+    if hooks:
+        record = record.of_all(ranks)
+    for hook in hooks:
+        metrics |= hook(record)
+    for sink in sinks if metrics else ():
+        sink.write(record.step, metrics)
+    return metrics
+
+
+def _interrupted(run: Run, record: StepRecord | None) -> tuple[StepRecord, Metrics]:
+    """End after a step that was taken for an ordinary one: save, and do what was not due."""
+    assert run.agreement.signal is not None
+    if record is None:
+        raise LeftEarlyError
+    run.verdicts.settle()
+    record = replace(record, ending=run.agreement.signal.name, bad_steps=run.verdicts.to_json())
+    done = [hook for hook in run.hooks if is_due(hook, record.step)]
+    rest = [hook for hook in run.hooks if isinstance(hook, Saving) or hook not in done]
+    return record, _observe(record, run.ranks, rest, () if done else run.sinks)
 
 
 def user_error(failure: Exception | None) -> Exception:

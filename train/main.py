@@ -3,7 +3,8 @@
 python train/main.py model=phd_cswa model.K=3 size=tiny data=python
 """
 
-from signal import Signals
+from dataclasses import replace
+from signal import SIGINT
 
 from rich.console import Console
 from rich.progress import (
@@ -16,47 +17,97 @@ from rich.progress import (
 )
 
 from data.stream import OutOfTextError
+from launch.ending import CRASHED, FINISHED, INTERRUPTED, SAVED
+from launch.place import Place
 from train import command_line
 from train.config import Config
-from train.loop import train, user_error
+from train.interruption import Interruption, leaving_at_once
+from train.loop import LeftEarlyError, train, user_error
 from train.plan import make_plan, print_plan
+from train.ranks import Ranks, open_ranks
 from train.report import print_report
-from train.run import open_run
+from train.run import Run, open_run
 from train.sinks import warn
-
-KILLED = 128  # what a shell adds to a signal's number for the exit code of who died of it
+from train.verdicts import BadStepError, RollBackError
 
 
 def main(config: Config) -> int:
-    """Plan, train and report; returns 0, or 128 + the number of the signal that ended the run."""
-    console = Console(soft_wrap=True, highlight=False)
-    print_plan(make_plan(config), console)
-    with open_run(config, console) as run:
-        if run.finished:
-            console.print(f"nothing to train: {run.step} steps are done")
-            print_report(run, run.finish(), console, complete=True)
-            return 0
+    """Plan, train and report; returns an exit code of `launch.ending`."""
+    interruption = Interruption()
+    # One of several ranks may not leave at once: the others would wait for it.
+    early = leaving_at_once() if Place.from_environment().world == 1 else interruption
+    with early, open_ranks(config.engine.device) as ranks:
+        console = Console(soft_wrap=True, highlight=False, quiet=not ranks.first)
+        print_plan(make_plan(config, ranks.world), console)
+        if ranks.place.restarts and config.run.resume == "never":
+            config = _resuming(config)  # it was this very run that began anew
+        return train_to_the_end(config, console, ranks, interruption)
+
+
+def train_to_the_end(
+    config: Config, console: Console, ranks: Ranks, interruption: Interruption
+) -> int:
+    """Open and train the run, again after each rollback; all ranks return the same code."""
+    passed_over: frozenset[int] = frozenset()
+    while True:
         try:
-            with _progress(console) as progress:
-                record, metrics = train(run, progress)
-        except OutOfTextError as error:
-            console.print(f"nothing to train: {run.step} steps are done. {error}", markup=False)
-            print_report(run, run.finish(), console, complete=True)
-            return 0
-        failure = metrics.get("checkpoint/error")
-        if failure and not config.hooks.console:  # else it has been told
-            warn(console, str(failure))
-        if record.ending == "no_data":
-            raise user_error(record.failure)
-        if record.ending == "out_of_text":
-            warn(console, f"ended after step {record.step}: {record.failure}")
-        if record.interrupted:
-            saved = "not saved" if failure else "saved"
-            console.print(f"{record.ending}: {saved} after step {record.step}")
-            return KILLED + Signals[str(record.ending)]
-        complete = record.ending in ("finished", "out_of_text")
-        print_report(run, metrics, console, complete=complete)
-    return 0
+            with open_run(config, console, ranks, interruption, passed_over) as run:
+                return _train(run, console)
+        except BadStepError as error:
+            warn(console, str(error))
+            return CRASHED
+        except RollBackError as error:
+            most = config.faults.most_in_a_row
+            if len(passed_over) == most:
+                warn(console, f"{error}; no more than faults.most_in_a_row={most} rollbacks")
+                return CRASHED
+            warn(console, f"{error}; going back to the last checkpoint")
+            passed_over |= {error.batch}
+            config = _resuming(config)
+
+
+def _train(run: Run, console: Console) -> int:
+    """An opened run from its last checkpoint to its end; all ranks return the same code."""
+    config = run.config
+    if run.finished:
+        console.print(f"nothing to train: {run.step} steps are done")
+        print_report(run, run.finish(), console, complete=True)
+        return FINISHED
+    try:
+        with _progress(console) as progress:
+            record, metrics = train(run, progress)
+    except OutOfTextError as error:
+        console.print(f"nothing to train: {run.step} steps are done. {error}", markup=False)
+        print_report(run, run.finish(), console, complete=True)
+        return FINISHED
+    except LeftEarlyError:
+        ending = run.agreement.signal
+        assert ending is not None
+        console.print(f"{ending.name}: ended before step {run.step + 1}; nothing to save")
+        return INTERRUPTED if ending == SIGINT else SAVED
+    failure = metrics.get("checkpoint/error")
+    if failure and (record.interrupted or not config.hooks.console):  # else it has been told
+        warn(console, str(failure))
+    if record.ending == "no_data":
+        raise user_error(record.failure)
+    if record.ending == "out_of_text":
+        warn(console, f"ended after step {record.step}: {record.failure}")
+    if record.interrupted:
+        console.print(
+            f"{record.ending}: {'not saved' if failure else 'saved'} after step {record.step}"
+        )
+        if record.ending == "SIGINT":
+            return INTERRUPTED
+        return CRASHED if failure else SAVED
+    timed = config.train.total_steps is None  # then its time is the run's whole length
+    complete = record.ending in ("finished", "out_of_text") or timed
+    print_report(run, metrics, console, complete=complete)
+    return FINISHED if complete else SAVED
+
+
+def _resuming(config: Config) -> Config:
+    """The configuration of a run that goes on with what this very run has done."""
+    return replace(config, run=replace(config.run, resume="auto"))
 
 
 def _progress(console: Console) -> Progress:

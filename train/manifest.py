@@ -4,14 +4,20 @@
     manifest.json  {file name: {"bytes": size, "xxh3_128": hash}} of every other file
 
 A cut, changed or lost file, the manifest and the marker included, no longer fits the others. The
-hashes find damage, not malice: whoever can write the directory can also write a fitting manifest.
+hashes are taken of what is written, on its way to the disk, so they also tell of a disk that keeps
+something else. They find damage, not malice: whoever can write the directory can also write a
+fitting manifest.
 """
 
 import hashlib
 import json
 import os
 import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO, Any, BinaryIO, TypedDict
 
 import xxhash
 
@@ -19,22 +25,78 @@ MANIFEST = "manifest.json"
 MARKER = "COMPLETE"
 
 
-def seal(directory: Path) -> None:
-    """Flush every file of a flat `directory` to the disk, write its manifest, then its marker."""
-    entries = {path.name: _flushed_entry(path) for path in sorted(directory.iterdir())}
-    manifest = json.dumps(entries, indent=1)
-    write_durably(directory / MANIFEST, manifest)
-    write_durably(directory / MARKER, _marker_of(manifest.encode()))
+class Entry(TypedDict):
+    """A file's size and hash."""
+
+    bytes: int
+    xxh3_128: str
+
+
+Entries = dict[str, Entry]
+"""By the file's name."""
+
+
+class HashedFile:
+    """A file that is being written, and its entry so far."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.hash = xxhash.xxh3_128()
+
+    def write(self, data: bytes | memoryview) -> int:
+        """Write and hash all of `data`."""
+        self.hash.update(data)
+        return self.file.write(data)
+
+    def tell(self) -> int:
+        """How many bytes have been written."""
+        return self.file.tell()
+
+    def flush(self) -> None:
+        """Hand everything to the operating system."""
+        self.file.flush()
+
+    def close(self) -> None:
+        """Nothing, for DCP calls it: what opened the file makes sure of it and closes it."""
+
+    @property
+    def entry(self) -> Entry:
+        """The entry of what has been written."""
+        return {"bytes": self.tell(), "xxh3_128": self.hash.hexdigest()}
+
+
+@contextmanager
+def new_file(path: Path, entries: Entries) -> Iterator[HashedFile]:
+    """Write a new file, which at the end is on the disk, out of the cache, and in `entries`."""
+    with path.open("xb") as file:
+        hashed = HashedFile(file)
+        yield hashed
+        _to_disk(file)
+        if sys.platform == "linux":  # or what is read back would not come from the disk
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        entries[path.name] = hashed.entry
+
+
+def seal(directory: Path, entries: Entries) -> None:
+    """Write the manifest and then the marker of a flat `directory` whose files are on the disk."""
+    manifest = json.dumps(dict(sorted(entries.items())), indent=1)
+    _write_durably(directory / MANIFEST, manifest)
+    _write_durably(directory / MARKER, _marker_of(manifest.encode()))
     flush_directory(directory)
 
 
-def damage(directory: Path, *, contents: bool = True) -> str | None:
+def damage(
+    directory: Path, *, contents: bool = True, share: tuple[int, int] = (0, 1)
+) -> str | None:
     """Return what is wrong with a sealed `directory`, or None if it is whole.
 
-    With `contents=False` sizes are compared but not hashes: that reads two small files, not all.
+    Args:
+        directory: what `seal` has sealed.
+        contents: whether hashes are compared; else sizes alone, which reads two small files.
+        share: (r, n) looks at the r-th of n equal shares of the files.
     """
     try:
-        return _first_flaw(directory, contents)
+        return _first_flaw(directory, contents, share)
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
     except OSError as error:
@@ -48,14 +110,6 @@ def remove(directory: Path) -> None:
     shutil.rmtree(directory)
 
 
-def write_durably(path: Path, text: str) -> None:
-    """Write `text` to `path` and return once the disk has it."""
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def flush_directory(directory: Path) -> None:
     """Return once the disk has the names in `directory`: a file's own fsync does not cover them."""
     descriptor = os.open(directory, os.O_RDONLY)
@@ -65,12 +119,13 @@ def flush_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
-def _first_flaw(directory: Path, contents: bool) -> str | None:
+def _first_flaw(directory: Path, contents: bool, share: tuple[int, int]) -> str | None:
     marker = (directory / MARKER).read_bytes()
     manifest = (directory / MANIFEST).read_bytes()
     if marker != _marker_of(manifest).encode():
         return f"{MARKER} does not fit {MANIFEST}"
-    for name, entry in json.loads(manifest).items():
+    first, step = share
+    for name, entry in [*json.loads(manifest).items()][first::step]:
         size = (directory / name).stat().st_size
         if size != entry["bytes"]:
             return f"{name} has {size:,} bytes instead of {entry['bytes']:,}"
@@ -79,10 +134,15 @@ def _first_flaw(directory: Path, contents: bool) -> str | None:
     return None
 
 
-def _flushed_entry(path: Path) -> dict[str, int | str]:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-    return {"bytes": path.stat().st_size, "xxh3_128": _file_hash(path)}
+def _write_durably(path: Path, text: str) -> None:
+    with path.open("x", encoding="utf-8") as file:
+        file.write(text)
+        _to_disk(file)
+
+
+def _to_disk(file: IO[Any]) -> None:
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def _file_hash(path: Path) -> str:

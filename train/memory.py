@@ -1,7 +1,7 @@
 """The memory that a training step will need, found without allocating it."""
 
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,8 +9,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
 from phd.model import Transformer
+from train.activation_checkpointing import checkpoint_activations
 from train.config import Config
 from train.device import autocast
+from train.engine_config import DeepSpeedConfig, FsdpConfig
 
 
 class Memory(NamedTuple):
@@ -26,18 +28,51 @@ class Memory(NamedTuple):
         return sum(self)
 
 
-def predict_memory(config: Config, parameters: int, dtype: torch.dtype) -> Memory:
-    """What training with these settings holds at its peak, kernels' scratch space left out.
+def predict_memory(config: Config, parameters: int, dtype: torch.dtype, world: int = 1) -> Memory:
+    """What training with these settings holds at its peak on each of `world` devices.
 
-    Weights, gradients and the two moments are float32. The activations are what a forward pass
-    over a micro-batch saves for its backward, in matrix products of `dtype`.
+    Weights, gradients and the two moments are float32; where they are cut over ranks, this is a
+    rank's part, without the blocks that are gathered at a time. The activations are what a forward
+    pass over a micro-batch saves for its backward, in matrix products of `dtype`. Kernels' scratch
+    space is left out.
     """
-    return Memory(4 * parameters, 4 * parameters, 8 * parameters, saved_bytes(config, dtype))
+    weights, gradients, moments = cut(config, world)
+    return Memory(
+        4 * parameters // weights,
+        4 * parameters // gradients,
+        8 * parameters // moments,
+        activation_bytes(config, dtype, world),
+    )
 
 
-def saved_bytes(config: Config, dtype: torch.dtype) -> int:
+def cut(config: Config, world: int) -> tuple[int, int, int]:
+    """Into how many parts weights, gradients and moments are cut."""
+    match config.engine:
+        case FsdpConfig(shard=shard, replicate=replicate):
+            parts = max(1, world // replicate) if shard else 1
+            return parts, parts, parts
+        case DeepSpeedConfig(stage=stage):
+            weights, gradients, moments = (world if stage >= least else 1 for least in (3, 2, 1))
+            return weights, gradients, moments
+
+
+def activation_bytes(config: Config, dtype: torch.dtype, world: int = 1) -> int:
+    """Bytes that the backward pass of one micro-batch finds saved.
+
+    With `full` activation checkpointing, also those of the one block that is made again. What
+    `selective` keeps is not known here; what is told is what is saved without it.
+    """
+    everything = saved_bytes(config, dtype, world, "none")
+    if config.engine.activation_checkpointing != "full":
+        return everything
+    return saved_bytes(config, dtype, world, "full") + everything // config.model.layers
+
+
+def saved_bytes(
+    config: Config, dtype: torch.dtype, world: int, checkpointing: Literal["none", "full"]
+) -> int:
     """Bytes that the forward pass of one micro-batch saves: run on tensors without storage."""
-    rows = config.train.micro_batch or config.train.global_batch
+    rows = config.train.micro_batch or config.train.global_batch // world
     sizes: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:
@@ -47,6 +82,8 @@ def saved_bytes(config: Config, dtype: torch.dtype) -> int:
 
     with FakeTensorMode(), autocast(torch.device("cpu"), dtype):
         model = Transformer(replace(config.model, attention="auto"))
+        engine = replace(config.engine, compile=False, activation_checkpointing=checkpointing)
+        checkpoint_activations(model, engine)
         own = {p.untyped_storage()._cdata for p in model.parameters()}
         tokens = torch.zeros(rows, config.train.seq_len, dtype=torch.int64)
         with saved_tensors_hooks(note, lambda tensor: tensor):

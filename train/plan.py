@@ -19,6 +19,7 @@ from train import command_line
 from train.config import Config
 from train.device import precision
 from train.memory import Memory, predict_memory
+from train.validation import ConfigError
 
 CHINCHILLA = 20  # tokens per parameter that spend compute best (arXiv 2203.15556)
 
@@ -28,6 +29,7 @@ class Plan:
     """A run in numbers.
 
     Attributes:
+        world: ranks that train together.
         parameters: by group; a tied head is the embedding.
         flops_per_token, vanilla_flops_per_token: a training step's, of this variant and of the
             plain transformer of the same size.
@@ -37,6 +39,7 @@ class Plan:
     """
 
     config: Config
+    world: int
     parameters: dict[str, int]
     flops_per_token: float
     vanilla_flops_per_token: float
@@ -51,21 +54,30 @@ class Plan:
         return None if steps is None else steps * self.config.train.tokens_per_step
 
 
-def make_plan(config: Config) -> Plan:
-    """Count and predict; allocates nothing of the model's size."""
+def make_plan(config: Config, world: int = 1) -> Plan:
+    """Count and predict for `world` ranks; allocates nothing of the model's size.
+
+    Raises:
+        ConfigError: the batch cannot be dealt to them.
+    """
+    try:
+        config.train.accumulation(world)
+    except ValueError as error:
+        raise ConfigError([str(error)]) from error
     device = torch.device(
         "cuda" if torch.cuda.is_available() and config.engine.device != "cpu" else "cpu"
     )
     parameters = count_parameters(config.model)
-    memory = predict_memory(config, sum(parameters.values()), precision(config.engine, device))
+    dtype = precision(config.engine, device)
     plan = Plan(
         config=config,
+        world=world,
         parameters=parameters,
         flops_per_token=training_flops_per_token(config.model, config.train.seq_len),
         vanilla_flops_per_token=training_flops_per_token(
             config.model.vanilla_twin, config.train.seq_len
         ),
-        memory=memory,
+        memory=predict_memory(config, sum(parameters.values()), dtype, world),
         available_memory=_available_memory(device),
         warnings=(),
     )
@@ -127,7 +139,8 @@ def print_plan(plan: Plan, console: Console) -> None:
     table.add_row(
         "a step",
         f"{train.tokens_per_step:,} tokens = {train.global_batch} rows x {train.seq_len}, "
-        f"{config.model.K} slots each, in {train.accumulation()} forward passes",
+        f"{config.model.K} slots each, in {train.accumulation(plan.world)} forward passes"
+        + (f" on each of {plan.world} ranks" if plan.world > 1 else ""),
     )
     if plan.tokens is None:
         table.add_row("length", f"{train.max_time:.0f} s")
@@ -144,7 +157,8 @@ def print_plan(plan: Plan, console: Console) -> None:
         f"{_count(plan.vanilla_flops_per_token)}",
     )
     memory = ", ".join(f"{name} {_size(n)}" for name, n in plan.memory._asdict().items())
-    table.add_row("memory", f"about {_size(plan.memory.total)}: {memory}")
+    each = "about" if plan.world == 1 else "on each rank about"
+    table.add_row("memory", f"{each} {_size(plan.memory.total)}: {memory}")
     table.add_row("text", "; ".join(_shares(start, w) for start, w in config.data.mixture))
     table.add_row("run directory", str(config.run_dir))
     console.print(table)

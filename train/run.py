@@ -3,17 +3,20 @@
 runs/phd_cswa-2-16-32-tiny/
     config.yaml        the whole configuration, every default included
     environment.json   versions, machine, source revision; one entry for each start
+    source/            this project's source code and its git revision; see train/snapshot.py
     metrics.jsonl      one line for each logging step
     quarantine.jsonl   what was found that is no document, and where; absent if nothing was
+    bad_steps/         the batches of bad steps; see train/bad_steps.py
+    stacks/            what the ranks were doing when a step took too long; see train/watchdog.py
     tokenizer.model    the SentencePiece model
     wandb_id.txt, wandb/
     checkpoints/       see train/checkpoint.py
+
+All ranks open the run, and share the directory. The first one writes what is written once.
 """
 
 import json
 import platform
-import shutil
-import subprocess
 import sys
 from dataclasses import dataclass
 from importlib import metadata
@@ -30,15 +33,18 @@ from rich.console import Console
 from data.config import TokenizerConfig
 from data.documents import Documents
 from data.fingerprint import changes, check_fingerprint
-from data.heldout import heldout_rows
-from data.stream import BatchShape, OutOfTextError, TokenStream
+from data.heldout import HeldOut, heldout_rows
+from data.stream import BatchShape, TokenStream
 from data.tokenizer import Tokenizer
 from data.tokenizer_training import prepare_tokenizer
-from launch.place import Place
+from train.agreement import Agreement, Standing
+from train.bad_steps import BadSteps
 from train.checkpoint import Checkpoint, CheckpointStore
 from train.config import Config
 from train.device import choose_device
-from train.engine import Engine, SingleEngine
+from train.engine import Engine
+from train.engine_config import DeepSpeedConfig, FsdpConfig
+from train.fsdp import FsdpEngine
 from train.hooks import (
     DataProgress,
     Evaluation,
@@ -50,9 +56,14 @@ from train.hooks import (
     Throughput,
     TrainingMetrics,
 )
+from train.interruption import Interruption
 from train.pretrained import pretrained_start
+from train.ranks import Ranks, agreed
 from train.sinks import ConsoleLine, MetricsFile, Sink, Wandb, warn, write_whole
+from train.snapshot import read_revision, write_snapshot
 from train.validation import ConfigError, as_dict, leaves
+from train.verdicts import Verdicts
+from train.watchdog import Watchdog
 
 # Settings that a resumed run must share with its checkpoint; the rest may be changed.
 FIXED = ("seed", "model", "train.global_batch", "train.seq_len")
@@ -60,17 +71,29 @@ FIXED = ("seed", "model", "train.global_batch", "train.seq_len")
 
 @dataclass(frozen=True)
 class Run:
-    """An opened run; `step` optimizer steps are done."""
+    """An opened run on one of its ranks; `step` optimizer steps are done.
+
+    Attributes:
+        batches: batches that the stream has given so far.
+        pass_over: numbers of batches that are not trained on.
+    """
 
     config: Config
     directory: Path
+    ranks: Ranks
     engine: Engine
     store: CheckpointStore
     tokenizer: Tokenizer
     stream: TokenStream
+    interruption: Interruption
+    watchdog: Watchdog
+    agreement: Agreement
+    verdicts: Verdicts
     hooks: tuple[Hook, ...]
     sinks: tuple[Sink, ...]
     step: int
+    batches: int
+    pass_over: frozenset[int]
 
     @property
     def finished(self) -> bool:
@@ -78,18 +101,21 @@ class Run:
         total = self.config.train.total_steps
         return total is not None and self.step >= total
 
-    def ending(
-        self, step: int, train_s: float, received: Signals | None, failure: Exception | None
-    ) -> str | None:
-        """Why the run ends after this step; None if it goes on."""
-        if received is not None:
-            return received.name
-        total, limit = self.config.train.total_steps, self.config.train.max_time
+    def ending(self, step: int, standing: Standing) -> str | None:
+        """Why the run ends after this step; None if it goes on. The same on all ranks."""
+        if standing.signal:
+            return Signals(standing.signal).name
+        total = self.config.train.total_steps
         if total is not None and step >= total:
             return "finished"
-        if failure is not None:
-            return "out_of_text" if isinstance(failure, OutOfTextError) else "no_data"
-        return "max_time" if limit is not None and train_s >= limit else None
+        return self.data_ending(standing) or ("max_time" if standing.late else None)
+
+    @staticmethod
+    def data_ending(standing: Standing) -> str | None:
+        """Why there is nothing more to train on; None if there is."""
+        if standing.failed:
+            return "no_data"
+        return None if standing.full else "out_of_text"
 
     def finish(self) -> Metrics:
         """What is measured at the end of a run, of one that was complete already."""
@@ -100,82 +126,165 @@ class Run:
         return metrics
 
     def __enter__(self) -> "Run":
+        self.watchdog.__enter__()
+        self.interruption.__enter__()
+        if self.interruption.came():  # while the run was opened
+            self.interruption.at_first()
         return self
 
     def __exit__(self, *error: object) -> None:
-        for sink in self.sinks:
-            sink.close()
+        self.watchdog.pet()
+        try:
+            self.store.close()
+            for sink in self.sinks:
+                sink.close()
+            self.engine.close()
+        finally:
+            self.interruption.__exit__()
+            self.watchdog.__exit__()
 
 
-def open_run(config: Config, console: Console) -> Run:
+def open_run(
+    config: Config,
+    console: Console,
+    ranks: Ranks | None = None,
+    interruption: Interruption | None = None,
+    pass_over: frozenset[int] = frozenset(),
+) -> Run:
     """Open a run's directory, data and engine, and take up its newest whole checkpoint.
+
+    Args:
+        console: of the first rank; the others' are quiet.
+        ranks: that open it together; None: this process alone.
+        interruption: that signals are noted by; None: one of the run's own.
+        pass_over: numbers of batches that are not to be trained on.
 
     Raises:
         ConfigError: something that the configuration names is missing, does not fit the rest, or
             is not what the checkpoint was made with.
     """
-    place, directory = Place.from_environment(), config.run_dir
-    if place.world > 1:
-        alone = (
-            f"engine.kind={config.engine.kind}: {place.world} processes were started, and this "
-            "engine trains on one; start it without torchrun"
-        )
-        raise ConfigError([alone])
+    together = (ranks or Ranks(), interruption or Interruption())
     try:
-        device = choose_device(config.engine)
-        if config.model.attention == "flex" and device.type != "cuda":
-            raise ValueError(
-                "model.attention=flex: FlexAttention has no backward on this machine's "
-                f"{device.type}; choose model.attention=packed"
-            )
-        store = CheckpointStore(directory / "checkpoints", keep=config.checkpoint.keep)
-        checkpoint = _newest(config, store, console)
-        documents = Documents(config.data)
-        tokenizer = prepare_tokenizer(
-            _tokenizer_settings(config, checkpoint), documents, vocab_size=config.model.vocab_size
-        )
-        stream = TokenStream(
-            documents,
-            tokenizer,
-            BatchShape(global_batch=config.train.global_batch, seq_len=config.train.seq_len),
-            seed=config.seed,
-            cursors=checkpoint.state["cursors"] if checkpoint else None,
-        )
-        if checkpoint:
-            check_fingerprint(checkpoint.state["stream"], stream.fingerprint)
-        engine = SingleEngine(config)
-        measuring = _evaluations(config, documents, tokenizer, engine, console)
-        if checkpoint:
-            engine.restore(checkpoint)
-        elif config.run.start_from is not None:
-            engine.model.load(pretrained_start(Path(config.run.start_from), config.model))
+        return _open(config, console, *together, pass_over)
     except ValueError as error:
         raise ConfigError([str(error)]) from error
+
+
+def _open(
+    config: Config,
+    console: Console,
+    ranks: Ranks,
+    interruption: Interruption,
+    pass_over: frozenset[int],
+) -> Run:
+    torch.manual_seed(config.seed)  # else by chance
+    directory = config.run_dir
+    agreed(ranks, lambda: _check(config, ranks))
+    store = CheckpointStore(
+        directory / "checkpoints",
+        keep=config.checkpoint.keep,
+        keep_every=config.checkpoint.keep_every,
+        ranks=ranks,
+    )
+    checkpoint = _newest(config, store, console)
+    state = checkpoint.state if checkpoint else {}
+    documents = agreed(ranks, lambda: Documents(config.data))
+    tokenizer = _tokenizer(config, checkpoint, documents, ranks)
+    shape = BatchShape(
+        global_batch=config.train.global_batch,
+        seq_len=config.train.seq_len,
+        rank=ranks.rank,
+        world=ranks.world,
+    )
+    stream = agreed(
+        ranks,
+        lambda: TokenStream(
+            documents, tokenizer, shape, seed=config.seed, cursors=state.get("cursors")
+        ),
+    )
+    if checkpoint:
+        check_fingerprint(state["stream"], stream.fingerprint)
+    engine = agreed(ranks, lambda: open_engine(config, ranks))
+    watchdog = Watchdog(directory, ranks.rank, config.faults.step_timeout)
+    interruption.at_first = lambda: watchdog.leave_within(config.faults.exit_timeout)
+    agreement = Agreement(ranks, interruption, watchdog)
+    measuring = _evaluations(config, documents, tokenizer, engine, agreement, console)
+    if checkpoint:
+        engine.restore(checkpoint)
+    elif config.run.start_from is not None:
+        engine.load(pretrained_start(Path(config.run.start_from), config.model))
     step = checkpoint.step if checkpoint else 0
-    if config.run.resume == "never" and (moved := set_aside(directory)):
-        console.print(f"run.resume=never: the earlier run is now in {moved}", markup=False)
-    _describe(config, directory, tokenizer)
-    documents.quarantine.write_to(directory / "quarantine.jsonl")
-    state = {"config": config.to_dict(), "stream": stream.fingerprint}
+    agreed(ranks, lambda: _claim(config, tokenizer, console) if ranks.first else None)
+    for rank in range(2):  # the first alone at first: it mends what a crash has left
+        if ranks.first == (rank == 0):
+            documents.quarantine.write_to(directory / "quarantine.jsonl")
+        ranks.barrier()
+    bad_steps = BadSteps(config.faults, state.get("bad_steps"))
+    saved = {"config": config.to_dict(), "stream": stream.fingerprint}
     return Run(
         config=config,
         directory=directory,
+        ranks=ranks,
         engine=engine,
         store=store,
         tokenizer=tokenizer,
         stream=stream,
+        interruption=interruption,
+        watchdog=watchdog,
+        agreement=agreement,
+        verdicts=Verdicts(bad_steps, engine, tokenizer, directory, console),
         hooks=(
             TrainingMetrics(config),
-            DataProgress(config, documents.quarantine),
-            Throughput(config, engine.device, step * config.train.tokens_per_step),
+            DataProgress(config, documents.quarantine, ranks),
+            Throughput(config, engine.device, step * config.train.tokens_per_step, ranks),
             KVCost(config, engine.dtype),
-            Saving(config, engine, store, state),  # before anything that could fail
+            Saving(config, engine, store, saved),  # before anything that could fail
             *measuring,
-            Sample(config, engine, tokenizer),
+            Sample(config, engine, tokenizer, agreement.stop),
         ),
-        sinks=_open_sinks(config, directory, step, console),
+        sinks=_open_sinks(config, directory, step, console) if ranks.first else (),
         step=step,
+        batches=state.get("batches", 0),
+        pass_over=pass_over,
     )
+
+
+def open_engine(config: Config, ranks: Ranks) -> Engine:
+    """The engine that the configuration names, with new weights."""
+    match config.engine:
+        case FsdpConfig():
+            return FsdpEngine(config, ranks)
+        case DeepSpeedConfig():
+            from train.zero import DeepSpeedEngine  # seconds, which nobody else should wait
+
+            return DeepSpeedEngine(config, ranks)
+
+
+def _check(config: Config, ranks: Ranks) -> None:
+    """Refuse what this machine cannot do."""
+    device = choose_device(config.engine)
+    if config.model.attention == "flex" and device.type != "cuda":
+        raise ValueError(
+            "model.attention=flex: FlexAttention has no backward on this machine's "
+            f"{device.type}; choose model.attention=packed"
+        )
+    config.train.accumulation(ranks.world)
+
+
+def _tokenizer(
+    config: Config, checkpoint: Checkpoint | None, documents: Documents, ranks: Ranks
+) -> Tokenizer:
+    """The run's tokenizer: made or read by the first rank, and sent to the others."""
+
+    def prepare() -> Tokenizer | None:
+        if not ranks.first:
+            return None
+        settings = _tokenizer_settings(config, checkpoint)
+        return prepare_tokenizer(settings, documents, vocab_size=config.model.vocab_size)
+
+    own = agreed(ranks, prepare)
+    model = ranks.broadcast(own.model if own else b"")
+    return own or Tokenizer(model)
 
 
 def _tokenizer_settings(config: Config, checkpoint: Checkpoint | None) -> TokenizerConfig:
@@ -189,26 +298,54 @@ def _tokenizer_settings(config: Config, checkpoint: Checkpoint | None) -> Tokeni
 
 
 def _evaluations(
-    config: Config, documents: Documents, tokenizer: Tokenizer, engine: Engine, console: Console
+    config: Config,
+    documents: Documents,
+    tokenizer: Tokenizer,
+    engine: Engine,
+    agreement: Agreement,
+    console: Console,
 ) -> list[Evaluation]:
-    """One of each source that has documents held out; none where nothing is to be."""
+    """One of each source that has documents held out; none where nothing is to be.
+
+    The first rank reads them, and sends them to the others.
+    """
     if config.data.holdout == 0:
         return []
-    seq_len, limit = config.train.seq_len, config.eval.rows
+    ranks, seq_len, limit = engine.ranks, config.train.seq_len, config.eval.rows
+
+    def read() -> dict[str, HeldOut | None]:
+        return {
+            source: heldout_rows(documents, tokenizer, source, seq_len=seq_len, limit=limit)
+            for source in (config.data.sources if ranks.first else ())
+        }
+
     found = []
-    for source in config.data.sources:
-        text = heldout_rows(documents, tokenizer, source, seq_len=seq_len, limit=limit)
+    for source, text in ranks.broadcast(agreed(ranks, read)).items():
         name = "heldout" if len(config.data.sources) == 1 else source
         if text is None:
             warn(console, f"data.sources.{source}: none of its documents are held out to evaluate")
         else:
-            found.append(Evaluation(config, engine, name, text))
+            found.append(Evaluation(config, engine, name, text, agreement.stop))
     if not found:
         raise ValueError(
             f"data.holdout={config.data.holdout}: holds out none of the documents; raise it, add "
             "documents, or set it to 0 to go without an evaluation"
         )
     return found
+
+
+def _claim(config: Config, tokenizer: Tokenizer, console: Console) -> None:
+    """Make the run's directory this run's, and write down what this start of it is made of."""
+    directory = config.run_dir
+    if config.run.resume == "never" and (moved := set_aside(directory)):
+        console.print(f"run.resume=never: the earlier run is now in {moved}", markup=False)
+    try:
+        _describe(config, directory, tokenizer)
+    except OSError as error:
+        raise ValueError(
+            f"run.dir={directory}: cannot be written ({error}); choose another run.dir, or make "
+            "room there"
+        ) from error
 
 
 def set_aside(directory: Path) -> Path | None:
@@ -258,8 +395,8 @@ def _changes(saved: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
 
 
 def _describe(config: Config, directory: Path, tokenizer: Tokenizer) -> None:
-    """Write down what this start of the run is made of."""
     directory.mkdir(parents=True, exist_ok=True)
+    write_snapshot(directory)
     settings = OmegaConf.to_yaml(OmegaConf.create(config.to_dict()))
     write_whole(directory / "config.yaml", settings)
     tokenizer.save(directory / "tokenizer.model")
@@ -270,7 +407,8 @@ def _describe(config: Config, directory: Path, tokenizer: Tokenizer) -> None:
 
 def environment() -> dict[str, Any]:
     """The machine, the versions and the source revision of this process."""
-    packages = ("torch", "numpy", "sentencepiece", "datasets", "hydra-core", "wandb")
+    packages = ("torch", "numpy", "sentencepiece", "datasets", "hydra-core", "wandb", "deepspeed")
+    revision = read_revision()
     return {
         "time": strftime("%Y-%m-%d %H:%M:%S %z"),
         "command": sys.argv,
@@ -278,18 +416,18 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "threads": torch.get_num_threads(),
-        "revision": _revision(),
-        "packages": {name: metadata.version(name) for name in packages},
+        "revision": revision.commit,
+        "changed": revision.dirty,  # since then; see source/
+        "packages": {name: _version(name) for name in packages},
     }
 
 
-def _revision() -> str | None:
-    """The commit of this source; None where there is no git, or no repository."""
-    if shutil.which("git") is None:
+def _version(package: str) -> str | None:
+    """None where it is not installed, as DeepSpeed need not be."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
         return None
-    command = ["git", "describe", "--always", "--dirty"]
-    git = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
-    return git.stdout.strip() or None
 
 
 def _open_sinks(config: Config, directory: Path, step: int, console: Console) -> tuple[Sink, ...]:

@@ -5,7 +5,10 @@ A sink that fails costs its own output, never the run, and says so once.
 
 import json
 import os
+from math import isfinite
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
 from time import time
 from typing import Any, Protocol
 from uuid import uuid4
@@ -14,6 +17,17 @@ from rich.console import Console
 
 from train.config import Config
 from train.hooks import Metrics
+
+START_S = 20.0
+"""Seconds in which the W&B server has to answer at the start."""
+
+FINISH_S = 20.0
+"""Seconds in which it has to take what is left at the end."""
+
+CLOSE_S = 60.0
+"""Seconds in which W&B's own service has to do that; it is a process on this machine."""
+
+TEAR_DOWN_S = 1.0
 
 
 def warn(console: Console, text: str) -> None:
@@ -30,7 +44,10 @@ class Sink(Protocol):
 
 
 class MetricsFile:
-    """`metrics.jsonl`: one JSON object a line, with `step`, the Unix `time`, and the metrics."""
+    """`metrics.jsonl`: one JSON object a line, with `step`, the Unix `time`, and the metrics.
+
+    A loss that is no finite number, which JSON does not have, is null.
+    """
 
     def __init__(self, path: Path, resumed_step: int, console: Console) -> None:
         cut_back(path, resumed_step)
@@ -40,7 +57,10 @@ class MetricsFile:
 
     def write(self, step: int, metrics: Metrics) -> None:
         """Append a line. A full disk loses lines, and is told once until there is room again."""
-        line = json.dumps({"step": step, "time": time(), **metrics}) + "\n"
+        plain = {
+            k: None if isinstance(v, float) and not isfinite(v) else v for k, v in metrics.items()
+        }
+        line = json.dumps({"step": step, "time": time(), **plain}, allow_nan=False) + "\n"
         try:
             _append(self.path, line.encode())
             self.full = False
@@ -132,42 +152,99 @@ def console_lines(metrics: Metrics) -> list[str]:
 class Wandb:
     """The run on Weights & Biases; offline unless logged in, under one id however often resumed.
 
-    Whatever goes wrong there is told once and ends the logging to it, not the training.
+    Everything there is done by a thread of its own, so a server that is slow or gone takes no time
+    from the training. If it cannot be reached at the start, the run is kept offline; if it stops
+    answering later, what it has not got is still in the run's directory. `wandb sync` uploads
+    either. Whatever goes wrong is told once.
     """
 
     def __init__(self, config: Config, run_dir: Path, console: Console) -> None:
-        self.console = console
-        self.run: Any = None
-        self._try(lambda: self._start(config, run_dir))
-
-    def _start(self, config: Config, run_dir: Path) -> None:
-        import wandb
-
-        self.run = wandb.init(
-            project=config.hooks.wandb.project,
-            name=config.name,
-            id=run_id(run_dir),
-            resume="allow",
-            dir=run_dir,
-            mode=_mode(config),
-            config=config.to_dict(),
-            settings=wandb.Settings(silent=True),
-        )
-
-    def _try(self, action: Any) -> None:
-        try:
-            action()
-        except Exception as error:
-            self.run = None
-            warn(self.console, f"Weights & Biases failed and is left out from here on: {error}")
+        self.config, self.run_dir, self.console = config, run_dir, console
+        self._calls: SimpleQueue[tuple[int, Metrics] | None] = SimpleQueue()
+        self._given_up = False
+        self._thread = Thread(target=self._serve, name="wandb", daemon=True)
+        self._thread.start()
 
     def write(self, step: int, metrics: Metrics) -> None:
-        if self.run is not None:
-            self._try(lambda: self.run.log(metrics, step=step))
+        """Log the metrics, sooner or later."""
+        self._calls.put((step, metrics))
 
     def close(self) -> None:
-        if self.run is not None:
-            self._try(self.run.finish)
+        """Finish the run there within `CLOSE_S`; afterwards none of its processes is awaited."""
+        self._calls.put(None)
+        self._thread.join(CLOSE_S)
+        if self._thread.is_alive():
+            self._given_up = True
+            self._failed(f"its service has not answered for {CLOSE_S:g} s")
+            # Its exit hook would wait for the service; tearing it down begins with removing that.
+            tearing = Thread(target=_tear_down, daemon=True)
+            tearing.start()
+            tearing.join(TEAR_DOWN_S)
+
+    def _serve(self) -> None:
+        try:
+            run = self._start()
+            while (call := self._calls.get()) is not None:
+                step, metrics = call
+                run.log(metrics, step=step)
+            run.finish()
+            _tear_down()
+        except Exception as error:
+            if not self._given_up:
+                self._failed(str(error))
+
+    def _start(self) -> Any:
+        mode = _mode(self.config)
+        try:
+            return self._init(mode)
+        except Exception as error:
+            if mode != "online" or self._given_up:
+                raise
+            warn(self.console, f"Weights & Biases is not reached, {self._kept}: {error}")
+            _tear_down()  # or the run would be in use
+            return self._init("offline")
+
+    def _failed(self, problem: str) -> None:
+        warn(
+            self.console,
+            f"Weights & Biases failed and is left out from here on, {self._kept}: {problem}",
+        )
+
+    @property
+    def _kept(self) -> str:
+        return f"but `wandb sync` can upload what is in {self.run_dir / 'wandb'}"
+
+    def _init(self, mode: Any) -> Any:
+        import wandb
+
+        return wandb.init(
+            project=self.config.hooks.wandb.project,
+            name=self.config.name,
+            id=run_id(self.run_dir),
+            resume="allow",
+            dir=self.run_dir,
+            mode=mode,
+            config=self.config.to_dict(),
+            settings=wandb.Settings(
+                silent=True,
+                init_timeout=START_S,
+                finish_timeout=FINISH_S,
+                finish_timeout_raises=True,
+            ),
+        )
+
+    def _tell(self, problem: str) -> None:
+        warn(
+            self.console,
+            f"Weights & Biases failed and is left out from here on: {problem}; "
+            f"what is in {self.run_dir / 'wandb'} can be uploaded with `wandb sync`",
+        )
+
+
+def _tear_down() -> None:
+    import wandb
+
+    wandb.teardown()
 
 
 def run_id(run_dir: Path) -> str:

@@ -68,6 +68,13 @@ def defaults(cls: Any) -> dict[str, Any]:
         match _sections(hint):
             case [section] if _entries(hint) is None:
                 tree[setting.name] = defaults(section)
+            case [section, *others] if _entries(hint) is None:
+                shared = [defaults(other) for other in others]
+                tree[setting.name] = {
+                    name: value
+                    for name, value in defaults(section).items()
+                    if all(name in other and other[name] == value for other in shared)
+                }
             case _ if not _required(setting):
                 tree[setting.name] = as_dict(_default(setting))
     return tree
@@ -308,7 +315,7 @@ def _words(hint: Any) -> str:
     match get_origin(hint):
         case None:
             plain = {int: "an integer", float: "a number", str: "text", bool: "true or false"}
-            return {**plain, NoneType: "null", Path: "a path"}[hint]
+            return {**plain, NoneType: "null", Path: "a path", Any: "a value"}[hint]
         case origin if origin is Annotated:
             notes = [note for note in arguments[1:] if isinstance(note, str)]
             return notes[0] if notes else _words(arguments[0])

@@ -71,7 +71,7 @@ def test_the_end_of_the_text_is_known_with_the_last_batch(loader: Made, workers:
         next(made)
     endless = list(islice(loader(workers=0), len(batches)))
     assert np.array_equal(batches[5].rows, endless[5].rows)
-    assert batches[-1].epoch("text") == 2
+    assert batches[-1].reading.epoch("text") == 2
 
 
 @pytest.mark.parametrize("packing", ["sequential", "best_fit"])
@@ -83,7 +83,7 @@ def test_to_the_end_of_the_text_every_token_is_a_target_once(
     stream = made.stream
     targets = 0
     while made.failure is None:
-        targets += next(made).targets
+        targets += next(made).reading.targets
     documents, encode = stream.documents, stream.tokenizer.document_tokens
     lanes = [[encode(d) for d, _ in documents.training("text", lane)] for lane in range(4)]
     total = 2 * sum(len(tokens) for lane in lanes for tokens in lane)

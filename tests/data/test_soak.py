@@ -211,7 +211,9 @@ def interrupted(case: Case, dice: Random, tokenizer: Tokenizer) -> Iterator[byte
             for _ in range(wanted):
                 batches = [next(rank) for rank in ranks]
                 yield as_bytes(batches, world)
-        merged = {lane: cursor for batch in batches for lane, cursor in batch.cursors.items()}
+        merged = {
+            lane: cursor for batch in batches for lane, cursor in batch.reading.cursors.items()
+        }
         cursors = json.loads(json.dumps(merged))
         done += wanted
 

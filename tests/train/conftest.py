@@ -3,6 +3,7 @@
 import io
 import json
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -52,7 +53,7 @@ SMALL = (
 )
 
 # What a resumed run may measure anew: clocks and this process's memory.
-MEASURED = ("time", "throughput/", "memory/", "checkpoint/save_s")
+MEASURED = ("time", "throughput/", "memory/", "checkpoint/")
 
 
 class Trained(NamedTuple):
@@ -92,19 +93,20 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture
-def small(corpus: Path, tmp_path: Path) -> Callable[..., list[str]]:
-    """The overrides of a small run in a directory of this test, and others after them."""
+@pytest.fixture(scope="session")
+def small_at(corpus: Path) -> Callable[..., list[str]]:
+    """The overrides of a small run in a directory, and others after them."""
 
-    def overrides(*others: str) -> list[str]:
-        return [
-            *SMALL,
-            f"data.sources.files.paths={corpus}",
-            f"run.dir={tmp_path / 'run'}",
-            *others,
-        ]
+    def overrides(directory: Path, *others: str) -> list[str]:
+        return [*SMALL, f"data.sources.files.paths={corpus}", f"run.dir={directory}", *others]
 
     return overrides
+
+
+@pytest.fixture
+def small(small_at: Callable[..., list[str]], tmp_path: Path) -> Callable[..., list[str]]:
+    """The overrides of a small run in a directory of this test, and others after them."""
+    return lambda *others: small_at(tmp_path / "run", *others)
 
 
 @pytest.fixture
@@ -116,15 +118,8 @@ def config(small: Callable[..., list[str]]) -> Callable[..., Config]:
 @pytest.fixture
 def opened() -> Iterator[Callable[[Config], Run]]:
     """Opens a run; the test's end closes it."""
-    runs: list[Run] = []
-
-    def enter(config: Config) -> Run:
-        runs.append(open_run(config, Console(file=io.StringIO())))
-        return runs[-1]
-
-    yield enter
-    for run in runs:
-        run.__exit__(None, None, None)
+    with ExitStack() as runs:
+        yield lambda config: runs.enter_context(open_run(config, Console(file=io.StringIO())))
 
 
 @pytest.fixture(scope="session")
@@ -132,13 +127,17 @@ def trained() -> Callable[..., Trained]:
     """Opens a run, trains it to its end, and closes it."""
 
     def to_the_end(
-        config: Config, *, hooks: tuple[Hook, ...] = (), sinks: tuple[Sink, ...] = ()
+        config: Config,
+        *,
+        hooks: tuple[Hook, ...] | Callable[[Run], tuple[Hook, ...]] = (),
+        sinks: tuple[Sink, ...] = (),
     ) -> Trained:
         written = io.StringIO()
         console = Console(file=written, width=300)
         with open_run(config, console) as run:
             assert not run.finished
-            run = replace(run, hooks=(*hooks, *run.hooks), sinks=(*run.sinks, *sinks))
+            more = hooks(run) if callable(hooks) else hooks
+            run = replace(run, hooks=(*more, *run.hooks), sinks=(*run.sinks, *sinks))
             record, metrics = train(run, Progress(disable=True))
         return Trained(run, record, metrics, written.getvalue())
 

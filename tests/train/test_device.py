@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from train.config import EngineConfig
 from train.device import (
     PEAK_FLOPS,
     autocast,
@@ -16,6 +15,7 @@ from train.device import (
     peak_memory_gib,
     precision,
 )
+from train.engine_config import EngineConfig
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 

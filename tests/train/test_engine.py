@@ -11,9 +11,16 @@ from torch.nn.functional import cross_entropy
 from phd.model import Transformer
 from train.checkpoint import Checkpoint, CheckpointStore, flatten
 from train.config import Config
-from train.engine import Rows, SingleEngine
+from train.engine import Rows
+from train.fsdp import FsdpEngine
+from train.optimizer import build_optimizer
+from train.ranks import Ranks
 
 ROWS = torch.randint(0, 320, (4, 33), generator=torch.Generator().manual_seed(1))
+
+
+def alone(config: Config) -> FsdpEngine:
+    return FsdpEngine(config, Ranks())
 
 
 def adjusted(config: Config, section: str, **settings: Any) -> Config:
@@ -37,7 +44,7 @@ def test_a_step_is_adamw_on_the_clipped_gradient_of_the_mean_loss(
     clip: float | None, config
 ) -> None:
     settings = adjusted(config("model.K=3"), "optim", grad_clip=clip)
-    engine = SingleEngine(settings)
+    engine = alone(settings)
     before = {name: p.detach().clone() for name, p in engine.model.named_parameters()}
     loss, gradient = plain_gradient(engine.model, ROWS)
     result = engine.step(Rows(ROWS), lr=0.01)
@@ -58,18 +65,19 @@ def test_a_step_is_adamw_on_the_clipped_gradient_of_the_mean_loss(
 
 
 def test_two_steps_equal_two_steps_of_plain_pytorch(config) -> None:
-    engine = SingleEngine(config("train.micro_batch=2"))
-    twin = SingleEngine(config())
+    settings = config("train.micro_batch=2")
+    engine, model = alone(settings), Transformer(settings.model).reset(settings.seed)
+    optimizer = build_optimizer(model, settings.optim)
     for lr in (0.01, 0.003):
         engine.step(Rows(ROWS), lr)
-        _, gradient = plain_gradient(twin.model, ROWS)
-        for name, parameter in twin.model.named_parameters():
+        _, gradient = plain_gradient(model, ROWS)
+        for name, parameter in model.named_parameters():
             parameter.grad = gradient[name]
-        torch.nn.utils.clip_grad_norm_(twin.model.parameters(), 1.0)
-        for group in twin.optimizer.param_groups:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in optimizer.param_groups:
             group["lr"] = lr
-        twin.optimizer.step()
-    for ours, theirs in zip(engine.model.parameters(), twin.model.parameters(), strict=True):
+        optimizer.step()
+    for ours, theirs in zip(engine.model.parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=2e-5)
 
 
@@ -80,10 +88,10 @@ def test_accumulation_changes_neither_loss_nor_gradient(
 ) -> None:
     whole = adjusted(config(), "optim", z_loss=z_loss)
     cut = adjusted(whole, "train", micro_batch=micro_batch)
-    expected, gradient = plain_gradient(SingleEngine(whole).model, ROWS)
+    expected, gradient = plain_gradient(alone(whole).model, ROWS)
     results = []
     for settings in (whole, cut):
-        result = SingleEngine(settings).step(Rows(ROWS), lr=0.0)
+        result = alone(settings).step(Rows(ROWS), lr=0.0)
         results.append((result.loss.item(), result.grad_norm.item()))
     assert results[1] == pytest.approx(results[0], rel=1e-6)
     assert results[1][0] == pytest.approx(expected.item(), rel=1e-6)
@@ -93,27 +101,27 @@ def test_accumulation_changes_neither_loss_nor_gradient(
 
 def test_the_z_loss_steers_but_is_not_part_of_what_is_logged(config) -> None:
     settings = config()
-    plain = SingleEngine(settings).step(Rows(ROWS), lr=0.0)
-    steered = SingleEngine(adjusted(settings, "optim", z_loss=0.1)).step(Rows(ROWS), lr=0.0)
+    plain = alone(settings).step(Rows(ROWS), lr=0.0)
+    steered = alone(adjusted(settings, "optim", z_loss=0.1)).step(Rows(ROWS), lr=0.0)
     torch.testing.assert_close(steered.loss, plain.loss)
     assert steered.grad_norm != pytest.approx(plain.grad_norm.item(), rel=1e-3)
 
 
 def test_a_steps_gradient_leaves_nothing_for_the_next(config) -> None:
-    engine = SingleEngine(config())
+    engine = alone(config())
     first = engine.step(Rows(ROWS), lr=0.0)
     second = engine.step(Rows(ROWS), lr=0.0)
     assert torch.equal(second.grad_norm, first.grad_norm)
 
 
 def test_equal_seeds_start_from_equal_weights_and_others_do_not(config) -> None:
-    first, second, other = (SingleEngine(config(f"seed={seed}")) for seed in (3, 3, 4))
+    first, second, other = (alone(config(f"seed={seed}")) for seed in (3, 3, 4))
     assert torch.equal(first.model.embed.weight, second.model.embed.weight)
     assert not torch.equal(first.model.embed.weight, other.model.embed.weight)
 
 
 def test_the_summed_loss_counts_what_the_mask_says(config) -> None:
-    engine = SingleEngine(config("train.global_batch=6", "train.micro_batch=3"))
+    engine = alone(config("train.global_batch=6", "train.micro_batch=3"))
     mask = torch.rand(4, 32, generator=torch.Generator().manual_seed(0)) < 0.5
     logits = engine.model.logits(ROWS[:, :-1])
     each = cross_entropy(logits.flatten(0, 1), ROWS[:, 1:].flatten(), reduction="none")
@@ -129,7 +137,7 @@ def test_the_summed_loss_counts_what_the_mask_says(config) -> None:
 def test_targets_that_are_padding_count_nowhere(config, micro_batch: int) -> None:
     mask = torch.arange(32) < torch.tensor([[32], [7], [20], [1]])
     settings = config("train.global_batch=4", f"train.micro_batch={micro_batch}")
-    engine, twin = SingleEngine(settings), SingleEngine(settings)
+    engine, twin = alone(settings), alone(settings)
     result = engine.step(Rows(ROWS, mask), lr=0.0)
     logits = twin.model.logits(ROWS[:, :-1])
     loss = cross_entropy(logits[mask], ROWS[:, 1:][mask])
@@ -140,23 +148,23 @@ def test_targets_that_are_padding_count_nowhere(config, micro_batch: int) -> Non
 
 
 def test_isolated_documents_cost_what_they_cost_alone(config) -> None:
-    engine = SingleEngine(config("train.global_batch=4", "train.micro_batch=2"))
+    engine = alone(config("train.global_batch=4", "train.micro_batch=2"))
     borders = torch.tensor([[0, 9, 32], [0, 1, 32], [0, 20, 32], [0, 31, 32]])
     place = torch.arange(32)
     starts = torch.where(place < borders[:, 1:2], 0, borders[:, 1:2])
     total, count = engine.loss(Rows(ROWS, starts=starts))
-    alone = 0.0
+    apart = 0.0
     for row, (_, border, _) in zip(ROWS, borders.tolist(), strict=True):
         for start, stop in ((0, border), (border, 32)):
             logits = engine.model.logits(row[None, start:stop])[0]
-            alone += cross_entropy(logits, row[start + 1 : stop + 1], reduction="sum").item()
+            apart += cross_entropy(logits, row[start + 1 : stop + 1], reduction="sum").item()
     assert count == 4 * 32
-    assert total.item() == pytest.approx(alone, rel=1e-5)
+    assert total.item() == pytest.approx(apart, rel=1e-5)
 
 
 def test_in_bf16_weights_moments_and_gradients_stay_float32(config) -> None:
-    engine = SingleEngine(config("engine.precision=bf16"))
-    exact = SingleEngine(config())
+    engine = alone(config("engine.precision=bf16"))
+    exact = alone(config())
     assert (engine.dtype, exact.dtype) == (torch.bfloat16, torch.float32)
     result = engine.step(Rows(ROWS), lr=0.01)
     expected = exact.step(Rows(ROWS), lr=0.01).loss
@@ -170,15 +178,16 @@ def test_in_bf16_weights_moments_and_gradients_stay_float32(config) -> None:
 # State
 
 
-def saved(engine: SingleEngine, store: CheckpointStore, step: int) -> Checkpoint:
+def saved(engine: FsdpEngine, store: CheckpointStore, step: int) -> Checkpoint:
     store.save(step, engine.state(), {})
+    store.wait()
     checkpoint = store.newest()
     assert checkpoint is not None
     return checkpoint
 
 
 def test_a_restored_engine_goes_on_bitwise(config, tmp_path) -> None:
-    first, second = SingleEngine(config()), SingleEngine(config("seed=9"))
+    first, second = alone(config()), alone(config("seed=9"))
     first.step(Rows(ROWS), lr=0.01)
     second.step(Rows(ROWS.flip(0)), lr=0.01)
     checkpoint = saved(first, CheckpointStore(tmp_path, keep=1), 1)
@@ -204,8 +213,8 @@ def test_a_restored_engine_goes_on_bitwise(config, tmp_path) -> None:
 def test_a_checkpoint_of_another_shape_is_refused_and_nothing_changed(
     override: str, told: str, config, tmp_path
 ) -> None:
-    checkpoint = saved(SingleEngine(config()), CheckpointStore(tmp_path, keep=1), 1)
-    engine = SingleEngine(config(override))
+    checkpoint = saved(alone(config()), CheckpointStore(tmp_path, keep=1), 1)
+    engine = alone(config(override))
     before = engine.model.embed.weight.clone()
     with pytest.raises(ValueError, match="is of another model") as error:
         engine.restore(checkpoint)
@@ -214,7 +223,7 @@ def test_a_checkpoint_of_another_shape_is_refused_and_nothing_changed(
 
 
 def test_names_in_a_checkpoint_are_the_models_own(config) -> None:
-    engine = SingleEngine(config())
+    engine = alone(config())
     names = dict(engine.model.named_parameters())
     state = flatten(engine.state())
     assert {n.removeprefix("model.") for n in state if n.startswith("model.")} == set(names)

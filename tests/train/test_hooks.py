@@ -10,14 +10,15 @@ from torch.nn.functional import cross_entropy
 
 from data.heldout import HeldOut, heldout_rows
 from data.mixture import Drawn, LaneCursor
+from data.prefetch import never
 from data.quarantine import Quarantine
 from data.shuffle import Cursor
 from data.source import Fault
-from data.stream import Batch
+from data.stream import Batch, Reading
 from phd.flops import training_flops_per_token
 from phd.kv import kv_bytes
 from train.checkpoint import CheckpointStore
-from train.engine import SingleEngine
+from train.fsdp import FsdpEngine
 from train.hooks import (
     DataProgress,
     Evaluation,
@@ -29,6 +30,7 @@ from train.hooks import (
     TrainingMetrics,
     bits_per_byte,
 )
+from train.ranks import Ranks
 
 CPU = torch.device("cpu")
 
@@ -53,7 +55,8 @@ LOGGED = {
     "progress/files/epoch",
     "progress/train_flops",
 }
-AT_THE_END = {"eval/heldout/loss", "eval/heldout/bits_per_byte", "sample/text", "checkpoint/save_s"}
+CHECKPOINT = {"checkpoint/save_s", "checkpoint/stall_s"}
+AT_THE_END = {"eval/heldout/loss", "eval/heldout/bits_per_byte", "sample/text", *CHECKPOINT}
 
 
 LANE = LaneCursor({"files": Drawn(Cursor(epoch=3), tokens=400)}, skip=7)
@@ -62,13 +65,15 @@ LANE = LaneCursor({"files": Drawn(Cursor(epoch=3), tokens=400)}, skip=7)
 def record_of(**known: object) -> StepRecord:
     """A record of step 10 after 1000 tokens, except for what is known."""
     rows = np.zeros((2, 33), dtype=np.int64)
-    batch = Batch(rows, mask=None, starts=None, target_bytes=16, lanes={0: LANE}, reached={0: LANE})
+    reading = Reading(64, 64, target_bytes=16, lanes={0: LANE}, reached={0: LANE})
+    batch = Batch(rows, mask=None, starts=None, reading=reading)
     values = {"loss": torch.tensor(2.0), "grad_norm": torch.tensor(0.5), "batch": batch}
-    values |= {"step": 10, "tokens": 1000, "lr": 0.1, "train_s": 4.0, "data_wait_s": 1.0}
+    values |= {"step": 10, "tokens": 1000, "lr": 0.1, "train_s": 4.0, "data_wait_s": (1.0,)}
+    values |= {"batches": 10, "reading": reading, "bad_steps": {"count": 0}}
     return StepRecord(**(values | known))
 
 
-def nats(engine: SingleEngine, rows: torch.Tensor, mask: torch.Tensor) -> float:
+def nats(engine: FsdpEngine, rows: torch.Tensor, mask: torch.Tensor) -> float:
     """The summed cross-entropy of the targets that count, a target at a time."""
     total = 0.0
     for row, counted in zip(rows, mask, strict=True):
@@ -111,7 +116,7 @@ def test_bits_per_byte_of_uniform_bytes_is_eight() -> None:
 def test_the_first_loss_is_that_of_the_initial_weights_on_the_first_batch(config, trained) -> None:
     settings = config("train.max_steps=1", "model.K=3", "train.micro_batch=2")
     done = trained(settings)
-    fresh = SingleEngine(replace(settings, train=replace(settings.train, micro_batch=None)))
+    fresh = FsdpEngine(replace(settings, train=replace(settings.train, micro_batch=None)), Ranks())
     rows = torch.from_numpy(done.record.batch.rows)
     every = torch.ones(rows[:, 1:].shape, dtype=torch.bool)
     expected = nats(fresh, rows, every) / every.numel()
@@ -122,9 +127,9 @@ def test_the_first_loss_is_that_of_the_initial_weights_on_the_first_batch(config
 
 
 def test_throughput_is_of_the_time_since_the_last_call(config) -> None:
-    throughput = Throughput(config("model.K=3"), CPU, tokens=128)
-    throughput(record_of(tokens=256, train_s=1.0, data_wait_s=0.5))
-    metrics = throughput(record_of(tokens=128 * 6, train_s=3.0, data_wait_s=1.0))
+    throughput = Throughput(config("model.K=3"), CPU, 128, Ranks())
+    throughput(record_of(tokens=256, train_s=1.0, data_wait_s=(0.5,)))
+    metrics = throughput(record_of(tokens=128 * 6, train_s=3.0, data_wait_s=(1.0,)))
     warning = metrics.pop("throughput/warning")
     assert "waited for data 25% of the time; raise data.workers=1" in str(warning)
     assert metrics.pop("memory/peak_gib") > 0
@@ -138,7 +143,7 @@ def test_throughput_is_of_the_time_since_the_last_call(config) -> None:
 
 
 def test_a_resumed_run_does_not_count_the_tokens_of_its_former_processes(config) -> None:
-    throughput = Throughput(config(), CPU, tokens=1000)
+    throughput = Throughput(config(), CPU, 1000, Ranks())
     metrics = throughput(record_of(tokens=1128, train_s=2.0))
     assert metrics["throughput/tokens_per_s"] == 64.0
 
@@ -151,20 +156,20 @@ def test_mfu_is_the_needed_flops_over_the_peak_and_absent_where_that_is_unknown(
 
     def mfu(name: str) -> float | None:
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
-        return Throughput(settings, cuda, 0)(record_of()).get("throughput/mfu")
+        return Throughput(settings, cuda, 0, Ranks())(record_of()).get("throughput/mfu")
 
     needed = 1000 / 4.0 * training_flops_per_token(settings.model, 32)
     assert mfu("NVIDIA A100-SXM4-80GB") == pytest.approx(needed / 312e12)
     assert mfu("NVIDIA H100 80GB HBM3") == pytest.approx(needed / 989e12)
     assert mfu("NVIDIA H100 PCIe") == pytest.approx(needed / 756e12)
     assert mfu("Something New 9000") is None
-    assert "throughput/mfu" not in Throughput(settings, CPU, 0)(record_of())
+    assert "throughput/mfu" not in Throughput(settings, CPU, 0, Ranks())(record_of())
     starts = np.zeros((2, 32), dtype=np.int64)
     starts[1, 20:] = 20
     isolated = record_of()
     isolated = replace(isolated, batch=isolated.batch._replace(starts=starts))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H100 80GB HBM3")
-    found = Throughput(settings, cuda, 0)(isolated)["throughput/mfu"]
+    found = Throughput(settings, cuda, 0, Ranks())(isolated)["throughput/mfu"]
     needed = 1000 / 4.0 * training_flops_per_token(settings.model, 32, 20, 12)
     assert found == pytest.approx(needed / 989e12)
 
@@ -205,18 +210,18 @@ def test_the_evaluation_is_the_mean_over_the_held_out_targets(config, opened) ->
 
 def test_padding_never_counts(config) -> None:
     settings = config()
-    engine = SingleEngine(settings)
+    engine = FsdpEngine(settings, Ranks())
     rows = np.random.default_rng(0).integers(0, 320, (3, 33))
     mask = np.ones((3, 32), dtype=bool)
     mask[2, 10:] = False
     other = rows.copy()
     other[2, 11:] = 5  # what the padding holds
     results = [
-        Evaluation(settings, engine, "x", HeldOut(r, mask, None, 100)) for r in (rows, other)
+        Evaluation(settings, engine, "x", HeldOut(r, mask, None, 100), never) for r in (rows, other)
     ]
     assert results[0].measure() == results[1].measure()
     seen = Evaluation(
-        settings, engine, "x", HeldOut(other, np.ones_like(mask), None, 100)
+        settings, engine, "x", HeldOut(other, np.ones_like(mask), None, 100), never
     ).measure()
     assert seen != results[0].measure()
 
@@ -226,7 +231,9 @@ def test_the_evaluation_does_not_depend_on_the_micro_batch(micro_batch: int, con
     rows = np.random.default_rng(0).integers(0, 320, (7, 33))
     text = HeldOut(rows, np.ones((7, 32), dtype=bool), None, 100)
     whole, cut = config(), config(f"train.micro_batch={micro_batch}")
-    metrics = [Evaluation(c, SingleEngine(c), "x", text).measure() for c in (whole, cut)]
+    metrics = [
+        Evaluation(c, FsdpEngine(c, Ranks()), "x", text, never).measure() for c in (whole, cut)
+    ]
     assert metrics[1] == pytest.approx(metrics[0], rel=1e-6)
 
 
@@ -277,10 +284,19 @@ def test_a_checkpoint_holds_what_the_run_goes_on_from(config, opened) -> None:
     run = opened(config())
     state = {"config": {"seed": 5}, "stream": {}}
     saving = Saving(run.config, run.engine, run.store, state)
-    assert list(saving(record_of())) == ["checkpoint/save_s"]
+    assert list(saving(record_of())) == ["checkpoint/stall_s"]
+    assert list(saving(record_of(step=20))) == ["checkpoint/stall_s", "checkpoint/save_s"]
     saved = run.store.newest()
-    expected = {"step": 10, "tokens": 1000, "cursors": {"0": LANE.to_json()}}
-    assert saved.state == state | expected
+    expected = {"step": 20, "tokens": 1000, "batches": 10, "cursors": {"0": LANE.to_json()}}
+    assert saved.state == state | expected | {"bad_steps": {"count": 0}}
+
+
+def test_the_end_waits_for_the_disk(config, opened) -> None:
+    run = opened(config())
+    saving = Saving(run.config, run.engine, run.store, {})
+    told = saving(record_of(ending="finished"))
+    assert 0 < told["checkpoint/stall_s"] <= told["checkpoint/save_s"]
+    assert (run.store.root / "step_00000010" / "COMPLETE").exists()
 
 
 def test_a_disk_that_refuses_costs_the_checkpoint_and_is_told(config, opened) -> None:
@@ -288,30 +304,31 @@ def test_a_disk_that_refuses_costs_the_checkpoint_and_is_told(config, opened) ->
     blocked = run.directory / "blocked"
     blocked.touch()
     store = CheckpointStore(blocked, keep=1)
-    metrics = Saving(run.config, run.engine, store, {})(record_of())
-    [(name, message)] = metrics.items()
-    assert name == "checkpoint/error"
-    assert f"the checkpoint of step 10 could not be written to {blocked}" in message
-    assert message.endswith("training goes on")
+    saving = Saving(run.config, run.engine, store, {})
+    assert "checkpoint/error" not in saving(record_of())  # not known yet
+    for later in (record_of(step=20), record_of(step=30, ending="finished")):
+        message = saving(later)["checkpoint/error"]
+        assert f"could not be written to {blocked}" in message
+        assert message.endswith("training goes on") == (later.ending is None)
 
 
 # Waiting for data
 
 
 def test_waiting_is_told_once_and_not_for_the_first_interval(config) -> None:
-    throughput = Throughput(config("data.workers=3"), CPU, tokens=0)
+    throughput = Throughput(config("data.workers=3"), CPU, 0, Ranks())
     told = []
     for n, waited in enumerate((0.9, 1.8, 1.85, 2.7), start=1):
-        record = record_of(tokens=128 * n, train_s=1.0 * n, data_wait_s=waited)
+        record = record_of(tokens=128 * n, train_s=1.0 * n, data_wait_s=(waited,))
         told.append(throughput(record).get("throughput/warning"))
     assert told[0] is told[2] is told[3] is None
     assert "waited for data 90% of the time; raise data.workers=3" in str(told[1])
 
 
 def test_a_little_waiting_is_not_worth_a_word(config) -> None:
-    throughput = Throughput(config(), CPU, tokens=0)
+    throughput = Throughput(config(), CPU, 0, Ranks())
     for n in range(1, 5):
-        record = record_of(tokens=128 * n, train_s=1.0 * n, data_wait_s=0.09 * n)
+        record = record_of(tokens=128 * n, train_s=1.0 * n, data_wait_s=(0.09 * n,))
         assert "throughput/warning" not in throughput(record)
 
 
@@ -332,10 +349,11 @@ def test_a_mixture_tells_what_was_read_of_each_source(config) -> None:
     mask = np.ones((2, 4), dtype=bool)
     mask[1, 2:] = False
     record = record_of()
-    record = replace(record, batch=record.batch._replace(reached=lanes, mask=mask))
+    reading = Reading(6, 8, target_bytes=16, lanes=lanes, reached=lanes)
+    record = replace(record, batch=record.batch._replace(mask=mask), reading=reading)
     quarantine = Quarantine(1.0)
     quarantine.add(Fault("empty", "a@0"))
-    assert DataProgress(both, quarantine)(record) == {
+    assert DataProgress(both, quarantine, Ranks())(record) == {
         "progress/epoch": 1,
         "progress/files/tokens": 1200,
         "progress/files/epoch": 3,

@@ -76,7 +76,9 @@ def test_a_run_interrupted_twice_ends_bitwise_as_one_that_was_not(
     first = trained(config(*MODELS[model]), hooks=(InterruptAfter(1),))
     second = trained(config(*MODELS[model]), hooks=(InterruptAfter(3),))
     last = trained(config(*MODELS[model]))
-    assert [t.record.step for t in (first, second, last, whole)] == [2, 4, 6, 6]
+    # A step of several micro-batches is given up: the signal came in the one before it.
+    ends = [1, 3, 6, 6] if model.endswith("accumulating") else [2, 4, 6, 6]
+    assert [t.record.step for t in (first, second, last, whole)] == ends
     assert [t.record.ending for t in (first, second, last)] == ["SIGINT", "SIGINT", "finished"]
     assert_equal_bits(everything(last), everything(whole))
     assert logged(last.run.directory) == logged(whole.run.directory)
@@ -315,13 +317,6 @@ def test_without_cuda_it_cannot_be_asked_for(config, tmp_path: Path) -> None:
         pytest.skip("this machine has CUDA")
     assert refusal(config("engine.device=cuda")).startswith("engine.device=cuda: this machine has")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_several_processes_are_refused_by_an_engine_for_one(
-    config, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert refusal(config()).startswith("engine.kind=single: 2 processes were started")
 
 
 def test_with_nothing_held_out_there_is_no_evaluation(config, trained) -> None:

@@ -4,10 +4,14 @@ import io
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Event, Thread
+from time import sleep
 
 import pytest
 import wandb
@@ -195,7 +199,10 @@ def test_whatever_fails_at_wandb_is_told_once_and_left_out_from_there(
     sink.write(2, {"train/loss": 1.0})
     sink.close()
     assert service.calls == calls
-    told = "Weights & Biases failed and is left out from here on: [/gone] lost\n"
+    told = (
+        "Weights & Biases failed and is left out from here on, but `wandb sync` can upload what is "
+        f"in {tmp_path}/wandb: [/gone] lost\n"
+    )
     assert printed(console) == (told if failing else "")
 
 
@@ -217,6 +224,153 @@ def test_a_directory_that_cannot_be_written_costs_wandb_alone(
     sink.close()
     assert printed(console).count("Weights & Biases failed") == 1
     assert "Not a directory" in printed(console)
+
+
+ONLINE = """
+import os, signal, sys
+from pathlib import Path
+from time import monotonic
+from rich.console import Console
+from train import sinks
+from train.command_line import load
+
+sinks.START_S = sinks.FINISH_S = 1.0
+sinks.CLOSE_S = 3.0 if sys.argv[1] == "stopped" else 20.0
+config = load([*sys.argv[2:], "hooks.wandb.mode=online"])
+console = Console(width=1000)
+config.run_dir.mkdir()
+file = sinks.MetricsFile(config.run_dir / "metrics.jsonl", 0, console)
+service = sinks.Wandb(config, config.run_dir, console)
+
+def write(step):
+    began = monotonic()
+    for sink in (file, service):
+        sink.write(step, {"train/loss": step / 8})
+    assert monotonic() - began < 0.5
+
+write(1)
+sys.stdin.readline()
+if sys.argv[1] == "stopped":
+    children = [p.read_text() for p in Path("/proc/self/task").glob("*/children")]
+    child = int(" ".join(children))
+    os.kill(child, signal.SIGSTOP)
+    print("stopped", child, flush=True)
+write(2)
+began = monotonic()
+service.close()
+print("closed after", monotonic() - began)
+"""
+
+
+class Server:
+    """A W&B server for as long as a test wants one, as far as a run needs it.
+
+    Attributes:
+        known: set as soon as it has been told of a run.
+        silent: while it is set, nothing is answered.
+    """
+
+    def __init__(self) -> None:
+        self.known, self.silent = Event(), Event()
+        server = self
+
+        class Answers(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["content-length"]))
+                while server.silent.is_set():
+                    sleep(0.1)
+                self.send_response(200)
+                self.send_header("content-type", "application/json")
+                self.end_headers()
+                self.wfile.write(json.dumps({"data": ANSWER}).encode())
+                if b"mutation UpsertBucket" in body:
+                    server.known.set()
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Answers)
+        self.thread = Thread(target=self.http.serve_forever, args=(0.05,))
+        self.thread.start()
+
+    def stop(self) -> None:
+        self.silent.clear()
+        self.http.shutdown()
+        self.thread.join()
+        self.http.server_close()
+
+
+PROJECT = {"id": "p", "name": "p", "entity": {"id": "e", "name": "e"}}
+BUCKET = {"id": "b", "name": "b", "displayName": "b", "config": "{}", "project": PROJECT}
+ANSWER = {
+    "model": {"bucket": None},
+    "upsertBucket": {"bucket": BUCKET, "inserted": True},
+    "viewer": {"id": "v", "username": "u", "entity": "e", "flags": "{}"},
+    "createRunFiles": {"runID": "b", "uploadHeaders": [], "files": []},
+}
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    server = Server()
+    yield server
+    server.stop()
+
+
+@pytest.mark.parametrize(
+    ("trouble", "told"),
+    [
+        ("gone at the start", "Weights & Biases is not reached"),
+        ("silent at the start", "Weights & Biases is not reached"),
+        ("silent later", "Weights & Biases failed"),
+        ("stopped", "its service has not answered for 3 s"),
+        ("none", ""),
+    ],
+    ids=["gone_at_start", "silent_at_start", "silent_later", "stopped", "none"],
+)
+def test_a_wandb_that_is_gone_costs_little_time_and_no_metrics(
+    trouble: str, told: str, server: Server, small: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    if trouble == "gone at the start":
+        server.stop()
+    elif trouble == "silent at the start":
+        server.silent.set()
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
+    environment = kept | {
+        "HOME": str(tmp_path / "home"),
+        "PYTHONPATH": str(REPOSITORY),
+        "WANDB_API_KEY": "0123456789" * 4,
+        "WANDB_BASE_URL": f"http://127.0.0.1:{server.http.server_port}",
+        "WANDB_ERROR_REPORTING": "false",
+    }
+    with (tmp_path / "output").open("w") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-c", ONLINE, trouble, *small()],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        if "start" not in trouble:
+            assert server.known.wait(30)
+        if trouble == "silent later":
+            server.silent.set()
+        assert process.stdin is not None
+        process.stdin.write("\n")
+        process.stdin.close()
+        assert process.wait(30) == 0
+    text = (tmp_path / "output").read_text()
+    if trouble == "stopped":
+        os.kill(int(text.partition("stopped ")[2].split()[0]), signal.SIGKILL)
+    assert text.count("Weights & Biases") == bool(told)
+    assert told in text
+    assert float(text.partition("closed after ")[2].split()[0]) < 15
+    assert [line["step"] for line in lines_of(tmp_path / "run/metrics.jsonl")] == [1, 2]
+    if trouble != "stopped":
+        mode = "offline-run" if "start" in trouble else "run"
+        ((kept_there),) = (tmp_path / "run/wandb").glob(f"{mode}-*/run-*.wandb")
+        assert kept_there.read_bytes().count(b"train/loss") >= 2
 
 
 def test_a_run_has_one_id_for_ever(tmp_path: Path) -> None:

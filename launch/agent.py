@@ -1,0 +1,229 @@
+"""Starts the processes of this machine, watches over them, and ends as they end.
+
+It is torchrun's own elastic agent with another view of endings. Under torchrun, a process that
+saved and ended because the scheduler said so is one that failed: it is started again, and when the
+restarts are used up the exit code is 1. Here:
+
+- an ending that a restart would only repeat (see `launch.ending`) is final on all machines;
+- the exit code is the processes' own;
+- SIGTERM, SIGUSR1, SIGUSR2, SIGINT and SIGHUP (as SIGTERM) are passed on, once, and processes have
+  `grace_s` to save, also if some of them are done before others;
+- no process outlives its agent (see `launch.tether`);
+- every restart has a TCPStore of its own (see `launch.meeting`).
+"""
+
+import logging
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from subprocess import Popen
+from types import FrameType
+
+import torch
+from torch.distributed import DistNetworkError, DistStoreError
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+from torch.distributed.elastic.multiprocessing.api import SubprocessContext
+from torch.distributed.elastic.rendezvous import (
+    RendezvousClosedError,
+    RendezvousConnectionError,
+    RendezvousHandler,
+    RendezvousTimeoutError,
+)
+
+from launch import tether
+from launch.config import Local, Nodes
+from launch.ending import CRASHED, FINAL, FINISHED, INTERRUPTED, MISUSED, SAVED, joint
+from launch.meeting import join
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
+LOST = (RendezvousConnectionError, RendezvousTimeoutError, DistNetworkError, DistStoreError)
+POLL_S = 0.1
+LAST_EXIT_S = 300  # machines that are done wait so long for those that are not
+
+
+class Hearing:
+    """Within it, the first signal raises the `SignalException` that an agent answers.
+
+    Others are ignored, since schedulers repeat themselves; but a person who does means it: a second
+    Ctrl-C is passed on at once.
+
+    Attributes:
+        first: the one that came, or None.
+        agent: whose processes a second Ctrl-C is for, once there is one.
+    """
+
+    first: signal.Signals | None = None
+    agent: "Agent | None" = None
+
+    def __enter__(self) -> "Hearing":
+        # PyTorch handles what is named here at every start; Ctrl-\\ ends everything at once.
+        os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"
+        self._before = {number: signal.signal(number, self._hear) for number in SIGNALS}
+        return self
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
+        if self.first is None:
+            self.first = signal.Signals(number)
+            passed = signal.SIGTERM if number == signal.SIGHUP else self.first
+            raise SignalException(f"received {self.first.name}", passed)
+        if number == signal.SIGINT and self.agent is not None:
+            self.agent.interrupt()
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+class Agent(LocalElasticAgent):
+    """PyTorch's agent, told which endings are final and that some processes end before others."""
+
+    def __init__(self, spec: WorkerSpec, logs: DefaultLogsSpecs, grace_s: int) -> None:
+        super().__init__(
+            spec, logs, exit_barrier_timeout=LAST_EXIT_S + grace_s, shutdown_timeout=grace_s
+        )
+
+    @property
+    def codes(self) -> list[int | None]:
+        """What the processes ended with, None for those that run; nothing if there are none."""
+        return [process.poll() for process in self._processes]
+
+    @property
+    def _processes(self) -> list[Popen[bytes]]:
+        context = self._pcontext
+        if context is None:
+            return []
+        assert isinstance(context, SubprocessContext)
+        return [handler.proc for handler in context.subprocess_handlers.values()]
+
+    @property
+    def had_processes(self) -> bool:
+        """Whether enough machines have met at least once."""
+        return self._worker_group.group_rank is not None
+
+    def interrupt(self) -> None:
+        """Sends a Ctrl-C to every process that runs."""
+        for process in self._processes:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGINT)
+
+    def meet_at_the_end(self) -> None:
+        """Waits until the other machines are done too: one of them keeps the list of all."""
+        self._exit_barrier_timeout = self._shutdown_timeout
+        self._exit_barrier()
+
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        self._wait_while_saving()
+        result = super()._monitor_workers(worker_group)
+        if result.is_failed():
+            codes = [failure.exitcode for failure in result.failures.values()]
+            for rank, failure in result.failures.items():
+                if failure.exitcode not in (SAVED, -signal.SIGTERM):
+                    _tell(f"rank {rank} (process {failure.pid}) {_ended(failure.exitcode)}")
+            if joint(codes) in FINAL:
+                self._remaining_restarts = 0
+        return result
+
+    def _wait_while_saving(self) -> None:
+        """Leaves the others in peace when one is done: the super class would end them at once."""
+        deadline = time.monotonic() + self._shutdown_timeout
+        while set(self.codes) == {SAVED, None} and time.monotonic() < deadline:
+            time.sleep(POLL_S)
+
+    def _stop_workers(self, worker_group: WorkerGroup) -> None:  # noqa: ARG002
+        self._shutdown(timeout=self._shutdown_timeout)
+
+    def _restart_workers(self, worker_group: WorkerGroup) -> None:
+        self._stop_workers(worker_group)
+        self._pcontext = None  # a signal from now on does not find processes of the past
+        self._initialize_workers(worker_group)
+
+
+def run(config: Local, command: Sequence[str]) -> int:
+    """Runs `command` in the processes of this machine until all have ended.
+
+    Returns:
+        0, 2, 75 or 130 if that is what they ended with (75 as `saved_code`), otherwise 1. It is 75
+        also if the other machines were lost on the way: nothing is wrong, and the same command
+        goes on.
+    """
+    code = _run(config, command)
+    return config.saved_code if code == SAVED and isinstance(config, Nodes) else code
+
+
+def count_devices() -> int:
+    """The processes that this machine is made for."""
+    return max(1, torch.cuda.device_count())
+
+
+def _run(config: Local, command: Sequence[str]) -> int:
+    processes = config.processes or count_devices()
+    if processes > 1:  # or each would start a thread for every core
+        threads = max(1, torch.get_num_threads() // processes)
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    # It reports every ending as a failure, 75 included; what is one is told here.
+    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
+    with Hearing() as hearing, tempfile.TemporaryDirectory(prefix="launch-") as scratch:
+        try:
+            handler = join(config)
+        except SignalException:
+            return _asked(hearing, [])
+        except LOST as error:
+            _tell(f"nobody keeps the list of machines ({error})")
+            return CRASHED
+        signals = "hold" if config.script is None else "deliver"  # train/main.py unblocks them
+        spec = WorkerSpec(
+            role="worker",
+            local_world_size=processes,
+            entrypoint=sys.executable,
+            args=("-I", tether.__file__, str(os.getpid()), signals, *command),
+            rdzv_handler=handler,
+            max_restarts=config.max_restarts,
+            monitor_interval=POLL_S,
+        )
+        hearing.agent = Agent(spec, DefaultLogsSpecs(log_dir=scratch), config.grace_s)
+        return _supervise(hearing.agent, handler, hearing)
+
+
+def _supervise(agent: Agent, handler: RendezvousHandler, hearing: Hearing) -> int:
+    """Runs the agent to its end."""
+    try:
+        failures = agent.run().failures.values()
+    except SignalException:
+        code = _asked(hearing, agent.codes)
+        if code == SAVED and agent.codes:
+            agent.meet_at_the_end()
+        return code  # the list stays open: an elastic run may go on, or this machine come back
+    except RendezvousClosedError:
+        _tell("the other machines have ended the run")
+        return CRASHED
+    except LOST as error:
+        if not agent.had_processes:
+            _tell(f"too few machines came ({type(error).__name__})")
+            return CRASHED
+        _tell(f"the other machines are gone; the same command goes on ({type(error).__name__})")
+        return SAVED
+    code = joint(failure.exitcode for failure in failures) if failures else FINISHED
+    if code in (SAVED, MISUSED):
+        agent.meet_at_the_end()
+    handler.shutdown()
+    return code
+
+
+def _asked(hearing: Hearing, codes: Sequence[int | None]) -> int:
+    """The exit code after a signal."""
+    if hearing.first == signal.SIGINT:
+        return INTERRUPTED
+    return joint((code for code in codes if code is not None), asked=True)
+
+
+def _ended(code: int) -> str:
+    return f"died of {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+
+
+def _tell(text: str) -> None:
+    print(f"launch: {text}", file=sys.stderr, flush=True)

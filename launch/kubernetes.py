@@ -1,0 +1,170 @@
+"""The job of a run under Kubernetes: a manifest for either of Kubeflow's operators.
+
+Pods of both run `python -m launch nodes ...`, and find each other at the first of them. They differ
+in who replaces a pod, and when:
+
+    exit code                       PyTorchJob                  TrainJob
+    0                               done                        done
+    1, 2: crashed, misused          failed for good             failed for good (podFailurePolicy)
+    75: saved and ended early       replaced                    replaced, counts as one of `retries`
+    evicted, preempted, lost        replaced                    replaced, does not count
+
+A PyTorchJob with `restartPolicy: ExitCode` replaces pods whose exit code is at least 128 and takes
+1 to 127 for final; so there the agent says 143, SIGTERM's code, in place of 75. It has no limit of
+its own for such pods (kubeflow/training-operator issue 2045).
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import yaml
+
+from launch.config import Kubernetes, passed_on
+from launch.ending import CRASHED, MISUSED, SAVED
+
+RETRIED = 143
+MARGIN_S = 30  # between the end of the grace that processes have and that of the pod
+SHARED_MEMORY = {"name": "shared-memory", "mountPath": "/dev/shm"}
+
+
+def render(config: Kubernetes, arguments: Sequence[str]) -> str:
+    """The manifest for `kubectl apply -f -`; `arguments` are the training command's."""
+    if config.kind == "PyTorchJob":
+        documents = [_pytorch_job(config, arguments)]
+    else:
+        documents = [_training_runtime(config), _train_job(config, arguments)]
+    return yaml.safe_dump_all(documents, sort_keys=False, width=1000)
+
+
+def _pytorch_job(config: Kubernetes, arguments: Sequence[str]) -> dict[str, Any]:
+    """The first pod is the `Master`, whose ending is the job's; the others are `Worker`s."""
+    command = _command(config, f"{config.name}-master-0", arguments, saved=RETRIED)
+    container = {"command": command, "resources": _resources(config), "image": config.image}
+    pod = _pod(config, "pytorch", container)
+    replica = {"replicas": 1, "restartPolicy": "ExitCode", "template": {"spec": pod}}
+    replicas = {"Master": replica}
+    if config.most_nodes > 1:
+        replicas["Worker"] = replica | {"replicas": config.most_nodes - 1}
+    return {
+        "apiVersion": "kubeflow.org/v1",
+        "kind": "PyTorchJob",
+        "metadata": _metadata(config),
+        "spec": {
+            "runPolicy": {"cleanPodPolicy": "Running"},
+            "pytorchReplicaSpecs": _plain(replicas),
+        },
+    }
+
+
+def _train_job(config: Kubernetes, arguments: Sequence[str]) -> dict[str, Any]:
+    first = f"{config.name}-node-0-0.{config.name}"
+    return {
+        "apiVersion": "trainer.kubeflow.org/v1alpha1",
+        "kind": "TrainJob",
+        "metadata": _metadata(config),
+        "spec": {
+            "runtimeRef": {
+                "apiGroup": "trainer.kubeflow.org",
+                "kind": "TrainingRuntime",
+                "name": config.name,
+            },
+            "trainer": {
+                "image": config.image,
+                "command": _command(config, first, arguments, saved=SAVED),
+                "numNodes": config.most_nodes,
+                "resourcesPerNode": _resources(config),
+            },
+        },
+    }
+
+
+def _training_runtime(config: Kubernetes) -> dict[str, Any]:
+    """What a TrainJob cannot say of its pods: volumes, time to save, final endings."""
+    rules: list[dict[str, Any]] = [
+        {
+            "action": "FailJob",
+            "onExitCodes": {
+                "containerName": "node",
+                "operator": "In",
+                "values": [CRASHED, MISUSED],
+            },
+        },
+        {
+            "action": "Ignore",
+            "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}],
+        },
+    ]
+    job = {
+        "name": "node",
+        "template": {
+            "metadata": {"labels": {"trainer.kubeflow.org/trainjob-ancestor-step": "trainer"}},
+            "spec": {
+                "backoffLimit": config.retries,
+                "podFailurePolicy": {"rules": rules},
+                "template": {
+                    "spec": _pod(config, "node", {"image": config.image})
+                    | {"restartPolicy": "Never"}
+                },
+            },
+        },
+    }
+    return {
+        "apiVersion": "trainer.kubeflow.org/v1alpha1",
+        "kind": "TrainingRuntime",
+        "metadata": _metadata(config),
+        "spec": {
+            "mlPolicy": {"numNodes": config.most_nodes},
+            "template": {"spec": {"replicatedJobs": [job]}},
+        },
+    }
+
+
+def _metadata(config: Kubernetes) -> dict[str, str]:
+    return {"name": config.name} | ({"namespace": config.namespace} if config.namespace else {})
+
+
+def _command(config: Kubernetes, host: str, arguments: Sequence[str], *, saved: int) -> list[str]:
+    """One agent for each pod."""
+    place = [f"address={host}:{config.port}", f"id={config.name}"]
+    code = [] if saved == SAVED else [f"saved_code={saved}"]
+    nodes = [config.python, "-m", "launch", "nodes"]
+    words = [*nodes, *place, *code, *passed_on(config), *arguments]
+    return [word.replace("$(", "$$(") for word in words]  # or Kubernetes would fill them in
+
+
+def _resources(config: Kubernetes) -> dict[str, Any]:
+    amounts: dict[str, Any] = {"cpu": config.cpu, "memory": config.memory}
+    if config.device:
+        amounts[config.device] = config.processes
+    limits = {name: amount for name, amount in amounts.items() if amount is not None}
+    return {"requests": dict(limits), "limits": limits}
+
+
+def _pod(config: Kubernetes, container: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """A pod with the run's volume and room to share memory, which Docker's 64 MiB are not."""
+    mounts = [{"name": "runs", "mountPath": config.mount}, SHARED_MEMORY]
+    return {
+        "terminationGracePeriodSeconds": config.grace_s + MARGIN_S,
+        "containers": [
+            {
+                "name": container,
+                "workingDir": config.mount,
+                "volumeMounts": mounts,
+                **settings,
+            }
+        ],
+        "volumes": [
+            {"name": "runs", "persistentVolumeClaim": {"claimName": config.volume}},
+            {
+                "name": SHARED_MEMORY["name"],
+                "emptyDir": {"medium": "Memory", "sizeLimit": config.shared_memory},
+            },
+        ],
+    }
+
+
+def _plain(value: Any) -> Any:
+    """A copy in which nothing is shared: YAML would write `&id001` and `*id001`."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list) else value

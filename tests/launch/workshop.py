@@ -1,0 +1,119 @@
+"""Agents that run for real, with `worker.py` in place of the training."""
+
+import os
+import re
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from multiprocessing import get_context
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Any
+
+from launch import agent
+from launch.config import Local, Nodes
+
+WORKER = Path(__file__).with_name("worker.py")
+PATIENCE_S = 60.0  # only a broken agent takes so long
+QUICK = {"last_call_s": 1, "heartbeat_s": 1, "join_s": 30, "grace_s": 8}
+
+
+class Workshop:
+    """A directory in which workers run, and the agents that started them.
+
+    An agent is a process of its own, forked from one that has imported PyTorch, which takes 2 s.
+    """
+
+    def __init__(self, place: Path) -> None:
+        self.place = place
+        self.agents: list[ForkServerProcess] = []
+        self.port = free_port()
+
+    def start(self, config: Local, *options: str) -> None:
+        """Runs an agent."""
+        command = [sys.executable, "-S", str(WORKER), str(self.place), *options]
+        context = get_context("forkserver")
+        context.set_forkserver_preload(["launch.agent"])
+        errors = self.place / f"errors_{len(self.agents)}"
+        self.agents.append(context.Process(target=_run, args=(config, command, errors)))
+        self.agents[-1].start()
+
+    def pair(self, *options: str, each: tuple[dict[str, Any], ...] = ({}, {}), **both: Any) -> None:
+        """Two agents that stand for two machines, one process each; the first keeps the list."""
+        address = {"address": f"127.0.0.1:{self.port}", "local_address": "127.0.0.1"}
+        for own in each:
+            self.start(Nodes(**{"processes": 1, **address, **QUICK, **both, **own}), *options)
+            wait_for(lambda: listens(self.port), "an agent that keeps the list")
+
+    def signal(self, name: str, agent: int = 0) -> None:
+        """Sends a signal to an agent."""
+        pid = self.agents[agent].pid
+        assert pid is not None
+        os.kill(pid, signal.Signals[name])
+
+    def order(self, code: int, rank: str = "") -> None:
+        """Makes all processes, or one rank, end with an exit code."""
+        (self.place / (f"exit_{rank}" if rank else "exit")).write_text(str(code))
+
+    def told(self, pattern: str) -> list[re.Match[str]]:
+        """The lines of the workers' log that match."""
+        log = self.place / "log"
+        lines = log.read_text().splitlines() if log.exists() else []
+        return [found for line in lines if (found := re.fullmatch(pattern, line))]
+
+    def until(self, pattern: str, count: int = 1) -> list[re.Match[str]]:
+        """Waits until so many lines of the log match."""
+        wait_for(lambda: len(self.told(pattern)) >= count, pattern)
+        return self.told(pattern)
+
+    def code(self, agent: int = 0) -> int | None:
+        """Waits for an agent's exit code."""
+        self.agents[agent].join(PATIENCE_S)
+        return self.agents[agent].exitcode
+
+    def errors(self, agent: int = 0) -> str:
+        """What an agent and its processes wrote to stderr."""
+        return (self.place / f"errors_{agent}").read_text()
+
+    def close(self) -> None:
+        """Ends all agents; their processes die with them."""
+        for process in self.agents:
+            process.kill()
+            process.join()
+            process.close()
+
+
+def _run(config: Local, command: list[str], errors: Path) -> None:
+    with errors.open("w") as file:
+        os.dup2(file.fileno(), 2)
+    sys.exit(agent.run(config, command))
+
+
+def free_port() -> int:
+    """A port of this machine that nobody serves."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def wait_for(true: Callable[[], bool], what: str) -> None:
+    """Waits until something is true."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not true():
+        assert time.monotonic() < deadline, f"never: {what}"
+        time.sleep(0.02)
+
+
+def runs(pid: int) -> bool:
+    """Whether a process is there and no zombie."""
+    status = Path(f"/proc/{pid}/status")
+    return status.exists() and "State:\tZ" not in status.read_text()
+
+
+def listens(port: int) -> bool:
+    """Whether somebody serves a port of this machine."""
+    tables = [Path("/proc/net/tcp"), Path("/proc/net/tcp6")]
+    rows = [row.split() for table in tables for row in table.read_text().splitlines()[1:]]
+    return any(row[1].endswith(f":{port:04X}") and row[3] == "0A" for row in rows)

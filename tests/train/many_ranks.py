@@ -1,0 +1,108 @@
+"""Runs a function on many ranks: fresh processes, started as torchrun would, that gloo connects."""
+
+import multiprocessing
+import os
+import pickle
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from time import monotonic
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from train.ranks import open_ranks
+
+# The processes are forked from one that has imported these: else each would take seconds.
+PRELOADED = ["pytest", "torch._dynamo", "torch.distributed.fsdp", "train.checkpoint"]
+
+
+class RanksFailedError(Exception):
+    """Some ranks did not return.
+
+    Attributes:
+        outcomes: of each rank what it returned, or a text that says how it failed.
+    """
+
+    def __init__(self, outcomes: list[Any], failed: list[int]) -> None:
+        told = "\n".join(f"rank {rank}: {outcomes[rank]}" for rank in failed)
+        super().__init__(f"{len(failed)} of {len(outcomes)} ranks failed\n{told}")
+        self.outcomes = outcomes
+
+
+def run_ranks(
+    world: int, function: Callable[..., Any], *arguments: Any, deadline_s: float = 60.0
+) -> list[Any]:
+    """Call `function(ranks, *arguments)` on `world` ranks; return what each returned.
+
+    Args:
+        world: how many.
+        function: of the top level of a module; gets this rank's `Ranks`, all groups joined.
+        arguments: anything that can be pickled.
+        deadline_s: who is still running then is killed, and has failed.
+
+    Raises:
+        RanksFailedError: with tracebacks, and with who was killed by what.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    pipes, processes = [], []
+    for rank in range(world):
+        ours, theirs = context.Pipe(duplex=False)
+        given = (theirs, rank, world, store.port, function, arguments)
+        processes.append(context.Process(target=_rank, args=given, daemon=True))
+        processes[-1].start()
+        theirs.close()
+        pipes.append(ours)
+    try:
+        outcomes = _outcomes(pipes, monotonic() + deadline_s)
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+    failed = [rank for rank, (fine, _) in enumerate(outcomes) if not fine]
+    values = [value for _, value in outcomes]
+    if failed:
+        raise RanksFailedError(values, failed)
+    return values
+
+
+def _rank(
+    pipe: Connection,
+    rank: int,
+    world: int,
+    port: int,
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+) -> None:
+    """One of the processes."""
+    place = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank}
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": 1}
+    os.environ |= {name: str(value) for name, value in (place | meeting).items()}
+    torch.set_num_threads(1)
+    try:
+        with open_ranks("cpu") as ranks:
+            value = function(ranks, *arguments)
+        outcome = True, value
+    except BaseException:
+        outcome = False, traceback.format_exc()
+    pipe.send_bytes(pickle.dumps(outcome))  # `send` would leave tensors in memory that ends here
+    pipe.close()
+
+
+def _outcomes(pipes: list[Connection], end: float) -> list[tuple[bool, Any]]:
+    """What the ranks send until `end`, in their order."""
+    outcomes: dict[Connection, tuple[bool, Any]] = {}
+    while len(outcomes) < len(pipes):
+        ready = wait([pipe for pipe in pipes if pipe not in outcomes], max(0, end - monotonic()))
+        if not ready:
+            break
+        for pipe in ready:
+            assert isinstance(pipe, Connection)
+            try:
+                outcomes[pipe] = pickle.loads(pipe.recv_bytes())
+            except EOFError:
+                outcomes[pipe] = False, "the process died"
+    return [outcomes.get(pipe, (False, "the process was still running")) for pipe in pipes]
