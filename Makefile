@@ -19,7 +19,7 @@ train: $(VENV)/.installed
 
 # Two test processes of one thread each: more would wait for each other on two cores.
 test: check
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(TESTS)
+	OMP_NUM_THREADS=1 PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -n 2 $(TESTS)
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -43,6 +43,7 @@ from launch.meeting import join
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
 LOST = (RendezvousConnectionError, RendezvousTimeoutError, DistNetworkError, DistStoreError)
 POLL_S = 0.1
+CRASH_S = 15  # in which the processes beside one that crashed write down where they are
 LAST_EXIT_S = 300  # machines that are done wait so long for those that are not
 
 
@@ -138,7 +139,9 @@ class Agent(LocalElasticAgent):
         self._shutdown(timeout=self._shutdown_timeout)
 
     def _restart_workers(self, worker_group: WorkerGroup) -> None:
-        self._stop_workers(worker_group)
+        # After a crash the others have nothing to wait for: one they would save with is gone.
+        crashed = any(code not in (None, 0) for code in self.codes)
+        self._shutdown(timeout=CRASH_S if crashed else self._shutdown_timeout)
         self._pcontext = None  # a signal from now on does not find processes of the past
         self._initialize_workers(worker_group)
 

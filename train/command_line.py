@@ -29,6 +29,7 @@ from omegaconf.errors import OmegaConfBaseException
 from launch.place import Place
 from train.arguments import USAGE_ERROR, parse, refuse, usage
 from train.config import Config
+from train.engine_config import DeepSpeedConfig, FsdpConfig
 from train.validation import ConfigError, defaults, did_you_mean, keys, nearest
 
 T = TypeVar("T")
@@ -166,7 +167,10 @@ def check(overrides: Iterable[str], *, multirun: bool = False) -> Command:
 @contextmanager
 def _composing() -> Iterator[None]:
     """Makes `hydra.compose` work within, with every default as the config `schema`."""
-    ConfigStore.instance().store("schema", defaults(Config))
+    store = ConfigStore.instance()
+    store.store("schema", defaults(Config))
+    for engine in (FsdpConfig, DeepSpeedConfig):
+        store.store(engine.kind, defaults(engine), group="engine/defaults")
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         yield
 

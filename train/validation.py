@@ -62,19 +62,14 @@ def as_dict(value: Any) -> Any:
 
 
 def defaults(cls: Any) -> dict[str, Any]:
-    """The defaults of `cls` as plain values, without those that differ by `kind`."""
+    """The defaults of `cls` as plain values; of what has a `kind`, only that."""
     tree: dict[str, Any] = {}
     for setting, hint in _settings(cls):
         match _sections(hint):
             case [section] if _entries(hint) is None:
                 tree[setting.name] = defaults(section)
-            case [section, *others] if _entries(hint) is None:
-                shared = [defaults(other) for other in others]
-                tree[setting.name] = {
-                    name: value
-                    for name, value in defaults(section).items()
-                    if all(name in other and other[name] == value for other in shared)
-                }
+            case [_, _, *_] if _entries(hint) is None:
+                tree[setting.name] = {"kind": _default(setting).kind}
             case _ if not _required(setting):
                 tree[setting.name] = as_dict(_default(setting))
     return tree
@@ -143,6 +138,8 @@ class _Reader:
                 continue
             one = _sections(hint) and _entries(hint) is None
             value = values.get(name, {} if one else OMITTED)
+            if one and len(_sections(hint)) > 1 and isinstance(value, Mapping):
+                value = {"kind": _default(setting).kind, **value}
             if value == OMITTED:
                 self.unusable.add(key)
                 self.problems.append(f"{key}: has to be given")

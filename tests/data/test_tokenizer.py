@@ -117,7 +117,7 @@ def test_models_that_encode_alike_have_one_fingerprint(
         model.denormalizer_spec.add_dummy_prefix = True  # as it is where nothing is said
 
     twin = changed(tokenizer, tmp_path, tell_of_another_training)
-    assert twin._model != tokenizer._model
+    assert twin.model != tokenizer.model
     assert twin.fingerprint == tokenizer.fingerprint
 
 

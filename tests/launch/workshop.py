@@ -7,6 +7,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from multiprocessing import get_context
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -34,6 +35,7 @@ class Workshop:
     def start(self, config: Local, *options: str) -> None:
         """Runs an agent."""
         command = [sys.executable, "-S", str(WORKER), str(self.place), *options]
+        config = replace(config, script=str(WORKER))
         context = get_context("forkserver")
         context.set_forkserver_preload(["launch.agent"])
         errors = self.place / f"errors_{len(self.agents)}"

@@ -76,6 +76,7 @@ def reciting(run: Run, tokens: list[int]) -> None:
             model.embed.weight[token, place] = 1
             model.head.weight[following, place] = 1
     run.store.save(1, run.engine.state(), {})
+    run.store.wait()
 
 
 def test_a_character_of_several_tokens_is_written_whole_and_the_separator_ends_it(

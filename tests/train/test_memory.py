@@ -15,7 +15,7 @@ from phd.model import Transformer, count_parameters
 from train.command_line import load
 from train.config import Config
 from train.device import autocast, peak_memory_gib
-from train.memory import predict_memory, saved_bytes
+from train.memory import activation_bytes, predict_memory
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -55,7 +55,7 @@ def test_the_prediction_is_what_the_real_model_saves(
     overrides: list[str], dtype: torch.dtype, config
 ) -> None:
     settings = config(*overrides)
-    assert saved_bytes(settings, dtype) == really_saved(settings, dtype)
+    assert activation_bytes(settings, dtype) == really_saved(settings, dtype)
 
 
 def test_weights_gradients_and_moments_are_float32(config) -> None:
@@ -64,14 +64,16 @@ def test_weights_gradients_and_moments_are_float32(config) -> None:
     memory = predict_memory(settings, parameters, torch.float32)
     assert memory.weights == memory.gradients == 4 * parameters
     assert memory.moments == 8 * parameters
-    assert memory.total == 16 * parameters + saved_bytes(settings, torch.float32)
+    assert memory.total == 16 * parameters + activation_bytes(settings, torch.float32)
 
 
 def test_rows_cost_in_proportion_and_accumulated_ones_nothing(config) -> None:
-    small, large = (saved_bytes(config(f"train.global_batch={n}"), torch.float32) for n in (2, 8))
+    small, large = (
+        activation_bytes(config(f"train.global_batch={n}"), torch.float32) for n in (2, 8)
+    )
     assert large == pytest.approx(4 * small, rel=0.05)
     cut = config("train.global_batch=8", "train.micro_batch=2")
-    assert saved_bytes(cut, torch.float32) == small
+    assert activation_bytes(cut, torch.float32) == small
 
 
 def test_a_model_beyond_this_machine_is_predicted_in_seconds() -> None:
@@ -89,7 +91,9 @@ PEAK = """
 import sys, torch
 from dataclasses import replace
 from train.command_line import load
-from train.engine import Rows, SingleEngine
+from train.engine import Rows
+from train.fsdp import FsdpEngine
+from train.ranks import Ranks
 from train.memory import predict_memory
 from phd.model import count_parameters
 
@@ -98,7 +102,7 @@ def status(name):
         return next(int(line.split()[1]) for line in lines if line.startswith(name)) * 1024
 
 def step(config, rows):
-    engine = SingleEngine(config)
+    engine = FsdpEngine(config, Ranks())
     engine.step(Rows(torch.zeros(rows, config.train.seq_len + 1, dtype=torch.int64)), 1e-3)
 
 config = load(sys.argv[1:])
@@ -126,4 +130,4 @@ def test_a_step_takes_about_what_was_predicted() -> None:
 
 def test_the_backend_for_cuda_is_predicted_on_any_machine(config) -> None:
     settings = config("engine.device=auto", "model.attention=flex")
-    assert saved_bytes(settings, torch.float32) == saved_bytes(config(), torch.float32)
+    assert activation_bytes(settings, torch.float32) == activation_bytes(config(), torch.float32)

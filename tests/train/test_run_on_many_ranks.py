@@ -140,7 +140,7 @@ def test_what_one_rank_cannot_read_ends_all_of_them_with_what_it_says(
     [
         (["data.lanes=3", "train.global_batch=12"], "data.lanes=3: not divisible by the 2 ranks"),
         (
-            ["train.global_batch=6", "train.micro_batch=2", "data.lanes=2"],
+            ["train.global_batch=12", "train.micro_batch=4"],
             "not divisible by 2 ranks",
         ),
         (["engine.replicate=3"], "engine.replicate=3: must divide the number of ranks, 2"),

@@ -435,6 +435,7 @@ def test_a_checkpoint_of_another_shape_is_refused_and_nothing_changed(tmp_path) 
         assert same(whole_state(engine), state)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_compiled_blocks_train_as_plain_ones(twin) -> None:
     with opened(Ranks(), "engine.stage=2", "engine.compile=true") as engine:
         close([step(engine, number) for number in range(2)], twin[:2])
@@ -502,7 +503,6 @@ def test_merging_leaves_both_as_they_were() -> None:
     [
         ("zero_optimization.reduce_bucket_size=-1", "reduce_bucket_size: .* greater than 0"),
         ("zero_optimization.bucket=5", "bucket: Extra inputs are not permitted"),
-        ("gradient_allreduce_op=median", "Invalid gradient_allreduce_op"),
     ],
 )
 def test_what_deepspeed_refuses_is_told_in_one_line(override: str, told: str) -> None:
