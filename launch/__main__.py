@@ -18,8 +18,7 @@ import json
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -29,7 +28,7 @@ import yaml
 from launch import kubernetes, slurm
 from launch.config import WAYS, Kubernetes, Local, Nodes, Slurm
 from train.arguments import parse, refuse, usage
-from train.command_line import check
+from train.command_line import check, collecting
 from train.validation import ConfigError, did_you_mean, keys, nearest
 
 SWEEP = ("-m", "--multirun")
@@ -60,7 +59,7 @@ def read(texts: Sequence[str]) -> Request:
     problems: list[str] = []
     config: Local | None = None
     run_dirs: list[Path] = []
-    with _collecting(problems):
+    with collecting(problems):
         for text in texts[1:]:
             key, _, value = text.partition("=")
             if key == "site":
@@ -69,7 +68,7 @@ def read(texts: Sequence[str]) -> Request:
                 (own if key in names else others).append(text)
         config = parse(WAYS[way], own)
     if not any(text.startswith("script=") for text in own):
-        with _collecting(problems):
+        with collecting(problems):
             run_dirs = _run_dirs(others)
     if problems or config is None:
         raise ConfigError(_meant(problem, names) for problem in problems)
@@ -105,14 +104,6 @@ def describe(request: Request) -> str:
     if isinstance(config, Nodes):
         lines.append(f"# machines: {config.nodes}, {config.rendezvous} at {config.address}")
     return "\n".join([*lines, shlex.join(_command(request)), ""])
-
-
-@contextmanager
-def _collecting(problems: list[str]) -> Iterator[None]:
-    try:
-        yield
-    except ConfigError as error:
-        problems += error.problems
 
 
 def _run_dirs(arguments: Sequence[str]) -> list[Path]:

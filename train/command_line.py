@@ -38,6 +38,8 @@ CONF = Path(__file__).resolve().parent.parent / "conf"
 QUOTING = "a text with special characters has quotes within quotes:"
 SECTIONS = {setting.name for setting in fields(Config)}
 
+SUBMITIT = "Could not find 'hydra/launcher/submitit"
+
 # What a run's name tells anyway; other settings that differ within a sweep are added to it.
 NAMED = {"model", "size", "model.size", "model.variant", "model.K", "model.window", "model.chunk"}
 
@@ -115,9 +117,9 @@ def split(cls: type[T], texts: Iterable[str]) -> tuple[T, Config]:
     for text in texts:
         (own if text.partition("=")[0] in names else others).append(text)
     problems: list[str] = []
-    with _collecting(problems):
+    with collecting(problems):
         given = parse(cls, own)
-    with _collecting(problems):
+    with collecting(problems):
         config = load(others)
     if problems:
         raise ConfigError(problems)
@@ -143,13 +145,13 @@ def check(overrides: Iterable[str], *, multirun: bool = False) -> Command:
     parsed, problems = _parse(overrides)
     jobs: list[Config] = []
     swept: set[str] = set()
-    with _composing(), _collecting(problems):
+    with _composing(), collecting(problems):
         one = [text for text, o in parsed.items() if not o.is_sweep_override()]
         whole = hydra.compose("config", one, return_hydra_config=True)
         if multirun or whole.hydra.mode == RunMode.MULTIRUN:
             points, swept = _points(parsed.values(), whole.hydra.sweeper.params)
             for point in points:
-                with _collecting(problems):
+                with collecting(problems):
                     jobs.append(_named(_read(hydra.compose("config", point)), point, swept))
         else:
             problems += [
@@ -176,14 +178,16 @@ def _composing() -> Iterator[None]:
 
 
 @contextmanager
-def _collecting(problems: list[str]) -> Iterator[None]:
+def collecting(problems: list[str]) -> Iterator[None]:
     """Ends the block at a refusal, ours or Hydra's, and adds it to `problems`."""
     try:
         yield
     except ConfigError as error:
         problems += error.problems
     except (HydraException, OmegaConfBaseException) as error:
-        problems.append(str(error).strip().partition("\n")[0])
+        problem = str(error).strip().partition("\n")[0]
+        hint = ". It comes with: pip install hydra-submitit-launcher" if SUBMITIT in problem else ""
+        problems.append(problem + hint)
 
 
 def _parse(texts: Iterable[str]) -> tuple[dict[str, Override], list[str]]:

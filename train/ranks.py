@@ -4,6 +4,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import cache
+from itertools import count
 from typing import TypeVar, cast
 
 import torch
@@ -17,6 +19,7 @@ T = TypeVar("T")
 # A rank may wait this long for another that trains a tokenizer or unpacks a shard. One that died
 # closes its connections, which is noticed at once; one that hangs is the watchdog's.
 TIMEOUT = timedelta(hours=2)
+MEETING = timedelta(minutes=10)  # in which all have to have come
 
 
 @dataclass(frozen=True)
@@ -97,12 +100,30 @@ def open_ranks(device: str) -> Iterator[Ranks]:
     if place.world == 1:
         yield Ranks(place)
         return
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=TIMEOUT)
+    # What an earlier run of this process has left in the store would be taken for this one's.
+    store = dist.PrefixStore(f"run {next(_RUNS)}", _store())
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if cuda else "gloo",
+        store=store,
+        rank=place.rank,
+        world_size=place.world,
+        timeout=TIMEOUT,
+    )
     try:
         control, saving = (dist.new_group(backend="gloo", timeout=TIMEOUT) for _ in range(2))
         yield Ranks(place, control, saving)
     finally:
         dist.destroy_process_group()
+
+
+_RUNS = count()
+
+
+@cache
+def _store() -> dist.Store:
+    """Where the ranks of this start find each other, for all runs of this process."""
+    store, _, _ = next(iter(dist.rendezvous("env://", timeout=MEETING)))
+    return store
 
 
 class AgreedError(ValueError):

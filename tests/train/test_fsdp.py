@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from phd.model import Transformer
 from tests.train.many_ranks import RanksFailedError, run_ranks
+from tests.train.uneven import COPIES, UNEVEN
 from train.checkpoint import CheckpointStore, flatten
 from train.command_line import load
 from train.config import Config
@@ -20,32 +21,7 @@ from train.engine import Limits, Rows
 from train.fsdp import FsdpEngine
 from train.ranks import Ranks
 
-# Widths and copies that two and four ranks cannot share evenly.
-SMALL = (
-    "data=files",
-    "data.sources.files.paths=unread.jsonl",
-    "data.lanes=1",
-    "model=phd_cswa",
-    "model.K=3",
-    "model.window=3",
-    "model.chunk=4",
-    "model.copy_embedding=true",
-    "model.layers=3",
-    "model.dim=18",
-    "model.ffn_dim=26",
-    "model.heads=2",
-    "model.kv_heads=1",
-    "model.head_dim=8",
-    "model.vocab_size=61",
-    "model.max_seq_len=64",
-    "train.max_steps=9",
-    "train.global_batch=8",
-    "train.seq_len=16",
-    "hooks=quiet",
-    "hooks.sample.tokens=4",
-    "engine.device=cpu",
-    "engine.threads=1",
-)
+SMALL = (*UNEVEN, *COPIES, "model.layers=3", "train.max_steps=9")
 ROWS = torch.randint(0, 61, (8, 17), generator=torch.Generator().manual_seed(1))
 CUTS = {
     "ddp": ("engine=ddp",),

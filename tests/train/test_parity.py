@@ -10,6 +10,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from tests.train.many_ranks import run_ranks
+from tests.train.uneven import COPIES, UNEVEN
 from train.checkpoint import flatten
 from train.command_line import load
 from train.config import Config
@@ -19,35 +20,11 @@ from train.run import open_engine
 
 WORLD, ROWS, TOKENS, VOCAB = 4, 8, 16, 61
 
-# Widths and copies that four ranks cannot share evenly. Of the norms of these steps' gradients some
-# are above `grad_clip` and some below.
-SMALL = (
-    "data=files",
-    "data.sources.files.paths=unread.jsonl",
-    "data.lanes=1",
-    "model.layers=2",
-    "model.dim=18",
-    "model.ffn_dim=26",
-    "model.heads=2",
-    "model.kv_heads=1",
-    "model.head_dim=8",
-    f"model.vocab_size={VOCAB}",
-    "model.max_seq_len=64",
-    "train.max_steps=10",
-    f"train.global_batch={ROWS}",
-    f"train.seq_len={TOKENS}",
-    "optim.grad_clip=2.3",
-    "hooks=quiet",
-    "hooks.sample.tokens=4",
-    "engine.device=cpu",
-    "engine.threads=1",
-)
+# Of the norms of these steps' gradients some are above `grad_clip` and some below.
+SMALL = (*UNEVEN, f"train.global_batch={ROWS}", "train.max_steps=10", "optim.grad_clip=2.3")
 MODELS = {
     "vanilla": ("model=vanilla",),
-    "phd_cswa": (
-        *("model=phd_cswa", "model.K=3", "model.window=3", "model.chunk=4"),
-        *("model.copy_embedding=true", "optim.z_loss=0.01"),
-    ),
+    "phd_cswa": (*COPIES, "optim.z_loss=0.01"),
 }
 FSDP = {
     "ddp": ("engine=ddp",),

@@ -319,6 +319,13 @@ def test_without_cuda_it_cannot_be_asked_for(config, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("directory", ["/sys/run", "/proc/run", "/dev/null/run"])
+def test_a_directory_that_cannot_be_written_is_refused(directory: str, config) -> None:
+    told = refusal(config(f"run.dir={directory}"))
+    assert told.startswith(f"run.dir={directory}: cannot be written (")
+    assert told.endswith("choose another run.dir, or make room there")
+
+
 def test_with_nothing_held_out_there_is_no_evaluation(config, trained) -> None:
     metrics = trained(config("data.holdout=0")).metrics
     assert "sample/text" in metrics

@@ -2,6 +2,9 @@
 
 import io
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,7 @@ from train.loop import train
 from train.ranks import Ranks
 from train.run import open_run
 
+ROOT = Path(__file__).parents[2]
 FOUR = ("data.lanes=4", "train.global_batch=8", "model=phd_cswa", "model.K=3", "eval.rows=5")
 
 
@@ -156,3 +160,24 @@ def test_what_cannot_be_is_refused_on_all_ranks_in_the_same_words(
     assert said in first
     assert first == second
     assert not (tmp_path / "run").exists()
+
+
+def test_the_runs_of_a_sweep_follow_each_other_on_all_ranks(
+    small_at: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    settings = [text for text in small_at(tmp_path, *FOUR) if not text.startswith("run.dir")]
+    sweep = ["-m", "engine=deepspeed,fsdp", "train.max_steps=2"]
+    done = subprocess.run(
+        [sys.executable, "-m", "launch", "local", "processes=2", *settings, *sweep],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    runs = sorted(path for path in (tmp_path / "runs").iterdir() if path.is_dir())
+    assert len(runs) == 2
+    for run in runs:
+        assert len(curve(run)) == 2, run
+    assert (tmp_path / "runs" / "multirun.yaml").exists()
+    assert done.stdout.count("the plan:") == 2  # the first rank speaks for all

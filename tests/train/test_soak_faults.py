@@ -45,7 +45,7 @@ def disturbed_as_undisturbed(
         calm = tmp_path_factory.mktemp("calm") / "run"
         overrides = small_at(calm, *FOUR_RANKS, f"train.max_steps={steps}")
         with Cluster(overrides, calm.parent / "log").at_work() as cluster:
-            cluster.wait_for(lambda: cluster.ended() is not None)
+            cluster.wait_for(lambda: cluster.ended() is not None, patience_s=600)
             assert cluster.ended() == [0, 0], cluster.told()
         assert logged(run) == logged(calm)
         assert [line["step"] for line in logged(run)] == list(range(1, steps + 1))
@@ -61,7 +61,7 @@ def disturbed_as_undisturbed(
 def test_killed_ranks_and_machines_leave_no_trace(
     small_at, disturbed_as_undisturbed, tmp_path: Path
 ) -> None:
-    dice, run, steps = Random(SEED), tmp_path / "run", 60 + 60 * KILLS
+    dice, run, steps = Random(SEED), tmp_path / "run", 40 + 20 * KILLS
     overrides = small_at(run, *FOUR_RANKS, f"train.max_steps={steps}")
     killed = []
     with Cluster(overrides, tmp_path / "log").at_work() as cluster:
@@ -80,7 +80,7 @@ def test_killed_ranks_and_machines_leave_no_trace(
 def test_a_signal_to_any_rank_saves_and_ends_all_in_time(
     small_at, disturbed_as_undisturbed, tmp_path: Path
 ) -> None:
-    dice, run, steps = Random(SEED + 1), tmp_path / "run", 60 + 60 * SIGNALS
+    dice, run, steps = Random(SEED + 1), tmp_path / "run", 40 + 20 * SIGNALS
     overrides = small_at(run, *FOUR_RANKS, f"train.max_steps={steps}")
     took = []
     with Cluster(overrides, tmp_path / "log").at_work() as cluster:

@@ -16,6 +16,7 @@ from phd.initialization import initial_weights
 from phd.loss import IGNORED
 from phd.model import Transformer
 from tests.train.many_ranks import run_ranks
+from tests.train.uneven import COPIES, UNEVEN
 from train.checkpoint import Checkpoint, CheckpointStore, flatten
 from train.command_line import load
 from train.config import Config
@@ -27,35 +28,11 @@ from train.zero import DeepSpeedEngine, check_json, deepspeed_json, import_deeps
 WORLD, BATCH, LR = 4, 8, 0.01
 STAGES = (0, 1, 2, 3)
 
-# Widths that four ranks cannot share evenly; at stage 3 even the smallest weights are cut.
+# At stage 3 even the smallest weights are cut.
 SMALL = (
-    "engine=deepspeed",
-    "engine.device=cpu",
-    "engine.threads=1",
-    "data=files",
-    "data.sources.files.paths=unread.jsonl",
-    "data.lanes=1",
-    "model=phd_cswa",
-    "model.K=3",
-    "model.window=3",
-    "model.chunk=4",
-    "model.copy_embedding=true",
-    "model.layers=2",
-    "model.dim=18",
-    "model.ffn_dim=26",
-    "model.heads=2",
-    "model.kv_heads=1",
-    "model.head_dim=8",
-    "model.vocab_size=61",
-    "model.max_seq_len=64",
-    "train.max_steps=10",
-    f"train.global_batch={BATCH}",
-    "train.micro_batch=1",
-    "train.seq_len=16",
-    "optim.grad_clip=3.0",
-    "optim.z_loss=0.01",
-    "hooks=quiet",
-    "hooks.sample.tokens=4",
+    *("engine=deepspeed", *UNEVEN, *COPIES),
+    *("train.max_steps=10", f"train.global_batch={BATCH}", "train.micro_batch=1"),
+    *("optim.grad_clip=3.0", "optim.z_loss=0.01"),
     "engine.deepspeed.zero_optimization.stage3_param_persistence_threshold=0",
 )
 TOKENS = torch.randint(0, 61, (BATCH, 17), generator=torch.Generator().manual_seed(1))
