@@ -1,6 +1,6 @@
 """Batches of a token stream, made ready by threads, in the stream's own order."""
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Collection, Generator, Iterator
 from contextlib import ExitStack
 from time import perf_counter
 
@@ -25,8 +25,11 @@ class Loader:
         workers: threads; with 0, the consumer makes each batch when it asks for it.
         depth: batches that are made in advance.
         give_up: whether to wait no longer for a batch, asked while workers have none.
+        given: batches that the stream's beginning has given already.
+        pass_over: numbers of batches, counted from 1, that are not given.
 
     Attributes:
+        number: of the batch that was given last.
         wait_s: seconds that the consumer has waited so far.
         failure: why there is no batch after the last one that was given; None while there is.
     """
@@ -38,8 +41,13 @@ class Loader:
         workers: int,
         depth: int,
         give_up: Callable[[], bool] = never,
+        given: int = 0,
+        pass_over: Collection[int] = (),
     ) -> None:
         self.stream = stream
+        self.number = given
+        self._made_number = given
+        self._pass_over = pass_over
         self.wait_s = 0.0
         self.failure: Exception | None = None
         self._next: Batch | None = None
@@ -73,14 +81,18 @@ class Loader:
         batch = self.peek()
         if batch is None:
             raise self.failure or WaitEndedError
-        self._next = None
+        self._next, self.number = None, self._made_number
         self.peek()  # so that whoever takes the last one is told so
         return batch
 
     def _made(self) -> Batch | None:
         if self.failure is None:
             try:
-                return self.stream.batch(self._rows)
+                while True:
+                    batch = self.stream.batch(self._rows)
+                    self._made_number += 1
+                    if self._made_number not in self._pass_over:
+                        return batch
             except WaitEndedError:
                 pass
             except Exception as error:

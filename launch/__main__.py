@@ -26,9 +26,10 @@ from typing import Any, NoReturn
 import yaml
 
 from launch import kubernetes, slurm
-from launch.config import WAYS, Kubernetes, Local, Nodes, Slurm
+from launch.config import WAYS, Group, Kubernetes, Local, Nodes, Slurm
 from train.arguments import parse, refuse, usage
 from train.command_line import check, collecting
+from train.config import Config
 from train.validation import ConfigError, did_you_mean, keys, nearest
 
 SWEEP = ("-m", "--multirun")
@@ -69,7 +70,8 @@ def read(texts: Sequence[str]) -> Request:
         config = parse(WAYS[way], own)
     if not any(text.startswith("script=") for text in own):
         with collecting(problems):
-            run_dirs = _run_dirs(others)
+            jobs = _jobs(others, config)
+            run_dirs = [job.run_dir for job in jobs]
     if problems or config is None:
         raise ConfigError(_meant(problem, names) for problem in problems)
     return Request(config, others, run_dirs)
@@ -106,19 +108,33 @@ def describe(request: Request) -> str:
     return "\n".join([*lines, shlex.join(_command(request)), ""])
 
 
-def _run_dirs(arguments: Sequence[str]) -> list[Path]:
-    """The directories of the runs that `train/main.py` would do.
+def _jobs(arguments: Sequence[str], config: Local | None) -> list[Config]:
+    """The runs that `train/main.py` would do.
 
     Raises:
-        ConfigError: with every problem of the arguments.
+        ConfigError: with every problem of the arguments, also those that the number of processes
+            makes, as far as it is known.
     """
     overrides = [text for text in arguments if text not in SWEEP]
     if flags := [text for text in overrides if text.startswith("-")]:
         raise ConfigError(
             f"{flag}: unknown option; there is --dry, -m and --help" for flag in flags
         )
-    command = check(overrides, multirun=len(overrides) < len(arguments))
-    return [job.run_dir for job in command.jobs]
+    jobs = check(overrides, multirun=len(overrides) < len(arguments)).jobs
+    nodes = (config.least_nodes, config.most_nodes) if isinstance(config, Group) else (1, 1)
+    problems: list[str] = []
+    if config and config.processes and nodes[0] == nodes[1]:
+        world = config.processes * nodes[0]
+        problems += [problem for job in jobs for problem in job.problems_on(world)]
+    changing = nodes[0] < nodes[1] or isinstance(config, Slurm | Kubernetes)
+    if changing and any(job.run.resume == "never" for job in jobs):
+        problems.append(
+            "run.resume=never: machines that come later, or come again, would begin the run anew; "
+            "choose another run.name, or move the earlier run away yourself"
+        )
+    if problems:
+        raise ConfigError(dict.fromkeys(problems))
+    return jobs
 
 
 def _meant(problem: str, names: Sequence[str]) -> str:

@@ -142,6 +142,7 @@ class Agent(LocalElasticAgent):
         # After a crash the others have nothing to wait for: one they would save with is gone.
         crashed = any(code not in (None, 0) for code in self.codes)
         self._shutdown(timeout=CRASH_S if crashed else self._shutdown_timeout)
+        _tell(f"starting all processes again; {self._remaining_restarts} more times if need be")
         self._pcontext = None  # a signal from now on does not find processes of the past
         self._initialize_workers(worker_group)
 
@@ -170,6 +171,7 @@ def _run(config: Local, command: Sequence[str]) -> int:
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     # It reports every ending as a failure, 75 included; what is one is told here.
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
+    logging.getLogger("torch.distributed.elastic.agent.server.api").setLevel(logging.ERROR)
     with Hearing() as hearing, tempfile.TemporaryDirectory(prefix="launch-") as scratch:
         try:
             handler = join(config)

@@ -269,6 +269,8 @@ def _watched(
         yield layer.register_forward_hook(on_output)
 
     handles = [handle for name, layer in layers.items() for handle in watch(name, layer)]
-    yield
-    for handle in handles:
-        handle.remove()
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -45,7 +45,13 @@ MISMATCHES_SHOWN = 8
 
 
 class CheckpointError(RuntimeError):
-    """The disk refused a checkpoint; earlier ones are untouched, and training can go on."""
+    """The disk refused a checkpoint; earlier ones are untouched, and training can go on.
+
+    Attributes:
+        saved: the step that is saved nevertheless, where only older ones were not deleted.
+    """
+
+    saved: int | None = None
 
 
 class PassedOver(NamedTuple):
@@ -254,7 +260,8 @@ class CheckpointStore:
             flaws = together(ranks, lambda: self._damage(path), lambda flaws: [flaws] * ranks.world)
             if any(flaws):
                 self._publish(path, planner, state)
-        with _told(f"step {step} is saved, but older checkpoints in {self.root} were not deleted"):
+        kept = f"step {step} is saved, but older checkpoints in {self.root} were not deleted"
+        with _told(kept, saved=step):
             first_alone(ranks, lambda: self._prune(step))
         return Saved(step, path, perf_counter() - start)
 
@@ -364,11 +371,13 @@ def _mismatch_message(path: Path, mismatches: list[str]) -> str:
 
 
 @contextmanager
-def _told(problem: str) -> Iterator[None]:
+def _told(problem: str, saved: int | None = None) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise CheckpointError(f"{problem}: {error}") from error
+        told = CheckpointError(f"{problem}: {error}")
+        told.saved = saved
+        raise told from error
 
 
 def _seen_by(rank: int, flaw: str) -> str:

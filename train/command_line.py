@@ -210,6 +210,7 @@ def _parse(texts: Iterable[str]) -> tuple[dict[str, Override], list[str]]:
             problems += found
         else:
             spelled = _spelling(text, override)
+            parsed.pop(spelled, None)  # the last one counts, also of equal ones
             parsed[spelled] = parser.parse_override(spelled)
     return parsed, problems
 

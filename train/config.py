@@ -238,7 +238,7 @@ class FaultsConfig(Checked):
         spike: a loss or gradient norm this many robust standard deviations above the median of the
             last `window` steps is a spike; null: only what is not finite is bad.
         window: steps that a spike is compared with; none is one before half of them are known.
-        most_in_a_row: bad steps in a row, or rollbacks to one checkpoint, that end the run.
+        most_in_a_row: so many bad steps in a row end the run; more rollbacks to one checkpoint do.
         step_timeout: seconds after which a step, with what is measured after it, counts as hung:
             every rank writes its stack to `stacks/` and ends.
         exit_timeout: seconds that a rank has to save and leave after a signal; less than the
@@ -391,6 +391,15 @@ class Config(Checked):
         if self.schedule.kind == "wsd":
             return round(self.schedule.decay_fraction * total)
         return total - self.warmup_steps
+
+    def problems_on(self, world: int) -> list[str]:
+        """Why the run cannot be dealt to so many ranks."""
+        found = self.data.batch_problems(self.train.global_batch, world)
+        try:
+            self.train.accumulation(world)
+        except ValueError as error:
+            found.append(str(error))
+        return [*found, *self.engine.problems_on(world)]
 
     def problems(self) -> list[str]:
         """Every combination across sections that cannot be; each section checks its own."""

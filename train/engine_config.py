@@ -58,6 +58,10 @@ class EngineConfig(Checked):
     def problems(self) -> list[str]:
         return check_least(self, "engine", 1, "threads", "checkpoint_every_block")
 
+    def problems_on(self, world: int) -> list[str]:  # noqa: ARG002
+        """Why so many ranks cannot use this engine."""
+        return []
+
 
 @dataclass(frozen=True, kw_only=True)
 class FsdpConfig(EngineConfig):
@@ -86,6 +90,13 @@ class FsdpConfig(EngineConfig):
                 "anyway; leave one of the two out"
             )
         return found
+
+    def problems_on(self, world: int) -> list[str]:
+        odd = (
+            f"engine.replicate={self.replicate}: must divide the number of ranks, {world}; choose "
+            "another, or start another number of ranks"
+        )
+        return [odd] if world % self.replicate else []
 
 
 @dataclass(frozen=True, kw_only=True)

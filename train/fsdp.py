@@ -15,6 +15,7 @@ from phd.initialization import initial_weights
 from phd.model import Transformer
 from train.checkpoint import Checkpoint, TensorTree
 from train.config import Config
+from train.device import autocast
 from train.engine import Engine, Limits, Objective, Rows
 from train.engine_config import FsdpConfig
 from train.optimizer import adamw, take_step
@@ -39,11 +40,6 @@ class FsdpEngine(Engine):
         super().__init__(config, ranks)
         assert isinstance(config.engine, FsdpConfig)
         assert isinstance(self.objective, Objective)
-        if ranks.world % config.engine.replicate:
-            raise ValueError(
-                f"engine.replicate={config.engine.replicate}: must divide the number of ranks, "
-                f"{ranks.world}; choose another, or start another number of ranks"
-            )
         self.objective = parallelize(
             self.objective,
             config.engine,
@@ -102,8 +98,11 @@ class FsdpEngine(Engine):
         """The model; where it is cut, blocks gather when called, and the rest is gathered here."""
         if isinstance(self.objective, FSDPModule):
             self.objective.unshard()
-        yield self.model
-        self._reshard()
+        try:
+            with autocast(self.device, self.dtype):
+                yield self.model
+        finally:
+            self._reshard()
 
     def state(self) -> TensorTree:
         """Shards as DTensors of all ranks; what every rank has is dealt out among them."""

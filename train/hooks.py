@@ -20,7 +20,7 @@ from data.tokenizer import Tokenizer
 from phd.flops import training_flops_per_token
 from phd.kv import kv_bytes
 from phd.sampling import Sampling, generate
-from train.checkpoint import CheckpointError, CheckpointStore
+from train.checkpoint import CheckpointError, CheckpointStore, Saved
 from train.config import Config
 from train.device import peak_flops, peak_memory_gib
 from train.engine import Engine, Rows
@@ -286,23 +286,23 @@ class Sample:
         prompt = [self.tokenizer.eos_id, *self.tokenizer.encode(settings.prompt).tolist()]
         tokens = torch.tensor([prompt], device=self.engine.device)
         dice = torch.Generator().manual_seed(self.config.seed)
-        new = []
+        new: list[int] = []
         with self.engine.usable() as model:
+            # To the end also where the document ends before it: no rank may ask less often.
             for token in generate(model, tokens, Sampling(), dice, settings.tokens):
                 if self.stop():
                     return None
-                if token.item() == self.tokenizer.eos_id:
-                    break
                 new.append(int(token.item()))
-        return self.tokenizer.decode(prompt + new)
+        end = new.index(self.tokenizer.eos_id) if self.tokenizer.eos_id in new else None
+        return self.tokenizer.decode(prompt + new[:end])
 
 
 class Saving:
     """Writes checkpoints behind the training; a disk that refuses costs the checkpoint, not the
     run. At the run's end it waits for the disk.
 
-    `checkpoint/stall_s` is how long the training stood still, `checkpoint/save_s` how long the
-    last complete save took.
+    `checkpoint/stall_s` is how long the training stood still; `checkpoint/step` is that of the last
+    complete save, as far as is known, and `checkpoint/save_s` how long it took.
     """
 
     def __init__(
@@ -322,20 +322,26 @@ class Saving:
             "cursors": record.reading.cursors,
         }
         metrics: Metrics = {}
-        start, saved = perf_counter(), None
+        start = perf_counter()
         try:
-            saved = self.store.save(record.step, self.engine.state(), state)
+            self._tell(metrics, self.store.save(record.step, self.engine.state(), state))
         except CheckpointError as error:
             metrics["checkpoint/error"] = f"{error}; training goes on"
         metrics["checkpoint/stall_s"] = perf_counter() - start
         if record.ending:
             try:
-                saved = self.store.wait()
+                self._tell(metrics, self.store.wait())
             except CheckpointError as error:
                 metrics["checkpoint/error"] = str(error)
-        if saved is not None:
-            metrics["checkpoint/save_s"] = saved.save_s
+                if error.saved is not None:
+                    metrics["checkpoint/step"] = error.saved
         return metrics
+
+    @staticmethod
+    def _tell(metrics: Metrics, saved: Saved | None) -> None:
+        if saved is not None:
+            metrics["checkpoint/step"] = saved.step
+            metrics["checkpoint/save_s"] = saved.save_s
 
 
 def bits_per_byte(nats: float, size: int) -> float:

@@ -12,8 +12,8 @@ from launch.ending import SAVED
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
-def _nothing() -> None:
-    pass
+def nothing() -> None:
+    """What is to be done where nothing is."""
 
 
 class Interruption:
@@ -39,7 +39,7 @@ class Interruption:
 
     received: signal.Signals | None = None
 
-    def __init__(self, at_first: Callable[[], object] = _nothing) -> None:
+    def __init__(self, at_first: Callable[[], object] = nothing) -> None:
         self.at_first = at_first
         self._depth = 0
 

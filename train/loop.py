@@ -1,13 +1,13 @@
 """The training loop."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import replace
 from time import perf_counter
 
 from rich.progress import Progress
 
 from data.loader import Loader
-from data.stream import Batch, OutOfTextError
+from data.stream import OutOfTextError
 from train.agreement import Standing
 from train.engine import Rows
 from train.hooks import Hook, Metrics, Saving, StepRecord, is_due
@@ -25,8 +25,9 @@ class LeftEarlyError(Exception):
 def train(run: Run, progress: Progress) -> tuple[StepRecord, Metrics]:
     """Train from the run's step to its end; return the last step's record and metrics.
 
-    Nothing here waits for the device, except on steps after which a hook is due. All ranks take
-    the same steps, and end after the same one.
+    Nothing here waits for what was just asked of the device, except on steps after which a hook is
+    due; the outcome of the step before is looked at, which has been computed meanwhile. All ranks
+    take the same steps, and end after the same one.
 
     Raises:
         OutOfTextError: there is nothing to train on.
@@ -34,15 +35,22 @@ def train(run: Run, progress: Progress) -> tuple[StepRecord, Metrics]:
         RollBackError, BadStepError: see `train.verdicts`.
     """
     config, engine, agreement = run.config, run.engine, run.agreement
-    workers, depth, give_up = config.data.workers, config.data.prefetch, run.interruption.came
     bar = progress.add_task(
         "training", total=config.train.total_steps, completed=run.step, status=""
     )
     started, hooks_s = perf_counter(), 0.0
     record: StepRecord | None = None
-    with Loader(run.stream, workers=workers, depth=depth, give_up=give_up) as loader:
+    with Loader(
+        run.stream,
+        workers=config.data.workers,
+        depth=config.data.prefetch,
+        give_up=run.interruption.came,
+        given=run.batches,
+        pass_over=run.pass_over,
+    ) as loader:
         _agree_to_begin(run, loader)
-        for step, (number, batch) in enumerate(_batches(run, loader), run.step + 1):
+        for step, batch in enumerate(loader, run.step + 1):
+            number = loader.number
             lr = learning_rate(config, step - 1)
             agreement.begin(_standing(run, loader, perf_counter() - started - hooks_s))
             result = engine.step(Rows.of(batch), lr, run.verdicts.limits(step), agreement.stop)
@@ -83,13 +91,6 @@ def train(run: Run, progress: Progress) -> tuple[StepRecord, Metrics]:
             if agreement.signal:
                 return _interrupted(run, record)
     raise AssertionError("the batches have no end")
-
-
-def _batches(run: Run, loader: Loader) -> Iterator[tuple[int, Batch]]:
-    """The batches and their numbers from the run's beginning, without those to be passed over."""
-    for number, batch in enumerate(loader, run.batches + 1):
-        if number not in run.pass_over:
-            yield number, batch
 
 
 def _standing(run: Run, loader: Loader, train_s: float) -> Standing:

@@ -3,6 +3,7 @@
 python train/main.py model=phd_cswa model.K=3 size=tiny data=python
 """
 
+import gc
 from dataclasses import replace
 from signal import SIGINT
 
@@ -39,7 +40,7 @@ def main(config: Config) -> int:
     with early, open_ranks(config.engine.device) as ranks:
         console = Console(soft_wrap=True, highlight=False, quiet=not ranks.first)
         print_plan(make_plan(config, ranks.world), console)
-        if ranks.place.restarts and config.run.resume == "never":
+        if config.run.resume == "never" and any(ranks.gather(ranks.place.restarts)):
             config = _resuming(config)  # it was this very run that began anew
         return train_to_the_end(config, console, ranks, interruption)
 
@@ -49,21 +50,39 @@ def train_to_the_end(
 ) -> int:
     """Open and train the run, again after each rollback; all ranks return the same code."""
     passed_over: frozenset[int] = frozenset()
+    rollbacks, begun = 0, -1
+    most = config.faults.most_in_a_row
     while True:
+        code, step, back = _attempt(config, console, ranks, interruption, passed_over)
+        gc.collect()  # a sharded model holds references to itself
+        if back is None:
+            return code
+        rollbacks, begun = (rollbacks + 1 if step == begun else 1), step
+        if rollbacks > most:
+            warn(console, f"{back}; no more than faults.most_in_a_row={most} rollbacks in a row")
+            return CRASHED
+        warn(console, f"{back}; going back to step {step}")
+        passed_over |= {back.batch}
+        config = _resuming(config)
+
+
+def _attempt(
+    config: Config,
+    console: Console,
+    ranks: Ranks,
+    interruption: Interruption,
+    passed_over: frozenset[int],
+) -> tuple[int, int, RollBackError | None]:
+    """(exit code, step that it began from, why it is to be opened again) of a run; nothing of it
+    is left in memory."""
+    with open_run(config, console, ranks, interruption, passed_over) as run:
         try:
-            with open_run(config, console, ranks, interruption, passed_over) as run:
-                return _train(run, console)
+            return _train(run, console), run.step, None
         except BadStepError as error:
             warn(console, str(error))
-            return CRASHED
+            return CRASHED, run.step, None
         except RollBackError as error:
-            most = config.faults.most_in_a_row
-            if len(passed_over) == most:
-                warn(console, f"{error}; no more than faults.most_in_a_row={most} rollbacks")
-                return CRASHED
-            warn(console, f"{error}; going back to the last checkpoint")
-            passed_over |= {error.batch}
-            config = _resuming(config)
+            return CRASHED, run.step, error.with_traceback(None)
 
 
 def _train(run: Run, console: Console) -> int:
@@ -92,17 +111,19 @@ def _train(run: Run, console: Console) -> int:
         raise user_error(record.failure)
     if record.ending == "out_of_text":
         warn(console, f"ended after step {record.step}: {record.failure}")
-    if record.interrupted:
-        console.print(
-            f"{record.ending}: {'not saved' if failure else 'saved'} after step {record.step}"
-        )
-        if record.ending == "SIGINT":
-            return INTERRUPTED
-        return CRASHED if failure else SAVED
+    saved = metrics.get("checkpoint/step") == record.step
     timed = config.train.total_steps is None  # then its time is the run's whole length
     complete = record.ending in ("finished", "out_of_text") or timed
-    print_report(run, metrics, console, complete=complete)
-    return FINISHED if complete else SAVED
+    if record.interrupted or not complete:
+        why = "train.max_time is over" if record.ending == "max_time" else record.ending
+        console.print(f"{why}: {'saved' if saved else 'not saved'} after step {record.step}")
+    if not record.interrupted:
+        print_report(run, metrics, console, complete=complete)
+    if record.ending == "SIGINT":
+        return INTERRUPTED
+    if not saved:
+        return CRASHED
+    return FINISHED if complete and not record.interrupted else SAVED
 
 
 def _resuming(config: Config) -> Config:

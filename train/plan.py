@@ -60,10 +60,8 @@ def make_plan(config: Config, world: int = 1) -> Plan:
     Raises:
         ConfigError: the batch cannot be dealt to them.
     """
-    try:
-        config.train.accumulation(world)
-    except ValueError as error:
-        raise ConfigError([str(error)]) from error
+    if problems := config.problems_on(world):
+        raise ConfigError(problems)
     device = torch.device(
         "cuda" if torch.cuda.is_available() and config.engine.device != "cpu" else "cpu"
     )

@@ -13,11 +13,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from launch.place import Place
+from train.validation import ConfigError
 
 T = TypeVar("T")
 
 # A rank may wait this long for another that trains a tokenizer or unpacks a shard. One that died
-# closes its connections, which is noticed at once; one that hangs is the watchdog's.
+# closes its connections, which is noticed at once; one that hangs in a step is the watchdog's.
 TIMEOUT = timedelta(hours=2)
 MEETING = timedelta(minutes=10)  # in which all have to have come
 
@@ -85,17 +86,18 @@ def open_ranks(device: str) -> Iterator[Ranks]:
         device: `auto`, `cpu` or `cuda`; each rank takes the CUDA device of its local number.
 
     Raises:
-        ValueError: this machine has fewer devices than ranks.
+        ConfigError: this machine has fewer devices than ranks.
     """
     place = Place.from_environment()
     cuda = device != "cpu" and torch.cuda.is_available()
     if cuda:
         if place.local_rank >= torch.cuda.device_count():
-            raise ValueError(
+            too_many = (
                 f"engine.device={device}: {place.local_rank + 1} or more processes were started on "
                 f"this machine, which has {torch.cuda.device_count()} CUDA devices; start one for "
                 "each, or set engine.device=cpu"
             )
+            raise ConfigError([too_many])
         torch.cuda.set_device(place.local_rank)
     if place.world == 1:
         yield Ranks(place)

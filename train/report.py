@@ -76,7 +76,8 @@ def next_commands(run: Run, *, complete: bool) -> list[str]:
 def _own_data() -> list[str]:
     """What this command line says of the text, which another run should share to compare."""
     said = (argument for argument in sys.argv[1:] if "=" in argument)
-    return [a for a in said if a.lstrip("+~").startswith(("data", "tokenizer", "size=", "train."))]
+    plain = (argument.lstrip("+") for argument in said)
+    return [a for a in plain if a.lstrip("~").startswith(("data", "tokenizer", "size=", "train."))]
 
 
 def _command(script: str, *arguments: str) -> str:

@@ -56,7 +56,7 @@ from train.hooks import (
     Throughput,
     TrainingMetrics,
 )
-from train.interruption import Interruption
+from train.interruption import Interruption, nothing
 from train.pretrained import pretrained_start
 from train.ranks import Ranks, agreed
 from train.sinks import ConsoleLine, MetricsFile, Sink, Wandb, warn, write_whole
@@ -127,10 +127,15 @@ class Run:
 
     def __enter__(self) -> "Run":
         self.watchdog.__enter__()
+        self.interruption.at_first = self._leave
         self.interruption.__enter__()
         if self.interruption.came():  # while the run was opened
-            self.interruption.at_first()
+            self._leave()
         return self
+
+    def _leave(self) -> None:
+        """The process is to end: it has so much time left."""
+        self.watchdog.leave_within(self.config.faults.exit_timeout)
 
     def __exit__(self, *error: object) -> None:
         self.watchdog.pet()
@@ -141,6 +146,7 @@ class Run:
             self.engine.close()
         finally:
             self.interruption.__exit__()
+            self.interruption.at_first = nothing
             self.watchdog.__exit__()
 
 
@@ -179,7 +185,7 @@ def _open(
 ) -> Run:
     torch.manual_seed(config.seed)  # else by chance
     directory = config.run_dir
-    agreed(ranks, lambda: _check(config, ranks))
+    agreed(ranks, lambda: _check(config))
     store = CheckpointStore(
         directory / "checkpoints",
         keep=config.checkpoint.keep,
@@ -206,7 +212,6 @@ def _open(
         check_fingerprint(state["stream"], stream.fingerprint)
     engine = agreed(ranks, lambda: open_engine(config, ranks))
     watchdog = Watchdog(directory, ranks.rank, config.faults.step_timeout)
-    interruption.at_first = lambda: watchdog.leave_within(config.faults.exit_timeout)
     agreement = Agreement(ranks, interruption, watchdog)
     measuring = _evaluations(config, documents, tokenizer, engine, agreement, console)
     if checkpoint:
@@ -260,7 +265,7 @@ def open_engine(config: Config, ranks: Ranks) -> Engine:
             return DeepSpeedEngine(config, ranks)
 
 
-def _check(config: Config, ranks: Ranks) -> None:
+def _check(config: Config) -> None:
     """Refuse what this machine cannot do."""
     device = choose_device(config.engine)
     if config.model.attention == "flex" and device.type != "cuda":
@@ -268,7 +273,6 @@ def _check(config: Config, ranks: Ranks) -> None:
             "model.attention=flex: FlexAttention has no backward on this machine's "
             f"{device.type}; choose model.attention=packed"
         )
-    config.train.accumulation(ranks.world)
 
 
 def _tokenizer(

@@ -24,7 +24,7 @@ START_S = 20.0
 FINISH_S = 20.0
 """Seconds in which it has to take what is left at the end."""
 
-CLOSE_S = 60.0
+CLOSE_S = 30.0
 """Seconds in which W&B's own service has to do that; it is a process on this machine."""
 
 TEAR_DOWN_S = 1.0
@@ -231,13 +231,6 @@ class Wandb:
                 finish_timeout=FINISH_S,
                 finish_timeout_raises=True,
             ),
-        )
-
-    def _tell(self, problem: str) -> None:
-        warn(
-            self.console,
-            f"Weights & Biases failed and is left out from here on: {problem}; "
-            f"what is in {self.run_dir / 'wandb'} can be uploaded with `wandb sync`",
         )
 
 

@@ -35,12 +35,12 @@ class Watchdog:
         self.step_timeout = step_timeout
         self._who = f"rank {rank}, process {os.getpid()} on {socket.gethostname()}"
         self._changed = Condition()
-        self._deadline = self._leave_at = inf
         self._waited_for = ""
         self._over = True  # nothing is awaited: not entered, left, or expired
 
     def __enter__(self) -> "Watchdog":
         self._over = False
+        self._deadline = self._leave_at = inf
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file: IO[str] = self.path.open("a", encoding="utf-8")
         self._size = self._file.tell()

@@ -32,6 +32,7 @@ from phd.model import Transformer
 from train.activation_checkpointing import checkpoint_activations
 from train.checkpoint import Checkpoint, TensorTree
 from train.config import Config
+from train.device import autocast
 from train.engine import Engine, Limits, Rows
 from train.engine_config import DeepSpeedConfig
 from train.optimizer import build_optimizer, is_embedding
@@ -125,8 +126,12 @@ class DeepSpeedEngine(Engine):
             norm = self.engine.optimizer._global_grad_norm  # public only after the step
         self.grad_norm = torch.as_tensor(norm, dtype=torch.float32, device=self.device)
         clip = self.config.optim.grad_clip or torch.inf
-        adamw.grad_scale = ((self.grad_norm + 1e-6) / clip).clamp(min=1)  # divides the gradient
-        adamw.found_inf = self._applied.logical_not().float()
+        # AdamW would send them to offloaded weights itself, but not wait until they are there.
+        parts = (part for group in adamw.param_groups for part in group["params"])
+        device = next(parts, self.grad_norm).device
+        scale = ((self.grad_norm + 1e-6) / clip).clamp(min=1)
+        adamw.grad_scale = scale.to(device)  # divides the gradient
+        adamw.found_inf = self._applied.logical_not().float().to(device)
 
     @property
     def _applied(self) -> Tensor:
@@ -206,7 +211,8 @@ class DeepSpeedEngine(Engine):
     @contextmanager
     def usable(self) -> Iterator[Transformer]:
         if self.stage < 3:
-            yield self.model
+            with autocast(self.device, self.dtype):
+                yield self.model
             return
         # A module gathers its weights when it is called; these are also read without a call, so
         # they must not be released with the module whose they are.

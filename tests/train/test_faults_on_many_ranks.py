@@ -168,7 +168,7 @@ def test_a_spike_is_skipped_by_all_ranks_alike(spiking, tmp_path: Path) -> None:
 def test_a_rollback_passes_over_the_batch_and_nothing_else(spiking, tmp_path: Path) -> None:
     told = run_ranks(2, whole, spiking("rollback"))
     assert [code for code, _ in told] == [FINISHED] * 2
-    assert "going back to the last checkpoint" in told[0][1]
+    assert "going back to step 20" in told[0][1]
     run_ranks(1, whole, spiking("skip"))
     bad = bad_step(tmp_path / "rollback")["step"]
     assert bad == bad_step(tmp_path / "skip")["step"]
@@ -265,6 +265,20 @@ def test_a_signal_before_the_first_step_ends_all_ranks_without_a_trace(
     assert [code for code, _ in told] == [SAVED] * 2
     assert told[0][1].endswith("SIGTERM: ended before step 1; nothing to save\n")
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    "engine", ["fsdp", "ddp", "deepspeed engine.stage=2", "deepspeed engine.stage=3"]
+)
+def test_half_precision_trains_evaluates_and_samples_on_every_engine(
+    engine: str, small_at: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    settings = [*FOUR, "engine.precision=bf16", *f"engine={engine}".split()]
+    told = run_ranks(2, whole, small_at(tmp_path / "run", *settings))
+    assert [code for code, _ in told] == [FINISHED] * 2
+    *_, last = lines(tmp_path / "run")
+    assert last["sample/text"].startswith("def ")
+    assert 4 < last["eval/heldout/loss"] < 7
 
 
 # Ranks that hang, or are slow
