@@ -61,7 +61,7 @@ def train_to_the_end(
         if rollbacks > most:
             warn(console, f"{back}; no more than faults.most_in_a_row={most} rollbacks in a row")
             return CRASHED
-        warn(console, f"{back}; going back to step {step}")
+        warn(console, f"{back}; going back to the last checkpoint")
         passed_over |= {back.batch}
         config = _resuming(config)
 
