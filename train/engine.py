@@ -137,7 +137,8 @@ class Engine(ABC):
         with torch.device("meta"):
             self.model = Transformer(config.model)
         self.objective = Objective(self.model, config.optim.z_loss)
-        if problems := config.problems_on(ranks.world):
+        config.train.accumulation(ranks.world)  # or it says why not
+        if problems := config.engine.problems_on(ranks.world):
             raise ValueError("; ".join(problems))
         self.micro_batch = config.train.micro_batch or config.train.global_batch // ranks.world
 
