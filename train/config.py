@@ -8,30 +8,15 @@ import re
 from dataclasses import dataclass, field
 from math import ceil
 from pathlib import Path
-from typing import Annotated, Any, Literal
-
-from pydantic import BeforeValidator
+from typing import Any, Literal
 
 from data.config import Checked, DataConfig, TokenizerConfig, check_least
 from phd.config import ModelConfig
 from train.engine_config import DeepSpeedConfig, FsdpConfig
+from train.seconds import Seconds
 from train.validation import as_dict, build
 
 DEFAULT_STEPS = 450
-SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
-
-
-def _in_seconds(value: Any) -> Any:
-    """Turns `90s`, `30m`, `2h` and `1.5d` into seconds and leaves anything else for the type check.
-
-    >>> _in_seconds("30m")
-    1800.0
-    """
-    time = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", value) if isinstance(value, str) else None
-    return float(time[1]) * SECONDS[time[2]] if time else value
-
-
-Seconds = Annotated[float, BeforeValidator(_in_seconds), "a number of seconds, 30m, 2h"]
 
 
 @dataclass(frozen=True, kw_only=True)

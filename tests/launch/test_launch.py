@@ -97,8 +97,8 @@ def test_the_arguments_of_another_script_are_its_own() -> None:
 
 
 def test_dry_shows_the_command_of_every_process() -> None:
-    shown = describe(read([*NODES, "nodes=2", "processes=8", "run.dir='a b'"]))
-    assert "processes on this machine: 8" in shown
+    shown = describe(read([*NODES, "nodes=2", "processes=4", "run.dir='a b'"]))
+    assert "processes on this machine: 4" in shown
     assert "machines: 2, c10d at node1:29500" in shown
     program = [sys.executable, "-u", str(ROOT / "train/main.py")]
     assert shlex.split(shown.splitlines()[-1]) == [*program, "run.dir='a b'"]
