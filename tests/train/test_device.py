@@ -118,7 +118,7 @@ def faults():
 faults()
 given_back = faults()
 keep_freed_memory()
-faults(), faults()  # the first may leave a gap that its alignment makes too small for the second
+faults(), faults(), faults()  # one may leave a gap whose alignment makes it too small for the next
 print(given_back, faults())
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

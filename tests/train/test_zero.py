@@ -412,7 +412,9 @@ def test_a_checkpoint_of_another_shape_is_refused_and_nothing_changed(tmp_path) 
         assert same(whole_state(engine), state)
 
 
+# Both are raised within torch.compile, about what DeepSpeed does.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_compiled_blocks_train_as_plain_ones(twin) -> None:
     with opened(Ranks(), "engine.stage=2", "engine.compile=true") as engine:
         close([step(engine, number) for number in range(2)], twin[:2])
