@@ -8,10 +8,10 @@ import torch
 from torch import nn
 from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter
 
-from phd.model import Transformer
 from train.checkpoint import CheckpointStore, TensorTree, flatten
 from train.config import Config
-from train.optimizer import build_optimizer, optimizer_state
+from train.fsdp import FsdpEngine
+from train.ranks import Ranks
 from train.timing import Result, Work, interleaved, ratio
 
 
@@ -23,7 +23,7 @@ def bench_saving(config: Config, repeat: int, folder: Path, device: torch.device
     """
     folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=folder) as name:
-        tensors = _tensors(config, device)
+        tensors = _tensors(config)
         store = CheckpointStore(Path(name, "ours"), keep=1)
         works: dict[str, Work] = {
             "stall": _saving(store, tensors),
@@ -53,19 +53,13 @@ def bench_saving(config: Config, repeat: int, folder: Path, device: torch.device
     return Result(rows, ratios)
 
 
-def _tensors(config: Config, device: torch.device) -> TensorTree:
-    """What a run of one process saves: weights, and AdamW's moments."""
-    with torch.device("meta"):
-        model: nn.Module = Transformer(config.model)
-    model.to_empty(device=device)
-    for parameter in model.parameters():
-        nn.init.normal_(parameter)  # a disk may be quicker with zeros
-    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    moments = optimizer_state(model, build_optimizer(model, config.optim))
-    for values in moments.values():
-        for tensor in values.values():
-            nn.init.normal_(tensor)
-    return {"model": weights, "optimizer": moments}
+def _tensors(config: Config) -> TensorTree:
+    """What a run of one process saves."""
+    tensors = FsdpEngine(config, Ranks()).state()
+    for name, tensor in flatten(tensors).items():
+        if name.startswith("optimizer."):
+            nn.init.normal_(tensor)  # a disk may be quicker with zeros
+    return tensors
 
 
 def _saving(store: CheckpointStore, tensors: TensorTree) -> Work:

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import get_total_norm
 
 from data.prefetch import never
 from phd.initialization import initial_weights
@@ -18,7 +18,7 @@ from train.config import Config
 from train.device import autocast
 from train.engine import Engine, Limits, Objective, Rows
 from train.engine_config import FsdpConfig
-from train.optimizer import adamw, take_step
+from train.optimizer import adamw, add_moments, set_verdict
 from train.parallelize import forget_gradients, parallelize, sharded_modules
 from train.ranks import Ranks
 
@@ -50,6 +50,7 @@ class FsdpEngine(Engine):
         self.parameters = dict(self.model.named_parameters())
         self.shards = {name: _local(p.detach()) for name, p in self.parameters.items()}
         self.optimizer = adamw(self.shards, config.optim)
+        add_moments(self.optimizer)
         self._take(initial_weights(self.model, config.seed))
 
     def reducing(self, last: bool) -> AbstractContextManager[object]:
@@ -66,7 +67,7 @@ class FsdpEngine(Engine):
 
     @torch.no_grad()
     def update(self, lr: float, loss: Tensor, limits: Limits) -> tuple[Tensor, Tensor]:
-        """Clip by the norm over all shards and step; the device decides whether it counts."""
+        """Clip by the norm over all shards, and step unless the step is bad."""
         gradients = []
         for shard, parameter in zip(self.shards.values(), self.parameters.values(), strict=True):
             assert parameter.grad is not None
@@ -74,10 +75,10 @@ class FsdpEngine(Engine):
             shard.grad = _local(parameter.grad)
         grad_norm = _whole(get_total_norm(gradients))
         applied = limits.allow(loss, grad_norm)
-        if self.config.optim.grad_clip is not None:
-            shards = self.shards.values()
-            clip_grads_with_norm_(shards, self.config.optim.grad_clip, grad_norm)
-        take_step(self.optimizer, lr, applied)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        set_verdict(self.optimizer, grad_norm, self.config.optim.grad_clip, applied)
+        self.optimizer.step()
         self.optimizer.zero_grad()
         self.objective.zero_grad()
         return grad_norm, applied

@@ -7,17 +7,21 @@ from torch import Tensor, nn
 
 from train.config import OptimConfig
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW as OLMo 2 uses it over all parameters of a model; see `adamw`."""
-    return adamw(dict(model.named_parameters()), config)
+    """AdamW over all parameters of a model, moments included."""
+    optimizer = adamw(dict(model.named_parameters()), config)
+    add_moments(optimizer)
+    return optimizer
 
 
 def adamw(parameters: Mapping[str, Tensor], config: OptimConfig) -> torch.optim.AdamW:
     """AdamW as OLMo 2 uses it: weight decay on everything but embeddings, which names tell.
 
-    Its moments exist from the start, so that a checkpoint can be loaded into them. It works on each
-    element alone, so it may be given the shards of parameters that are cut over ranks.
+    It works on each element alone, so it may be given the shards of parameters that are cut over
+    ranks.
     """
     decayed = [p for name, p in parameters.items() if not is_embedding(name)]
     kept = [p for name, p in parameters.items() if is_embedding(name)]
@@ -25,36 +29,40 @@ def adamw(parameters: Mapping[str, Tensor], config: OptimConfig) -> torch.optim.
         {"params": decayed, "weight_decay": config.weight_decay},
         {"params": kept, "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(
-        groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True
-    )
-    for parameter in parameters.values():
-        optimizer.state[parameter] = {
-            "step": torch.zeros((), device=parameter.device),
-            "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
-            "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
-        }
-    return optimizer
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
 
-def take_step(optimizer: torch.optim.Optimizer, lr: float, applied: Tensor) -> None:
-    """One step of a fused optimizer; where `applied`, a bool on its device, is false, of none.
-
-    The device decides, and nobody waits for it: this is how `torch.amp.GradScaler` skips steps.
-    """
+def add_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Make AdamW's state before its first step, so that a checkpoint can be loaded into it."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.found_inf = applied.logical_not().float()  # type: ignore[attr-defined]
-    optimizer.step()
+        for parameter in group["params"]:
+            optimizer.state[parameter] = {
+                "step": torch.zeros((), device=parameter.device),
+                **{name: torch.zeros_like(parameter) for name in MOMENTS},
+            }
+
+
+def set_verdict(
+    optimizer: torch.optim.Optimizer, grad_norm: Tensor, grad_clip: float | None, applied: Tensor
+) -> None:
+    """Have a fused optimizer clip the gradient in its next step, and skip it unless `applied`.
+
+    Its kernel does both, as for `torch.amp.GradScaler`: no pass over the gradients, and nobody
+    waits for the device, which alone knows the norm and whether the step is applied.
+
+    Args:
+        grad_norm: of the whole gradient, a scalar.
+        grad_clip: what its norm is to be at most; None: it is not clipped.
+        applied: a bool.
+    """
+    # Where weights are offloaded, AdamW would send these there itself, but not wait for them.
+    parts = (part for group in optimizer.param_groups for part in group["params"])
+    device = next(parts, grad_norm).device
+    scale = ((grad_norm + 1e-6) / (grad_clip or torch.inf)).clamp(min=1)  # divides the gradient
+    optimizer.grad_scale = scale.to(device)  # type: ignore[attr-defined]
+    optimizer.found_inf = applied.logical_not().float().to(device)  # type: ignore[attr-defined]
 
 
 def is_embedding(name: str) -> bool:
     """Whether a parameter is an embedding: a tied head is one, under its name."""
     return name.startswith(("embed.", "copy_embed."))
-
-
-def optimizer_state(
-    model: nn.Module, optimizer: torch.optim.Optimizer
-) -> dict[str, dict[str, Tensor]]:
-    """The optimizer's own tensors, by parameter name: exp_avg, exp_avg_sq and step."""
-    return {name: optimizer.state[parameter] for name, parameter in model.named_parameters()}

@@ -35,10 +35,8 @@ from train.config import Config
 from train.device import autocast
 from train.engine import Engine, Limits, Rows
 from train.engine_config import DeepSpeedConfig
-from train.optimizer import build_optimizer, is_embedding
+from train.optimizer import MOMENTS, adamw, add_moments, is_embedding, set_verdict
 from train.ranks import Ranks
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class DeepSpeedEngine(Engine):
@@ -65,8 +63,8 @@ class DeepSpeedEngine(Engine):
         if settings.compile:
             for block in self.model.blocks:
                 block.compile()
-        self.adamw = build_optimizer(self.model, config.optim)
-        self.adamw.state.clear()  # DeepSpeed updates other tensors than these
+        # Its moments come later: DeepSpeed updates other tensors than these.
+        self.adamw = adamw(dict(self.model.named_parameters()), config.optim)
         self.adamw.register_step_pre_hook(self._before_adamw)
         self.engine, *_ = self.deepspeed.initialize(
             model=self.objective, optimizer=self.adamw, config=json
@@ -90,12 +88,7 @@ class DeepSpeedEngine(Engine):
         At stages 1 and 2, DeepSpeed would find only those of the first group after the first step;
         at stage 3 it shows AdamW what it updates only in a step, where AdamW makes them itself.
         """
-        for group in self.adamw.param_groups:
-            for part in group["params"]:
-                self.adamw.state[part] = {
-                    "step": torch.zeros((), device=part.device),
-                    **{key: torch.zeros_like(part) for key in MOMENTS},
-                }
+        add_moments(self.adamw)
         self._idle_step()
 
     def reducing(self, last: bool) -> AbstractContextManager[object]:
@@ -115,7 +108,7 @@ class DeepSpeedEngine(Engine):
         self.engine.step()
         return self.grad_norm, self._applied
 
-    def _before_adamw(self, adamw: Any, *_: object) -> None:
+    def _before_adamw(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
         """Tell AdamW's kernel to clip the gradient, and to do nothing in a bad step.
 
         Stages 1 to 3 call AdamW once for each group of parameters.
@@ -125,13 +118,7 @@ class DeepSpeedEngine(Engine):
         else:
             norm = self.engine.optimizer._global_grad_norm  # public only after the step
         self.grad_norm = torch.as_tensor(norm, dtype=torch.float32, device=self.device)
-        clip = self.config.optim.grad_clip or torch.inf
-        # AdamW would send them to offloaded weights itself, but not wait until they are there.
-        parts = (part for group in adamw.param_groups for part in group["params"])
-        device = next(parts, self.grad_norm).device
-        scale = ((self.grad_norm + 1e-6) / clip).clamp(min=1)
-        adamw.grad_scale = scale.to(device)  # divides the gradient
-        adamw.found_inf = self._applied.logical_not().float().to(device)
+        set_verdict(optimizer, self.grad_norm, self.config.optim.grad_clip, self._applied)
 
     @property
     def _applied(self) -> Tensor:

@@ -2,13 +2,20 @@
 
 import pytest
 import torch
+from torch import Tensor
 
 from phd.config import ModelConfig
 from phd.model import Transformer
 from train.config import OptimConfig
-from train.optimizer import build_optimizer, is_embedding, optimizer_state
+from train.optimizer import build_optimizer, is_embedding
 
 LR, DECAY = 0.25, 0.5
+
+
+def optimizer_state(
+    model: Transformer, optimizer: torch.optim.Optimizer
+) -> dict[str, dict[str, Tensor]]:
+    return {name: optimizer.state[parameter] for name, parameter in model.named_parameters()}
 
 
 def model_of(**settings: object) -> Transformer:
