@@ -5,7 +5,7 @@ what is to be logged. It holds what it needs, but no reference to whoever calls 
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import log
 from time import perf_counter
 from typing import Any, Protocol
@@ -47,9 +47,9 @@ class StepRecord:
         lr: the step's learning rate.
         batch: this rank's rows.
         reading: what all ranks' rows have added; its cursors are where the stream goes on.
-        bad_steps: what is remembered of bad steps; a JSON object.
         train_s: seconds of training in this process, without hooks.
         data_wait_s: how many of them were waits for data, by rank.
+        bad_steps: what is remembered of bad steps; a JSON object.
         ending: why this is the last step: `finished`, `max_time`, `out_of_text`, `no_data` or a
             signal's name; or None.
         failure: why there is no next batch; None if there is.
@@ -63,9 +63,9 @@ class StepRecord:
     grad_norm: Tensor
     batch: Batch
     reading: Reading
-    bad_steps: Mapping[str, Any]
     train_s: float
     data_wait_s: tuple[float, ...]
+    bad_steps: Mapping[str, Any] = field(default_factory=dict)
     ending: str | None = None
     failure: Exception | None = None
 
@@ -174,14 +174,12 @@ class Throughput:
         self.calls, self.warned = 0, False
 
     def __call__(self, record: StepRecord) -> Metrics:
-        (tokens, train_s, waits), self.last = (
-            self.last,
-            (record.tokens, record.train_s, record.data_wait_s),
-        )
-        tokens, seconds = record.tokens - tokens, record.train_s - train_s
+        before, train_s, waits = self.last
+        self.last = (record.tokens, record.train_s, record.data_wait_s)
+        tokens, seconds = record.tokens - before, record.train_s - train_s
         waited, rank = max(
-            (now - before, rank)
-            for rank, (before, now) in enumerate(zip(waits, record.data_wait_s, strict=True))
+            (now - then, rank)
+            for rank, (then, now) in enumerate(zip(waits, record.data_wait_s, strict=True))
         )
         tokens_per_s = tokens / seconds
         metrics: Metrics = {

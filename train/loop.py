@@ -11,7 +11,6 @@ from data.stream import OutOfTextError
 from train.agreement import Standing
 from train.engine import Rows
 from train.hooks import Hook, Metrics, Saving, StepRecord, is_due
-from train.ranks import Ranks
 from train.run import Run
 from train.schedule import learning_rate
 from train.sinks import Sink, console_lines
@@ -74,13 +73,12 @@ def train(run: Run, progress: Progress) -> tuple[StepRecord, Metrics]:
                 grad_norm=result.grad_norm,
                 batch=batch,
                 reading=batch.reading,
-                bad_steps=run.verdicts.to_json(),
                 train_s=train_s,
                 data_wait_s=(loader.wait_s,),
                 ending=ending,
                 failure=_failure(run, loader, ending),
             )
-            metrics = _observe(record, run.ranks, due, run.sinks)
+            metrics = _observe(run, record, due, run.sinks)
             hooks_s = perf_counter() - started - train_s
 
             progress.update(bar, completed=step)
@@ -128,11 +126,11 @@ def _failure(run: Run, loader: Loader, ending: str | None) -> Exception | None:
     return ValueError(text) if refused else RuntimeError(text)
 
 
-def _observe(record: StepRecord, ranks: Ranks, hooks: list[Hook], sinks: Iterable[Sink]) -> Metrics:
+def _observe(run: Run, record: StepRecord, hooks: list[Hook], sinks: Iterable[Sink]) -> Metrics:
     """Call hooks with what all ranks know of a step, and write what they return."""
     metrics: Metrics = {}
     if hooks:
-        record = record.of_all(ranks)
+        record = replace(record.of_all(run.ranks), bad_steps=run.verdicts.to_json())
     for hook in hooks:
         metrics |= hook(record)
     for sink in sinks if metrics else ():
@@ -146,10 +144,10 @@ def _interrupted(run: Run, record: StepRecord | None) -> tuple[StepRecord, Metri
     if record is None:
         raise LeftEarlyError
     run.verdicts.settle()
-    record = replace(record, ending=run.agreement.signal.name, bad_steps=run.verdicts.to_json())
+    record = replace(record, ending=run.agreement.signal.name)
     done = [hook for hook in run.hooks if is_due(hook, record.step)]
     rest = [hook for hook in run.hooks if isinstance(hook, Saving) or hook not in done]
-    return record, _observe(record, run.ranks, rest, () if done else run.sinks)
+    return record, _observe(run, record, rest, () if done else run.sinks)
 
 
 def user_error(failure: Exception | None) -> Exception:
