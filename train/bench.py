@@ -41,7 +41,8 @@ from train.fsdp import FsdpEngine
 from train.loader_benchmark import bench_loading, bench_resuming
 from train.optimizer import build_optimizer
 from train.ranks import Ranks
-from train.run import environment
+from train.run_directory import environment
+from train.snapshot import read_revision
 from train.timing import Result, Work, interleaved, ratio
 from train.validation import ConfigError
 
@@ -264,7 +265,7 @@ def main(given: BenchArguments) -> int:
         console.print(f"{name:32} {value:.3f}")
     path = Path(given.out, f"{given.name}.json")
     path.parent.mkdir(parents=True, exist_ok=True)
-    report = {"machine": environment(), "ratios": result.ratios, "rows": result.rows}
+    report = {"machine": environment(read_revision()), "ratios": result.ratios, "rows": result.rows}
     path.write_text(json.dumps(report, indent=1), encoding="utf-8")
     console.print(f"written: {path}")
     return 0

@@ -1,33 +1,15 @@
-"""A run and its directory: everything the loop needs, opened, and resumed where it ended.
+"""A run: everything the loop needs, opened, and resumed where it ended.
 
-runs/phd_cswa-2-16-32-tiny/
-    config.yaml        the whole configuration, every default included
-    environment.json   versions, machine, source revision; one entry for each start
-    source/            this project's source code and its git revision; see train/snapshot.py
-    metrics.jsonl      one line for each logging step
-    quarantine.jsonl   what was found that is no document, and where; absent if nothing was
-    bad_steps/         the batches of bad steps; see train/bad_steps.py
-    stacks/            what the ranks were doing when a step took too long; see train/watchdog.py
-    tokenizer.model    the SentencePiece model
-    wandb_id.txt, wandb/
-    checkpoints/       see train/checkpoint.py
-
-All ranks open the run, and share the directory. The first one writes what is written once.
+All ranks open the run, and share its directory (train/run_directory.py). The first one writes what
+is written once.
 """
 
-import json
-import platform
-import sys
 from dataclasses import dataclass
-from importlib import metadata
-from itertools import count
 from pathlib import Path
 from signal import Signals
-from time import strftime
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 from rich.console import Console
 
 from data.config import TokenizerConfig
@@ -59,8 +41,8 @@ from train.hooks import (
 from train.interruption import Interruption, nothing
 from train.pretrained import pretrained_start
 from train.ranks import Ranks, agreed
-from train.sinks import ConsoleLine, MetricsFile, Sink, Wandb, warn, write_whole
-from train.snapshot import read_revision, write_snapshot
+from train.run_directory import claim
+from train.sinks import ConsoleLine, MetricsFile, Sink, Wandb, warn
 from train.validation import ConfigError, as_dict, leaves
 from train.verdicts import Verdicts
 from train.watchdog import Watchdog
@@ -196,20 +178,7 @@ def _open(
     state = checkpoint.state if checkpoint else {}
     documents = agreed(ranks, lambda: Documents(config.data))
     tokenizer = _tokenizer(config, checkpoint, documents, ranks)
-    shape = BatchShape(
-        global_batch=config.train.global_batch,
-        seq_len=config.train.seq_len,
-        rank=ranks.rank,
-        world=ranks.world,
-    )
-    stream = agreed(
-        ranks,
-        lambda: TokenStream(
-            documents, tokenizer, shape, seed=config.seed, cursors=state.get("cursors")
-        ),
-    )
-    if checkpoint:
-        check_fingerprint(state["stream"], stream.fingerprint)
+    stream = _stream(config, checkpoint, documents, tokenizer, ranks)
     engine = agreed(ranks, lambda: open_engine(config, ranks))
     watchdog = Watchdog(directory, ranks.rank, config.faults.step_timeout)
     agreement = Agreement(ranks, interruption, watchdog)
@@ -219,11 +188,8 @@ def _open(
     elif config.run.start_from is not None:
         engine.load(pretrained_start(Path(config.run.start_from), config.model))
     step = checkpoint.step if checkpoint else 0
-    agreed(ranks, lambda: _claim(config, tokenizer, console) if ranks.first else None)
-    for rank in range(2):  # the first alone at first: it mends what a crash has left
-        if ranks.first == (rank == 0):
-            documents.quarantine.write_to(directory / "quarantine.jsonl")
-        ranks.barrier()
+    agreed(ranks, lambda: claim(config, tokenizer, console) if ranks.first else None)
+    _write_quarantine(documents, directory, ranks)
     bad_steps = BadSteps(config.faults, state.get("bad_steps"))
     saved = {"config": config.to_dict(), "stream": stream.fingerprint}
     return Run(
@@ -291,6 +257,38 @@ def _tokenizer(
     return own or Tokenizer(model)
 
 
+def _stream(
+    config: Config,
+    checkpoint: Checkpoint | None,
+    documents: Documents,
+    tokenizer: Tokenizer,
+    ranks: Ranks,
+) -> TokenStream:
+    """This rank's part of the stream, from where the checkpoint has left it."""
+    shape = BatchShape(
+        global_batch=config.train.global_batch,
+        seq_len=config.train.seq_len,
+        rank=ranks.rank,
+        world=ranks.world,
+    )
+    cursors = checkpoint.state["cursors"] if checkpoint else None
+    stream = agreed(
+        ranks,
+        lambda: TokenStream(documents, tokenizer, shape, seed=config.seed, cursors=cursors),
+    )
+    if checkpoint:
+        check_fingerprint(checkpoint.state["stream"], stream.fingerprint)
+    return stream
+
+
+def _write_quarantine(documents: Documents, directory: Path, ranks: Ranks) -> None:
+    """Have all ranks write to one file; the first one before: it mends what a crash has left."""
+    for turn in (True, False):
+        if ranks.first == turn:
+            documents.quarantine.write_to(directory / "quarantine.jsonl")
+        ranks.barrier()
+
+
 def _tokenizer_settings(config: Config, checkpoint: Checkpoint | None) -> TokenizerConfig:
     """The settings; of a resumed run that has not changed them, those that name its own model.
 
@@ -338,28 +336,6 @@ def _evaluations(
     return found
 
 
-def _claim(config: Config, tokenizer: Tokenizer, console: Console) -> None:
-    """Make the run's directory this run's, and write down what this start of it is made of."""
-    directory = config.run_dir
-    if config.run.resume == "never" and (moved := set_aside(directory)):
-        console.print(f"run.resume=never: the earlier run is now in {moved}", markup=False)
-    try:
-        _describe(config, directory, tokenizer)
-    except OSError as error:
-        raise ValueError(
-            f"run.dir={directory}: cannot be written ({error}); choose another run.dir, or make "
-            "room there"
-        ) from error
-
-
-def set_aside(directory: Path) -> Path | None:
-    """Rename an earlier run's directory to `<directory>.old-<n>`; None if there is none."""
-    if not directory.exists():
-        return None
-    names = (directory.with_name(f"{directory.name}.old-{n}") for n in count(1))
-    return directory.rename(next(name for name in names if not name.exists()))
-
-
 def _newest(config: Config, store: CheckpointStore, console: Console) -> Checkpoint | None:
     """The checkpoint to go on from, after telling what was passed over and what has changed."""
     if config.run.resume == "never":
@@ -396,42 +372,6 @@ def _changes(saved: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
         for key, line in changed.items()
         if not key.startswith(ignored) or key.endswith(".epochs")
     }
-
-
-def _describe(config: Config, directory: Path, tokenizer: Tokenizer) -> None:
-    directory.mkdir(parents=True, exist_ok=True)
-    write_snapshot(directory)
-    settings = OmegaConf.to_yaml(OmegaConf.create(config.to_dict()))
-    write_whole(directory / "config.yaml", settings)
-    tokenizer.save(directory / "tokenizer.model")
-    path = directory / "environment.json"
-    starts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-    write_whole(path, json.dumps([*starts, environment()], indent=1))
-
-
-def environment() -> dict[str, Any]:
-    """The machine, the versions and the source revision of this process."""
-    packages = ("torch", "numpy", "sentencepiece", "datasets", "hydra-core", "wandb", "deepspeed")
-    revision = read_revision()
-    return {
-        "time": strftime("%Y-%m-%d %H:%M:%S %z"),
-        "command": sys.argv,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "threads": torch.get_num_threads(),
-        "revision": revision.commit,
-        "changed": revision.dirty,  # since then; see source/
-        "packages": {name: _version(name) for name in packages},
-    }
-
-
-def _version(package: str) -> str | None:
-    """None where it is not installed, as DeepSpeed need not be."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def _open_sinks(config: Config, directory: Path, step: int, console: Console) -> tuple[Sink, ...]:

@@ -39,16 +39,17 @@ class Revision(NamedTuple):
     changes: str = ""
 
 
-def write_snapshot(directory: Path, root: Path = ROOT) -> Path:
+def write_snapshot(directory: Path, revision: Revision, root: Path = ROOT) -> Path:
     """Keep the source in `<directory>/source/`, unless it is there; return where it is.
 
     Args:
+        revision: what git says of it.
         root: where the packages are.
 
     Raises:
         OSError: the disk refuses.
     """
-    revision, archive = read_revision(root), _archive(root)
+    archive = _archive(root)
     described = revision._asdict()
     changes = described.pop("changes")
     files = {

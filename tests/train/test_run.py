@@ -19,7 +19,8 @@ from train.checkpoint import flatten
 from train.config import Config
 from train.hooks import Metrics, StepRecord
 from train.pretrained import save_pretrained
-from train.run import open_run, set_aside
+from train.run import open_run
+from train.run_directory import set_aside
 from train.sinks import write_whole
 from train.validation import ConfigError
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from train.snapshot import PACKAGES, ROOT, write_snapshot
+from train.snapshot import PACKAGES, ROOT, read_revision, write_snapshot
 
 
 def git(root: Path, *arguments: str) -> str:
@@ -33,12 +33,16 @@ def root(tmp_path: Path) -> Path:
     return root
 
 
+def snapshot(directory: Path, root: Path = ROOT) -> Path:
+    return write_snapshot(directory, read_revision(root), root)
+
+
 def revision(path: Path) -> dict:
     return json.loads((path / "revision.json").read_text())
 
 
 def test_unchanged_source_is_its_commit(root: Path, tmp_path: Path) -> None:
-    path = write_snapshot(tmp_path / "run", root)
+    path = snapshot(tmp_path / "run", root)
     assert path.parent == tmp_path / "run/source"
     commit = git(root, "rev-parse", "HEAD").strip()
     known = {"commit": commit, "branch": "main", "dirty": False, "unknown": None}
@@ -53,7 +57,7 @@ def test_the_patch_turns_the_commit_into_the_source(root: Path, tmp_path: Path) 
     git(root, "add", "data/staged.py")
     (root / "conf/a.yaml").unlink()
     (root / "notes.txt").write_text("not of a package")
-    path = write_snapshot(tmp_path / "run", root)
+    path = snapshot(tmp_path / "run", root)
     assert revision(path)["dirty"] is True
     clone = tmp_path / "clone"
     git(tmp_path, "clone", str(root), str(clone))
@@ -68,7 +72,7 @@ def test_the_patch_turns_the_commit_into_the_source(root: Path, tmp_path: Path) 
 
 def test_the_archive_holds_the_packages_as_they_are(root: Path, tmp_path: Path) -> None:
     (root / "launch/job.sh").write_text("new\n")
-    path = write_snapshot(tmp_path / "run", root)
+    path = snapshot(tmp_path / "run", root)
     with tarfile.open(path / "source.tar.gz") as archive:
         archive.extractall(tmp_path / "out", filter="data")
     found = {p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*.*")}
@@ -77,26 +81,26 @@ def test_the_archive_holds_the_packages_as_they_are(root: Path, tmp_path: Path) 
 
 
 def test_it_is_written_anew_only_when_the_source_has_changed(root: Path, tmp_path: Path) -> None:
-    first = write_snapshot(tmp_path / "run", root)
+    first = snapshot(tmp_path / "run", root)
     content = {file.name: file.read_bytes() for file in first.iterdir()}
     os.utime(root / "phd/__init__.py", (1, 1))
-    assert write_snapshot(tmp_path / "run", root) == first
-    elsewhere = write_snapshot(tmp_path / "other", root)
+    assert snapshot(tmp_path / "run", root) == first
+    elsewhere = snapshot(tmp_path / "other", root)
     assert elsewhere.name == first.name
     assert {file.name: file.read_bytes() for file in elsewhere.iterdir()} == content
     (root / "conf/a.yaml").write_text("a: 2\n")
-    second = write_snapshot(tmp_path / "run", root)
+    second = snapshot(tmp_path / "run", root)
     git(root, "commit", "--all", "--message=second")
-    third = write_snapshot(tmp_path / "run", root)
+    third = snapshot(tmp_path / "run", root)
     assert sorted((tmp_path / "run/source").iterdir()) == sorted([first, second, third])
     assert len({first, second, third}) == 3
 
 
 def test_what_a_crash_left_half_written_is_replaced(root: Path, tmp_path: Path) -> None:
-    path = write_snapshot(tmp_path / "run", root)
+    path = snapshot(tmp_path / "run", root)
     half = path.rename(path.with_name(f".{path.name}.partial"))
     (half / "changes.patch").unlink()
-    assert write_snapshot(tmp_path / "run", root) == path
+    assert snapshot(tmp_path / "run", root) == path
     assert (path / "changes.patch").exists()
     assert not half.exists()
 
@@ -105,7 +109,7 @@ def test_without_git_or_a_repository_of_its_own_the_source_is_kept_all_the_same(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (root / ".git").rename(tmp_path / "moved")
-    unknown = revision(write_snapshot(tmp_path / "run", root))
+    unknown = revision(snapshot(tmp_path / "run", root))
     assert unknown.pop("unknown").startswith("fatal: not a git repository")
     assert set(unknown.values()) == {None}
 
@@ -115,22 +119,22 @@ def test_without_git_or_a_repository_of_its_own_the_source_is_kept_all_the_same(
         (site / package).mkdir(parents=True)
         (site / package / "a.py").touch()
     (root / ".gitignore").write_text(".venv\n")
-    path = write_snapshot(tmp_path / "run", site)
+    path = snapshot(tmp_path / "run", site)
     assert "does not hold the packages" in revision(path)["unknown"]
     with tarfile.open(path / "source.tar.gz") as archive:
         assert "phd/a.py" in archive.getnames()
 
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert revision(write_snapshot(tmp_path / "run", root))["unknown"] == "git is not installed"
+    assert revision(snapshot(tmp_path / "run", root))["unknown"] == "git is not installed"
 
 
 def test_a_repository_without_a_commit_or_a_branch_is_said_to_be_one(
     root: Path, tmp_path: Path
 ) -> None:
     git(root, "checkout", "--detach")
-    assert revision(write_snapshot(tmp_path / "run", root))["branch"] is None
+    assert revision(snapshot(tmp_path / "run", root))["branch"] is None
     git(root, "checkout", "--orphan", "empty")
-    unknown = revision(write_snapshot(tmp_path / "run", root))["unknown"]
+    unknown = revision(snapshot(tmp_path / "run", root))["unknown"]
     assert "HEAD" in unknown
 
 
@@ -138,26 +142,23 @@ def test_variables_of_git_and_settings_of_its_user_change_nothing(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (root / "conf/a.yaml").write_text("a: 2\n")
-    path = write_snapshot(tmp_path / "run", root)
+    path = snapshot(tmp_path / "run", root)
     for name, value in {"color.ui": "always", "diff.external": "false"}.items():
         git(root, "config", name, value)
     monkeypatch.setenv("GIT_DIR", str(tmp_path / "elsewhere"))
-    assert write_snapshot(tmp_path / "run", root) == path
+    assert snapshot(tmp_path / "run", root) == path
 
 
 def test_a_disk_that_refuses_is_an_oserror(root: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="Not a directory"):
-        write_snapshot(tmp_path / "file", root)
+        snapshot(tmp_path / "file", root)
 
 
 def test_this_project_is_kept_in_less_than_a_megabyte(tmp_path: Path) -> None:
-    path = write_snapshot(tmp_path)
+    path = snapshot(tmp_path)
     assert sum(file.stat().st_size for file in path.iterdir()) < 1e6
     with tarfile.open(path / "source.tar.gz") as archive:
-        assert (
-            archive.extractfile("train/snapshot.py").read()
-            == (  # type: ignore[union-attr]
-                ROOT / "train/snapshot.py"
-            ).read_bytes()
-        )
+        kept = archive.extractfile("train/snapshot.py")
+        assert kept is not None
+        assert kept.read() == (ROOT / "train/snapshot.py").read_bytes()
