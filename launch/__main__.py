@@ -121,12 +121,14 @@ def _jobs(arguments: Sequence[str], config: Local | None) -> list[Config]:
             f"{flag}: unknown option; there is --dry, -m and --help" for flag in flags
         )
     jobs = check(overrides, multirun=len(overrides) < len(arguments)).jobs
-    nodes = (config.least_nodes, config.most_nodes) if isinstance(config, Group) else (1, 1)
-    problems: list[str] = []
-    if config and config.processes and nodes[0] == nodes[1]:
-        world = config.processes * nodes[0]
-        problems += [problem for job in jobs for problem in job.problems_on(world)]
-    changing = nodes[0] < nodes[1] or isinstance(config, Slurm | Kubernetes)
+    elastic = isinstance(config, Group) and config.least_nodes < config.most_nodes
+    problems = [
+        f"with {nodes} machines, {text}" if elastic else text
+        for nodes, world in _worlds(config).items()
+        for job in jobs
+        for text in job.problems_on(world)
+    ]
+    changing = elastic or isinstance(config, Slurm | Kubernetes)
     if changing and any(job.run.resume == "never" for job in jobs):
         problems.append(
             "run.resume=never: machines that come later, or come again, would begin the run anew; "
@@ -135,6 +137,16 @@ def _jobs(arguments: Sequence[str], config: Local | None) -> list[Config]:
     if problems:
         raise ConfigError(dict.fromkeys(problems))
     return jobs
+
+
+def _worlds(config: Local | None) -> dict[int, int]:
+    """The numbers of ranks that a run may have, by that of machines; empty if not known here."""
+    if config is None or config.processes is None:
+        return {}
+    nodes = range(1, 2)
+    if isinstance(config, Group):
+        nodes = range(config.least_nodes, config.most_nodes + 1)
+    return {count: count * config.processes for count in nodes}
 
 
 def _meant(problem: str, names: Sequence[str]) -> str:

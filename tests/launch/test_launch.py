@@ -28,8 +28,8 @@ def problems(*texts: str) -> str:
 
 
 def test_settings_of_the_start_and_of_the_training_are_told_apart() -> None:
-    request = read([*NODES, "nodes=1:4", "model=phd", "processes=8", "+optim.lr=1e-3"])
-    assert request.config == Nodes(address="node1:29500", nodes="1:4", processes=8)
+    request = read([*NODES, "nodes=1:2", "model=phd", "processes=4", "+optim.lr=1e-3"])
+    assert request.config == Nodes(address="node1:29500", nodes="1:2", processes=4)
     assert request.arguments == ["model=phd", "+optim.lr=1e-3"]
     assert request.run_dirs == [Path("runs/phd-2-tiny")]
 
@@ -83,6 +83,15 @@ def test_a_site_is_written_down_once_and_yields_to_the_command_line(tmp_path: Pa
     assert "partiton: unknown key. Did you mean partition?" in problems("slurm", f"site={site}")
     site.write_text("- gpu\n")
     assert "expected settings, one a line" in problems("slurm", f"site={site}")
+
+
+def test_every_number_of_machines_that_may_come_has_to_suit_the_batch() -> None:
+    found = problems(*NODES, "nodes=2", "processes=8")
+    assert found.startswith("data.lanes=8: not divisible by the 16 ranks")
+    found = problems(*NODES, "nodes=1:3", "processes=4")
+    assert found.startswith("with 3 machines, data.lanes=8: not divisible by the 12 ranks")
+    sizes = ["data.lanes=24", "train.global_batch=24", "train.micro_batch=1"]
+    read([*NODES, "nodes=1:3", "processes=4", *sizes])
 
 
 def test_a_sweep_stays_one_and_its_runs_are_known() -> None:
