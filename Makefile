@@ -17,9 +17,10 @@ SEED ?= 0
 train: $(VENV)/.installed
 	$(BIN)/python train/main.py $(ARGS)
 
-# Two test processes of one thread each: more would wait for each other on two cores.
+# Two test processes of one thread each: more would wait for each other on two cores. A file is one's
+# own: its tests look at runs that they share.
 test: check
-	OMP_NUM_THREADS=1 PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -n 2 $(TESTS)
+	OMP_NUM_THREADS=1 PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(TESTS)
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .

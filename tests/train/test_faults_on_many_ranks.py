@@ -96,19 +96,8 @@ def test_one_nan_on_one_rank_costs_one_step_on_all(
 def outlier(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Plain text, and in its middle a document of noise."""
     dice = Random(0)
-    words = [
-        "original",
-        "copies",
-        "stay",
-        "in",
-        "the",
-        "cache",
-        "and",
-        "hidden",
-        "ones",
-        "do",
-        "not",
-    ]
+    phrase = "original copies stay in the cache and hidden ones do not"
+    words = phrase.split()
     texts = [" ".join(dice.choices(words, k=25)) for _ in range(600)]
     texts[370] = "".join(dice.choices("QWXZ[]{}#@!?;:<>|~^$%&*0123456789", k=45))
     path = tmp_path_factory.mktemp("outlier") / "text.jsonl"

@@ -100,5 +100,5 @@ def test_a_signal_to_any_rank_saves_and_ends_all_in_time(
             print(f"{how.name} after step {newest_step(run)}: {took[-1]:.1f} s")
             cluster.replace_the_dead()
         cluster.wait_for(lambda: cluster.ended() == [0, 0], patience_s=600)
-    assert max(took) < DEADLINE_S
+    assert all(seconds < DEADLINE_S for seconds in took)
     disturbed_as_undisturbed(run, steps)
