@@ -3,12 +3,9 @@
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from phd.attention import attend
 from phd.config import ModelConfig
 from phd.norm import RMSNorm
-from phd.pattern import Pattern
-from phd.rope import rotate
-from phd.segments import Segments
+from phd.view import View
 
 
 class Block(nn.Module):
@@ -36,40 +33,29 @@ class Block(nn.Module):
             self.attention_norm = RMSNorm(config.dim, config.norm_eps)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
 
-    def forward(
-        self,
-        x: Tensor,
-        rope: tuple[Tensor, Tensor],
-        last_copy_only: bool,
-        segments: Segments | None = None,
-    ) -> Tensor:
-        """Map the residual stream (B, K, T, D) to the next one.
+    def forward(self, x: Tensor, view: View) -> Tensor:
+        """Map the residual stream (B, K, T, D) to the next one, of the slots that the view asks.
 
-        x may hold one copy for all K where they are still equal. With `last_copy_only`, only the
-        last copy is computed, (B, 1, T, D); the others give their keys and values alone.
-        Documents in `segments` do not see each other.
+        x may hold one copy for all K where they are still equal.
         """
-        stream = x[:, -1:] if last_copy_only else x
-        seeing = (rope, last_copy_only, segments)
+        stream = view.asked(x)
         match self.wiring:
             case "reordered":
-                x = stream + self.attention_norm(self.attention(x, *seeing))
+                x = stream + self.attention_norm(self.attention(x, view))
                 return x + self.ffn_norm(self.ffn(x))
             case "pre":
-                x = stream + self.attention(self.attention_norm(x), *seeing)
+                x = stream + self.attention(self.attention_norm(x), view)
                 return x + self.ffn(self.ffn_norm(x))
             case _:
-                x = self.ffn_norm(stream + self.attention(x, *seeing))
+                x = self.ffn_norm(stream + self.attention(x, view))
                 return x + self.ffn(x)
 
 
 class Attention(nn.Module):
-    """Projections, RoPE and `attend`; the same weights for every copy."""
+    """Projections around what a view makes of them; the same weights for every copy."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.pattern = Pattern.of(config)
-        self.backend = config.attention
         self.head_dim = config.head_dim
         queries, keys = config.heads * config.head_dim, config.kv_heads * config.head_dim
         self.q = nn.Linear(config.dim, queries, bias=False)
@@ -82,22 +68,11 @@ class Attention(nn.Module):
         if config.norm.startswith("hybrid"):
             self.v_norm = RMSNorm(keys, config.norm_eps)
 
-    def forward(
-        self,
-        x: Tensor,
-        rope: tuple[Tensor, Tensor],
-        last_copy_only: bool,
-        segments: Segments | None = None,
-    ) -> Tensor:
-        """x (B, K or 1, T, D) -> (B, K, T, D), or the last copy's (B, 1, T, D) alone."""
-        cos, sin = rope
-        K, asked = self.pattern.K, 1 if last_copy_only else self.pattern.K
-        q = rotate(self._heads(x[:, -asked:], "q"), cos[:, -asked:], sin[:, -asked:])
-        k = rotate(self._heads(x, "k"), cos, sin)
-        v = self._heads(x, "v").transpose(1, 2)
-        # Copies that are still equal were projected once.
-        q, k, v = (y.expand(-1, -1, copies, -1, -1) for y, copies in ((q, asked), (k, K), (v, K)))
-        out = attend(q, k, v, self.pattern, self.backend, segments)
+    def forward(self, x: Tensor, view: View) -> Tensor:
+        """x (B, K or 1, T, D) -> the slots that the view asks, (B, K or 1, T', D)."""
+        q = self._heads(view.asked(x), "q")
+        k, v = (self._heads(x, name) for name in ("k", "v"))
+        out = view.attend(q, k, v)
         return self.o(out.permute(0, 2, 3, 1, 4).flatten(3))
 
     def _heads(self, x: Tensor, name: str) -> Tensor:

@@ -11,8 +11,10 @@ from phd.config import ModelConfig
 from phd.initialization import initial_weights
 from phd.loss import Loss, next_token_loss
 from phd.norm import RMSNorm
+from phd.pattern import Pattern
 from phd.rope import Rope
 from phd.segments import Segments
+from phd.view import RowView
 
 
 class Transformer(nn.Module):
@@ -34,6 +36,7 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.pattern = Pattern.of(config)
         self.embed = nn.Embedding(config.vocab_size, config.dim)
         if config.copy_embedding:
             self.copy_embed = nn.Embedding(config.K, config.dim)
@@ -81,15 +84,19 @@ class Transformer(nn.Module):
                 f"model.max_seq_len={self.config.max_seq_len}: a row of {T} tokens is longer; "
                 "raise model.max_seq_len or pass fewer tokens"
             )
+        x = self.embedded(tokens)
+        rope = self.rope.tables(T, segments)
+        for i, block in enumerate(self.blocks):
+            last = i == self.config.layers - 1
+            x = block(x, RowView(self.pattern, self.config.attention, rope, last, segments))
+        return self.norm(x).squeeze(1)
+
+    def embedded(self, tokens: Tensor) -> Tensor:
+        """tokens, int (B, T) -> all copies' input (B, K or 1, T, D); equal copies are one."""
         x = self.embed(tokens).unsqueeze(1)
         # The residual stream is float32, also where the weights are gathered in half precision.
         x = x.to(torch.promote_types(x.dtype, torch.float32))
-        if self.config.copy_embedding:
-            x = x + self.copy_embed.weight[:, None]
-        rope = self.rope.tables(T, segments)
-        for i, block in enumerate(self.blocks):
-            x = block(x, rope, i == self.config.layers - 1, segments)
-        return self.norm(x).squeeze(1)
+        return x + self.copy_embed.weight[:, None] if self.config.copy_embedding else x
 
     def logits(self, tokens: Tensor, segments: Segments | None = None) -> Tensor:
         """tokens, int (B, T) -> (B, T, V)."""

@@ -135,6 +135,27 @@ class Pattern:
             return self.window
         return 1 + ceil((self.window - 1) / (self.K - 1))
 
+    @property
+    def places(self) -> int:
+        """How many copies of a token are remembered: the original alone, or all of them."""
+        return self.K if self.rule == "flat" else 1
+
+    def hidden_needed(self, first: int, layers: int) -> int:
+        """The first token whose hidden copies matter to those of token `first` and after it.
+
+        A hidden copy sees `span_tokens` in a layer, and through `layers` of them so much further,
+        but nothing beyond the beginning of its chunk.
+
+        >>> Pattern("hidden", K=2, window=3, chunk_tokens=100).hidden_needed(50, layers=4)
+        42
+        """
+        assert self.rule == "hidden"
+        assert self.span_tokens is not None
+        needed = max(0, first - layers * (self.span_tokens - 1))
+        if self.chunk_tokens is None:
+            return needed
+        return max(needed, first // self.chunk_tokens * self.chunk_tokens)
+
     def pairs(self, tokens: int, copies: int | None = None) -> int:
         """(query, key) pairs of one row, counting the queries of the last `copies` copies only.
 
@@ -151,14 +172,13 @@ class Pattern:
         return total
 
     def cached_slots(self, tokens: int) -> tuple[int, int]:
-        """(originals, hidden copies) of one row that a cache for `tokens` of context has room for.
+        """(remembered slots, hidden copies) of a row that a cache for `tokens` tokens has room for.
 
-        Hidden copies live in a ring of W, or of a chunk where that is shorter.
+        Hidden copies live in a ring of W, or of a chunk where that is shorter; with naive
+        repetition they are remembered.
         """
-        if self.rule == "flat":
-            return tokens, tokens * (self.K - 1)
-        if self.rule == "causal" or self.window is None:
-            return tokens, 0
+        if self.rule != "hidden" or self.window is None:
+            return tokens * self.places, 0
         ring = self.window * (self.K - 1) if self.span_unit == "token" else self.window
         bound = tokens if self.chunk_tokens is None else min(tokens, self.chunk_tokens)
         return tokens, min(ring, bound * (self.K - 1))

@@ -52,6 +52,17 @@ class Rope(nn.Module):
         cos, sin = (x[:, segments.position].transpose(0, 1).unsqueeze(2) for x in (cos, sin))
         return cos, sin
 
+    def at(self, tokens: Tensor, copies: Tensor) -> tuple[Tensor, Tensor]:
+        """(cos, sin), each (B, T * copies, H/2), of these copies (copies,) of tokens (B, T), int64.
+
+        Tokens behind the end of the tables, which only fill a row, get the last one's.
+        """
+        place = tokens.clamp(max=self.config.max_seq_len - 1)[..., None]
+        if self.config.copy_positions == "flattened":
+            place = place * self.config.K + copies
+        place = place.expand(*tokens.shape, len(copies)).flatten(1)
+        return self.cos[place], self.sin[place]
+
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn x (B, K, heads, T, H), any strides, by tables (B or 1, K or 1, 1, T, H/2).

@@ -17,8 +17,8 @@ from data.heldout import HeldOut
 from data.quarantine import Quarantine
 from data.stream import Batch, Reading
 from data.tokenizer import Tokenizer
+from phd.cache import kv_bytes
 from phd.flops import training_flops_per_token
-from phd.kv import kv_bytes
 from phd.sampling import Sampling, generate
 from train.checkpoint import CheckpointError, CheckpointStore, Saved
 from train.config import Config
@@ -218,9 +218,9 @@ class KVCost:
 
     def __init__(self, config: Config, dtype: torch.dtype) -> None:
         self.every = config.hooks.log_every
-        context, size = config.hooks.kv.context, dtype.itemsize
-        cost = kv_bytes(config.model, context, size)
-        vanilla = kv_bytes(config.model.vanilla_twin, context, size)
+        context = config.hooks.kv.context
+        cost = kv_bytes(config.model, context, dtype)
+        vanilla = kv_bytes(config.model.vanilla_twin, context, dtype)
         self.metrics: Metrics = {
             "kv/bytes_per_sequence": cost.total,
             "kv/hidden_bytes_per_sequence": cost.hidden,

@@ -11,9 +11,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from phd.cache import kv_bytes
 from phd.config import ModelConfig
 from phd.flops import training_flops_per_token
-from phd.kv import kv_bytes
 from phd.model import count_parameters
 from train import command_line
 from train.config import Config
@@ -183,14 +183,14 @@ class KVRow(NamedTuple):
     ratio: float
 
 
-def kv_rows(model: ModelConfig, context: int, bytes_per_value: int) -> list[KVRow]:
+def kv_rows(model: ModelConfig, context: int, dtype: torch.dtype) -> list[KVRow]:
     """This variant, vanilla and naive repetition of the same size, at `context` tokens."""
     vanilla = model.vanilla_twin
     variants = [model, vanilla, replace(model, variant="naive_repeat")]
-    base = kv_bytes(vanilla, context, bytes_per_value).total
+    base = kv_bytes(vanilla, context, dtype).total
     rows = []
     for variant in dict.fromkeys(variants):
-        cost = kv_bytes(variant, context, bytes_per_value)
+        cost = kv_bytes(variant, context, dtype)
         rows.append(KVRow(variant.name, cost.total, cost.hidden, cost.total / base))
     return rows
 

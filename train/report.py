@@ -53,7 +53,7 @@ def kv_table(run: Run) -> Table:
     table = Table(title=f"KV cache of one sequence of {context} tokens", title_justify="left")
     for column in ("variant", "bytes", "of hidden copies", "x vanilla"):
         table.add_column(column, justify="left" if column == "variant" else "right")
-    for row in kv_rows(run.config.model, context, run.engine.dtype.itemsize):
+    for row in kv_rows(run.config.model, context, run.engine.dtype):
         table.add_row(row.name, f"{row.total:,}", f"{row.hidden:,}", f"{row.ratio:.3f}")
     return table
 

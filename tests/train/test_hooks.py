@@ -15,8 +15,8 @@ from data.quarantine import Quarantine
 from data.shuffle import Cursor
 from data.source import Fault
 from data.stream import Batch, Reading
+from phd.cache import kv_bytes
 from phd.flops import training_flops_per_token
-from phd.kv import kv_bytes
 from train.checkpoint import CheckpointStore
 from train.fsdp import FsdpEngine
 from train.hooks import (
@@ -181,7 +181,7 @@ def test_mfu_is_the_needed_flops_over_the_peak_and_absent_where_that_is_unknown(
 def test_the_kv_metrics_are_what_a_cache_in_the_runs_precision_holds(variant: str, config) -> None:
     settings = config(f"model={variant}", "hooks.kv.context=40")
     metrics = KVCost(settings, torch.bfloat16)(record_of())
-    cost = kv_bytes(settings.model, 40, 2)
+    cost = kv_bytes(settings.model, 40, torch.bfloat16)
     vanilla = 2 * settings.model.layers * settings.model.head_dim * 40 * 2
     assert metrics == {
         "kv/bytes_per_sequence": cost.total,

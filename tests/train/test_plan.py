@@ -3,10 +3,11 @@
 import io
 
 import pytest
+import torch
 from rich.console import Console
 
+from phd.cache import kv_bytes
 from phd.flops import training_flops_per_token
-from phd.kv import kv_bytes
 from phd.model import count_parameters
 from train.command_line import load
 from train.plan import kv_rows, make_plan, print_plan
@@ -114,11 +115,11 @@ def test_groups_without_parameters_are_not_shown() -> None:
 @pytest.mark.parametrize("variant", ["vanilla", "phd", "phd_swa", "phd_cswa", "naive_repeat"])
 def test_the_kv_table_sets_a_variant_beside_vanilla_and_repetition(variant: str) -> None:
     model = load([f"model={variant}", *(["model.K=3"] if variant != "vanilla" else [])]).model
-    rows = {row.name: row for row in kv_rows(model, 1000, 2)}
-    base = kv_bytes(model.vanilla_twin, 1000, 2).total
+    rows = {row.name: row for row in kv_rows(model, 1000, torch.bfloat16)}
+    base = kv_bytes(model.vanilla_twin, 1000, torch.bfloat16).total
     names = [model.name, "vanilla", f"naive_repeat-{model.K}"]
     assert list(rows) == list(dict.fromkeys(names))
     assert (rows["vanilla"].total, rows["vanilla"].ratio) == (base, 1.0)
     assert rows[f"naive_repeat-{model.K}"].ratio == model.K
-    cost = kv_bytes(model, 1000, 2)
+    cost = kv_bytes(model, 1000, torch.bfloat16)
     assert rows[model.name][1:] == (cost.total, cost.hidden, cost.total / base)

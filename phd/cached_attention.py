@@ -1,0 +1,66 @@
+"""Attention of a few queries to a cache: what is remembered is read once for all copies."""
+
+import torch
+from torch import Tensor
+
+aten = torch.ops.aten
+
+
+def attend_places(
+    q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Attention to what a cache remembers, with its log-sum-exp.
+
+    All queries of a key/value head, whatever their head and copy, are rows of one product, so that
+    each key is read once.
+
+    Args:
+        q: (B, N, Q, H).
+        k, v: (B, G, places, H); query head i reads key/value head `i // (N // G)`.
+        seen: int64 (B, Q), each query sees so many places, from the first; None: all.
+
+    Returns:
+        out (B, N, Q, H), lse (B, N, Q) in float32 or wider.
+    """
+    B, N, Q, H = q.shape
+    rows = q.to(k.dtype).reshape(B, k.shape[1], -1, H)
+    if seen is not None:
+        seen = seen.repeat(1, N // k.shape[1])  # (B, rows)
+    if q.is_cuda:
+        from phd.split_attention import split_attention  # Triton comes with CUDA builds alone
+
+        out, lse = split_attention(rows, k, v, seen)
+    else:
+        mask = None
+        if seen is not None:
+            hidden = torch.arange(k.shape[2]) >= seen[:, None, :, None]
+            mask = torch.zeros(hidden.shape, dtype=k.dtype).masked_fill_(hidden, -torch.inf)
+        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
+            rows, k, v, 0.0, False, attn_mask=mask, scale=H**-0.5
+        )
+    return out.reshape(B, N, Q, H), lse.reshape(B, N, Q)
+
+
+def merge_near(
+    q: Tensor, result: tuple[Tensor, Tensor], k: Tensor, v: Tensor, seen: Tensor
+) -> Tensor:
+    """Attention to a few more keys, merged with what it is without them (see `phd.packed`).
+
+    Args:
+        q: (B, N, Q, H).
+        result: out (B, N, Q, H) and lse (B, N, Q) without them.
+        k, v: (B, G, keys, H).
+        seen: bool (B, 1, Q, keys).
+
+    Returns:
+        out (B, N, Q, H) with them.
+    """
+    out, lse = result
+    B, N, Q, H = q.shape
+    dtype, lse = lse.dtype, lse[..., None]
+    k, v = k.to(dtype), v.to(dtype)
+    scores = (q.to(dtype).reshape(B, k.shape[1], -1, H) * H**-0.5) @ k.mT
+    scores = scores.view(B, N, Q, k.shape[2]).masked_fill(~seen, -torch.inf)
+    total = torch.logaddexp(lse, scores.logsumexp(-1, keepdim=True))
+    near = (scores - total).exp_().view(B, k.shape[1], -1, k.shape[2]) @ v
+    return (lse - total).exp_() * out + near.view(B, N, Q, H)
