@@ -58,9 +58,10 @@ def merge_near(
     out, lse = result
     B, N, Q, H = q.shape
     dtype, lse = lse.dtype, lse[..., None]
-    k, v = k.to(dtype), v.to(dtype)
-    scores = (q.to(dtype).reshape(B, k.shape[1], -1, H) * H**-0.5) @ k.mT
-    scores = scores.view(B, N, Q, k.shape[2]).masked_fill(~seen, -torch.inf)
-    total = torch.logaddexp(lse, scores.logsumexp(-1, keepdim=True))
-    near = (scores - total).exp_().view(B, k.shape[1], -1, k.shape[2]) @ v
+    q, k, v = (x.to(dtype) for x in (q, k, v))
+    with torch.autocast(q.device.type, enabled=False):
+        scores = (q.reshape(B, k.shape[1], -1, H) * H**-0.5) @ k.mT
+        scores = scores.view(B, N, Q, k.shape[2]).masked_fill(~seen, -torch.inf)
+        total = torch.logaddexp(lse, scores.logsumexp(-1, keepdim=True))
+        near = (scores - total).exp_().view(B, k.shape[1], -1, k.shape[2]) @ v
     return (lse - total).exp_() * out + near.view(B, N, Q, H)

@@ -1,0 +1,277 @@
+"""New tokens of rows that a cache remembers: which slots are computed, and what they see.
+
+layer 0      originals  o o o o o o o o o o      hidden copies        h h h h
+layer 1                 o o o o o o o o o o                             h h h
+...
+last layer   keys and values alone; queries      of the slots that predict  *
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from phd.cache import KVCache
+from phd.cached_attention import attend_places, merge_near
+from phd.rope import Rope, rotate
+
+Pair = tuple[Tensor, Tensor]
+
+
+class Extension:
+    """What new tokens add to a cache, for all layers.
+
+    A layer's slots are those of all new tokens that are remembered, `places` of each, and then the
+    hidden copies of the last `spans[layer]` new tokens of each row, token by token.
+
+    Args:
+        new: how many new tokens each row has; their ends are what they are aligned to.
+        tokens: T, the most that a row may have.
+        keep: for how many of each row's last tokens there will be logits.
+        static: every shape follows from those of the tokens and the cache, and nothing on the host
+            decides about lengths, as CUDA graphs need; for one token of each row.
+
+    Attributes:
+        remembered: new slots that are remembered, T * places.
+        hidden: hidden copies of a token that are not.
+        reach: places that some row may see.
+        aligned: all rows are of one length before, and of one after, and the host knows them.
+        fresh: nothing has been seen yet.
+        spans: for how many tokens at the end of each row a layer needs hidden copies.
+    """
+
+    def __init__(
+        self,
+        cache: KVCache,
+        rope: Rope,
+        new: Sequence[int],
+        *,
+        tokens: int,
+        keep: int = 1,
+        static: bool = False,
+    ) -> None:
+        self.cache, self.keep = cache, keep
+        self.layers, self.places = len(cache.originals), cache.pattern.places
+        self.remembered = tokens * self.places
+        self.hidden = cache.pattern.K - self.places
+        self.past = list(cache.host_lengths)
+        self.aligned = not static and len(set(self.past)) == len(set(new)) == 1
+        self.fresh = not static and max(self.past) == 0
+        self.reach = (cache.capacity if static else max(self.past) + tokens) * self.places
+        self.spans = [1] * self.layers if static else self._spans(new)
+        if not self.hidden:
+            self.spans = [0] * self.layers
+        device = cache.lengths.device
+        self.begins = cache.lengths[:, None]
+        self.counts = torch.full_like(self.begins, new[0])
+        if len(set(new)) > 1:
+            self.counts = torch.tensor(new, device=device)[:, None]
+        # Places among the new tokens of those with hidden copies, (B, span); below 0: no token.
+        self.hidden_tokens = self.counts - torch.arange(self.spans[0], 0, -1, device=device)
+        self.hidden_position = (self.begins + self.hidden_tokens).clamp(min=0)
+        self.rope = self._rope(rope, tokens)
+        self.seen = None if self.aligned and self.remembered == 1 else self._seen()
+        if self.spans[0]:
+            self.hidden_seen = self._hidden_seen()
+            self.into_ring = self._into_ring()
+
+    def _spans(self, new: Sequence[int]) -> list[int]:
+        if not self.hidden:
+            return [0] * self.layers
+        needed = self.cache.pattern.hidden_needed
+        ends = [(past, past + count) for past, count in zip(self.past, new, strict=True)]
+        return [
+            max(end - max(past, needed(end - self.keep, above)) for past, end in ends)
+            for above in range(self.layers, 0, -1)
+        ]
+
+    def _rope(self, rope: Rope, tokens: int) -> Pair:
+        """(cos, sin) of the first layer's slots, (B or 1, 1, M, H/2)."""
+        rows = slice(1) if self.aligned else slice(None)
+        device = self.begins.device
+        token = (self.begins + torch.arange(tokens, device=device))[rows]
+        copy = torch.arange(self.cache.pattern.K, device=device)
+        cos, sin = rope.at(token, copy[: self.places])
+        if self.spans[0]:
+            more = rope.at(self.hidden_position[rows], copy[self.places :])
+            cos, sin = (torch.cat(pair, 1) for pair in zip((cos, sin), more, strict=True))
+        return cos[:, None], sin[:, None]
+
+    def _seen(self) -> Tensor:
+        """How many places each of the first layer's slots sees, (B, 1, M, 1)."""
+        number = torch.arange(1, self.remembered + 1, device=self.begins.device)
+        seen = self.begins * self.places + number
+        if self.spans[0]:
+            hidden = (self.hidden_position + 1).repeat_interleave(self.hidden, 1)
+            seen = torch.cat([seen, hidden], 1)
+        return seen[:, None, :, None]
+
+    def _hidden_seen(self) -> Tensor:
+        """Which hidden copies the new ones see, bool (B, 1, span * (K-1), keys).
+
+        The keys are those that the ring held before, and then the new ones.
+        """
+        first = (self.begins + self.hidden_tokens)[..., None] * self.hidden
+        slots = (first + torch.arange(self.hidden, device=first.device)).flatten(1)
+        seen = self.cache.pattern.hidden_seen(self.hidden_position)
+        seen = seen.transpose(1, 2).flatten(1)[..., None]
+        query, held = slots[..., None], self._held(self.begins)[:, None]
+        behind = query - slots[:, None]
+        is_token = (self.hidden_tokens >= 0).repeat_interleave(self.hidden, 1)[:, None]
+        old = (held >= 0) & (query - held < seen)
+        return torch.cat([old, (behind >= 0) & (behind < seen) & is_token], 2)[:, None]
+
+    def _held(self, lengths: Tensor) -> Tensor:
+        """The number of the hidden copy in each place of the ring after so many tokens (B, 1),
+        (B, R); below 0 where there is none."""
+        ring = self.cache.ring[0].shape[3]
+        last = lengths * self.hidden - 1
+        return last - (last - torch.arange(ring, device=lengths.device)) % max(ring, 1)
+
+    def _into_ring(self) -> Pair:
+        """For each place of the ring, which of the first layer's new hidden copies it gets, and
+        whether it gets one; (B, 1, R, 1)."""
+        held = self._held(self.begins + self.counts)
+        first = (self.begins + self.counts - self.spans[0]) * self.hidden
+        is_new = held >= self.begins * self.hidden
+        return (held - first)[:, None, :, None], is_new[:, None, :, None]
+
+    def stream(self, x: Tensor) -> Tensor:
+        """All copies' input (B, K or 1, T, D) -> the first layer's slots (B, 1, M, D)."""
+        x = x.expand(-1, self.cache.pattern.K, -1, -1)
+        slots = x[:, : self.places].transpose(1, 2).flatten(1, 2)
+        if self.spans[0]:
+            token = self.hidden_tokens.clamp(min=0)[:, None, :, None]
+            hidden = x[:, self.places :]
+            hidden = hidden.gather(2, token.expand(-1, self.hidden, -1, x.shape[3]))
+            slots = torch.cat([slots, hidden.transpose(1, 2).flatten(1, 2)], 1)
+        return slots[:, None]
+
+    def of_layer(self, x: Tensor, layer: int) -> Tensor:
+        """A layer's slots of what belongs to the first layer's, (B or 1, 1, M, ...)."""
+        return self._less(x, self.spans[0] - self.spans[layer])
+
+    def asked(self, x: Tensor, layer: int) -> Tensor:
+        """The slots that a layer computes, of (B or 1, 1, M, ...) of its own."""
+        if layer < self.layers - 1:
+            return self._less(x, self.spans[layer] - self.spans[layer + 1])
+        if self.keep == 0:
+            return x[:, :, :0]
+        # The last copy of the last tokens.
+        if self.hidden:
+            return x[:, :, -self.keep * self.hidden :][:, :, self.hidden - 1 :: self.hidden]
+        last = self.counts - torch.arange(self.keep, 0, -1, device=self.counts.device)
+        slots = (last.clamp(min=0) * self.places + self.places - 1)[:, None, :, None]
+        if x.shape[0] == 1:
+            slots = slots[:1]
+        return x.gather(2, slots.expand(-1, -1, -1, x.shape[3]))
+
+    def _less(self, x: Tensor, tokens: int) -> Tensor:
+        """Without the hidden copies of the first `tokens` tokens that have some."""
+        if tokens == 0:
+            return x
+        first = self.remembered + tokens * self.hidden
+        return torch.cat([x[:, :, : self.remembered], x[:, :, first:]], 2)
+
+
+@dataclass(frozen=True)
+class ExtensionView:
+    """How a layer sees new tokens; see `phd.view.View`."""
+
+    extension: Extension
+    layer: int
+
+    def asked(self, x: Tensor) -> Tensor:
+        return self.extension.asked(x, self.layer)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        new = self.extension
+        tables = [new.of_layer(x, self.layer) for x in new.rope]
+        k, v = rotate(k, *(x.unsqueeze(2) for x in tables))[:, :, 0], v[:, 0]
+        q = rotate(q, *(self.asked(x).unsqueeze(2) for x in tables))
+        out = self._attend(q[:, :, 0], k, v)
+        if new.spans[self.layer] and new.cache.ring[self.layer].shape[3]:
+            self._turn_ring(k, v)
+        return out.unsqueeze(2)
+
+    @property
+    def last(self) -> bool:
+        return self.layer == self.extension.layers - 1
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Queries (B, N, T', H) over everything, of which the new slots are (B, G, M, H)."""
+        new = self.extension
+        remembered = k[:, :, : new.remembered], v[:, :, : new.remembered]
+        places = self._remember(*remembered)
+        # Prompts begin with causal attention among what is remembered.
+        causal = new.remembered if new.fresh and not self.last else 0
+        parts = []
+        if causal:
+            parts.append(
+                scaled_dot_product_attention(
+                    q[:, :, :causal], *remembered, is_causal=True, enable_gqa=True
+                )
+            )
+        q = q[:, :, causal:]
+        if q.shape[2] or not parts:
+            parts.append(self._attend_cache(q, places, k, v, causal))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+
+    def _attend_cache(self, q: Tensor, places: Pair, k: Tensor, v: Tensor, first: int) -> Tensor:
+        """The queries from `first` on, over places and hidden copies."""
+        new = self.extension
+        if not q.shape[2]:
+            return q
+        seen = new.seen
+        if seen is not None:
+            seen = self.asked(new.of_layer(seen, self.layer))[:, 0, first:, 0]
+        out, lse = attend_places(q, *places, seen)
+        # Remembered slots see no hidden copy.
+        plain = 0 if self.last or first else new.remembered
+        if not new.hidden or q.shape[2] == plain:
+            return out
+        keys, values = (
+            torch.cat([ring, x[:, :, new.remembered :].to(ring.dtype)], 2)
+            for ring, x in zip(new.cache.ring[self.layer], (k, v), strict=True)
+        )
+        result = out[:, :, plain:], lse[:, :, plain:]
+        merged = merge_near(q[:, :, plain:], result, keys, values, self._hidden_seen())
+        return torch.cat([out[:, :, :plain], merged.to(out.dtype)], 2)
+
+    def _remember(self, k: Tensor, v: Tensor) -> Pair:
+        """Write what is remembered, (B, G, T * places, H), to the cache; all places in reach."""
+        new, cache = self.extension, self.extension.cache.originals[self.layer]
+        if new.aligned:
+            begin = new.past[0] * new.places
+            cache[0, :, :, begin : begin + new.remembered] = k
+            cache[1, :, :, begin : begin + new.remembered] = v
+        else:
+            number = torch.arange(new.remembered, device=k.device)
+            place = (new.begins * new.places + number)[:, None, :, None].expand(k.shape)
+            cache[0].scatter_(2, place, k.to(cache.dtype))
+            cache[1].scatter_(2, place, v.to(cache.dtype))
+        keys, values = cache[:, :, :, : new.reach]
+        return keys, values
+
+    def _hidden_seen(self) -> Tensor:
+        """`Extension.hidden_seen` for this layer's keys, and the queries that it computes."""
+        new = self.extension
+        mask, unused = new.hidden_seen, (new.spans[0] - new.spans[self.layer]) * new.hidden
+        if unused:
+            ring = new.cache.ring[self.layer].shape[3]
+            mask = torch.cat([mask[..., :ring], mask[..., ring + unused :]], -1)
+        if self.last:
+            return mask[:, :, -new.keep * new.hidden :][:, :, new.hidden - 1 :: new.hidden]
+        return mask[:, :, -new.spans[self.layer + 1] * new.hidden :]
+
+    def _turn_ring(self, k: Tensor, v: Tensor) -> None:
+        """Write the new hidden copies' keys and values (B, G, M, H) into the ring."""
+        new, ring = self.extension, self.extension.cache.ring[self.layer]
+        number, is_new = new.into_ring
+        number = number - (new.spans[0] - new.spans[self.layer]) * new.hidden
+        is_new = is_new & (number >= 0)
+        source = (number.clamp(min=0) + new.remembered).expand(-1, k.shape[1], -1, k.shape[3])
+        for part, x in zip(ring, (k, v), strict=True):
+            part.copy_(torch.where(is_new, x.gather(2, source).to(part.dtype), part))

@@ -1,0 +1,77 @@
+"""A captured step decodes as the plain one does, whatever the lengths are."""
+
+from functools import partial
+from typing import get_args
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from phd.cache import KVCache
+from phd.config import ModelConfig, Variant
+from phd.decoder import Decoder
+from phd.inference import one_step, prefill
+from phd.model import Transformer
+
+variants = pytest.mark.parametrize("variant", get_args(Variant))
+TOKENS = torch.randint(0, 17, (2, 40), generator=torch.Generator().manual_seed(0))
+
+
+def model_of(variant: Variant) -> Transformer:
+    config = ModelConfig(
+        variant=variant,
+        K=1 if variant == "vanilla" else 3,
+        window=4,
+        chunk=8,
+        layers=3,
+        dim=16,
+        ffn_dim=20,
+        heads=4,
+        kv_heads=2,
+        head_dim=4,
+        vocab_size=17,
+        max_seq_len=40,
+    )
+    return Transformer(config).reset(0).double()
+
+
+def begun(model: Transformer, capacity: int) -> tuple[KVCache, list[int]]:
+    """A cache of two prompts of unequal length."""
+    lengths = [9, 4]
+    return prefill(model, TOKENS[:, :9], lengths, capacity=capacity)[1], lengths
+
+
+@variants
+@pytest.mark.parametrize("capacity", [9, 40])  # one grows, one has room from the start
+def test_it_decodes_what_the_full_forward_gives(variant: Variant, capacity: int) -> None:
+    model = model_of(variant)
+    full = model.logits(TOKENS)
+    cache, lengths = begun(model, capacity)
+    decoder = Decoder(model, cache)
+    for _ in range(31):
+        logits = decoder(torch.stack([TOKENS[row, n] for row, n in enumerate(lengths)]))
+        expected = torch.stack([full[row, n] for row, n in enumerate(lengths)])
+        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-9)
+        lengths = [n + 1 for n in lengths]
+        assert cache.host_lengths == cache.lengths.tolist() == lengths
+    with pytest.raises(ValueError, match="a row of 41 tokens is longer"):
+        decoder(TOKENS[:, 0])
+
+
+@variants
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_its_work_is_one_graph_for_all_lengths(variant: Variant) -> None:
+    torch.compiler.reset()
+    model = model_of(variant)
+    full = model.logits(TOKENS)
+    _, cache = prefill(model, TOKENS[:, :9], capacity=40)
+    counter = CompileCounterWithBackend("aot_eager")
+    work = torch.compile(
+        partial(one_step, static=True), backend=counter, fullgraph=True, dynamic=False
+    )
+    with torch.no_grad():
+        for n in range(9, 15):
+            logits = work(model, TOKENS[:, n], cache)
+            torch.testing.assert_close(logits, full[:, n], rtol=0, atol=1e-9)
+            cache.advance([1, 1])
+    assert counter.frame_count == 1
