@@ -1,11 +1,16 @@
 """Drawing text from a model, token by token."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
+from phd.cache import KVCache
+from phd.decoder import Decoder
+from phd.inference import decode, prefill
 from phd.model import Transformer
 
 
@@ -59,23 +64,47 @@ class Sampling:
 @torch.no_grad()
 def generate(
     model: Transformer,
-    prompt: Tensor,
+    prompts: Sequence[Tensor],
     sampling: Sampling,
-    generator: torch.Generator,
+    dice: Sequence[torch.Generator],
     max_tokens: int,
 ) -> Iterator[Tensor]:
-    """Yield up to `max_tokens` new token ids (B,), one position at a time.
+    """Yield up to `max_tokens` new token ids (B,), one place at a time.
+
+    Where a text has filled the model's context, its last half is read anew, and it goes on.
 
     Args:
-        prompt: int64 (B, T), T >= 1.
-
-    Each is drawn from a full forward pass over everything so far; where that is longer than
-    RoPE's table, over its end.
+        prompts: int64 (T,) each, T >= 1, of any lengths.
+        dice: each text's own randomness, so that it does not depend on the texts beside it.
     """
-    tokens = prompt
-    for _ in range(max_tokens):
-        context = tokens[:, -model.config.max_seq_len :]
-        logits = model.predict(model(context)[:, -1])
-        new = sampling.draw(logits, generator).to(tokens.device)
-        yield new
-        tokens = torch.cat([tokens, new[:, None]], dim=1)
+    limit = model.config.max_seq_len
+    texts = [prompt if len(prompt) <= limit else _end(prompt, limit) for prompt in prompts]
+    while max_tokens:
+        longest = max(map(len, texts))
+        logits, cache = _read(model, texts, min(limit, longest + max_tokens))
+        new: list[Tensor] = []
+        step = Decoder(model, cache) if logits.is_cuda else partial(decode, model, cache=cache)
+        while True:
+            rows = zip(logits, dice, strict=True)
+            new.append(torch.cat([sampling.draw(row[None], die) for row, die in rows]))
+            yield new[-1]
+            max_tokens -= 1
+            if not max_tokens or max(cache.host_lengths) == limit:
+                break
+            logits = step(new[-1].to(logits.device))
+        added = torch.stack(new, 1).to(prompts[0].device)
+        texts = [_end(torch.cat(pair), limit) for pair in zip(texts, added, strict=True)]
+
+
+def _read(model: Transformer, texts: list[Tensor], capacity: int) -> tuple[Tensor, KVCache]:
+    return prefill(
+        model,
+        pad_sequence(texts, batch_first=True),
+        [len(text) for text in texts],
+        capacity=capacity,
+    )
+
+
+def _end(text: Tensor, limit: int) -> Tensor:
+    """The last half of a context's length, of a text that has more than that."""
+    return text[-max(1, limit // 2) :]

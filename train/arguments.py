@@ -4,7 +4,7 @@ import inspect
 import json
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
+from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 from train.validation import ConfigError, build, defaults, keys
 
@@ -69,9 +69,19 @@ def usage(cls: Any) -> str:
 def _value(hint: Any, text: str) -> Any:
     """Reads text as JSON, unless the field holds text; `null` is None where that may be.
 
+    Several texts are a JSON list, or one text.
+
     >>> _value(int, "3"), _value(str, "3"), _value(str | None, "null"), _value(float, "1e-3")
     (3, '3', None, 0.001)
+    >>> _value(tuple[str, ...], "def"), _value(tuple[str, ...], '["a", "b"]')
+    (['def'], ['a', 'b'])
     """
+    if get_origin(hint) is tuple:
+        try:
+            texts = json.loads(text)
+        except json.JSONDecodeError:
+            texts = text
+        return texts if isinstance(texts, list) else [text]
     holds = get_args(hint) or (hint,)
     if str in holds and not (text == "null" and type(None) in holds):
         return text

@@ -1,26 +1,30 @@
 """Write text with a trained model.
 
 python train/generate.py run=runs/phd_cswa-2-16-32-tiny prompt="def main("
+python train/generate.py run=runs/phd_cswa-2-16-32-tiny prompt="class " n=4 temperature=1 top_p=0.9
+python train/generate.py run=runs/phd_cswa-2-16-32-tiny file=prompts.txt stop="def " >texts.jsonl
+python train/generate.py run=runs/phd_cswa-2-16-32-tiny
 """
 
 import train  # noqa: F401  # first: how threads wait is settled before torch is loaded
 
 # isort: split
+import json
 import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
+import numpy as np
 import torch
-from omegaconf import OmegaConf
 
-from data.tokenizer import Tokenizer
-from phd.model import Transformer
 from phd.sampling import Sampling, generate
 from train import arguments
-from train.checkpoint import CheckpointStore
-from train.config import Config
-from train.device import choose_device, device_problems
+from train.continuation import Continuation
+from train.device import autocast, choose_device, device_problems, precision
 from train.engine_config import EngineConfig
+from train.trained_model import load_run
 from train.validation import ConfigError
 
 
@@ -30,29 +34,47 @@ class GenerateArguments:
 
     Attributes:
         run: the directory of a run; its newest whole checkpoint is taken.
-        prompt: what the text goes on from.
-        max_tokens: how many tokens are written at most.
+        prompt: what the text goes on from; null: what comes from the standard input, line by line
+            where that is a terminal.
+        file: a file of prompts, one a line, or `.jsonl` with a `prompt` in each; every text is
+            written as a line of JSON, with why it ended: `document`, `stop` or `length`.
+        n: texts for each prompt.
+        batch: how many texts are written at the same time.
+        max_tokens: how many tokens a text gets at most.
         temperature: 0 always takes the most likely token.
         top_k: only the k most likely tokens; null: all.
         top_p: only the most likely tokens that together have this probability; null: all.
-        seed: equal seeds write equal texts.
+        stop: a text, or a JSON list of them, that ends what is written, and is not part of it.
+        seed: equal seeds write equal texts, however many there are.
         device: auto, cpu or cuda.
     """
 
     run: str
-    prompt: str = "def "
+    prompt: str | None = None
+    file: str | None = None
+    n: int = 1
+    batch: int = 16
     max_tokens: int = 200
     temperature: float = 0.8
     top_k: int | None = None
     top_p: float | None = None
+    stop: tuple[str, ...] = ()
     seed: int = 0
     device: str = "auto"
 
     def problems(self) -> list[str]:
         """Every impossible setting, one sentence each."""
-        found = []
-        if self.max_tokens < 1:
-            found.append(f"max_tokens={self.max_tokens}: expected an integer of at least 1")
+        found = [
+            f"{key}={value}: expected an integer of at least 1"
+            for key in ("n", "batch", "max_tokens")
+            if (value := getattr(self, key)) < 1
+        ]
+        if self.seed < 0:
+            found.append(f"seed={self.seed}: expected an integer of at least 0")
+        if "" in self.stop:
+            found.append("stop: an empty text would end everything; give one that may be written")
+        if self.file is not None and self.prompt is not None:
+            found.append(f"file={self.file}: gives the prompts; leave out prompt")
         found += device_problems(self.device)
         try:
             self.sampling()
@@ -65,52 +87,125 @@ class GenerateArguments:
         return Sampling(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
 
 
-def load_run(directory: Path, device: torch.device) -> tuple[Transformer, Tokenizer]:
-    """The model of a run's newest whole checkpoint, and its tokenizer.
+class Writer:
+    """A loaded model, and what it writes."""
 
-    Raises:
-        ConfigError: there is no such run, or it has no whole checkpoint.
-    """
-    for name in ("config.yaml", "tokenizer.model"):
-        if not (directory / name).is_file():
-            problem = f"run={directory}: no {name} there; give the directory of a run"
-            raise ConfigError([problem], "the arguments")
-    try:
-        checkpoint = CheckpointStore(directory / "checkpoints", keep=1).newest()
-    except ValueError as error:
-        raise ConfigError([f"run={directory}: {error}"], "the arguments") from error
-    if checkpoint is None:
-        problem = f"run={directory}: no checkpoint there yet; let it train on"
-        raise ConfigError([problem], "the arguments")
-    for path, reason in checkpoint.passed_over:
-        print(f"passed over the checkpoint {path}: {reason}", file=sys.stderr)
-    settings = OmegaConf.to_container(OmegaConf.load(directory / "config.yaml"))
-    config = Config.from_dict(settings)  # type: ignore[arg-type]
-    with torch.device("meta"):
-        model = Transformer(config.model)
-    model.to_empty(device=device).load(checkpoint.load_weights())
-    return model.eval(), Tokenizer.load(directory / "tokenizer.model")
+    def __init__(self, given: GenerateArguments) -> None:
+        self.given = given
+        config = EngineConfig(device=given.device)  # type: ignore[arg-type]
+        self.device = choose_device(config)
+        self.dtype = precision(config, self.device)
+        self.model, self.tokenizer = load_run(Path(given.run), self.device)
+
+    def stream(self, prompt: str) -> Iterator[str]:
+        """The prompt and what follows it, as it comes."""
+        yield prompt
+        text = self._begun(prompt)
+        for token in self._tokens([text], [(0, 0)]):
+            yield text.add(int(token[0]))
+            if text.ending:
+                break
+        yield text.finish()
+
+    def write(self, prompts: Sequence[str]) -> Iterator[tuple[str, Continuation]]:
+        """`n` texts for each prompt, in this order, a batch of them at a time."""
+        jobs = list(product(enumerate(prompts), range(self.given.n)))
+        for begin in range(0, len(jobs), self.given.batch):
+            some = jobs[begin : begin + self.given.batch]
+            texts = [
+                Continuation(self.tokenizer, prompt, self.given.stop) for (_, prompt), _ in some
+            ]
+            for tokens in self._tokens(texts, [(place, sample) for (place, _), sample in some]):
+                for text, token in zip(texts, tokens.tolist(), strict=True):
+                    if not text.ending:
+                        text.add(token)
+                if all(text.ending for text in texts):
+                    break
+            for ((_, prompt), _), text in zip(some, texts, strict=True):
+                text.finish()
+                yield prompt, text
+
+    def _begun(self, prompt: str) -> Continuation:
+        return Continuation(self.tokenizer, prompt, self.given.stop)
+
+    def _tokens(
+        self, texts: Sequence[Continuation], places: Sequence[tuple[int, int]]
+    ) -> Iterator[torch.Tensor]:
+        """The texts' next tokens; each text's randomness is its place's alone."""
+        prompts = [torch.tensor(text.ids, device=self.device) for text in texts]
+        seeds = [np.random.SeedSequence([self.given.seed, *place]) for place in places]
+        dice = [torch.Generator().manual_seed(int(s.generate_state(1)[0])) for s in seeds]
+        with autocast(self.device, self.dtype):
+            yield from generate(
+                self.model, prompts, self.given.sampling(), dice, self.given.max_tokens
+            )
 
 
 def main(given: GenerateArguments) -> int:
-    """Print the prompt and what follows it, as it comes."""
-    device = choose_device(EngineConfig(device=given.device))  # type: ignore[arg-type]
-    model, tokenizer = load_run(Path(given.run), device)
-    ids = [tokenizer.eos_id, *tokenizer.encode(given.prompt).tolist()]
-    dice = torch.Generator().manual_seed(given.seed)
-    prompt = torch.tensor([ids], device=device)
-    shown = ""
-    for token in generate(model, prompt, given.sampling(), dice, given.max_tokens):
-        if token.item() == tokenizer.eos_id:
-            break
-        ids.append(int(token.item()))
-        text = tokenizer.decode(ids)
-        # A character of several byte tokens shows as U+FFFD until its last byte is there.
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
-            print(text[len(shown) :], end="", flush=True)
-            shown = text
-    print(tokenizer.decode(ids)[len(shown) :])
+    """Write what the arguments ask for to the standard output."""
+    prompts = read_prompts(Path(given.file)) if given.file else []
+    writer = Writer(given)
+    if given.file:
+        for prompt, text in writer.write(prompts):
+            line = {"prompt": prompt, "text": text.text, "ending": text.ending}
+            print(json.dumps(line, ensure_ascii=False), flush=True)
+    elif given.prompt is not None:
+        show(writer, given.prompt)
+    elif sys.stdin.isatty():
+        _converse(writer)
+    else:
+        show(writer, sys.stdin.read())
     return 0
+
+
+def show(writer: Writer, prompt: str) -> None:
+    """Print one text as it comes, or several one after the other."""
+    if writer.given.n == 1:
+        for piece in writer.stream(prompt):
+            print(piece, end="", flush=True)
+        print()
+        return
+    for number, (_, text) in enumerate(writer.write([prompt]), 1):
+        print(f"--- {number} of {writer.given.n}, ended by {text.ending}")
+        print(prompt + text.text, flush=True)
+
+
+def _converse(writer: Writer) -> None:
+    """Go on from each line that is typed, until the input ends."""
+    print("a prompt and Enter; Ctrl-D ends", file=sys.stderr)
+    while True:
+        try:
+            prompt = input("> ")
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        show(writer, prompt)
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The prompts in a file: its lines that are not empty, or the `prompt` of each in `.jsonl`.
+
+    Raises:
+        ConfigError: it cannot be read, or has a line without a prompt, or none at all.
+    """
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        prompts = [_prompt(line) for line in lines] if path.suffix == ".jsonl" else lines
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        problem = f"file={path}: cannot be read ({error}); give a file of prompts, one a line"
+        raise ConfigError([problem], "the arguments") from error
+    if not prompts:
+        raise ConfigError([f"file={path}: no prompt in it; write one a line"], "the arguments")
+    return prompts
+
+
+def _prompt(line: str) -> str:
+    """The prompt of a line of JSON."""
+    record = json.loads(line)
+    prompt = record.get("prompt") if isinstance(record, dict) else None
+    if not isinstance(prompt, str):
+        raise ValueError(f"no text named `prompt` in {line[:80]}")
+    return prompt
 
 
 if __name__ == "__main__":

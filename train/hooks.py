@@ -282,12 +282,12 @@ class Sample:
         """The prompt and what follows it, until the document ends. Every rank writes the same."""
         settings = self.config.hooks.sample
         prompt = [self.tokenizer.eos_id, *self.tokenizer.encode(settings.prompt).tolist()]
-        tokens = torch.tensor([prompt], device=self.engine.device)
+        tokens = torch.tensor(prompt, device=self.engine.device)
         dice = torch.Generator().manual_seed(self.config.seed)
         new: list[int] = []
         with self.engine.usable() as model:
             # To the end also where the document ends before it: no rank may ask less often.
-            for token in generate(model, tokens, Sampling(), dice, settings.tokens):
+            for token in generate(model, [tokens], Sampling(), [dice], settings.tokens):
                 if self.stop():
                     return None
                 new.append(int(token.item()))

@@ -76,16 +76,36 @@ def test_a_vanishing_temperature_leaves_the_most_likely_token() -> None:
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_generation_is_a_full_forward_pass_and_a_draw_for_each_token(temperature: float) -> None:
-    config = ModelConfig(layers=2, dim=16, ffn_dim=24, head_dim=8, vocab_size=31, max_seq_len=7)
-    model, prompt = Transformer(config).reset(0), torch.randint(0, 31, (2, 3))
-    sampling, seeds = Sampling(temperature=temperature), (torch.Generator() for _ in range(2))
-    one, other = (generator.manual_seed(5) for generator in seeds)
-    found = torch.stack(list(generate(model, prompt, sampling, one, max_tokens=9)), 1)
-    text = prompt
-    for _ in range(9):
-        logits = model.logits(text[:, -7:])[:, -1]
-        text = torch.cat([text, sampling.draw(logits, other)[:, None]], 1)
-    assert torch.equal(found, text[:, 3:])
+    """Of texts of unequal length at once; a full context goes on from its last half."""
+    config = ModelConfig(layers=2, dim=16, ffn_dim=24, head_dim=8, vocab_size=31, max_seq_len=9)
+    model, sampling = Transformer(config).reset(0), Sampling(temperature=temperature)
+    prompts = [torch.randint(0, 31, (n,)) for n in (3, 7, 1, 9, 12)]
+    dice = [torch.Generator().manual_seed(i) for i in range(5)]
+    found = torch.stack(list(generate(model, prompts, sampling, dice, max_tokens=20)), 1)
+    texts = [prompt if len(prompt) <= 9 else prompt[-4:] for prompt in prompts]
+    dice = [torch.Generator().manual_seed(i) for i in range(5)]
+    expected = []
+    for _ in range(20):
+        if max(map(len, texts)) > 9:
+            texts = [text[-4:] for text in texts]
+        rows = [model.logits(text[None])[:, -1] for text in texts]
+        new = [sampling.draw(row, die) for row, die in zip(rows, dice, strict=True)]
+        texts = [torch.cat(pair) for pair in zip(texts, new, strict=True)]
+        expected.append(torch.cat(new))
+    assert torch.equal(found, torch.stack(expected, 1))
+
+
+def test_a_text_does_not_depend_on_those_beside_it() -> None:
+    config = ModelConfig(layers=2, dim=16, ffn_dim=24, head_dim=8, vocab_size=31, max_seq_len=40)
+    model, sampling = Transformer(config).reset(0), Sampling(temperature=1.0)
+    prompts = [torch.randint(0, 31, (n,)) for n in (3, 7, 1)]
+
+    def written(*chosen: int) -> list[list[int]]:
+        dice = [torch.Generator().manual_seed(i) for i in chosen]
+        texts = generate(model, [prompts[i] for i in chosen], sampling, dice, max_tokens=15)
+        return torch.stack(list(texts), 1).tolist()
+
+    assert written(0, 1, 2) == [*written(0), *written(1), *written(2)]
 
 
 def test_impossible_settings_are_all_told_at_once() -> None:

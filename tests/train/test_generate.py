@@ -1,5 +1,7 @@
 """The text of a trained model, as it comes, and what is said when there is none."""
 
+import io
+import json
 import os
 import sys
 from itertools import pairwise
@@ -9,8 +11,9 @@ import pytest
 import torch
 
 from train.arguments import parse
-from train.generate import GenerateArguments, load_run, main
+from train.generate import GenerateArguments, main
 from train.run import Run
+from train.trained_model import load_run
 from train.validation import ConfigError
 
 
@@ -33,14 +36,17 @@ def refusal(run: Path) -> str:
 def test_without_temperature_it_is_the_most_likely_text(config, trained, capsys) -> None:
     run = trained(config("model.K=3")).run
     ids = [run.tokenizer.eos_id, *run.tokenizer.encode("def é").tolist()]
-    for _ in range(60):  # beyond the 64 positions that the model has
+    context = ids
+    for _ in range(70):  # beyond the 64 positions that the model has
+        context = context if len(context) <= 64 else context[-32:]
         with torch.no_grad():
-            logits = run.engine.model.logits(torch.tensor([ids[-64:]]))[0, -1]
+            logits = run.engine.model.logits(torch.tensor([context]))[0, -1]
         new = int(logits.argmax())
         if new == run.tokenizer.eos_id:
             break
-        ids.append(new)
-    given = {"run": str(run.directory), "prompt": "def é", "max_tokens": 60, "temperature": 0}
+        ids, context = [*ids, new], [*context, new]
+    assert len(ids) > 64
+    given = {"run": str(run.directory), "prompt": "def é", "max_tokens": 70, "temperature": 0}
     assert written(capsys, **given) == run.tokenizer.decode(ids) + "\n"
 
 
@@ -89,7 +95,7 @@ def test_a_character_of_several_tokens_is_written_whole_and_the_separator_ends_i
     pieces: list[str] = []
     monkeypatch.setattr(sys.stdout, "write", pieces.append)
     main(GenerateArguments(run=str(run.directory), prompt="a", temperature=0, device="cpu"))
-    assert [piece for piece in pieces if piece] == ["a漢", "k", "\n"]
+    assert [piece for piece in pieces if piece] == ["a", "漢", "k", "\n"]
 
 
 def test_a_character_that_was_not_finished_is_shown_as_such(config, opened, capsys) -> None:
@@ -145,3 +151,83 @@ def test_impossible_arguments_are_all_told_at_once(monkeypatch: pytest.MonkeyPat
     ]
     with pytest.raises(ConfigError, match=r"\n  device=cuda: this machine has no usable CUDA"):
         parse(GenerateArguments, ["run=x", "device=cuda"])
+
+
+# Several texts
+
+
+def lines(text: str) -> list[dict]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_a_file_of_prompts_gives_a_line_of_json_for_each_text(config, trained, capsys) -> None:
+    directory = trained(config("model.K=3")).run.directory
+    prompts = ["def é", "the cache and", "one", "a b c"]
+    plain, records = directory / "prompts.txt", directory / "prompts.jsonl"
+    plain.write_text("\n\n".join(prompts) + "\n")
+    records.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in prompts))
+    given = {"run": str(directory), "n": 2, "max_tokens": 20, "temperature": 1.0}
+    found = lines(written(capsys, file=str(plain), batch=3, **given))
+    assert [line["prompt"] for line in found] == [p for p in prompts for _ in range(2)]
+    assert len({line["text"] for line in found}) == 8
+    assert {line["ending"] for line in found} <= {"document", "length"}
+    # However many are written at the same time, and wherever the prompts come from.
+    assert lines(written(capsys, file=str(records), batch=50, **given)) == found
+    first = written(capsys, prompt=prompts[0], **given | {"n": 1})
+    assert first == prompts[0] + found[0]["text"] + "\n"
+    both = written(capsys, prompt=prompts[0], **given)
+    assert both.startswith(f"--- 1 of 2, ended by {found[0]['ending']}\n{prompts[0]}")
+    assert both.endswith(prompts[0] + found[1]["text"] + "\n")
+
+
+def test_a_stop_ends_a_text_and_is_not_part_of_it(config, opened, capsys, tmp_path) -> None:
+    run = opened(config("model.tied=false"))
+    tokens = [run.tokenizer.encode(text).tolist() for text in "akcxyz"]
+    reciting(run, [token for [token] in tokens] + [run.tokenizer.eos_id])
+    given = {"run": str(run.directory), "prompt": "a", "temperature": 0}
+    for stop, text in {
+        ("xy",): "akc",
+        ("c", "k"): "a",
+        ("yx",): "akcxyz",
+        ("zz",): "akcxyz",
+    }.items():
+        assert written(capsys, stop=stop, **given) == text + "\n"
+    (tmp_path / "p.txt").write_text("a\nc\n")
+    given = {"run": str(run.directory), "file": str(tmp_path / "p.txt"), "temperature": 0}
+    assert lines(written(capsys, stop=("c",), **given)) == [
+        {"prompt": "a", "text": "k", "ending": "stop"},
+        {"prompt": "c", "text": "xyz", "ending": "document"},
+    ]
+
+
+def test_without_a_prompt_the_standard_input_gives_it(
+    config, opened, capsys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = opened(config("model.tied=false"))
+    tokens = [run.tokenizer.encode(text).tolist() for text in "akc"]
+    reciting(run, [token for [token] in tokens] + [run.tokenizer.eos_id])
+    monkeypatch.setattr(sys, "stdin", io.StringIO("xa"))
+    assert written(capsys, run=str(run.directory), temperature=0) == "xakc\n"
+    terminal = io.StringIO("k\na\n")
+    terminal.isatty = lambda: True  # type: ignore[method-assign]
+    monkeypatch.setattr(sys, "stdin", terminal)
+    assert written(capsys, run=str(run.directory), temperature=0) == "> kc\n> akc\n> \n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("none.txt", None, "cannot be read"),
+        ("empty.txt", "\n \n", "no prompt in it"),
+        ("a.jsonl", '{"text": "a"}\n', "no text named `prompt` in {"),
+        ("b.jsonl", "prompt\n", "cannot be read"),
+    ],
+)
+def test_a_file_without_prompts_is_refused(
+    name: str, content: str | None, said: str, tmp_path: Path
+) -> None:
+    path = tmp_path / name
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ConfigError, match=said):
+        main(GenerateArguments(run="unread", file=str(path)))
