@@ -41,27 +41,34 @@ def attend_places(
     return out.reshape(B, N, Q, H), lse.reshape(B, N, Q)
 
 
-def merge_near(
-    q: Tensor, result: tuple[Tensor, Tensor], k: Tensor, v: Tensor, seen: Tensor
-) -> Tensor:
-    """Attention to a few more keys, merged with what it is without them (see `phd.packed`).
+def attend_near(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention to a few keys, with its log-sum-exp.
 
     Args:
         q: (B, N, Q, H).
-        result: out (B, N, Q, H) and lse (B, N, Q) without them.
         k, v: (B, G, keys, H).
         seen: bool (B, 1, Q, keys).
 
     Returns:
-        out (B, N, Q, H) with them.
+        out (B, N, Q, H), 0 where nothing is seen, and lse (B, N, Q), both in float32 or wider.
     """
-    out, lse = result
     B, N, Q, H = q.shape
-    dtype, lse = lse.dtype, lse[..., None]
+    dtype = torch.promote_types(q.dtype, torch.float32)
     q, k, v = (x.to(dtype) for x in (q, k, v))
     with torch.autocast(q.device.type, enabled=False):
         scores = (q.reshape(B, k.shape[1], -1, H) * H**-0.5) @ k.mT
-        scores = scores.view(B, N, Q, k.shape[2]).masked_fill(~seen, -torch.inf)
-        total = torch.logaddexp(lse, scores.logsumexp(-1, keepdim=True))
-        near = (scores - total).exp_().view(B, k.shape[1], -1, k.shape[2]) @ v
-    return (lse - total).exp_() * out + near.view(B, N, Q, H)
+        scores = scores.view(B, N, Q, k.shape[2]).masked_fill_(~seen, -torch.inf)
+        lse = scores.logsumexp(-1)
+        # Where nothing is seen, -inf less -inf would be no number.
+        peak = lse.clamp(min=torch.finfo(dtype).min)[..., None]
+        weights = scores.sub_(peak).exp_().view(B, k.shape[1], -1, k.shape[2])
+        return (weights @ v).view(B, N, Q, H), lse
+
+
+def merged(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """The attention to two sets of keys together, from out and lse of each (see `phd.packed`)."""
+    (out, lse), (more, more_lse) = one, other
+    share = torch.sigmoid(more_lse - lse)[..., None]
+    return torch.lerp(out.to(share.dtype), more.to(share.dtype), share), torch.logaddexp(
+        lse, more_lse
+    )

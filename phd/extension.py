@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 from phd.cache import KVCache
-from phd.cached_attention import attend_places, merge_near
+from phd.cached_attention import attend_near, attend_places, merged
+from phd.flash import causal_forward
 from phd.rope import Rope, rotate
 
 Pair = tuple[Tensor, Tensor]
@@ -38,7 +38,6 @@ class Extension:
         hidden: hidden copies of a token that are not.
         reach: places that some row may see.
         aligned: all rows are of one length before, and of one after, and the host knows them.
-        fresh: nothing has been seen yet.
         spans: for how many tokens at the end of each row a layer needs hidden copies.
     """
 
@@ -52,13 +51,12 @@ class Extension:
         keep: int = 1,
         static: bool = False,
     ) -> None:
-        self.cache, self.keep = cache, keep
+        self.cache, self.new, self.keep = cache, list(new), keep
         self.layers, self.places = len(cache.originals), cache.pattern.places
         self.remembered = tokens * self.places
         self.hidden = cache.pattern.K - self.places
         self.past = list(cache.host_lengths)
         self.aligned = not static and len(set(self.past)) == len(set(new)) == 1
-        self.fresh = not static and max(self.past) == 0
         self.reach = (cache.capacity if static else max(self.past) + tokens) * self.places
         self.spans = [1] * self.layers if static else self._spans(new)
         if not self.hidden:
@@ -203,42 +201,61 @@ class ExtensionView:
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Queries (B, N, T', H) over everything, of which the new slots are (B, G, M, H)."""
         new = self.extension
-        remembered = k[:, :, : new.remembered], v[:, :, : new.remembered]
+        remembered, hidden = (
+            [x[:, :, part] for x in (k, v)]
+            for part in (slice(new.remembered), slice(new.remembered, None))
+        )
         places = self._remember(*remembered)
-        # Prompts begin with causal attention among what is remembered.
-        causal = new.remembered if new.fresh and not self.last else 0
         parts = []
-        if causal:
-            parts.append(
-                scaled_dot_product_attention(
-                    q[:, :, :causal], *remembered, is_causal=True, enable_gqa=True
-                )
-            )
-        q = q[:, :, causal:]
-        if q.shape[2] or not parts:
-            parts.append(self._attend_cache(q, places, k, v, causal))
+        if not (self.last and new.hidden):
+            parts.append(self._attend_remembered(q[:, :, : new.remembered], places, remembered))
+        if new.hidden:
+            first = 0 if self.last else new.remembered
+            parts.append(self._attend_hidden(q[:, :, first:], places, hidden))
         return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
-    def _attend_cache(self, q: Tensor, places: Pair, k: Tensor, v: Tensor, first: int) -> Tensor:
-        """The queries from `first` on, over places and hidden copies."""
+    def _attend_remembered(self, q: Tensor, places: Pair, own: Sequence[Tensor]) -> Tensor:
+        """Queries of remembered slots, over all places, of which the new ones are `own`."""
         new = self.extension
         if not q.shape[2]:
             return q
-        seen = new.seen
-        if seen is not None:
-            seen = self.asked(new.of_layer(seen, self.layer))[:, 0, first:, 0]
-        out, lse = attend_places(q, *places, seen)
-        # Remembered slots see no hidden copy.
-        plain = 0 if self.last or first else new.remembered
-        if not new.hidden or q.shape[2] == plain:
-            return out
-        keys, values = (
-            torch.cat([ring, x[:, :, new.remembered :].to(ring.dtype)], 2)
-            for ring, x in zip(new.cache.ring[self.layer], (k, v), strict=True)
-        )
-        result = out[:, :, plain:], lse[:, :, plain:]
-        merged = merge_near(q[:, :, plain:], result, keys, values, self._hidden_seen())
-        return torch.cat([out[:, :, :plain], merged.to(out.dtype)], 2)
+        if self.last or not new.aligned or new.remembered == 1:
+            return attend_places(q, *places, self._seen(slice(q.shape[2])))[0]
+        result = causal_forward(q, own[0], own[1], q.shape[-1] ** -0.5)
+        if not new.past[0]:
+            return result[0]
+        old = (x[:, :, : new.past[0] * new.places] for x in places)
+        return merged(result, attend_places(q, *old))[0]
+
+    def _attend_hidden(self, q: Tensor, places: Pair, own: Sequence[Tensor]) -> Tensor:
+        """Queries of hidden copies, over all places, and over hidden copies old and new."""
+        new = self.extension
+        if not q.shape[2]:
+            return q
+        near = [
+            torch.cat([ring, x.to(ring.dtype)], 2)
+            for ring, x in zip(new.cache.ring[self.layer], own, strict=True)
+        ]
+        mask = self._hidden_seen()
+        seen, (k, v) = self._seen(slice(-q.shape[2], None)), places
+        if seen is not None and new.aligned:
+            # What all of them see needs no mask; the rest, a chunk or a window long, is near.
+            far = new.past[0] + new.new[0] - q.shape[2] // (1 if self.last else new.hidden)
+            near = [torch.cat([x, y[:, :, far:]], 2) for x, y in zip(near, places, strict=True)]
+            place = torch.arange(far, new.reach, device=q.device)
+            mask = torch.cat([mask, place < seen[:, None, :, None]], 3)
+            k, v, seen = k[:, :, :far], v[:, :, :far], None
+        result = attend_near(q, near[0], near[1], mask)
+        if k.shape[2]:
+            result = merged(result, attend_places(q, k, v, seen))
+        return result[0].to(q.dtype)
+
+    def _seen(self, queries: slice) -> Tensor | None:
+        """How many places some of the layer's queries see, (B, queries); None: all."""
+        new = self.extension
+        if new.seen is None:
+            return None
+        return self.asked(new.of_layer(new.seen, self.layer))[:, 0, queries, 0]
 
     def _remember(self, k: Tensor, v: Tensor) -> Pair:
         """Write what is remembered, (B, G, T * places, H), to the cache; all places in reach."""
