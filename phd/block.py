@@ -4,6 +4,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from phd.config import ModelConfig
+from phd.linear import Linear
 from phd.norm import RMSNorm
 from phd.view import View
 
@@ -58,10 +59,10 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim = config.head_dim
         queries, keys = config.heads * config.head_dim, config.kv_heads * config.head_dim
-        self.q = nn.Linear(config.dim, queries, bias=False)
-        self.k = nn.Linear(config.dim, keys, bias=False)
-        self.v = nn.Linear(config.dim, keys, bias=False)
-        self.o = nn.Linear(queries, config.dim, bias=False)
+        self.q = Linear(config.dim, queries)
+        self.k = Linear(config.dim, keys)
+        self.v = Linear(config.dim, keys)
+        self.o = Linear(queries, config.dim)
         if config.norm != "pre":
             self.q_norm = RMSNorm(queries, config.norm_eps)
             self.k_norm = RMSNorm(keys, config.norm_eps)
@@ -89,9 +90,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.gate = nn.Linear(config.dim, config.ffn_dim, bias=False)
-        self.up = nn.Linear(config.dim, config.ffn_dim, bias=False)
-        self.down = nn.Linear(config.ffn_dim, config.dim, bias=False)
+        self.gate = Linear(config.dim, config.ffn_dim)
+        self.up = Linear(config.dim, config.ffn_dim)
+        self.down = Linear(config.ffn_dim, config.dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""

@@ -4,11 +4,11 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from phd.block import Block
 from phd.config import ModelConfig
 from phd.initialization import initial_weights
+from phd.linear import Linear, project
 from phd.loss import Loss, next_token_loss
 from phd.norm import RMSNorm
 from phd.pattern import Pattern
@@ -44,7 +44,7 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         if not config.tied:
-            self.head = nn.Linear(config.dim, config.vocab_size, bias=False)
+            self.head = Linear(config.dim, config.vocab_size)
 
     @property
     def head_weight(self) -> Tensor:
@@ -104,7 +104,7 @@ class Transformer(nn.Module):
 
     def predict(self, hidden: Tensor) -> Tensor:
         """Hidden states (..., D) -> logits (..., V)."""
-        return linear(hidden, self.head_weight)
+        return project(hidden, self.head_weight)
 
     def loss(
         self,
