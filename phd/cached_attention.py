@@ -5,6 +5,9 @@ from torch import Tensor
 
 aten = torch.ops.aten
 
+# Scores that CUDA holds at a time, as `phd.blocks` has it for training: 256 MiB.
+SCORES_AT_ONCE = 1 << 26
+
 
 def attend_places(
     q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None
@@ -31,38 +34,58 @@ def attend_places(
 
         out, lse = split_attention(rows, k, v, seen)
     else:
-        mask = None
+        bias = None
         if seen is not None:
-            hidden = torch.arange(k.shape[2]) >= seen[:, None, :, None]
-            mask = torch.zeros(hidden.shape, dtype=k.dtype).masked_fill_(hidden, -torch.inf)
-        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
-            rows, k, v, 0.0, False, attn_mask=mask, scale=H**-0.5
-        )
+            place = torch.arange(k.shape[2])
+            bias = bias_of(place < seen[:, None, :, None], k.dtype)
+        out, lse = _flash(rows, k, v, bias)
     return out.reshape(B, N, Q, H), lse.reshape(B, N, Q)
 
 
-def attend_near(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+def attend_near(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """Attention to a few keys, with its log-sum-exp.
 
     Args:
         q: (B, N, Q, H).
         k, v: (B, G, keys, H).
-        seen: bool (B, 1, Q, keys).
+        bias: (B, 1, Q, keys) as k: 0 where a key is seen, else -inf; each query sees one at least.
 
     Returns:
-        out (B, N, Q, H), 0 where nothing is seen, and lse (B, N, Q), both in float32 or wider.
+        out (B, N, Q, H), lse (B, N, Q) in float32 or wider.
     """
+    if not q.is_cuda:
+        return _flash(q.to(k.dtype), k, v, bias)
+    k, v = k.float(), v.float()
+    at_once = max(1, SCORES_AT_ONCE // (q.shape[0] * q.shape[1] * k.shape[2]))
+    parts = [
+        dense_attention(part.float(), k, v, part_bias.float())
+        for part, part_bias in zip(q.split(at_once, 2), bias.split(at_once, 2), strict=True)
+    ]
+    out, lse = (torch.cat(x, 2) for x in zip(*parts, strict=True))
+    return out, lse
+
+
+def dense_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention as it is written, all queries of a key/value head as rows of one product."""
     B, N, Q, H = q.shape
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    q, k, v = (x.to(dtype) for x in (q, k, v))
     with torch.autocast(q.device.type, enabled=False):
         scores = (q.reshape(B, k.shape[1], -1, H) * H**-0.5) @ k.mT
-        scores = scores.view(B, N, Q, k.shape[2]).masked_fill_(~seen, -torch.inf)
+        scores = scores.view(B, N, Q, k.shape[2]) + bias
         lse = scores.logsumexp(-1)
-        # Where nothing is seen, -inf less -inf would be no number.
-        peak = lse.clamp(min=torch.finfo(dtype).min)[..., None]
-        weights = scores.sub_(peak).exp_().view(B, k.shape[1], -1, k.shape[2])
+        weights = scores.sub_(lse[..., None]).exp_().view(B, k.shape[1], -1, k.shape[2])
         return (weights @ v).view(B, N, Q, H), lse
+
+
+def bias_of(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to scores: 0 where `seen`, else -inf."""
+    zeros = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+    return zeros.masked_fill_(seen.logical_not(), -torch.inf)
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    return aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, 0.0, False, attn_mask=bias, scale=q.shape[-1] ** -0.5
+    )
 
 
 def merged(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from phd.cache import KVCache
-from phd.cached_attention import attend_near, attend_places, merged
+from phd.cached_attention import attend_near, attend_places, bias_of, merged
 from phd.flash import causal_forward
 from phd.rope import Rope, rotate
 
@@ -72,8 +72,8 @@ class Extension:
         self.rope = self._rope(rope, tokens)
         self.seen = None if self.aligned and self.remembered == 1 else self._seen()
         if self.spans[0]:
-            self.hidden_seen = self._hidden_seen()
-            self.into_ring = self._into_ring()
+            self.hidden_bias = bias_of(self._hidden_seen(), cache.ring[0].dtype)
+            self.into_ring = None if self.aligned else self._into_ring()
 
     def _spans(self, new: Sequence[int]) -> list[int]:
         if not self.hidden:
@@ -119,7 +119,9 @@ class Extension:
         behind = query - slots[:, None]
         is_token = (self.hidden_tokens >= 0).repeat_interleave(self.hidden, 1)[:, None]
         old = (held >= 0) & (query - held < seen)
-        return torch.cat([old, (behind >= 0) & (behind < seen) & is_token], 2)[:, None]
+        # What is no token sees itself, since no number comes of seeing nothing.
+        new = (behind >= 0) & (behind < seen) & (is_token | (behind == 0))
+        return torch.cat([old, new], 2)[:, None]
 
     def _held(self, lengths: Tensor) -> Tensor:
         """The number of the hidden copy in each place of the ring after so many tokens (B, 1),
@@ -232,20 +234,22 @@ class ExtensionView:
         new = self.extension
         if not q.shape[2]:
             return q
-        near = [
-            torch.cat([ring, x.to(ring.dtype)], 2)
-            for ring, x in zip(new.cache.ring[self.layer], own, strict=True)
-        ]
-        mask = self._hidden_seen()
+        near, bias = [x.to(k.dtype) for x, k in zip(own, places, strict=True)], self._hidden_bias()
+        ring = new.cache.ring[self.layer]
+        if new.aligned and not new.past[0]:
+            bias = bias[..., ring.shape[3] :]  # there is nothing in it
+        else:
+            near = [torch.cat(pair, 2) for pair in zip(ring, near, strict=True)]
         seen, (k, v) = self._seen(slice(-q.shape[2], None)), places
         if seen is not None and new.aligned:
             # What all of them see needs no mask; the rest, a chunk or a window long, is near.
             far = new.past[0] + new.new[0] - q.shape[2] // (1 if self.last else new.hidden)
             near = [torch.cat([x, y[:, :, far:]], 2) for x, y in zip(near, places, strict=True)]
             place = torch.arange(far, new.reach, device=q.device)
-            mask = torch.cat([mask, place < seen[:, None, :, None]], 3)
+            rest = bias_of(place < seen[:, None, :, None], bias.dtype)
+            bias = torch.cat([bias, rest], 3)
             k, v, seen = k[:, :, :far], v[:, :, :far], None
-        result = attend_near(q, near[0], near[1], mask)
+        result = attend_near(q, near[0], near[1], bias)
         if k.shape[2]:
             result = merged(result, attend_places(q, k, v, seen))
         return result[0].to(q.dtype)
@@ -272,23 +276,37 @@ class ExtensionView:
         keys, values = cache[:, :, :, : new.reach]
         return keys, values
 
-    def _hidden_seen(self) -> Tensor:
-        """`Extension.hidden_seen` for this layer's keys, and the queries that it computes."""
+    def _hidden_bias(self) -> Tensor:
+        """`Extension.hidden_bias` for this layer's keys, and the queries that it computes."""
         new = self.extension
-        mask, unused = new.hidden_seen, (new.spans[0] - new.spans[self.layer]) * new.hidden
+        bias, unused = new.hidden_bias, (new.spans[0] - new.spans[self.layer]) * new.hidden
         if unused:
             ring = new.cache.ring[self.layer].shape[3]
-            mask = torch.cat([mask[..., :ring], mask[..., ring + unused :]], -1)
+            bias = torch.cat([bias[..., :ring], bias[..., ring + unused :]], -1)
         if self.last:
-            return mask[:, :, -new.keep * new.hidden :][:, :, new.hidden - 1 :: new.hidden]
-        return mask[:, :, -new.spans[self.layer + 1] * new.hidden :]
+            return bias[:, :, -new.keep * new.hidden :][:, :, new.hidden - 1 :: new.hidden]
+        return bias[:, :, -new.spans[self.layer + 1] * new.hidden :]
 
     def _turn_ring(self, k: Tensor, v: Tensor) -> None:
         """Write the new hidden copies' keys and values (B, G, M, H) into the ring."""
         new, ring = self.extension, self.extension.cache.ring[self.layer]
+        size, parts = ring.shape[3], list(zip(ring, (k, v), strict=True))
+        if new.aligned:
+            # The last so many, from their first one's place on, and round the corner.
+            count = min(new.new[0], new.spans[self.layer]) * new.hidden
+            count = min(count, size)
+            place = ((new.past[0] + new.new[0]) * new.hidden - count) % size
+            turn = min(count, size - place)
+            for part, x in parts:
+                x = x[:, :, x.shape[2] - count :]
+                part[:, :, place : place + turn] = x[:, :, :turn]
+                if turn < count:
+                    part[:, :, : count - turn] = x[:, :, turn:]
+            return
+        assert new.into_ring is not None
         number, is_new = new.into_ring
         number = number - (new.spans[0] - new.spans[self.layer]) * new.hidden
         is_new = is_new & (number >= 0)
         source = (number.clamp(min=0) + new.remembered).expand(-1, k.shape[1], -1, k.shape[3])
-        for part, x in zip(ring, (k, v), strict=True):
+        for part, x in parts:
             part.copy_(torch.where(is_new, x.gather(2, source).to(part.dtype), part))

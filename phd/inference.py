@@ -83,8 +83,8 @@ def extend(
         tokens: int64 (B, T), new tokens of each row from the left; padding behind is not seen.
         cache: what the rows remember; gets the new tokens.
         lengths: new tokens of each row, from 0 to T; None: T.
-        keep: for how many of each row's last tokens logits are wanted, at most the shortest row's
-            new ones. A row without new tokens gets logits that mean nothing.
+        keep: for how many of each row's last tokens logits are wanted, at most the longest row's
+            new ones. Where a row has fewer, the logits before its own mean nothing.
 
     Returns:
         (B, keep, V), row by row after its last `keep` tokens.
@@ -96,7 +96,7 @@ def extend(
     new = [T] * B if lengths is None else list(lengths)
     assert len(new) == len(cache.host_lengths) == B, (len(new), len(cache.host_lengths), B)
     assert all(0 <= n <= T for n in new), (new, T)
-    assert keep <= T, (keep, T)
+    assert keep <= max(new), (keep, new)
     check_length(model, max(a + b for a, b in zip(cache.host_lengths, new, strict=True)))
     cache.reserve(max(cache.host_lengths) + T)
     extension = Extension(cache, model.rope, new, tokens=T, keep=keep)
