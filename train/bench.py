@@ -5,14 +5,17 @@ python train/bench.py step out=bench
 python train/bench.py data out=bench
 python train/bench.py resume out=bench
 python train/bench.py checkpoint size=151m out=bench
+python train/bench.py inference out=bench
 """
 
 import train  # noqa: F401  # first: how threads wait is settled before torch is loaded
 
 # isort: split
+import csv
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from math import ceil
 from pathlib import Path
 from statistics import median
@@ -26,7 +29,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.utils import clip_grad_norm_
 
 from phd.attention import attend
-from phd.config import Backend, ModelConfig
+from phd.config import Backend, ModelConfig, SpanUnit
 from phd.flops import training_flops_per_token
 from phd.hugging_face import to_hugging_face
 from phd.pattern import Pattern
@@ -55,10 +58,13 @@ class BenchArguments:
         name: `attention`: forward and backward of one layer's attention; `step`: a whole training
             step, also that of transformers' Olmo2; `data`: what the loader makes of text and of
             tokens; `resume`: how long it takes to go on at 1 %, 50 % and 99 % of a corpus;
-            `checkpoint`: how long a save stops the training, and how long it takes.
-        out: the directory that gets `<name>.json`; `checkpoint` measures its disk.
+            `checkpoint`: how long a save stops the training, and how long it takes; `inference`:
+            prefill, decode and KV bytes of every variant, drawn as well.
+        out: the directory that gets `<name>.json` and `<name>.csv`; `checkpoint` measures its disk.
         repeat: how often everything is measured; medians are reported.
-        size: the model of `step` and `checkpoint`, a file of conf/size/.
+        size: the model of `step`, `checkpoint` and `inference`, a file of conf/size/; `inference`
+            widens tiny.
+        span_unit: what W = 16 and C = 32 count in `inference`: `token`s or `hidden` copies.
         rows: rows of a step.
         seq_len: T of a step.
         gigabytes: size of the corpus of `resume`, which is written for it.
@@ -69,6 +75,7 @@ class BenchArguments:
     out: str = "bench"
     repeat: int = 11
     size: str = "tiny"
+    span_unit: SpanUnit = "token"
     rows: int = 4
     seq_len: int = 1024
     gigabytes: float = 1.0
@@ -240,19 +247,45 @@ def bench_checkpoint(given: BenchArguments, device: torch.device) -> Result:
     return bench_saving(config, given.repeat, Path(given.out), device)
 
 
+# Wide enough that a token's time is that of its matrices.
+WIDENED = ("layers=8", "dim=512", "ffn_dim=1536", "heads=8", "kv_heads=2", "head_dim=64")
+
+
+def bench_inference(given: BenchArguments, device: torch.device) -> Result:
+    """Prefill and decode of every variant, batch 1, beside transformers'; W = 16 and C = 32."""
+    if missing := [name for name in ("transformers", "matplotlib") if find_spec(name) is None]:
+        problem = f"name=inference: needs {' and '.join(missing)}"
+        raise ConfigError([f'{problem}; pip install "phd-transformer[bench]"'], "the arguments")
+    from train.inference_benchmark import GRIDS, bench_inferring
+    from train.inference_plots import draw
+
+    wider = [f"model.{setting}" for setting in WIDENED] if given.size == "tiny" else []
+    model = load([f"size={given.size}", f"engine.device={device.type}", *wider]).model
+    model = replace(model, window=16, chunk=32, span_unit=given.span_unit)
+    result = bench_inferring(model, GRIDS[device.type], given.repeat, device)
+    subject = f"{model.size}: {model.layers} layers, D = {model.dim}, on {device.type}"
+    draw(result.rows, subject, Path(given.out))
+    return result
+
+
+# Characters of a table's line at least: into a file rich would cut it to 80.
+WIDTH = 100
+
 BENCHMARKS: dict[str, Callable[[BenchArguments, torch.device], Result]] = {
     "attention": bench_attention,
     "step": bench_step,
     "data": lambda given, _: bench_loading(given.repeat),
     "resume": lambda given, _: bench_resuming(given.repeat, given.gigabytes),
     "checkpoint": bench_checkpoint,
+    "inference": bench_inference,
 }
 
 
 def main(given: BenchArguments) -> int:
-    """Run one benchmark, print its table and write its JSON."""
+    """Run one benchmark, print its table and write it as JSON and as CSV."""
     device = choose_device(EngineConfig(device=given.device))  # type: ignore[arg-type]
     console = Console(soft_wrap=True, highlight=False)
+    console.width = max(console.width, WIDTH)
     result = BENCHMARKS[given.name](given, device)
     table = Table(title=f"{given.name} on {device}, medians of {given.repeat}")
     columns = [key for key in result.rows[0] if key != "seconds"]
@@ -267,11 +300,17 @@ def main(given: BenchArguments) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     report = {"machine": environment(read_revision()), "ratios": result.ratios, "rows": result.rows}
     path.write_text(json.dumps(report, indent=1), encoding="utf-8")
-    console.print(f"written: {path}")
+    with path.with_suffix(".csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, columns, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(result.rows)
+    console.print(f"written: {path} and {path.with_suffix('.csv').name}")
     return 0
 
 
 def _cell(value: Any) -> str:
+    if value is None:
+        return ""
     return f"{value:,.2f}" if isinstance(value, float) else str(value)
 
 

@@ -1,0 +1,286 @@
+"""Write a trained model as a directory for Hugging Face's transformers.
+
+python train/export.py run=runs/phd_cswa-2-16-32-tiny out=exported dtype=bfloat16
+
+exported/
+    config.json, generation_config.json, model.safetensors
+    tokenizer.json, tokenizer_config.json    the same tokens without SentencePiece
+    tokenizer.model                          the tokenizer itself
+    README.md                                the model card
+    hf.py, model.py, ...                     our code, unless transformers has a class of its own
+"""
+
+import train  # noqa: F401  # first: how threads wait is settled before torch is loaded
+
+# isort: split
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from data.tokenizer import Tokenizer
+from phd.cache import kv_bytes
+from phd.config import ModelConfig
+from phd.hugging_face import BY_NORM
+from phd.model import Transformer, count_parameters
+from train import arguments
+from train.fast_tokenizer import not_converted, write_tokenizer
+from train.pretrained import save_pretrained
+from train.trained_model import load_run
+from train.validation import ConfigError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+START, MODEL = "hf", "AutoModelForCausalLM"
+CLASSES = {"AutoConfig": f"{START}.PhdConfig", MODEL: f"{START}.PhdForCausalLM"}
+OWN_IMPORT = re.compile(r"^(\s*)from phd\.(\w+) import", re.MULTILINE)
+OPTIONAL_IMPORTS = re.compile(r"^(import triton\b.*\n)+", re.MULTILINE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportArguments:
+    """Arguments of `python train/export.py`, each as key=value.
+
+    Attributes:
+        run: the directory of a run; its newest whole checkpoint is taken.
+        out: the directory to write, not there yet or empty.
+        dtype: of the weights: float32 or bfloat16.
+    """
+
+    run: str
+    out: str
+    dtype: str = "float32"
+
+    def problems(self) -> list[str]:
+        """Every impossible setting, one sentence each."""
+        found = []
+        if self.dtype not in DTYPES:
+            found.append(f"dtype={self.dtype}: expected one of {', '.join(DTYPES)}")
+        out = Path(self.out)
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            found.append(f"out={out}: not an empty directory; choose another one, or empty it")
+        return found
+
+
+def main(given: ExportArguments) -> int:
+    """Write the directory, and say how it is loaded."""
+    _transformers()
+    out, dtype = Path(given.out), DTYPES[given.dtype]
+    model, tokenizer = load_run(Path(given.run), torch.device("cpu"))
+    facts = training_facts(Path(given.run) / "metrics.jsonl")
+    notes = not_converted(tokenizer)
+    with new_directory(out) as directory:
+        write_model(directory, model.to(dtype), tokenizer)
+        write_tokenizer(directory, tokenizer, model.config.max_seq_len)
+        card = model_card(out.name, model.config, dtype, facts, notes)
+        (directory / "README.md").write_text(card, encoding="utf-8")
+    for note in notes:
+        print(f"no tokenizer.json: {note}; tokenizer.model is there", file=sys.stderr)
+    print(f"{out}: {loading(MODEL, str(out), model.config)}")
+    return 0
+
+
+@contextmanager
+def new_directory(path: Path) -> Iterator[Path]:
+    """A directory to fill, which gets its name when it is whole; nothing is left of a failure."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        partial.replace(path)
+    except BaseException:
+        shutil.rmtree(partial)
+        raise
+
+
+# The model
+
+
+def is_plain(config: ModelConfig) -> bool:
+    """Whether a class of transformers computes the same."""
+    return config.K == 1 and not config.copy_embedding and config.norm in BY_NORM
+
+
+def write_model(directory: Path, model: Transformer, tokenizer: Tokenizer) -> None:
+    """Write weights, configs, and our code where it is needed."""
+    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eos_id)
+    generation = _transformers().GenerationConfig(**ids)
+    if is_plain(model.config):
+        save_pretrained(directory, model.config, model.state_dict())
+        generation.save_pretrained(directory)
+        return
+    from phd.hf import PhdForCausalLM
+
+    theirs = PhdForCausalLM.of(model)
+    theirs.config.auto_map = CLASSES
+    theirs.generation_config = generation
+    theirs.save_pretrained(directory)
+    for name, source in own_modules().items():
+        (directory / f"{name}.py").write_text(source, encoding="utf-8")
+
+
+def own_modules() -> dict[str, str]:
+    """The modules of `phd` that `phd.hf` needs, to stand beside each other in one folder.
+
+    transformers copies what relative imports name, and of a model from the Hub it demands every
+    package that is imported outside of a `try`.
+    """
+    import phd.hf
+
+    folder = Path(phd.hf.__file__).parent
+    found: dict[str, str] = {}
+    names = [START]
+    while names:
+        name = names.pop()
+        if name in found:
+            continue
+        source = (folder / f"{name}.py").read_text(encoding="utf-8")
+        names += [match[2] for match in OWN_IMPORT.finditer(source)]
+        source = OPTIONAL_IMPORTS.sub(_tried, source)
+        found[name] = OWN_IMPORT.sub(r"\1from .\2 import", source)
+    return found
+
+
+def _tried(imports: re.Match[str]) -> str:
+    lines = "".join(f"    {line}\n" for line in imports[0].splitlines())
+    return f"try:\n{lines}except ImportError:\n    raise\n"
+
+
+def _transformers() -> ModuleType:
+    """The package that reads what is written, which nothing else needs."""
+    try:
+        import transformers
+    except ImportError:
+        problem = (
+            "transformers is not installed; what is exported is for it: "
+            'pip install "phd-transformer[hf]"'
+        )
+        raise ConfigError([problem], "the environment") from None
+    return transformers
+
+
+# The model card
+
+
+def training_facts(metrics: Path) -> dict[str, float]:
+    """How far a run came by its `metrics.jsonl`, and the last evaluation in it."""
+    if not metrics.is_file():
+        return {}
+    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    facts: dict[str, float] = {}
+    for line in lines:
+        told = {"progress/tokens", *(name for name in line if name.startswith("eval/"))}
+        facts |= {name: line[name] for name in told if line.get(name) is not None}
+    return facts
+
+
+def loading(what: str, directory: str, config: ModelConfig) -> str:
+    """The call that loads something of an exported directory."""
+    trusted = "" if is_plain(config) else ", trust_remote_code=True"
+    return f'{what}.from_pretrained("{directory}"{trusted})'
+
+
+def model_card(
+    name: str,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    facts: dict[str, float],
+    notes: list[str],
+) -> str:
+    """The README.md of an exported model."""
+    rows = {**_shape(config), **_memory(config, dtype), **_training(facts)}
+    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
+    tokenizer = loading("AutoTokenizer", name, config)
+    if notes:
+        tokenizer = f'sentencepiece.SentencePieceProcessor(model_file="{name}/tokenizer.model")'
+    return CARD.format(
+        name=name,
+        model=config.name,
+        table=table,
+        tokenizer=tokenizer,
+        loading=loading(MODEL, name, config),
+    )
+
+
+def _shape(config: ModelConfig) -> dict[str, Any]:
+    rows: dict[str, Any] = {"variant": config.name, "copies of each token, K": config.K}
+    if config.variant in ("phd_swa", "phd_cswa"):
+        rows["window, W"] = f"{config.window} ({config.span_unit})"
+    if config.variant == "phd_cswa":
+        rows["chunk, C"] = f"{config.chunk} ({config.span_unit})"
+    return rows | {
+        "parameters": f"{sum(count_parameters(config).values()):,}",
+        "layers": config.layers,
+        "width": f"{config.dim}, feed-forward {config.ffn_dim}",
+        "heads": f"{config.heads} of {config.head_dim}, {config.kv_heads} for keys and values",
+        "vocabulary": config.vocab_size,
+        "longest context": f"{config.max_seq_len:,} tokens",
+        "norms": config.norm,
+    }
+
+
+def _memory(config: ModelConfig, dtype: torch.dtype) -> dict[str, str]:
+    context = config.max_seq_len
+    ours, vanilla = (kv_bytes(c, context, dtype).total for c in (config, config.vanilla_twin))
+    what = f"KV cache of {context:,} tokens"
+    return {what: f"{ours:,} bytes, {ours / vanilla:.3f} x that of a plain transformer"}
+
+
+def _training(facts: dict[str, float]) -> dict[str, str]:
+    rows = {name: f"{value:.4f}" for name, value in facts.items() if name.startswith("eval/")}
+    if "progress/tokens" in facts:
+        rows = {"trained on": f"{facts['progress/tokens']:,.0f} tokens", **rows}
+    return rows
+
+
+CARD = """\
+---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [phd, parallel-hidden-decoding]
+---
+
+# {name}
+
+A language model of the kind `{model}`.
+
+The Parallel Hidden Decoding Transformer (PHD) feeds each token K times through the same weights and
+predicts from the last copy. Only the first copy stays in the KV cache, so the model computes more
+on each token without remembering more. Where a variant has a window W, the last hidden copies see
+each other too, within chunks of C if it has those. With K = 1 it is a plain transformer.
+
+| | |
+| --- | --- |
+{table}
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = {tokenizer}
+model = {loading}
+```
+
+A text begins with the separator of documents, which the tokenizer puts there.
+
+## Citation
+
+```bibtex
+@article{{phd2025,
+  title   = {{Efficient Pretraining Length Scaling}},
+  journal = {{arXiv preprint arXiv:2504.14992}},
+  year    = {{2025}},
+}}
+```
+"""
+
+
+if __name__ == "__main__":
+    arguments.run(ExportArguments, main)

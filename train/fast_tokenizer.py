@@ -1,0 +1,123 @@
+"""A SentencePiece model as transformers' `tokenizer.json`, which gives the same ids."""
+
+from pathlib import Path
+from typing import Any
+
+from sentencepiece import sentencepiece_model_pb2 as protocol
+
+from data.tokenizer import SPACE, Tokenizer
+
+BPE = 2  # SentencePiece's number for it; 1 is unigram
+NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6  # kinds of pieces
+UNLIKELY = 1000.0
+
+
+def write_tokenizer(directory: Path, tokenizer: Tokenizer, max_seq_len: int) -> None:
+    """Write the SentencePiece model and, where it can be converted, what `AutoTokenizer` reads.
+
+    As in training, a text follows the separator. It never becomes one: `</s>` is four characters.
+    """
+    tokenizer.save(directory / "tokenizer.model")
+    if not_converted(tokenizer):
+        return
+    from transformers import PreTrainedTokenizerFast
+
+    fast = converted(tokenizer)
+    separator, unknown = fast.id_to_token(tokenizer.eos_id), fast.id_to_token(_unknown(tokenizer))
+    written = PreTrainedTokenizerFast(
+        tokenizer_object=fast,
+        **dict.fromkeys(("bos_token", "eos_token", "pad_token"), separator),
+        unk_token=unknown,
+        padding_side="left",
+        split_special_tokens=True,
+        clean_up_tokenization_spaces=False,
+        model_max_length=max_seq_len,
+        model_input_names=["input_ids", "attention_mask"],
+    )
+    written.save_pretrained(directory)
+
+
+def not_converted(tokenizer: Tokenizer) -> list[str]:
+    """Why a tokenizer has no equal in `tokenizers` that we know of; those trained here have one."""
+    model = _proto(tokenizer)
+    normalizer, kinds = model.normalizer_spec, {piece.type for piece in model.pieces}
+    reasons = {
+        "it changes characters": bool(normalizer.precompiled_charsmap),
+        "it puts a space before each text": normalizer.add_dummy_prefix,
+        "it drops spaces": normalizer.remove_extra_whitespaces,
+        "it writes spaces behind words": model.trainer_spec.treat_whitespace_as_suffix,
+        "it has no pieces for bytes": BYTE not in kinds,
+        "it has pieces of the user's": not kinds <= {NORMAL, UNKNOWN, CONTROL, BYTE},
+        "it is neither BPE nor unigram": model.trainer_spec.model_type not in (1, BPE),
+    }
+    return [f"tokenizer.model: {reason}" for reason, holds in reasons.items() if holds]
+
+
+def converted(tokenizer: Tokenizer) -> Any:
+    """The `tokenizers.Tokenizer` that gives the same ids and texts.
+
+    Pieces have real spaces here, so that the character that SentencePiece writes for a space is
+    like any other. Special pieces and those of bytes stand for no text: no merge makes one, and no
+    path of a unigram model chooses one.
+
+    With `unigram`, SentencePiece adds up the scores of a whole text in float32; where two ways to
+    cut it differ by less than that resolves, the other one may be taken here.
+    """
+    import tokenizers
+    from tokenizers import decoders, models, processors
+
+    proto = _proto(tokenizer)
+    is_text = [piece.type == NORMAL for piece in proto.pieces]
+    names = [
+        piece.piece.replace(SPACE, " ") if text else piece.piece
+        for piece, text in zip(proto.pieces, is_text, strict=True)
+    ]
+    scores = [piece.score for piece in proto.pieces]
+    unknown = _unknown(tokenizer)
+    model: Any
+    if proto.trainer_spec.model_type == BPE:
+        texts = {n: s for n, s, text in zip(names, scores, is_text, strict=True) if text}
+        model = models.BPE(
+            vocab={name: i for i, name in enumerate(names)},
+            merges=merges(texts),
+            unk_token=names[unknown],
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    else:
+        least = min(scores) - UNLIKELY
+        vocab = [
+            (n, s if text else least) for n, s, text in zip(names, scores, is_text, strict=True)
+        ]
+        model = models.Unigram(vocab, unk_id=unknown, byte_fallback=True)
+    fast = tokenizers.Tokenizer(model)
+    fast.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    separator = names[tokenizer.eos_id]
+    fast.post_processor = processors.TemplateProcessing(
+        single=f"{separator} $A",
+        pair=f"{separator} $A {separator} $B",
+        special_tokens=[(separator, tokenizer.eos_id)],
+    )
+    return fast
+
+
+def merges(pieces: dict[str, float]) -> list[tuple[str, str]]:
+    """Every way to make a piece of two others, in the order in which SentencePiece makes them.
+
+    >>> merges({"ab": -1.0, "a": -3.0, "b": -4.0, "aba": -2.0})
+    [('a', 'b'), ('ab', 'a')]
+    """
+    return [
+        (piece[:cut], piece[cut:])
+        for piece in sorted(pieces, key=lambda piece: -pieces[piece])
+        for cut in range(1, len(piece))
+        if piece[:cut] in pieces and piece[cut:] in pieces
+    ]
+
+
+def _proto(tokenizer: Tokenizer) -> Any:
+    return protocol.ModelProto.FromString(tokenizer.model)  # type: ignore[attr-defined]
+
+
+def _unknown(tokenizer: Tokenizer) -> int:
+    return [piece.type for piece in _proto(tokenizer).pieces].index(UNKNOWN)
