@@ -78,10 +78,10 @@ class Attention(nn.Module):
 
     def _heads(self, x: Tensor, name: str) -> Tensor:
         """Project and normalise: (B, copies, T, D) -> (B, copies, heads, T, H)."""
-        x = self.get_submodule(name)(x)
+        x = getattr(self, name)(x)
         norm = f"{name}_norm"
         if norm in self._modules:
-            x = self.get_submodule(norm)(x).to(x.dtype)
+            x = getattr(self, norm)(x).to(x.dtype)
         return x.unflatten(-1, (-1, self.head_dim)).transpose(2, 3)
 
 

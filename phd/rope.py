@@ -70,7 +70,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     Returns (B, heads, K, T, H), contiguous: the layout that attention wants. Where x holds one
     copy and the tables K, that copy is turned K ways.
     """
-    return _Rotate.apply(x.expand(-1, max(x.shape[1], cos.shape[1]), -1, -1, -1), cos, sin)
+    x = x.expand(-1, max(x.shape[1], cos.shape[1]), -1, -1, -1)
+    return _Rotate.apply(x, cos, sin) if torch.is_grad_enabled() else _rotated(x, cos, sin)
 
 
 class _Rotate(torch.autograd.Function):
@@ -79,10 +80,7 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        B, K, heads, T, H = x.shape
-        out = x.new_empty(B, heads, K, T, H)
-        _turn(x, cos, sin, out.transpose(1, 2))
-        return out
+        return _rotated(x, cos, sin)
 
     @staticmethod
     @once_differentiable
@@ -93,6 +91,13 @@ class _Rotate(torch.autograd.Function):
         out = grad.new_empty(B, K, T, heads, H).transpose(2, 3)
         _turn(grad, cos, -sin, out)
         return out, None, None
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    B, K, heads, T, H = x.shape
+    out = x.new_empty(B, heads, K, T, H)
+    _turn(x, cos, sin, out.transpose(1, 2))
+    return out
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:

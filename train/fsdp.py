@@ -100,7 +100,8 @@ class FsdpEngine(Engine):
         if isinstance(self.objective, FSDPModule):
             self.objective.unshard()
         try:
-            with autocast(self.device, self.dtype):
+            # Every length would be compiled anew.
+            with autocast(self.device, self.dtype), torch.compiler.set_stance("force_eager"):
                 yield self.model
         finally:
             self._reshard()

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 from phd.sampling import Sampling, generate
 from train import arguments
@@ -96,6 +97,9 @@ class Writer:
         self.device = choose_device(config)
         self.dtype = precision(config, self.device)
         self.model, self.tokenizer = load_run(Path(given.run), self.device)
+        for part in self.model.modules():
+            if isinstance(part, nn.Linear | nn.Embedding):
+                part.to(self.dtype)  # else autocast would convert them for every token
 
     def stream(self, prompt: str) -> Iterator[str]:
         """The prompt and what follows it, as it comes."""

@@ -135,7 +135,8 @@ def _chart(title: str) -> tuple[Figure, Axes]:
 def _from_vanilla(rows: list[Row]) -> list[Row]:
     """With one copy every variant is vanilla, so each line begins there."""
     [vanilla] = [row for row in rows if row["variant"] == "vanilla"]
-    return [*rows, *(vanilla | {"variant": variant} for variant in VARIANTS)]
+    variants = dict.fromkeys(row["variant"] for row in rows)
+    return [*rows, *(vanilla | {"variant": variant} for variant in variants)]
 
 
 def _lines(axes: Axes, rows: list[Row], x: Place, y: Place) -> None:

@@ -198,7 +198,8 @@ class DeepSpeedEngine(Engine):
     @contextmanager
     def usable(self) -> Iterator[Transformer]:
         if self.stage < 3:
-            with autocast(self.device, self.dtype):
+            # Every length would be compiled anew.
+            with autocast(self.device, self.dtype), torch.compiler.set_stance("force_eager"):
                 yield self.model
             return
         # A module gathers its weights when it is called; these are also read without a call, so

@@ -1,6 +1,6 @@
 """FSDP2, HSDP and DDP: what ranks hold, when gradients are summed, and what a bad step changes."""
 
-from functools import partial
+from functools import partial, partialmethod
 from itertools import count
 from math import inf, nan
 from pathlib import Path
@@ -8,10 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.tensor import DTensor
 
+from phd.block import Block
 from phd.model import Transformer
+from phd.sampling import Sampling, generate
 from tests.train.many_ranks import RanksFailedError, run_ranks
 from tests.train.uneven import COPIES, UNEVEN
 from train.checkpoint import CheckpointStore, flatten
@@ -250,3 +253,28 @@ def test_whole_tensors_of_a_checkpoint_are_written_by_one_rank_each(cut: str) ->
         assert len(owners) == (2 if cut_up else 1), name
         assert all(is_cut == cut_up for is_cut, _ in owners), name
     assert min(map(len, parts)) > 0.4 * max(map(len, parts))
+
+
+# Other uses of the model
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not:UserWarning")
+def test_compiled_blocks_write_without_being_compiled_again(monkeypatch) -> None:
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(Block, "compile", partialmethod(nn.Module.compile, backend=counter))
+    dice, prompt = torch.Generator(), torch.tensor([5, 7, 11])
+    written = []
+    for compiled in ("true", "false"):
+        engine = FsdpEngine(config_of(f"engine.compile={compiled}"), Ranks())
+        engine.step(Rows(ROWS), 0.01)
+        compilations = counter.frame_count
+        assert compilations > 0
+        with engine.usable() as model:
+            tokens = generate(model, [prompt], Sampling(temperature=0), [dice], 12)
+            written.append([int(token) for token in tokens])
+        assert counter.frame_count == compilations
+        engine.step(Rows(ROWS), 0.01)
+        assert counter.frame_count == compilations
+    assert written[0] == written[1]
