@@ -8,31 +8,18 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from phd.cache import KVCache
-from phd.config import ModelConfig, Variant
+from phd.config import Variant
 from phd.decoder import Decoder
 from phd.inference import one_step, prefill
 from phd.model import Transformer
+from tests.phd.small_models import model_of, of_variant
 
 variants = pytest.mark.parametrize("variant", get_args(Variant))
 TOKENS = torch.randint(0, 17, (2, 40), generator=torch.Generator().manual_seed(0))
 
 
-def model_of(variant: Variant) -> Transformer:
-    config = ModelConfig(
-        variant=variant,
-        K=1 if variant == "vanilla" else 3,
-        window=4,
-        chunk=8,
-        layers=3,
-        dim=16,
-        ffn_dim=20,
-        heads=4,
-        kv_heads=2,
-        head_dim=4,
-        vocab_size=17,
-        max_seq_len=40,
-    )
-    return Transformer(config).reset(0).double()
+def model_of_40(variant: Variant) -> Transformer:
+    return model_of(of_variant(variant, max_seq_len=40))
 
 
 def begun(model: Transformer, capacity: int) -> tuple[KVCache, list[int]]:
@@ -44,7 +31,7 @@ def begun(model: Transformer, capacity: int) -> tuple[KVCache, list[int]]:
 @variants
 @pytest.mark.parametrize("capacity", [9, 40])  # one grows, one has room from the start
 def test_it_decodes_what_the_full_forward_gives(variant: Variant, capacity: int) -> None:
-    model = model_of(variant)
+    model = model_of_40(variant)
     full = model.logits(TOKENS)
     cache, lengths = begun(model, capacity)
     decoder = Decoder(model, cache)
@@ -62,7 +49,7 @@ def test_it_decodes_what_the_full_forward_gives(variant: Variant, capacity: int)
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_its_work_is_one_graph_for_all_lengths(variant: Variant) -> None:
     torch.compiler.reset()
-    model = model_of(variant)
+    model = model_of_40(variant)
     full = model.logits(TOKENS)
     _, cache = prefill(model, TOKENS[:, :9], capacity=40)
     counter = CompileCounterWithBackend("aot_eager")

@@ -12,54 +12,25 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from phd.cache import KVCache
 from phd.config import ModelConfig, Variant
 from phd.model import Transformer
+from tests.phd.small_models import SMALL, VOCAB, model_of, of_variant
 
 transformers = pytest.importorskip("transformers", reason="needs transformers")
 
 from phd.hf import PhdCache, PhdConfig, PhdForCausalLM  # noqa: E402
 
-V, PAD = 17, 3
+V, PAD = VOCAB, 3
 EMPTY = torch.empty(0, V, dtype=torch.float64)
-SMALL = ModelConfig(
-    variant="phd_cswa",
-    K=3,
-    window=4,
-    chunk=8,
-    layers=3,
-    dim=16,
-    ffn_dim=20,
-    heads=4,
-    kv_heads=2,
-    head_dim=4,
-    vocab_size=V,
-    max_seq_len=64,
-)
 variants = pytest.mark.parametrize("variant", get_args(Variant))
 
 
-def ours(config: ModelConfig = SMALL) -> Transformer:
-    """A model in float64, in which no norm of 1 and no copy embedding of 0 hides a mistake."""
-    model = Transformer(config).reset(0).double()
-    dice = torch.Generator().manual_seed(0)
-    for name, weight in model.named_parameters():
-        if "norm" in name:
-            nn.init.uniform_(weight, 0.5, 1.5, generator=dice)
-    if config.copy_embedding:
-        nn.init.normal_(model.copy_embed.weight, generator=dice)
-    return model
-
-
 def theirs(config: ModelConfig = SMALL) -> PhdForCausalLM:
-    return PhdForCausalLM.of(ours(config)).eval()
-
-
-def of_variant(variant: Variant) -> ModelConfig:
-    return replace(SMALL, variant=variant, K=1 if variant == "vanilla" else 3)
+    return PhdForCausalLM.of(model_of(config)).eval()
 
 
 def text(*shape: int, seed: int = 0) -> Tensor:
@@ -175,7 +146,7 @@ def test_a_tuple_comes_where_one_is_asked_for() -> None:
 
 
 def test_loss_and_gradients_are_those_of_the_next_tokens() -> None:
-    model, twin, ids = theirs().train(), ours(), text(2, 12)
+    model, twin, ids = theirs().train(), model_of(), text(2, 12)
     labels = ids.masked_fill(text(2, 12, seed=1) < 5, -100)
     loss = model(ids, labels=labels).loss
     loss.backward()

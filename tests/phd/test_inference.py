@@ -7,21 +7,22 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 
 from phd.cache import KVCache
 from phd.config import CopyPositions, ModelConfig, Norm, SpanUnit, Variant
 from phd.inference import decode, extend, new_cache, prefill
 from phd.model import Transformer
+from tests.phd.small_models import SMALL, model_of, of_variant
 
-LIMIT = 64
 variants = pytest.mark.parametrize("variant", get_args(Variant))
 
 
 @st.composite
 def configs(draw: st.DrawFn) -> ModelConfig:
     variant = draw(st.sampled_from(get_args(Variant)))
-    return ModelConfig(
+    return replace(
+        SMALL,
         variant=variant,
         K=1 if variant == "vanilla" else draw(st.integers(1, 5)),
         window=draw(st.integers(1, 9)),
@@ -32,33 +33,7 @@ def configs(draw: st.DrawFn) -> ModelConfig:
         norm=draw(st.sampled_from(get_args(Norm))),
         tied=draw(st.booleans()),
         layers=draw(st.integers(1, 4)),
-        dim=16,
-        ffn_dim=20,
-        heads=4,
-        kv_heads=2,
-        head_dim=4,
-        vocab_size=17,
-        max_seq_len=LIMIT,
     )
-
-
-def model_of(config: ModelConfig, dtype: torch.dtype = torch.float64) -> Transformer:
-    """A model in which no weight hides a mistake: no norm of 1, no copy embedding of 0."""
-    model = Transformer(config).reset(0).to(dtype)
-    dice = torch.Generator().manual_seed(0)
-    for name, weight in model.named_parameters():
-        if "norm" in name:
-            nn.init.uniform_(weight, 0.5, 1.5, generator=dice)
-    if config.copy_embedding:
-        nn.init.normal_(model.copy_embed.weight, generator=dice)
-    return model
-
-
-def config_of(variant: Variant, **others: Any) -> ModelConfig:
-    small = ModelConfig(layers=3, dim=16, ffn_dim=20, heads=4, kv_heads=2, head_dim=4)
-    K = 1 if variant == "vanilla" else 3
-    shape = {"vocab_size": 17, "max_seq_len": LIMIT, "window": 4, "chunk": 8}
-    return replace(small, **{"variant": variant, "K": K, **shape, **others})
 
 
 @dataclass(frozen=True)
@@ -141,7 +116,7 @@ def test_logits_from_a_cache_are_those_of_the_full_forward(
 @variants
 @pytest.mark.parametrize("prompt", [7, 8, 9])  # around a chunk's border, of 4 tokens
 def test_in_float32_too(variant: Variant, prompt: int) -> None:
-    model = model_of(config_of(variant), torch.float32)
+    model = model_of(of_variant(variant), torch.float32)
     tokens = torch.randint(0, 17, (2, 30), generator=torch.Generator().manual_seed(prompt))
     read = [([1, 1], 1)] * 12 + [([5, 5], 5)]
     assert worst(model, Cuts(tokens, [prompt, prompt], None, read)) < 1e-4
@@ -149,7 +124,7 @@ def test_in_float32_too(variant: Variant, prompt: int) -> None:
 
 @variants
 def test_half_precision_is_as_near_as_the_full_forward_itself(variant: Variant) -> None:
-    exact = model_of(config_of(variant), torch.float32)
+    exact = model_of(of_variant(variant), torch.float32)
     tokens = torch.randint(0, 17, (2, 30), generator=torch.Generator().manual_seed(0))
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         full = exact.logits(tokens).float()
@@ -163,7 +138,7 @@ def test_half_precision_is_as_near_as_the_full_forward_itself(variant: Variant) 
 
 @variants
 def test_rows_may_be_chosen_and_doubled_between_steps(variant: Variant) -> None:
-    model = model_of(config_of(variant))
+    model = model_of(of_variant(variant))
     tokens = torch.randint(0, 17, (3, 20), generator=torch.Generator().manual_seed(0))
     full = model.logits(tokens)
     _, cache = prefill(model, tokens[:, :9], [9, 4, 7])
@@ -205,18 +180,18 @@ class Reads:
 def test_a_prefill_computes_hidden_copies_only_where_the_future_can_see_them(
     settings: dict[str, Any], hidden: list[int]
 ) -> None:
-    config = replace(config_of("phd_cswa"), layers=4, **settings)
+    config = replace(of_variant("phd_cswa"), layers=4, **settings)
     reads = Reads(config, tokens=38)
     assert reads.slots == [*(38 + slots for slots in hidden), 1]
     assert reads.heads == [1]
 
 
 def test_naive_repetition_computes_everything() -> None:
-    assert Reads(config_of("naive_repeat"), tokens=38).slots == [114, 114, 1]
+    assert Reads(of_variant("naive_repeat"), tokens=38).slots == [114, 114, 1]
 
 
 def test_a_row_longer_than_the_model_knows_positions_for_is_refused() -> None:
-    model = model_of(config_of("phd"))
+    model = model_of(of_variant("phd"))
     with pytest.raises(ValueError, match=r"model\.max_seq_len=64: a row of 65 tokens is longer"):
         prefill(model, torch.zeros(1, 65, dtype=torch.long))
     _, cache = prefill(model, torch.zeros(1, 64, dtype=torch.long))
@@ -228,6 +203,6 @@ def test_a_row_longer_than_the_model_knows_positions_for_is_refused() -> None:
 
 
 def test_a_new_cache_is_in_the_precision_of_the_model() -> None:
-    cache = new_cache(model_of(config_of("phd_swa")), batch=2, capacity=10)
+    cache = new_cache(model_of(of_variant("phd_swa")), batch=2, capacity=10)
     assert isinstance(cache, KVCache)
     assert {x.dtype for x in (*cache.originals, *cache.ring)} == {torch.float64}

@@ -1,0 +1,42 @@
+"""Models so small that the slow twin is quick, with no weight that hides a mistake."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from phd.config import ModelConfig, Variant
+from phd.model import Transformer
+
+VOCAB, LIMIT = 17, 64
+SMALL = ModelConfig(
+    K=3,
+    window=4,
+    chunk=8,
+    layers=3,
+    dim=16,
+    ffn_dim=20,
+    heads=4,
+    kv_heads=2,
+    head_dim=4,
+    vocab_size=VOCAB,
+    max_seq_len=LIMIT,
+)
+
+
+def of_variant(variant: Variant, **others: Any) -> ModelConfig:
+    K = 1 if variant == "vanilla" else SMALL.K
+    return replace(SMALL, **{"variant": variant, "K": K, **others})
+
+
+def model_of(config: ModelConfig = SMALL, dtype: torch.dtype = torch.float64) -> Transformer:
+    """A model without norms of 1 and copy embeddings of 0."""
+    model = Transformer(config).reset(0).to(dtype)
+    dice = torch.Generator().manual_seed(0)
+    for name, weight in model.named_parameters():
+        if "norm" in name:
+            nn.init.uniform_(weight, 0.5, 1.5, generator=dice)
+    if config.copy_embedding:
+        nn.init.normal_(model.copy_embed.weight, generator=dice)
+    return model
