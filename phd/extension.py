@@ -306,7 +306,7 @@ class ExtensionView:
         assert new.into_ring is not None
         number, is_new = new.into_ring
         number = number - (new.spans[0] - new.spans[self.layer]) * new.hidden
-        is_new = is_new & (number >= 0)
+        # Below 0 are hidden copies that nobody will see, or they would have been computed.
         source = (number.clamp(min=0) + new.remembered).expand(-1, k.shape[1], -1, k.shape[3])
         for part, x in parts:
             part.copy_(torch.where(is_new, x.gather(2, source).to(part.dtype), part))
