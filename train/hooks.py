@@ -218,12 +218,15 @@ class KVCost:
 
     def __init__(self, config: Config, dtype: torch.dtype) -> None:
         self.every = config.hooks.log_every
-        context = config.hooks.kv.context
-        cost = kv_bytes(config.model, context, dtype)
-        vanilla = kv_bytes(config.model.vanilla_twin, context, dtype)
+        context, model = config.hooks.kv.context, config.model
+        cost = kv_bytes(model, context, dtype)
+        vanilla = kv_bytes(model.vanilla_twin, context, dtype)
+        naive = replace(model, variant="naive_repeat")
         self.metrics: Metrics = {
             "kv/bytes_per_sequence": cost.total,
             "kv/hidden_bytes_per_sequence": cost.hidden,
+            "kv/vanilla_bytes_per_sequence": vanilla.total,
+            "kv/naive_repeat_bytes_per_sequence": kv_bytes(naive, context, dtype).total,
             "kv/ratio_to_vanilla": cost.total / vanilla.total,
         }
 

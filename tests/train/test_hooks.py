@@ -46,6 +46,8 @@ LOGGED = {
     "throughput/step_s",
     "kv/bytes_per_sequence",
     "kv/hidden_bytes_per_sequence",
+    "kv/vanilla_bytes_per_sequence",
+    "kv/naive_repeat_bytes_per_sequence",
     "kv/ratio_to_vanilla",
     "memory/peak_gib",
     "progress/tokens",
@@ -186,6 +188,8 @@ def test_the_kv_metrics_are_what_a_cache_in_the_runs_precision_holds(variant: st
     assert metrics == {
         "kv/bytes_per_sequence": cost.total,
         "kv/hidden_bytes_per_sequence": cost.hidden,
+        "kv/vanilla_bytes_per_sequence": vanilla,
+        "kv/naive_repeat_bytes_per_sequence": settings.model.K * vanilla,
         "kv/ratio_to_vanilla": cost.total / vanilla,
     }
     in_single = KVCost(settings, torch.float32)(record_of())
