@@ -13,7 +13,6 @@ import json
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent import futures
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -165,6 +164,7 @@ class CheckpointStore:
         self.ranks = ranks or Ranks()
         self._memory = HostMemory()
         self._under_way: Future[Saved] | None = None
+        self._thread: Thread | None = None
 
     def save(self, step: int, tensors: TensorTree, state: Mapping[str, Any]) -> Saved | None:
         """Begin to save `tensors` and the JSON `state` as the checkpoint of `step`.
@@ -195,7 +195,9 @@ class CheckpointStore:
         planner = StagedPlanner(flatten(tensors), self._memory)
         text = json.dumps({**state, "step": step}, indent=1)
         earlier = self._under_way
-        self._under_way = _in_background(lambda: self._write(step, planner, text, start))
+        self._under_way, self._thread = _in_background(
+            lambda: self._write(step, planner, text, start)
+        )
         return earlier.result() if earlier else None
 
     def wait(self) -> Saved | None:
@@ -235,9 +237,14 @@ class CheckpointStore:
         return None
 
     def _finish(self) -> None:
-        """Wait for the save under way, whatever becomes of it."""
-        if self._under_way:
-            futures.wait([self._under_way])
+        """Wait for the save under way, whatever becomes of it.
+
+        And for its thread, which lets go of tensors at its end: Python would stop it amid that if
+        the process ended then, and C++ would abort the process.
+        """
+        if self._thread:
+            self._thread.join()
+            self._thread = None
 
     def _damage(self, path: Path) -> str | None:
         """What is wrong with this rank's share of a checkpoint."""
@@ -384,7 +391,7 @@ def _seen_by(rank: int, flaw: str) -> str:
     return f"{flaw} (for rank {rank})" if rank else flaw
 
 
-def _in_background(work: Callable[[], T]) -> Future[T]:
+def _in_background(work: Callable[[], T]) -> tuple[Future[T], Thread]:
     """Do `work` in a thread that does not keep the process from ending."""
     future: Future[T] = Future()
 
@@ -394,5 +401,6 @@ def _in_background(work: Callable[[], T]) -> Future[T]:
         except BaseException as error:
             future.set_exception(error)
 
-    Thread(target=run, name="checkpoint", daemon=True).start()
-    return future
+    thread = Thread(target=run, name="checkpoint", daemon=True)
+    thread.start()
+    return future, thread
