@@ -36,8 +36,8 @@ class Sampling:
     def problems(self) -> list[str]:
         """Every impossible setting, one sentence each."""
         found = []
-        if self.temperature < 0:
-            found.append(f"temperature={self.temperature}: expected a number of at least 0")
+        if self.temperature != 0 and not 1e-30 <= self.temperature < torch.inf:
+            found.append(f"temperature={self.temperature}: expected 0, or a number above 1e-30")
         if self.top_k is not None and self.top_k < 1:
             found.append(f"top_k={self.top_k}: expected an integer of at least 1, or null")
         if self.top_p is not None and not 0 < self.top_p <= 1:
@@ -93,7 +93,8 @@ def generate(
                 break
             logits = step(new[-1].to(logits.device))
         added = torch.stack(new, 1).to(prompts[0].device)
-        texts = [_end(torch.cat(pair), limit) for pair in zip(texts, added, strict=True)]
+        texts = [torch.cat(pair) for pair in zip(texts, added, strict=True)]
+        texts = [text if len(text) <= limit else _end(text, limit) for text in texts]
 
 
 def _read(model: Transformer, texts: list[Tensor], capacity: int) -> tuple[Tensor, KVCache]:

@@ -81,7 +81,7 @@ def _value(hint: Any, text: str) -> Any:
             texts = json.loads(text)
         except json.JSONDecodeError:
             texts = text
-        return texts if isinstance(texts, list) else [text]
+        return texts if isinstance(texts, list) else [texts if isinstance(texts, str) else text]
     holds = get_args(hint) or (hint,)
     if str in holds and not (text == "null" and type(None) in holds):
         return text

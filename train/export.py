@@ -64,8 +64,10 @@ class ExportArguments:
         found = []
         if self.dtype not in DTYPES:
             found.append(f"dtype={self.dtype}: expected one of {', '.join(DTYPES)}")
-        out = Path(self.out)
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        out = Path(self.out).resolve()
+        if out == Path.cwd() or any(parent.is_file() for parent in out.parents):
+            found.append(f"out={self.out}: expected a directory to make; choose another one")
+        elif out.exists() and (not out.is_dir() or any(out.iterdir())):
             found.append(f"out={out}: not an empty directory; choose another one, or empty it")
         return found
 
@@ -73,7 +75,7 @@ class ExportArguments:
 def main(given: ExportArguments) -> int:
     """Write the directory, and say how it is loaded."""
     _transformers()
-    out, dtype = Path(given.out), DTYPES[given.dtype]
+    out, dtype = Path(given.out).resolve(), DTYPES[given.dtype]
     model, tokenizer = load_run(Path(given.run), torch.device("cpu"))
     facts = training_facts(Path(given.run) / "metrics.jsonl")
     notes = not_converted(tokenizer)

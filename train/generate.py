@@ -46,7 +46,7 @@ class GenerateArguments:
         top_k: only the k most likely tokens; null: all.
         top_p: only the most likely tokens that together have this probability; null: all.
         stop: a text, or a JSON list of them, that ends what is written, and is not part of it.
-        seed: equal seeds write equal texts, however many there are.
+        seed: equal seeds draw alike, whatever is written beside a text.
         device: auto, cpu or cuda.
     """
 
@@ -193,7 +193,7 @@ def read_prompts(path: Path) -> list[str]:
         ConfigError: it cannot be read, or has a line without a prompt, or none at all.
     """
     try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
         prompts = [_prompt(line) for line in lines] if path.suffix == ".jsonl" else lines
     except (OSError, UnicodeDecodeError, ValueError) as error:
         problem = f"file={path}: cannot be read ({error}); give a file of prompts, one a line"
