@@ -5,8 +5,8 @@ from torch import Tensor
 
 aten = torch.ops.aten
 
-# Scores that CUDA holds at a time, as `phd.blocks` has it for training: 256 MiB.
-SCORES_AT_ONCE = 1 << 26
+# Scores, or what is added to them, that are held at a time, as in `phd.blocks`: 64 MiB in float32.
+SCORES_AT_ONCE = 1 << 24
 
 
 def attend_places(
@@ -27,19 +27,31 @@ def attend_places(
     """
     B, N, Q, H = q.shape
     rows = q.to(k.dtype).reshape(B, k.shape[1], -1, H)
-    if seen is not None:
-        seen = seen.repeat(1, N // k.shape[1])  # (B, rows)
     if q.is_cuda:
         from phd.split_attention import split_attention  # Triton comes with CUDA builds alone
 
+        seen = None if seen is None else seen.repeat(1, N // k.shape[1])  # (B, rows)
         out, lse = split_attention(rows, k, v, seen)
+    elif seen is None:
+        out, lse = _flash(rows, k, v, None)
     else:
-        bias = None
-        if seen is not None:
-            place = torch.arange(k.shape[2])
-            bias = bias_of(place < seen[:, None, :, None], k.dtype)
-        out, lse = _flash(rows, k, v, bias)
+        return _attend_seen(q, k, v, seen)
     return out.reshape(B, N, Q, H), lse.reshape(B, N, Q)
+
+
+def _attend_seen(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+    """`attend_places` on the CPU, of so many queries at a time that no mask takes much memory."""
+    place, at_once = torch.arange(k.shape[2]), max(1, SCORES_AT_ONCE // (len(q) * k.shape[2]))
+    parts = [
+        attend_near(part, k, v, bias_of(place < limit[:, None, :, None], k.dtype))
+        for part, limit in zip(q.split(at_once, 2), seen.split(at_once, 1), strict=True)
+    ]
+    return _joined(parts)
+
+
+def _joined(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    out, lse = (torch.cat(x, 2) for x in zip(*parts, strict=True))
+    return out, lse
 
 
 def attend_near(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
@@ -61,8 +73,7 @@ def attend_near(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, 
         dense_attention(part.float(), k, v, part_bias.float())
         for part, part_bias in zip(q.split(at_once, 2), bias.split(at_once, 2), strict=True)
     ]
-    out, lse = (torch.cat(x, 2) for x in zip(*parts, strict=True))
-    return out, lse
+    return _joined(parts)
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
@@ -85,13 +96,4 @@ def bias_of(seen: Tensor, dtype: torch.dtype) -> Tensor:
 def _flash(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     return aten._scaled_dot_product_flash_attention_for_cpu(
         q, k, v, 0.0, False, attn_mask=bias, scale=q.shape[-1] ** -0.5
-    )
-
-
-def merged(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """The attention to two sets of keys together, from out and lse of each (see `phd.packed`)."""
-    (out, lse), (more, more_lse) = one, other
-    share = torch.sigmoid(more_lse - lse)[..., None]
-    return torch.lerp(out.to(share.dtype), more.to(share.dtype), share), torch.logaddexp(
-        lse, more_lse
     )

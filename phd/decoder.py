@@ -60,7 +60,15 @@ class Decoder:
         return [x.data_ptr() for x in tensors]
 
     def _step(self) -> Tensor:
-        logits = self._work(self.model, self._tokens, self.cache)
+        kind = self._tokens.device.type
+        # Weights that autocast has converted and kept would be freed before a graph's next replay.
+        with torch.autocast(
+            kind,
+            dtype=torch.get_autocast_dtype(kind),
+            enabled=torch.is_autocast_enabled(kind),
+            cache_enabled=False,
+        ):
+            logits = self._work(self.model, self._tokens, self.cache)
         self.cache.lengths += 1
         return logits
 

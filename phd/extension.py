@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from phd.cache import KVCache
-from phd.cached_attention import attend_near, attend_places, bias_of, merged
-from phd.flash import causal_forward
+from phd.cached_attention import attend_near, attend_places, bias_of
+from phd.flash import causal_forward, merged
 from phd.rope import Rope, rotate
 
 Pair = tuple[Tensor, Tensor]
@@ -38,6 +38,7 @@ class Extension:
         hidden: hidden copies of a token that are not.
         reach: places that some row may see.
         aligned: all rows are of one length before, and of one after, and the host knows them.
+        causal: the new slots see each other as those of a row, and all that was there before.
         spans: for how many tokens at the end of each row a layer needs hidden copies.
     """
 
@@ -58,9 +59,9 @@ class Extension:
         self.past = list(cache.host_lengths)
         self.aligned = not static and len(set(self.past)) == len(set(new)) == 1
         self.reach = (cache.capacity if static else max(self.past) + tokens) * self.places
-        self.spans = [1] * self.layers if static else self._spans(new)
-        if not self.hidden:
-            self.spans = [0] * self.layers
+        # Padding lies behind: at first, causal attention is right whatever the lengths are.
+        self.causal = self.aligned or (not static and max(self.past) == 0)
+        self.spans = [1 if self.hidden else 0] * self.layers if static else self._spans(new)
         device = cache.lengths.device
         self.begins = cache.lengths[:, None]
         self.counts = torch.full_like(self.begins, new[0])
@@ -221,7 +222,7 @@ class ExtensionView:
         new = self.extension
         if not q.shape[2]:
             return q
-        if self.last or not new.aligned or new.remembered == 1:
+        if self.last or not new.causal or new.remembered == 1:
             return attend_places(q, *places, self._seen(slice(q.shape[2])))[0]
         result = causal_forward(q, own[0], own[1], q.shape[-1] ** -0.5)
         if not new.past[0]:

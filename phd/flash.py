@@ -75,6 +75,14 @@ def causal_backward(
     return dq[..., :H], dk[..., :H], dv[..., :H]
 
 
+def merged(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """The attention to two sets of keys together: out (..., H) and lse (...) from those of each."""
+    (out, lse), (more, more_lse) = one, other
+    share = torch.sigmoid(more_lse - lse)[..., None]
+    whole = torch.lerp(out.to(share.dtype), more.to(share.dtype), share)
+    return whole.to(out.dtype), torch.logaddexp(lse, more_lse)
+
+
 def varlen_forward(
     q: Tensor, k: Tensor, v: Tensor, scale: float, borders: Tensor, longest: int
 ) -> tuple[Tensor, Tensor]:

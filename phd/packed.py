@@ -26,6 +26,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 
 from phd.blocks import Blocks, Turn
+from phd.flash import merged
 from phd.isolation import isolated_backward, isolated_forward
 from phd.pattern import Pattern
 from phd.segments import Segments
@@ -66,9 +67,7 @@ class _Packed(torch.autograd.Function):
         out, lse = isolated_forward(heads, k[:, :, 0], v[:, :, 0], H**-0.5, segments)
         for r in _whole_copies(pattern)[1:]:
             part, part_lse = isolated_forward(heads, k[:, :, r], v[:, :, r], H**-0.5, segments)
-            total = torch.logaddexp(lse, part_lse)
-            out = torch.lerp(out, part, (part_lse - total).exp().to(out.dtype)[..., None])
-            lse = total
+            out, lse = merged((out, lse), (part, part_lse))
         out, lse = out.view(B, N, Q, T, H), lse.view(B, N, Q, T)
         if pattern.rule == "hidden":
             with torch.autocast(q.device.type, enabled=False):

@@ -80,7 +80,8 @@ def _kernel(  # type: ignore[no-untyped-def]
     groups, rows, width, splits, stride_b, stride_g, stride_k, scale,
     ROWS: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    head, split, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    head = tl.program_id(0).to(tl.int64)  # so that no offset overflows
+    split, tile = tl.program_id(1), tl.program_id(2)
     b, g = head // groups, head % groups
     row = tile * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, WIDTH)
@@ -93,7 +94,7 @@ def _kernel(  # type: ignore[no-untyped-def]
     stop = tl.minimum(start + per_split, most)
     at = (head * rows + row[:, None]) * width + column[None, :]
     queries = tl.load(q + at, mask=is_row[:, None] & (column < width)[None, :], other=0.0)
-    base = b.to(tl.int64) * stride_b + g * stride_g
+    base = b * stride_b + g * stride_g
     peak = tl.full([ROWS], -float("inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     out = tl.zeros([ROWS, WIDTH], tl.float32)

@@ -207,7 +207,9 @@ def _prompt(line: str) -> str:
     """The prompt of a line of JSON."""
     record = json.loads(line)
     prompt = record.get("prompt") if isinstance(record, dict) else None
-    if not isinstance(prompt, str):
+    if isinstance(prompt, str):
+        prompt.encode()  # half a character is no text: UnicodeEncodeError
+    else:
         raise ValueError(f"no text named `prompt` in {line[:80]}")
     return prompt
 

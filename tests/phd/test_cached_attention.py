@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from phd.cached_attention import attend_near, attend_places, bias_of, dense_attention, merged
+from phd.cached_attention import attend_near, attend_places, bias_of, dense_attention
+from phd.flash import merged
 
 B, N, G, H, KEYS = 2, 4, 2, 8, 30
 

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from phd.config import ModelConfig, Norm, Variant
 from phd.model import Transformer
 from phd.pattern import Pattern
+from tests.phd.small_models import model_of
 
 claim = settings(derandomize=True, deadline=None, max_examples=100)
 SMALL = ModelConfig(
@@ -32,21 +33,6 @@ SMALL = ModelConfig(
 T = 18
 norms = pytest.mark.parametrize("norm", get_args(Norm))
 variants = pytest.mark.parametrize("variant", get_args(Variant))
-
-
-def model_of(config: ModelConfig) -> Transformer:
-    """A float64 model in which no weight is one that hides a mistake: norms of 1, embeddings of 0.
-
-    Like the rest of the weights, norms are the same for every K.
-    """
-    model = Transformer(config).reset(0).double()
-    generator = torch.Generator().manual_seed(0)
-    for name, weight in model.named_parameters():
-        if "norm" in name:
-            nn.init.uniform_(weight, 0.5, 1.5, generator=generator)
-    if config.copy_embedding:
-        nn.init.normal_(model.copy_embed.weight, generator=generator)
-    return model
 
 
 def of_variant(variant: Variant, **settings: Any) -> ModelConfig:

@@ -221,6 +221,7 @@ def test_without_a_prompt_the_standard_input_gives_it(
         ("empty.txt", "\n \n", "no prompt in it"),
         ("a.jsonl", '{"text": "a"}\n', "no text named `prompt` in {"),
         ("b.jsonl", "prompt\n", "cannot be read"),
+        ("c.jsonl", '{"prompt": "a \\ud83d b"}\n', "surrogates not allowed"),
     ],
 )
 def test_a_file_without_prompts_is_refused(
