@@ -4,7 +4,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from phd.config import ModelConfig
-from phd.linear import Linear
+from phd.linear import Linear, project_all
 from phd.norm import RMSNorm
 from phd.view import View
 
@@ -71,17 +71,19 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, view: View) -> Tensor:
         """x (B, K or 1, T, D) -> the slots that the view asks, (B, K or 1, T', D)."""
-        q = self._heads(view.asked(x), "q")
-        k, v = (self._heads(x, name) for name in ("k", "v"))
-        out = view.attend(q, k, v)
+        asked = view.asked(x)
+        if asked is x:
+            q, k, v = project_all(x, (self.q, self.k, self.v))
+        else:
+            q, (k, v) = self.q(asked), project_all(x, (self.k, self.v))
+        out = view.attend(*(self._heads(y, name) for y, name in zip((q, k, v), "qkv", strict=True)))
         return self.o(out.permute(0, 2, 3, 1, 4).flatten(3))
 
     def _heads(self, x: Tensor, name: str) -> Tensor:
-        """Project and normalise: (B, copies, T, D) -> (B, copies, heads, T, H)."""
-        x = getattr(self, name)(x)
-        norm = f"{name}_norm"
-        if norm in self._modules:
-            x = getattr(self, norm)(x).to(x.dtype)
+        """Normalise a projection: (B, copies, T, heads * H) -> (B, copies, heads, T, H)."""
+        norm = self._modules.get(f"{name}_norm")
+        if norm is not None:
+            x = norm(x).to(x.dtype)
         return x.unflatten(-1, (-1, self.head_dim)).transpose(2, 3)
 
 
@@ -96,4 +98,5 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
-        return self.down(silu(self.gate(x)) * self.up(x))
+        gate, up = project_all(x, (self.gate, self.up))
+        return self.down(silu(gate) * up)

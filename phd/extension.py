@@ -8,13 +8,14 @@ last layer   keys and values alone; queries      of the slots that predict  *
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from phd.cache import KVCache
 from phd.cached_attention import attend_near, attend_places, bias_of
-from phd.flash import causal_forward, merged
+from phd.flash import causal_forward, merged_out
 from phd.rope import Rope, rotate
 
 Pair = tuple[Tensor, Tensor]
@@ -38,7 +39,7 @@ class Extension:
         hidden: hidden copies of a token that are not.
         reach: places that some row may see.
         aligned: all rows are of one length before, and of one after, and the host knows them.
-        causal: the new slots see each other as those of a row, and all that was there before.
+        causal: several new slots see each other as those of a row, and all that was there before.
         spans: for how many tokens at the end of each row a layer needs hidden copies.
     """
 
@@ -52,7 +53,7 @@ class Extension:
         keep: int = 1,
         static: bool = False,
     ) -> None:
-        self.cache, self.new, self.keep = cache, list(new), keep
+        self.cache, self.new, self.tokens, self.keep = cache, list(new), tokens, keep
         self.layers, self.places = len(cache.originals), cache.pattern.places
         self.remembered = tokens * self.places
         self.hidden = cache.pattern.K - self.places
@@ -60,7 +61,8 @@ class Extension:
         self.aligned = not static and len(set(self.past)) == len(set(new)) == 1
         self.reach = (cache.capacity if static else max(self.past) + tokens) * self.places
         # Padding lies behind: at first, causal attention is right whatever the lengths are.
-        self.causal = self.aligned or (not static and max(self.past) == 0)
+        several = not static and self.remembered > 1
+        self.causal = several and (self.aligned or max(self.past) == 0)
         self.spans = [1 if self.hidden else 0] * self.layers if static else self._spans(new)
         device = cache.lengths.device
         self.begins = cache.lengths[:, None]
@@ -87,16 +89,19 @@ class Extension:
         ]
 
     def _rope(self, rope: Rope, tokens: int) -> Pair:
-        """(cos, sin) of the first layer's slots, (B or 1, 1, M, H/2)."""
+        """(cos, sin) of the first layer's slots, (B or 1, 1, 1, M, H)."""
         rows = slice(1) if self.aligned else slice(None)
         device = self.begins.device
         token = (self.begins + torch.arange(tokens, device=device))[rows]
         copy = torch.arange(self.cache.pattern.K, device=device)
+        if tokens == 1 and self.spans[0]:
+            cos, sin = rope.at(token, copy)
+            return cos[:, None, None], sin[:, None, None]
         cos, sin = rope.at(token, copy[: self.places])
         if self.spans[0]:
             more = rope.at(self.hidden_position[rows], copy[self.places :])
             cos, sin = (torch.cat(pair, 1) for pair in zip((cos, sin), more, strict=True))
-        return cos[:, None], sin[:, None]
+        return cos[:, None, None], sin[:, None, None]
 
     def _seen(self) -> Tensor:
         """How many places each of the first layer's slots sees, (B, 1, M, 1)."""
@@ -113,16 +118,19 @@ class Extension:
         The keys are those that the ring held before, and then the new ones.
         """
         first = (self.begins + self.hidden_tokens)[..., None] * self.hidden
-        slots = (first + torch.arange(self.hidden, device=first.device)).flatten(1)
-        seen = self.cache.pattern.hidden_seen(self.hidden_position)
-        seen = seen.transpose(1, 2).flatten(1)[..., None]
-        query, held = slots[..., None], self._held(self.begins)[:, None]
-        behind = query - slots[:, None]
-        is_token = (self.hidden_tokens >= 0).repeat_interleave(self.hidden, 1)[:, None]
-        old = (held >= 0) & (query - held < seen)
-        # What is no token sees itself, since no number comes of seeing nothing.
-        new = (behind >= 0) & (behind < seen) & (is_token | (behind == 0))
-        return torch.cat([old, new], 2)[:, None]
+        number = (first + torch.arange(self.hidden, device=first.device)).flatten(1)
+        seen = self.cache.pattern.hidden_seen(self.hidden_position).transpose(1, 2).flatten(1)
+        some_lack = min(self.new) < self.spans[0]
+        if some_lack:
+            # What is no token is seen by none, and sees all: no number comes of seeing nothing.
+            is_token = (self.hidden_tokens >= 0).repeat_interleave(self.hidden, 1)
+            number = torch.where(is_token, number, -1)
+        key = torch.cat([self._held(self.begins), number], 1)
+        behind = number[..., None] - key[:, None]
+        is_seen = (behind >= 0) & (behind < seen[..., None]) & (key >= 0)[:, None]
+        if some_lack:
+            is_seen |= (number < 0)[..., None]
+        return is_seen[:, None]
 
     def _held(self, lengths: Tensor) -> Tensor:
         """The number of the hidden copy in each place of the ring after so many tokens (B, 1),
@@ -151,30 +159,40 @@ class Extension:
         return slots[:, None]
 
     def of_layer(self, x: Tensor, layer: int) -> Tensor:
-        """A layer's slots of what belongs to the first layer's, (B or 1, 1, M, ...)."""
+        """A layer's slots of what belongs to the first layer's, (B or 1, ..., M, any)."""
         return self._less(x, self.spans[0] - self.spans[layer])
 
     def asked(self, x: Tensor, layer: int) -> Tensor:
-        """The slots that a layer computes, of (B or 1, 1, M, ...) of its own."""
+        """The slots that a layer computes, of (B or 1, ..., M, any) of its own."""
         if layer < self.layers - 1:
             return self._less(x, self.spans[layer] - self.spans[layer + 1])
         if self.keep == 0:
-            return x[:, :, :0]
+            return x[..., :0, :]
         # The last copy of the last tokens.
         if self.hidden:
-            return x[:, :, -self.keep * self.hidden :][:, :, self.hidden - 1 :: self.hidden]
+            return x[..., -self.keep * self.hidden :, :][..., self.hidden - 1 :: self.hidden, :]
+        if self.aligned:
+            end = self.new[0] * self.places
+            return x[..., end - (self.keep - 1) * self.places - 1 : end : self.places, :]
         last = self.counts - torch.arange(self.keep, 0, -1, device=self.counts.device)
-        slots = (last.clamp(min=0) * self.places + self.places - 1)[:, None, :, None]
-        if x.shape[0] == 1:
-            slots = slots[:1]
-        return x.gather(2, slots.expand(-1, -1, -1, x.shape[3]))
+        slots = last.clamp(min=0) * self.places + self.places - 1
+        slots = slots.view(-1, *[1] * (x.ndim - 3), self.keep, 1)
+        return x.gather(-2, slots.expand(*x.shape[:-2], -1, x.shape[-1]))
 
     def _less(self, x: Tensor, tokens: int) -> Tensor:
         """Without the hidden copies of the first `tokens` tokens that have some."""
         if tokens == 0:
             return x
         first = self.remembered + tokens * self.hidden
-        return torch.cat([x[:, :, : self.remembered], x[:, :, first:]], 2)
+        return torch.cat([x[..., : self.remembered, :], x[..., first:, :]], -2)
+
+
+class Near(NamedTuple):
+    """The few keys (B, G, keys, H) and values that hidden copies see through a mask."""
+
+    k: Tensor
+    v: Tensor
+    bias: Tensor
 
 
 @dataclass(frozen=True)
@@ -189,11 +207,17 @@ class ExtensionView:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         new = self.extension
-        tables = [new.of_layer(x, self.layer) for x in new.rope]
-        k, v = rotate(k, *(x.unsqueeze(2) for x in tables))[:, :, 0], v[:, 0]
-        q = rotate(q, *(self.asked(x).unsqueeze(2) for x in tables))
-        out = self._attend(q[:, :, 0], k, v)
-        if new.spans[self.layer] and new.cache.ring[self.layer].shape[3]:
+        cos, sin = (new.of_layer(x, self.layer) for x in new.rope)
+        v = v.squeeze(1)
+        if new.tokens == 1 and q.shape[3] == k.shape[3]:
+            # Of so little, one call costs half as much as two.
+            turned = rotate(torch.cat([q, k], 2), cos, sin).squeeze(2)
+            q, k = turned.split([q.shape[2], k.shape[2]], 1)
+        else:
+            k = rotate(k, cos, sin).squeeze(2)
+            q = rotate(q, self.asked(cos), self.asked(sin)).squeeze(2)
+        out = self._attend(q, k, v)
+        if new.spans[self.layer] and self.ring.shape[3]:
             self._turn_ring(k, v)
         return out.unsqueeze(2)
 
@@ -201,59 +225,77 @@ class ExtensionView:
     def last(self) -> bool:
         return self.layer == self.extension.layers - 1
 
+    @property
+    def ring(self) -> Tensor:
+        return self.extension.cache.ring[self.layer]
+
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Queries (B, N, T', H) over everything, of which the new slots are (B, G, M, H)."""
         new = self.extension
-        remembered, hidden = (
-            [x[:, :, part] for x in (k, v)]
-            for part in (slice(new.remembered), slice(new.remembered, None))
-        )
-        places = self._remember(*remembered)
-        parts = []
-        if not (self.last and new.hidden):
-            parts.append(self._attend_remembered(q[:, :, : new.remembered], places, remembered))
-        if new.hidden:
-            first = 0 if self.last else new.remembered
-            parts.append(self._attend_hidden(q[:, :, first:], places, hidden))
-        return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
-
-    def _attend_remembered(self, q: Tensor, places: Pair, own: Sequence[Tensor]) -> Tensor:
-        """Queries of remembered slots, over all places, of which the new ones are `own`."""
-        new = self.extension
+        own = [x.narrow(2, 0, new.remembered) for x in (k, v)]
+        places = self._remember(*own)
         if not q.shape[2]:
             return q
-        if self.last or not new.causal or new.remembered == 1:
-            return attend_places(q, *places, self._seen(slice(q.shape[2])))[0]
+        first = 0 if self.last and new.hidden else min(new.remembered, q.shape[2])
+        if not new.causal or (self.last and not new.hidden):
+            return self._attend_together(q, places, k, v, first)
+        parts = []
+        if first:
+            parts.append(self._attend_causally(q[:, :, :first], places, own))
+        if q.shape[2] > first:
+            parts.append(self._attend_hidden(q[:, :, first:], places, self._near(k, v)))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+
+    def _attend_together(self, q: Tensor, places: Pair, k: Tensor, v: Tensor, first: int) -> Tensor:
+        """All queries over what is remembered, which is read once, and then those of hidden
+        copies, from the `first` on, over hidden copies."""
+        far = attend_places(q, *places, self._seen(slice(None)))
+        if q.shape[2] == first:
+            return far[0]
+        of_hidden = [x.narrow(2, first, q.shape[2] - first) for x in (q, *far)]
+        near = attend_near(of_hidden[0], *self._near(k, v))
+        hidden = merged_out(near, (of_hidden[1], of_hidden[2])).to(q.dtype)
+        return torch.cat([far[0].narrow(2, 0, first), hidden], 2) if first else hidden
+
+    def _attend_causally(self, q: Tensor, places: Pair, own: Sequence[Tensor]) -> Tensor:
+        """Queries of new slots that are remembered, over each other and all that was before."""
+        new = self.extension
         result = causal_forward(q, own[0], own[1], q.shape[-1] ** -0.5)
         if not new.past[0]:
             return result[0]
         old = (x[:, :, : new.past[0] * new.places] for x in places)
-        return merged(result, attend_places(q, *old))[0]
+        return merged_out(result, attend_places(q, *old))
 
-    def _attend_hidden(self, q: Tensor, places: Pair, own: Sequence[Tensor]) -> Tensor:
-        """Queries of hidden copies, over all places, and over hidden copies old and new."""
+    def _attend_hidden(self, q: Tensor, places: Pair, near: Near) -> Tensor:
+        """Queries of a prompt's hidden copies, over all places, and over what is near."""
         new = self.extension
-        if not q.shape[2]:
-            return q
-        near, bias = [x.to(k.dtype) for x, k in zip(own, places, strict=True)], self._hidden_bias()
-        ring = new.cache.ring[self.layer]
-        if new.aligned and not new.past[0]:
-            bias = bias[..., ring.shape[3] :]  # there is nothing in it
-        else:
-            near = [torch.cat(pair, 2) for pair in zip(ring, near, strict=True)]
         seen, (k, v) = self._seen(slice(-q.shape[2], None)), places
         if seen is not None and new.aligned:
             # What all of them see needs no mask; the rest, a chunk or a window long, is near.
             far = new.past[0] + new.new[0] - q.shape[2] // (1 if self.last else new.hidden)
-            near = [torch.cat([x, y[:, :, far:]], 2) for x, y in zip(near, places, strict=True)]
             place = torch.arange(far, new.reach, device=q.device)
-            rest = bias_of(place < seen[:, None, :, None], bias.dtype)
-            bias = torch.cat([bias, rest], 3)
+            rest = bias_of(place < seen[:, None, :, None], near.bias.dtype)
+            near = Near(
+                torch.cat([near.k, k[:, :, far:]], 2),
+                torch.cat([near.v, v[:, :, far:]], 2),
+                torch.cat([near.bias, rest], 3),
+            )
             k, v, seen = k[:, :, :far], v[:, :, :far], None
-        result = attend_near(q, near[0], near[1], bias)
-        if k.shape[2]:
-            result = merged(result, attend_places(q, k, v, seen))
-        return result[0].to(q.dtype)
+        result = attend_near(q, *near)
+        if not k.shape[2]:
+            return result[0].to(q.dtype)
+        return merged_out(result, attend_places(q, k, v, seen)).to(q.dtype)
+
+    def _near(self, k: Tensor, v: Tensor) -> Near:
+        """The hidden copies in the ring, and then those of the new slots (B, G, M, H)."""
+        new, ring, bias = self.extension, self.ring, self._hidden_bias()
+        own = (x.narrow(2, new.remembered, x.shape[2] - new.remembered) for x in (k, v))
+        k, v = (x.to(ring.dtype) for x in own)
+        if new.aligned and not new.past[0]:
+            return Near(k, v, bias[..., ring.shape[3] :])  # there is nothing in it
+        if not ring.shape[3]:
+            return Near(k, v, bias)
+        return Near(torch.cat([ring[0], k], 2), torch.cat([ring[1], v], 2), bias)
 
     def _seen(self, queries: slice) -> Tensor | None:
         """How many places some of the layer's queries see, (B, queries); None: all."""
@@ -266,15 +308,15 @@ class ExtensionView:
         """Write what is remembered, (B, G, T * places, H), to the cache; all places in reach."""
         new, cache = self.extension, self.extension.cache.originals[self.layer]
         if new.aligned:
-            begin = new.past[0] * new.places
-            cache[0, :, :, begin : begin + new.remembered] = k
-            cache[1, :, :, begin : begin + new.remembered] = v
+            written = cache.narrow(3, new.past[0] * new.places, new.remembered)
+            written[0].copy_(k)
+            written[1].copy_(v)
         else:
             number = torch.arange(new.remembered, device=k.device)
             place = (new.begins * new.places + number)[:, None, :, None].expand(k.shape)
             cache[0].scatter_(2, place, k.to(cache.dtype))
             cache[1].scatter_(2, place, v.to(cache.dtype))
-        keys, values = cache[:, :, :, : new.reach]
+        keys, values = cache.narrow(3, 0, new.reach)
         return keys, values
 
     def _hidden_bias(self) -> Tensor:
@@ -282,7 +324,7 @@ class ExtensionView:
         new = self.extension
         bias, unused = new.hidden_bias, (new.spans[0] - new.spans[self.layer]) * new.hidden
         if unused:
-            ring = new.cache.ring[self.layer].shape[3]
+            ring = self.ring.shape[3]
             bias = torch.cat([bias[..., :ring], bias[..., ring + unused :]], -1)
         if self.last:
             return bias[:, :, -new.keep * new.hidden :][:, :, new.hidden - 1 :: new.hidden]
@@ -290,24 +332,23 @@ class ExtensionView:
 
     def _turn_ring(self, k: Tensor, v: Tensor) -> None:
         """Write the new hidden copies' keys and values (B, G, M, H) into the ring."""
-        new, ring = self.extension, self.extension.cache.ring[self.layer]
-        size, parts = ring.shape[3], list(zip(ring, (k, v), strict=True))
+        new, ring = self.extension, self.ring
         if new.aligned:
             # The last so many, from their first one's place on, and round the corner.
-            count = min(new.new[0], new.spans[self.layer]) * new.hidden
-            count = min(count, size)
+            size = ring.shape[3]
+            count = min(new.new[0] * new.hidden, new.spans[self.layer] * new.hidden, size)
             place = ((new.past[0] + new.new[0]) * new.hidden - count) % size
             turn = min(count, size - place)
-            for part, x in parts:
-                x = x[:, :, x.shape[2] - count :]
-                part[:, :, place : place + turn] = x[:, :, :turn]
+            for part, x in zip(ring, (k, v), strict=True):
+                first = x.shape[2] - count
+                part.narrow(2, place, turn).copy_(x.narrow(2, first, turn))
                 if turn < count:
-                    part[:, :, : count - turn] = x[:, :, turn:]
+                    part.narrow(2, 0, count - turn).copy_(x.narrow(2, first + turn, count - turn))
             return
         assert new.into_ring is not None
         number, is_new = new.into_ring
         number = number - (new.spans[0] - new.spans[self.layer]) * new.hidden
         # Below 0 are hidden copies that nobody will see, or they would have been computed.
         source = (number.clamp(min=0) + new.remembered).expand(-1, k.shape[1], -1, k.shape[3])
-        for part, x in parts:
+        for part, x in zip(ring, (k, v), strict=True):
             part.copy_(torch.where(is_new, x.gather(2, source).to(part.dtype), part))

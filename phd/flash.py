@@ -77,10 +77,14 @@ def causal_backward(
 
 def merged(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """The attention to two sets of keys together: out (..., H) and lse (...) from those of each."""
+    return merged_out(one, other), torch.logaddexp(one[1], other[1])
+
+
+def merged_out(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> Tensor:
+    """`merged` where nobody asks for the log-sum-exp."""
     (out, lse), (more, more_lse) = one, other
-    share = torch.sigmoid(more_lse - lse)[..., None]
-    whole = torch.lerp(out.to(share.dtype), more.to(share.dtype), share)
-    return whole.to(out.dtype), torch.logaddexp(lse, more_lse)
+    share = torch.sigmoid(more_lse - lse).unsqueeze(-1)
+    return torch.lerp(out.to(share.dtype), more.to(share.dtype), share).to(out.dtype)
 
 
 def varlen_forward(

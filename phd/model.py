@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from phd.block import Block
 from phd.config import ModelConfig
 from phd.initialization import initial_weights
-from phd.linear import Linear, project
+from phd.linear import Linear, lay_end_to_end, project
 from phd.loss import Loss, next_token_loss
 from phd.norm import RMSNorm
 from phd.pattern import Pattern
@@ -68,6 +68,16 @@ class Transformer(nn.Module):
         for name, parameter in own.items():
             parameter.copy_(weights[name])
         self.rope.build(self.embed.weight.device)
+        return self
+
+    def flatten(self) -> "Transformer":
+        """Lay weights that are multiplied with the same input end to end, which makes inference
+        faster; returns itself. They keep their names, and a move to another device undoes it."""
+        for block in self.blocks:
+            assert isinstance(block, Block)
+            attention, ffn = block.attention, block.ffn
+            lay_end_to_end((attention.q, attention.k, attention.v))
+            lay_end_to_end((ffn.gate, ffn.up))
         return self
 
     def forward(self, tokens: Tensor, segments: Segments | None = None) -> Tensor:

@@ -7,8 +7,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import rms_norm
 
-FEW_VALUES = 1 << 14
-
 
 class RMSNorm(nn.RMSNorm):
     """weight * x / sqrt(mean(x^2) + eps) over the last dim (arXiv 1910.07467).
@@ -16,14 +14,23 @@ class RMSNorm(nn.RMSNorm):
     Computed in float32 at least, whatever autocast makes of x, or sharding of the weight.
     """
 
+    eps: float
+
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D) in float32 or wider."""
-        dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        x, weight = x.to(dtype), self.weight.to(dtype)
-        # Of a few rows each pass costs little, but each call.
-        if x.device.type == "cpu" and (torch.is_grad_enabled() or x.numel() > FEW_VALUES):
+        weight = self.weight if self.weight.dtype.itemsize >= 4 else self.weight.float()
+        x = x.to(weight.dtype)
+        if x.device.type != "cpu":
+            return rms_norm(x, self.normalized_shape, weight, self.eps)
+        if torch.is_grad_enabled():
             return _RMSNorm.apply(x, weight, self.eps)
-        return rms_norm(x, self.normalized_shape, weight, self.eps)
+        return (x * _scale(x, self.eps)).mul_(weight)
+
+
+def _scale(x: Tensor, eps: float) -> Tensor:
+    """1 / sqrt(mean(x^2) + eps) over the last dim, in as few kernels as a single token wants."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return torch.addcmul(x.new_full((), eps), norm, norm, value=1 / x.shape[-1]).rsqrt_()
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -38,8 +45,7 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        square = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
-        scale = square.div_(x.shape[-1]).add_(eps).rsqrt_()
+        scale = _scale(x, eps)
         ctx.save_for_backward(x, weight, scale)
         return (x * scale).mul_(weight)
 

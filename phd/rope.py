@@ -30,15 +30,19 @@ class Rope(nn.Module):
         self.build(torch.get_default_device())
 
     def build(self, device: torch.device) -> None:
-        """Make the tables, float32 (positions, H/2); again after a model leaves the meta device."""
+        """Make the tables, float32 (positions, H); again after a model leaves the meta device.
+
+        cos  c_0 .. c_{H/2-1}  c_0 .. c_{H/2-1}      sin  -s_0 .. -s_{H/2-1}  s_0 .. s_{H/2-1}
+        """
         c = self.config
         exponent = torch.arange(0, c.head_dim, 2, device=device, dtype=torch.float64) / c.head_dim
         position = torch.arange(c.rope_positions, device=device, dtype=torch.float64)
         angle = position[:, None] * c.rope_theta**-exponent
-        self.cos, self.sin = angle.cos().float(), angle.sin().float()
+        self.cos = torch.cat([angle.cos(), angle.cos()], 1).float()
+        self.sin = torch.cat([-angle.sin(), angle.sin()], 1).float()
 
     def tables(self, tokens: int, segments: Segments | None = None) -> tuple[Tensor, Tensor]:
-        """(cos, sin) for all copies of rows of `tokens` tokens: (B or 1, K or 1, 1, T, H/2).
+        """(cos, sin) for all copies of rows of `tokens` tokens: (B or 1, K or 1, 1, T, H).
 
         With segments, positions begin anew with each document.
         """
@@ -53,7 +57,7 @@ class Rope(nn.Module):
         return cos, sin
 
     def at(self, tokens: Tensor, copies: Tensor) -> tuple[Tensor, Tensor]:
-        """(cos, sin), each (B, T * copies, H/2), of these copies (copies,) of tokens (B, T), int64.
+        """(cos, sin), each (B, T * copies, H), of these copies (copies,) of tokens (B, T), int64.
 
         Tokens behind the end of the tables, which only fill a row, get the last one's.
         """
@@ -65,7 +69,7 @@ class Rope(nn.Module):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn x (B, K, heads, T, H), any strides, by tables (B or 1, K or 1, 1, T, H/2).
+    """Turn x (B, K, heads, T, H), any strides, by tables (B or 1, K or 1, 1, T, H).
 
     Returns (B, heads, K, T, H), contiguous: the layout that attention wants. Where x holds one
     copy and the tables K, that copy is turned K ways.
@@ -101,8 +105,5 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
-    half = x.shape[-1] // 2
-    out.copy_(x * torch.cat([cos, cos], -1).to(x.dtype))
-    sin = sin.to(x.dtype)
-    out[..., :half].addcmul_(x[..., half:], sin, value=-1)
-    out[..., half:].addcmul_(x[..., :half], sin)
+    out.copy_(x * cos.to(x.dtype))
+    out.addcmul_(x.roll(x.shape[-1] // 2, -1), sin.to(x.dtype))

@@ -1,14 +1,15 @@
 """Drawing text from a model, token by token."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from math import ceil
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from phd.cache import KVCache
+from phd.cache import BLOCK, KVCache
 from phd.decoder import Decoder
 from phd.inference import decode, prefill
 from phd.model import Transformer
@@ -68,6 +69,8 @@ def generate(
     sampling: Sampling,
     dice: Sequence[torch.Generator],
     max_tokens: int,
+    *,
+    compiled: bool = False,
 ) -> Iterator[Tensor]:
     """Yield up to `max_tokens` new token ids (B,), one place at a time.
 
@@ -76,14 +79,21 @@ def generate(
     Args:
         prompts: int64 (T,) each, T >= 1, of any lengths.
         dice: each text's own randomness, so that it does not depend on the texts beside it.
+        compiled: decode by `torch.compile`, anew for each number of texts and of blocks of the
+            cache.
     """
     limit = model.config.max_seq_len
     texts = [prompt if len(prompt) <= limit else _end(prompt, limit) for prompt in prompts]
     while max_tokens:
         longest = max(map(len, texts))
-        logits, cache = _read(model, texts, min(limit, longest + max_tokens))
+        capacity = min(limit, longest + max_tokens)
+        if compiled:
+            capacity = min(limit, ceil(capacity / BLOCK) * BLOCK)
+        logits, cache = _read(model, texts, capacity)
         new: list[Tensor] = []
-        step = Decoder(model, cache) if logits.is_cuda else partial(decode, model, cache=cache)
+        step: Callable[[Tensor], Tensor] = partial(decode, model, cache=cache)
+        if compiled or logits.is_cuda:
+            step = Decoder(model, cache, compiled=compiled)
         while True:
             rows = zip(logits, dice, strict=True)
             new.append(torch.cat([sampling.draw(row[None], die) for row, die in rows]))

@@ -69,19 +69,23 @@ def usage(cls: Any) -> str:
 def _value(hint: Any, text: str) -> Any:
     """Reads text as JSON, unless the field holds text; `null` is None where that may be.
 
-    Several texts are a JSON list, or one text.
+    Several values are a JSON list, or one of them.
 
     >>> _value(int, "3"), _value(str, "3"), _value(str | None, "null"), _value(float, "1e-3")
     (3, '3', None, 0.001)
     >>> _value(tuple[str, ...], "def"), _value(tuple[str, ...], '["a", "b"]')
     (['def'], ['a', 'b'])
+    >>> _value(tuple[int, ...], "3"), _value(tuple[int, ...], "[3, 4]")
+    ([3], [3, 4])
     """
     if get_origin(hint) is tuple:
         try:
-            texts = json.loads(text)
+            values = json.loads(text)
         except json.JSONDecodeError:
-            texts = text
-        return texts if isinstance(texts, list) else [texts if isinstance(texts, str) else text]
+            values = text
+        if isinstance(values, list):
+            return values
+        return [text if str in get_args(hint) and not isinstance(values, str) else values]
     holds = get_args(hint) or (hint,)
     if str in holds and not (text == "null" and type(None) in holds):
         return text

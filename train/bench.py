@@ -65,6 +65,10 @@ class BenchArguments:
         size: the model of `step`, `checkpoint` and `inference`, a file of conf/size/; `inference`
             widens tiny.
         span_unit: what W = 16 and C = 32 count in `inference`: `token`s or `hidden` copies.
+        copies: K of PHD's variants in `inference`; none given: of each chart some.
+        prompts: tokens of the prompts that `inference` reads; none given: a short and a long one.
+        contexts: tokens up to which `inference` decodes; none given: few and many.
+        compile: decode by `torch.compile` in `inference`, after up to a minute for each row.
         rows: rows of a step.
         seq_len: T of a step.
         gigabytes: size of the corpus of `resume`, which is written for it.
@@ -76,6 +80,10 @@ class BenchArguments:
     repeat: int = 11
     size: str = "tiny"
     span_unit: SpanUnit = "token"
+    copies: tuple[int, ...] = ()
+    prompts: tuple[int, ...] = ()
+    contexts: tuple[int, ...] = ()
+    compile: bool = False
     rows: int = 4
     seq_len: int = 1024
     gigabytes: float = 1.0
@@ -88,6 +96,12 @@ class BenchArguments:
             for key in ("repeat", "rows", "seq_len")
             if (value := getattr(self, key)) < 1
         ]
+        for key, least in (("copies", 2), ("prompts", 1), ("contexts", 1)):
+            found += [
+                f"{key}={value}: expected integers of at least {least}"
+                for value in getattr(self, key)
+                if value < least
+            ]
         if not self.gigabytes > 0:
             found.append(f"gigabytes={self.gigabytes}: expected a number above 0")
         if self.name not in BENCHMARKS:
@@ -256,13 +270,17 @@ def bench_inference(given: BenchArguments, device: torch.device) -> Result:
     if missing := [name for name in ("transformers", "matplotlib") if find_spec(name) is None]:
         problem = f"name=inference: needs {' and '.join(missing)}"
         raise ConfigError([f'{problem}; pip install "phd-transformer[bench]"'], "the arguments")
-    from train.inference_benchmark import GRIDS, bench_inferring
+    from train.inference_benchmark import bench_inferring, grid_of
     from train.inference_plots import draw
 
     wider = [f"model.{setting}" for setting in WIDENED] if given.size == "tiny" else []
     model = load([f"size={given.size}", f"engine.device={device.type}", *wider]).model
     model = replace(model, window=16, chunk=32, span_unit=given.span_unit)
-    result = bench_inferring(model, GRIDS[device.type], given.repeat, device)
+    grid = grid_of(device, given.prompts, given.contexts, given.copies, compiled=given.compile)
+    if short := [tokens for tokens in grid.contexts if tokens <= grid.steps]:
+        problem = f"contexts={short}: expected more than the {grid.steps} tokens that are decoded"
+        raise ConfigError([problem], "the arguments")
+    result = bench_inferring(model, grid, given.repeat, device)
     subject = f"{model.size}: {model.layers} layers, D = {model.dim}, on {device.type}"
     draw(result.rows, subject, Path(given.out))
     return result

@@ -41,6 +41,7 @@ class Grid:
         decode_copies: K of PHD's variants, where is decoded.
         naive_copies: K of naive repetition, which soon costs too much.
         steps: tokens that are decoded in a turn, the last ones of the context.
+        compiled: decode by `torch.compile`.
     """
 
     prompts: tuple[int, ...]
@@ -49,6 +50,7 @@ class Grid:
     decode_copies: tuple[int, ...]
     naive_copies: tuple[int, ...]
     steps: int
+    compiled: bool = False
 
 
 GRIDS = {
@@ -71,6 +73,27 @@ GRIDS = {
 }
 
 
+def grid_of(
+    device: torch.device,
+    prompts: tuple[int, ...] = (),
+    contexts: tuple[int, ...] = (),
+    copies: tuple[int, ...] = (),
+    *,
+    compiled: bool = False,
+) -> Grid:
+    """What is measured on a device, or what is asked instead."""
+    usual = GRIDS[device.type]
+    return replace(
+        usual,
+        prompts=prompts or usual.prompts,
+        contexts=contexts or usual.contexts,
+        prefill_copies=copies or usual.prefill_copies,
+        decode_copies=copies or usual.decode_copies,
+        naive_copies=tuple(K for K in usual.naive_copies if not copies or K in copies),
+        compiled=compiled,
+    )
+
+
 class Models:
     """Models of one size, which share their weights: float32 on the CPU, bfloat16 on CUDA."""
 
@@ -78,7 +101,7 @@ class Models:
         self.size, self.device = size, device
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         vanilla = Transformer(size.vanilla_twin).reset(seed=0)
-        self.weights = vanilla.to(device, dtype).state_dict()
+        self.weights = vanilla.to(device, dtype).flatten().state_dict()
 
     def of(self, variant: Variant, K: int) -> Transformer:
         """The model of a variant, without copying a weight."""
@@ -122,6 +145,7 @@ class Prefill(Measured):
         super().__init__(model, tokens)
         self.prompt = random_tokens(model, tokens)
 
+    @torch.inference_mode()
     def __call__(self) -> None:
         with self.precision():
             _, cache = prefill(self.model, self.prompt)
@@ -137,7 +161,9 @@ class Decode(Measured):
 
     kind = "decode"
 
-    def __init__(self, model: Transformer, tokens: int, steps: int) -> None:
+    def __init__(
+        self, model: Transformer, tokens: int, steps: int, *, compiled: bool = False
+    ) -> None:
         super().__init__(model, tokens, steps)
         with self.precision():
             self.cache = new_cache(model, 1, capacity=tokens)
@@ -146,9 +172,10 @@ class Decode(Measured):
         self.kv_bytes = self.cache.nbytes
         self.first = random_tokens(model, 1)[0]
         self.decode: Callable[[Tensor], Tensor] = partial(decode, model, cache=self.cache)
-        if self.first.is_cuda:
-            self.decode = Decoder(model, self.cache)
+        if compiled or self.first.is_cuda:
+            self.decode = Decoder(model, self.cache, compiled=compiled)
 
+    @torch.inference_mode()
     def __call__(self) -> None:
         begin = self.tokens - self.steps
         self.cache.host_lengths = [begin]
@@ -246,7 +273,11 @@ def _decode_rows(
     models: list[Transformer], grid: Grid, repeat: int, device: torch.device
 ) -> tuple[list[Row], float]:
     """The rows, and the bandwidth of a copy in bytes read and written per second."""
-    works = [Decode(model, tokens, grid.steps) for tokens in grid.contexts for model in models]
+    works = [
+        Decode(model, tokens, grid.steps, compiled=grid.compiled)
+        for tokens in grid.contexts
+        for model in models
+    ]
     source = torch.zeros(COPIED_BYTES, dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
     turns: dict[str, Work] = {"copy": lambda: target.copy_(source)}

@@ -106,8 +106,10 @@ def times_over_copies(reading: list[Row], writing: list[Row], subject: str) -> F
 
 
 def cache_over_context(rows: list[Row], subject: str) -> Figure:
-    """The bytes of caches that were allocated, at the most copies that naive repetition has."""
-    most = max(row["K"] for row in rows if row["variant"] == "naive_repeat")
+    """The bytes of caches that were allocated, at the most copies that naive repetition has, or
+    PHD's variants where it is left out."""
+    naive = [row["K"] for row in rows if row["variant"] == "naive_repeat"]
+    most = max(naive or [row["K"] for row in rows])
     found = [row for row in rows if row["variant"] in VARIANTS and row["K"] in (1, most)]
     vanilla = {row["tokens"]: row["kv_bytes"] for row in found if row["K"] == 1}
     figure = Figure(figsize=(10, 4.2), layout="constrained")

@@ -137,6 +137,33 @@ def test_half_precision_is_as_near_as_the_full_forward_itself(variant: Variant) 
 
 
 @variants
+def test_weights_that_lie_end_to_end_give_the_same_logits(variant: Variant) -> None:
+    config = of_variant(variant)
+    tokens = torch.randint(0, 17, (2, 30), generator=torch.Generator().manual_seed(0))
+    model, flat = (Transformer(config).reset(0).double() for _ in range(2))
+    flat.flatten()
+    torch.testing.assert_close(flat.logits(tokens), model.logits(tokens), rtol=0, atol=1e-12)
+    with torch.inference_mode():
+        assert worst(flat, Cuts(tokens, [9, 9], None, [([1, 1], 1)] * 5 + [([5, 5], 5)])) < 1e-9
+
+
+@variants
+def test_decoding_reads_what_is_remembered_once_for_all_copies(variant: Variant) -> None:
+    model = model_of(of_variant(variant))
+    tokens = torch.zeros(1, 61, dtype=torch.long)
+    _, cache = prefill(model, tokens[:, :60])
+    with torch.profiler.profile(record_shapes=True) as profile:
+        decode(model, tokens[:, 60], cache)
+    kernels = (
+        event.input_shapes[1]
+        for event in profile.events()
+        if event.name == "aten::_scaled_dot_product_flash_attention_for_cpu"
+    )
+    long = [shape for shape in kernels if shape[2] >= 60]
+    assert len(long) == model.config.layers
+
+
+@variants
 def test_rows_may_be_chosen_and_doubled_between_steps(variant: Variant) -> None:
     model = model_of(of_variant(variant))
     tokens = torch.randint(0, 17, (3, 20), generator=torch.Generator().manual_seed(0))

@@ -1,31 +1,74 @@
-"""A few rows are multiplied another way, to the same result."""
+"""A few rows, and several layers, are multiplied another way, to the same result."""
+
+from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from phd.linear import Linear, project
+from phd.linear import (
+    LEFT,
+    SMALL,
+    Linear,
+    Rows,
+    favours_left,
+    from_the_left,
+    lay_end_to_end,
+    left_on_this_processor,
+    project,
+    project_all,
+)
 
 FAN_IN, FAN_OUT = 24, 40
+LAYOUTS = ("contiguous", "transposed", "expanded")
 
 
-@pytest.mark.parametrize("rows", [0, 1, 2, 3, 4])
-@pytest.mark.parametrize("fan_in", [FAN_IN, 20_000])  # one row goes another way with large weights
-@pytest.mark.parametrize("layout", ["contiguous", "transposed", "expanded"])
-def test_any_number_of_rows_in_any_layout_is_the_product(
-    rows: int, layout: str, fan_in: int
-) -> None:
-    weight = torch.randn(FAN_OUT, fan_in, dtype=torch.float64)
-    x = {
+def laid_out(layout: str, rows: int, fan_in: int) -> Tensor:
+    return {
         "contiguous": torch.randn(1, rows, fan_in, dtype=torch.float64),
         "transposed": torch.randn(1, fan_in, rows, dtype=torch.float64).mT,
         "expanded": torch.randn(1, 1, fan_in, dtype=torch.float64).expand(1, rows, fan_in),
     }[layout]
+
+
+@pytest.mark.parametrize("rows", [0, 1, 2, 3, 16, 48, 49])
+@pytest.mark.parametrize("fan_in", [FAN_IN, 20_000])  # large weights go other ways
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_number_of_rows_in_any_layout_is_the_product(
+    rows: int, layout: str, fan_in: int
+) -> None:
+    weight = torch.randn(FAN_OUT, fan_in, dtype=torch.float64)
+    x = laid_out(layout, rows, fan_in)
     with torch.no_grad():
         found = project(x, weight)
     # Kernels of attention read rows, not columns.
     assert found.is_contiguous()
     torch.testing.assert_close(found, linear(x, weight), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 16])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_from_the_left_is_the_product_on_every_processor(rows: int, layout: str) -> None:
+    weight, x = torch.randn(FAN_OUT, FAN_IN, dtype=torch.float64), laid_out(layout, rows, FAN_IN)
+    found = from_the_left(x, weight)
+    assert found.is_contiguous()
+    torch.testing.assert_close(found, linear(x, weight), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("rows", LEFT.values(), ids=LEFT)
+def test_which_rows_are_taken_from_the_left(rows: Rows) -> None:
+    taken = [n for n in range(100) if favours_left(rows, n, SMALL - 1)]
+    assert taken == list(range(rows.from_, rows.to + 1))
+    taken = [n for n in range(100) if favours_left(rows, n, SMALL)]
+    assert taken == list(range(rows.large_from, rows.to + 1))
+
+
+def test_the_processor_at_hand_is_told_by_its_maker() -> None:
+    if not (cpuinfo := Path("/proc/cpuinfo")).exists():
+        pytest.skip("no /proc/cpuinfo here")
+    vendors = [vendor for vendor in LEFT if vendor in cpuinfo.read_text()]
+    assert left_on_this_processor() == (LEFT[vendors[0]] if vendors else None)
 
 
 def test_half_precision_and_gradients_go_the_usual_way() -> None:
@@ -36,3 +79,47 @@ def test_half_precision_and_gradients_go_the_usual_way() -> None:
     layer(x).sum().backward()
     assert layer.weight.grad is not None
     torch.testing.assert_close(layer.weight.grad, x.sum(0).expand(FAN_OUT, -1))
+
+
+def layers() -> nn.ModuleList:
+    return nn.ModuleList(Linear(FAN_IN, fan_out) for fan_out in (40, 8, 16)).double()
+
+
+def products(of: nn.ModuleList, x: Tensor) -> tuple[int, list[Tensor]]:
+    """How many products of matrices there were, and what came of them."""
+    with torch.profiler.profile() as profile, torch.no_grad():
+        found = project_all(x, list(of))  # type: ignore[arg-type]
+    return sum(event.name == "aten::mm" for event in profile.events()), list(found)
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_layers_whose_weights_lie_end_to_end_are_one_product(rows: int) -> None:
+    x, several = torch.randn(1, 1, rows, FAN_IN, dtype=torch.float64), layers()
+    weights = {name: weight.clone() for name, weight in several.state_dict().items()}
+    count, expected = products(several, x)
+    assert count == 3
+    lay_end_to_end(list(several))  # type: ignore[arg-type]
+    assert several.state_dict().keys() == weights.keys()
+    assert all(torch.equal(x, weights[name]) for name, x in several.state_dict().items())
+    count, found = products(several, x)
+    assert count == 1
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    # In another order they are not one after the other.
+    assert products(several[1:], x)[0] == 1
+    assert products(several[::2], x)[0] == 2
+
+
+def test_layers_that_have_moved_are_multiplied_one_by_one() -> None:
+    x, several = torch.randn(2, FAN_IN, dtype=torch.float64), layers()
+    lay_end_to_end(list(several))  # type: ignore[arg-type]
+    count, found = products(several.float(), x.float())
+    assert count == 3
+    torch.testing.assert_close(found, [layer(x.float()) for layer in several])
+
+
+def test_layers_that_lie_end_to_end_still_learn_each_its_own() -> None:
+    x, several = torch.randn(2, FAN_IN, dtype=torch.float64), layers()
+    lay_end_to_end(list(several))  # type: ignore[arg-type]
+    sum(y.sum() * n for n, y in enumerate(project_all(x, list(several)), 1)).backward()  # type: ignore[arg-type,union-attr]
+    for n, layer in enumerate(several, 1):
+        torch.testing.assert_close(layer.weight.grad, n * x.sum(0).expand(len(layer.weight), -1))

@@ -37,6 +37,8 @@ def test_value_and_gradients_are_the_textbooks(
     norm, x = norm_of(D), torch.randn(2, 3, 5, D, dtype=torch.float64, requires_grad=True)
     found, expected = norm(layout(x)), textbook(layout(x), norm.weight)
     torch.testing.assert_close(found, expected)
+    with torch.no_grad():
+        torch.testing.assert_close(norm(layout(x)), expected)
     dout = torch.randn_like(found) if upstream == "random" else torch.ones(()).expand_as(found)
     gradients = (torch.autograd.grad(y, (x, norm.weight), dout) for y in (found, expected))
     torch.testing.assert_close(*gradients)

@@ -59,6 +59,14 @@ def test_embeddings_that_no_piece_belongs_to_mean_nothing(config, opened, capsys
     assert written(capsys, **given) == "ak\n"
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, of its compiler
+def test_compiled_decoding_writes_the_same_text(config, trained, capsys) -> None:
+    torch.compiler.reset()
+    run = str(trained(config("model.K=3")).run.directory)
+    given = {"run": run, "prompt": "def é", "max_tokens": 70, "temperature": 0}
+    assert written(capsys, **given, compile=True) == written(capsys, **given)
+
+
 def test_equal_seeds_write_equal_texts_and_others_do_not(config, trained, capsys) -> None:
     run = str(trained(config()).run.directory)
     first, again, other = (

@@ -27,7 +27,17 @@ pytest.importorskip("matplotlib")
 from matplotlib.image import imread
 
 from train import inference_benchmark, inference_plots
-from train.inference_benchmark import PHD, Decode, Generate, Grid, Models, Prefill, bench_inferring
+from train.inference_benchmark import (
+    GRIDS,
+    PHD,
+    Decode,
+    Generate,
+    Grid,
+    Models,
+    Prefill,
+    bench_inferring,
+    grid_of,
+)
 
 CPU = torch.device("cpu")
 SHAPE = {"layers": 2, "dim": 32, "ffn_dim": 48, "heads": 4, "kv_heads": 2, "head_dim": 8}
@@ -270,6 +280,50 @@ def test_what_is_missing_is_told_before_anything_is_measured(
     with pytest.raises(ConfigError, match=r"needs matplotlib; pip install .*\[bench\]"):
         bench.main(BenchArguments(name="inference", device="cpu"))
     assert perf_counter() - start < 1
+
+
+def test_what_is_asked_takes_the_place_of_what_is_usual() -> None:
+    usual = GRIDS["cpu"]
+    assert grid_of(CPU) == usual
+    asked = grid_of(CPU, prompts=(100,), contexts=(50, 60), copies=(2, 64), compiled=True)
+    assert asked == replace(
+        usual,
+        prompts=(100,),
+        contexts=(50, 60),
+        prefill_copies=(2, 64),
+        decode_copies=(2, 64),
+        naive_copies=(2,),
+        compiled=True,
+    )
+
+
+def test_one_number_of_copies_without_naive_repetition_is_drawn_too(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(bench, "WIDENED", [f"{name}={value}" for name, value in SHAPE.items()])
+    given = ["copies=7", "prompts=9", "contexts=[10]", "repeat=1", "device=cpu", f"out={tmp_path}"]
+    assert bench.main(parse(BenchArguments, ["inference", *given], positional=["name"])) == 0
+    rows = json.loads((tmp_path / "inference.json").read_text(encoding="utf-8"))["rows"]
+    assert {(row["work"], row["K"], row["tokens"]) for row in rows} == {
+        *(("prefill", K, 9) for K in (1, 7)),
+        *(("decode", K, 10) for K in (1, 7)),
+    }
+    assert len(list(tmp_path.glob("*.png"))) == 4
+
+
+def test_lengths_and_copies_that_cannot_be_measured_are_refused() -> None:
+    with pytest.raises(ConfigError) as error:
+        parse(
+            BenchArguments,
+            ["inference", "copies=[2,1]", "prompts=0", "contexts=x"],
+            positional=["name"],
+        )
+    assert set(error.value.problems) >= {
+        "copies=1: expected integers of at least 2",
+        "prompts=0: expected integers of at least 1",
+    }
+    with pytest.raises(ConfigError, match=r"contexts=\[8\]: expected more than the 8 tokens"):
+        bench.main(BenchArguments(name="inference", contexts=(8,), device="cpu"))
 
 
 def test_an_unknown_unit_or_size_is_refused_by_name() -> None:
