@@ -11,7 +11,7 @@ column, and padding gets what the token before it got.
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -174,8 +174,9 @@ class PhdForCausalLM(PreTrainedModel, GenerationMixin):
     def get_input_embeddings(self) -> nn.Module:
         return self.model.embed
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: nn.Embedding) -> None:  # type: ignore[override]
         self.model.embed = value
+        self.model.config = replace(self.model.config, vocab_size=len(value.weight))
 
     def get_output_embeddings(self) -> nn.Module | None:
         """The LM head; None where it is the embedding, for that is no weight to be tied."""

@@ -76,8 +76,9 @@ def main(given: ExportArguments) -> int:
     """Write the directory, and say how it is loaded."""
     _transformers()
     out, dtype = Path(given.out).resolve(), DTYPES[given.dtype]
-    model, tokenizer = load_run(Path(given.run), torch.device("cpu"))
-    facts = training_facts(Path(given.run) / "metrics.jsonl")
+    model, tokenizer, step, config = load_run(Path(given.run), torch.device("cpu"))
+    facts = {"trained on": f"{step * config.train.tokens_per_step:,} tokens"}
+    facts |= evaluations(Path(given.run) / "metrics.jsonl", step)
     notes = not_converted(tokenizer)
     with new_directory(out) as directory:
         write_model(directory, model.to(dtype), tokenizer)
@@ -172,16 +173,17 @@ def _transformers() -> ModuleType:
 # The model card
 
 
-def training_facts(metrics: Path) -> dict[str, float]:
-    """How far a run came by its `metrics.jsonl`, and the last evaluation in it."""
+def evaluations(metrics: Path, step: int) -> dict[str, str]:
+    """What a run's `metrics.jsonl` says of its model at a step; nothing where it was not asked."""
     if not metrics.is_file():
         return {}
     lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    facts: dict[str, float] = {}
-    for line in lines:
-        told = {"progress/tokens", *(name for name in line if name.startswith("eval/"))}
-        facts |= {name: line[name] for name in told if line.get(name) is not None}
-    return facts
+    told = [item for line in lines if line["step"] == step for item in line.items()]
+    return {
+        name: f"{value:.4f}"
+        for name, value in told
+        if name.startswith("eval/") and value is not None
+    }
 
 
 def loading(what: str, directory: str, config: ModelConfig) -> str:
@@ -194,11 +196,11 @@ def model_card(
     name: str,
     config: ModelConfig,
     dtype: torch.dtype,
-    facts: dict[str, float],
+    facts: dict[str, str],
     notes: list[str],
 ) -> str:
     """The README.md of an exported model."""
-    rows = {**_shape(config), **_memory(config, dtype), **_training(facts)}
+    rows = {**_shape(config), **_memory(config, dtype), **facts}
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     tokenizer = loading("AutoTokenizer", name, config)
     if notes:
@@ -234,13 +236,6 @@ def _memory(config: ModelConfig, dtype: torch.dtype) -> dict[str, str]:
     ours, vanilla = (kv_bytes(c, context, dtype).total for c in (config, config.vanilla_twin))
     what = f"KV cache of {context:,} tokens"
     return {what: f"{ours:,} bytes, {ours / vanilla:.3f} x that of a plain transformer"}
-
-
-def _training(facts: dict[str, float]) -> dict[str, str]:
-    rows = {name: f"{value:.4f}" for name, value in facts.items() if name.startswith("eval/")}
-    if "progress/tokens" in facts:
-        rows = {"trained on": f"{facts['progress/tokens']:,.0f} tokens", **rows}
-    return rows
 
 
 CARD = """\

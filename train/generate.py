@@ -99,7 +99,7 @@ class Writer:
         config = EngineConfig(device=given.device)  # type: ignore[arg-type]
         self.device = choose_device(config)
         self.dtype = precision(config, self.device)
-        self.model, self.tokenizer = load_run(Path(given.run), self.device)
+        self.model, self.tokenizer, *_ = load_run(Path(given.run), self.device)
         for part in self.model.modules():
             if isinstance(part, nn.Linear | nn.Embedding):
                 part.to(self.dtype)  # else autocast would convert them for every token

@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from omegaconf import OmegaConf
@@ -13,8 +14,17 @@ from train.config import Config
 from train.validation import ConfigError
 
 
-def load_run(directory: Path, device: torch.device) -> tuple[Transformer, Tokenizer]:
-    """The model of a run's newest whole checkpoint, and its tokenizer.
+class Trained(NamedTuple):
+    """A model, its tokenizer, the optimizer steps that it has taken, and its run's settings."""
+
+    model: Transformer
+    tokenizer: Tokenizer
+    step: int
+    config: Config
+
+
+def load_run(directory: Path, device: torch.device) -> Trained:
+    """The model of a run's newest whole checkpoint.
 
     Raises:
         ConfigError: there is no such run, or it has no whole checkpoint.
@@ -37,4 +47,5 @@ def load_run(directory: Path, device: torch.device) -> tuple[Transformer, Tokeni
     with torch.device("meta"):
         model = Transformer(config.model)
     model.to_empty(device=device).load(checkpoint.load_weights())
-    return model.eval(), Tokenizer.load(directory / "tokenizer.model")
+    tokenizer = Tokenizer.load(directory / "tokenizer.model")
+    return Trained(model.eval(), tokenizer, checkpoint.step, config)

@@ -331,6 +331,8 @@ def test_a_vocabulary_can_grow(tied: bool, tmp_path: Path) -> None:
     model.resize_token_embeddings(V + 3)
     after = model(ids).logits
     assert after.shape == (2, 9, V + 3)
+    assert model.model.config == model.config.model_config
+    assert model.model.config.vocab_size == V + 3
     close(after[..., :V], before)
     model.save_pretrained(tmp_path)
     close(PhdForCausalLM.from_pretrained(tmp_path)(ids).logits, after)

@@ -63,7 +63,7 @@ def exported(run: Path, out: Path, **given: Any) -> Path:
 
 
 def logits(run: Path, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    model, _ = load_run(run, torch.device("cpu"))
+    model = load_run(run, torch.device("cpu")).model
     with torch.no_grad(), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         return model.to(dtype).logits(torch.tensor(IDS))
 
@@ -121,7 +121,7 @@ def test_an_export_needs_nothing_of_ours(run_of: Callable[..., Path], tmp_path: 
     assert (found["class"], found["module"]) == ("PhdForCausalLM", "transformers_modules")
     for name in ("logits", "cached", "again"):
         torch.testing.assert_close(torch.tensor(found[name]), logits(run), rtol=1e-5, atol=1e-5)
-    _, tokenizer = load_run(run, torch.device("cpu"))
+    tokenizer = load_run(run, torch.device("cpu")).tokenizer
     rows = [[tokenizer.eos_id, *tokenizer.encode(text).tolist()] for text in ("def f(", "x")]
     assert [sum(mask) for mask in found["padding"]] == [len(row) for row in rows]
     assert [ids[-len(row) :] for ids, row in zip(found["tokens"], rows, strict=True)] == rows
@@ -311,6 +311,12 @@ def test_the_card_tells_the_shape_the_cache_and_the_training(
     metrics = [json.loads(x) for x in (run / "metrics.jsonl").read_text().splitlines()]
     [name] = {key for line in metrics for key in line if key.endswith("/loss") and "eval" in key}
     assert f"| {name} | {metrics[-1][name]:.4f} |" in card
+    # A later evaluation than the checkpoint is not this model's.
+    later = dict(metrics[-1], step=metrics[-1]["step"] + 1)
+    lines = [json.dumps(line) + "\n" for line in (*metrics, dict(later, **{name: 99.0}))]
+    (run / "metrics.jsonl").write_text("".join(lines))
+    again = (exported(run, tmp_path / "again") / "README.md").read_text()
+    assert f"| {name} | {metrics[-1][name]:.4f} |" in again
 
 
 def test_what_is_there_is_not_written_over_and_arguments_are_checked(tmp_path: Path) -> None:
