@@ -6,8 +6,10 @@ layer 1                 o o o o o o o o o o                             h h h
 last layer   keys and values alone; queries      of the slots that predict  *
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from math import ceil
 from typing import NamedTuple
 
 import torch
@@ -19,6 +21,18 @@ from phd.flash import causal_forward, merged_out
 from phd.rope import Rope, rotate
 
 Pair = tuple[Tensor, Tensor]
+
+
+# Queries that attention on the CPU is fast with.
+QUERIES_OF_BLOCK = 128
+
+
+class Block(NamedTuple):
+    """Tokens `begin` to `stop` of aligned rows; their hidden copies see those from `low` on."""
+
+    begin: int
+    stop: int
+    low: int
 
 
 class Extension:
@@ -74,8 +88,10 @@ class Extension:
         self.hidden_position = (self.begins + self.hidden_tokens).clamp(min=0)
         self.rope = self._rope(rope, tokens)
         self.seen = None if self.aligned and self.remembered == 1 else self._seen()
-        if self.spans[0]:
+        self._block_biases: dict[Block, Tensor] = {}
+        if self.spans[0] and not (self.aligned and self.causal):
             self.hidden_bias = bias_of(self._hidden_seen(), cache.ring[0].dtype)
+        if self.spans[0]:
             self.into_ring = None if self.aligned else self._into_ring()
 
     def _spans(self, new: Sequence[int]) -> list[int]:
@@ -146,6 +162,34 @@ class Extension:
         first = (self.begins + self.counts - self.spans[0]) * self.hidden
         is_new = held >= self.begins * self.hidden
         return (held - first)[:, None, :, None], is_new[:, None, :, None]
+
+    def blocks(self, first: int) -> Iterator[Block]:
+        """The tokens of aligned rows from `first` on, cut into blocks from the end, so that those
+        of all layers are the same but for the first."""
+        pattern, end = self.cache.pattern, self.past[0] + self.new[0]
+        assert pattern.span_tokens is not None
+        size = max(pattern.span_tokens, ceil(QUERIES_OF_BLOCK / self.hidden))
+        begins = [first, *reversed(range(end - size, first, -size))]
+        for begin, stop in zip(begins, [*begins[1:], end], strict=True):
+            yield Block(begin, stop, pattern.hidden_needed(begin, layers=1))
+
+    def block_bias(self, block: Block) -> Tensor:
+        """What is added to the scores of a block's hidden copies, (1, 1, queries, keys) for
+        `ExtensionView._near_block`; made once for all layers."""
+        if block not in self._block_biases:
+            numbers = partial(torch.arange, device=self.begins.device)
+            token, past = numbers(block.begin, block.stop), self.past[0]
+            query = numbers(block.begin * self.hidden, block.stop * self.hidden)
+            seen = self.cache.pattern.hidden_seen(token).T.flatten()
+            key = numbers(max(block.low, past) * self.hidden, block.stop * self.hidden)
+            if block.low < past:
+                key = torch.cat([self._held(self.begins[:1])[0], key])
+            behind = query[:, None] - key
+            hidden = (behind >= 0) & (behind < seen[:, None]) & (key >= 0)
+            originals = (query // self.hidden)[:, None] >= token
+            is_seen = torch.cat([hidden, originals], 1)
+            self._block_biases[block] = bias_of(is_seen, self.cache.ring[0].dtype)[None, None]
+        return self._block_biases[block]
 
     def stream(self, x: Tensor) -> Tensor:
         """All copies' input (B, K or 1, T, D) -> the first layer's slots (B, 1, M, D)."""
@@ -243,7 +287,7 @@ class ExtensionView:
         if first:
             parts.append(self._attend_causally(q[:, :, :first], places, own))
         if q.shape[2] > first:
-            parts.append(self._attend_hidden(q[:, :, first:], places, self._near(k, v)))
+            parts.append(self._attend_hidden(q[:, :, first:], places, k, v))
         return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
     def _attend_together(self, q: Tensor, places: Pair, k: Tensor, v: Tensor, first: int) -> Tensor:
@@ -266,25 +310,48 @@ class ExtensionView:
         old = (x[:, :, : new.past[0] * new.places] for x in places)
         return merged_out(result, attend_places(q, *old))
 
-    def _attend_hidden(self, q: Tensor, places: Pair, near: Near) -> Tensor:
-        """Queries of a prompt's hidden copies, over all places, and over what is near."""
+    def _attend_hidden(self, q: Tensor, places: Pair, k: Tensor, v: Tensor) -> Tensor:
+        """Queries of a prompt's hidden copies, over all places, and over hidden copies.
+
+        In aligned rows a block of tokens at a time: what all of it sees needs no mask.
+        """
         new = self.extension
-        seen, (k, v) = self._seen(slice(-q.shape[2], None)), places
-        if seen is not None and new.aligned:
-            # What all of them see needs no mask; the rest, a chunk or a window long, is near.
-            far = new.past[0] + new.new[0] - q.shape[2] // (1 if self.last else new.hidden)
-            place = torch.arange(far, new.reach, device=q.device)
-            rest = bias_of(place < seen[:, None, :, None], near.bias.dtype)
-            near = Near(
-                torch.cat([near.k, k[:, :, far:]], 2),
-                torch.cat([near.v, v[:, :, far:]], 2),
-                torch.cat([near.bias, rest], 3),
-            )
-            k, v, seen = k[:, :, :far], v[:, :, :far], None
-        result = attend_near(q, *near)
-        if not k.shape[2]:
-            return result[0].to(q.dtype)
-        return merged_out(result, attend_places(q, k, v, seen)).to(q.dtype)
+        if not new.aligned:
+            far = attend_places(q, *places, self._seen(slice(-q.shape[2], None)))
+            return merged_out(attend_near(q, *self._near(k, v)), far).to(q.dtype)
+        per_token = 1 if self.last else new.hidden
+        first = new.past[0] + new.new[0] - q.shape[2] // per_token
+        outs = []
+        for block in new.blocks(first):
+            part = q[:, :, (block.begin - first) * per_token : (block.stop - first) * per_token]
+            result = attend_near(part, *self._near_block(block, places, k, v))
+            if block.begin:
+                far = attend_places(part, *(x[:, :, : block.begin] for x in places))
+                outs.append(merged_out(result, far).to(q.dtype))
+            else:
+                outs.append(result[0].to(q.dtype))
+        return outs[0] if len(outs) == 1 else torch.cat(outs, 2)
+
+    def _near_block(self, block: Block, places: Pair, k: Tensor, v: Tensor) -> Near:
+        """What a block sees through a mask: hidden copies, and the originals of its own tokens."""
+        new, past = self.extension, self.extension.past[0]
+        first = past + new.new[0] - new.spans[self.layer]
+        start, stop = (
+            new.remembered + (token - first) * new.hidden
+            for token in (max(block.low, past), block.stop)
+        )
+        k, v = (
+            torch.cat([
+                *([held] if block.low < past else []),
+                own[:, :, start:stop].to(held.dtype),
+                remembered[:, :, block.begin : block.stop],
+            ], 2)
+            for held, own, remembered in zip(self.ring, (k, v), places, strict=True)
+        )  # fmt: skip
+        bias = new.block_bias(block)
+        if self.last:
+            bias = bias[:, :, new.hidden - 1 :: new.hidden]
+        return Near(k, v, bias)
 
     def _near(self, k: Tensor, v: Tensor) -> Near:
         """The hidden copies in the ring, and then those of the new slots (B, G, M, H)."""

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from phd import extension
 from phd.cache import KVCache
 from phd.config import CopyPositions, ModelConfig, Norm, SpanUnit, Variant
 from phd.inference import decode, extend, new_cache, prefill
@@ -111,6 +112,14 @@ def test_logits_from_a_cache_are_those_of_the_full_forward(
     config: ModelConfig, cut: Cuts, padding: int
 ) -> None:
     assert worst(model_of(config), cut, padding) < 1e-9
+
+
+@settings(derandomize=True, deadline=None, max_examples=150)
+@given(config=configs(), cut=cuts())
+def test_hidden_copies_of_a_prompt_may_be_cut_into_blocks(config: ModelConfig, cut: Cuts) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(extension, "QUERIES_OF_BLOCK", 1)
+        assert worst(model_of(config), cut) < 1e-9
 
 
 @variants
