@@ -7,6 +7,8 @@ aten = torch.ops.aten
 
 # Scores, or what is added to them, that are held at a time, as in `phd.blocks`: 64 MiB in float32.
 SCORES_AT_ONCE = 1 << 24
+# Up to so many queries a head, reading keys once is worth a mask for each of the heads.
+FEW_QUERIES = 16
 
 
 def attend_places(
@@ -34,6 +36,9 @@ def attend_places(
         out, lse = split_attention(rows, k, v, seen)
     elif seen is None:
         out, lse = _flash(rows, k, v, None)
+    elif Q <= FEW_QUERIES:
+        bias = bias_of(torch.arange(k.shape[2]) < seen[:, None, :, None], k.dtype)
+        out, lse = _flash(rows, k, v, bias.repeat(1, 1, N // k.shape[1], 1))
     else:
         return _attend_seen(q, k, v, seen)
     return out.reshape(B, N, Q, H), lse.reshape(B, N, Q)

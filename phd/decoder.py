@@ -11,6 +11,8 @@ from phd.inference import make_room, one_step
 from phd.model import Transformer
 
 WARM_UP = 3
+# How many models and shapes may be compiled, which all share one function; PyTorch's limit is 8.
+COMPILED = 256
 
 
 class Decoder:
@@ -28,7 +30,8 @@ class Decoder:
         self.model, self.cache = model, cache
         self._work: Callable[..., Tensor] = partial(one_step, static=True)
         if compiled:
-            self._work = torch.compile(self._work, fullgraph=True, dynamic=False)
+            work = torch.compile(self._work, fullgraph=True, dynamic=False)
+            self._work = torch._dynamo.config.patch(recompile_limit=COMPILED)(work)
         self._tokens = torch.zeros_like(cache.lengths)
         self._logits: Tensor | None = None
         self._graph: torch.cuda.CUDAGraph | None = None

@@ -16,15 +16,15 @@ import torch
 from torch import Tensor
 
 from phd.cache import KVCache
-from phd.cached_attention import attend_near, attend_places, bias_of
+from phd.cached_attention import SCORES_AT_ONCE, attend_near, attend_places, bias_of
 from phd.flash import causal_forward, merged_out
 from phd.rope import Rope, rotate
 
 Pair = tuple[Tensor, Tensor]
 
 
-# Queries that attention on the CPU is fast with.
-QUERIES_OF_BLOCK = 128
+# Queries that attention on the CPU is fast with, and the most scores that a block has a mask of.
+QUERIES_OF_BLOCK, SCORES_OF_BLOCK = 128, 1 << 22
 
 
 class Block(NamedTuple):
@@ -87,7 +87,9 @@ class Extension:
         self.hidden_tokens = self.counts - torch.arange(self.spans[0], 0, -1, device=device)
         self.hidden_position = (self.begins + self.hidden_tokens).clamp(min=0)
         self.rope = self._rope(rope, tokens)
-        self.seen = None if self.aligned and self.remembered == 1 else self._seen()
+        together = not self.causal or not self.aligned or not self.hidden
+        one = self.aligned and self.remembered == 1  # which sees all there is
+        self.seen = self._seen() if together and not one else None
         self._block_biases: dict[Block, Tensor] = {}
         if self.spans[0] and not (self.aligned and self.causal):
             self.hidden_bias = bias_of(self._hidden_seen(), cache.ring[0].dtype)
@@ -110,11 +112,9 @@ class Extension:
         device = self.begins.device
         token = (self.begins + torch.arange(tokens, device=device))[rows]
         copy = torch.arange(self.cache.pattern.K, device=device)
-        if tokens == 1 and self.spans[0]:
-            cos, sin = rope.at(token, copy)
-            return cos[:, None, None], sin[:, None, None]
-        cos, sin = rope.at(token, copy[: self.places])
-        if self.spans[0]:
+        at_once = tokens == 1 and self.spans[0] == 1
+        cos, sin = rope.at(token, copy if at_once else copy[: self.places])
+        if self.spans[0] and not at_once:
             more = rope.at(self.hidden_position[rows], copy[self.places :])
             cos, sin = (torch.cat(pair, 1) for pair in zip((cos, sin), more, strict=True))
         return cos[:, None, None], sin[:, None, None]
@@ -168,15 +168,18 @@ class Extension:
         of all layers are the same but for the first."""
         pattern, end = self.cache.pattern, self.past[0] + self.new[0]
         assert pattern.span_tokens is not None
-        size = max(pattern.span_tokens, ceil(QUERIES_OF_BLOCK / self.hidden))
+        span = min(pattern.span_tokens, pattern.chunk_tokens or pattern.span_tokens)
+        size = max(span, ceil(QUERIES_OF_BLOCK / self.hidden))
+        size = max(1, min(size, SCORES_OF_BLOCK // (2 * span * self.hidden**2)))
         begins = [first, *reversed(range(end - size, first, -size))]
         for begin, stop in zip(begins, [*begins[1:], end], strict=True):
             yield Block(begin, stop, pattern.hidden_needed(begin, layers=1))
 
     def block_bias(self, block: Block) -> Tensor:
         """What is added to the scores of a block's hidden copies, (1, 1, queries, keys) for
-        `ExtensionView._near_block`; made once for all layers."""
-        if block not in self._block_biases:
+        `ExtensionView._near_block`; made once for all layers, but for what is too much to keep."""
+        bias = self._block_biases.get(block)
+        if bias is None:
             numbers = partial(torch.arange, device=self.begins.device)
             token, past = numbers(block.begin, block.stop), self.past[0]
             query = numbers(block.begin * self.hidden, block.stop * self.hidden)
@@ -188,8 +191,10 @@ class Extension:
             hidden = (behind >= 0) & (behind < seen[:, None]) & (key >= 0)
             originals = (query // self.hidden)[:, None] >= token
             is_seen = torch.cat([hidden, originals], 1)
-            self._block_biases[block] = bias_of(is_seen, self.cache.ring[0].dtype)[None, None]
-        return self._block_biases[block]
+            bias = bias_of(is_seen, self.cache.ring[0].dtype)[None, None]
+            if sum(kept.numel() for kept in self._block_biases.values()) < SCORES_AT_ONCE:
+                self._block_biases[block] = bias
+        return bias
 
     def stream(self, x: Tensor) -> Tensor:
         """All copies' input (B, K or 1, T, D) -> the first layer's slots (B, 1, M, D)."""
@@ -380,9 +385,10 @@ class ExtensionView:
             written[1].copy_(v)
         else:
             number = torch.arange(new.remembered, device=k.device)
-            place = (new.begins * new.places + number)[:, None, :, None].expand(k.shape)
-            cache[0].scatter_(2, place, k.to(cache.dtype))
-            cache[1].scatter_(2, place, v.to(cache.dtype))
+            row, place = torch.arange(len(k), device=k.device), new.begins * new.places + number
+            # In one piece, which torch.compile does in place; else it would copy the whole cache.
+            written = torch.stack([k, v]).to(cache.dtype).permute(1, 3, 0, 2, 4)
+            cache[:, row[:, None], :, place] = written
         keys, values = cache.narrow(3, 0, new.reach)
         return keys, values
 

@@ -28,13 +28,20 @@ class Rows(NamedTuple):
     to: int
 
 
-# MKL 2024.2 takes other kernels for other processors. On an EPYC two or three rows of x weight^T
-# take up to 3 times as long as of weight x^T, on a Cascade Lake Xeon 16 to 32 rows twice as long.
-LEFT = {"AuthenticAMD": Rows(2, 1, 3), "GenuineIntel": Rows(16, 8, 48)}
+# In float32 MKL 2024.2 takes other kernels for other processors: two or three rows of x weight^T
+# take up to 3 times as long as of weight x^T on an EPYC, 16 to 32 rows twice as long on a Cascade
+# Lake Xeon.
+LEFT = {"AuthenticAMD": Rows(2, 1, 3), "GenuineIntel": Rows(16, 12, 48)}
 
 
 class Linear(nn.Linear):
-    """A projection without bias that is also fast for one token."""
+    """A projection without bias that is also fast for one token.
+
+    Attributes:
+        flat: `lay_end_to_end` has moved the weight.
+    """
+
+    flat = False
 
     def __init__(self, fan_in: int, fan_out: int) -> None:
         super().__init__(fan_in, fan_out, bias=False)
@@ -52,7 +59,7 @@ def lay_end_to_end(layers: Sequence[Linear]) -> None:
     whole = torch.cat([layer.weight.detach() for layer in layers])
     parts = whole.split([layer.out_features for layer in layers])
     for layer, part in zip(layers, parts, strict=True):
-        layer.weight.data = part
+        layer.weight.data, layer.flat = part, True
 
 
 def project_all(x: Tensor, layers: Sequence[Linear]) -> Sequence[Tensor]:
@@ -60,17 +67,23 @@ def project_all(x: Tensor, layers: Sequence[Linear]) -> Sequence[Tensor]:
 
     Where their weights lie end to end, by one larger product: for a few rows that is faster.
     """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not _end_to_end(layers):
+    if not _end_to_end(x, layers):
         return [layer(x) for layer in layers]
-    sizes = [layer.out_features for layer in layers]
-    fan_in = layers[0].in_features
-    return project(x, layers[0].weight.as_strided((sum(sizes), fan_in), (fan_in, 1))).split(
-        sizes, -1
-    )
+    sizes, fan_in = [layer.out_features for layer in layers], layers[0].in_features
+    whole = layers[0].weight.as_strided((sum(sizes), fan_in), (fan_in, 1))
+    return project(x, whole).split(sizes, -1)
 
 
-def _end_to_end(layers: Sequence[Linear]) -> bool:
-    first = layers[0].weight
+def _end_to_end(x: Tensor, layers: Sequence[Linear]) -> bool:
+    """Whether one product will do. Weights are touched only where somebody has laid them so: those
+    of an engine may be elsewhere until their layer is called."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    if not all(type(layer) is Linear and layer.flat for layer in layers):
+        return False
+    first, kind = layers[0].weight, x.device.type
+    if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != first.dtype:
+        return False  # it would convert the whole anew for every call
     storage, end = first.untyped_storage().data_ptr(), first.data_ptr()
     for weight in (layer.weight for layer in layers):
         if weight.data_ptr() != end or weight.untyped_storage().data_ptr() != storage:
@@ -81,7 +94,9 @@ def _end_to_end(layers: Sequence[Linear]) -> bool:
 
 def project(x: Tensor, weight: Tensor) -> Tensor:
     """x (..., in) times the transpose of weight (out, in); a few rows on the CPU from the left."""
-    if torch.is_grad_enabled() or x.device.type != "cpu" or torch.compiler.is_compiling():
+    plain = torch.is_grad_enabled() or x.device.type != "cpu" or torch.compiler.is_compiling()
+    single = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    if plain or not single:
         return linear(x, weight)
     left = left_on_this_processor()
     if left is not None and favours_left(left, x.shape[:-1].numel(), weight.numel()):

@@ -50,7 +50,7 @@ class Rope(nn.Module):
         K = self.config.K if self.config.copy_positions == "flattened" else 1
         cos, sin = (
             x[: tokens * K].unflatten(0, (tokens, K)).transpose(0, 1) for x in (self.cos, self.sin)
-        )  # (K or 1, T, H/2)
+        )  # (K or 1, T, H)
         if segments is None:
             return cos[None, :, None], sin[None, :, None]
         cos, sin = (x[:, segments.position].transpose(0, 1).unsqueeze(2) for x in (cos, sin))

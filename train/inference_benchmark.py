@@ -83,6 +83,7 @@ def grid_of(
 ) -> Grid:
     """What is measured on a device, or what is asked instead."""
     usual = GRIDS[device.type]
+    prompts, contexts, copies = (tuple(dict.fromkeys(x)) for x in (prompts, contexts, copies))
     return replace(
         usual,
         prompts=prompts or usual.prompts,
@@ -254,8 +255,9 @@ def bench_inferring(size: ModelConfig, grid: Grid, repeat: int, device: torch.de
     read = [models.of(variant, K) for K in grid.prefill_copies for variant in PHD]
     written = [models.of(variant, K) for K in grid.decode_copies for variant in PHD]
     rows = _prefill_rows([vanilla, *read], grid, repeat, device)
-    slow = _prefill_rows([vanilla, *naive], grid, ceil(repeat / 4), device)
-    rows += [row for row in slow if row["variant"] != "vanilla"]
+    if naive:
+        slow = _prefill_rows([vanilla, *naive], grid, ceil(repeat / 4), device)
+        rows += [row for row in slow if row["variant"] != "vanilla"]
     decoded, copied = _decode_rows([vanilla, *naive, *written], grid, repeat, device)
     rows += decoded
     return Result(rows, _ratios(rows) | {"copy_gb_per_s": copied / 1e9})

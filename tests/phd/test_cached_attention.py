@@ -27,7 +27,7 @@ def check(found: tuple[torch.Tensor, torch.Tensor], expected) -> None:
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("Q", [1, 3])
+@pytest.mark.parametrize("Q", [1, 3, 20])
 def test_each_query_sees_as_many_places_as_it_may(Q: int) -> None:
     q, k, v = tensors(Q)
     seen = torch.randint(1, KEYS + 1, (B, Q))

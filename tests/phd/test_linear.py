@@ -24,11 +24,11 @@ FAN_IN, FAN_OUT = 24, 40
 LAYOUTS = ("contiguous", "transposed", "expanded")
 
 
-def laid_out(layout: str, rows: int, fan_in: int) -> Tensor:
+def laid_out(layout: str, rows: int, fan_in: int, dtype: torch.dtype) -> Tensor:
     return {
-        "contiguous": torch.randn(1, rows, fan_in, dtype=torch.float64),
-        "transposed": torch.randn(1, fan_in, rows, dtype=torch.float64).mT,
-        "expanded": torch.randn(1, 1, fan_in, dtype=torch.float64).expand(1, rows, fan_in),
+        "contiguous": torch.randn(1, rows, fan_in, dtype=dtype),
+        "transposed": torch.randn(1, fan_in, rows, dtype=dtype).mT,
+        "expanded": torch.randn(1, 1, fan_in, dtype=dtype).expand(1, rows, fan_in),
     }[layout]
 
 
@@ -38,19 +38,21 @@ def laid_out(layout: str, rows: int, fan_in: int) -> Tensor:
 def test_any_number_of_rows_in_any_layout_is_the_product(
     rows: int, layout: str, fan_in: int
 ) -> None:
-    weight = torch.randn(FAN_OUT, fan_in, dtype=torch.float64)
-    x = laid_out(layout, rows, fan_in)
-    with torch.no_grad():
-        found = project(x, weight)
-    # Kernels of attention read rows, not columns.
-    assert found.is_contiguous()
-    torch.testing.assert_close(found, linear(x, weight), rtol=0, atol=1e-10)
+    for dtype, atol in ((torch.float64, 1e-10), (torch.float32, 2e-3)):
+        weight = torch.randn(FAN_OUT, fan_in, dtype=dtype)
+        x = laid_out(layout, rows, fan_in, dtype)
+        with torch.no_grad():
+            found = project(x, weight)
+        # Kernels of attention read rows, not columns.
+        assert found.is_contiguous()
+        torch.testing.assert_close(found, linear(x, weight), rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 16])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_from_the_left_is_the_product_on_every_processor(rows: int, layout: str) -> None:
-    weight, x = torch.randn(FAN_OUT, FAN_IN, dtype=torch.float64), laid_out(layout, rows, FAN_IN)
+    weight = torch.randn(FAN_OUT, FAN_IN, dtype=torch.float64)
+    x = laid_out(layout, rows, FAN_IN, torch.float64)
     found = from_the_left(x, weight)
     assert found.is_contiguous()
     torch.testing.assert_close(found, linear(x, weight), rtol=0, atol=1e-12)
@@ -107,6 +109,20 @@ def test_layers_whose_weights_lie_end_to_end_are_one_product(rows: int) -> None:
     # In another order they are not one after the other.
     assert products(several[1:], x)[0] == 1
     assert products(several[::2], x)[0] == 2
+
+
+def test_layers_that_others_have_put_in_place_are_called() -> None:
+    """An adapter for instance, or a layer that an engine gathers as it is called."""
+
+    class Adapter(Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + 1
+
+    x, several = torch.randn(2, FAN_IN, dtype=torch.float64), layers()
+    several[1] = Adapter(FAN_IN, 8).double()
+    lay_end_to_end(list(several))  # type: ignore[arg-type]
+    _, found = products(several, x)
+    torch.testing.assert_close(found, [layer(x) for layer in several])
 
 
 def test_layers_that_have_moved_are_multiplied_one_by_one() -> None:

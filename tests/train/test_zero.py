@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from phd.initialization import initial_weights
 from phd.loss import IGNORED
 from phd.model import Transformer
+from phd.sampling import Sampling, generate
 from tests.train.many_ranks import run_ranks
 from tests.train.uneven import COPIES, UNEVEN
 from train.checkpoint import Checkpoint, CheckpointStore, flatten
@@ -183,15 +184,23 @@ def given_up(ranks: Ranks, stage: int, _: Path) -> dict[str, Any]:
         return {"result": result, "unchanged": unchanged, "after": after}
 
 
+def greedy(model: Transformer) -> list[int]:
+    """What a model writes through its cache."""
+    dice = [torch.Generator()]
+    return [int(x) for x in generate(model, [TOKENS[0, :5]], Sampling(temperature=0), dice, 6)]
+
+
 def used(ranks: Ranks, stage: int, _: Path) -> dict[str, Any]:
     with opened(ranks, f"engine.stage={stage}") as engine:
         step(engine, 0)
         state = whole_state(engine)
         with engine.usable() as model, torch.no_grad():
             logits = model.logits(TOKENS[:2])
+            written = greedy(model)
         twin = Transformer(engine.config.model)
         twin.load({n.removeprefix("model."): x for n, x in state.items() if n.startswith("model.")})
         difference = (logits - twin.logits(TOKENS[:2])).abs().max().item()
+        expected = greedy(twin)
         weights = dict(initial_weights(twin, 5))
         applied = step(engine, 1).applied
         engine.load(weights)
@@ -201,6 +210,7 @@ def used(ranks: Ranks, stage: int, _: Path) -> dict[str, Any]:
             logits = model.logits(TOKENS[:2])
         return {
             "difference": difference,
+            "writes": (written, expected),
             "trains on": applied,
             "loaded": all(torch.equal(loaded[f"model.{name}"], x) for name, x in weights.items()),
             "difference after loading": (logits - twin.logits(TOKENS[:2])).abs().max().item(),
@@ -356,6 +366,8 @@ def test_the_model_can_be_used_between_steps_and_after_new_weights(stage: int, a
     for answer in answers:
         seen = answer["used"][stage]
         assert seen["difference"] < 1e-5
+        found, expected = seen["writes"]
+        assert found == expected
         assert seen["trains on"]
         assert seen["loaded"]
         assert seen["difference after loading"] < 1e-5
