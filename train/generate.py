@@ -48,7 +48,8 @@ class GenerateArguments:
         stop: a text, or a JSON list of them, that ends what is written, and is not part of it.
         seed: equal seeds draw alike, whatever is written beside a text.
         compile: fuse the work of a token by `torch.compile` first, which takes a minute or so; then
-            each takes about three quarters of the time.
+            each takes about three quarters of the time, if a text fills most of the room that its
+            prompt and `max_tokens` ask for.
         device: auto, cpu or cuda.
     """
 
