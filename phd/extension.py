@@ -27,7 +27,7 @@ Pair = tuple[Tensor, Tensor]
 QUERIES_OF_BLOCK, SCORES_OF_BLOCK = 128, 1 << 22
 
 
-class Block(NamedTuple):
+class TokenBlock(NamedTuple):
     """Tokens `begin` to `stop` of aligned rows; their hidden copies see those from `low` on."""
 
     begin: int
@@ -90,7 +90,7 @@ class Extension:
         together = not self.causal or not self.aligned or not self.hidden
         one = self.aligned and self.remembered == 1  # which sees all there is
         self.seen = self._seen() if together and not one else None
-        self._block_biases: dict[Block, Tensor] = {}
+        self._block_biases: dict[TokenBlock, Tensor] = {}
         if self.spans[0] and not (self.aligned and self.causal):
             self.hidden_bias = bias_of(self._hidden_seen(), cache.ring[0].dtype)
         if self.spans[0]:
@@ -163,7 +163,7 @@ class Extension:
         is_new = held >= self.begins * self.hidden
         return (held - first)[:, None, :, None], is_new[:, None, :, None]
 
-    def blocks(self, first: int) -> Iterator[Block]:
+    def blocks(self, first: int) -> Iterator[TokenBlock]:
         """The tokens of aligned rows from `first` on, cut into blocks from the end, so that those
         of all layers are the same but for the first."""
         pattern, end = self.cache.pattern, self.past[0] + self.new[0]
@@ -173,9 +173,9 @@ class Extension:
         size = max(1, min(size, SCORES_OF_BLOCK // (2 * span * self.hidden**2)))
         begins = [first, *reversed(range(end - size, first, -size))]
         for begin, stop in zip(begins, [*begins[1:], end], strict=True):
-            yield Block(begin, stop, pattern.hidden_needed(begin, layers=1))
+            yield TokenBlock(begin, stop, pattern.hidden_needed(begin, layers=1))
 
-    def block_bias(self, block: Block) -> Tensor:
+    def block_bias(self, block: TokenBlock) -> Tensor:
         """What is added to the scores of a block's hidden copies, (1, 1, queries, keys) for
         `ExtensionView._near_block`; made once for all layers, but for what is too much to keep."""
         bias = self._block_biases.get(block)
@@ -337,7 +337,7 @@ class ExtensionView:
                 outs.append(result[0].to(q.dtype))
         return outs[0] if len(outs) == 1 else torch.cat(outs, 2)
 
-    def _near_block(self, block: Block, places: Pair, k: Tensor, v: Tensor) -> Near:
+    def _near_block(self, block: TokenBlock, places: Pair, k: Tensor, v: Tensor) -> Near:
         """What a block sees through a mask: hidden copies, and the originals of its own tokens."""
         new, past = self.extension, self.extension.past[0]
         first = past + new.new[0] - new.spans[self.layer]
