@@ -32,7 +32,7 @@ soak-data: $(VENV)/.installed
 	OMP_NUM_THREADS=1 CASES=$(CASES) SEED=$(SEED) $(BIN)/python -m pytest -q -n 2 tests/data/test_soak.py
 
 soak-faults: $(VENV)/.installed
-	KILLS=$(KILLS) SIGNALS=$(SIGNALS) SEED=$(SEED) $(BIN)/python -m pytest -q -s tests/train/test_soak_faults.py
+	KILLS=$(KILLS) SIGNALS=$(SIGNALS) SEED=$(SEED) $(BIN)/python -m pytest -q -s tests/train/distributed/test_soak.py
 
 install: $(VENV)/.installed
 

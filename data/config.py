@@ -3,35 +3,15 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from math import inf
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-
-class Checked:
-    """A configuration value that cannot be built with an impossible setting."""
-
-    def __post_init__(self) -> None:
-        if problems := self.problems():
-            raise ValueError("; ".join(problems))
-
-    def problems(self) -> list[str]:
-        """Every impossible setting or combination, one sentence each."""
-        return []
-
-
-def check_least(config: Any, section: str, least: float, *names: str) -> list[str]:
-    """One sentence for each named setting below `least`; null always passes."""
-    kind = "an integer" if isinstance(least, int) else "a number"
-    return [
-        f"{section}.{name}={value}: expected {kind} of at least {least}"
-        for name in names
-        if (value := getattr(config, name)) is not None and not least <= value < inf
-    ]
+from conf.settings import Settings, at_least
 
 
 @dataclass(frozen=True, kw_only=True)
-class AnySource(Checked):
+class AnySource(Settings):
     """What every source has; `*` in a problem stands for the source's name.
 
     Attributes:
@@ -43,7 +23,7 @@ class AnySource(Checked):
     epochs: int | None = None
 
     def problems(self) -> list[str]:
-        return check_least(self, "data.sources.*", 0.0, "weight") + check_least(
+        return at_least(self, "data.sources.*", 0.0, "weight") + at_least(
             self, "data.sources.*", 1, "epochs"
         )
 
@@ -154,7 +134,7 @@ Source = Annotated[
 
 
 @dataclass(frozen=True, kw_only=True)
-class Phase(Checked):
+class Phase(Settings):
     """Other weights from some point of the run on, as in two-stage pretraining.
 
     Attributes:
@@ -166,7 +146,7 @@ class Phase(Checked):
     weights: dict[str, float] = field(default_factory=dict)
 
     def problems(self) -> list[str]:
-        found = check_least(self, "data.phases.*", 1, "after_tokens")
+        found = at_least(self, "data.phases.*", 1, "after_tokens")
         if not self.weights:
             found.append("data.phases.*.weights={}: expected the weight of at least one source")
         return found + [
@@ -177,7 +157,7 @@ class Phase(Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RemoteConfig(Checked):
+class RemoteConfig(Settings):
     """How patiently files on other machines are read.
 
     Attributes:
@@ -197,7 +177,7 @@ class RemoteConfig(Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CacheConfig(Checked):
+class CacheConfig(Settings):
     """Local copies of files: of compressed ones always, unpacked, so that reading can go on
     anywhere in them; of remote ones if asked for.
 
@@ -213,11 +193,11 @@ class CacheConfig(Checked):
     remote: bool = False
 
     def problems(self) -> list[str]:
-        return check_least(self, "data.cache", 0.0, "max_gb")
+        return at_least(self, "data.cache", 0.0, "max_gb")
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig(Checked):
+class DataConfig(Settings):
     """Where the text comes from and in what order it is read.
 
     Attributes:
@@ -266,10 +246,10 @@ class DataConfig(Checked):
         return mixture
 
     def problems(self) -> list[str]:
-        found = check_least(
+        found = at_least(
             self, "data", 1, "lanes", "block_documents", "prefetch", "max_document_bytes"
         )
-        found += check_least(self, "data", 0, "workers")
+        found += at_least(self, "data", 0, "workers")
         if not 0 <= self.holdout < 1:
             found.append(
                 f"data.holdout={self.holdout}: expected a fraction from 0 to below 1; "
@@ -307,8 +287,8 @@ class DataConfig(Checked):
         ]
         return found
 
-    def batch_problems(self, global_batch: int, world: int = 1) -> list[str]:
-        """Why batches of `global_batch` rows cannot be drawn from the lanes by `world` ranks."""
+    def batch_problems(self, global_batch: int, world_size: int = 1) -> list[str]:
+        """Why `world_size` ranks cannot draw batches of `global_batch` rows from the lanes."""
         found = []
         if global_batch % self.lanes:
             found.append(
@@ -316,10 +296,10 @@ class DataConfig(Checked):
                 f"choose a multiple of {self.lanes}, or data.lanes from "
                 f"{_listed(divisors(global_batch))}"
             )
-        if self.lanes % world:
+        if self.lanes % world_size:
             found.append(
-                f"data.lanes={self.lanes}: not divisible by the {world} ranks of this run; choose "
-                f"a multiple of {world} for a new run, or a number of ranks from "
+                f"data.lanes={self.lanes}: not divisible by the {world_size} ranks of this run; "
+                f"choose a multiple of {world_size} for a new run, or a number of ranks from "
                 f"{_listed(divisors(self.lanes))}"
             )
         return found
@@ -339,7 +319,7 @@ def _listed(numbers: Iterable[int]) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenizerConfig(Checked):
+class TokenizerConfig(Settings):
     """A SentencePiece model: a given one, or one trained on the data at first use.
 
     Attributes:

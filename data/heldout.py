@@ -4,8 +4,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.documents import Documents
 from data.packing import PADDING, document_starts
+from data.sources.documents import Documents
 from data.tokenizer import Tokenizer
 
 SPREAD = 8

@@ -26,7 +26,7 @@ class Loader:
         depth: batches that are made in advance.
         give_up: whether to wait no longer for a batch, asked while workers have none.
         given: batches that the stream's beginning has given already.
-        pass_over: numbers of batches, counted from 1, that are not given.
+        skip_batches: numbers of batches, counted from 1, that are not given.
 
     Attributes:
         number: of the batch that was given last.
@@ -42,12 +42,12 @@ class Loader:
         depth: int,
         give_up: Callable[[], bool] = never,
         given: int = 0,
-        pass_over: Collection[int] = (),
+        skip_batches: Collection[int] = (),
     ) -> None:
         self.stream = stream
         self.number = given
         self._made_number = given
-        self._pass_over = pass_over
+        self._skip_batches = skip_batches
         self.wait_s = 0.0
         self.failure: Exception | None = None
         self._next: Batch | None = None
@@ -91,7 +91,7 @@ class Loader:
                 while True:
                     batch = self.stream.batch(self._rows)
                     self._made_number += 1
-                    if self._made_number not in self._pass_over:
+                    if self._made_number not in self._skip_batches:
                         return batch
             except WaitEndedError:
                 pass

@@ -24,12 +24,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from xxhash import xxh3_64_intdigest
 
-from data.documents import Documents
 from data.shuffle import AnyDocument, Cursor, Shuffle, epochs
+from data.sources.documents import Documents
 from data.tokenizer import Tokenizer
 
 
-class Drawn(NamedTuple):
+class SourceState(NamedTuple):
     """What a lane has read of a source.
 
     Attributes:
@@ -47,7 +47,7 @@ class Drawn(NamedTuple):
         return {**self.cursor._asdict(), "tokens": self.tokens, "earlier": self.earlier}
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> "Drawn":
+    def from_json(cls, values: Mapping[str, Any]) -> "SourceState":
         """The inverse of `to_json`."""
         cursor = Cursor(*(values[field] for field in Cursor._fields))
         return cls(cursor, values["tokens"], values["earlier"])
@@ -63,7 +63,7 @@ class LaneCursor(NamedTuple):
             best-fit packing, rows of the group that is packed together.
     """
 
-    sources: dict[str, Drawn]
+    sources: dict[str, SourceState]
     phase: int = 0
     skip: int = 0
 
@@ -75,7 +75,7 @@ class LaneCursor(NamedTuple):
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "LaneCursor":
         """The inverse of `to_json`."""
-        sources = {name: Drawn.from_json(drawn) for name, drawn in values["sources"].items()}
+        sources = {name: SourceState.from_json(drawn) for name, drawn in values["sources"].items()}
         return cls(sources, values["phase"], values["skip"])
 
 
@@ -95,7 +95,7 @@ class Lane:
         comes an empty document with the cursor of the end.
         """
         config = self.documents.config
-        cursor = start or LaneCursor(dict.fromkeys(config.sources, Drawn()))
+        cursor = start or LaneCursor(dict.fromkeys(config.sources, SourceState()))
         readers = {name: self._source(name, drawn.cursor) for name, drawn in cursor.sources.items()}
         ahead: dict[str, tuple[np.ndarray, Cursor]] = {}
         mixture = config.mixture
@@ -121,7 +121,7 @@ class Lane:
             count = len(tokens)
             total += count
             _, before, earlier = cursor.sources[name]
-            drawn = Drawn(after, before + count, earlier)
+            drawn = SourceState(after, before + count, earlier)
             cursor = LaneCursor({**cursor.sources, name: drawn}, cursor.phase)
 
     def _source(self, name: str, start: Cursor) -> Iterator[tuple[AnyDocument, Cursor]]:

@@ -31,7 +31,7 @@ class TokenDocument(NamedTuple):
     origin: str
 
 
-class Fault(NamedTuple):
+class BadRecord(NamedTuple):
     """A record that is no document, for a reason; `excerpt` shows the beginning of it."""
 
     reason: str
@@ -39,7 +39,7 @@ class Fault(NamedTuple):
     excerpt: str = ""
 
 
-Record = Document | TokenDocument | Fault
+Record = Document | TokenDocument | BadRecord
 
 
 class Corpus(Protocol):

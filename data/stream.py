@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from data.documents import Documents
-from data.mixture import Drawn, Lane, LaneCursor
+from data.mixture import Lane, LaneCursor, SourceState
 from data.packing import PADDING, Row, document_starts, pack, pack_best_fit
+from data.sources.documents import Documents
 from data.tokenizer import Tokenizer
 
 Cursors = Mapping[str, Mapping[str, Any]]
@@ -28,7 +28,7 @@ class OutOfTextError(ValueError):
     """Every source has been read as often as its `epochs` allow."""
 
 
-class Reading(NamedTuple):
+class BatchStats(NamedTuple):
     """What a batch adds to a run: of one rank's rows, or, merged, of all ranks'.
 
     Attributes:
@@ -47,7 +47,7 @@ class Reading(NamedTuple):
     reached: dict[int, LaneCursor]
 
     @classmethod
-    def merged(cls, parts: Sequence["Reading"]) -> "Reading":
+    def merged(cls, parts: Sequence["BatchStats"]) -> "BatchStats":
         """Those of all ranks in one."""
         return cls(
             sum(part.targets for part in parts),
@@ -79,13 +79,13 @@ class Batch(NamedTuple):
         mask: [B, T] bool, false for targets that are padding; None: there is none.
         starts: [B, T] int64, where in its row each input's document begins; None: documents are
             not told apart.
-        reading: what it adds to the run.
+        stats: what it adds to the run.
     """
 
     rows: np.ndarray
     mask: np.ndarray | None
     starts: np.ndarray | None
-    reading: Reading
+    stats: BatchStats
 
     @property
     def document_lengths(self) -> list[int]:
@@ -104,11 +104,11 @@ class BatchShape:
     global_batch: int
     seq_len: int
     rank: int = 0
-    world: int = 1
+    world_size: int = 1
 
     def lanes(self, lanes: int) -> list[int]:
         """The lane of each row of this rank."""
-        return [row % lanes for row in range(self.rank, self.global_batch, self.world)]
+        return [row % lanes for row in range(self.rank, self.global_batch, self.world_size)]
 
 
 class TokenStream:
@@ -132,7 +132,7 @@ class TokenStream:
         cursors: Cursors | None = None,
     ) -> None:
         config = documents.config
-        if problems := config.batch_problems(shape.global_batch, shape.world):
+        if problems := config.batch_problems(shape.global_batch, shape.world_size):
             raise ValueError("; ".join(problems))
         self.documents = documents
         self.tokenizer = tokenizer
@@ -192,7 +192,7 @@ class TokenStream:
         else:
             group, separator = config.block_documents, self.tokenizer.eos_id
             rows = pack_best_fit(documents, T, skip, group=group, separator=separator)
-        after = start or LaneCursor(dict.fromkeys(config.sources, Drawn()))
+        after = start or LaneCursor(dict.fromkeys(config.sources, SourceState()))
         reached = after
         for row, (sources, phase, _), used in rows:
             yield row, (after := LaneCursor(sources, phase, used))
@@ -216,7 +216,7 @@ class TokenStream:
         for i, lane in enumerate(order):
             row, after[lane] = next(rows)
             tokens[i], counted[i], reached[lane] = row
-        if not counted.any() and self.shape.world == 1:
+        if not counted.any() and self.shape.world_size == 1:
             raise self.out_of_text()
         lengths = self.tokenizer.byte_lengths.take(tokens[:, 1:])
         mask = None
@@ -228,7 +228,7 @@ class TokenStream:
             rows=tokens,
             mask=mask,
             starts=document_starts(tokens, self.tokenizer.eos_id) if isolated else None,
-            reading=Reading(
+            stats=BatchStats(
                 targets=int(counted.sum()),
                 positions=lengths.size,
                 target_bytes=int(lengths.sum()),

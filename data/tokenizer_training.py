@@ -11,8 +11,8 @@ import sentencepiece
 from xxhash import xxh3_128_hexdigest
 
 from data.config import TokenizerConfig
-from data.documents import Documents
-from data.token_files import TokenCorpus
+from data.sources.documents import Documents
+from data.sources.token_files import TokenCorpus
 from data.tokenizer import SPACE, Tokenizer
 
 # Everything that makes decoding the inverse of encoding for any text, and pieces of line ends and

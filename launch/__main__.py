@@ -25,12 +25,13 @@ from typing import Any, NoReturn
 
 import yaml
 
+from conf.arguments import parse, refuse, usage
+from conf.errors import ConfigError
+from conf.validation import did_you_mean, keys, nearest
 from launch import kubernetes, slurm
-from launch.config import WAYS, Group, Kubernetes, Local, Nodes, Slurm
-from train.arguments import parse, refuse, usage
-from train.command_line import check, collecting
+from launch.config import LAUNCHERS, Group, Kubernetes, Local, Nodes, Slurm
+from train.compose import check, collecting
 from train.config import Config
-from train.validation import ConfigError, did_you_mean, keys, nearest
 
 SWEEP = ("-m", "--multirun")
 
@@ -51,10 +52,12 @@ def read(texts: Sequence[str]) -> Request:
         ConfigError: with every problem of the settings of both, start and training.
     """
     way = texts[0] if texts else ""
-    if way not in WAYS:
-        guess = did_you_mean(nearest(way, WAYS))
-        raise ConfigError([f"{way!r}: expected one of {', '.join(WAYS)}{guess}"], "the command")
-    names = keys(WAYS[way])
+    if way not in LAUNCHERS:
+        guess = did_you_mean(nearest(way, LAUNCHERS))
+        raise ConfigError(
+            [f"{way!r}: expected one of {', '.join(LAUNCHERS)}{guess}"], "the command"
+        )
+    names = keys(LAUNCHERS[way])
     own: list[str] = []
     others: list[str] = []
     problems: list[str] = []
@@ -67,7 +70,7 @@ def read(texts: Sequence[str]) -> Request:
                 own = [*_site(value), *own]  # the command line comes after
             else:
                 (own if key in names else others).append(text)
-        config = parse(WAYS[way], own)
+        config = parse(LAUNCHERS[way], own)
     if not any(text.startswith("script=") for text in own):
         with collecting(problems):
             jobs = _jobs(others, config)
@@ -124,9 +127,9 @@ def _jobs(arguments: Sequence[str], config: Local | None) -> list[Config]:
     elastic = isinstance(config, Group) and config.least_nodes < config.most_nodes
     problems = [
         f"with {nodes} machines, {text}" if elastic else text
-        for nodes, world in _worlds(config).items()
+        for nodes, world_size in _worlds(config).items()
         for job in jobs
-        for text in job.problems_on(world)
+        for text in job.problems_on(world_size)
     ]
     changing = elastic or isinstance(config, Slurm | Kubernetes)
     if changing and any(job.run.resume == "never" for job in jobs):
@@ -190,7 +193,7 @@ def _submit(command: Sequence[str], text: str) -> int:
 def main(texts: Sequence[str]) -> int:
     """Runs one command line; returns the exit code."""
     if {"-h", "--help"} & set(texts):
-        print(usage(WAYS[texts[0]]) if texts[0] in WAYS else (__doc__ or "").strip())
+        print(usage(LAUNCHERS[texts[0]]) if texts[0] in LAUNCHERS else (__doc__ or "").strip())
         return 0
     request = read([text for text in texts if text != "--dry"])
     if "--dry" in texts:

@@ -4,12 +4,12 @@ It is torchrun's own elastic agent with another view of endings. Under torchrun,
 saved and ended because the scheduler said so is one that failed: it is started again, and when the
 restarts are used up the exit code is 1. Here:
 
-- an ending that a restart would only repeat (see `launch.ending`) is final on all machines;
+- an ending that a restart would only repeat (see `launch.exit_codes`) is final on all machines;
 - the exit code is the processes' own;
 - SIGTERM, SIGUSR1, SIGUSR2, SIGINT and SIGHUP (as SIGTERM) are passed on, once, and processes have
   `grace_s` to save, also if some of them are done before others;
-- no process outlives its agent (see `launch.tether`);
-- every restart has a TCPStore of its own (see `launch.meeting`).
+- no process outlives its agent (see `launch.parent_death`);
+- every restart has a TCPStore of its own (see `launch.rendezvous`).
 """
 
 import logging
@@ -35,10 +35,11 @@ from torch.distributed.elastic.rendezvous import (
     RendezvousTimeoutError,
 )
 
-from launch import tether
+from launch import parent_death
 from launch.config import Local, Nodes
-from launch.ending import CRASHED, FINAL, FINISHED, INTERRUPTED, MISUSED, SAVED, joint
-from launch.meeting import join
+from launch.exit_codes import FINAL, combine_exit_codes
+from launch.rendezvous import join
+from train.exit_codes import ExitCode
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
 LOST = (RendezvousConnectionError, RendezvousTimeoutError, DistNetworkError, DistStoreError)
@@ -47,7 +48,7 @@ CRASH_S = 15  # in which the processes beside one that crashed write down where 
 LAST_EXIT_S = 300  # machines that are done wait so long for those that are not
 
 
-class Hearing:
+class SignalForwarder:
     """Within it, the first signal raises the `SignalException` that an agent answers.
 
     Others are ignored, since schedulers repeat themselves; but a person who does means it: a second
@@ -61,7 +62,7 @@ class Hearing:
     first: signal.Signals | None = None
     agent: "Agent | None" = None
 
-    def __enter__(self) -> "Hearing":
+    def __enter__(self) -> "SignalForwarder":
         # PyTorch handles what is named here at every start; Ctrl-\\ ends everything at once.
         os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"
         self._before = {number: signal.signal(number, self._hear) for number in SIGNALS}
@@ -112,7 +113,7 @@ class Agent(LocalElasticAgent):
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGINT)
 
-    def meet_at_the_end(self) -> None:
+    def exit_barrier_before_leaving(self) -> None:
         """Waits until the other machines are done too: one of them keeps the list of all."""
         self._exit_barrier_timeout = self._shutdown_timeout
         self._exit_barrier()
@@ -123,16 +124,16 @@ class Agent(LocalElasticAgent):
         if result.is_failed():
             codes = [failure.exitcode for failure in result.failures.values()]
             for rank, failure in result.failures.items():
-                if failure.exitcode not in (SAVED, -signal.SIGTERM):
-                    _tell(f"rank {rank} (process {failure.pid}) {_ended(failure.exitcode)}")
-            if joint(codes) in FINAL:
+                if failure.exitcode not in (ExitCode.REQUEUE, -signal.SIGTERM):
+                    _log(f"rank {rank} (process {failure.pid}) {_ended(failure.exitcode)}")
+            if combine_exit_codes(codes) in FINAL:
                 self._remaining_restarts = 0
         return result
 
     def _wait_while_saving(self) -> None:
         """Leaves the others in peace when one is done: the super class would end them at once."""
         deadline = time.monotonic() + self._shutdown_timeout
-        while set(self.codes) == {SAVED, None} and time.monotonic() < deadline:
+        while set(self.codes) == {ExitCode.REQUEUE, None} and time.monotonic() < deadline:
             time.sleep(POLL_S)
 
     def _stop_workers(self, worker_group: WorkerGroup) -> None:  # noqa: ARG002
@@ -142,7 +143,7 @@ class Agent(LocalElasticAgent):
         # After a crash the others have nothing to wait for: one they would save with is gone.
         crashed = any(code not in (None, 0) for code in self.codes)
         self._shutdown(timeout=CRASH_S if crashed else self._shutdown_timeout)
-        _tell(f"starting all processes again; {self._remaining_restarts} more times if need be")
+        _log(f"starting all processes again; {self._remaining_restarts} more times if need be")
         self._pcontext = None  # a signal from now on does not find processes of the past
         self._initialize_workers(worker_group)
 
@@ -156,7 +157,7 @@ def run(config: Local, command: Sequence[str]) -> int:
         goes on.
     """
     code = _run(config, command)
-    return config.saved_code if code == SAVED and isinstance(config, Nodes) else code
+    return config.saved_code if code == ExitCode.REQUEUE and isinstance(config, Nodes) else code
 
 
 def count_devices() -> int:
@@ -172,63 +173,67 @@ def _run(config: Local, command: Sequence[str]) -> int:
     # It reports every ending as a failure, 75 included; what is one is told here.
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
     logging.getLogger("torch.distributed.elastic.agent.server.api").setLevel(logging.ERROR)
-    with Hearing() as hearing, tempfile.TemporaryDirectory(prefix="launch-") as scratch:
+    with SignalForwarder() as forwarder, tempfile.TemporaryDirectory(prefix="launch-") as scratch:
         try:
             handler = join(config)
         except SignalException:
-            return _asked(hearing, [])
+            return _code_after_signal(forwarder, [])
         except LOST as error:
-            _tell(f"nobody keeps the list of machines ({error})")
-            return CRASHED
+            _log(f"nobody keeps the list of machines ({error})")
+            return ExitCode.CRASHED
         signals = "hold" if config.script is None else "deliver"  # train/main.py unblocks them
         spec = WorkerSpec(
             role="worker",
             local_world_size=processes,
             entrypoint=sys.executable,
-            args=("-I", tether.__file__, str(os.getpid()), signals, *command),
+            args=("-I", parent_death.__file__, str(os.getpid()), signals, *command),
             rdzv_handler=handler,
             max_restarts=config.max_restarts,
             monitor_interval=POLL_S,
         )
-        hearing.agent = Agent(spec, DefaultLogsSpecs(log_dir=scratch), config.grace_s)
-        return _supervise(hearing.agent, handler, hearing)
+        forwarder.agent = Agent(spec, DefaultLogsSpecs(log_dir=scratch), config.grace_s)
+        return _supervise(forwarder.agent, handler, forwarder)
 
 
-def _supervise(agent: Agent, handler: RendezvousHandler, hearing: Hearing) -> int:
+def _supervise(agent: Agent, handler: RendezvousHandler, forwarder: SignalForwarder) -> int:
     """Runs the agent to its end."""
     try:
         failures = agent.run().failures.values()
     except SignalException:
-        code = _asked(hearing, agent.codes)
-        if code == SAVED and agent.codes:
-            agent.meet_at_the_end()
+        code = _code_after_signal(forwarder, agent.codes)
+        if code == ExitCode.REQUEUE and agent.codes:
+            agent.exit_barrier_before_leaving()
         return code  # the list stays open: an elastic run may go on, or this machine come back
     except RendezvousClosedError:
-        _tell("the other machines have ended the run")
-        return CRASHED
+        _log("the other machines have ended the run")
+        return ExitCode.CRASHED
     except LOST as error:
         if not agent.had_processes:
-            _tell(f"too few machines came ({type(error).__name__})")
-            return CRASHED
-        _tell(f"the other machines are gone; the same command goes on ({type(error).__name__})")
-        return SAVED
-    code = joint(failure.exitcode for failure in failures) if failures else FINISHED
-    if code in (SAVED, MISUSED):
-        agent.meet_at_the_end()
+            _log(f"too few machines came ({type(error).__name__})")
+            return ExitCode.CRASHED
+        _log(f"the other machines are gone; the same command goes on ({type(error).__name__})")
+        return ExitCode.REQUEUE
+    code = (
+        combine_exit_codes(failure.exitcode for failure in failures)
+        if failures
+        else ExitCode.FINISHED
+    )
+    if code in (ExitCode.REQUEUE, ExitCode.MISUSED):
+        agent.exit_barrier_before_leaving()
     handler.shutdown()
     return code
 
 
-def _asked(hearing: Hearing, codes: Sequence[int | None]) -> int:
+def _code_after_signal(forwarder: SignalForwarder, codes: Sequence[int | None]) -> int:
     """The exit code after a signal."""
-    if hearing.first == signal.SIGINT:
-        return INTERRUPTED
-    return joint((code for code in codes if code is not None), asked=True)
+    if forwarder.first == signal.SIGINT:
+        return ExitCode.INTERRUPTED
+    return combine_exit_codes((code for code in codes if code is not None), asked=True)
 
 
 def _ended(code: int) -> str:
     return f"died of {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
 
 
-def _tell(text: str) -> None:
+def _log(text: str) -> None:
     print(f"launch: {text}", file=sys.stderr, flush=True)

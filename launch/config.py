@@ -219,7 +219,7 @@ class Kubernetes(Group):
         return found
 
 
-WAYS: dict[str, type[Local]] = {
+LAUNCHERS: dict[str, type[Local]] = {
     "local": Local,
     "nodes": Nodes,
     "slurm": Slurm,

@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 
 from launch.config import Kubernetes, passed_on
-from launch.ending import CRASHED, MISUSED, SAVED
+from train.exit_codes import ExitCode
 
 RETRIED = 143
 MARGIN_S = 30  # between the end of the grace that processes have and that of the pod
@@ -70,7 +70,7 @@ def _train_job(config: Kubernetes, arguments: Sequence[str]) -> dict[str, Any]:
             },
             "trainer": {
                 "image": config.image,
-                "command": _command(config, first, arguments, saved=SAVED),
+                "command": _command(config, first, arguments, saved=ExitCode.REQUEUE),
                 "numNodes": config.most_nodes,
                 "resourcesPerNode": _resources(config),
             },
@@ -86,7 +86,7 @@ def _training_runtime(config: Kubernetes) -> dict[str, Any]:
             "onExitCodes": {
                 "containerName": "node",
                 "operator": "In",
-                "values": [CRASHED, MISUSED],
+                "values": [int(ExitCode.CRASHED), int(ExitCode.MISUSED)],
             },
         },
         {
@@ -126,7 +126,7 @@ def _metadata(config: Kubernetes) -> dict[str, str]:
 def _command(config: Kubernetes, host: str, arguments: Sequence[str], *, saved: int) -> list[str]:
     """One agent for each pod."""
     place = [f"address={host}:{config.port}", f"id={config.name}"]
-    code = [] if saved == SAVED else [f"saved_code={saved}"]
+    code = [] if saved == ExitCode.REQUEUE else [f"saved_code={saved}"]
     nodes = [config.python, "-m", "launch", "nodes"]
     words = [*nodes, *place, *code, *passed_on(config), *arguments]
     return [word.replace("$(", "$$(") for word in words]  # or Kubernetes would fill them in

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from launch.config import Slurm, passed_on
-from launch.ending import SAVED
+from train.exit_codes import ExitCode
 
 UNITS = {"s": "0:00:{}", "m": "{}", "h": "{}:00:00", "d": "{}-00"}
 
@@ -87,7 +87,7 @@ def render(config: Slurm, arguments: Sequence[str], run_dirs: Sequence[Path]) ->
         step=_lines(_step(config)),
         checkpoints=_lines(places or [str(run / "checkpoints") for run in run_dirs]),
         logs=shlex.quote(config.logs),
-        saved=SAVED,
+        saved=int(ExitCode.REQUEUE),
         stalls=config.stalls,
     )
     header = "".join(f"#SBATCH {option}\n" for option in _options(config))

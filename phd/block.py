@@ -3,10 +3,10 @@
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
+from phd.attention.context import AttentionContext
 from phd.config import ModelConfig
 from phd.linear import Linear, project_all
 from phd.norm import RMSNorm
-from phd.view import View
 
 
 class Block(nn.Module):
@@ -34,12 +34,12 @@ class Block(nn.Module):
             self.attention_norm = RMSNorm(config.dim, config.norm_eps)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
 
-    def forward(self, x: Tensor, view: View) -> Tensor:
+    def forward(self, x: Tensor, view: AttentionContext) -> Tensor:
         """Map the residual stream (B, K, T, D) to the next one, of the slots that the view asks.
 
         x may hold one copy for all K where they are still equal.
         """
-        stream = view.asked(x)
+        stream = view.select_queries(x)
         match self.wiring:
             case "reordered":
                 x = stream + self.attention_norm(self.attention(x, view))
@@ -69,13 +69,13 @@ class Attention(nn.Module):
         if config.norm.startswith("hybrid"):
             self.v_norm = RMSNorm(keys, config.norm_eps)
 
-    def forward(self, x: Tensor, view: View) -> Tensor:
+    def forward(self, x: Tensor, view: AttentionContext) -> Tensor:
         """x (B, K or 1, T, D) -> the slots that the view asks, (B, K or 1, T', D)."""
-        asked = view.asked(x)
-        if asked is x:
+        selected = view.select_queries(x)
+        if selected is x:
             q, k, v = project_all(x, (self.q, self.k, self.v))
         else:
-            q, (k, v) = self.q(asked), project_all(x, (self.k, self.v))
+            q, (k, v) = self.q(selected), project_all(x, (self.k, self.v))
         out = view.attend(*(self._heads(y, name) for y, name in zip((q, k, v), "qkv", strict=True)))
         return self.o(out.permute(0, 2, 3, 1, 4).flatten(3))
 

@@ -34,15 +34,15 @@ def forward_flops(config: ModelConfig, *documents: int) -> Flops:
     output = query
     ffn = 3 * 2 * D * config.ffn_dim
     pairs = {
-        asked: sum(n * pattern.pairs(length, asked) for length, n in Counter(documents).items())
-        for asked in {1, K}
+        queries: sum(n * pattern.pairs(length, queries) for length, n in Counter(documents).items())
+        for queries in {1, K}
     }
     linear = attention = 0
     for layer in range(config.layers):
-        asked = 1 if layer == config.layers - 1 else K
+        queries = 1 if layer == config.layers - 1 else K
         distinct = 1 if layer == 0 and not config.copy_embedding else K
-        linear += min(asked, distinct) * query + distinct * keys + asked * (output + ffn)
-        attention += 4 * H * config.heads * pairs[asked]
+        linear += min(queries, distinct) * query + distinct * keys + queries * (output + ffn)
+        attention += 4 * H * config.heads * pairs[queries]
     return Flops(linear * tokens + 2 * D * config.vocab_size * tokens, attention)
 
 

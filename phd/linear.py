@@ -38,7 +38,7 @@ class Linear(nn.Linear):
     """A projection without bias that is also fast for one token.
 
     Attributes:
-        flat: `lay_end_to_end` has moved the weight.
+        flat: `fuse_weights` has moved the weight.
     """
 
     flat = False
@@ -51,7 +51,7 @@ class Linear(nn.Linear):
         return project(x, self.weight)
 
 
-def lay_end_to_end(layers: Sequence[Linear]) -> None:
+def fuse_weights(layers: Sequence[Linear]) -> None:
     """Move weights into one tensor, one after another, where `project_all` finds them.
 
     They stay parameters of their own, as `torch.nn.RNN.flatten_parameters` leaves them.

@@ -5,16 +5,16 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from phd.attention.context import RowContext
 from phd.block import Block
 from phd.config import ModelConfig
 from phd.initialization import initial_weights
-from phd.linear import Linear, lay_end_to_end, project
+from phd.linear import Linear, fuse_weights, project
 from phd.loss import Loss, next_token_loss
 from phd.norm import RMSNorm
 from phd.pattern import Pattern
 from phd.rope import Rope
 from phd.segments import Segments
-from phd.view import RowView
 
 
 class Transformer(nn.Module):
@@ -80,8 +80,8 @@ class Transformer(nn.Module):
         for block in self.blocks:
             assert isinstance(block, Block)
             attention, ffn = block.attention, block.ffn
-            lay_end_to_end((attention.q, attention.k, attention.v))
-            lay_end_to_end((ffn.gate, ffn.up))
+            fuse_weights((attention.q, attention.k, attention.v))
+            fuse_weights((ffn.gate, ffn.up))
         return self
 
     def forward(self, tokens: Tensor, segments: Segments | None = None) -> Tensor:
@@ -102,7 +102,7 @@ class Transformer(nn.Module):
         rope = self.rope.tables(T, segments)
         for i, block in enumerate(self.blocks):
             last = i == self.config.layers - 1
-            x = block(x, RowView(self.pattern, self.config.attention, rope, last, segments))
+            x = block(x, RowContext(self.pattern, self.config.attention, rope, last, segments))
         return self.norm(x).squeeze(1)
 
     def embedded(self, tokens: Tensor) -> Tensor:

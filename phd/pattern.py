@@ -89,7 +89,7 @@ class Pattern:
         token = torch.arange(tokens, device=device)
         return self.allows(token[:, None, None], copy[:, None, None, None], token, copy[:, None])
 
-    def hidden_seen(self, position: Tensor) -> Tensor:
+    def visible_hidden_copies(self, position: Tensor) -> Tensor:
         """How many hidden copies each hidden copy sees, its own included.
 
         Hidden copies are numbered h(n, s) = n*(K-1) + s-1. Rules 2 and 3 together let hidden copy
@@ -111,7 +111,7 @@ class Pattern:
             return before.clamp(max=self.window - 1) * (self.K - 1) + own
         return torch.minimum(before * (self.K - 1) + own, own.clamp(min=self.window))
 
-    def seen_tokens(self, s: int, r: int, position: Tensor) -> tuple[Tensor, Tensor]:
+    def visible_tokens(self, s: int, r: int, position: Tensor) -> tuple[Tensor, Tensor]:
         """The interval of tokens whose copy r is seen by copy s of each token.
 
         Returns (low, high), int64 as `position` (..., T), all of them places in the document; both
@@ -123,7 +123,7 @@ class Pattern:
             return low, high
         if s == 0:
             return low, low - 1
-        first = n * (self.K - 1) + s - self.hidden_seen(n)[..., s - 1, :]
+        first = n * (self.K - 1) + s - self.visible_hidden_copies(n)[..., s - 1, :]
         return (first - (r - 1) + self.K - 2) // (self.K - 1), high
 
     @property
@@ -168,7 +168,7 @@ class Pattern:
             return below + tokens * sum(range(self.K - copies + 1, self.K + 1))
         total = copies * triangle
         if self.rule == "hidden":
-            total += int(self.hidden_seen(torch.arange(tokens))[-copies:].sum())
+            total += int(self.visible_hidden_copies(torch.arange(tokens))[-copies:].sum())
         return total
 
     def cached_slots(self, tokens: int) -> tuple[int, int]:

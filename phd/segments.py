@@ -24,14 +24,14 @@ class Segments:
 
     Attributes:
         starts: int64 (B, T), the place in its row where each token's document begins.
-        borders: int32 (documents + 1,), where documents begin in the B*T tokens of all rows, and
+        cu_seqlens: int32 (documents + 1,), where documents begin in the B*T tokens of all rows, and
             the end; what variable-length kernels call cu_seqlens.
-        host_borders: the same on the CPU, so that nobody has to wait for the device to know them.
+        cu_seqlens_cpu: the same on the CPU, so that nobody has to wait for the device to know them.
     """
 
     starts: Tensor
-    borders: Tensor
-    host_borders: Tensor
+    cu_seqlens: Tensor
+    cu_seqlens_cpu: Tensor
 
     @classmethod
     def of(cls, starts: Tensor) -> "Segments":
@@ -41,13 +41,13 @@ class Segments:
         opens = starts == place
         assert torch.equal(starts, torch.where(opens, place, 0).cummax(1).values), starts
         first = opens.flatten().nonzero().flatten()
-        borders = torch.cat([first, torch.tensor([opens.numel()])]).int()
-        return cls(starts.long(), borders, borders)
+        cu_seqlens = torch.cat([first, torch.tensor([opens.numel()])]).int()
+        return cls(starts.long(), cu_seqlens, cu_seqlens)
 
     def to(self, device: torch.device | str) -> "Segments":
         """The same documents on a device, without waiting for it."""
         return Segments(
-            _sent(self.starts, device), _sent(self.host_borders, device), self.host_borders
+            _sent(self.starts, device), _sent(self.cu_seqlens_cpu, device), self.cu_seqlens_cpu
         )
 
     @property
@@ -58,7 +58,7 @@ class Segments:
     def repeated(self, K: int) -> "Segments":
         """The same documents when every token takes K places, one after the other."""
         return Segments(
-            self.starts.repeat_interleave(K, 1) * K, self.borders * K, self.host_borders * K
+            self.starts.repeat_interleave(K, 1) * K, self.cu_seqlens * K, self.cu_seqlens_cpu * K
         )
 
     def mask(self, pattern: Pattern) -> Tensor:

@@ -28,26 +28,26 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.utils import clip_grad_norm_
 
-from phd.attention import attend
+from conf import arguments
+from conf.errors import ConfigError
+from phd.attention.attend import attend
 from phd.config import Backend, ModelConfig, SpanUnit
 from phd.flops import training_flops_per_token
-from phd.hugging_face import to_hugging_face
+from phd.hf.convert import to_hugging_face
 from phd.pattern import Pattern
-from train import arguments
-from train.checkpoint_benchmark import bench_saving
-from train.command_line import load
+from train.benchmarks.checkpoint import bench_saving
+from train.benchmarks.loader import bench_loading, bench_resuming
+from train.benchmarks.timing import Result, Work, interleaved, ratio
+from train.compose import load
 from train.config import Config
-from train.device import autocast, choose_device, device_problems
-from train.engine import Rows
-from train.engine_config import EngineConfig
-from train.fsdp import FsdpEngine
-from train.loader_benchmark import bench_loading, bench_resuming
-from train.optimizer import build_optimizer
-from train.ranks import Ranks
-from train.run_directory import environment
-from train.snapshot import read_revision
-from train.timing import Result, Work, interleaved, ratio
-from train.validation import ConfigError
+from train.distributed.process_groups import ProcessGroups
+from train.engines.config import EngineConfig
+from train.engines.device import autocast, choose_device, device_problems
+from train.engines.engine import Rows
+from train.engines.fsdp import FsdpEngine
+from train.engines.optimizer import build_optimizer
+from train.run_dir.prepare import environment
+from train.run_dir.snapshot import read_revision
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,7 +221,7 @@ def bench_step(given: BenchArguments, device: torch.device) -> Result:
 
 
 def _step_work(config: Config, batch: Tensor) -> Work:
-    engine = FsdpEngine(config, Ranks())
+    engine = FsdpEngine(config, ProcessGroups())
     return lambda: engine.step(Rows(batch), config.optim.lr)
 
 
@@ -235,7 +235,7 @@ def _transformers_work(config: Config, batch: Tensor) -> Work:
             "the arguments",
         ) from None
     twin = replace(config, model=config.model.vanilla_twin)
-    engine = FsdpEngine(twin, Ranks())
+    engine = FsdpEngine(twin, ProcessGroups())
     shape, weights = to_hugging_face(twin.model, engine.model.state_dict())
     model = Olmo2ForCausalLM(Olmo2Config(**shape, use_cache=False))
     model.to(device=engine.device)  # type: ignore[call-arg]
@@ -270,8 +270,8 @@ def bench_inference(given: BenchArguments, device: torch.device) -> Result:
     if missing := [name for name in ("transformers", "matplotlib") if find_spec(name) is None]:
         problem = f"name=inference: needs {' and '.join(missing)}"
         raise ConfigError([f'{problem}; pip install "phd-transformer[bench]"'], "the arguments")
-    from train.inference_benchmark import bench_inferring, grid_of
-    from train.inference_plots import draw
+    from train.benchmarks.inference import bench_inferring, grid_of
+    from train.benchmarks.inference_plots import draw
 
     wider = [f"model.{setting}" for setting in WIDENED] if given.size == "tiny" else []
     model = load([f"size={given.size}", f"engine.device={device.type}", *wider]).model

@@ -10,17 +10,18 @@ from math import ceil
 from pathlib import Path
 from typing import Any, Literal
 
-from data.config import Checked, DataConfig, TokenizerConfig, check_least
+from conf.durations import Seconds
+from conf.settings import Settings, at_least
+from conf.validation import as_dict, build
+from data.config import DataConfig, TokenizerConfig
 from phd.config import ModelConfig
-from train.engine_config import DeepSpeedConfig, FsdpConfig
-from train.seconds import Seconds
-from train.validation import as_dict, build
+from train.engines.config import DeepSpeedConfig, FsdpConfig
 
 DEFAULT_STEPS = 450
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunConfig(Checked):
+class RunConfig(Settings):
     """Where a run lives and whether it goes on.
 
     Attributes:
@@ -45,7 +46,7 @@ class RunConfig(Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(Checked):
+class TrainConfig(Settings):
     """How much is trained, in what portions.
 
     Attributes:
@@ -67,7 +68,7 @@ class TrainConfig(Checked):
     seq_len: int = 256
 
     def problems(self) -> list[str]:
-        found = check_least(
+        found = at_least(
             self, "train", 1, "max_steps", "max_tokens", "global_batch", "micro_batch", "seq_len"
         )
         if self.max_time is not None and self.max_time <= 0:
@@ -100,24 +101,24 @@ class TrainConfig(Checked):
             bounds = [DEFAULT_STEPS]
         return min(bounds, default=None)
 
-    def accumulation(self, world: int = 1) -> int:
-        """Forward passes per step on each of `world` ranks.
+    def accumulation(self, world_size: int = 1) -> int:
+        """Forward passes per step on each of `world_size` ranks.
 
         Raises:
             ValueError: `global_batch` cannot be cut into equal parts of `micro_batch` rows.
         """
-        micro_batch = self.micro_batch or ceil(self.global_batch / world)
-        passes, rest = divmod(self.global_batch, world * micro_batch)
+        micro_batch = self.micro_batch or ceil(self.global_batch / world_size)
+        passes, rest = divmod(self.global_batch, world_size * micro_batch)
         if rest:
             raise ValueError(
-                f"train.global_batch={self.global_batch}: not divisible by {world} ranks times "
-                f"train.micro_batch={micro_batch} rows"
+                f"train.global_batch={self.global_batch}: not divisible by {world_size} ranks "
+                f"times train.micro_batch={micro_batch} rows"
             )
         return passes
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimConfig(Checked):
+class OptimConfig(Settings):
     """The optimizer.
 
     Attributes:
@@ -152,7 +153,7 @@ class OptimConfig(Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScheduleConfig(Checked):
+class ScheduleConfig(Settings):
     """The learning rate as a function of the step: a linear warm-up, then `kind`.
 
         cosine    /``\\__    half a cosine down to final_ratio
@@ -176,7 +177,7 @@ class ScheduleConfig(Checked):
     decay_fraction: float = 0.2
 
     def problems(self) -> list[str]:
-        found = check_least(self, "schedule", 0, "warmup_steps", "warmup_tokens")
+        found = at_least(self, "schedule", 0, "warmup_steps", "warmup_tokens")
         found += [
             f"schedule.{name}={value}: expected a number from 0 to 1"
             for name in ("warmup_fraction", "final_ratio", "decay_fraction")
@@ -191,7 +192,7 @@ class ScheduleConfig(Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CheckpointConfig(Checked):
+class CheckpointConfig(Settings):
     """When the run's state is saved; it always is at the end and when interrupted.
 
     Attributes:
@@ -205,13 +206,13 @@ class CheckpointConfig(Checked):
     keep_every: int = 0
 
     def problems(self) -> list[str]:
-        return check_least(self, "checkpoint", 0, "every", "keep_every") + check_least(
+        return at_least(self, "checkpoint", 0, "every", "keep_every") + at_least(
             self, "checkpoint", 1, "keep"
         )
 
 
 @dataclass(frozen=True, kw_only=True)
-class FaultsConfig(Checked):
+class FaultsConfig(Settings):
     """What happens when something goes wrong; nothing of it changes a run in which nothing does.
 
     A bad step is one whose loss or gradient norm is not finite, or a spike. No weight, moment or
@@ -238,9 +239,7 @@ class FaultsConfig(Checked):
     exit_timeout: Seconds = 100.0
 
     def problems(self) -> list[str]:
-        found = check_least(self, "faults", 1, "most_in_a_row") + check_least(
-            self, "faults", 8, "window"
-        )
+        found = at_least(self, "faults", 1, "most_in_a_row") + at_least(self, "faults", 8, "window")
         return found + [
             f"faults.{name}={value}: expected a number above 0"
             for name in ("spike", "step_timeout", "exit_timeout")
@@ -249,7 +248,7 @@ class FaultsConfig(Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalConfig(Checked):
+class EvalConfig(Settings):
     """When the loss on held-out documents is measured; it always is at the end.
 
     Attributes:
@@ -261,11 +260,11 @@ class EvalConfig(Checked):
     rows: int = 128
 
     def problems(self) -> list[str]:
-        return check_least(self, "eval", 0, "every") + check_least(self, "eval", 1, "rows")
+        return at_least(self, "eval", 0, "every") + at_least(self, "eval", 1, "rows")
 
 
 @dataclass(frozen=True, kw_only=True)
-class WandbConfig(Checked):
+class WandbConfig(Settings):
     """Weights & Biases; `auto` is `online` after `wandb login` and `offline` before."""
 
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
@@ -273,7 +272,7 @@ class WandbConfig(Checked):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleConfig(Checked):
+class SampleConfig(Settings):
     """Text that the model writes; it always does at the end.
 
     Attributes:
@@ -287,23 +286,23 @@ class SampleConfig(Checked):
     tokens: int = 100
 
     def problems(self) -> list[str]:
-        return check_least(self, "hooks.sample", 0, "every") + check_least(
+        return at_least(self, "hooks.sample", 0, "every") + at_least(
             self, "hooks.sample", 1, "tokens"
         )
 
 
 @dataclass(frozen=True, kw_only=True)
-class KVConfig(Checked):
+class KVConfig(Settings):
     """The KV cache's size; `context` is the tokens in it for which the hook reports bytes."""
 
     context: int = 4096
 
     def problems(self) -> list[str]:
-        return check_least(self, "hooks.kv", 1, "context")
+        return at_least(self, "hooks.kv", 1, "context")
 
 
 @dataclass(frozen=True, kw_only=True)
-class HooksConfig(Checked):
+class HooksConfig(Settings):
     """What is told during the run; `log_every` is in steps, `metrics.jsonl` is always written."""
 
     log_every: int = 20
@@ -313,11 +312,11 @@ class HooksConfig(Checked):
     kv: KVConfig = field(default_factory=KVConfig)
 
     def problems(self) -> list[str]:
-        return check_least(self, "hooks", 1, "log_every")
+        return at_least(self, "hooks", 1, "log_every")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Checked):
+class Config(Settings):
     """A whole run in one value."""
 
     run: RunConfig = field(default_factory=RunConfig)
@@ -377,14 +376,14 @@ class Config(Checked):
             return round(self.schedule.decay_fraction * total)
         return total - self.warmup_steps
 
-    def problems_on(self, world: int) -> list[str]:
+    def problems_on(self, world_size: int) -> list[str]:
         """Why the run cannot be dealt to so many ranks."""
-        found = self.data.batch_problems(self.train.global_batch, world)
+        found = self.data.batch_problems(self.train.global_batch, world_size)
         try:
-            self.train.accumulation(world)
+            self.train.accumulation(world_size)
         except ValueError as error:
             found.append(str(error))
-        return [*found, *self.engine.problems_on(world)]
+        return [*found, *self.engine.problems_on(world_size)]
 
     def problems(self) -> list[str]:
         """Every combination across sections that cannot be; each section checks its own."""

@@ -7,7 +7,7 @@ exported/
     tokenizer.json, tokenizer_config.json    the same tokens without SentencePiece
     tokenizer.model                          the tokenizer itself
     README.md                                the model card
-    hf.py, model.py, ...                     our code, unless transformers has a class of its own
+    modeling.py, model.py, ...               our code, unless transformers has a class of its own
 """
 
 import train  # noqa: F401  # first: how threads wait is settled before torch is loaded
@@ -27,21 +27,22 @@ from typing import Any
 
 import torch
 
+from conf import arguments
+from conf.errors import ConfigError
 from data.tokenizer import Tokenizer
-from phd.cache import kv_bytes
 from phd.config import ModelConfig
-from phd.hugging_face import BY_NORM
+from phd.hf.convert import BY_NORM
+from phd.inference.cache import kv_bytes
 from phd.model import Transformer, count_parameters
-from train import arguments
-from train.fast_tokenizer import not_converted, write_tokenizer
-from train.pretrained import save_pretrained
-from train.trained_model import load_run
-from train.validation import ConfigError
+from train.checkpoint.load_run import load_run
+from train.hf.pretrained import save_pretrained
+from train.hf.tokenizer_json import not_converted, write_tokenizer
+from train.run_dir.snapshot import ROOT
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-START, MODEL = "hf", "AutoModelForCausalLM"
-CLASSES = {"AutoConfig": f"{START}.PhdConfig", MODEL: f"{START}.PhdForCausalLM"}
-OWN_IMPORT = re.compile(r"^(\s*)from phd\.(\w+) import", re.MULTILINE)
+START, MODEL = "phd.hf.modeling", "AutoModelForCausalLM"
+CLASSES = {"AutoConfig": "modeling.PhdConfig", MODEL: "modeling.PhdForCausalLM"}
+OWN_IMPORT = re.compile(r"^(\s*)from ((?:phd|conf)\.(?:\w+\.)*(\w+)) import", re.MULTILINE)
 OPTIONAL_IMPORTS = re.compile(r"^(import triton\b.*\n)+", re.MULTILINE)
 
 
@@ -120,7 +121,7 @@ def write_model(directory: Path, model: Transformer, tokenizer: Tokenizer) -> No
         save_pretrained(directory, model.config, model.state_dict())
         generation.save_pretrained(directory)
         return
-    from phd.hf import PhdForCausalLM
+    from phd.hf.modeling import PhdForCausalLM
 
     theirs = PhdForCausalLM.of(model)
     theirs.config.auto_map = CLASSES
@@ -131,24 +132,22 @@ def write_model(directory: Path, model: Transformer, tokenizer: Tokenizer) -> No
 
 
 def own_modules() -> dict[str, str]:
-    """The modules of `phd` that `phd.hf` needs, to stand beside each other in one folder.
+    """The modules that `phd.hf.modeling` needs, by the names that they have in one flat folder.
 
-    transformers copies what relative imports name, and of a model from the Hub it demands every
-    package that is imported outside of a `try`.
+    transformers copies what relative imports name, without folders below, and of a model from the
+    Hub it demands every package that is imported outside of a `try`.
     """
-    import phd.hf
-
-    folder = Path(phd.hf.__file__).parent
     found: dict[str, str] = {}
     names = [START]
     while names:
         name = names.pop()
-        if name in found:
+        flat = name.rpartition(".")[2]
+        if flat in found:
             continue
-        source = (folder / f"{name}.py").read_text(encoding="utf-8")
+        source = (ROOT / f"{name.replace('.', '/')}.py").read_text(encoding="utf-8")
         names += [match[2] for match in OWN_IMPORT.finditer(source)]
         source = OPTIONAL_IMPORTS.sub(_tried, source)
-        found[name] = OWN_IMPORT.sub(r"\1from .\2 import", source)
+        found[flat] = OWN_IMPORT.sub(r"\1from .\3 import", source)
     return found
 
 

@@ -20,13 +20,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from phd.sampling import Sampling, generate
-from train import arguments
-from train.continuation import Continuation
-from train.device import autocast, choose_device, device_problems, precision
-from train.engine_config import EngineConfig
-from train.trained_model import load_run
-from train.validation import ConfigError
+from conf import arguments
+from conf.errors import ConfigError
+from data.detokenizer import IncrementalDetokenizer
+from phd.inference.sampling import Sampling, generate
+from train.checkpoint.load_run import load_run
+from train.engines.config import EngineConfig
+from train.engines.device import autocast, choose_device, device_problems, precision
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,13 +116,14 @@ class Writer:
                 break
         yield text.finish()
 
-    def write(self, prompts: Sequence[str]) -> Iterator[tuple[str, Continuation]]:
+    def write(self, prompts: Sequence[str]) -> Iterator[tuple[str, IncrementalDetokenizer]]:
         """`n` texts for each prompt, in this order, a batch of them at a time."""
         jobs = list(product(enumerate(prompts), range(self.given.n)))
         for begin in range(0, len(jobs), self.given.batch):
             some = jobs[begin : begin + self.given.batch]
             texts = [
-                Continuation(self.tokenizer, prompt, self.given.stop) for (_, prompt), _ in some
+                IncrementalDetokenizer(self.tokenizer, prompt, self.given.stop)
+                for (_, prompt), _ in some
             ]
             for tokens in self._tokens(texts, [(place, sample) for (place, _), sample in some]):
                 for text, token in zip(texts, tokens.tolist(), strict=True):
@@ -134,12 +135,12 @@ class Writer:
                 text.finish()
                 yield prompt, text
 
-    def _begun(self, prompt: str) -> Continuation:
-        return Continuation(self.tokenizer, prompt, self.given.stop)
+    def _begun(self, prompt: str) -> IncrementalDetokenizer:
+        return IncrementalDetokenizer(self.tokenizer, prompt, self.given.stop)
 
     @torch.inference_mode()  # less work than no_grad for each operation
     def _tokens(
-        self, texts: Sequence[Continuation], places: Sequence[tuple[int, int]]
+        self, texts: Sequence[IncrementalDetokenizer], places: Sequence[tuple[int, int]]
     ) -> Iterator[torch.Tensor]:
         """The texts' next tokens; each text's randomness is its place's alone."""
         prompts = [torch.tensor(text.ids, device=self.device) for text in texts]

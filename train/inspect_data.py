@@ -12,15 +12,15 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from data.documents import Documents, is_held_out
+from conf.errors import ConfigError
 from data.loader import Loader
 from data.source import Document, TokenDocument
+from data.sources.documents import Documents, is_held_out
 from data.stream import Batch, BatchShape, TokenStream
 from data.tokenizer import Tokenizer
 from data.tokenizer_training import prepare_tokenizer
-from train import command_line
+from train import compose
 from train.config import Config
-from train.validation import ConfigError
 
 READ_S = 10.0
 """Seconds for which each source is read to count what is in it."""
@@ -57,7 +57,7 @@ def count(documents: Documents, tokenizer: Tokenizer, name: str, seconds: float)
     totals = Counter(documents=0, held_out=0, size=0, tokens=0)
     first: list[Document | TokenDocument] = []
     whole, deadline = True, perf_counter() + seconds
-    for document, digest in documents.in_turn(name, config.lanes):
+    for document, digest in documents.round_robin(name, config.lanes):
         tokens = tokenizer.document_tokens(document)
         totals["documents"] += 1
         totals["held_out"] += is_held_out(digest, config.holdout)
@@ -77,7 +77,7 @@ def loading_speed(stream: TokenStream, config: Config, seconds: float) -> tuple[
         first = next(loader)
         start, targets = perf_counter(), 0
         while (spent := perf_counter() - start) < seconds and loader.failure is None:
-            targets += next(loader).reading.targets
+            targets += next(loader).stats.targets
     return targets / spent, first
 
 
@@ -86,8 +86,8 @@ def shown_row(batch: Batch, tokenizer: Tokenizer) -> str:
     number = int((batch.rows == tokenizer.eos_id).sum(axis=1).argmax())
     row = batch.rows[number]
     end = len(row) if batch.mask is None else 1 + int(batch.mask[number].sum())
-    borders = np.flatnonzero(row[:end] == tokenizer.eos_id)
-    parts = np.split(row[:end], np.stack([borders, borders + 1], axis=1).ravel())
+    cu_seqlens = np.flatnonzero(row[:end] == tokenizer.eos_id)
+    parts = np.split(row[:end], np.stack([cu_seqlens, cu_seqlens + 1], axis=1).ravel())
     text = "".join(
         "⟨/⟩" if part.tolist() == [tokenizer.eos_id] else tokenizer.decode(part) for part in parts
     )
@@ -131,7 +131,7 @@ def main(config: Config) -> int:
             found = count(documents, tokenizer, name, READ_S)
             print_source(name, found, weight / sum(weights.values()), tokenizer, console)
         quarantine = documents.quarantine
-        records, faults = quarantine.records, len(quarantine.faults)
+        records, faults = quarantine.records, len(quarantine.bad_records)
         shape = BatchShape(global_batch=config.train.global_batch, seq_len=config.train.seq_len)
         stream = TokenStream(documents, tokenizer, shape, seed=config.seed)
         speed, batch = loading_speed(stream, config, MEASURE_S)
@@ -142,12 +142,12 @@ def main(config: Config) -> int:
     )
     console.print(shown_row(batch, tokenizer), markup=False)
     if batch.mask is not None:
-        reading = batch.reading
-        console.print(f"padding: {1 - reading.targets / reading.positions:.1%} of the first batch")
+        stats = batch.stats
+        console.print(f"padding: {1 - stats.targets / stats.positions:.1%} of the first batch")
     console.print(f"\nquarantined: {faults} of {records:,} records")
     if faults:
         console.print(f"  {quarantine.summary()}; for example", markup=False)
-    for fault in islice(quarantine.faults.values(), EXCERPT):
+    for fault in islice(quarantine.bad_records.values(), EXCERPT):
         console.print(f"  {fault.origin}: {fault.reason}", markup=False)
     console.print(
         f"the loader alone: {speed:,.0f} tokens/s with data.workers={config.data.workers}"
@@ -156,4 +156,4 @@ def main(config: Config) -> int:
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    compose.run(main)

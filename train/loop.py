@@ -6,18 +6,19 @@ from time import perf_counter
 
 from rich.progress import Progress
 
+from conf.errors import ConfigError
 from data.loader import Loader
 from data.stream import OutOfTextError
-from train.agreement import Standing
-from train.engine import Rows
-from train.hooks import Hook, Metrics, Saving, StepRecord, is_due
+from train.distributed.stop_sync import RankFlags
+from train.engines.engine import Rows
+from train.engines.schedule import learning_rate
+from train.metrics.hooks import SaveCheckpoint
+from train.metrics.record import Hook, Metrics, StepRecord, is_due
+from train.metrics.sinks import Sink, console_lines
 from train.run import Run
-from train.schedule import learning_rate
-from train.sinks import Sink, console_lines
-from train.validation import ConfigError
 
 
-class LeftEarlyError(Exception):
+class StoppedEarlyError(Exception):
     """A signal came before there was anything to save."""
 
 
@@ -30,10 +31,10 @@ def train(run: Run, progress: Progress) -> tuple[StepRecord, Metrics]:
 
     Raises:
         OutOfTextError: there is nothing to train on.
-        LeftEarlyError: a signal came before the first step.
-        RollBackError, BadStepError: see `train.verdicts`.
+        StoppedEarlyError: a signal came before the first step.
+        RollBackError, BadStepError: see `train.anomalies.policy`.
     """
-    config, engine, agreement = run.config, run.engine, run.agreement
+    config, engine, stop_sync = run.config, run.engine, run.stop_sync
     bar = progress.add_task(
         "training", total=config.train.total_steps, completed=run.step, status=""
     )
@@ -43,25 +44,27 @@ def train(run: Run, progress: Progress) -> tuple[StepRecord, Metrics]:
         run.stream,
         workers=config.data.workers,
         depth=config.data.prefetch,
-        give_up=run.interruption.came,
+        give_up=run.stop_signal.is_set,
         given=run.batches,
-        pass_over=run.pass_over,
+        skip_batches=run.skip_batches,
     ) as loader:
         _agree_to_begin(run, loader)
         for step, batch in enumerate(loader, run.step + 1):
             number = loader.number
             lr = learning_rate(config, step - 1)
-            agreement.begin(_standing(run, loader, perf_counter() - started - hooks_s))
-            result = engine.step(Rows.of(batch), lr, run.verdicts.limits(step), agreement.stop)
-            standing = agreement.end()
+            stop_sync.begin(_rank_flags(run, loader, perf_counter() - started - hooks_s))
+            result = engine.step(
+                Rows.of(batch), lr, run.bad_step_policy.limits(step), stop_sync.stop
+            )
+            flags = stop_sync.end()
             if result is None:
                 return _interrupted(run, record)
-            run.verdicts.take(step, number, batch, lr, result)
+            run.bad_step_policy.take(step, number, batch, lr, result)
 
-            ending = run.ending(step, standing)
+            ending = run.ending(step, flags)
             due = [hook for hook in run.hooks if ending or is_due(hook, step)]
             if due:
-                run.verdicts.settle()
+                run.bad_step_policy.flush()
                 engine.synchronize()
             train_s = perf_counter() - started - hooks_s
             record = StepRecord(
@@ -72,7 +75,7 @@ def train(run: Run, progress: Progress) -> tuple[StepRecord, Metrics]:
                 loss=result.loss,
                 grad_norm=result.grad_norm,
                 batch=batch,
-                reading=batch.reading,
+                stats=batch.stats,
                 train_s=train_s,
                 data_wait_s=(loader.wait_s,),
                 ending=ending,
@@ -86,28 +89,28 @@ def train(run: Run, progress: Progress) -> tuple[StepRecord, Metrics]:
                 progress.update(bar, status=status)
             if ending:
                 return record, metrics
-            if agreement.signal:
+            if stop_sync.signal:
                 return _interrupted(run, record)
     raise AssertionError("the batches have no end")
 
 
-def _standing(run: Run, loader: Loader, train_s: float) -> Standing:
+def _rank_flags(run: Run, loader: Loader, train_s: float) -> RankFlags:
     """What this rank knows before a step."""
     following, limit = loader.peek(), run.config.train.max_time
-    return Standing(
+    return RankFlags(
         failed=loader.failure is not None and not isinstance(loader.failure, OutOfTextError),
-        full=following is not None and following.reading.targets > 0,
+        full=following is not None and following.stats.targets > 0,
         late=limit is not None and train_s >= limit,
     )
 
 
 def _agree_to_begin(run: Run, loader: Loader) -> None:
     """Make sure that every rank has a first batch."""
-    run.agreement.begin(_standing(run, loader, 0.0))
-    standing = run.agreement.end()
-    if run.agreement.signal:
-        raise LeftEarlyError
-    if ending := run.data_ending(standing):
+    run.stop_sync.begin(_rank_flags(run, loader, 0.0))
+    flags = run.stop_sync.end()
+    if run.stop_sync.signal:
+        raise StoppedEarlyError
+    if ending := run.data_ending(flags):
         failure = _failure(run, loader, ending)
         raise failure if isinstance(failure, OutOfTextError) else user_error(failure)
 
@@ -119,7 +122,7 @@ def _failure(run: Run, loader: Loader, ending: str | None) -> Exception | None:
     if ending != "no_data":
         return None
     own = loader.failure
-    told = run.ranks.gather(None if own is None else (isinstance(own, ValueError), str(own)))
+    told = run.groups.gather(None if own is None else (isinstance(own, ValueError), str(own)))
     if own is not None and not isinstance(own, OutOfTextError):
         return own
     refused, text = next(found for found in told if found is not None)
@@ -130,7 +133,7 @@ def _observe(run: Run, record: StepRecord, hooks: list[Hook], sinks: Iterable[Si
     """Call hooks with what all ranks know of a step, and write what they return."""
     metrics: Metrics = {}
     if hooks:
-        record = replace(record.of_all(run.ranks), bad_steps=run.verdicts.to_json())
+        record = replace(record.of_all(run.groups), bad_steps=run.bad_step_policy.to_json())
     for hook in hooks:
         metrics |= hook(record)
     for sink in sinks if metrics else ():
@@ -140,13 +143,13 @@ def _observe(run: Run, record: StepRecord, hooks: list[Hook], sinks: Iterable[Si
 
 def _interrupted(run: Run, record: StepRecord | None) -> tuple[StepRecord, Metrics]:
     """End after a step that was taken for an ordinary one: save, and do what was not due."""
-    assert run.agreement.signal is not None
+    assert run.stop_sync.signal is not None
     if record is None:
-        raise LeftEarlyError
-    run.verdicts.settle()
-    record = replace(record, ending=run.agreement.signal.name)
+        raise StoppedEarlyError
+    run.bad_step_policy.flush()
+    record = replace(record, ending=run.stop_sync.signal.name)
     done = [hook for hook in run.hooks if is_due(hook, record.step)]
-    rest = [hook for hook in run.hooks if isinstance(hook, Saving) or hook not in done]
+    rest = [hook for hook in run.hooks if isinstance(hook, SaveCheckpoint) or hook not in done]
     return record, _observe(run, record, rest, () if done else run.sinks)
 
 

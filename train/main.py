@@ -18,71 +18,71 @@ from rich.progress import (
 )
 
 from data.stream import OutOfTextError
-from launch.ending import CRASHED, FINISHED, INTERRUPTED, SAVED
-from launch.place import Place
-from train import command_line
+from train import compose
+from train.anomalies.policy import BadStepError, RollBackError
 from train.config import Config
-from train.interruption import Interruption, leaving_at_once
-from train.loop import LeftEarlyError, train, user_error
+from train.distributed.dist_env import DistEnv
+from train.distributed.process_groups import ProcessGroups, init_process_groups
+from train.distributed.signals import StopSignal, exit_immediately
+from train.exit_codes import ExitCode
+from train.loop import StoppedEarlyError, train, user_error
+from train.metrics.sinks import warn
 from train.plan import make_plan, print_plan
-from train.ranks import Ranks, open_ranks
 from train.report import print_report
 from train.run import Run, open_run
-from train.sinks import warn
-from train.verdicts import BadStepError, RollBackError
 
 
 def main(config: Config) -> int:
-    """Plan, train and report; returns an exit code of `launch.ending`."""
-    interruption = Interruption()
+    """Plan, train and report; returns an exit code of `launch.exit_codes`."""
+    stop_signal = StopSignal()
     # One of several ranks may not leave at once: the others would wait for it.
-    early = leaving_at_once() if Place.from_environment().world == 1 else interruption
-    with early, open_ranks(config.engine.device) as ranks:
-        console = Console(soft_wrap=True, highlight=False, quiet=not ranks.first)
-        print_plan(make_plan(config, ranks.world), console)
-        if config.run.resume == "never" and any(ranks.gather(ranks.place.restarts)):
+    early = exit_immediately() if DistEnv.from_environment().world_size == 1 else stop_signal
+    with early, init_process_groups(config.engine.device) as groups:
+        console = Console(soft_wrap=True, highlight=False, quiet=not groups.first)
+        print_plan(make_plan(config, groups.world_size), console)
+        if config.run.resume == "never" and any(groups.gather(groups.place.restarts)):
             config = _resuming(config)  # it was this very run that began anew
-        return train_to_the_end(config, console, ranks, interruption)
+        return train_to_the_end(config, console, groups, stop_signal)
 
 
 def train_to_the_end(
-    config: Config, console: Console, ranks: Ranks, interruption: Interruption
+    config: Config, console: Console, groups: ProcessGroups, stop_signal: StopSignal
 ) -> int:
     """Open and train the run, again after each rollback; all ranks return the same code."""
-    passed_over: frozenset[int] = frozenset()
+    skipped: frozenset[int] = frozenset()
     rollbacks, begun = 0, -1
     most = config.faults.most_in_a_row
     while True:
-        code, step, back = _attempt(config, console, ranks, interruption, passed_over)
+        code, step, back = _attempt(config, console, groups, stop_signal, skipped)
         gc.collect()  # a sharded model holds references to itself
         if back is None:
             return code
         rollbacks, begun = (rollbacks + 1 if step == begun else 1), step
         if rollbacks > most:
             warn(console, f"{back}; no more than faults.most_in_a_row={most} rollbacks in a row")
-            return CRASHED
+            return ExitCode.CRASHED
         warn(console, f"{back}; going back to the last checkpoint")
-        passed_over |= {back.batch}
+        skipped |= {back.batch}
         config = _resuming(config)
 
 
 def _attempt(
     config: Config,
     console: Console,
-    ranks: Ranks,
-    interruption: Interruption,
-    passed_over: frozenset[int],
+    groups: ProcessGroups,
+    stop_signal: StopSignal,
+    skipped: frozenset[int],
 ) -> tuple[int, int, RollBackError | None]:
     """(exit code, step that it began from, why it is to be opened again) of a run; nothing of it
     is left in memory."""
-    with open_run(config, console, ranks, interruption, passed_over) as run:
+    with open_run(config, console, groups, stop_signal, skipped) as run:
         try:
             return _train(run, console), run.step, None
         except BadStepError as error:
             warn(console, str(error))
-            return CRASHED, run.step, None
+            return ExitCode.CRASHED, run.step, None
         except RollBackError as error:
-            return CRASHED, run.step, error.with_traceback(None)
+            return ExitCode.CRASHED, run.step, error.with_traceback(None)
 
 
 def _train(run: Run, console: Console) -> int:
@@ -91,19 +91,19 @@ def _train(run: Run, console: Console) -> int:
     if run.finished:
         console.print(f"nothing to train: {run.step} steps are done")
         print_report(run, run.finish(), console, complete=True)
-        return FINISHED
+        return ExitCode.FINISHED
     try:
         with _progress(console) as progress:
             record, metrics = train(run, progress)
     except OutOfTextError as error:
         console.print(f"nothing to train: {run.step} steps are done. {error}", markup=False)
         print_report(run, run.finish(), console, complete=True)
-        return FINISHED
-    except LeftEarlyError:
-        ending = run.agreement.signal
+        return ExitCode.FINISHED
+    except StoppedEarlyError:
+        ending = run.stop_sync.signal
         assert ending is not None
         console.print(f"{ending.name}: ended before step {run.step + 1}; nothing to save")
-        return INTERRUPTED if ending == SIGINT else SAVED
+        return ExitCode.INTERRUPTED if ending == SIGINT else ExitCode.REQUEUE
     failure = metrics.get("checkpoint/error")
     if failure and (record.interrupted or not config.hooks.console):  # else it has been told
         warn(console, str(failure))
@@ -120,10 +120,10 @@ def _train(run: Run, console: Console) -> int:
     if not record.interrupted:
         print_report(run, metrics, console, complete=complete)
     if record.ending == "SIGINT":
-        return INTERRUPTED
+        return ExitCode.INTERRUPTED
     if not saved:
-        return CRASHED
-    return FINISHED if complete and not record.interrupted else SAVED
+        return ExitCode.CRASHED
+    return ExitCode.FINISHED if complete and not record.interrupted else ExitCode.REQUEUE
 
 
 def _resuming(config: Config) -> Config:
@@ -147,4 +147,4 @@ def _progress(console: Console) -> Progress:
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    compose.run(main)

@@ -11,15 +11,15 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from phd.cache import kv_bytes
+from conf.errors import ConfigError
 from phd.config import ModelConfig
 from phd.flops import training_flops_per_token
+from phd.inference.cache import kv_bytes
 from phd.model import count_parameters
-from train import command_line
+from train import compose
 from train.config import Config
-from train.device import precision
-from train.memory import Memory, predict_memory
-from train.validation import ConfigError
+from train.engines.device import precision
+from train.engines.memory import Memory, predict_memory
 
 CHINCHILLA = 20  # tokens per parameter that spend compute best (arXiv 2203.15556)
 
@@ -29,7 +29,7 @@ class Plan:
     """A run in numbers.
 
     Attributes:
-        world: ranks that train together.
+        world_size: ranks that train together.
         parameters: by group; a tied head is the embedding.
         flops_per_token, vanilla_flops_per_token: a training step's, of this variant and of the
             plain transformer of the same size.
@@ -39,7 +39,7 @@ class Plan:
     """
 
     config: Config
-    world: int
+    world_size: int
     parameters: dict[str, int]
     flops_per_token: float
     vanilla_flops_per_token: float
@@ -54,13 +54,13 @@ class Plan:
         return None if steps is None else steps * self.config.train.tokens_per_step
 
 
-def make_plan(config: Config, world: int = 1) -> Plan:
-    """Count and predict for `world` ranks; allocates nothing of the model's size.
+def make_plan(config: Config, world_size: int = 1) -> Plan:
+    """Count and predict for `world_size` ranks; allocates nothing of the model's size.
 
     Raises:
         ConfigError: the batch cannot be dealt to them.
     """
-    if problems := config.problems_on(world):
+    if problems := config.problems_on(world_size):
         raise ConfigError(problems)
     device = torch.device(
         "cuda" if torch.cuda.is_available() and config.engine.device != "cpu" else "cpu"
@@ -69,13 +69,13 @@ def make_plan(config: Config, world: int = 1) -> Plan:
     dtype = precision(config.engine, device)
     plan = Plan(
         config=config,
-        world=world,
+        world_size=world_size,
         parameters=parameters,
         flops_per_token=training_flops_per_token(config.model, config.train.seq_len),
         vanilla_flops_per_token=training_flops_per_token(
             config.model.vanilla_twin, config.train.seq_len
         ),
-        memory=predict_memory(config, sum(parameters.values()), dtype, world),
+        memory=predict_memory(config, sum(parameters.values()), dtype, world_size),
         available_memory=_available_memory(device),
         warnings=(),
     )
@@ -137,8 +137,8 @@ def print_plan(plan: Plan, console: Console) -> None:
     table.add_row(
         "a step",
         f"{train.tokens_per_step:,} tokens = {train.global_batch} rows x {train.seq_len}, "
-        f"{config.model.K} slots each, in {train.accumulation(plan.world)} forward passes"
-        + (f" on each of {plan.world} ranks" if plan.world > 1 else ""),
+        f"{config.model.K} slots each, in {train.accumulation(plan.world_size)} forward passes"
+        + (f" on each of {plan.world_size} ranks" if plan.world_size > 1 else ""),
     )
     if plan.tokens is None:
         table.add_row("length", f"{train.max_time:.0f} s")
@@ -155,7 +155,7 @@ def print_plan(plan: Plan, console: Console) -> None:
         f"{_count(plan.vanilla_flops_per_token)}",
     )
     memory = ", ".join(f"{name} {_size(n)}" for name, n in plan.memory._asdict().items())
-    each = "about" if plan.world == 1 else "on each rank about"
+    each = "about" if plan.world_size == 1 else "on each rank about"
     table.add_row("memory", f"{each} {_size(plan.memory.total)}: {memory}")
     table.add_row("text", "; ".join(_shares(start, w) for start, w in config.data.mixture))
     table.add_row("run directory", str(config.run_dir))
@@ -223,4 +223,4 @@ def _main(config: Config) -> int:
 
 
 if __name__ == "__main__":
-    command_line.run(_main)
+    compose.run(_main)

@@ -2,8 +2,9 @@
 
 python train/pretokenize.py data=python out=tokens
 
-writes a directory for each source, here `tokens/python` (data/token_files.py draws one), and says
-how to train on it. After an interruption the same command goes on.
+writes a directory for each source, here `tokens/python` (drawn in
+data/sources/token_files.py), and says how to train on it. After an interruption the same command
+goes on.
 """
 
 import json
@@ -26,10 +27,12 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from conf.errors import ConfigError
+from conf.validation import OMITTED, as_dict, flatten_keys
 from data.config import DataConfig, Source, TokensSource
-from data.documents import Documents
 from data.source import Document
-from data.token_files import (
+from data.sources.documents import Documents
+from data.sources.token_files import (
     MODEL,
     UNFINISHED,
     TokenIndex,
@@ -42,12 +45,11 @@ from data.token_files import (
 )
 from data.tokenizer import Tokenizer
 from data.tokenizer_training import prepare_tokenizer
-from train import command_line
+from train import compose
 from train.config import Config
-from train.validation import OMITTED, ConfigError, as_dict, leaves
+from train.exit_codes import ExitCode
 
 T = TypeVar("T")
-INTERRUPTED = 128 + signal.SIGINT
 REFRESH_S = 0.5  # between two looks at how much is written
 
 
@@ -168,11 +170,11 @@ def write_part(data: DataConfig, directory: Path, number: int) -> TokenShard:
     documents.quarantine.write_to(directory / f"{shard_name(number)}.quarantine.jsonl")
     texts = (
         (document.text, digest)
-        for document, digest, _ in documents.usable(name, number, index.parts)
+        for document, digest, _ in documents.valid_records(name, number, index.parts)
         if isinstance(document, Document)
     )
     shard = write_shard(directory, number, texts, Tokenizer.load(directory / MODEL))
-    return replace(shard, quarantined=len(documents.quarantine.faults))
+    return replace(shard, quarantined=len(documents.quarantine.bad_records))
 
 
 def in_processes(jobs: Sequence[Callable[[], T]], workers: int) -> Iterator[list[T]]:
@@ -222,13 +224,13 @@ def training_arguments(data: DataConfig, directory: Callable[[str], Path]) -> li
     }
     wanted = replace(data, sources=sources, phases={} if single else data.phases)
     default = TokensSource(kind="tokens", path=OMITTED)
-    standard = leaves(as_dict(DataConfig(sources=dict.fromkeys(sources, default))), "data.")
+    standard = flatten_keys(as_dict(DataConfig(sources=dict.fromkeys(sources, default))), "data.")
     return [
         "data=tokens",
         *([] if single else ["~data.sources.tokens"]),
         *(
             f"{key}={_spelled(value)}"
-            for key, value in leaves(as_dict(wanted), "data.").items()
+            for key, value in flatten_keys(as_dict(wanted), "data.").items()
             if standard.get(key, OMITTED) != value or (key.endswith(".kind") and not single)
         ),
     ]
@@ -280,7 +282,7 @@ def main(given: PretokenizeArguments, config: Config) -> int:
         raise ConfigError([killed]) from error
     except KeyboardInterrupt:
         console.print("interrupted: the same command goes on with the shards that are missing")
-        return INTERRUPTED
+        return ExitCode.INTERRUPTED
     print_written(written, console)
     command = ["python", "train/main.py", *training_arguments(config.data, given.directory)]
     console.print(f"train on it: {shlex.join(command)}")
@@ -288,4 +290,4 @@ def main(given: PretokenizeArguments, config: Config) -> int:
 
 
 if __name__ == "__main__":
-    command_line.run_with(PretokenizeArguments, main)
+    compose.run_with(PretokenizeArguments, main)

@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from train.hooks import Metrics
+from train.metrics.record import Metrics
 from train.plan import kv_rows
 from train.run import Run
 

@@ -1,7 +1,6 @@
 """A run: everything the loop needs, opened, and resumed where it ended.
 
-All ranks open the run, and share its directory (train/run_directory.py). The first one writes what
-is written once.
+All ranks open the run and share its directory (train/run_dir). Rank 0 writes what is written once.
 """
 
 from dataclasses import dataclass
@@ -12,40 +11,40 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from conf.errors import ConfigError
+from conf.validation import as_dict, flatten_keys
 from data.config import TokenizerConfig
-from data.documents import Documents
 from data.fingerprint import changes, check_fingerprint
 from data.heldout import HeldOut, heldout_rows
+from data.sources.documents import Documents
 from data.stream import BatchShape, TokenStream
 from data.tokenizer import Tokenizer
 from data.tokenizer_training import prepare_tokenizer
-from train.agreement import Agreement, Standing
-from train.bad_steps import BadSteps
-from train.checkpoint import Checkpoint, CheckpointStore
+from train.anomalies.detection import SpikeDetector
+from train.anomalies.policy import BadStepPolicy
+from train.checkpoint.store import Checkpoint, CheckpointStore
 from train.config import Config
-from train.device import choose_device
-from train.engine import Engine
-from train.engine_config import DeepSpeedConfig, FsdpConfig
-from train.fsdp import FsdpEngine
-from train.hooks import (
+from train.distributed.process_groups import ProcessGroups, raise_on_all_ranks
+from train.distributed.signals import StopSignal, nothing
+from train.distributed.stop_sync import RankFlags, StopSync
+from train.distributed.watchdog import Watchdog
+from train.engines.config import DeepSpeedConfig, FsdpConfig
+from train.engines.device import choose_device
+from train.engines.engine import Engine
+from train.engines.fsdp import FsdpEngine
+from train.hf.pretrained import pretrained_start
+from train.metrics.hooks import (
     DataProgress,
     Evaluation,
-    Hook,
     KVCost,
-    Metrics,
     Sample,
-    Saving,
+    SaveCheckpoint,
     Throughput,
     TrainingMetrics,
 )
-from train.interruption import Interruption, nothing
-from train.pretrained import pretrained_start
-from train.ranks import Ranks, agreed
-from train.run_directory import claim
-from train.sinks import ConsoleLine, MetricsFile, Sink, Wandb, warn
-from train.validation import ConfigError, as_dict, leaves
-from train.verdicts import Verdicts
-from train.watchdog import Watchdog
+from train.metrics.record import Hook, Metrics
+from train.metrics.sinks import ConsoleLine, MetricsFile, Sink, Wandb, warn
+from train.run_dir.prepare import prepare_run_dir
 
 # Settings that a resumed run must share with its checkpoint; the rest may be changed.
 FIXED = ("seed", "model", "train.global_batch", "train.seq_len")
@@ -57,25 +56,25 @@ class Run:
 
     Attributes:
         batches: batches that the stream has given so far.
-        pass_over: numbers of batches that are not trained on.
+        skip_batches: numbers of batches that are not trained on.
     """
 
     config: Config
     directory: Path
-    ranks: Ranks
+    groups: ProcessGroups
     engine: Engine
     store: CheckpointStore
     tokenizer: Tokenizer
     stream: TokenStream
-    interruption: Interruption
+    stop_signal: StopSignal
     watchdog: Watchdog
-    agreement: Agreement
-    verdicts: Verdicts
+    stop_sync: StopSync
+    bad_step_policy: BadStepPolicy
     hooks: tuple[Hook, ...]
     sinks: tuple[Sink, ...]
     step: int
     batches: int
-    pass_over: frozenset[int]
+    skip_batches: frozenset[int]
 
     @property
     def finished(self) -> bool:
@@ -83,21 +82,21 @@ class Run:
         total = self.config.train.total_steps
         return total is not None and self.step >= total
 
-    def ending(self, step: int, standing: Standing) -> str | None:
+    def ending(self, step: int, flags: RankFlags) -> str | None:
         """Why the run ends after this step; None if it goes on. The same on all ranks."""
-        if standing.signal:
-            return Signals(standing.signal).name
+        if flags.signal:
+            return Signals(flags.signal).name
         total = self.config.train.total_steps
         if total is not None and step >= total:
             return "finished"
-        return self.data_ending(standing) or ("max_time" if standing.late else None)
+        return self.data_ending(flags) or ("max_time" if flags.late else None)
 
     @staticmethod
-    def data_ending(standing: Standing) -> str | None:
+    def data_ending(flags: RankFlags) -> str | None:
         """Why there is nothing more to train on; None if there is."""
-        if standing.failed:
+        if flags.failed:
             return "no_data"
-        return None if standing.full else "out_of_text"
+        return None if flags.full else "out_of_text"
 
     def finish(self) -> Metrics:
         """What is measured at the end of a run, of one that was complete already."""
@@ -109,51 +108,51 @@ class Run:
 
     def __enter__(self) -> "Run":
         self.watchdog.__enter__()
-        self.interruption.at_first = self._leave
-        self.interruption.__enter__()
-        if self.interruption.came():  # while the run was opened
+        self.stop_signal.on_first_signal = self._leave
+        self.stop_signal.__enter__()
+        if self.stop_signal.is_set():  # while the run was opened
             self._leave()
         return self
 
     def _leave(self) -> None:
         """The process is to end: it has so much time left."""
-        self.watchdog.leave_within(self.config.faults.exit_timeout)
+        self.watchdog.exit_within(self.config.faults.exit_timeout)
 
     def __exit__(self, *error: object) -> None:
-        self.watchdog.pet()
+        self.watchdog.heartbeat()
         try:
             self.store.close()
             for sink in self.sinks:
                 sink.close()
             self.engine.close()
         finally:
-            self.interruption.__exit__()
-            self.interruption.at_first = nothing
+            self.stop_signal.__exit__()
+            self.stop_signal.on_first_signal = nothing
             self.watchdog.__exit__()
 
 
 def open_run(
     config: Config,
     console: Console,
-    ranks: Ranks | None = None,
-    interruption: Interruption | None = None,
-    pass_over: frozenset[int] = frozenset(),
+    groups: ProcessGroups | None = None,
+    stop_signal: StopSignal | None = None,
+    skip_batches: frozenset[int] = frozenset(),
 ) -> Run:
     """Open a run's directory, data and engine, and take up its newest whole checkpoint.
 
     Args:
         console: of the first rank; the others' are quiet.
-        ranks: that open it together; None: this process alone.
-        interruption: that signals are noted by; None: one of the run's own.
-        pass_over: numbers of batches that are not to be trained on.
+        groups: that open it together; None: this process alone.
+        stop_signal: that signals are noted by; None: one of the run's own.
+        skip_batches: numbers of batches that are not to be trained on.
 
     Raises:
         ConfigError: something that the configuration names is missing, does not fit the rest, or
             is not what the checkpoint was made with.
     """
-    together = (ranks or Ranks(), interruption or Interruption())
+    on_all_ranks = (groups or ProcessGroups(), stop_signal or StopSignal())
     try:
-        return _open(config, console, *together, pass_over)
+        return _open(config, console, *on_all_ranks, skip_batches)
     except ValueError as error:
         raise ConfigError([str(error)]) from error
 
@@ -161,74 +160,76 @@ def open_run(
 def _open(
     config: Config,
     console: Console,
-    ranks: Ranks,
-    interruption: Interruption,
-    pass_over: frozenset[int],
+    groups: ProcessGroups,
+    stop_signal: StopSignal,
+    skip_batches: frozenset[int],
 ) -> Run:
     torch.manual_seed(config.seed)  # else by chance
     directory = config.run_dir
-    agreed(ranks, lambda: _check(config))
+    raise_on_all_ranks(groups, lambda: _check(config))
     store = CheckpointStore(
         directory / "checkpoints",
         keep=config.checkpoint.keep,
         keep_every=config.checkpoint.keep_every,
-        ranks=ranks,
+        groups=groups,
     )
     checkpoint = _newest(config, store, console)
     state = checkpoint.state if checkpoint else {}
-    documents = agreed(ranks, lambda: Documents(config.data))
-    tokenizer = _tokenizer(config, checkpoint, documents, ranks)
-    stream = _stream(config, checkpoint, documents, tokenizer, ranks)
-    engine = agreed(ranks, lambda: open_engine(config, ranks))
-    watchdog = Watchdog(directory, ranks.rank, config.faults.step_timeout)
-    agreement = Agreement(ranks, interruption, watchdog)
-    measuring = _evaluations(config, documents, tokenizer, engine, agreement, console)
+    documents = raise_on_all_ranks(groups, lambda: Documents(config.data))
+    tokenizer = _tokenizer(config, checkpoint, documents, groups)
+    stream = _stream(config, checkpoint, documents, tokenizer, groups)
+    engine = raise_on_all_ranks(groups, lambda: open_engine(config, groups))
+    watchdog = Watchdog(directory, groups.rank, config.faults.step_timeout)
+    stop_sync = StopSync(groups, stop_signal, watchdog)
+    measuring = _evaluations(config, documents, tokenizer, engine, stop_sync, console)
     if checkpoint:
         engine.restore(checkpoint)
     elif config.run.start_from is not None:
         engine.load(pretrained_start(Path(config.run.start_from), config.model))
     step = checkpoint.step if checkpoint else 0
-    agreed(ranks, lambda: claim(config, tokenizer, console) if ranks.first else None)
-    _write_quarantine(documents, directory, ranks)
-    bad_steps = BadSteps(config.faults, state.get("bad_steps"))
+    raise_on_all_ranks(
+        groups, lambda: prepare_run_dir(config, tokenizer, console) if groups.first else None
+    )
+    _write_quarantine(documents, directory, groups)
+    bad_steps = SpikeDetector(config.faults, state.get("bad_steps"))
     saved = {"config": config.to_dict(), "stream": stream.fingerprint}
     return Run(
         config=config,
         directory=directory,
-        ranks=ranks,
+        groups=groups,
         engine=engine,
         store=store,
         tokenizer=tokenizer,
         stream=stream,
-        interruption=interruption,
+        stop_signal=stop_signal,
         watchdog=watchdog,
-        agreement=agreement,
-        verdicts=Verdicts(bad_steps, engine, tokenizer, directory, console),
+        stop_sync=stop_sync,
+        bad_step_policy=BadStepPolicy(bad_steps, engine, tokenizer, directory, console),
         hooks=(
             TrainingMetrics(config),
-            DataProgress(config, documents.quarantine, ranks),
-            Throughput(config, engine.device, step * config.train.tokens_per_step, ranks),
+            DataProgress(config, documents.quarantine, groups),
+            Throughput(config, engine.device, step * config.train.tokens_per_step, groups),
             KVCost(config, engine.dtype),
-            Saving(config, engine, store, saved),  # before anything that could fail
+            SaveCheckpoint(config, engine, store, saved),  # before anything that could fail
             *measuring,
-            Sample(config, engine, tokenizer, agreement.stop),
+            Sample(config, engine, tokenizer, stop_sync.stop),
         ),
-        sinks=_open_sinks(config, directory, step, console) if ranks.first else (),
+        sinks=_open_sinks(config, directory, step, console) if groups.first else (),
         step=step,
         batches=state.get("batches", 0),
-        pass_over=pass_over,
+        skip_batches=skip_batches,
     )
 
 
-def open_engine(config: Config, ranks: Ranks) -> Engine:
+def open_engine(config: Config, groups: ProcessGroups) -> Engine:
     """The engine that the configuration names, with new weights."""
     match config.engine:
         case FsdpConfig():
-            return FsdpEngine(config, ranks)
+            return FsdpEngine(config, groups)
         case DeepSpeedConfig():
-            from train.zero import DeepSpeedEngine  # seconds, which nobody else should wait
+            from train.engines.zero import DeepSpeedEngine  # seconds, which nobody else should wait
 
-            return DeepSpeedEngine(config, ranks)
+            return DeepSpeedEngine(config, groups)
 
 
 def _check(config: Config) -> None:
@@ -242,18 +243,18 @@ def _check(config: Config) -> None:
 
 
 def _tokenizer(
-    config: Config, checkpoint: Checkpoint | None, documents: Documents, ranks: Ranks
+    config: Config, checkpoint: Checkpoint | None, documents: Documents, groups: ProcessGroups
 ) -> Tokenizer:
     """The run's tokenizer: made or read by the first rank, and sent to the others."""
 
     def prepare() -> Tokenizer | None:
-        if not ranks.first:
+        if not groups.first:
             return None
         settings = _tokenizer_settings(config, checkpoint)
         return prepare_tokenizer(settings, documents, vocab_size=config.model.vocab_size)
 
-    own = agreed(ranks, prepare)
-    model = ranks.broadcast(own.model if own else b"")
+    own = raise_on_all_ranks(groups, prepare)
+    model = groups.broadcast(own.model if own else b"")
     return own or Tokenizer(model)
 
 
@@ -262,18 +263,18 @@ def _stream(
     checkpoint: Checkpoint | None,
     documents: Documents,
     tokenizer: Tokenizer,
-    ranks: Ranks,
+    groups: ProcessGroups,
 ) -> TokenStream:
     """This rank's part of the stream, from where the checkpoint has left it."""
     shape = BatchShape(
         global_batch=config.train.global_batch,
         seq_len=config.train.seq_len,
-        rank=ranks.rank,
-        world=ranks.world,
+        rank=groups.rank,
+        world_size=groups.world_size,
     )
     cursors = checkpoint.state["cursors"] if checkpoint else None
-    stream = agreed(
-        ranks,
+    stream = raise_on_all_ranks(
+        groups,
         lambda: TokenStream(documents, tokenizer, shape, seed=config.seed, cursors=cursors),
     )
     if checkpoint:
@@ -281,12 +282,12 @@ def _stream(
     return stream
 
 
-def _write_quarantine(documents: Documents, directory: Path, ranks: Ranks) -> None:
+def _write_quarantine(documents: Documents, directory: Path, groups: ProcessGroups) -> None:
     """Have all ranks write to one file; the first one before: it mends what a crash has left."""
     for turn in (True, False):
-        if ranks.first == turn:
+        if groups.first == turn:
             documents.quarantine.write_to(directory / "quarantine.jsonl")
-        ranks.barrier()
+        groups.barrier()
 
 
 def _tokenizer_settings(config: Config, checkpoint: Checkpoint | None) -> TokenizerConfig:
@@ -304,7 +305,7 @@ def _evaluations(
     documents: Documents,
     tokenizer: Tokenizer,
     engine: Engine,
-    agreement: Agreement,
+    stop_sync: StopSync,
     console: Console,
 ) -> list[Evaluation]:
     """One of each source that has documents held out; none where nothing is to be.
@@ -313,21 +314,21 @@ def _evaluations(
     """
     if config.data.holdout == 0:
         return []
-    ranks, seq_len, limit = engine.ranks, config.train.seq_len, config.eval.rows
+    groups, seq_len, limit = engine.groups, config.train.seq_len, config.eval.rows
 
     def read() -> dict[str, HeldOut | None]:
         return {
             source: heldout_rows(documents, tokenizer, source, seq_len=seq_len, limit=limit)
-            for source in (config.data.sources if ranks.first else ())
+            for source in (config.data.sources if groups.first else ())
         }
 
     found = []
-    for source, text in ranks.broadcast(agreed(ranks, read)).items():
+    for source, text in groups.broadcast(raise_on_all_ranks(groups, read)).items():
         name = "heldout" if len(config.data.sources) == 1 else source
         if text is None:
             warn(console, f"data.sources.{source}: none of its documents are held out to evaluate")
         else:
-            found.append(Evaluation(config, engine, name, text, agreement.stop))
+            found.append(Evaluation(config, engine, name, text, stop_sync.stop))
     if not found:
         raise ValueError(
             f"data.holdout={config.data.holdout}: holds out none of the documents; raise it, add "
@@ -348,7 +349,7 @@ def _newest(config: Config, store: CheckpointStore, console: Console) -> Checkpo
                 "choose run.resume=auto"
             )
         return None
-    for path, reason in checkpoint.passed_over:
+    for path, reason in checkpoint.rejected:
         warn(console, f"passed over the checkpoint {path}: {reason}")
     changes = _changes(checkpoint.state["config"], config.to_dict())
     if fixed := [line for key, line in changes.items() if key.startswith(FIXED)]:
@@ -366,7 +367,7 @@ def _newest(config: Config, store: CheckpointStore, console: Console) -> Checkpo
 def _changes(saved: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
     """What differs between two configurations, by key; not what only names, bounds or reports."""
     ignored = ("run.", "data.", "tokenizer.", "hooks.", "eval.", "checkpoint.", "model.attention")
-    changed = changes(leaves(saved), leaves(now))
+    changed = changes(flatten_keys(saved), flatten_keys(now))
     return {
         key: line
         for key, line in changed.items()

@@ -13,13 +13,13 @@ from typing import NamedTuple
 from rich.console import Console
 from rich.table import Table
 
+from conf.errors import ConfigError
 from data.config import TokensSource
-from data.documents import Documents
+from data.sources.documents import Documents
 from data.tokenizer import Tokenizer
 from data.tokenizer_training import train, training_options
-from train import command_line
+from train import compose
 from train.config import Config
-from train.validation import ConfigError
 
 MEASURED = 8_000_000
 """Bytes of the sample, and an eighth as many of held-out text, on which a tokenizer is measured."""
@@ -181,4 +181,4 @@ def main(given: TokenizerArguments, config: Config) -> int:
 
 
 if __name__ == "__main__":
-    command_line.run_with(TokenizerArguments, main)
+    compose.run_with(TokenizerArguments, main)

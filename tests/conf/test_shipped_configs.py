@@ -4,10 +4,10 @@ from typing import Any
 
 import pytest
 
+from conf.errors import ConfigError
 from data.config import DataConfig, FilesSource, PythonSource
-from train.command_line import CONF, check, load
+from train.compose import CONF, check, load
 from train.config import Config
-from train.validation import ConfigError
 
 CHOICES = [
     (file.parent.name, file.stem)

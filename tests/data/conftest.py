@@ -16,10 +16,10 @@ import pytest
 import zstandard
 
 from data.config import CacheConfig, DataConfig, DatasetsSource, FilesSource
-from data.documents import Documents
+from data.sources.documents import Documents
 from data.tokenizer import Tokenizer
 from data.tokenizer_training import LOSSLESS, train
-from tests.data.fault_server import FaultServer, serving
+from tests.data.storage.fault_server import FaultServer, serving
 
 KINDS = (
     "txt",

@@ -38,8 +38,8 @@ def test_no_path_is_an_error(paths: str | tuple[str, ...]) -> None:
 
 def test_batches_have_to_be_divisible_by_lanes_and_lanes_by_ranks() -> None:
     config = DataConfig(sources={"python": PYTHON}, lanes=8)
-    assert config.batch_problems(16, world=4) == []
-    rows, ranks = config.batch_problems(10, world=3)
+    assert config.batch_problems(16, world_size=4) == []
+    rows, ranks = config.batch_problems(10, world_size=3)
     assert rows == (
         "train.global_batch=10: not divisible by data.lanes=8; choose a multiple of 8, or "
         "data.lanes from 1, 2, 5, 10"

@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.documents import Documents
 from data.heldout import SPREAD, heldout_rows
 from data.packing import document_starts
+from data.sources.documents import Documents
 from data.tokenizer import Tokenizer
 
 DocumentsOf = Callable[..., Documents]

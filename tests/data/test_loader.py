@@ -6,8 +6,8 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from data.documents import Documents
 from data.loader import Loader
+from data.sources.documents import Documents
 from data.stream import Batch, BatchShape, OutOfTextError, TokenStream
 from data.tokenizer import Tokenizer
 
@@ -20,9 +20,9 @@ def loader(documents_of: DocumentsOf, tokenizer: Tokenizer) -> Iterator[Made]:
     made = []
 
     def build(
-        *, workers: int, depth: int = 2, rank: int = 0, world: int = 1, **settings: object
+        *, workers: int, depth: int = 2, rank: int = 0, world_size: int = 1, **settings: object
     ) -> Loader:
-        shape = BatchShape(global_batch=8, seq_len=11, rank=rank, world=world)
+        shape = BatchShape(global_batch=8, seq_len=11, rank=rank, world_size=world_size)
         documents = documents_of(**settings)
         made.append(
             Loader(TokenStream(documents, tokenizer, shape, seed=0), workers=workers, depth=depth)
@@ -54,7 +54,7 @@ def test_there_are_as_many_threads_as_workers_but_no_more_than_lanes(
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_ranks_with_workers_share_one_stream(loader: Made, workers: int) -> None:
     whole = list(islice(loader(workers=0), 8))
-    ranks = [list(islice(loader(workers=workers, rank=r, world=2), 8)) for r in range(2)]
+    ranks = [list(islice(loader(workers=workers, rank=r, world_size=2), 8)) for r in range(2)]
     for step, batch in enumerate(whole):
         for rank in range(2):
             assert np.array_equal(ranks[rank][step].rows, batch.rows[rank::2])
@@ -71,7 +71,7 @@ def test_the_end_of_the_text_is_known_with_the_last_batch(loader: Made, workers:
         next(made)
     endless = list(islice(loader(workers=0), len(batches)))
     assert np.array_equal(batches[5].rows, endless[5].rows)
-    assert batches[-1].reading.epoch("text") == 2
+    assert batches[-1].stats.epoch("text") == 2
 
 
 @pytest.mark.parametrize("packing", ["sequential", "best_fit"])
@@ -83,7 +83,7 @@ def test_to_the_end_of_the_text_every_token_is_a_target_once(
     stream = made.stream
     targets = 0
     while made.failure is None:
-        targets += next(made).reading.targets
+        targets += next(made).stats.targets
     documents, encode = stream.documents, stream.tokenizer.document_tokens
     lanes = [[encode(d) for d, _ in documents.training("text", lane)] for lane in range(4)]
     total = 2 * sum(len(tokens) for lane in lanes for tokens in lane)

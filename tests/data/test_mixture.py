@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.config import DataConfig, FilesSource, Phase
-from data.documents import Documents
-from data.mixture import Drawn, Lane, LaneCursor
+from data.mixture import Lane, LaneCursor, SourceState
+from data.sources.documents import Documents
 from data.tokenizer import Tokenizer
 
 Reader = Callable[..., Lane]
@@ -182,7 +182,7 @@ def test_one_source_is_read_as_it_is(lane: Reader) -> None:
 
 
 def test_a_fresh_cursor_has_read_nothing() -> None:
-    cursor = LaneCursor({"a": Drawn()})
+    cursor = LaneCursor({"a": SourceState()})
     assert cursor.to_json() == {
         "sources": {
             "a": {

@@ -33,11 +33,11 @@ from data.config import (
     TokensSource,
     divisors,
 )
-from data.documents import Documents
 from data.loader import Loader
 from data.mixture import Lane
+from data.sources.documents import Documents
+from data.sources.token_files import write_tokens
 from data.stream import Batch, BatchShape, Cursors, OutOfTextError, TokenStream
-from data.token_files import write_tokens
 from data.tokenizer import Tokenizer
 
 CASES = int(os.environ.get("CASES", "40"))
@@ -175,13 +175,15 @@ def feeds(config: DataConfig) -> bool:
 
 
 def stream(
-    case: Case, tokenizer: Tokenizer, rank: int, world: int, cursors: Cursors | None
+    case: Case, tokenizer: Tokenizer, rank: int, world_size: int, cursors: Cursors | None
 ) -> TokenStream:
-    shape = BatchShape(global_batch=case.global_batch, seq_len=case.seq_len, rank=rank, world=world)
+    shape = BatchShape(
+        global_batch=case.global_batch, seq_len=case.seq_len, rank=rank, world_size=world_size
+    )
     return TokenStream(Documents(case.config), tokenizer, shape, seed=case.seed, cursors=cursors)
 
 
-def as_bytes(batches: list[Batch], world: int) -> bytes:
+def as_bytes(batches: list[Batch], world_size: int) -> bytes:
     """The batches of all ranks at a step, put together by row."""
     parts = []
     for rows, mask, starts, *_ in batches:
@@ -189,7 +191,7 @@ def as_bytes(batches: list[Batch], world: int) -> bytes:
         parts.append(np.concatenate([rows, mask, mask if starts is None else starts], axis=1))
     whole = np.empty((len(parts) * len(parts[0]), parts[0].shape[1]), np.int64)
     for rank, part in enumerate(parts):
-        whole[rank::world] = part
+        whole[rank::world_size] = part
     return whole.tobytes()
 
 
@@ -198,22 +200,24 @@ def interrupted(case: Case, dice: Random, tokenizer: Tokenizer) -> Iterator[byte
     cursors: Cursors | None = None
     done = 0
     while done < case.steps:
-        world = dice.choice(divisors(case.config.lanes))
+        world_size = dice.choice(divisors(case.config.lanes))
         workers, depth = dice.choice([0, 0, 1, 2, 3]), dice.randint(1, 4)
         wanted = min(dice.choice([1, 2, 7, 30, 300]), case.steps - done)
         with ExitStack() as alive:
             ranks = [
                 alive.enter_context(
-                    Loader(stream(case, tokenizer, r, world, cursors), workers=workers, depth=depth)
+                    Loader(
+                        stream(case, tokenizer, r, world_size, cursors),
+                        workers=workers,
+                        depth=depth,
+                    )
                 )
-                for r in range(world)
+                for r in range(world_size)
             ]
             for _ in range(wanted):
                 batches = [next(rank) for rank in ranks]
-                yield as_bytes(batches, world)
-        merged = {
-            lane: cursor for batch in batches for lane, cursor in batch.reading.cursors.items()
-        }
+                yield as_bytes(batches, world_size)
+        merged = {lane: cursor for batch in batches for lane, cursor in batch.stats.cursors.items()}
         cursors = json.loads(json.dumps(merged))
         done += wanted
 

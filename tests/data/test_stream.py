@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from data.config import DataConfig, Phase, PythonSource
-from data.documents import Documents
 from data.fingerprint import check_fingerprint
 from data.loader import Loader
 from data.packing import PADDING
 from data.shuffle import Shuffle
+from data.sources.documents import Documents
 from data.stream import Batch, BatchShape, Cursors, TokenStream
 from data.tokenizer import Tokenizer
 
@@ -40,7 +40,7 @@ def equal(some: list[Batch], others: list[Batch]) -> bool:
         np.array_equal(a.rows, b.rows)
         and same(a.mask, b.mask)
         and same(a.starts, b.starts)
-        and a.reading.target_bytes == b.reading.target_bytes
+        and a.stats.target_bytes == b.stats.target_bytes
         for a, b in zip(some, others, strict=True)
     )
 
@@ -81,14 +81,14 @@ def test_it_goes_on_exactly_from_every_batch(
 ) -> None:
     documents = documents_of(kind)
     whole = taken(stream(documents, tokenizer), 45)
-    assert whole[-1].reading.epoch("text") >= 1
-    places = [batch.reading.cursors["0"] for batch in whole]
+    assert whole[-1].stats.epoch("text") >= 1
+    places = [batch.stats.cursors["0"] for batch in whole]
     drawn = [place["sources"]["text"] for place in places]
     assert any(
         p["skip"] and d["document"] and d["block"] for p, d in zip(places, drawn, strict=True)
     )
     for i in range(0, 42, 7 if kind.startswith("datasets") else 1):
-        saved = json.loads(json.dumps(whole[i].reading.cursors))
+        saved = json.loads(json.dumps(whole[i].stats.cursors))
         again = Documents(documents.config)
         assert equal(taken(stream(again, tokenizer, saved), 3), whole[i + 1 : i + 4])
 
@@ -99,7 +99,7 @@ def test_it_can_be_interrupted_after_every_batch(
     documents, batches, cursors = documents_of(kind), [], None
     for _ in range(30):
         batches += taken(stream(documents, tokenizer, cursors), 1)
-        cursors = json.loads(json.dumps(batches[-1].reading.cursors))
+        cursors = json.loads(json.dumps(batches[-1].stats.cursors))
     assert equal(batches, taken(stream(documents, tokenizer), 30))
 
 
@@ -108,25 +108,28 @@ def test_python_files_go_on_exactly(tokenizer: Tokenizer) -> None:
         DataConfig(sources={"python": PythonSource(kind="python")}, block_documents=4)
     )
     whole = taken(stream(documents, tokenizer, seq_len=2048), 30)
-    cursors = whole[11].reading.cursors
+    cursors = whole[11].stats.cursors
     assert equal(taken(stream(documents, tokenizer, cursors, seq_len=2048), 18), whole[12:])
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_ranks_share_one_stream_whatever_their_number(
-    documents_of: DocumentsOf, tokenizer: Tokenizer, world: int
+    documents_of: DocumentsOf, tokenizer: Tokenizer, world_size: int
 ) -> None:
     documents = documents_of()
     whole = taken(stream(documents, tokenizer), 6)
-    ranks = [taken(stream(documents, tokenizer, rank=r, world=world), 6) for r in range(world)]
+    ranks = [
+        taken(stream(documents, tokenizer, rank=r, world_size=world_size), 6)
+        for r in range(world_size)
+    ]
     for step, batch in enumerate(whole):
         rows = np.empty_like(batch.rows)
-        for rank in range(world):
-            rows[rank::world] = ranks[rank][step].rows
+        for rank in range(world_size):
+            rows[rank::world_size] = ranks[rank][step].rows
         assert np.array_equal(rows, batch.rows)
-        assert sum(rank[step].reading.target_bytes for rank in ranks) == batch.reading.target_bytes
-        cursors = {k: v for rank in ranks for k, v in rank[step].reading.cursors.items()}
-        assert cursors == batch.reading.cursors
+        assert sum(rank[step].stats.target_bytes for rank in ranks) == batch.stats.target_bytes
+        cursors = {k: v for rank in ranks for k, v in rank[step].stats.cursors.items()}
+        assert cursors == batch.stats.cursors
 
 
 def test_a_run_goes_on_with_another_number_of_ranks(
@@ -136,8 +139,8 @@ def test_a_run_goes_on_with_another_number_of_ranks(
     whole = taken(stream(documents, tokenizer), 6)
     saved: Cursors = {}
     for rank in range(4):
-        saved |= taken(stream(documents, tokenizer, rank=rank, world=4), 3)[-1].reading.cursors
-    again = [taken(stream(documents, tokenizer, saved, rank=r, world=2), 3) for r in range(2)]
+        saved |= taken(stream(documents, tokenizer, rank=rank, world_size=4), 3)[-1].stats.cursors
+    again = [taken(stream(documents, tokenizer, saved, rank=r, world_size=2), 3) for r in range(2)]
     for step in range(3):
         assert np.array_equal(again[0][step].rows, whole[3 + step].rows[0::2])
         assert np.array_equal(again[1][step].rows, whole[3 + step].rows[1::2])
@@ -149,7 +152,7 @@ def test_a_lane_goes_on_exactly_in_batches_of_another_shape(
     documents = documents_of(lanes=1)
     first = taken(stream(documents, tokenizer, global_batch=1), 3)
     rest = taken(
-        stream(documents, tokenizer, first[-1].reading.cursors, global_batch=2, seq_len=7), 2
+        stream(documents, tokenizer, first[-1].stats.cursors, global_batch=2, seq_len=7), 2
     )
     targets = [row[1:] for batch in (*first, *rest) for row in batch.rows]
     twin = lane_tokens(documents, tokenizer, 5, 0)[1:]
@@ -172,7 +175,7 @@ def test_best_fit_goes_on_exactly_and_masks_its_padding(
     documents = documents_of(packing="best_fit", documents="isolate" if isolated else "concatenate")
     whole = taken(stream(documents, tokenizer, seq_len=40), 30)
     for i in range(29):
-        saved = json.loads(json.dumps(whole[i].reading.cursors))
+        saved = json.loads(json.dumps(whole[i].stats.cursors))
         assert equal(
             taken(stream(documents, tokenizer, saved, seq_len=40), 1), whole[i + 1 : i + 2]
         )
@@ -180,9 +183,9 @@ def test_best_fit_goes_on_exactly_and_masks_its_padding(
     for batch in whole:
         assert batch.mask is not None
         padded += (~batch.mask).sum()
-        assert batch.reading.targets == batch.mask.sum() < batch.mask.size
+        assert batch.stats.targets == batch.mask.sum() < batch.mask.size
         lengths = tokenizer.byte_lengths[batch.rows[:, 1:]]
-        assert batch.reading.target_bytes == lengths[batch.mask].sum()
+        assert batch.stats.target_bytes == lengths[batch.mask].sum()
         assert (batch.starts is None) == (not isolated)
     assert padded > 0
 
@@ -195,8 +198,8 @@ def test_padding_stands_for_no_bytes_whatever_its_id_means(
     lengths[PADDING] = 1000
     monkeypatch.setattr(tokenizer, "byte_lengths", lengths)
     again = taken(stream(documents_of(packing="best_fit"), tokenizer, seq_len=40), 5)
-    assert [batch.reading.target_bytes for batch in again] == [
-        batch.reading.target_bytes for batch in plain
+    assert [batch.stats.target_bytes for batch in again] == [
+        batch.stats.target_bytes for batch in plain
     ]
 
 
@@ -227,7 +230,7 @@ def test_target_bytes_are_those_of_the_targets_text(
     for batch in taken(stream(documents_of(), tokenizer), 5):
         ids = [i for i in batch.rows[:, 1:].flatten().tolist() if i != tokenizer.eos_id]
         lengths = [int(tokenizer.byte_lengths[i]) for i in ids]
-        assert batch.reading.target_bytes == sum(lengths)
+        assert batch.stats.target_bytes == sum(lengths)
         assert batch.rows.shape == (8, T + 1)
         assert batch.rows.dtype == np.int64
 
@@ -237,10 +240,10 @@ def test_the_epoch_is_that_of_the_slowest_lane(
 ) -> None:
     epochs = []
     for batch in taken(stream(documents_of(), tokenizer), 40):
-        lanes = batch.reading.lanes.values()
+        lanes = batch.stats.lanes.values()
         epochs.append(sorted(lane.sources["text"].cursor.epoch for lane in lanes))
-        assert batch.reading.epoch("text") == epochs[-1][0]
-        assert batch.reading.tokens("text") == sum(lane.sources["text"].tokens for lane in lanes)
+        assert batch.stats.epoch("text") == epochs[-1][0]
+        assert batch.stats.tokens("text") == sum(lane.sources["text"].tokens for lane in lanes)
     assert [0, 0, 0, 1] in epochs
     assert epochs[-1][0] >= 1
 
@@ -250,7 +253,7 @@ def test_held_out_documents_are_never_trained_on(
 ) -> None:
     documents = documents_of(lanes=1, holdout=0.3)
     batches = taken(stream(documents, tokenizer, global_batch=1, seq_len=500), 20)
-    assert batches[-1].reading.epoch("text") >= 1
+    assert batches[-1].stats.epoch("text") >= 1
     ids = np.concatenate([batch.rows[0, :-1] for batch in batches])
     ends = np.flatnonzero(ids == tokenizer.eos_id)
     trained = {tokenizer.decode(part) for part in np.split(ids, ends + 1)[:-1]}
@@ -262,7 +265,7 @@ def test_a_batch_that_cannot_be_dealt_equally_is_refused(
     documents_of: DocumentsOf, tokenizer: Tokenizer
 ) -> None:
     with pytest.raises(ValueError, match=r"train\.global_batch=6: .*; data\.lanes=4: not divis"):
-        stream(documents_of(), tokenizer, global_batch=6, world=3)
+        stream(documents_of(), tokenizer, global_batch=6, world_size=3)
 
 
 def test_the_fingerprint_is_json_and_tells_every_change(
@@ -310,7 +313,7 @@ def test_cursors_of_other_data_can_be_told_by_the_fingerprint_before_they_are_us
     documents_of: DocumentsOf, tokenizer: Tokenizer
 ) -> None:
     saved = stream(documents_of(lanes=2), tokenizer)
-    cursors = taken(saved, 1)[0].reading.cursors
+    cursors = taken(saved, 1)[0].stats.cursors
     now = stream(documents_of(lanes=4), tokenizer, cursors)
     with pytest.raises(ValueError, match=r"data\.lanes was 2 and is now 4"):
         check_fingerprint(saved.fingerprint, now.fingerprint)

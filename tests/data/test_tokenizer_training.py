@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from data.config import DataConfig, FilesSource, PythonSource, TokenizerConfig, TokensSource
-from data.documents import Documents
-from data.token_files import write_tokens
+from data.sources.documents import Documents
+from data.sources.token_files import write_tokens
 from data.tokenizer import Tokenizer
 from data.tokenizer_training import LOSSLESS, prepare_tokenizer, train
 

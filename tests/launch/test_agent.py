@@ -111,8 +111,8 @@ def test_a_signal_to_one_machine_ends_both_and_repeating_it_hurts_nobody(
 
 def test_static_machines_start_again_together(workshop: Workshop) -> None:
     workshop.pair(**STATIC)
-    ranks = {line[1]: line[2] for line in workshop.until("(.)/2 started (.*)", 2)}
-    kill(ranks["1"])
+    groups = {line[1]: line[2] for line in workshop.until("(.)/2 started (.*)", 2)}
+    kill(groups["1"])
     workshop.until("./2 started .*", 4)
     workshop.order(0)
     assert [workshop.code(0), workshop.code(1)] == [0, 0]
@@ -154,8 +154,8 @@ def test_who_does_not_end_in_time_is_killed(workshop: Workshop) -> None:
 
 def test_who_is_done_does_not_disturb_who_still_saves(workshop: Workshop) -> None:
     workshop.start(Local(processes=2), "save_1=1")
-    ranks = {line[1]: line[2] for line in workshop.until("(.)/2 started (.*)", 2)}
-    os.kill(int(ranks["1"]), signal.SIGUSR1)
+    groups = {line[1]: line[2] for line in workshop.until("(.)/2 started (.*)", 2)}
+    os.kill(int(groups["1"]), signal.SIGUSR1)
     workshop.until("0/2 saved")
     assert workshop.told("1/2 saved .*") == []
     assert workshop.code() == 75

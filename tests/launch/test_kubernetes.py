@@ -9,8 +9,8 @@ import pytest
 import yaml
 
 from launch.config import Kubernetes
-from launch.ending import CRASHED, FINISHED, INTERRUPTED, MISUSED, SAVED
 from launch.kubernetes import RETRIED, render
+from train.exit_codes import ExitCode
 
 SCHEMAS = json.loads(Path(__file__).with_name("kubeflow_schemas.json").read_text())
 LEAST = {"image": "phd:1", "volume": "runs"}
@@ -121,7 +121,7 @@ def test_a_pytorch_job_replaces_a_pod_that_saved_and_none_that_failed() -> None:
     for replica in job["spec"]["pytorchReplicaSpecs"].values():
         assert replica["restartPolicy"] == "ExitCode"
     assert all(f"saved_code={RETRIED}" in command for command in commands("PyTorchJob", nodes=2))
-    assert RETRIED >= 128 > max(FINISHED, CRASHED, MISUSED)
+    assert RETRIED >= 128 > max(ExitCode.FINISHED, ExitCode.CRASHED, ExitCode.MISUSED)
 
 
 def test_a_train_job_replaces_a_pod_that_saved_and_none_that_failed() -> None:
@@ -129,8 +129,11 @@ def test_a_train_job_replaces_a_pod_that_saved_and_none_that_failed() -> None:
     [job] = runtime["spec"]["template"]["spec"]["replicatedJobs"]
     policy = job["template"]["spec"]
     fatal, lost = policy["podFailurePolicy"]["rules"]
-    assert (fatal["action"], fatal["onExitCodes"]["values"]) == ("FailJob", [CRASHED, MISUSED])
-    assert not {SAVED, INTERRUPTED} & set(fatal["onExitCodes"]["values"])
+    assert (fatal["action"], fatal["onExitCodes"]["values"]) == (
+        "FailJob",
+        [ExitCode.CRASHED, ExitCode.MISUSED],
+    )
+    assert not {ExitCode.REQUEUE, ExitCode.INTERRUPTED} & set(fatal["onExitCodes"]["values"])
     assert (lost["action"], lost["onPodConditions"][0]["type"]) == ("Ignore", "DisruptionTarget")
     assert policy["backoffLimit"] == 7
     assert policy["template"]["spec"]["restartPolicy"] == "Never"  # a failure policy needs it

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from conf.errors import ConfigError
 from launch.__main__ import describe, main, read
 from launch.config import Kubernetes, Nodes, Slurm, passed_on
 from tests.launch.workshop import WORKER, free_port
-from train.command_line import check
-from train.validation import ConfigError
+from train.compose import check
 
 ROOT = Path(__file__).parents[2]
 NODES = ["nodes", "address=node1:29500"]

@@ -17,17 +17,17 @@ DEAD_S = 1.0  # a rank that has given no sign of life for so long fails the othe
 
 
 def main(place: Path, options: list[str]) -> None:
-    rank, world = os.environ["RANK"], int(os.environ["WORLD_SIZE"])
+    rank, world_size = os.environ["RANK"], int(os.environ["WORLD_SIZE"])
     keys = ("save", f"save_{rank}")
     seconds = [float(o.partition("=")[2]) for o in options if o.partition("=")[0] in keys]
-    came: list[signal.Signals] = []
+    is_set: list[signal.Signals] = []
 
     def tell(text: str) -> None:
         with (place / "log").open("a") as log:
-            log.write(f"{rank}/{world} {text}\n")
+            log.write(f"{rank}/{world_size} {text}\n")
 
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT):
-        signal.signal(number, lambda n, _: came.append(signal.Signals(n)))
+        signal.signal(number, lambda n, _: is_set.append(signal.Signals(n)))
     tell(f"started {os.getpid()}")
     life = place / f"life_{os.environ['MASTER_PORT']}"  # of one round of processes
     life.mkdir(exist_ok=True)
@@ -40,17 +40,17 @@ def main(place: Path, options: list[str]) -> None:
         (life / rank).touch()
         now = time.time()
         alive = [file for file in life.iterdir() if file.name != "stop"]
-        if len(alive) == world and any(now - f.stat().st_mtime > DEAD_S for f in alive):
+        if len(alive) == world_size and any(now - f.stat().st_mtime > DEAD_S for f in alive):
             sys.exit(1)
         for order in (place / "exit", place / f"exit_{rank}"):
             if order.exists() and (code := order.read_text()):
                 leave(int(code))
-        if "deaf" not in options and (came or (life / "stop").exists()):
+        if "deaf" not in options and (is_set or (life / "stop").exists()):
             (life / "stop").mkdir(exist_ok=True)
-            tell(f"asked {' '.join(each.name for each in came)}".strip())
+            tell(f"asked {' '.join(each.name for each in is_set)}".strip())
             time.sleep(sum(seconds))
-            tell(f"saved {' '.join(each.name for each in came)}".strip())
-            leave(130 if signal.SIGINT in came else 75)
+            tell(f"saved {' '.join(each.name for each in is_set)}".strip())
+            leave(130 if signal.SIGINT in is_set else 75)
         time.sleep(0.02)
 
 

@@ -14,7 +14,7 @@ from phd.linear import (
     Rows,
     favours_left,
     from_the_left,
-    lay_end_to_end,
+    fuse_weights,
     left_on_this_processor,
     project,
     project_all,
@@ -100,7 +100,7 @@ def test_layers_whose_weights_lie_end_to_end_are_one_product(rows: int) -> None:
     weights = {name: weight.clone() for name, weight in several.state_dict().items()}
     count, expected = products(several, x)
     assert count == 3
-    lay_end_to_end(list(several))  # type: ignore[arg-type]
+    fuse_weights(list(several))  # type: ignore[arg-type]
     assert several.state_dict().keys() == weights.keys()
     assert all(torch.equal(x, weights[name]) for name, x in several.state_dict().items())
     count, found = products(several, x)
@@ -120,14 +120,14 @@ def test_layers_that_others_have_put_in_place_are_called() -> None:
 
     x, several = torch.randn(2, FAN_IN, dtype=torch.float64), layers()
     several[1] = Adapter(FAN_IN, 8).double()
-    lay_end_to_end(list(several))  # type: ignore[arg-type]
+    fuse_weights(list(several))  # type: ignore[arg-type]
     _, found = products(several, x)
     torch.testing.assert_close(found, [layer(x) for layer in several])
 
 
 def test_layers_that_have_moved_are_multiplied_one_by_one() -> None:
     x, several = torch.randn(2, FAN_IN, dtype=torch.float64), layers()
-    lay_end_to_end(list(several))  # type: ignore[arg-type]
+    fuse_weights(list(several))  # type: ignore[arg-type]
     count, found = products(several.float(), x.float())
     assert count == 3
     torch.testing.assert_close(found, [layer(x.float()) for layer in several])
@@ -135,7 +135,7 @@ def test_layers_that_have_moved_are_multiplied_one_by_one() -> None:
 
 def test_layers_that_lie_end_to_end_still_learn_each_its_own() -> None:
     x, several = torch.randn(2, FAN_IN, dtype=torch.float64), layers()
-    lay_end_to_end(list(several))  # type: ignore[arg-type]
+    fuse_weights(list(several))  # type: ignore[arg-type]
     sum(y.sum() * n for n, y in enumerate(project_all(x, list(several)), 1)).backward()  # type: ignore[arg-type,union-attr]
     for n, layer in enumerate(several, 1):
         torch.testing.assert_close(layer.weight.grad, n * x.sum(0).expand(len(layer.weight), -1))

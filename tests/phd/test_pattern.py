@@ -75,7 +75,7 @@ def test_a_hidden_copy_sees_the_last_so_many_hidden_copies_up_to_itself(
     assume(pattern.rule == "hidden")
     h = torch.arange(T * (pattern.K - 1))
     behind = h[:, None] - h
-    seen = pattern.hidden_seen(torch.arange(T)).T.flatten()[:, None]
+    seen = pattern.visible_hidden_copies(torch.arange(T)).T.flatten()[:, None]
     assert torch.equal(hidden_mask(pattern, T), (behind >= 0) & (behind < seen))
 
 
@@ -84,7 +84,7 @@ def test_a_hidden_copy_sees_the_last_so_many_hidden_copies_up_to_itself(
 def test_the_tokens_seen_of_each_copy_are_an_interval(pattern: Pattern, T: int) -> None:
     token = torch.arange(T)
     for s, r in product(range(pattern.K), repeat=2):
-        low, high = (x[:, None] for x in pattern.seen_tokens(s, r, token))
+        low, high = (x[:, None] for x in pattern.visible_tokens(s, r, token))
         assert torch.equal(pattern.mask(T)[s, :, r], (token >= low) & (token <= high))
 
 

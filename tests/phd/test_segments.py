@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from phd.attention import attend
+from phd.attention.attend import attend
 from phd.config import Backend, CopyPositions, ModelConfig, SpanUnit, Variant
 from phd.model import Transformer
 from phd.pattern import Pattern
@@ -128,8 +128,8 @@ def test_a_document_gives_no_gradient_to_another(
     model.embed.register_forward_hook(keep)
     hidden = model(random_tokens(config, segments), segments)
     b, where = data.draw(st.sampled_from(places(segments)))
-    asked = hidden[b, where]
-    (gradient,) = torch.autograd.grad((asked * torch.randn_like(asked)).sum(), embedded)
+    queries = hidden[b, where]
+    (gradient,) = torch.autograd.grad((queries * torch.randn_like(queries)).sum(), embedded)
     reached = (gradient != 0).any(-1)
     assert reached[b, where].all()
     reached[b, where] = False
@@ -202,8 +202,8 @@ def test_rows_of_one_document_each_need_no_segments(config: ModelConfig, B: int,
 
 def test_borders_are_counted_over_all_rows_and_positions_within_documents() -> None:
     segments = Segments.of(torch.tensor([[0, 0, 2, 2, 2], [0, 1, 1, 3, 4]]))
-    assert segments.borders.tolist() == [0, 2, 5, 6, 8, 9, 10]
-    assert segments.borders.dtype == torch.int32
+    assert segments.cu_seqlens.tolist() == [0, 2, 5, 6, 8, 9, 10]
+    assert segments.cu_seqlens.dtype == torch.int32
     assert segments.position.tolist() == [[0, 1, 0, 1, 2], [0, 0, 1, 0, 0]]
 
 
@@ -221,8 +221,8 @@ def test_repeating_every_token_lengthens_every_document_as_much(segments: Segmen
 def test_what_the_host_must_know_stays_there_when_documents_move() -> None:
     segments = ROWS.to("meta")
     assert segments.starts.is_meta
-    assert segments.borders.is_meta
-    assert segments.host_borders.device.type == "cpu"
+    assert segments.cu_seqlens.is_meta
+    assert segments.cu_seqlens_cpu.device.type == "cpu"
 
 
 @pytest.mark.parametrize("starts", [[0, 0, 1, 1], [1, 1, 1, 1], [0, 1, 0, 3], [0, 0, 3, 3]])

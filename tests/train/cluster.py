@@ -12,7 +12,7 @@ from pathlib import Path
 from random import Random
 from time import monotonic, sleep
 
-from train.checkpoint import Checkpoint
+from train.checkpoint.store import Checkpoint
 
 ROOT = Path(__file__).parents[2]
 PATIENCE_S = 120.0
@@ -66,7 +66,7 @@ class Cluster:
         """The processes of the agents at work."""
         return [agent.pid for agent in self._agents if agent.poll() is None]
 
-    def ranks(self) -> list[int]:
+    def groups(self) -> list[int]:
         """The processes of the ranks at work."""
         return [child for agent in self.agents() for child in children(agent)]
 
@@ -128,7 +128,7 @@ def random_moment(cluster: Cluster, run: Path, dice: Random) -> str:
     """Wait for a moment in which something is lost if anything is; return what it is called."""
     kind = dice.choice(["training", "training", "saving", "starting"])
     if kind == "starting":
-        cluster.wait_for(lambda: len(cluster.ranks()) == 4)
+        cluster.wait_for(lambda: len(cluster.groups()) == 4)
         sleep(dice.uniform(0, 10))
         return kind
     reached = newest_step(run)

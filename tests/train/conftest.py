@@ -14,12 +14,12 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from train.command_line import load
+from train.compose import load
 from train.config import Config
-from train.hooks import Hook, Metrics, StepRecord
 from train.loop import train
+from train.metrics.record import Hook, Metrics, StepRecord
+from train.metrics.sinks import Sink
 from train.run import Run, open_run
-from train.sinks import Sink
 
 PHRASE = "def keep(only, its): return [original for token in hidden] # é 😀 </s>"
 
@@ -56,7 +56,7 @@ SMALL = (
 MEASURED = ("time", "throughput/", "memory/", "checkpoint/")
 
 
-class Trained(NamedTuple):
+class LoadedRun(NamedTuple):
     """A run that came to its end, what it returned, and what it printed."""
 
     run: Run
@@ -123,7 +123,7 @@ def opened() -> Iterator[Callable[[Config], Run]]:
 
 
 @pytest.fixture(scope="session")
-def trained() -> Callable[..., Trained]:
+def trained() -> Callable[..., LoadedRun]:
     """Opens a run, trains it to its end, and closes it."""
 
     def to_the_end(
@@ -131,7 +131,7 @@ def trained() -> Callable[..., Trained]:
         *,
         hooks: tuple[Hook, ...] | Callable[[Run], tuple[Hook, ...]] = (),
         sinks: tuple[Sink, ...] = (),
-    ) -> Trained:
+    ) -> LoadedRun:
         written = io.StringIO()
         console = Console(file=written, width=300)
         with open_run(config, console) as run:
@@ -139,7 +139,7 @@ def trained() -> Callable[..., Trained]:
             more = hooks(run) if callable(hooks) else hooks
             run = replace(run, hooks=(*more, *run.hooks), sinks=(*run.sinks, *sinks))
             record, metrics = train(run, Progress(disable=True))
-        return Trained(run, record, metrics, written.getvalue())
+        return LoadedRun(run, record, metrics, written.getvalue())
 
     return to_the_end
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from train.ranks import open_ranks
+from train.distributed.process_groups import init_process_groups
 
 # The processes are forked from one that has imported these: else each would take seconds.
 PRELOADED = ["pytest", "torch._dynamo", "torch.distributed.fsdp", "train.checkpoint"]
@@ -32,13 +32,13 @@ class RanksFailedError(Exception):
 
 
 def run_ranks(
-    world: int, function: Callable[..., Any], *arguments: Any, deadline_s: float = 60.0
+    world_size: int, function: Callable[..., Any], *arguments: Any, deadline_s: float = 60.0
 ) -> list[Any]:
-    """Call `function(ranks, *arguments)` on `world` ranks; return what each returned.
+    """Call `function(ranks, *arguments)` on `world_size` ranks; return what each returned.
 
     Args:
-        world: how many.
-        function: of the top level of a module; gets this rank's `Ranks`, all groups joined.
+        world_size: how many.
+        function: of the top level of a module; gets this rank's `ProcessGroups`, all groups joined.
         arguments: anything that can be pickled.
         deadline_s: who is still running then is killed, and has failed.
 
@@ -49,9 +49,9 @@ def run_ranks(
     context.set_forkserver_preload(PRELOADED)
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     pipes, processes = [], []
-    for rank in range(world):
+    for rank in range(world_size):
         ours, theirs = context.Pipe(duplex=False)
-        given = (theirs, rank, world, store.port, function, arguments)
+        given = (theirs, rank, world_size, store.port, function, arguments)
         processes.append(context.Process(target=_rank, args=given, daemon=True))
         processes[-1].start()
         theirs.close()
@@ -72,19 +72,19 @@ def run_ranks(
 def _rank(
     pipe: Connection,
     rank: int,
-    world: int,
+    world_size: int,
     port: int,
     function: Callable[..., Any],
     arguments: tuple[Any, ...],
 ) -> None:
     """One of the processes."""
-    place = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": rank}
+    place = {"RANK": rank, "WORLD_SIZE": world_size, "LOCAL_RANK": rank}
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": 1}
     os.environ |= {name: str(value) for name, value in (place | meeting).items()}
     torch.set_num_threads(1)
     try:
-        with open_ranks("cpu") as ranks:
-            value = function(ranks, *arguments)
+        with init_process_groups("cpu") as groups:
+            value = function(groups, *arguments)
         outcome = True, value
     except BaseException:
         outcome = False, traceback.format_exc()

@@ -7,10 +7,10 @@ from statistics import median
 import pytest
 import torch
 
-from train import loader_benchmark
-from train.arguments import parse
+from conf.arguments import parse
+from conf.errors import ConfigError
 from train.bench import BENCHMARKS, BenchArguments, interleaved, main
-from train.validation import ConfigError
+from train.benchmarks import loader as loader_benchmark
 
 CPU = torch.device("cpu")
 pytest.importorskip("transformers")

@@ -1,4 +1,4 @@
-"""Claims about `train.config` and `train.validation`: what a config says, and what it refuses."""
+"""Claims about `train.config` and `conf.validation`: what a config says, and what it refuses."""
 
 import json
 from copy import deepcopy
@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from conf.errors import ConfigError
+from conf.validation import defaults, keys
 from data.config import DataConfig, FilesSource, PythonSource
 from train.config import DEFAULT_STEPS, Config, RunConfig, ScheduleConfig, TrainConfig
-from train.validation import ConfigError, defaults, keys
 
 PYTHON = {"data": {"sources": {"python": {"kind": "python"}}}}
 
@@ -360,8 +361,11 @@ def test_the_first_bound_ends_the_run() -> None:
 
 def test_a_step_is_cut_into_equal_passes() -> None:
     train = TrainConfig(global_batch=24, micro_batch=4)
-    assert [train.accumulation(world) for world in (1, 2, 3)] == [6, 3, 2]
-    assert [TrainConfig(global_batch=24).accumulation(world) for world in (1, 8)] == [1, 1]
+    assert [train.accumulation(world_size) for world_size in (1, 2, 3)] == [6, 3, 2]
+    assert [TrainConfig(global_batch=24).accumulation(world_size) for world_size in (1, 8)] == [
+        1,
+        1,
+    ]
     with pytest.raises(ValueError, match=r"not divisible by 4 ranks times train\.micro_batch=4"):
         train.accumulation(4)
     with pytest.raises(ValueError, match="not divisible by 5 ranks"):

@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 import torch
 
+from conf.errors import ConfigError
 from data.source import Document
 from data.tokenizer import Tokenizer
-from tests.data.fault_server import FaultServer, serving
+from tests.data.storage.fault_server import FaultServer, serving
 from train import main as main_module
-from train.checkpoint import flatten
+from train.checkpoint.store import flatten
 from train.config import Config
-from train.hooks import Metrics, StepRecord
+from train.metrics.record import Metrics, StepRecord
 from train.run import Run
-from train.validation import ConfigError
 
 
 @pytest.fixture

@@ -14,13 +14,13 @@ import pytest
 import torch
 from sentencepiece import SentencePieceProcessor
 
+from conf.arguments import parse
+from conf.errors import ConfigError
 from data.tokenizer import Tokenizer
 from data.tokenizer_training import LOSSLESS, train
-from train.arguments import parse
+from train.checkpoint.load_run import load_run
 from train.export import ExportArguments, main, own_modules
-from train.fast_tokenizer import converted, not_converted, write_tokenizer
-from train.trained_model import load_run
-from train.validation import ConfigError
+from train.hf.tokenizer_json import converted, not_converted, write_tokenizer
 
 transformers = pytest.importorskip("transformers", reason="needs transformers")
 
@@ -43,7 +43,7 @@ def run_of(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Callable[..., Path]:
     """The directory of a run trained with some settings, once for all that ask for the same."""
-    from train.command_line import load
+    from train.compose import load
 
     runs: dict[tuple[str, ...], Path] = {}
 
@@ -131,7 +131,7 @@ def test_an_export_needs_nothing_of_ours(run_of: Callable[..., Path], tmp_path: 
 def test_with_our_package_no_code_has_to_be_trusted(
     run_of: Callable[..., Path], tmp_path: Path
 ) -> None:
-    from phd.hf import PhdForCausalLM
+    from phd.hf.modeling import PhdForCausalLM
 
     run = run_of("model.K=3")
     out = exported(run, tmp_path / "out", dtype="bfloat16")
@@ -147,7 +147,7 @@ def test_with_our_package_no_code_has_to_be_trusted(
 
 def test_exported_modules_know_each_other_and_no_package_of_ours() -> None:
     modules = own_modules()
-    assert {"hf", "model", "split_attention", "flash", "config"} <= modules.keys()
+    assert {"modeling", "model", "split_kv", "flash", "config"} <= modules.keys()
     assert not {"hugging_face", "sampling", "flops"} & modules.keys()
     for source in modules.values():
         for node in ast.walk(ast.parse(source)):
@@ -195,7 +195,7 @@ def test_a_plain_transformer_with_norms_of_its_own_keeps_our_code(
 ) -> None:
     run = run_of("model=vanilla", "model.norm=hybrid")
     out = exported(run, tmp_path / "out")
-    assert (out / "hf.py").is_file()
+    assert (out / "modeling.py").is_file()
     model = transformers.AutoModelForCausalLM.from_pretrained(out)
     torch.testing.assert_close(model(torch.tensor(IDS)).logits, logits(run))
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from train.arguments import parse
+from conf.arguments import parse
+from conf.errors import ConfigError
+from train.checkpoint.load_run import load_run
 from train.generate import GenerateArguments, main
 from train.run import Run
-from train.trained_model import load_run
-from train.validation import ConfigError
 
 
 def written(capsys: pytest.CaptureFixture[str], **given: object) -> str:

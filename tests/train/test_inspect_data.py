@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from data.documents import Documents
+from conf.errors import ConfigError
+from data.sources.documents import Documents
 from data.stream import BatchShape, TokenStream
 from data.tokenizer_training import prepare_tokenizer
 from train import inspect_data
 from train.config import Config
 from train.inspect_data import count, main, shown_row
-from train.validation import ConfigError
 
 Configured = Callable[..., Config]
 

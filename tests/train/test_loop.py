@@ -12,11 +12,11 @@ import torch
 from rich.progress import Progress
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from train.hooks import Metrics, StepRecord
+from conf.errors import ConfigError
+from train.engines.schedule import learning_rate
 from train.loop import train
+from train.metrics.record import Metrics, StepRecord
 from train.run import Run
-from train.schedule import learning_rate
-from train.validation import ConfigError
 
 STEP = 4 * 32  # tokens
 
@@ -125,14 +125,14 @@ def reads(config, opened, **recorders: Recorder) -> int:
 
 
 def test_steps_without_a_due_hook_read_nothing_from_the_device(config, opened, tmp_path) -> None:
-    class Reading(Recorder):
+    class BatchStats(Recorder):
         def __call__(self, record: StepRecord) -> Metrics:
             return {"loss": record.loss.item()}
 
     settings = ["model.K=3", "train.micro_batch=2", "optim.z_loss=1e-4"]
     quiet = config(*settings, f"run.dir={tmp_path / 'quiet'}")
     assert reads(quiet, opened, rare=Recorder(100)) == 0
-    assert reads(config(*settings), opened, often=Reading(3)) == 2
+    assert reads(config(*settings), opened, often=BatchStats(3)) == 2
 
 
 # What a record says
@@ -147,7 +147,7 @@ def test_a_record_says_what_the_step_was(config, trained) -> None:
         assert (record.step, record.tokens) == (step, step * STEP)
         assert record.lr == learning_rate(settings, step - 1)
         assert (record.batch.rows == batch.rows).all()
-        assert record.batch.reading.cursors == batch.reading.cursors
+        assert record.batch.stats.cursors == batch.stats.cursors
     times = [record.train_s for record in recorder.records]
     assert times == sorted(times)
     assert all(0 <= r.data_wait_s[0] <= r.train_s for r in recorder.records)

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from data.tokenizer_training import LOSSLESS, train
-from launch.ending import SAVED
-from train.checkpoint import flatten
+from train.checkpoint.store import flatten
+from train.exit_codes import ExitCode
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -59,7 +59,7 @@ def test_a_terminated_run_continues_bitwise_with_the_same_command(
     wait_for_lines(tmp_path / "run/metrics.jsonl", 2, first)
     first.send_signal(signal.SIGTERM)
     output, errors = first.communicate()
-    assert (first.returncode, errors) == (SAVED, "")
+    assert (first.returncode, errors) == (ExitCode.REQUEUE, "")
     *_, last = logged(tmp_path / "run")
     assert 10 <= last["step"] < 250
     assert output.splitlines()[-1] == f"SIGTERM: saved after step {last['step']}"

@@ -6,10 +6,10 @@ import pytest
 import torch
 from rich.console import Console
 
-from phd.cache import kv_bytes
 from phd.flops import training_flops_per_token
+from phd.inference.cache import kv_bytes
 from phd.model import count_parameters
-from train.command_line import load
+from train.compose import load
 from train.plan import kv_rows, make_plan, print_plan
 
 CPU = "engine.device=cpu"

@@ -17,15 +17,15 @@ import pytest
 from rich.console import Console
 
 from data.config import TokensSource
-from data.documents import Documents
 from data.source import Document
-from data.token_files import TokenCorpus, TokenIndex
+from data.sources.documents import Documents
+from data.sources.token_files import TokenCorpus, TokenIndex
 from data.tokenizer import Tokenizer
 from data.tokenizer_training import prepare_tokenizer
-from tests.train.conftest import Trained
-from train.command_line import load
+from tests.train.conftest import LoadedRun
+from train.compose import load
 from train.config import Config
-from train.hooks import Metrics
+from train.metrics.record import Metrics
 from train.pretokenize import (
     PretokenizeArguments,
     Written,
@@ -81,7 +81,7 @@ def test_each_part_is_its_share_of_all_documents_held_out_or_not(
     expected = [
         tokenizer.encode_document(document.text).tolist()
         for part in range(3)
-        for document, _, _ in documents.usable(name, part, 3)
+        for document, _, _ in documents.summon_full_params(name, part, 3)
         if isinstance(document, Document)
     ]
     assert len(expected) == result.index.documents == 53
@@ -237,7 +237,7 @@ def test_the_command_that_trains_on_the_tokens_changes_the_sources_alone(
 def test_a_run_on_tokens_is_the_run_on_their_text(
     config: Callable[..., Config],
     written: Callable[..., dict[str, Written]],
-    trained: Callable[..., Trained],
+    trained: Callable[..., LoadedRun],
     logged: Callable[..., list[Metrics]],
     tmp_path: Path,
 ) -> None:

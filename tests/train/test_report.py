@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from train.command_line import check
+from train.compose import check
 from train.config import SampleConfig
-from train.hooks import Metrics
+from train.metrics.record import Metrics
 from train.report import next_commands, print_report
 from train.run import Run
 

@@ -14,15 +14,15 @@ from omegaconf import OmegaConf
 from rich.console import Console
 from torch import Tensor
 
+from conf.errors import ConfigError
 from data.tokenizer import Tokenizer
-from train.checkpoint import flatten
+from train.checkpoint.store import flatten
 from train.config import Config
-from train.hooks import Metrics, StepRecord
-from train.pretrained import save_pretrained
+from train.hf.pretrained import save_pretrained
+from train.metrics.record import Metrics, StepRecord
+from train.metrics.sinks import write_whole
 from train.run import open_run
-from train.run_directory import set_aside
-from train.sinks import write_whole
-from train.validation import ConfigError
+from train.run_dir.prepare import archive_run_dir
 
 MODELS = {
     "vanilla": ["model=vanilla"],
@@ -269,7 +269,7 @@ def test_a_refused_run_leaves_the_old_one_where_it_is(config, trained, tmp_path:
 
 
 def test_there_is_nothing_to_set_aside_before_the_first_run(tmp_path: Path) -> None:
-    assert set_aside(tmp_path / "run") is None
+    assert archive_run_dir(tmp_path / "run") is None
 
 
 # The directory

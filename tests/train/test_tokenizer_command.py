@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from data.documents import Documents
+from conf.errors import ConfigError
+from data.sources.documents import Documents
 from data.tokenizer import Tokenizer
 from data.tokenizer_training import prepare_tokenizer
-from train.command_line import CONF, load, split
+from train.compose import CONF, load, split
 from train.config import Config
 from train.tokenizer import (
     TokenizerArguments,
@@ -22,7 +23,6 @@ from train.tokenizer import (
     make_tokenizer,
     print_report,
 )
-from train.validation import ConfigError
 
 COMMAND = CONF.parent / "train" / "tokenizer.py"
 

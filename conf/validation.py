@@ -1,0 +1,317 @@
+"""From plain values, as YAML or a command line gives them, to dataclasses, and back.
+
+`build` reports everything that is wrong at once: unknown keys, wrong types, and whatever the
+dataclasses' own `problems()` find in the values that are left, with defaults for the others.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import MISSING, Field, fields, is_dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
+
+from conf.errors import ConfigError
+
+T = TypeVar("T")
+OMITTED = "???"  # OmegaConf's mark of a value that the user has to give
+REJECTED: Any = object()  # in place of a value that is not of the field's type
+
+
+def build(cls: type[T], values: Mapping[str, Any], place: str = "the configuration") -> T:
+    """The `cls` that `values` describe, with defaults for what they leave out.
+
+    Args:
+        cls: a dataclass with `problems()`, or a tree of them; a union of them is told apart by
+            the literal `kind` of each, and a dict of them has names of the user's choice.
+        values: what was given, unknown keys and all.
+        place: where the problems are, for the error's title.
+
+    Raises:
+        ConfigError: with every problem.
+    """
+    given = flatten_keys(values)
+    reader = _Reader(_known(keys(cls), given), list(given))
+    built = reader.section(cls, values, "")
+    if reader.problems:
+        raise ConfigError(reader.problems, place)
+    return built
+
+
+def as_dict(value: Any) -> Any:
+    """The inverse of `build`: nothing but dicts, lists, text, numbers, booleans and None."""
+    if is_dataclass(value):
+        return {f.name: as_dict(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, tuple):
+        return [as_dict(item) for item in value]
+    if isinstance(value, dict):
+        return {name: as_dict(item) for name, item in value.items()}
+    return str(value) if isinstance(value, Path) else value
+
+
+def defaults(cls: Any) -> dict[str, Any]:
+    """The defaults of `cls` as plain values; of what has a `kind`, only that."""
+    tree: dict[str, Any] = {}
+    for setting, hint in _settings(cls):
+        match _sections(hint):
+            case [section] if _entries(hint) is None:
+                tree[setting.name] = defaults(section)
+            case [_, _, *_] if _entries(hint) is None:
+                tree[setting.name] = {"kind": _default(setting).kind}
+            case _ if not _required(setting):
+                tree[setting.name] = as_dict(_default(setting))
+    return tree
+
+
+def keys(cls: Any, path: str = "") -> list[str]:
+    """The full name of everything that can be set in `cls`: `seed`, `model.K`, ...
+
+    A `*` stands for a name of the user's choice: `data.sources.*.weight`.
+    """
+    found: list[str] = []
+    for setting, hint in _settings(cls):
+        key, sections = path + setting.name, _sections(hint)
+        within = f"{key}.{'' if _entries(hint) is None else '*.'}"
+        found += [name for section in sections for name in keys(section, within)] or [key]
+    return list(dict.fromkeys(found))
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known key that was probably meant: one of the same section if any comes close.
+
+    >>> nearest("model.windw", ["seed", "model.window", "optim.lr"])
+    'model.window'
+    >>> nearest("lr", ["seed", "model.window", "optim.lr"])
+    'optim.lr'
+    """
+    section, _, end = name.lower().rpartition(".")
+    known = list(known)
+    for among in ([k for k in known if k.rpartition(".")[0] == section], known):
+        ends = {key: key.lower().rpartition(".")[2] for key in among}
+        for match in get_close_matches(end, ends.values(), n=1):
+            candidates = [key for key in among if ends[key] == match]
+            return get_close_matches(name, candidates, n=1, cutoff=0)[0]
+    return None
+
+
+def did_you_mean(guess: str | None) -> str:
+    """The question to append to a problem; empty without a guess."""
+    return f". Did you mean {guess}?" if guess else ""
+
+
+class _Reader:
+    """One pass over plain values that collects problems as it goes."""
+
+    def __init__(self, known: Sequence[str], given: Sequence[str]) -> None:
+        self.known = known
+        self.given = given
+        self.problems: list[str] = []
+        self.unusable: set[str] = set()  # keys that have their default, not what was given
+
+    def section(self, cls: type[T], values: Any, path: str) -> T:
+        """Reads one dataclass; `path` is empty or ends with a dot."""
+        settings = _settings(cls)
+        if not isinstance(values, Mapping):
+            self.reject(path[:-1], values, f"settings such as {path}{settings[0][0].name}")
+            values = {}
+        names = [setting.name for setting, _ in settings]
+        for name in values:
+            if name not in names:
+                for key in flatten_keys({name: values[name]}, path):
+                    self.unknown(key, f"{path}{{{', '.join(names)}}}")
+        given = {}
+        for setting, hint in settings:
+            name, key = setting.name, path + setting.name
+            if name not in values and not _required(setting):
+                continue
+            one = _sections(hint) and _entries(hint) is None
+            value = values.get(name, {} if one else OMITTED)
+            if one and len(_sections(hint)) > 1 and isinstance(value, Mapping):
+                value = {"kind": _default(setting).kind, **value}
+            if value == OMITTED:
+                self.unusable.add(key)
+                self.problems.append(f"{key}: has to be given")
+            elif (read := self.value(hint, value, key)) is not REJECTED:
+                given[name] = read
+        return self.construct(cls, given, path)
+
+    def value(self, hint: Any, value: Any, key: str) -> Any:
+        """Reads what one field holds."""
+        if (entry := _entries(hint)) is not None:
+            if isinstance(value, Mapping):
+                return {name: self.value(entry, v, f"{key}.{name}") for name, v in value.items()}
+            return self.reject(key, value, f"settings by name, such as {key}.NAME")
+        sections = _sections(hint)
+        if len(sections) > 1:
+            return self.variant(sections, value, key)
+        if sections:
+            return self.section(sections[0], value, f"{key}.")
+        try:
+            # Strict JSON takes neither true for 1 nor "3" for 3, yet a list for a tuple.
+            return TypeAdapter(hint).validate_json(json.dumps(_whole(value)), strict=True)
+        except ValidationError:
+            return self.reject(key, value, _expected(hint, value))
+
+    def variant(self, sections: list[Any], value: Any, key: str) -> Any:
+        """Reads the one of several dataclasses that the value's `kind` names."""
+        kinds = {get_args(get_type_hints(section)["kind"])[0]: section for section in sections}
+        kind = value.get("kind") if isinstance(value, Mapping) else value
+        if isinstance(kind, str) and kind in kinds:
+            return self.section(kinds[kind], value, f"{key}.")
+        if kind is None:
+            self.unusable.add(f"{key}.kind")
+            self.problems.append(f"{key}.kind: has to be given, one of {', '.join(kinds)}")
+        else:
+            self.reject(f"{key}.kind", kind, _expected(Literal[*kinds], kind))
+        return _draft(sections[0], {})
+
+    def construct(self, cls: type[T], given: dict[str, Any], path: str) -> T:
+        """Makes the dataclass, or a draft of it with defaults for what cannot be used."""
+        draft: Any = _draft(cls, given)
+        if any(_required(setting) and setting.name not in given for setting in fields(draft)):
+            return draft
+        found = draft.problems()
+        if not found:
+            return cls(**given)
+        before = set(self.unusable)
+        for problem in _named(found, path):
+            mentioned = {key for key in re.findall(r"[\w.]*\w", problem) if key in self.known}
+            if not mentioned & before:
+                self.problems.append(problem)
+                # A key alone is impossible; of two that do not fit together both are usable.
+                self.unusable |= mentioned if len(mentioned) == 1 else set()
+        return _draft(cls, {k: v for k, v in given.items() if path + k not in self.unusable})
+
+    def unknown(self, key: str, others: str) -> None:
+        """Reports a key that does not exist, with the one that was meant or what there is."""
+        guess = None if key in self.known else nearest(key, self.known)
+        if guess and guess not in self.given:
+            self.unusable.add(guess)  # its default is not what the user wants
+        hint = did_you_mean(guess) if guess else f"; there is {others}"
+        self.problems.append(f"{key}: unknown key{hint}")
+
+    def reject(self, key: str, value: Any, expected: str) -> Any:
+        """Reports a value that is not of the field's type."""
+        self.unusable.add(key)
+        self.problems.append(f"{key}={value!r}: expected {expected}")
+        return REJECTED
+
+
+def flatten_keys(values: Mapping[str, Any], path: str = "") -> dict[str, Any]:
+    """The values of a tree by their full names.
+
+    >>> flatten_keys({"seed": 0, "model": {"K": 2}})
+    {'seed': 0, 'model.K': 2}
+    """
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        nested = isinstance(value, Mapping) and value
+        found |= flatten_keys(value, f"{path}{name}.") if nested else {f"{path}{name}": value}
+    return found
+
+
+def _known(keys: Iterable[str], given: Iterable[str]) -> list[str]:
+    """The keys, those with a `*` once for every name that was given there."""
+    known = []
+    for key in keys:
+        section, star, _ = key.partition("*")
+        names = [k.removeprefix(section).partition(".")[0] for k in given if k.startswith(section)]
+        known += [key.replace("*", name, 1) for name in dict.fromkeys(names)] if star else [key]
+    return known
+
+
+def _named(problems: Iterable[str], path: str) -> list[str]:
+    """The problems of the section at `path`; `*` in its own keys stands for the name it has there.
+
+    >>> _named(["data.sources.*.weight=-1: expected more"], "data.sources.web.")
+    ['data.sources.web.weight=-1: expected more']
+    """
+    section, _, _ = path[:-1].rpartition(".")
+    return [problem.replace(f"{section}.*.", path) if section else problem for problem in problems]
+
+
+def _settings(cls: Any) -> list[tuple[Field[Any], Any]]:
+    """The fields of a dataclass, each with its type."""
+    hints = get_type_hints(cls, include_extras=True)
+    return [(setting, hints[setting.name]) for setting in fields(cls)]
+
+
+def _entries(hint: Any) -> Any:
+    """What each name of a dict of dataclasses holds; None for other types."""
+    if get_origin(hint) is dict and _sections(entry := get_args(hint)[1]):
+        return entry
+    return None
+
+
+def _sections(hint: Any) -> list[Any]:
+    """The dataclasses that a field of this type holds one of, or some of by name; none for a
+    plain value."""
+    if get_origin(hint) is Annotated:
+        hint = get_args(hint)[0]
+    if get_origin(hint) is dict:
+        return _sections(get_args(hint)[1])
+    members = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    return [member for member in members if is_dataclass(member)]
+
+
+def _required(setting: Field[Any]) -> bool:
+    return setting.default is MISSING and setting.default_factory is MISSING
+
+
+def _default(setting: Field[Any]) -> Any:
+    if setting.default_factory is not MISSING:
+        return setting.default_factory()
+    return setting.default
+
+
+def _draft(cls: type[T], given: Mapping[str, Any]) -> T:
+    """An instance that was never checked; without the required values that are not given."""
+    draft = object.__new__(cls)
+    for setting in fields(cls):  # type: ignore[arg-type]
+        if setting.name in given:
+            object.__setattr__(draft, setting.name, given[setting.name])
+        elif not _required(setting):
+            object.__setattr__(draft, setting.name, _default(setting))
+    return draft
+
+
+def _whole(value: Any) -> Any:
+    """Turns 1e9 into 1000000000, also in lists: numbers without a fraction are integers."""
+    if isinstance(value, list):
+        return [_whole(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _expected(hint: Any, value: Any) -> str:
+    """What a field of this type may hold, in words."""
+    words = _words(hint)
+    options = [str(option) for option in get_args(hint)] if get_origin(hint) is Literal else []
+    close = get_close_matches(str(value), options, n=1)
+    return words + did_you_mean(close[0] if close else None)
+
+
+def _words(hint: Any) -> str:
+    """Names a type.
+
+    >>> _words(int | None), _words(tuple[float, float]), _words(Literal["a", "b"])
+    ('an integer or null', '[a number, a number]', 'one of a, b')
+    """
+    arguments = get_args(hint)
+    match get_origin(hint):
+        case None:
+            plain = {int: "an integer", float: "a number", str: "text", bool: "true or false"}
+            return {**plain, NoneType: "null", Path: "a path", Any: "a value"}[hint]
+        case origin if origin is Annotated:
+            notes = [note for note in arguments[1:] if isinstance(note, str)]
+            return notes[0] if notes else _words(arguments[0])
+        case origin if origin is Literal:
+            return f"one of {', '.join(map(str, arguments))}"
+        case origin if origin is dict:
+            return f"{_words(arguments[1])} for each name"
+        case origin if origin is tuple:
+            return f"[{', '.join('...' if a is ... else _words(a) for a in arguments)}]"
+    return " or ".join(map(_words, arguments))

@@ -1,0 +1,1 @@
+"""Where text comes from: files, Hub datasets, token files, and the documents of a run."""

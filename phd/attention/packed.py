@@ -1,0 +1,186 @@
+"""The packed backend: PHD attention for little more than K times the price of vanilla's.
+
+    queries              keys: originals            keys: hidden copies
+    originals  (s = 0)   causal over T    --.       -
+    hidden     (s >= 1)  causal over T    --'       blocks of a chunk or a window:
+                         one flash kernel with      small batched products
+                         K*N query heads
+
+Rule 1 is the same causal attention for all copies, so the K copies are K times as many query heads
+of the same key/value head, and one stock kernel reads the keys for all of them. Rules 2 and 3 let
+a hidden copy see an interval of the hidden copies that ends with itself (`phd.attention.tiles`).
+The two results merge by their log-sum-exps, and the backward runs both parts on the merged ones:
+
+    lse = log(exp(lse_1) + exp(lse_2))        out = exp(lse_1 - lse) out_1 + exp(lse_2 - lse) out_2
+    p_ij = exp(s_ij - lse)                    ds_ij = p_ij (dout_i . v_j - dout_i . out_i)
+
+which is exact, because p and out there are those of the whole attention.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import scaled_dot_product_attention
+
+from phd.attention.flash import merged
+from phd.attention.tiles import TileRange, Tiles
+from phd.attention.varlen import isolated_backward, isolated_forward
+from phd.pattern import Pattern
+from phd.segments import Segments
+
+
+def packed_attention(
+    q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, segments: Segments | None = None
+) -> Tensor:
+    """Attention by `pattern`; shapes and meaning as `phd.attention.attend`."""
+    B, N, Q, T, H = q.shape
+    if pattern.rule == "hidden" or Q < pattern.K:
+        return _Packed.apply(q, k, v, pattern, segments)
+    # Every slot sees every slot before it: a plain causal row of K*T slots, token-major.
+    q, k, v = (x.transpose(2, 3).flatten(2, 3) for x in (q, k, v))
+    if segments is None:
+        out = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    else:
+        q, k, v = (x.unsqueeze(2) for x in (q, k, v))
+        out = _Packed.apply(q, k, v, Pattern("causal"), segments.repeated(Q))
+    return out.view(B, N, T, Q, H).transpose(2, 3)
+
+
+def _whole_copies(pattern: Pattern) -> range:
+    """Copies whose keys the queries see up to their own token: with `flat`, the last copy's all."""
+    return range(pattern.K if pattern.rule == "flat" else 1)
+
+
+class _Packed(torch.autograd.Function):
+    """Causal attention to whole copies, merged with blocked attention among hidden copies."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, segments: Segments | None
+    ) -> Tensor:
+        assert pattern.rule == "hidden" or q.shape[2] == 1
+        B, N, Q, T, H = q.shape
+        heads = q.reshape(B, N * Q, T, H)
+        out, lse = isolated_forward(heads, k[:, :, 0], v[:, :, 0], H**-0.5, segments)
+        for r in _whole_copies(pattern)[1:]:
+            part, part_lse = isolated_forward(heads, k[:, :, r], v[:, :, r], H**-0.5, segments)
+            out, lse = merged((out, lse), (part, part_lse))
+        out, lse = out.view(B, N, Q, T, H), lse.view(B, N, Q, T)
+        if pattern.rule == "hidden":
+            with torch.autocast(q.device.type, enabled=False):
+                _merge_hidden((q, k, v), (out, lse), pattern, segments)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.pattern, ctx.segments = pattern, segments
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        q, k, v, out, lse = ctx.saved_tensors
+        dout = grads[0].contiguous()
+        B, N, Q, T, H = q.shape
+        heads, merged = q.reshape(B, N * Q, T, H), (out.view(B, N * Q, T, H), lse.view(B, N * Q, T))
+        dq = None
+        dk, dv = torch.empty_like(k), torch.empty_like(v)
+        for r in _whole_copies(ctx.pattern):
+            share, dk[:, :, r], dv[:, :, r] = isolated_backward(
+                dout.view(B, N * Q, T, H),
+                (heads, k[:, :, r], v[:, :, r]),
+                merged,
+                H**-0.5,
+                ctx.segments,
+            )
+            dq = share if dq is None else dq.add_(share)
+        assert dq is not None
+        dq = dq.view(B, N, Q, T, H)
+        if ctx.pattern.rule == "hidden":
+            with torch.autocast(q.device.type, enabled=False):
+                _add_hidden_gradients(
+                    (dq, dk, dv), (q, k, v), (out, lse, dout), ctx.pattern, ctx.segments
+                )
+        return dq, dk, dv, None, None
+
+
+def _merge_hidden(
+    inputs: tuple[Tensor, Tensor, Tensor],
+    result: tuple[Tensor, Tensor],
+    pattern: Pattern,
+    segments: Segments | None,
+) -> None:
+    """Add rules 2 and 3 to rule 1's result: updates (out, lse) of the hidden queries in place."""
+    (q, k, v), (out, lse) = inputs, result
+    copies = min(q.shape[2], pattern.K - 1)
+    q, out, lse = (x[:, :, -copies:] for x in (q, out, lse[..., None]))
+    for part in _hidden_parts(q, k, pattern, segments, lse.dtype):
+        turn, scores = part.turn, part.scores
+        peak = scores.amax(-1, keepdim=True)
+        weights = scores.sub_(peak).exp_()
+        far, near = turn.queries(lse), weights.sum(-1, keepdim=True).log_().add_(peak)
+        total = torch.logaddexp(far, near)
+        share = (weights @ turn.keys(v[:, :, 1:]).to(lse.dtype)).mul_((peak - total).exp_())
+        rows, kept = out[..., turn.rows, :], turn.unblock((far - total).exp_())
+        rows.copy_(torch.addcmul(turn.unblock(share), rows, kept))
+        lse[..., turn.rows, :] = turn.unblock(total)
+
+
+def _add_hidden_gradients(
+    gradients: tuple[Tensor, Tensor, Tensor],
+    inputs: tuple[Tensor, Tensor, Tensor],
+    result: tuple[Tensor, Tensor, Tensor],
+    pattern: Pattern,
+    segments: Segments | None,
+) -> None:
+    """Rules 2 and 3's share of the gradients.
+
+    Args:
+        gradients: dq, dk, dv, in which rule 1's share is; the hidden queries' dq is added to, the
+            hidden copies' dk and dv, which only hidden queries see, are set.
+        inputs: q, k, v.
+        result: the merged out and lse, and dout.
+    """
+    (dq, dk, dv), (q, k, v), (out, lse, dout) = gradients, inputs, result
+    copies, scale = min(q.shape[2], pattern.K - 1), q.shape[-1] ** -0.5
+    dq, q, out, lse, dout = (x[:, :, -copies:] for x in (dq, q, out, lse[..., None], dout))
+    delta = (dout.to(lse.dtype) * out).sum(-1, keepdim=True)
+    near_dk, near_dv = (torch.zeros_like(x[:, :, 1:], dtype=lse.dtype) for x in (k, v))
+    for part in _hidden_parts(q, k, pattern, segments, lse.dtype):
+        turn = part.turn
+        p = part.scores.sub_(turn.queries(lse)).exp_()
+        dout_rows = turn.queries(dout).to(lse.dtype)
+        dp = dout_rows @ turn.keys(v[:, :, 1:]).to(lse.dtype).mT
+        ds = dp.sub_(turn.queries(delta)).mul_(p)
+        dq[..., turn.rows, :] += turn.unblock(ds @ part.k)
+        turn.add_to_keys(near_dk, ds.mT @ part.q)
+        turn.add_to_keys(near_dv, p.mT @ dout_rows)
+    dk[:, :, 1:], dv[:, :, 1:] = near_dk.mul_(scale), near_dv
+
+
+class _HiddenPart(NamedTuple):
+    """Some blocks of hidden queries, the hidden keys they meet, times 1/sqrt(H), and the scores.
+
+    q (B, G, blocks, queries, H), k (B, G, blocks, keys, H), scores (B, G, blocks, queries, keys),
+    -inf where the pattern does not allow them.
+    """
+
+    turn: TileRange
+    q: Tensor
+    k: Tensor
+    scores: Tensor
+
+
+def _hidden_parts(
+    q: Tensor, k: Tensor, pattern: Pattern, segments: Segments | None, dtype: torch.dtype
+) -> Iterator[_HiddenPart]:
+    """All blocks of the hidden queries q (B, N, copies, T, H), turn by turn."""
+    B, N, copies, T, H = q.shape
+    blocks = Tiles.of(pattern, T, one_document=segments is None)
+    position = torch.arange(T, device=q.device)[None] if segments is None else segments.position
+    for turn in blocks.turns(B, N, k.shape[1], copies):
+        rows, keys = turn.queries(q).to(dtype), turn.keys(k[:, :, 1:]).to(dtype) * H**-0.5
+        scores = rows @ keys.mT
+        masked = turn.masked(position)[:, None, :, None]
+        scores.unflatten(3, (-1, masked.shape[4])).masked_fill_(masked, -torch.inf)
+        yield _HiddenPart(turn, rows, keys, scores)

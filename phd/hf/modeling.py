@@ -1,0 +1,324 @@
+"""PHD in transformers: `import phd.hf.modeling`, then `AutoModelForCausalLM.from_pretrained(...)`.
+
+    input_ids         attention_mask      turned            put back
+    . . a b c         0 0 1 1 1           a b c . .         A A A B C
+    d e f g h         1 1 1 1 1           d e f g h         D E F G H
+
+Rows may be padded on either side, or in between. Our model reads each row's tokens from its
+beginning, where the cache has them too; what it makes of a token (A of a) goes back to the token's
+column, and padding gets what the token before it got.
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, fields, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils.generic import can_return_tuple
+
+from phd.config import ModelConfig
+from phd.inference.cache import KVCache
+from phd.inference.prefill import extend, new_cache
+from phd.initialization import initial_weights
+from phd.model import Transformer
+
+# What a call may bring besides tokens and their cache; the last follows from the cache.
+UNDERSTOOD = {"labels", "attention_mask", "num_items_in_batch", "cache_position"}
+
+
+class PhdConfig(PreTrainedConfig):
+    """The fields of `phd.config.ModelConfig`, also by the names that transformers knows them by.
+
+    Raises:
+        ValueError: the values cannot make a model.
+    """
+
+    model_type = "phd"
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012  # theirs is no ClassVar
+    attribute_map = {  # noqa: RUF012
+        "hidden_size": "dim",
+        "intermediate_size": "ffn_dim",
+        "num_hidden_layers": "layers",
+        "num_attention_heads": "heads",
+        "num_key_value_heads": "kv_heads",
+        "max_position_embeddings": "max_seq_len",
+        "rms_norm_eps": "norm_eps",
+        "tie_word_embeddings": "tied",
+    }
+
+    def __init__(self, **settings: Any) -> None:
+        settings = {self.attribute_map.get(name, name): x for name, x in settings.items()}
+        own = {f.name: settings.pop(f.name) for f in fields(ModelConfig) if f.name in settings}
+        super().__init__(**settings)
+        for name, value in asdict(ModelConfig(**own)).items():
+            setattr(self, name, value)
+
+    @property
+    def model_config(self) -> ModelConfig:
+        """The same as our own config."""
+        return ModelConfig(**{f.name: getattr(self, f.name) for f in fields(ModelConfig)})
+
+
+class PhdCache(Cache):
+    """A `phd.inference.cache.KVCache` as `generate` handles it.
+
+    Attributes:
+        kv: what the rows remember, without padding.
+        columns: columns of `input_ids` seen so far, with padding.
+    """
+
+    is_croppable = False
+    is_compileable = False
+
+    def __init__(self, kv: KVCache) -> None:
+        super().__init__(layers=[])
+        self.kv = kv
+        self.columns = 0
+
+    def __len__(self) -> int:
+        return self.kv.config.layers
+
+    @property
+    def batch_size(self) -> int:
+        return len(self.kv.host_lengths)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:  # noqa: ARG002
+        """Columns seen so far."""
+        return self.columns
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:  # noqa: ARG002
+        """The most tokens that a row may have."""
+        return self.kv.config.max_seq_len
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows, in this order."""
+        self.kv.select(indices)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Go on with these beams, each a row so far."""
+        self.kv.select(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row several times, one after the other."""
+        rows = torch.arange(self.batch_size, device=self.kv.lengths.device)
+        self.kv.select(rows.repeat_interleave(repeats))
+
+    def crop(self, tokens_to_remove: int) -> None:  # noqa: ARG002
+        """Refuse: hidden copies that have left the ring cannot come back."""
+        raise ValueError(
+            "a PHD cache cannot forget its last tokens; use neither assisted generation nor crop, "
+            "or copy.deepcopy the cache before"
+        )
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.columns = 0
+        self.kv.host_lengths = [0] * self.batch_size
+        self.kv.lengths.zero_()
+
+
+class PhdForCausalLM(PreTrainedModel, GenerationMixin):
+    """A `phd.model.Transformer` with the interface of transformers' causal language models."""
+
+    config_class = PhdConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    _is_stateful = True  # the cache cannot be cut back
+
+    def __init__(self, config: PhdConfig) -> None:
+        super().__init__(config)
+        self.model = Transformer(config.model_config)
+        self.post_init()
+
+    @classmethod
+    def of(cls, model: Transformer) -> "PhdForCausalLM":
+        """The same model, which is not copied."""
+        with torch.device("meta"):
+            whole = cls(PhdConfig(**asdict(model.config)))
+        whole.model = model
+        return whole
+
+    @torch.no_grad()
+    def initialize_weights(self) -> None:
+        """Draw the weights that no checkpoint gave, as `phd.initialization` does, with a seed from
+        torch's generator; build RoPE's tables, which no checkpoint holds."""
+        new = {
+            name: weight
+            for name, weight in self.model.named_parameters()
+            if not getattr(weight, "_is_hf_initialized", False)
+        }
+        if new:
+            seed = int(torch.randint(2**62, (), device="cpu"))
+            for name, value in initial_weights(self.model, seed):
+                if name in new:
+                    new[name].copy_(value)
+        self.model.rope.build(self.device)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "PhdForCausalLM":
+        """Move or convert the weights; RoPE's tables are made anew, for they stay float32."""
+        super()._apply(fn, recurse)
+        self.model.rope.build(self.device)
+        return self
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.embed
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:  # type: ignore[override]
+        self.model.embed = value
+        self.model.config = replace(self.model.config, vocab_size=len(value.weight))
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        """The LM head; None where it is the embedding, for that is no weight to be tied."""
+        return None if self.config.tied else self.model.head
+
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
+        self.model.head = new_embeddings
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        """No: `forward` makes its own, which `generate` then hands back to it."""
+        return False
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: PhdCache | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **others: Any,
+    ) -> CausalLMOutputWithPast:
+        """The logits of each column, and the loss.
+
+        Args:
+            input_ids: int64 (B, T).
+            attention_mask: (B, columns so far and T), not 0 where there is a token; None: all are.
+            past_key_values: what an earlier call with `use_cache` returned.
+            labels: int64 (B, T), the tokens themselves, -100 where they do not count; column t is
+                predicted from the columns before it.
+            use_cache: return a cache to go on from. Nothing can be learned then.
+            logits_to_keep: of how many columns from the end, 0 for all, or of which ones.
+
+        Raises:
+            ValueError: something is asked that this model does not do, a cache is not its own, or a
+                row is longer than `max_seq_len`.
+        """
+        cached = bool(use_cache) or past_key_values is not None
+        given = {"labels": labels, "attention_mask": attention_mask, **others}
+        if problems := list(_problems(input_ids, past_key_values, cached, given)):
+            raise ValueError("; ".join(problems))
+        assert input_ids is not None
+        text = _Text.of(input_ids, attention_mask)
+        columns = torch.arange(input_ids.shape[1])
+        if isinstance(logits_to_keep, int):
+            columns = columns[-logits_to_keep:]
+        else:
+            columns = columns[logits_to_keep.cpu()]
+        with self._precision():
+            if cached:
+                if past_key_values is None:
+                    past_key_values = PhdCache(new_cache(self.model, *input_ids.shape))
+                logits = self._extended(text, text.place[:, columns], past_key_values)
+            else:
+                hidden = self.model(text.tokens)
+                logits = self.model.predict(_taken(hidden, text.place[:, columns]))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, vocab_size=logits.shape[-1], **others)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+
+    def _extended(self, text: "_Text", place: Tensor, cache: PhdCache) -> Tensor:
+        """The logits (B, columns, V) of the tokens at these places; the cache gets all of them."""
+        counts = torch.tensor(text.lengths)[:, None]
+        keep = int((counts - place).max())
+        logits = extend(self.model, text.tokens, cache.kv, text.lengths, keep=keep)
+        cache.columns += text.tokens.shape[1]
+        if keep == 0:  # nothing but padding
+            return logits.new_zeros(*place.shape, logits.shape[2])
+        return _taken(logits, (place - counts + keep).clamp(0, keep - 1))
+
+    def _precision(self) -> AbstractContextManager:
+        """Half-precision weights meet a residual stream in float32: autocast settles it."""
+        if self.dtype.itemsize >= torch.float32.itemsize:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.dtype)
+
+
+class _Text(NamedTuple):
+    """Rows that begin with their first token.
+
+    tokens (B, T), with padding behind them; lengths, the tokens of each row; place (B, T) on the
+    host, which of its row's tokens belongs to each column.
+    """
+
+    tokens: Tensor
+    lengths: list[int]
+    place: Tensor
+
+    @classmethod
+    def of(cls, input_ids: Tensor, mask: Tensor | None) -> "_Text":
+        B, T = input_ids.shape
+        if mask is None or bool(mask[:, -T:].all()):
+            return cls(input_ids, [T] * B, torch.arange(T).expand(B, T))
+        seen = mask[:, -T:].cpu() != 0
+        order = seen.to(torch.int8).argsort(dim=1, descending=True, stable=True)
+        place = (seen.cumsum(1) - 1).clamp(min=0)
+        tokens = input_ids.gather(1, order.to(input_ids.device))
+        return cls(tokens, seen.sum(1).tolist(), place)
+
+
+def _taken(x: Tensor, place: Tensor) -> Tensor:
+    """x (B, T, ...) at places (B, n), which are on the host."""
+    if torch.equal(place, torch.arange(x.shape[1]).expand(len(x), -1)):
+        return x
+    return x.gather(1, place.to(x.device)[..., None].expand(-1, -1, x.shape[2]))
+
+
+def _problems(
+    input_ids: Tensor | None, cache: Any, cached: bool, given: dict[str, Any]
+) -> Iterator[str]:
+    """What a call of `forward` asks that cannot be done, one sentence each."""
+    if input_ids is None:
+        yield "input_ids=None: a PHD model reads tokens; pass input_ids (B, T)"
+    elif not input_ids.numel():
+        yield f"input_ids of shape {tuple(input_ids.shape)}: holds no tokens; pass one at least"
+    if cache is not None and not isinstance(cache, PhdCache):
+        yield (
+            f"past_key_values is a {type(cache).__name__}: expected a PhdCache; pass what an "
+            "earlier call with use_cache=True returned"
+        )
+    if given["labels"] is not None and cached:
+        yield (
+            "labels with use_cache or past_key_values: nothing can be learned through a cache; "
+            "leave out one of them"
+        )
+    mask = given["attention_mask"]
+    if mask is not None and mask.dim() != 2:
+        yield (
+            f"attention_mask of shape {tuple(mask.shape)}: PHD has its own rule of who sees whom; "
+            "pass (B, columns), 0 where there is padding"
+        )
+    yield from (
+        f"{name}: a PHD model does not support it; leave it out"
+        for name, value in given.items()
+        if name not in UNDERSTOOD and value is not None and value is not False
+    )
+
+
+# A copy of this file beside a checkpoint is found by the checkpoint's own `auto_map`.
+if __name__ == "phd.hf.modeling":
+    AutoConfig.register(PhdConfig.model_type, PhdConfig)
+    AutoModelForCausalLM.register(PhdConfig, PhdForCausalLM)

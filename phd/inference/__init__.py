@@ -1,0 +1,1 @@
+"""Prefill, decode and sampling through the KV cache."""

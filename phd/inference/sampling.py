@@ -1,0 +1,121 @@
+"""Drawing text from a model, token by token."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from math import ceil
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from phd.inference.cache import BLOCK, KVCache
+from phd.inference.cuda_graph import Decoder
+from phd.inference.prefill import decode, prefill
+from phd.model import Transformer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is drawn.
+
+    Attributes:
+        temperature: divides the logits; 0 always takes the most likely token.
+        top_k: only the k most likely tokens; None: all.
+        top_p: only the most likely tokens that together reach this probability (nucleus sampling,
+            arXiv 1904.09751); None: all.
+    """
+
+    temperature: float = 0.8
+    top_k: int | None = None
+    top_p: float | None = None
+
+    def __post_init__(self) -> None:
+        if problems := self.problems():
+            raise ValueError("; ".join(problems))
+
+    def problems(self) -> list[str]:
+        """Every impossible setting, one sentence each."""
+        found = []
+        if self.temperature != 0 and not 1e-30 <= self.temperature < torch.inf:
+            found.append(f"temperature={self.temperature}: expected 0, or a number above 1e-30")
+        if self.top_k is not None and self.top_k < 1:
+            found.append(f"top_k={self.top_k}: expected an integer of at least 1, or null")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            found.append(f"top_p={self.top_p}: expected a number above 0 and up to 1, or null")
+        return found
+
+    def draw(self, logits: Tensor, generator: torch.Generator) -> Tensor:
+        """logits (B, V) -> token ids (B,), with the randomness of `generator` (on the CPU)."""
+        if self.temperature == 0:
+            return logits.argmax(-1)
+        logits = logits.float().cpu()
+        logits = (logits - logits.amax(-1, keepdim=True)) / self.temperature
+        if self.top_k is not None:
+            least = logits.topk(min(self.top_k, logits.shape[-1])).values[..., -1:]
+            logits = logits.masked_fill(logits < least, -torch.inf)
+        if self.top_p is not None:
+            ordered, order = logits.sort(descending=True)
+            before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
+            ordered = ordered.masked_fill(before >= self.top_p, -torch.inf)
+            logits = torch.empty_like(logits).scatter_(-1, order, ordered)
+        return logits.softmax(-1).multinomial(1, generator=generator).squeeze(-1)
+
+
+@torch.no_grad()
+def generate(
+    model: Transformer,
+    prompts: Sequence[Tensor],
+    sampling: Sampling,
+    dice: Sequence[torch.Generator],
+    max_tokens: int,
+    *,
+    compiled: bool = False,
+) -> Iterator[Tensor]:
+    """Yield up to `max_tokens` new token ids (B,), one place at a time.
+
+    Where a text has filled the model's context, its last half is read anew, and it goes on.
+
+    Args:
+        prompts: int64 (T,) each, T >= 1, of any lengths.
+        dice: each text's own randomness, so that it does not depend on the texts beside it.
+        compiled: decode by `torch.compile`, anew for each number of texts and of blocks of the
+            cache.
+    """
+    limit = model.config.max_seq_len
+    texts = [prompt if len(prompt) <= limit else _end(prompt, limit) for prompt in prompts]
+    while max_tokens:
+        longest = max(map(len, texts))
+        capacity = min(limit, longest + max_tokens)
+        if compiled:
+            capacity = min(limit, ceil(capacity / BLOCK) * BLOCK)
+        logits, cache = _read(model, texts, capacity)
+        new: list[Tensor] = []
+        step: Callable[[Tensor], Tensor] = partial(decode, model, cache=cache)
+        if compiled or logits.is_cuda:
+            step = Decoder(model, cache, compiled=compiled)
+        while True:
+            rows = zip(logits, dice, strict=True)
+            new.append(torch.cat([sampling.draw(row[None], die) for row, die in rows]))
+            yield new[-1]
+            max_tokens -= 1
+            if not max_tokens or max(cache.host_lengths) == limit:
+                break
+            logits = step(new[-1].to(logits.device))
+        added = torch.stack(new, 1).to(prompts[0].device)
+        texts = [torch.cat(pair) for pair in zip(texts, added, strict=True)]
+        texts = [text if len(text) <= limit else _end(text, limit) for text in texts]
+
+
+def _read(model: Transformer, texts: list[Tensor], capacity: int) -> tuple[Tensor, KVCache]:
+    return prefill(
+        model,
+        pad_sequence(texts, batch_first=True),
+        [len(text) for text in texts],
+        capacity=capacity,
+    )
+
+
+def _end(text: Tensor, limit: int) -> Tensor:
+    """The last half of a context's length, of a text that has more than that."""
+    return text[-max(1, limit // 2) :]

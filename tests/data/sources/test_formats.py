@@ -1,0 +1,386 @@
+import io
+import json
+import tracemalloc
+from collections.abc import Iterator
+from itertools import chain, pairwise
+from pathlib import Path
+from threading import Barrier, Thread
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from data.source import BadRecord, Document, Record
+from data.sources import formats
+from data.sources.formats import (
+    Format,
+    JsonLines,
+    Parquet,
+    PythonFile,
+    SeparatedText,
+    Share,
+    TextFile,
+    pieces,
+)
+from data.storage.transport import ShardError
+
+LIMIT = 10_000
+JSONL = JsonLines("text", LIMIT)
+PARQUET = Parquet("text", "books")
+MARKS = (b"|", b"ab", b"aa", b"aba", b"aabaa", b"abab", b"aaa|")
+
+
+def whole(content: bytes) -> Share:
+    size = max(1, len(content))
+    return Share(0, size, size)
+
+
+def read(form: Format, content: bytes, share: Share | None = None) -> list[Record]:
+    items = form.records(io.BytesIO(content), "u", share or whole(content))
+    return [record for record, _ in items]
+
+
+def parquet(table: pa.Table | dict[str, Any], **options: Any) -> bytes:
+    table = pa.table(table) if isinstance(table, dict) else table
+    pq.write_table(table, file := io.BytesIO(), **options)
+    return file.getvalue()
+
+
+@given(units=st.integers(0, 99), size=st.integers(1, 99), cuts=st.lists(st.integers(0, 99)))
+def test_shares_side_by_side_have_each_unit_once_where_it_begins(
+    units: int, size: int, cuts: list[int]
+) -> None:
+    borders = [0, *sorted(min(cut, size) for cut in cuts), size]
+    shares = [Share(start, stop, size) for start, stop in pairwise(borders)]
+    assert list(chain(*(share.of(units) for share in shares))) == list(range(units))
+    for share in shares:
+        assert all(share.start <= unit * size / units < share.stop for unit in share.of(units))
+        assert share.of(size) == range(share.start, share.stop)
+
+
+def split(content: bytes, mark: bytes) -> list[tuple[int, bytes, int]]:
+    """The slow twin: where `bytes.split` finds pieces of the whole, and what they are."""
+    found, start = [], 0
+    for piece in content.split(mark):
+        found.append((start, piece, min(start + len(piece) + len(mark), len(content))))
+        start += len(piece) + len(mark)
+    return found
+
+
+@given(
+    content=st.text("ab|", max_size=60).map(str.encode),
+    mark=st.sampled_from(MARKS),
+    cuts=st.lists(st.integers(0, 60), max_size=5),
+    chunk=st.integers(1, 70),
+    reach=st.integers(1, 70),
+)
+def test_pieces_from_any_byte_on_are_those_of_the_whole_file(
+    content: bytes, mark: bytes, cuts: list[int], chunk: int, reach: int
+) -> None:
+    borders = [0, *sorted(min(cut, len(content)) for cut in cuts), len(content)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(formats, "CHUNK", chunk)
+        patch.setattr(formats, "REACH", reach)
+        found = [
+            list(pieces(io.BytesIO(content), mark, range(start, stop), limit=99))
+            for start, stop in pairwise(borders)
+        ]
+    assert list(chain(*found)) == [
+        piece for piece in split(content, mark) if piece[0] < len(content)
+    ]
+    for (start, stop), inside in zip(pairwise(borders), found, strict=True):
+        assert all(start <= place < stop for place, _, _ in inside)
+
+
+@given(
+    content=st.text("ab|", max_size=60).map(str.encode),
+    limit=st.integers(0, 9),
+    chunk=st.integers(1, 70),
+    first=st.integers(0, 60),
+)
+@example(content=b"bbbbbbbbbbbbab|", limit=1, chunk=4, first=0)
+def test_of_a_piece_beyond_the_limit_one_byte_more_than_that_is_kept(
+    content: bytes, limit: int, chunk: int, first: int
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(formats, "CHUNK", chunk)
+        found = list(pieces(io.BytesIO(content), b"ab", range(first, len(content)), limit))
+    assert found == [
+        (start, piece[: limit + 1], after)
+        for start, piece, after in split(content, b"ab")
+        if first <= start < len(content)
+    ]
+
+
+def test_a_long_row_of_overlapping_separators_is_cut_as_from_its_beginning() -> None:
+    content = b"x" + b"\n" * 5001 + b"y"
+    for start in (2, 2500, 4999, 5001, 5002):
+        found = list(pieces(io.BytesIO(content), b"\n\n", range(start, len(content)), limit=9))
+        assert found == [piece for piece in split(content, b"\n\n") if piece[0] >= start]
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b'{"text": "a"', "not JSON: Expecting ',' delimiter: line 1 column 13 (char 12)"),
+        (b"hello", "not JSON: Expecting value: line 1 column 1 (char 0)"),
+        (b"[" * 9999, "not JSON: maximum recursion depth exceeded"),
+        (b"[1]", "not a JSON object but a list"),
+        (b'"text"', "not a JSON object but a string"),
+        (b"null", "not a JSON object but null"),
+        (b'{"id": 1, "url": ""}', "no field 'text'; it has id, url"),
+        (b"{}", "no field 'text'; it has none at all"),
+        (b'{"text": null}', "field 'text' holds null, not text"),
+        (b'{"text": 5}', "field 'text' holds a number, not text"),
+        (b'{"text": 5.0}', "field 'text' holds a number, not text"),
+        (b'{"text": true}', "field 'text' holds a boolean, not text"),
+        (b'{"text": ["a"]}', "field 'text' holds a list, not text"),
+        (b'{"text": {"a": 1}}', "field 'text' holds an object, not text"),
+        (b'{"text": "\xff"}', "not UTF-8 at byte 10: invalid start byte"),
+        (b'{"text": "\xc3"}', "not UTF-8 at byte 10: invalid continuation byte"),
+        (b'{"text": "\xed\xa0\x80"}', "not UTF-8 at byte 10: invalid continuation byte"),
+        (b'{"text": "%s"}' % (b"x" * LIMIT), f"too long: more than {LIMIT} bytes"),
+    ],
+)
+def test_a_bad_line_is_a_fault_at_its_byte_and_its_neighbours_are_unharmed(
+    line: bytes, reason: str
+) -> None:
+    before, after = '{"text": "é"}\r\n'.encode(), b'{"text": "z"}'
+    first, bad_record, last = read(JSONL, before + line + b"\n" + after)
+    assert first == Document("é", "u@0")
+    assert last == Document("z", f"u@{len(before) + len(line) + 1}")
+    assert isinstance(bad_record, BadRecord)
+    assert bad_record.reason.startswith(reason)
+    assert bad_record.origin == f"u@{len(before)}"
+    assert bad_record.excerpt == line.decode(errors="replace")[:200]
+
+
+def test_names_of_fields_are_told_in_a_reason_that_is_short_and_can_be_written() -> None:
+    fields = {f"\ud800{i}": i for i in range(1000)}
+    (bad_record,) = read(JSONL, json.dumps(fields).encode()[: LIMIT - 1].rsplit(b",", 1)[0] + b"}")
+    assert isinstance(bad_record, BadRecord)
+    assert bad_record.reason.startswith("no field 'text'; it has ?0, ?1, ?2")
+    assert len(bad_record.reason.encode()) < 300
+
+
+def test_lines_may_be_blank_or_end_in_any_way_and_begin_with_a_byte_order_mark() -> None:
+    content = b'\xef\xbb\xbf{"text": "a"}\r\n\r\n  \t\n{"text": "\\ud83d\\ude00"}\n\n{"text": ""}'
+    assert read(JSONL, content) == [
+        Document("a", "u@0"),
+        Document("😀", "u@24"),
+        Document("", "u@50"),
+    ]
+    assert read(JSONL, b"\xef\xbb\xbf\n") == read(JSONL, b"") == read(JSONL, b"\n") == []
+
+
+def test_text_is_read_byte_for_byte_and_blank_pieces_are_no_records() -> None:
+    content = "\ufeff--a\r\nb\rc\n\x00 é--\n -- --z\ufeff--".encode()
+    assert read(SeparatedText("--", LIMIT), content) == [
+        Document("a\r\nb\rc\n\x00 é", "u@5"),
+        Document("z\ufeff", "u@25"),
+    ]
+
+
+def test_bad_text_is_a_fault_at_its_byte_and_its_neighbours_are_unharmed() -> None:
+    content = b"a--b\xff--" + b"c" * (LIMIT + 1) + b"--d"
+    assert read(SeparatedText("--", LIMIT), content) == [
+        Document("a", "u@0"),
+        BadRecord("not UTF-8 at byte 1: invalid start byte", "u@3", "b\ufffd"),
+        BadRecord(f"too long: more than {LIMIT} bytes", "u@7", "c" * 200),
+        Document("d", f"u@{LIMIT + 10}"),
+    ]
+
+
+def test_a_whole_text_file_is_one_record_of_the_share_that_it_begins_in() -> None:
+    content = "\ufeffa\r\n\ufeffb\n".encode()
+    form = TextFile(LIMIT)
+    assert read(form, content, Share(0, 1, 10)) == [Document("a\r\n\ufeffb\n", "u")]
+    assert read(form, content, Share(1, 10, 10)) == read(form, content, Share(0, 0, 10)) == []
+    assert read(form, b"") == [Document("", "u")]
+    assert read(form, b"a\xff") == [
+        BadRecord("not UTF-8 at byte 1: invalid start byte", "u", "a\ufffd")
+    ]
+    assert read(form, b"x" * LIMIT) == [Document("x" * LIMIT, "u")]
+    too_long = BadRecord(f"too long: more than {LIMIT} bytes", "u", "x" * 200)
+    assert read(form, b"x" * (LIMIT + 1)) == [too_long]
+
+
+@pytest.mark.parametrize("mark", [b"\n", b"<|end|>"])
+def test_a_line_that_is_far_too_long_is_passed_in_bounded_memory(mark: bytes) -> None:
+    file = io.BytesIO(b"x" * 50_000_000 + mark + b"y")
+    tracemalloc.start()
+    found = list(pieces(file, mark, range(51_000_000), LIMIT))
+    inside = list(pieces(file, mark, range(1_000_000, 51_000_000), LIMIT))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert [start for start, _, _ in found] == [0, 50_000_000 + len(mark)]
+    assert inside == found[1:]
+    assert peak < 2_000_000
+
+
+def test_nothing_is_read_on_when_a_share_lies_within_one_record() -> None:
+    file = io.BytesIO(b"x" * 50_000_000 + b"\n")
+    assert list(pieces(file, b"\n", range(1_000_000, 2_000_000), LIMIT)) == []
+    assert file.tell() < 3_000_000
+
+
+def test_python_files_are_decoded_as_they_declare() -> None:
+    latin = "# coding: latin-1\ns = 'é'\r\n"
+    assert read(PythonFile(), latin.encode("latin-1")) == [Document(latin, "u")]
+    assert read(PythonFile(), b"\xef\xbb\xbfs = '\xc3\xa9'\n") == [Document("s = 'é'\n", "u")]
+
+
+@pytest.mark.parametrize(
+    ("content", "details"),
+    [
+        (b"s = '\xe9'\n", "invalid or missing encoding declaration"),
+        (b"#\n#\ns = '\xe9'\n", "'utf-8' codec can't decode byte 0xe9"),
+        (b"# coding: no-such\n", "unknown encoding: no-such"),
+        (b"# coding: hex\n", "'hex' is not a text encoding"),
+        (b"# coding: ascii\n'\xc3\xa9'\n", "'ascii' codec can't decode byte"),
+    ],
+)
+def test_a_python_file_in_another_encoding_than_it_declares_is_a_fault(
+    content: bytes, details: str
+) -> None:
+    (bad_record,) = read(PythonFile(), content)
+    assert isinstance(bad_record, BadRecord)
+    assert bad_record.reason.startswith(f"not in the encoding that it declares: {details}")
+    assert bad_record[1:] == ("u", content.decode(errors="replace"))
+
+
+@pytest.mark.parametrize(
+    "kind", [*formats.TEXT[:-1], pa.dictionary(pa.int32(), pa.string())], ids=str
+)
+def test_a_column_holds_text_in_any_of_arrows_types(kind: pa.DataType) -> None:
+    content = parquet({"text": pa.array(["a", "é", "a"]).cast(kind), "id": [1, 2, 3]})
+    assert read(PARQUET, content) == [
+        Document("a", "u#0"),
+        Document("é", "u#1"),
+        Document("a", "u#2"),
+    ]
+
+
+def test_a_bad_value_is_a_fault_at_its_row_and_its_neighbours_are_unharmed() -> None:
+    values = pa.array([b"a", b"b\xff", None, "\ufeffd".encode()]).view(pa.string())
+    assert read(PARQUET, parquet({"text": values}, row_group_size=2)) == [
+        Document("a", "u#0"),
+        BadRecord("not UTF-8 at byte 1: invalid start byte", "u#1", "b\ufffd"),
+        BadRecord("field 'text' holds null, not text", "u#2"),
+        Document("d", "u#3"),
+    ]
+
+
+def test_a_table_without_any_text_is_one_of_nulls() -> None:
+    null = "field 'text' holds null, not text"
+    content = parquet({"text": [None, None]})
+    assert read(PARQUET, content) == [BadRecord(null, "u#0"), BadRecord(null, "u#1")]
+    assert read(PARQUET, parquet({"text": []})) == []
+
+
+def test_a_column_that_is_missing_or_holds_no_text_is_an_error_of_the_settings() -> None:
+    with pytest.raises(
+        ValueError, match=r"^data\.sources\.books\.text_field='text': u has no such field; it has i"
+    ):
+        read(PARQUET, parquet({"id": [1], "body": ["a"]}))
+    with pytest.raises(
+        ValueError,
+        match=r"^data\.sources\.books\.text_field='text': u holds list<.*> there; choose a column",
+    ):
+        read(PARQUET, parquet({"text": [["a"]]}))
+
+
+@pytest.mark.parametrize("byte", [5, 500, 1500, -6, -1])
+def test_a_damaged_table_is_an_error_that_names_it(byte: int) -> None:
+    content = bytearray(parquet({"text": [str(i) for i in range(999)]}, write_page_checksum=True))
+    content[byte] ^= 255
+    with pytest.raises(ShardError, match=r"^u: damaged, Parquet cannot be read \(.*\); mend it or"):
+        read(PARQUET, bytes(content))
+
+
+class CountingFile(io.BytesIO):
+    """Counts the bytes that are read from it."""
+
+    def __init__(self, content: bytes) -> None:
+        super().__init__(content)
+        self.count = 0
+
+    def read(self, size: int | None = -1) -> bytes:
+        content = super().read(size)
+        self.count += len(content)
+        return content
+
+
+def random_table(rows: int, **options: Any) -> tuple[list[str], bytes]:
+    texts = [format(i * 2654435761 % 2**64, "b") * 9 for i in range(rows)]
+    table = {"text": texts, "other": texts[::-1]}
+    return texts, parquet(table, compression="none", use_dictionary=False, **options)
+
+
+def test_of_a_table_only_the_row_groups_and_the_column_of_the_share_are_read() -> None:
+    texts, content = random_table(2000, row_group_size=100)
+    file = CountingFile(content)
+    share = Share(len(content) // 2, len(content), len(content), resume=1650)
+    items = list(PARQUET.records(file, "u", share))
+    assert [(record.text, after) for record, after in items] == [  # type: ignore[union-attr]
+        (text, row + 1) for row, text in enumerate(texts) if row >= 1650
+    ]
+    footer = 64 << 10
+    assert sum(map(len, texts[1600:])) < file.count < sum(map(len, texts[1600:])) * 1.1 + footer
+
+
+def lanes_of(form: Format, content: bytes, lanes: int) -> tuple[list[Iterator[Any]], list[Any]]:
+    files = [CountingFile(content) for _ in range(lanes)]
+    borders = [len(content) * lane // lanes for lane in range(lanes + 1)]
+    shares = [Share(start, stop, len(content)) for start, stop in pairwise(borders)]
+    return [form.records(f, "u", s) for f, s in zip(files, shares, strict=True)], files
+
+
+def test_a_row_group_is_decoded_once_for_all_lanes_that_are_in_it() -> None:
+    texts, content = random_table(4000, row_group_size=4000)
+    form = Parquet("text", "books")
+    lanes, files = lanes_of(form, content, 8)
+    found: list[list[str]] = [[] for _ in lanes]
+    for _ in range(500):
+        for lane, texts_of_lane in zip(lanes, found, strict=True):
+            texts_of_lane.append(next(lane)[0].text)
+    assert list(chain(*found)) == texts
+    assert sum(file.count for file in files) < sum(map(len, texts)) * 1.1 + 8 * (64 << 10)
+    for lane in lanes:
+        assert next(lane, None) is None
+    assert not form._groups._groups, "a row group that nobody reads is let go"
+
+
+def test_threads_that_enter_a_row_group_together_decode_it_once() -> None:
+    texts, content = random_table(4000, row_group_size=4000)
+    lanes, files = lanes_of(Parquet("text", "books"), content, 8)
+    found: list[list[str]] = [[] for _ in lanes]
+    together = Barrier(8)
+
+    def run(number: int) -> None:
+        together.wait()
+        found[number].append(next(lanes[number])[0].text)
+        together.wait()
+        found[number].extend(record.text for record, _ in lanes[number])
+
+    threads = [Thread(target=run, args=[number]) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert list(chain(*found)) == texts
+    assert sum(file.count for file in files) < sum(map(len, texts)) * 1.1 + 8 * (64 << 10)
+
+
+def test_what_is_wrong_with_the_file_itself_passes_through_arrow_as_it_is(tmp_path: Path) -> None:
+    (path := tmp_path / "a").write_bytes(random_table(500)[1])
+
+    class Lost(io.FileIO):
+        def readinto(self, buffer: Any) -> int:  # noqa: ARG002 - the signature of its kind
+            raise ShardError("gone")
+
+    with io.BufferedReader(Lost(path)) as file, pytest.raises(ShardError, match=r"^gone$"):
+        list(PARQUET.records(file, "u", Share(0, 1, 1)))

@@ -1,0 +1,144 @@
+"""The packed backend equals the dense definition, in value and gradient, on any input."""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import phd.attention.tiles
+from phd.attention.attend import attend
+from phd.config import Backend
+from phd.pattern import Pattern
+
+Layout = Literal["contiguous", "token_major", "equal_copies"]
+Upstream = Literal["random", "token_major", "all_ones"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One attention problem; the gradient fed into it is `upstream`."""
+
+    pattern: Pattern
+    T: int
+    Q: int
+    B: int = 2
+    G: int = 2
+    heads_per_group: int = 2
+    H: int = 4
+    spread: float = 1.0
+    layout: Layout = "contiguous"
+    upstream: Upstream = "random"
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    pattern = draw(st.from_type(Pattern))
+    return Case(
+        pattern,
+        T=draw(st.integers(1, 130)),
+        Q=draw(st.sampled_from([1, pattern.K])),
+        B=draw(st.integers(1, 2)),
+        G=draw(st.integers(1, 2)),
+        heads_per_group=draw(st.integers(1, 3)),
+        H=draw(st.sampled_from([2, 3, 8])),
+        spread=draw(st.sampled_from([1.0, 1000.0])),
+        layout=draw(st.sampled_from(get_args(Layout))),
+        upstream=draw(st.sampled_from(get_args(Upstream))),
+    )
+
+
+def arranged(x: Tensor, layout: Layout) -> Tensor:
+    """x (B, heads, copies, T, H) as a model hands it over: other strides, or copies still equal."""
+    match layout:
+        case "contiguous":
+            return x
+        case "token_major":
+            return x.transpose(1, 3).contiguous().transpose(1, 3)
+        case "equal_copies":
+            return x[:, :, :1].expand_as(x)
+
+
+def leaves(case: Case, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    """q, k, v."""
+    N, K = case.G * case.heads_per_group, case.pattern.K
+    shapes = [(N, case.Q), (case.G, K), (case.G, K)]
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(case.B, heads, copies, case.T, case.H, dtype=dtype, generator=generator)
+        for heads, copies in shapes
+    )
+    return [x.requires_grad_() for x in (q * case.spread, k, v)]
+
+
+def solve(case: Case, backend: Backend, qkv: list[Tensor]) -> tuple[Tensor, ...]:
+    """(out, dq, dk, dv)."""
+    q, k, v = (arranged(x, case.layout) for x in qkv)
+    out = attend(q, k, v, case.pattern, backend)
+    weight = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
+    match case.upstream:
+        case "random":
+            total = (out * weight.sin()).sum()
+        case "token_major":
+            total = (out.transpose(1, 3) * weight.view_as(out.transpose(1, 3))).sum()
+        case "all_ones":
+            total = out.sum()
+    return out, *torch.autograd.grad(total, qkv)
+
+
+@settings(derandomize=True, deadline=None, max_examples=250)
+@given(case=cases(), at_once=st.sampled_from([1, 10_000, phd.attention.tiles.SCORES_AT_ONCE]))
+def test_packed_equals_the_dense_definition(case: Case, at_once: int) -> None:
+    qkv = leaves(case)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(phd.attention.tiles, "SCORES_AT_ONCE", at_once)
+        packed = solve(case, "packed", qkv)
+    reference = solve(case, "reference", qkv)
+    for name, ours, expected in zip(("out", "dq", "dk", "dv"), packed, reference, strict=True):
+        atol = 1e-12 * case.spread**2  # scores round as they grow, and dk grows again with q
+        torch.testing.assert_close(ours, expected, rtol=1e-9, atol=atol, msg=f"{name}: {{}}".format)
+
+
+@pytest.mark.parametrize("Q", [1, 3])
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        Pattern("flat", K=3),
+        Pattern("hidden", K=3),
+        Pattern("hidden", K=3, window=3, chunk_tokens=2),
+    ],
+)
+def test_packed_gradients_are_those_of_finite_differences(pattern: Pattern, Q: int) -> None:
+    qkv = leaves(Case(pattern, T=5, Q=Q, B=1, G=1, H=2))
+    assert torch.autograd.gradcheck(lambda q, k, v: attend(q, k, v, pattern, "packed"), qkv)
+
+
+@pytest.mark.parametrize("pattern", [Pattern("flat", K=3), Pattern("hidden", K=3, window=9)])
+@pytest.mark.parametrize("Q", [1, 3])
+def test_packed_in_bfloat16_errs_by_bfloat16s_rounding_alone(pattern: Pattern, Q: int) -> None:
+    case = Case(pattern, T=100, Q=Q, H=8)
+    rounded = [x.detach().requires_grad_() for x in leaves(case, torch.bfloat16)]
+    exact = [x.detach().double().requires_grad_() for x in rounded]
+    packed, reference = solve(case, "packed", rounded), solve(case, "reference", exact)
+    for ours, expected in zip(packed, reference, strict=True):
+        assert ours.dtype == torch.bfloat16
+        assert (ours - expected).abs().max() < 2e-2 * expected.abs().max()
+
+
+def test_autocast_does_not_reach_into_the_packed_backend() -> None:
+    case = Case(Pattern("hidden", K=3, window=9), T=40, Q=3)
+    qkv = leaves(case, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        under = solve(case, "packed", qkv)
+    for ours, expected in zip(under, solve(case, "packed", qkv), strict=True):
+        assert torch.equal(ours, expected)
+
+
+def test_auto_is_packed() -> None:
+    case = Case(Pattern("hidden", K=3, window=9), T=40, Q=3)
+    qkv = leaves(case)
+    for ours, expected in zip(solve(case, "auto", qkv), solve(case, "packed", qkv), strict=True):
+        assert torch.equal(ours, expected)

@@ -1,0 +1,188 @@
+"""On a GPU, every backend and the whole model compute what they compute on the CPU."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from phd.attention.attend import attend
+from phd.config import Backend, ModelConfig
+from phd.model import Transformer
+from phd.pattern import Pattern
+from phd.segments import Segments
+
+pytestmark = [
+    pytest.mark.skipif(
+        not torch.cuda.is_available(), reason="needs an NVIDIA GPU and a CUDA build of torch"
+    ),
+    # What torch.compile says of its own code, and of settings that these tests chose.
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is dep:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:linear_cross_entropy. forcing allow_retain:UserWarning"),
+    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode is a proto:UserWarning"),
+]
+
+PATTERNS = {
+    "causal": Pattern("causal"),
+    "naive_repeat": Pattern("flat", K=2),
+    "phd": Pattern("hidden", K=3),
+    "phd_swa": Pattern("hidden", K=2, window=16),
+    "phd_swa-long": Pattern("hidden", K=3, window=1000),
+    "phd_cswa": Pattern("hidden", K=3, window=16, chunk_tokens=16),
+    "phd_cswa-token": Pattern("hidden", K=4, window=20, chunk_tokens=50, span_unit="token"),
+}
+patterns = pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS)
+last_copy_only = pytest.mark.parametrize("last_copy_only", [False, True])
+# Errors allowed, as a share of the largest value: some units in the last place of each dtype.
+TOLERANCE = {torch.bfloat16: 3e-2, torch.float16: 4e-3, torch.float32: 1e-4}
+B, N, G, T, H = 2, 4, 2, 300, 64
+STARTS = torch.tensor([[0] + [1] * 129 + [130] * 170, [0] * 256 + [256] * 43 + [299]])
+
+
+@pytest.fixture(autouse=True)
+def compiled_afresh() -> None:
+    """Forgets the kernels of the test before: torch compiles one function only so many times."""
+    torch.compiler.reset()
+
+
+def check(
+    backend: Backend,
+    dtype: torch.dtype,
+    pattern: Pattern,
+    last_copy_only: bool,
+    segments: Segments | None = None,
+) -> None:
+    """Output and gradients on the GPU against the dense definition in float64 on the CPU."""
+    Q, K = 1 if last_copy_only else pattern.K, pattern.K
+    shapes = [(B, N, Q, T, H), (B, G, K, T, H), (B, G, K, T, H), (B, N, Q, T, H)]
+    rounded = [torch.randn(shape).to(dtype) for shape in shapes]
+
+    def solve(backend: Backend, tensors: list[Tensor]) -> tuple[Tensor, ...]:
+        *qkv, dout = tensors
+        q, k, v = (x.requires_grad_() for x in qkv)
+        here = None if segments is None else segments.to(q.device)
+        out = attend(q, k, v, pattern, backend, here)
+        return out, *torch.autograd.grad(out, (q, k, v), dout)
+
+    found = solve(backend, [x.cuda() for x in rounded])
+    expected = solve("reference", [x.double() for x in rounded])
+    for name, ours, exact in zip(("out", "dq", "dk", "dv"), found, expected, strict=True):
+        assert ours.dtype == dtype
+        error = (ours.cpu().double() - exact).abs().max() / exact.abs().max()
+        assert error < TOLERANCE[dtype], name
+
+
+@patterns
+@last_copy_only
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_packed_equals_the_dense_definition_on_cuda(
+    dtype: torch.dtype, pattern: Pattern, last_copy_only: bool
+) -> None:
+    check("packed", dtype, pattern, last_copy_only)
+
+
+@patterns
+@last_copy_only
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_flex_equals_the_dense_definition_on_cuda(
+    dtype: torch.dtype, pattern: Pattern, last_copy_only: bool
+) -> None:
+    check("flex", dtype, pattern, last_copy_only)
+
+
+@patterns
+@last_copy_only
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_packed_documents_equal_the_dense_definition_on_cuda(
+    dtype: torch.dtype, pattern: Pattern, last_copy_only: bool
+) -> None:
+    check("packed", dtype, pattern, last_copy_only, Segments.of(STARTS))
+
+
+@pytest.mark.parametrize("head_dim", [64, 20])
+def test_documents_of_one_token_each_run_on_cuda(head_dim: int) -> None:
+    segments = Segments.of(torch.arange(9).expand(2, 9)).to("cuda")
+    q, k, v = (
+        torch.randn(2, heads, 1, 9, head_dim, device="cuda", dtype=torch.bfloat16)
+        for heads in (N, G, G)
+    )
+    out = attend(q, k, v, Pattern("causal"), "packed", segments)
+    assert torch.equal(out, v.repeat_interleave(N // G, 1))
+
+
+@patterns
+@last_copy_only
+def test_flex_documents_equal_the_dense_definition_on_cuda(
+    pattern: Pattern, last_copy_only: bool
+) -> None:
+    check("flex", torch.float32, pattern, last_copy_only, Segments.of(STARTS))
+
+
+def test_documents_do_not_make_the_host_wait_for_the_device() -> None:
+    segments, pattern = Segments.of(STARTS), Pattern("hidden", K=3, window=16, chunk_tokens=16)
+    shapes = [(B, heads, 3, T, H) for heads in (N, G, G)]
+    q, k, v = (
+        torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        for shape in shapes
+    )
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        out = attend(q, k, v, pattern, "packed", segments.to("cuda"))
+        torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+SETTINGS: dict[str, Any] = {"K": 3, "layers": 3, "dim": 128, "head_dim": 32, "vocab_size": 512}
+
+
+def loss_and_gradients(
+    model: Transformer, rows: Tensor, segments: Segments | None = None
+) -> list[Tensor]:
+    total = model.loss(rows[:, :-1], rows[:, 1:], segments=segments).total
+    return [total, *torch.autograd.grad(total, list(model.parameters()))]
+
+
+@pytest.mark.parametrize("backend", ["packed", "flex"])
+def test_a_training_step_under_autocast_is_close_to_float32s_on_the_cpu(backend: Backend) -> None:
+    model = Transformer(ModelConfig(**SETTINGS, attention=backend)).reset(0)
+    rows = torch.randint(0, 512, (2, 201))
+    plain = Transformer(ModelConfig(**SETTINGS)).reset(0)
+    expected = loss_and_gradients(plain, rows)
+    model.cuda()
+    with torch.autocast("cuda", torch.bfloat16):
+        found = loss_and_gradients(model, rows.cuda())
+    assert found[0].dtype == torch.float32
+    for ours, exact in zip(found, expected, strict=True):
+        assert (ours.cpu() - exact).norm() < 5e-2 * exact.norm()
+
+
+def test_the_compiled_step_equals_the_eager_one() -> None:
+    model = Transformer(ModelConfig(**SETTINGS)).reset(0).cuda()
+    rows = torch.randint(0, 512, (2, 201), device="cuda")
+    expected = loss_and_gradients(model, rows)
+    model.compile()
+    torch.testing.assert_close(loss_and_gradients(model, rows), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_the_compiled_step_over_documents_equals_the_eager_one() -> None:
+    model = Transformer(ModelConfig(**SETTINGS)).reset(0).cuda()
+    rows = torch.randint(0, 512, (2, T + 1), device="cuda")
+    segments = Segments.of(STARTS).to("cuda")
+    expected = loss_and_gradients(model, rows, segments)
+    model.compile()
+    found = loss_and_gradients(model, rows, segments)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_weights_drawn_on_the_gpu_are_those_drawn_on_the_cpu() -> None:
+    with torch.device("cuda"):
+        model = Transformer(ModelConfig(**SETTINGS)).reset(0)
+    expected = Transformer(ModelConfig(**SETTINGS)).reset(0).state_dict()
+    for name, weight in model.state_dict().items():
+        assert weight.is_cuda
+        assert torch.equal(weight.cpu(), expected[name]), name

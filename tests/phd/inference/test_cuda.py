@@ -1,0 +1,121 @@
+"""On a GPU, decoding equals the full forward pass, without waiting for the device."""
+
+from dataclasses import replace
+from typing import Any, get_args
+
+import pytest
+import torch
+
+from phd.config import ModelConfig, Variant
+from phd.inference.cached_attention import attend_places
+from phd.inference.cuda_graph import Decoder
+from phd.inference.prefill import decode, extend, prefill
+from phd.model import Transformer
+
+pytestmark = [
+    pytest.mark.skipif(
+        not torch.cuda.is_available(), reason="needs an NVIDIA GPU and a CUDA build of torch"
+    ),
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode is a proto:UserWarning"),
+]
+variants = pytest.mark.parametrize("variant", get_args(Variant))
+SMALL = ModelConfig(
+    window=16,
+    chunk=32,
+    layers=3,
+    dim=128,
+    ffn_dim=256,
+    heads=4,
+    kv_heads=2,
+    head_dim=64,
+    vocab_size=257,
+    max_seq_len=600,
+)
+
+
+def model_of(variant: Variant, **others: Any) -> Transformer:
+    K = 1 if variant == "vanilla" else 3
+    return Transformer(replace(SMALL, **{"variant": variant, "K": K, **others})).reset(0).cuda()
+
+
+def tokens_of(rows: int, tokens: int) -> torch.Tensor:
+    dice = torch.Generator().manual_seed(0)
+    return torch.randint(0, SMALL.vocab_size, (rows, tokens), generator=dice).cuda()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 4, 300])
+def test_the_kernel_for_few_queries_equals_attention(dtype: torch.dtype, rows: int) -> None:
+    q, k, v = (torch.randn(2, n, m, 96, device="cuda") for n, m in ((4, rows), (2, 999), (2, 999)))
+    q, k, v = (x.to(dtype) for x in (q, k, v))
+    seen = torch.randint(1, 1000, (2, rows), device="cuda")
+    for limit in (seen, None):
+        out, lse = attend_places(q, k, v, limit)
+        scores = q.double() @ k.double().repeat_interleave(2, 1).mT * 96**-0.5
+        if limit is not None:
+            hidden = torch.arange(999, device="cuda") >= limit[:, None, :, None]
+            scores = scores.masked_fill(hidden, -torch.inf)
+        exact = scores.softmax(-1) @ v.double().repeat_interleave(2, 1)
+        tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-5
+        torch.testing.assert_close(out.double(), exact, rtol=0, atol=tolerance)
+        torch.testing.assert_close(lse.double(), scores.logsumexp(-1), rtol=0, atol=10 * tolerance)
+
+
+@torch.no_grad()
+@variants
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_graph_decodes_what_the_full_forward_gives(variant: Variant, compiled: bool) -> None:
+    torch.compiler.reset()
+    model, tokens = model_of(variant), tokens_of(2, 330)
+    full = model.logits(tokens)
+    lengths = [250, 239]
+    # It grows on the way, and is captured again.
+    _, cache = prefill(model, tokens[:, :250], lengths, piece=100, capacity=255)
+    decoder = Decoder(model, cache, compiled=compiled)
+    for _ in range(70):
+        logits = decoder(torch.stack([tokens[row, n] for row, n in enumerate(lengths)]))
+        expected = torch.stack([full[row, n] for row, n in enumerate(lengths)])
+        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-3)
+        lengths = [n + 1 for n in lengths]
+    assert cache.host_lengths == cache.lengths.tolist() == lengths
+
+
+@torch.no_grad()
+@variants
+def test_several_tokens_at_once_are_those_one_by_one(variant: Variant) -> None:
+    model, tokens = model_of(variant), tokens_of(2, 300)
+    full = model.logits(tokens)
+    _, cache = prefill(model, tokens[:, :200])
+    logits = extend(model, tokens[:, 200:240], cache, [40, 17], keep=10)
+    torch.testing.assert_close(logits[0], full[0, 230:240], rtol=0, atol=1e-3)
+    torch.testing.assert_close(logits[1], full[1, 207:217], rtol=0, atol=1e-3)
+
+
+@torch.no_grad()
+@variants
+def test_the_host_does_not_wait_for_a_decoded_token(variant: Variant) -> None:
+    model, tokens = model_of(variant), tokens_of(2, 40)
+    _, cache = prefill(model, tokens, capacity=100)
+    decode(model, tokens[:, 0], cache)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for n in range(5):
+            decode(model, tokens[:, n], cache)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@torch.no_grad()
+@variants
+def test_half_precision_is_near(variant: Variant) -> None:
+    model, tokens = model_of(variant), tokens_of(2, 60)
+    full = model.logits(tokens)
+    with torch.autocast("cuda", torch.bfloat16):
+        _, cache = prefill(model, tokens[:, :40], capacity=60)
+        decoder = Decoder(model, cache)
+        for n in range(40, 60):
+            off = (decoder(tokens[:, n]).float() - full[:, n]).abs().max()
+            assert off < 0.1 * full.std()

@@ -1,0 +1,194 @@
+"""A process that hangs writes every thread's stack and ends, whatever it hangs in."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from time import monotonic
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+
+START = """
+import ctypes, sys
+from pathlib import Path
+from time import sleep
+from train.distributed import watchdog
+watchdog.LINGER_S = 0.5
+guarded = watchdog.Watchdog(Path(sys.argv[1]), 3, float(sys.argv[2]))
+"""
+
+SLEEP = """
+def hang_here():
+    sleep(60)
+with guarded:
+    hang_here()
+"""
+
+LOCKED = """
+def hang_here():
+    ctypes.PyDLL(None).sleep(60)
+with guarded:
+    hang_here()
+"""
+
+LEAVE = """
+with guarded:
+    guarded.leave_within(0.5)
+    guarded.leave_within(60)
+    while True:
+        guarded.pet()
+        sleep(0.1)
+"""
+
+ON_TIME = """
+with guarded:
+    for _ in range(6):
+        guarded.pet()
+        sleep(0.25)
+sleep(1.7)
+print("done")
+"""
+
+LATE = """
+with guarded:
+    sleep(0.7)
+    guarded.pet()
+    sleep(60)
+"""
+
+FAILING = """
+with guarded:
+    1 / 0
+"""
+
+
+def start(script: str, directory: Path, step_timeout: float) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", START + script, str(directory), str(step_timeout)],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def stacks(directory: Path, rank: int = 3) -> str:
+    return (directory / "stacks" / f"rank_{rank}.txt").read_text()
+
+
+@pytest.mark.parametrize(("script", "dumps"), [(SLEEP, 2), (LOCKED, 1)], ids=["free", "locked"])
+def test_a_hanging_process_writes_where_it_hangs_and_ends(
+    script: str, dumps: int, tmp_path: Path
+) -> None:
+    process = start(script, tmp_path, 0.5)
+    began = monotonic()
+    _, told = process.communicate(timeout=20)
+    assert process.returncode == 1
+    assert monotonic() - began < 10
+    text = stacks(tmp_path)
+    assert text.count("in hang_here") == dumps
+    assert f"rank 3, process {process.pid} on {socket.gethostname()} started" in text
+    if dumps == 2:  # Python could tell more
+        for said in (text, told):
+            assert f"process {process.pid} on {socket.gethostname()}" in said
+            assert "no step for 0.5 s" in said
+
+
+def test_who_has_to_leave_is_not_kept_by_more_steps(tmp_path: Path) -> None:
+    process = start(LEAVE, tmp_path, 60)
+    process.communicate(timeout=20)
+    assert process.returncode == 1
+    text = stacks(tmp_path)
+    assert text.count("has 0.5 s to leave") == 1
+    assert "not gone 0.5 s after it had to leave" in text
+
+
+def test_steps_on_time_and_what_comes_afterwards_are_left_alone(tmp_path: Path) -> None:
+    process = start(ON_TIME, tmp_path, 1.0)
+    assert process.communicate(timeout=20) == ("done\n", "")
+    assert process.returncode == 0
+    assert not (tmp_path / "stacks").exists()
+
+
+def test_a_step_that_comes_too_late_changes_nothing(tmp_path: Path) -> None:
+    process = start(LATE, tmp_path, 0.4)
+    process.communicate(timeout=10)
+    assert process.returncode == 1
+
+
+def test_an_error_is_no_hang_and_stacks_of_earlier_starts_stay(tmp_path: Path) -> None:
+    start(SLEEP, tmp_path, 0.2).communicate(timeout=20)
+    before = stacks(tmp_path)
+    process = start(FAILING, tmp_path, 60)
+    _, told = process.communicate(timeout=20)
+    assert "ZeroDivisionError" in told
+    assert stacks(tmp_path) == before
+    start(SLEEP, tmp_path, 0.2).communicate(timeout=20)
+    assert stacks(tmp_path).startswith(before)
+    assert stacks(tmp_path).count("started") == 2
+
+
+PEERS = """
+import os, sys, torch, torch.distributed as dist
+from pathlib import Path
+from time import sleep
+from train.distributed import watchdog
+watchdog.LINGER_S = 1.0
+directory, rank, port = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+store = dist.TCPStore("127.0.0.1", port, 3, rank == 0)
+dist.init_process_group("gloo", store=store, rank=rank, world_size=3)
+def exchange():
+    dist.all_reduce(torch.ones(1))
+with watchdog.Watchdog(directory, rank, 1.5 + 0.3 * rank) as guarded:
+    exchange()
+    guarded.pet()
+    print("ready", flush=True)
+    sleep(0.5)
+    exchange()
+"""
+
+
+def test_ranks_that_wait_for_a_stopped_one_all_write_where_before_the_first_ends(
+    tmp_path: Path,
+) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    groups = [
+        subprocess.Popen(
+            [sys.executable, "-c", PEERS, str(tmp_path), str(rank), str(port)],
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(3)
+    ]
+    try:
+        for process in groups:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+        groups[2].send_signal(signal.SIGSTOP)
+        for process in groups[:2]:
+            process.communicate(timeout=20)
+            assert process.returncode != 0
+        for rank in (0, 1):
+            text = stacks(tmp_path, rank)
+            assert "no step for" in text
+            assert "in exchange" in text
+    finally:
+        for process in groups:
+            process.kill()
+            process.communicate()
+
+
+def test_a_file_that_cannot_be_written_is_an_error_at_the_start(tmp_path: Path) -> None:
+    (tmp_path / "stacks").touch()
+    process = start(SLEEP, tmp_path, 60)
+    _, told = process.communicate(timeout=20)
+    assert process.returncode == 1
+    assert "FileExistsError" in told

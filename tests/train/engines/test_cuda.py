@@ -1,0 +1,59 @@
+"""On a GPU a step is the CPU's, does not make the host wait, and is skipped where it is bad."""
+
+import pytest
+import torch
+
+from train.compose import load
+from train.config import Config
+from train.distributed.process_groups import ProcessGroups
+from train.engines.engine import Limits, Rows
+from train.engines.fsdp import FsdpEngine
+
+pytestmark = [
+    pytest.mark.skipif(
+        not torch.cuda.is_available(), reason="needs an NVIDIA GPU and a CUDA build of torch"
+    ),
+    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode is a proto:UserWarning"),
+]
+ROWS = torch.randint(0, 320, (4, 65), generator=torch.Generator().manual_seed(1))
+
+
+def config_on(device: str, *others: str) -> Config:
+    small = ("data=files", "data.sources.files.paths=unread.jsonl", "data.lanes=1", "model.K=3")
+    steps = ("train.max_steps=9", "train.global_batch=4", "train.micro_batch=2", "train.seq_len=64")
+    shape = ("model.vocab_size=320", "hooks=quiet", "hooks.sample.tokens=4")
+    return load([*small, *steps, *shape, f"engine.device={device}", *others])
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "full", "selective"])
+def test_steps_are_those_of_the_cpu(checkpointing: str) -> None:
+    others = (f"engine.activation_checkpointing={checkpointing}", "engine.precision=bf16")
+    engines = [
+        FsdpEngine(config_on("cuda", *others), ProcessGroups()),
+        FsdpEngine(config_on("cpu"), ProcessGroups()),
+    ]
+    for _ in range(3):
+        ours, exact = (engine.step(Rows(ROWS), 1e-3) for engine in engines)
+        assert ours.loss.item() == pytest.approx(exact.loss.item(), rel=1e-2)
+        assert ours.grad_norm.item() == pytest.approx(exact.grad_norm.item(), rel=3e-2)
+
+
+def test_a_step_does_not_make_the_host_wait() -> None:
+    engine = FsdpEngine(config_on("cuda"), ProcessGroups())
+    engine.step(Rows(ROWS), 1e-3)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        engine.step(Rows(ROWS), 1e-3, Limits(loss=100.0))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_bad_step_changes_no_bit() -> None:
+    engine = FsdpEngine(config_on("cuda"), ProcessGroups())
+    engine.step(Rows(ROWS), 1e-3)
+    held = [(x, x.clone()) for tensors in engine._tensors() for x in tensors.values()]
+    for limits in (Limits(loss=0.1), Limits(grad_norm=1e-6)):
+        assert not engine.step(Rows(ROWS), 1e-3, limits).applied
+        assert all(torch.equal(x, before) for x, before in held)

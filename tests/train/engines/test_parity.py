@@ -1,0 +1,162 @@
+"""Every engine trains the same model: ten steps on four ranks equal ten steps of one process."""
+
+from functools import cache
+from itertools import product
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from torch.distributed.tensor import DTensor
+
+from tests.train.many_ranks import run_ranks
+from tests.train.uneven import COPIES, UNEVEN
+from train.checkpoint.store import flatten
+from train.compose import load
+from train.config import Config
+from train.distributed.process_groups import ProcessGroups
+from train.engines.engine import Rows
+from train.run import open_engine
+
+WORLD, ROWS, TOKENS, VOCAB = 4, 8, 16, 61
+
+# Of the norms of these steps' gradients some are above `grad_clip` and some below.
+SMALL = (*UNEVEN, f"train.global_batch={ROWS}", "train.max_steps=10", "optim.grad_clip=2.3")
+MODELS = {
+    "vanilla": ("model=vanilla",),
+    "phd_cswa": (*COPIES, "optim.z_loss=0.01"),
+}
+FSDP = {
+    "ddp": ("engine=ddp",),
+    "fsdp": ("engine=fsdp",),
+    "hsdp": ("engine=hsdp",),
+}
+ZERO = {f"zero{stage}": ("engine=deepspeed", f"engine.stage={stage}") for stage in range(4)}
+FAMILIES = {"fsdp": FSDP, "zero": ZERO}
+MICRO_BATCH = {1: 2, 2: 1}  # by accumulation, on four ranks
+
+everywhere = pytest.mark.parametrize(
+    ("family", "engine"), [(family, name) for family, group in FAMILIES.items() for name in group]
+)
+
+
+class Training(NamedTuple):
+    """Of each step the loss, the gradient's norm and whether it was applied; the final weights."""
+
+    losses: list[float]
+    norms: list[float]
+    applied: list[bool]
+    weights: dict[str, np.ndarray]
+
+
+class Case(NamedTuple):
+    """One cell of the matrix, or one of those in half precision."""
+
+    engine: str
+    model: str
+    accumulation: int
+    settings: tuple[str, ...] = ()
+
+
+def batch(step: int) -> Rows:
+    """The global batch of a step, whose rows have from no to all of their targets."""
+    generator = torch.Generator().manual_seed(step)
+    tokens = torch.randint(0, VOCAB, (ROWS, TOKENS + 1), generator=generator)
+    share = torch.rand(ROWS, 1, generator=generator)
+    return Rows(tokens, torch.rand(ROWS, TOKENS, generator=generator) < share)
+
+
+def train(groups: ProcessGroups, config: Config) -> Training:
+    """The configured steps; the weights are those that this rank has to save."""
+    engine = open_engine(config, groups)
+    results = []
+    for step in range(config.train.max_steps):
+        rows = Rows(
+            *(None if x is None else x[groups.rank :: groups.world_size] for x in batch(step))
+        )
+        results.append(engine.step(rows, lr=0.01))
+    losses, norms, applied = ([x.item() for x in column] for column in zip(*results, strict=True))
+    weights = {
+        name: (x.full_tensor() if isinstance(x, DTensor) else x).numpy(force=True)
+        for name, x in flatten(engine.state()).items()
+        if name.startswith("model.")
+    }
+    engine.close()
+    return Training(losses, norms, applied, weights)
+
+
+def train_all(groups: ProcessGroups, configs: list[Config]) -> list[Training]:
+    return [train(groups, config) for config in configs]
+
+
+@cache
+def alone(model: str, accumulation: int = 1) -> Training:
+    micro_batch = f"train.micro_batch={ROWS // accumulation}"
+    return train(ProcessGroups(), load([*SMALL, *MODELS[model], "engine=fsdp", micro_batch]))
+
+
+@cache
+def trained(family: str) -> dict[Case, Training]:
+    """All cases of a family of engines, one after the other on the same four ranks."""
+    engines = FAMILIES[family]
+    cases = [Case(*cell) for cell in product(engines, MODELS, MICRO_BATCH)]
+    half = ("train.max_steps=1", "engine.precision=bf16")
+    cases += [Case(engine, "phd_cswa", 2, half) for engine in engines]
+    if family == "fsdp":
+        reduced = (*half, "engine.reduce=bf16")
+        cases += [Case(engine, "phd_cswa", 2, reduced) for engine in engines]
+    groups = run_ranks(WORLD, train_all, [config_of(case) for case in cases], deadline_s=300)
+    return {case: united(case, parts) for case, *parts in zip(cases, *groups, strict=True)}
+
+
+def config_of(case: Case) -> Config:
+    micro_batch = f"train.micro_batch={MICRO_BATCH[case.accumulation]}"
+    engine = (FSDP | ZERO)[case.engine]
+    return load([*SMALL, *MODELS[case.model], *engine, micro_batch, *case.settings])
+
+
+def united(case: Case, parts: list[Training]) -> Training:
+    """What the ranks found, which must be the same, with the weights that each of them has."""
+    first = parts[0]
+    assert all(part[:3] == first[:3] for part in parts), case
+    weights: dict[str, Any] = {}
+    for part in parts:
+        for name, value in part.weights.items():
+            assert np.array_equal(weights.setdefault(name, value), value), (case, name)
+    return first._replace(weights=weights)
+
+
+def check_equal(found: Training, expected: Training) -> None:
+    assert all(found.applied)
+    np.testing.assert_allclose(found.losses, expected.losses, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(found.norms, expected.norms, rtol=1e-4, atol=0)
+    assert found.weights.keys() == expected.weights.keys()
+    for name, value in expected.weights.items():
+        np.testing.assert_allclose(found.weights[name], value, rtol=0, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_one_process_takes_the_same_steps_in_two_micro_batches(model: str) -> None:
+    norms = alone(model).norms
+    assert min(norms) < 0.9 * 2.3 < 1.1 * 2.3 < max(norms)  # the premise of all tests here
+    check_equal(alone(model, accumulation=2), alone(model))
+
+
+@pytest.mark.parametrize("accumulation", MICRO_BATCH)
+@pytest.mark.parametrize("model", MODELS)
+@everywhere
+def test_four_ranks_train_what_one_does(
+    family: str, engine: str, model: str, accumulation: int
+) -> None:
+    check_equal(trained(family)[Case(engine, model, accumulation)], alone(model))
+
+
+@everywhere
+def test_gradients_have_the_same_scale_in_half_precision(family: str, engine: str) -> None:
+    cases = {c: t for c, t in trained(family).items() if c.settings and c.engine == engine}
+    assert len(cases) == (2 if family == "fsdp" else 1)
+    expected = alone("phd_cswa")
+    for case, found in cases.items():
+        assert found.losses[0] == pytest.approx(expected.losses[0], rel=1e-2), case
+        assert found.norms[0] == pytest.approx(expected.norms[0], rel=3e-2), case
+        assert found.norms[0] != pytest.approx(expected.norms[0], rel=1e-4), case

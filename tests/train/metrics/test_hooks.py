@@ -1,0 +1,373 @@
+"""What hooks measure equals what can be computed by hand."""
+
+from dataclasses import replace
+from math import log
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from data.heldout import HeldOut, heldout_rows
+from data.mixture import LaneCursor, SourceState
+from data.prefetch import never
+from data.shuffle import Cursor
+from data.source import BadRecord
+from data.sources.quarantine import Quarantine
+from data.stream import Batch, BatchStats
+from phd.flops import training_flops_per_token
+from phd.inference.cache import kv_bytes
+from train.checkpoint.store import CheckpointStore
+from train.distributed.process_groups import ProcessGroups
+from train.engines.fsdp import FsdpEngine
+from train.metrics.hooks import (
+    DataProgress,
+    Evaluation,
+    KVCost,
+    Sample,
+    SaveCheckpoint,
+    Throughput,
+    TrainingMetrics,
+    bits_per_byte,
+)
+from train.metrics.record import StepRecord
+
+CPU = torch.device("cpu")
+
+LOGGED = {
+    "train/loss",
+    "train/bits_per_byte",
+    "optim/lr",
+    "optim/grad_norm",
+    "throughput/tokens_per_s",
+    "throughput/tokens_per_s_per_device",
+    "throughput/slots_per_s",
+    "throughput/data_wait_fraction",
+    "throughput/step_s",
+    "kv/bytes_per_sequence",
+    "kv/hidden_bytes_per_sequence",
+    "kv/vanilla_bytes_per_sequence",
+    "kv/naive_repeat_bytes_per_sequence",
+    "kv/ratio_to_vanilla",
+    "memory/peak_gib",
+    "progress/tokens",
+    "progress/epoch",
+    "data/quarantined",
+    "progress/files/tokens",
+    "progress/files/epoch",
+    "progress/train_flops",
+}
+CHECKPOINT = {"checkpoint/save_s", "checkpoint/stall_s", "checkpoint/step"}
+AT_THE_END = {"eval/heldout/loss", "eval/heldout/bits_per_byte", "sample/text", *CHECKPOINT}
+
+
+LANE = LaneCursor({"files": SourceState(Cursor(epoch=3), tokens=400)}, skip=7)
+
+
+def record_of(**known: object) -> StepRecord:
+    """A record of step 10 after 1000 tokens, except for what is known."""
+    rows = np.zeros((2, 33), dtype=np.int64)
+    stats = BatchStats(64, 64, target_bytes=16, lanes={0: LANE}, reached={0: LANE})
+    batch = Batch(rows, mask=None, starts=None, stats=stats)
+    values = {"loss": torch.tensor(2.0), "grad_norm": torch.tensor(0.5), "batch": batch}
+    values |= {"step": 10, "tokens": 1000, "lr": 0.1, "train_s": 4.0, "data_wait_s": (1.0,)}
+    values |= {"batches": 10, "reading": stats, "bad_steps": {"count": 0}}
+    return StepRecord(**(values | known))
+
+
+def nats(engine: FsdpEngine, rows: torch.Tensor, mask: torch.Tensor) -> float:
+    """The summed cross-entropy of the targets that count, a target at a time."""
+    total = 0.0
+    for row, counted in zip(rows, mask, strict=True):
+        logits = engine.model.logits(row[None, :-1])[0]
+        for t in counted.nonzero().flatten():
+            total += cross_entropy(logits[t], row[t + 1]).item()
+    return total
+
+
+# Names
+
+
+def test_a_logging_step_has_the_promised_names_and_no_others(config, trained, logged) -> None:
+    run = trained(config("train.max_steps=3")).run
+    first, _, last = logged(run.directory, measured=True)
+    assert set(first) == {"step", "time"} | LOGGED
+    assert set(last) == {"step", "time"} | LOGGED | AT_THE_END
+
+
+# Training
+
+
+def test_the_training_metrics_are_the_records(config) -> None:
+    settings = config("model.K=3")
+    flops = training_flops_per_token(settings.model, settings.train.seq_len)
+    assert TrainingMetrics(settings)(record_of()) == {
+        "train/loss": 2.0,
+        "train/bits_per_byte": 2.0 * (2 * 32) / log(2) / 16,
+        "optim/lr": 0.1,
+        "optim/grad_norm": 0.5,
+        "progress/tokens": 1000,
+        "progress/train_flops": 1000 * flops,
+    }
+
+
+def test_bits_per_byte_of_uniform_bytes_is_eight() -> None:
+    assert bits_per_byte(100 * log(256), 100) == pytest.approx(8)
+
+
+def test_the_first_loss_is_that_of_the_initial_weights_on_the_first_batch(config, trained) -> None:
+    settings = config("train.max_steps=1", "model.K=3", "train.micro_batch=2")
+    done = trained(settings)
+    fresh = FsdpEngine(
+        replace(settings, train=replace(settings.train, micro_batch=None)), ProcessGroups()
+    )
+    rows = torch.from_numpy(done.record.batch.rows)
+    every = torch.ones(rows[:, 1:].shape, dtype=torch.bool)
+    expected = nats(fresh, rows, every) / every.numel()
+    assert done.metrics["train/loss"] == pytest.approx(expected, rel=1e-5)
+
+
+# Throughput
+
+
+def test_throughput_is_of_the_time_since_the_last_call(config) -> None:
+    throughput = Throughput(config("model.K=3"), CPU, 128, ProcessGroups())
+    throughput(record_of(tokens=256, train_s=1.0, data_wait_s=(0.5,)))
+    metrics = throughput(record_of(tokens=128 * 6, train_s=3.0, data_wait_s=(1.0,)))
+    warning = metrics.pop("throughput/warning")
+    assert "waited for data 25% of the time; raise data.workers=1" in str(warning)
+    assert metrics.pop("memory/peak_gib") > 0
+    assert metrics == {
+        "throughput/tokens_per_s": 256.0,
+        "throughput/tokens_per_s_per_device": 256.0,
+        "throughput/slots_per_s": 768.0,
+        "throughput/step_s": 0.5,
+        "throughput/data_wait_fraction": 0.25,
+    }
+
+
+def test_a_resumed_run_does_not_count_the_tokens_of_its_former_processes(config) -> None:
+    throughput = Throughput(config(), CPU, 1000, ProcessGroups())
+    metrics = throughput(record_of(tokens=1128, train_s=2.0))
+    assert metrics["throughput/tokens_per_s"] == 64.0
+
+
+def test_mfu_is_the_needed_flops_over_the_peak_and_absent_where_that_is_unknown(
+    config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, cuda = config(), torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: 2**30)
+
+    def mfu(name: str) -> float | None:
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
+        return Throughput(settings, cuda, 0, ProcessGroups())(record_of()).get("throughput/mfu")
+
+    needed = 1000 / 4.0 * training_flops_per_token(settings.model, 32)
+    assert mfu("NVIDIA A100-SXM4-80GB") == pytest.approx(needed / 312e12)
+    assert mfu("NVIDIA H100 80GB HBM3") == pytest.approx(needed / 989e12)
+    assert mfu("NVIDIA H100 PCIe") == pytest.approx(needed / 756e12)
+    assert mfu("Something New 9000") is None
+    assert "throughput/mfu" not in Throughput(settings, CPU, 0, ProcessGroups())(record_of())
+    starts = np.zeros((2, 32), dtype=np.int64)
+    starts[1, 20:] = 20
+    isolated = record_of()
+    isolated = replace(isolated, batch=isolated.batch._replace(starts=starts))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H100 80GB HBM3")
+    found = Throughput(settings, cuda, 0, ProcessGroups())(isolated)["throughput/mfu"]
+    needed = 1000 / 4.0 * training_flops_per_token(settings.model, 32, 20, 12)
+    assert found == pytest.approx(needed / 989e12)
+
+
+# The KV cache
+
+
+@pytest.mark.parametrize("variant", ["vanilla", "phd", "phd_swa", "phd_cswa", "naive_repeat"])
+def test_the_kv_metrics_are_what_a_cache_in_the_runs_precision_holds(variant: str, config) -> None:
+    settings = config(f"model={variant}", "hooks.kv.context=40")
+    metrics = KVCost(settings, torch.bfloat16)(record_of())
+    cost = kv_bytes(settings.model, 40, torch.bfloat16)
+    vanilla = 2 * settings.model.layers * settings.model.head_dim * 40 * 2
+    assert metrics == {
+        "kv/bytes_per_sequence": cost.total,
+        "kv/hidden_bytes_per_sequence": cost.hidden,
+        "kv/vanilla_bytes_per_sequence": vanilla,
+        "kv/naive_repeat_bytes_per_sequence": settings.model.K * vanilla,
+        "kv/ratio_to_vanilla": cost.total / vanilla,
+    }
+    in_single = KVCost(settings, torch.float32)(record_of())
+    assert in_single["kv/bytes_per_sequence"] == 2 * cost.total
+
+
+# Evaluation
+
+
+def test_the_evaluation_is_the_mean_over_the_held_out_targets(config, opened) -> None:
+    run = opened(config("eval.rows=1000", "train.micro_batch=2"))
+    text = heldout_rows(run.stream.documents, run.tokenizer, "files", seq_len=32, limit=1000)
+    assert not text.mask.all()
+    rows, mask = torch.from_numpy(text.rows), torch.from_numpy(text.mask)
+    total = nats(run.engine, rows, mask)
+    metrics = run.finish()
+    assert metrics["eval/heldout/loss"] == pytest.approx(total / mask.sum().item(), rel=1e-5)
+    # Every held-out document's bytes, each once.
+    size = sum(len(document.text.encode()) for document in run.stream.documents.held_out("files"))
+    assert metrics["eval/heldout/bits_per_byte"] == pytest.approx(total / log(2) / size, rel=1e-5)
+
+
+def test_padding_never_counts(config) -> None:
+    settings = config()
+    engine = FsdpEngine(settings, ProcessGroups())
+    rows = np.random.default_rng(0).integers(0, 320, (3, 33))
+    mask = np.ones((3, 32), dtype=bool)
+    mask[2, 10:] = False
+    other = rows.copy()
+    other[2, 11:] = 5  # what the padding holds
+    results = [
+        Evaluation(settings, engine, "x", HeldOut(r, mask, None, 100), never) for r in (rows, other)
+    ]
+    assert results[0].measure() == results[1].measure()
+    seen = Evaluation(
+        settings, engine, "x", HeldOut(other, np.ones_like(mask), None, 100), never
+    ).measure()
+    assert seen != results[0].measure()
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 4])
+def test_the_evaluation_does_not_depend_on_the_micro_batch(micro_batch: int, config) -> None:
+    rows = np.random.default_rng(0).integers(0, 320, (7, 33))
+    text = HeldOut(rows, np.ones((7, 32), dtype=bool), None, 100)
+    whole, cut = config(), config(f"train.micro_batch={micro_batch}")
+    metrics = [
+        Evaluation(c, FsdpEngine(c, ProcessGroups()), "x", text, never).measure()
+        for c in (whole, cut)
+    ]
+    assert metrics[1] == pytest.approx(metrics[0], rel=1e-6)
+
+
+def test_measuring_changes_nothing(config, opened) -> None:
+    run = opened(config())
+    before = [p.clone() for p in run.engine.model.parameters()]
+    random = torch.get_rng_state()
+    run.finish()
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(p.grad is None for p in run.engine.model.parameters())
+    for ours, theirs in zip(run.engine.model.parameters(), before, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("signal", ["SIGINT", "SIGTERM"])
+def test_whoever_waits_for_the_end_is_not_kept_waiting(signal: str, config, opened) -> None:
+    run = opened(config())
+    measuring = [hook for hook in run.hooks if isinstance(hook, Evaluation | Sample)]
+    assert len(measuring) == 2
+    for hook in measuring:
+        assert hook(record_of(ending=signal)) == {}
+        assert hook(record_of(ending="finished")) != {}
+
+
+# The sample
+
+
+def test_a_sample_begins_with_its_prompt_and_is_the_same_every_time(config, opened) -> None:
+    run = opened(config("hooks.sample.prompt='é def  </s>'", "hooks.sample.tokens=30"))
+    [sample] = [hook for hook in run.hooks if isinstance(hook, Sample)]
+    text = sample.measure()["sample/text"]
+    assert text.startswith("é def  </s>")
+    assert len(text) > len("é def  </s>")
+    assert sample.measure()["sample/text"] == text
+
+
+def test_a_sample_of_a_model_with_more_embeddings_than_pieces_is_text(config, opened) -> None:
+    run = opened(config("model.vocab_size=5000", "hooks.sample.tokens=30"))
+    assert run.tokenizer.vocab_size < 2500  # so most of what an untrained model draws has no piece
+    [sample] = [hook for hook in run.hooks if isinstance(hook, Sample)]
+    assert sample.measure()["sample/text"].startswith("def ")
+
+
+# Saving
+
+
+def test_a_checkpoint_holds_what_the_run_goes_on_from(config, opened) -> None:
+    run = opened(config())
+    state = {"config": {"seed": 5}, "stream": {}}
+    saving = SaveCheckpoint(run.config, run.engine, run.store, state)
+    assert list(saving(record_of())) == ["checkpoint/stall_s"]
+    later = saving(record_of(step=20))
+    assert set(later) == CHECKPOINT
+    assert later["checkpoint/step"] == 10
+    saved = run.store.newest()
+    expected = {"step": 20, "tokens": 1000, "batches": 10, "cursors": {"0": LANE.to_json()}}
+    assert saved.state == state | expected | {"bad_steps": {"count": 0}}
+
+
+def test_the_end_waits_for_the_disk(config, opened) -> None:
+    run = opened(config())
+    saving = SaveCheckpoint(run.config, run.engine, run.store, {})
+    told = saving(record_of(ending="finished"))
+    assert 0 < told["checkpoint/stall_s"] <= told["checkpoint/save_s"]
+    assert (run.store.root / "step_00000010" / "COMPLETE").exists()
+
+
+def test_a_disk_that_refuses_costs_the_checkpoint_and_is_told(config, opened) -> None:
+    run = opened(config())
+    blocked = run.directory / "blocked"
+    blocked.touch()
+    store = CheckpointStore(blocked, keep=1)
+    saving = SaveCheckpoint(run.config, run.engine, store, {})
+    assert "checkpoint/error" not in saving(record_of())  # not known yet
+    for later in (record_of(step=20), record_of(step=30, ending="finished")):
+        message = saving(later)["checkpoint/error"]
+        assert f"could not be written to {blocked}" in message
+        assert message.endswith("training goes on") == (later.ending is None)
+
+
+# Waiting for data
+
+
+def test_waiting_is_told_once_and_not_for_the_first_interval(config) -> None:
+    throughput = Throughput(config("data.workers=3"), CPU, 0, ProcessGroups())
+    told = []
+    for n, waited in enumerate((0.9, 1.8, 1.85, 2.7), start=1):
+        record = record_of(tokens=128 * n, train_s=1.0 * n, data_wait_s=(waited,))
+        told.append(throughput(record).get("throughput/warning"))
+    assert told[0] is told[2] is told[3] is None
+    assert "waited for data 90% of the time; raise data.workers=3" in str(told[1])
+
+
+def test_a_little_waiting_is_not_worth_a_word(config) -> None:
+    throughput = Throughput(config(), CPU, 0, ProcessGroups())
+    for n in range(1, 5):
+        record = record_of(tokens=128 * n, train_s=1.0 * n, data_wait_s=(0.09 * n,))
+        assert "throughput/warning" not in throughput(record)
+
+
+# Data
+
+
+def test_a_mixture_tells_what_was_read_of_each_source(config) -> None:
+    both = config("data=[files,python]", "data.packing=best_fit")
+    lanes = {
+        n: LaneCursor(
+            {
+                "files": SourceState(Cursor(epoch=2 + n), tokens=400 * n),
+                "python": SourceState(Cursor(epoch=1), tokens=7),
+            }
+        )
+        for n in (1, 2)
+    }
+    mask = np.ones((2, 4), dtype=bool)
+    mask[1, 2:] = False
+    record = record_of()
+    stats = BatchStats(6, 8, target_bytes=16, lanes=lanes, reached=lanes)
+    record = replace(record, batch=record.batch._replace(mask=mask), stats=stats)
+    quarantine = Quarantine(1.0)
+    quarantine.add(BadRecord("empty", "a@0"))
+    assert DataProgress(both, quarantine, ProcessGroups())(record) == {
+        "progress/epoch": 1,
+        "progress/files/tokens": 1200,
+        "progress/files/epoch": 3,
+        "progress/python/tokens": 14,
+        "progress/python/epoch": 1,
+        "data/padding_fraction": 0.25,
+        "data/quarantined": 1,
+    }

@@ -1,0 +1,414 @@
+"""Metrics reach the file, the console and W&B; a sink that fails costs its own output only."""
+
+import io
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Event, Thread
+from time import sleep
+
+import pytest
+import wandb
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from train.metrics.sinks import ConsoleLine, MetricsFile, Wandb, console_lines, cut_back, run_id
+
+REPOSITORY = Path(__file__).parents[3]
+
+
+@pytest.fixture
+def console() -> Console:
+    return Console(file=io.StringIO(), width=300)
+
+
+def printed(console: Console) -> str:
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def lines_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+# metrics.jsonl
+
+
+def test_a_line_is_written_at_once_with_its_step_and_time(console: Console, tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    file = MetricsFile(path, 0, console)
+    for step in (1, 2):
+        file.write(step, {"train/loss": 1 / 3, "sample/text": "é\u2028\n"})
+        *_, line = lines_of(path)
+        assert line.pop("time") > 1.7e9
+        assert line == {"step": step, "train/loss": 1 / 3, "sample/text": "é\u2028\n"}
+    assert printed(console) == ""
+
+
+def test_a_resumed_run_drops_the_lines_of_steps_that_it_takes_again(
+    console: Console, tmp_path: Path
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    for resumed, steps in ((0, (1, 2, 3, 4)), (2, (3,)), (3, (4, 5))):
+        file = MetricsFile(path, resumed, console)
+        for step in steps:
+            file.write(step, {"resumed": resumed})
+        file.close()
+    assert [(line["step"], line["resumed"]) for line in lines_of(path)] == [
+        (1, 0),
+        (2, 0),
+        (3, 2),
+        (4, 3),
+        (5, 3),
+    ]
+
+
+@given(length=st.integers(0, 100), step=st.integers(0, 5))
+def test_of_a_file_that_a_crash_cut_the_whole_lines_stay(
+    tmp_path_factory: pytest.TempPathFactory, length: int, step: int
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "cut.jsonl"
+    whole = [json.dumps({"step": n, "loss": 0.5}) + "\n" for n in range(1, 5)]
+    path.write_text("".join(whole)[:length])
+    left = min(length // len(whole[0]), step, 4)
+    cut_back(path, step)
+    assert path.read_text() == "".join(whole[:left])
+
+
+def test_before_the_first_line_there_is_nothing_to_cut(tmp_path: Path) -> None:
+    cut_back(tmp_path / "metrics.jsonl", 3)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def disk_of() -> Iterator[Callable[[int], None]]:
+    """Lets the kernel refuse what goes beyond some size in any file of this process."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_costs_lines_is_told_once_and_leaves_no_half_line(
+    disk_of: Callable[[int], None], console: Console, tmp_path: Path
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    file = MetricsFile(path, 0, console)
+    file.write(1, {})
+    disk_of(path.stat().st_size + 20)
+    for step in (2, 3, 4):
+        file.write(step, {"train/loss": 1.5})
+    assert printed(console).count("is not written") == 1
+    assert f"{path} is not written: [Errno 27] File too large" in printed(console)
+    disk_of(10_000)
+    file.write(5, {})
+    disk_of(path.stat().st_size)
+    file.write(6, {})
+    assert printed(console).count("is not written") == 2
+    file.close()
+    assert [line["step"] for line in lines_of(path)] == [1, 5]
+
+
+# The console
+
+
+def test_a_console_line_has_the_step_and_what_a_person_follows(console: Console) -> None:
+    sink = ConsoleLine(console, 300)
+    sink.write(
+        20,
+        {
+            "train/loss": 3.21,
+            "eval/heldout/loss": 3.5,
+            "eval/heldout/bits_per_byte": 1.9,
+            "eval/books/loss": 4.0,
+            "eval/books/bits_per_byte": 2.0,
+            "kv/ratio_to_vanilla": 1.0,
+            "checkpoint/error": "the disk [/is] full",
+        },
+    )
+    assert printed(console).splitlines() == [
+        "step 20/300  loss 3.210",
+        "step 20/300  heldout loss 3.500  1.900 bits/byte",
+        "step 20/300  books loss 4.000  2.000 bits/byte",
+        "step 20/300  checkpoint/error: the disk [/is] full",
+    ]
+
+
+def test_a_run_without_a_length_shows_the_step_alone(console: Console) -> None:
+    ConsoleLine(console, None).write(20, {"train/loss": 3.21})
+    assert printed(console) == "step 20  loss 3.210\n"
+
+
+def test_a_step_with_nothing_to_follow_prints_nothing() -> None:
+    assert console_lines({"kv/ratio_to_vanilla": 1.0, "progress/epoch": 0}) == []
+
+
+# Weights & Biases
+
+
+class Service:
+    """W&B as it behaves when a connection or a disk is lost: a call raises."""
+
+    def __init__(self, failing: str) -> None:
+        self.failing = failing
+        self.calls: list[str] = []
+
+    def call(self, name: str) -> None:
+        self.calls.append(name)
+        if name == self.failing:
+            raise OSError("[/gone] lost")
+
+    def init(self, **_: object) -> "Service":
+        self.call("init")
+        return self
+
+    def log(self, _: object, **__: object) -> None:
+        self.call("log")
+
+    def finish(self) -> None:
+        self.call("finish")
+
+
+@pytest.mark.parametrize(
+    ("failing", "calls"),
+    [
+        ("init", ["init"]),
+        ("log", ["init", "log"]),
+        ("finish", ["init", "log", "log", "finish"]),
+        ("", ["init", "log", "log", "finish"]),
+    ],
+)
+def test_whatever_fails_at_wandb_is_told_once_and_left_out_from_there(
+    failing: str,
+    calls: list[str],
+    config,
+    console: Console,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    service = Service(failing)
+    monkeypatch.setattr(wandb, "init", service.init)
+    sink = Wandb(config("hooks.wandb.mode=offline"), tmp_path, console)
+    sink.write(1, {"train/loss": 1.0})
+    sink.write(2, {"train/loss": 1.0})
+    sink.close()
+    assert service.calls == calls
+    told = (
+        "Weights & Biases failed and is left out from here on, but `wandb sync` can upload what is "
+        f"in {tmp_path}/wandb: [/gone] lost\n"
+    )
+    assert printed(console) == (told if failing else "")
+
+
+def test_training_goes_on_when_wandb_fails(
+    config, trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wandb, "init", Service("log").init)
+    done = trained(config("hooks.wandb.mode=offline"))
+    assert done.record.ending == "finished"
+    assert done.output.count("Weights & Biases failed") == 1
+
+
+def test_a_directory_that_cannot_be_written_costs_wandb_alone(
+    config, console: Console, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    sink = Wandb(config("hooks.wandb.mode=offline"), tmp_path / "file", console)
+    sink.write(1, {})
+    sink.close()
+    assert printed(console).count("Weights & Biases failed") == 1
+    assert "Not a directory" in printed(console)
+
+
+ONLINE = """
+import os, signal, sys
+from pathlib import Path
+from time import monotonic
+from rich.console import Console
+from train.metrics import sinks
+from train.compose import load
+
+sinks.START_S = sinks.FINISH_S = 1.0
+sinks.CLOSE_S = 3.0 if sys.argv[1] == "stopped" else 20.0
+config = load([*sys.argv[2:], "hooks.wandb.mode=online"])
+console = Console(width=1000)
+config.run_dir.mkdir()
+file = sinks.MetricsFile(config.run_dir / "metrics.jsonl", 0, console)
+service = sinks.Wandb(config, config.run_dir, console)
+
+def write(step):
+    began = monotonic()
+    for sink in (file, service):
+        sink.write(step, {"train/loss": step / 8})
+    assert monotonic() - began < 0.5
+
+write(1)
+sys.stdin.readline()
+if sys.argv[1] == "stopped":
+    children = [p.read_text() for p in Path("/proc/self/task").glob("*/children")]
+    child = int(" ".join(children))
+    os.kill(child, signal.SIGSTOP)
+    print("stopped", child, flush=True)
+write(2)
+began = monotonic()
+service.close()
+print("closed after", monotonic() - began)
+"""
+
+
+class Server:
+    """A W&B server for as long as a test wants one, as far as a run needs it.
+
+    Attributes:
+        known: set as soon as it has been told of a run.
+        silent: while it is set, nothing is answered.
+    """
+
+    def __init__(self) -> None:
+        self.known, self.silent = Event(), Event()
+        server = self
+
+        class Answers(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["content-length"]))
+                while server.silent.is_set():
+                    sleep(0.1)
+                self.send_response(200)
+                self.send_header("content-type", "application/json")
+                self.end_headers()
+                self.wfile.write(json.dumps({"data": ANSWER}).encode())
+                if b"mutation UpsertBucket" in body:
+                    server.known.set()
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Answers)
+        self.thread = Thread(target=self.http.serve_forever, args=(0.05,))
+        self.thread.start()
+
+    def stop(self) -> None:
+        self.silent.clear()
+        self.http.shutdown()
+        self.thread.join()
+        self.http.server_close()
+
+
+PROJECT = {"id": "p", "name": "p", "entity": {"id": "e", "name": "e"}}
+BUCKET = {"id": "b", "name": "b", "displayName": "b", "config": "{}", "project": PROJECT}
+ANSWER = {
+    "model": {"bucket": None},
+    "upsertBucket": {"bucket": BUCKET, "inserted": True},
+    "viewer": {"id": "v", "username": "u", "entity": "e", "flags": "{}"},
+    "createRunFiles": {"runID": "b", "uploadHeaders": [], "files": []},
+}
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    server = Server()
+    yield server
+    server.stop()
+
+
+@pytest.mark.parametrize(
+    ("trouble", "told"),
+    [
+        ("gone at the start", "Weights & Biases is not reached"),
+        ("silent at the start", "Weights & Biases is not reached"),
+        ("silent later", "Weights & Biases failed"),
+        ("stopped", "its service has not answered for 3 s"),
+        ("none", ""),
+    ],
+    ids=["gone_at_start", "silent_at_start", "silent_later", "stopped", "none"],
+)
+def test_a_wandb_that_is_gone_costs_little_time_and_no_metrics(
+    trouble: str, told: str, server: Server, small: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    if trouble == "gone at the start":
+        server.stop()
+    elif trouble == "silent at the start":
+        server.silent.set()
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
+    environment = kept | {
+        "HOME": str(tmp_path / "home"),
+        "PYTHONPATH": str(REPOSITORY),
+        "WANDB_API_KEY": "0123456789" * 4,
+        "WANDB_BASE_URL": f"http://127.0.0.1:{server.http.server_port}",
+        "WANDB_ERROR_REPORTING": "false",
+    }
+    with (tmp_path / "output").open("w") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-c", ONLINE, trouble, *small()],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        if "start" not in trouble:
+            assert server.known.wait(30)
+        if trouble == "silent later":
+            server.silent.set()
+        assert process.stdin is not None
+        process.stdin.write("\n")
+        process.stdin.close()
+        assert process.wait(30) == 0
+    text = (tmp_path / "output").read_text()
+    if trouble == "stopped":
+        os.kill(int(text.partition("stopped ")[2].split()[0]), signal.SIGKILL)
+    assert text.count("Weights & Biases") == bool(told)
+    assert told in text
+    assert float(text.partition("closed after ")[2].split()[0]) < 15
+    assert [line["step"] for line in lines_of(tmp_path / "run/metrics.jsonl")] == [1, 2]
+    if trouble != "stopped":
+        mode = "offline-run" if "start" in trouble else "run"
+        ((kept_there),) = (tmp_path / "run/wandb").glob(f"{mode}-*/run-*.wandb")
+        assert kept_there.read_bytes().count(b"train/loss") >= 2
+
+
+def test_a_run_has_one_id_for_ever(tmp_path: Path) -> None:
+    first = run_id(tmp_path)
+    assert run_id(tmp_path) == first
+    assert (tmp_path / "wandb_id.txt").read_text() == first
+    (tmp_path / "other").mkdir()
+    assert run_id(tmp_path / "other") != first
+
+
+OFFLINE = """
+import sys
+from rich.console import Console
+from rich.progress import Progress
+from train.compose import load
+from train.loop import train
+from train.run import open_run
+
+for steps in (2, 4):
+    config = load([*sys.argv[1:], f"train.max_steps={steps}"])
+    with open_run(config, Console(width=300)) as run:
+        train(run, Progress(disable=True))
+"""
+
+
+def test_a_resumed_run_is_one_offline_run_on_wandb(small, tmp_path: Path) -> None:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")}
+    environment |= {"HOME": str(tmp_path / "home"), "PYTHONPATH": str(REPOSITORY)}
+    done = subprocess.run(
+        [sys.executable, "-c", OFFLINE, *small("hooks.wandb.mode=auto", "hooks.wandb.project=p")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "failed" not in done.stdout
+    name = (tmp_path / "run/wandb_id.txt").read_text()
+    files = sorted((tmp_path / "run/wandb").glob("offline-run-*/run-*.wandb"))
+    assert [file.name for file in files] == [f"run-{name}.wandb"] * 2
+    assert all(b"train/loss" in file.read_bytes() for file in files)

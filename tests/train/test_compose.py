@@ -1,0 +1,236 @@
+"""Claims about `train.compose`: what Hydra's overrides become, and what is refused how."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from conf.errors import ConfigError
+from train.compose import CONF, check, load
+from train.config import Config
+
+# What an entry point looks like; a job with seed 3 fails.
+SCRIPT = """
+import logging, os
+from train.compose import run
+
+def main(config):
+    print(config.name, config.run_dir, logging.getLogger().handlers, os.getcwd())
+    return 3 if config.seed == 3 else 0
+
+if __name__ == "__main__":
+    run(main)
+"""
+
+
+# An entry point with an argument of its own.
+OWN = """
+from dataclasses import dataclass
+from train.compose import run_with
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    \"\"\"Arguments of the demo.\"\"\"
+    out: str
+    parts: int = 3
+
+    def problems(self):
+        return [] if self.parts > 0 else [f"parts={self.parts}: expected more"]
+
+def main(given, config):
+    print(given.out, given.parts, config.name)
+    return given.parts
+
+if __name__ == "__main__":
+    run_with(Arguments, main)
+"""
+
+
+def problems(*overrides: str, multirun: bool = False) -> list[str]:
+    with pytest.raises(ConfigError) as refusal:
+        check(overrides, multirun=multirun)
+    return list(refusal.value.problems)
+
+
+def script(folder: Path, *arguments: str, code: str = SCRIPT) -> subprocess.CompletedProcess[str]:
+    """Runs a small entry point that lies in, and is started from, a folder far from `conf/`."""
+    (folder / "demo.py").write_text(code)
+    environment = os.environ | {"PYTHONPATH": str(CONF.parent), "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-W", "error", "demo.py", *arguments]
+    return subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def test_everything_wrong_with_a_command_line_is_told_at_once() -> None:
+    found = problems(
+        "model=phd_csw",
+        "modle=phd",
+        "K=3",
+        "model.windw=3",
+        "+model.K=0",
+        "++train.seq_len=8192",
+        "hooks.sample.prompt=def f(x):",
+        "optim.betas=0.9,0.95",
+        "train.global_batch=10",
+    )
+    assert found[0].startswith("model=phd_csw: expected one of naive_repeat, phd, phd_cswa,")
+    assert found[0].endswith(". Did you mean phd_cswa?")
+    assert found[1:3] == [
+        "modle: unknown group or key. Did you mean model?",
+        "K: unknown group or key. Did you mean model.K?",
+    ]
+    assert found[3].startswith("'hooks.sample.prompt=def f(x):': not key=value as Hydra reads it")
+    assert found[4:7] == [
+        "optim.betas=0.9,0.95: several values make a sweep, which needs -m; a list is [...]",
+        "model.windw: unknown key. Did you mean model.window?",
+        "model.K=0: expected an integer of at least 1",
+    ]
+    assert [line.partition(":")[0] for line in found[7:]] == [
+        "train.global_batch=10",
+        "train.seq_len=8192",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("override", "wording"),
+    [
+        ("size=13b", "size=13b: expected one of 151m, 1b2, 550m, 7b, tiny"),
+        ("experiment=null", "experiment=null: expected one of paper_1b2, paper_550m, smoke"),
+        ("zzzzz=1", "zzzzz: unknown group or key; the groups are data, engine, experiment,"),
+        ("run=runs/x", "run='runs/x': expected settings such as run.name"),
+        ("model", "'model': not key=value as Hydra reads it"),
+        ("run.name=${x}", "Interpolation key 'x' not found"),
+        ("~model.foo", "Could not delete from config. 'model.foo' does not exist."),
+        ("model={K: 0}", "model.K=0: expected an integer of at least 1"),
+    ],
+)
+def test_an_override_that_cannot_be_followed_is_one_line(override: str, wording: str) -> None:
+    [problem] = problems(override)
+    assert problem.startswith(wording)
+    assert "\n" not in problem
+
+
+def test_a_plus_makes_no_difference() -> None:
+    plain = load(["model=phd", "model.K=3", "hooks=quiet"])
+    assert load(["+model=phd", "++model.K=3", "+hooks=quiet"]) == plain
+    assert (plain.model.variant, plain.model.K, plain.hooks.console) == ("phd", 3, False)
+
+
+def test_a_list_of_data_is_a_mixture() -> None:
+    config = load(["data=[fineweb_edu,python]", "data.sources.python.weight=0.1"])
+    assert list(config.data.sources) == ["fineweb_edu", "python"]
+    assert config.data.mixture == [(0, {"fineweb_edu": 1.0, "python": 0.1})]
+    [alone, both] = check(["data=c4,[c4,olmo_mix]"], multirun=True).jobs
+    assert list(alone.data.sources) == ["c4"]
+    assert list(both.data.sources)[:2] == ["c4", "dclm"]
+
+
+def test_a_deleted_key_has_its_default() -> None:
+    assert load(["experiment=smoke", "~eval.rows"]).eval.rows == load().eval.rows
+
+
+def test_a_sweep_is_the_product_of_what_varies() -> None:
+    command = check(["model.K=2,3", "optim.lr=1e-3,3e-3", "seed=4"], multirun=True)
+    assert command.swept == {"model.K", "optim.lr"}
+    assert [job.name for job in command.jobs] == [
+        f"phd_cswa-{K}-16-32-tiny-lr_{lr}" for K in (2, 3) for lr in ("0.001", "0.003")
+    ]
+    assert {job.seed for job in command.jobs} == {4}
+
+
+def test_a_named_sweep_says_everything_that_varies() -> None:
+    jobs = check(["run.name=mine", "model.K=2,3", "data=python,c4"], multirun=True).jobs
+    assert [job.name for job in jobs] == [
+        f"mine-K_{K}-data_{data}" for K in (2, 3) for data in ("python", "c4")
+    ]
+
+
+def test_the_command_line_replaces_what_a_shipped_sweep_varies() -> None:
+    jobs = check(["sweep=window", "model.window=3,5"], multirun=True).jobs
+    assert [job.model.window for job in jobs] == [3, 5]
+
+
+def test_one_wrong_job_stops_a_sweep_before_the_first() -> None:
+    assert sorted(problems("model.K=2,0", "seed=1,-2", multirun=True)) == [
+        "model.K=0: expected an integer of at least 1",
+        "seed=-2: expected an integer of at least 0",
+    ]
+
+
+def test_a_swept_section_is_a_readable_part_of_the_name() -> None:
+    points = "model={K: 2, norm: pre},{K: 3, norm: hybrid}"
+    jobs = check(["run.name=mine", points], multirun=True).jobs
+    assert [job.model.norm for job in jobs] == ["pre", "hybrid"]
+    assert [job.name for job in jobs] == ["mine-model_K_2_norm_pre", "mine-model_K_3_norm_hybrid"]
+
+
+@pytest.mark.parametrize("override", ["run.dir=here", "model=phd"])
+def test_jobs_of_a_sweep_never_share_a_directory(override: str) -> None:
+    [problem] = problems(override, "model.chunk=16,32", multirun=True)
+    assert problem.startswith("run.dir=")
+    assert "2 jobs of this sweep would share it" in problem
+
+
+def test_a_wrong_command_ends_with_one_screen_and_code_2(tmp_path: Path) -> None:
+    done = script(tmp_path, "modle=phd", "model.K=0")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        "2 problems in the configuration:\n"
+        "  modle: unknown group or key. Did you mean model?\n"
+        "  model.K=0: expected an integer of at least 1\n"
+    )
+    assert files(tmp_path) == ["demo.py"]
+
+
+def test_a_job_gets_its_config_and_hydra_leaves_nothing_behind(tmp_path: Path) -> None:
+    done = script(tmp_path, "model.K=3", "run.dir=here")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"phd_cswa-3-16-32-tiny here [] {tmp_path}\n"
+    assert files(tmp_path) == ["demo.py"]
+
+
+def test_a_sweep_runs_its_jobs_one_after_another_until_one_fails(tmp_path: Path) -> None:
+    done = script(tmp_path, "optim.lr=1e-3", "-m", "model.K=1,2", "seed=0,3")
+    names = [line.split()[0] for line in done.stdout.splitlines()]
+    assert names == ["phd_cswa-1-16-32-tiny-seed_0", "phd_cswa-1-16-32-tiny-seed_3"]
+    assert (done.returncode, done.stderr) == (3, "")
+
+
+def test_cfg_job_shows_every_setting(tmp_path: Path) -> None:
+    done = script(tmp_path, "--cfg", "job", "model.K=3")
+    assert (done.returncode, done.stderr) == (0, "")
+    shown: Any = OmegaConf.to_container(OmegaConf.create(done.stdout))
+    assert Config.from_dict(shown) == load(["model.K=3"])
+    assert shown | {"data": {}} == load(["model.K=3"]).to_dict() | {"data": {}}
+
+
+def test_a_command_has_arguments_beside_the_configuration(tmp_path: Path) -> None:
+    done = script(tmp_path, "model=phd", "out=a=b", "parts=0x2", "model.K=3", code=OWN)
+    assert (done.returncode, done.stdout) == (2, "")
+    done = script(tmp_path, "model=phd", "out=a=b", "parts=5", "model.K=3", code=OWN)
+    assert (done.returncode, done.stdout, done.stderr) == (5, "a=b 5 phd-3-tiny\n", "")
+
+
+def test_what_is_wrong_with_both_is_told_at_once(tmp_path: Path) -> None:
+    done = script(tmp_path, "parts=0", "out=x", "model.K=0", "ouut=y", code=OWN)
+    assert (done.returncode, done.stdout) == (2, "")
+    lines = done.stderr.splitlines()
+    assert lines[:2] == ["3 problems in the configuration:", "  parts=0: expected more"]
+    assert lines[2].startswith("  ouut: unknown group or key; ")
+    assert lines[3:] == ["  model.K=0: expected an integer of at least 1"]
+    assert "out: has to be given" in script(tmp_path, code=OWN).stderr
+
+
+def test_help_shows_a_commands_own_arguments(tmp_path: Path) -> None:
+    done = script(tmp_path, "--help", code=OWN)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "Arguments of the demo.\n\n  out=...\n  parts=3\n"

@@ -1,0 +1,207 @@
+"""How fast the loader is alone, and how long it takes to go on in the middle of a corpus."""
+
+import gzip
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import pyarrow as pa
+import torch
+from pyarrow.parquet import ParquetWriter
+
+from data.config import (
+    CacheConfig,
+    DataConfig,
+    FilesSource,
+    PythonSource,
+    Source,
+    TokenizerConfig,
+    TokensSource,
+)
+from data.mixture import LaneCursor, SourceState
+from data.shuffle import Cursor
+from data.source import Document
+from data.sources.documents import Documents
+from data.sources.token_files import INDEX, TokenIndex, shard_name, write_tokens
+from data.stream import BatchShape, TokenStream
+from data.tokenizer import Tokenizer
+from data.tokenizer_training import prepare_tokenizer
+from train.benchmarks.timing import Result, Work, interleaved, ratio
+
+CPU = torch.device("cpu")
+SEQ_LEN, LANES, VOCAB_SIZE = 2048, 8, 4096
+
+MANY_TOKENS = 50_000_000
+"""Pre-tokenised tokens that are read in a turn: about as long as it takes to read the text."""
+
+PLACES = (0.01, 0.5, 0.99)
+
+BLOCK = 256
+"""Documents of a block, the default."""
+
+ROW_GROUP = 64
+"""Rows of a group in Parquet: about a megabyte."""
+
+
+def bench_loading(repeat: int) -> Result:
+    """The loader without workers, on one core, against SentencePiece on the same texts."""
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        texts = _texts()
+        tokenizer = _tokenizer()
+        total = sum(len(tokenizer.encode_document(text)) for text in texts)
+        _write_jsonl(folder / "text.jsonl", texts)
+        _write_parquet(folder / "text.parquet", texts)
+        write_tokens(folder / "tokens", [texts], tokenizer)
+        sources: dict[str, Source] = {
+            "jsonl": FilesSource(kind="files", paths=str(folder / "text.jsonl")),
+            "parquet": FilesSource(kind="files", paths=str(folder / "text.parquet")),
+        }
+        works: dict[str, Work] = {"SentencePiece": lambda: [*map(tokenizer.encode, texts)]}
+        works |= {n: _loading(source, folder, tokenizer, total) for n, source in sources.items()}
+        tokens = TokensSource(kind="tokens", path=str(folder / "tokens"))
+        works["pre-tokenised"] = _loading(tokens, folder, tokenizer, MANY_TOKENS)
+        seconds = interleaved(works, repeat, CPU)
+    amounts = dict.fromkeys(works, total) | {"pre-tokenised": MANY_TOKENS}
+    rows: list[dict[str, Any]] = [
+        {
+            "work": name,
+            "million_tokens_per_s": amounts[name] / median(spent) / 1e6,
+            "x_SentencePiece": amounts[name] / total / ratio(seconds, name, "SentencePiece"),
+            "seconds": spent,
+        }
+        for name, spent in seconds.items()
+    ]
+    ratios = {f"{n}_over_sentencepiece": 1 / ratio(seconds, n, "SentencePiece") for n in sources}
+    ratios["pretokenised_million_tokens_per_s"] = (
+        MANY_TOKENS / median(seconds["pre-tokenised"]) / 1e6
+    )
+    return Result(rows, ratios)
+
+
+def bench_resuming(repeat: int, gigabytes: float) -> Result:
+    """From a cursor to the first batch, in one lane, at several places of a corpus.
+
+    The same block of texts is repeated, in one order, so that only the place makes a difference.
+    """
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        texts, tokenizer, size = _texts()[:BLOCK], _tokenizer(), round(gigabytes * 1e9)
+        sources = _large_corpora(folder, texts, size, tokenizer)
+        rows: list[dict[str, Any]] = []
+        for form, source in sources.items():
+            config = replace(_config(source, folder, lanes=1), shuffle=False, block_documents=BLOCK)
+            cursors = _cursors(Documents(config))
+            works = {
+                f"{place:.0%}": _resuming(config, tokenizer, cursor)
+                for place, cursor in zip(PLACES, cursors, strict=True)
+            }
+            seconds = interleaved(works, repeat, CPU)
+            times = {f"at {place} ms": median(spent) * 1e3 for place, spent in seconds.items()}
+            last = ratio(seconds, "99%", "1%")
+            rows.append({"work": form, **times, "99%_over_1%": last, "seconds": seconds})
+    return Result(rows, {f"{row['work']}_99%_over_1%": row["99%_over_1%"] for row in rows})
+
+
+def _texts() -> list[str]:
+    """The standard library's source files."""
+    config = DataConfig(sources={"python": PythonSource(kind="python")})
+    found = Documents(config).valid_records("python", 0, 1)
+    return [record.document.text for record in found if isinstance(record.document, Document)]
+
+
+def _tokenizer() -> Tokenizer:
+    documents = Documents(DataConfig(sources={"python": PythonSource(kind="python")}))
+    return prepare_tokenizer(TokenizerConfig(), documents, vocab_size=VOCAB_SIZE)
+
+
+def _config(source: Source, folder: Path, *, lanes: int) -> DataConfig:
+    cache = CacheConfig(dir=str(folder / "cache"))
+    return DataConfig(sources={"text": source}, lanes=lanes, holdout=0.0, cache=cache)
+
+
+def _stream(config: DataConfig, tokenizer: Tokenizer, cursors: Any = None) -> TokenStream:
+    shape = BatchShape(global_batch=8, seq_len=SEQ_LEN)
+    return TokenStream(Documents(config), tokenizer, shape, seed=0, cursors=cursors)
+
+
+def _loading(source: Source, folder: Path, tokenizer: Tokenizer, tokens: int) -> Work:
+    """Makes the batches of so many tokens, in this thread."""
+    config = _config(source, folder, lanes=LANES)
+
+    def work() -> None:
+        batches = iter(_stream(config, tokenizer))
+        for _ in range(tokens // (8 * SEQ_LEN)):
+            next(batches)
+
+    return work
+
+
+def _resuming(config: DataConfig, tokenizer: Tokenizer, cursor: LaneCursor) -> Work:
+    documents = Documents(config)
+    shape = BatchShape(global_batch=8, seq_len=SEQ_LEN)
+    cursors = {"0": cursor.to_json()}
+    return lambda: next(iter(TokenStream(documents, tokenizer, shape, seed=0, cursors=cursors)))
+
+
+def _cursors(documents: Documents) -> list[LaneCursor]:
+    """Cursors at `PLACES` of the only lane's documents."""
+    block = documents.config.block_documents
+    positions = [position for _, position in documents.training("text", 0)]
+    cursors = []
+    for place in PLACES:
+        number = round(place * len(positions)) // block
+        cursor = Cursor(block=number, position=positions[number * block - 1] if number else None)
+        cursors.append(LaneCursor({"text": SourceState(cursor)}))
+    return cursors
+
+
+def _large_corpora(
+    folder: Path, texts: list[str], size: int, tokenizer: Tokenizer
+) -> dict[str, Source]:
+    """A corpus of `size` bytes of text in several forms, the texts over and over."""
+    repeats = -(-size // sum(len(text.encode()) for text in texts))
+    _write_jsonl(folder / "large.jsonl", texts * repeats)
+    with (
+        (folder / "large.jsonl").open("rb") as plain,
+        gzip.open(folder / "large.jsonl.gz", "wb", compresslevel=1) as packed,
+    ):
+        shutil.copyfileobj(plain, packed, 1 << 20)
+    _write_parquet(folder / "large.parquet", texts * repeats)
+    sources: dict[str, Source] = {
+        form: FilesSource(kind="files", paths=str(folder / f"large.{form}"))
+        for form in ("jsonl", "jsonl.gz", "parquet")
+    }
+    _write_repeated_tokens(folder / "tokens", texts, repeats, tokenizer)
+    return sources | {"tokens": TokensSource(kind="tokens", path=str(folder / "tokens"))}
+
+
+def _write_repeated_tokens(
+    path: Path, texts: list[str], repeats: int, tokenizer: Tokenizer
+) -> None:
+    """The texts over and over as tokens, tokenised once."""
+    write_tokens(path, [texts], tokenizer)
+    index = TokenIndex.load(path / INDEX)
+    [first] = index.shards
+    for number in range(1, repeats):
+        shard = replace(first, name=shard_name(number))
+        for suffix in shard.xxh3_128:
+            shutil.copy(path / f"{first.name}.{suffix}", path / f"{shard.name}.{suffix}")
+        index = index.with_shard(shard)
+    replace(index, parts=repeats).save(path / INDEX)
+
+
+def _write_jsonl(path: Path, texts: list[str]) -> None:
+    with path.open("w") as file:
+        file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
+
+
+def _write_parquet(path: Path, texts: list[str]) -> None:
+    schema = pa.schema({"text": pa.string()})
+    with ParquetWriter(path, schema) as writer:
+        for start in range(0, len(texts), ROW_GROUP):
+            writer.write_table(pa.table({"text": texts[start : start + ROW_GROUP]}, schema=schema))

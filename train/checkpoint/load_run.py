@@ -1,0 +1,51 @@
+"""The model that a run has trained."""
+
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from omegaconf import OmegaConf
+
+from conf.errors import ConfigError
+from data.tokenizer import Tokenizer
+from phd.model import Transformer
+from train.checkpoint.store import CheckpointStore
+from train.config import Config
+
+
+class LoadedRun(NamedTuple):
+    """A model, its tokenizer, the optimizer steps that it has taken, and its run's settings."""
+
+    model: Transformer
+    tokenizer: Tokenizer
+    step: int
+    config: Config
+
+
+def load_run(directory: Path, device: torch.device) -> LoadedRun:
+    """The model of a run's newest whole checkpoint.
+
+    Raises:
+        ConfigError: there is no such run, or it has no whole checkpoint.
+    """
+    for name in ("config.yaml", "tokenizer.model"):
+        if not (directory / name).is_file():
+            problem = f"run={directory}: no {name} there; give the directory of a run"
+            raise ConfigError([problem], "the arguments")
+    try:
+        checkpoint = CheckpointStore(directory / "checkpoints", keep=1).newest()
+    except ValueError as error:
+        raise ConfigError([f"run={directory}: {error}"], "the arguments") from error
+    if checkpoint is None:
+        problem = f"run={directory}: no checkpoint there yet; let it train on"
+        raise ConfigError([problem], "the arguments")
+    for path, reason in checkpoint.rejected:
+        print(f"passed over the checkpoint {path}: {reason}", file=sys.stderr)
+    settings = OmegaConf.to_container(OmegaConf.load(directory / "config.yaml"))
+    config = Config.from_dict(settings)  # type: ignore[arg-type]
+    with torch.device("meta"):
+        model = Transformer(config.model)
+    model.to_empty(device=device).load(checkpoint.load_weights())
+    tokenizer = Tokenizer.load(directory / "tokenizer.model")
+    return LoadedRun(model.eval(), tokenizer, checkpoint.step, config)

@@ -1,0 +1,1 @@
+"""What ranks tell each other: process groups, stop synchronisation, signals, the watchdog."""

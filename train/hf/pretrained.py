@@ -1,0 +1,128 @@
+"""Hugging Face model directories: read as the start of a model, written for others to read."""
+
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor
+
+from phd.config import ModelConfig
+from phd.hf.convert import from_hugging_face, starting_state, to_hugging_face
+
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+# What makes two models compute the same from the same weights.
+SHAPE = (
+    *("layers", "dim", "ffn_dim", "heads", "kv_heads", "head_dim", "vocab_size"),
+    *("rope_theta", "norm", "norm_eps"),
+)
+FORMAT = {"format": "pt"}  # without it, transformers 4 refuses the file
+
+
+def load_pretrained(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """Read an OLMo 2 or Llama directory as a vanilla model: its config and float32 state dict.
+
+    Args:
+        path: a directory with `config.json` and `model.safetensors`, or shards and their index.
+
+    Raises:
+        ValueError: if a file is missing or damaged, or the model does what ours does not; see
+            `phd.hf.convert.from_hugging_face`.
+    """
+    if not path.is_dir():
+        raise ValueError(
+            f"{path}: no such directory; download a model from the Hub first, for example with "
+            f"`hf download allenai/OLMo-2-0425-1B --local-dir {path}`"
+        )
+    hf_config = _read_json(path / CONFIG)
+    hf_state = _read_weights(path)
+    try:
+        return from_hugging_face(hf_config, hf_state)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def pretrained_start(path: Path, config: ModelConfig) -> dict[str, Tensor]:
+    """The weights of an OLMo 2 or Llama directory as the start of a model of any variant.
+
+    Raises:
+        ValueError: if the directory cannot be read, or its model computes something else than the
+            originals of `config` would; it names the settings that have to be changed.
+    """
+    pretrained, state = load_pretrained(path)
+    differences = [
+        f"model.{name}={getattr(config, name)} (there it is {getattr(pretrained, name)})"
+        for name in SHAPE
+        if getattr(config, name) != getattr(pretrained, name)
+    ]
+    if differences:
+        raise ValueError(
+            f"run.start_from={path}: a model of another shape; set these as they are there: "
+            + ", ".join(differences)
+        )
+    return starting_state(config, state)
+
+
+def save_pretrained(path: Path, config: ModelConfig, state: dict[str, Tensor]) -> None:
+    """Write a model into a new directory that transformers' `from_pretrained` reads.
+
+    Args:
+        path: the directory, not there yet or empty.
+        config, state: of a model that `phd.hf.convert.to_hugging_face` can express.
+
+    Raises:
+        ValueError: if the directory holds something, or the model cannot be expressed.
+    """
+    hf_config, hf_state = to_hugging_face(config, state)
+    safetensors = _safetensors()
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"{path}: not an empty directory; choose another one, or empty it")
+    if config.tied:
+        del hf_state["lm_head.weight"]  # safetensors refuses to hold a tensor twice
+    path.mkdir(parents=True, exist_ok=True)
+    safetensors.torch.save_file(hf_state, path / WEIGHTS, metadata=FORMAT)
+    (path / CONFIG).write_text(json.dumps(hf_config, indent=2) + "\n", encoding="utf-8")
+
+
+def _read_weights(path: Path) -> dict[str, Tensor]:
+    """All tensors of the directory's weight file, or of its shards."""
+    safetensors = _safetensors()
+    names = [WEIGHTS]
+    if (path / INDEX).is_file():
+        names = sorted(set(_read_json(path / INDEX)["weight_map"].values()))
+    if missing := [name for name in names if not (path / name).is_file()]:
+        raise ValueError(
+            f"{path}: no {', '.join(missing)} in it; download the model's .safetensors files"
+        )
+    state: dict[str, Tensor] = {}
+    for name in names:
+        try:
+            state |= safetensors.torch.load_file(path / name)
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"{path / name} is damaged: {error}; download it again") from error
+    return state
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(
+            f"{path.parent}: no {path.name} in it; expected the directory of a Hugging Face model"
+        ) from None
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}; download it again") from error
+
+
+def _safetensors() -> ModuleType:
+    """The package that reads and writes weight files, which nothing else needs."""
+    try:
+        import safetensors.torch
+    except ImportError:
+        raise ValueError(
+            "safetensors is not installed; Hugging Face models need it: "
+            'pip install "phd-transformer[hf]"'
+        ) from None
+    return safetensors

@@ -1,0 +1,1 @@
+"""Hooks that measure, and sinks that take what they measured."""

@@ -1,0 +1,290 @@
+"""What happens beside the training: measuring, evaluating, sampling, saving.
+
+A hook is called with the record of a step, every `every` steps and at the run's end, and returns
+what is to be logged. It holds what it needs, but no reference to whoever calls it.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from math import log
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from data.heldout import HeldOut
+from data.sources.quarantine import Quarantine
+from data.tokenizer import Tokenizer
+from phd.flops import training_flops_per_token
+from phd.inference.cache import kv_bytes
+from phd.inference.sampling import Sampling, generate
+from train.checkpoint.store import CheckpointError, CheckpointStore, Saved
+from train.config import Config
+from train.distributed.process_groups import ProcessGroups
+from train.engines.device import peak_flops, peak_memory_gib
+from train.engines.engine import Engine, Rows
+from train.metrics.record import Metrics, StepRecord
+
+COUNTED_DOCUMENTS = 64
+
+MUCH_WAITING = 0.1
+"""The fraction of the time that waits for data from which on something should be done."""
+
+
+class TrainingMetrics:
+    """Loss, optimizer and progress, of the step at hand.
+
+    `train/loss` is the cross-entropy per target in nats over the global batch;
+    `train/bits_per_byte` the same text's price in bits per byte, which no tokenizer can change.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.every = config.hooks.log_every
+        self.flops_per_token = training_flops_per_token(config.model, config.train.seq_len)
+
+    def __call__(self, record: StepRecord) -> Metrics:
+        loss = record.loss.item()
+        targets, size = record.stats.targets, record.stats.target_bytes
+        metrics: Metrics = {
+            "train/loss": loss,
+            "train/bits_per_byte": bits_per_byte(loss * targets, size),
+            "optim/lr": record.lr,
+            "optim/grad_norm": record.grad_norm.item(),
+            "progress/tokens": record.tokens,
+            "progress/train_flops": record.tokens * self.flops_per_token,
+        }
+        if count := record.bad_steps["count"]:
+            metrics["train/bad_steps"] = count
+        return metrics
+
+
+class DataProgress:
+    """What was read of each source so far, in tokens and complete passes, and what was wrong.
+
+    `progress/epoch` is of the source that is least far, of those that have a weight at first.
+    """
+
+    def __init__(self, config: Config, quarantine: Quarantine, groups: ProcessGroups) -> None:
+        self.every = config.hooks.log_every
+        self.sources = tuple(config.data.sources)
+        _, weights = config.data.mixture[0]
+        self.weighted = [name for name, weight in weights.items() if weight]
+        self.quarantine = quarantine
+        self.groups = groups
+
+    def __call__(self, record: StepRecord) -> Metrics:
+        stats = record.stats
+        metrics: Metrics = {"progress/epoch": min(map(stats.epoch, self.weighted))}
+        for source in self.sources:
+            metrics[f"progress/{source}/tokens"] = stats.tokens(source)
+            metrics[f"progress/{source}/epoch"] = stats.epoch(source)
+        if stats.targets < stats.positions or record.batch.mask is not None:
+            metrics["data/padding_fraction"] = 1 - stats.targets / stats.positions
+        found = self.groups.gather((self.quarantine.new, self.quarantine.trouble))
+        metrics["data/quarantined"] = self.quarantine.known + sum(new for new, _ in found)
+        for trouble in filter(None, (trouble for _, trouble in found)):
+            metrics["data/warning"] = trouble
+        return metrics
+
+
+class Throughput:
+    """Speed since the last call, hooks and evaluation left out, and the memory's peak.
+
+    `throughput/mfu` is the FLOPs that the pattern needs over the device's bf16 peak; it is absent
+    where the peak is not known. The wait for data is that of the rank that waited most. Where
+    documents are isolated, their lengths are those of the first `COUNTED_DOCUMENTS` of this
+    rank's last step.
+    """
+
+    def __init__(
+        self, config: Config, device: torch.device, tokens: int, groups: ProcessGroups
+    ) -> None:
+        self.every = config.hooks.log_every
+        self.device = device
+        self.groups = groups
+        self.copies = config.model.K
+        self.tokens_per_step = config.train.tokens_per_step
+        self.model = config.model
+        self.data = config.data
+        self.last = (tokens, 0.0, (0.0,) * groups.world_size)
+        self.calls, self.warned = 0, False
+
+    def __call__(self, record: StepRecord) -> Metrics:
+        before, train_s, waits = self.last
+        self.last = (record.tokens, record.train_s, record.data_wait_s)
+        tokens, seconds = record.tokens - before, record.train_s - train_s
+        waited, rank = max(
+            (now - then, rank)
+            for rank, (then, now) in enumerate(zip(waits, record.data_wait_s, strict=True))
+        )
+        tokens_per_s = tokens / seconds
+        metrics: Metrics = {
+            "throughput/tokens_per_s": tokens_per_s,
+            "throughput/tokens_per_s_per_device": tokens_per_s / self.groups.world_size,
+            "throughput/slots_per_s": tokens_per_s * self.copies,
+            "throughput/step_s": seconds * self.tokens_per_step / tokens,
+            "throughput/data_wait_fraction": waited / seconds,
+            "memory/peak_gib": max(self.groups.gather(peak_memory_gib(self.device))),
+        }
+        if peak := peak_flops(self.device):
+            documents = record.batch.document_lengths[:COUNTED_DOCUMENTS]
+            flops_per_token = training_flops_per_token(self.model, *documents)
+            flops_per_s = tokens_per_s * flops_per_token / self.groups.world_size
+            metrics["throughput/mfu"] = flops_per_s / peak
+        # The first interval waits for files to open; later waits will go on.
+        if waited > MUCH_WAITING * seconds and self.calls and not self.warned:
+            self.warned = True
+            metrics["throughput/warning"] = self._advice(waited / seconds, rank)
+        self.calls += 1
+        return metrics
+
+    def _advice(self, fraction: float, rank: int) -> str:
+        data = self.data
+        who = "the training" if self.groups.world_size == 1 else f"rank {rank}, the slowest,"
+        return (
+            f"{who} waited for data {fraction:.0%} of the time; raise "
+            f"data.workers={data.workers} while there are idle cores, and "
+            f"data.prefetch={data.prefetch} if it comes in bursts; or tokenise beforehand with "
+            "python train/pretokenize.py"
+        )
+
+
+class KVCost:
+    """What one sequence of `hooks.kv.context` tokens would keep in the KV cache at inference."""
+
+    def __init__(self, config: Config, dtype: torch.dtype) -> None:
+        self.every = config.hooks.log_every
+        context, model = config.hooks.kv.context, config.model
+        cost = kv_bytes(model, context, dtype)
+        vanilla = kv_bytes(model.vanilla_twin, context, dtype)
+        naive = replace(model, variant="naive_repeat")
+        self.metrics: Metrics = {
+            "kv/bytes_per_sequence": cost.total,
+            "kv/hidden_bytes_per_sequence": cost.hidden,
+            "kv/vanilla_bytes_per_sequence": vanilla.total,
+            "kv/naive_repeat_bytes_per_sequence": kv_bytes(naive, context, dtype).total,
+            "kv/ratio_to_vanilla": cost.total / vanilla.total,
+        }
+
+    def __call__(self, record: StepRecord) -> Metrics:  # noqa: ARG002
+        return self.metrics
+
+
+class Evaluation:
+    """The loss on held-out documents; nothing where `stop` ends it early."""
+
+    def __init__(
+        self, config: Config, engine: Engine, name: str, text: HeldOut, stop: Callable[[], bool]
+    ) -> None:
+        self.every = config.eval.every
+        self.engine = engine
+        self.name = name
+        self.text = text
+        self.stop = stop
+
+    def __call__(self, record: StepRecord) -> Metrics:
+        return {} if record.interrupted else self.measure()
+
+    def measure(self) -> Metrics:
+        """Cross-entropy per token in nats, and bits per byte."""
+        found = self.engine.loss(Rows.of(self.text), self.stop)
+        if found is None:
+            return {}
+        nats, targets = (x.item() for x in found)
+        return {
+            f"eval/{self.name}/loss": nats / targets,
+            f"eval/{self.name}/bits_per_byte": bits_per_byte(nats, self.text.target_bytes),
+        }
+
+
+class Sample:
+    """A text that the model writes: the same prompt and the same dice every time."""
+
+    def __init__(
+        self, config: Config, engine: Engine, tokenizer: Tokenizer, stop: Callable[[], bool]
+    ) -> None:
+        self.every = config.hooks.sample.every
+        self.config = config
+        self.engine = engine
+        self.tokenizer = tokenizer
+        self.stop = stop
+
+    def __call__(self, record: StepRecord) -> Metrics:
+        return {} if record.interrupted else self.measure()
+
+    def measure(self) -> Metrics:
+        """The sample as a metric; nothing where `stop` ends it early."""
+        text = self.write()
+        return {} if text is None else {"sample/text": text}
+
+    def write(self) -> str | None:
+        """The prompt and what follows it, until the document ends. Every rank writes the same."""
+        settings = self.config.hooks.sample
+        prompt = [self.tokenizer.eos_id, *self.tokenizer.encode(settings.prompt).tolist()]
+        tokens = torch.tensor(prompt, device=self.engine.device)
+        dice = torch.Generator().manual_seed(self.config.seed)
+        new: list[int] = []
+        with self.engine.summon_full_params() as model:
+            # To the end also where the document ends before it: no rank may ask less often.
+            for token in generate(model, [tokens], Sampling(), [dice], settings.tokens):
+                if self.stop():
+                    return None
+                new.append(int(token.item()))
+        end = new.index(self.tokenizer.eos_id) if self.tokenizer.eos_id in new else None
+        return self.tokenizer.decode(prompt + new[:end])
+
+
+class SaveCheckpoint:
+    """Writes checkpoints behind the training; a disk that refuses costs the checkpoint, not the
+    run. At the run's end it waits for the disk.
+
+    `checkpoint/stall_s` is how long the training stood still; `checkpoint/step` is that of the last
+    complete save, as far as is known, and `checkpoint/save_s` how long it took.
+    """
+
+    def __init__(
+        self, config: Config, engine: Engine, store: CheckpointStore, state: dict[str, Any]
+    ) -> None:
+        self.every = config.checkpoint.every
+        self.engine = engine
+        self.store = store
+        self.state = state
+
+    def __call__(self, record: StepRecord) -> Metrics:
+        state = {
+            **self.state,
+            "tokens": record.tokens,
+            "batches": record.batches,
+            "bad_steps": record.bad_steps,
+            "cursors": record.stats.cursors,
+        }
+        metrics: Metrics = {}
+        start = perf_counter()
+        try:
+            self._tell(metrics, self.store.save(record.step, self.engine.state(), state))
+        except CheckpointError as error:
+            metrics["checkpoint/error"] = f"{error}; training goes on"
+        metrics["checkpoint/stall_s"] = perf_counter() - start
+        if record.ending:
+            try:
+                self._tell(metrics, self.store.wait())
+            except CheckpointError as error:
+                metrics["checkpoint/error"] = str(error)
+                if error.saved is not None:
+                    metrics["checkpoint/step"] = error.saved
+        return metrics
+
+    @staticmethod
+    def _tell(metrics: Metrics, saved: Saved | None) -> None:
+        if saved is not None:
+            metrics["checkpoint/step"] = saved.step
+            metrics["checkpoint/save_s"] = saved.save_s
+
+
+def bits_per_byte(nats: float, size: int) -> float:
+    """A text's information in bits per byte of its UTF-8.
+
+    >>> bits_per_byte(log(2) * 24, 8)
+    3.0
+    """
+    return nats / log(2) / size

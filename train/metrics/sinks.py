@@ -1,0 +1,259 @@
+"""Where metrics go: a file that is always written, Weights & Biases, the console.
+
+A sink that fails costs its own output, never the run, and says so once.
+"""
+
+import json
+import os
+from math import isfinite
+from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
+from time import time
+from typing import Any, Protocol
+from uuid import uuid4
+
+from rich.console import Console
+
+from train.config import Config
+from train.metrics.record import Metrics
+
+START_S = 20.0
+"""Seconds in which the W&B server has to answer at the start."""
+
+FINISH_S = 20.0
+"""Seconds in which it has to take what is left at the end."""
+
+CLOSE_S = 30.0
+"""Seconds in which W&B's own service has to do that; it is a process on this machine."""
+
+TEAR_DOWN_S = 1.0
+
+
+def warn(console: Console, text: str) -> None:
+    """Print a warning, whatever is in it: paths and errors may hold what looks like markup."""
+    console.print(text, style="yellow", markup=False)
+
+
+class Sink(Protocol):
+    """Takes the metrics of a step."""
+
+    def write(self, step: int, metrics: Metrics) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class MetricsFile:
+    """`metrics.jsonl`: one JSON object a line, with `step`, the Unix `time`, and the metrics.
+
+    A loss that is no finite number, which JSON does not have, is null.
+    """
+
+    def __init__(self, path: Path, resumed_step: int, console: Console) -> None:
+        cut_back(path, resumed_step)
+        self.path = path
+        self.console = console
+        self.full = False
+
+    def write(self, step: int, metrics: Metrics) -> None:
+        """Append a line. A full disk loses lines, and is told once until there is room again."""
+        plain = {
+            k: None if isinstance(v, float) and not isfinite(v) else v for k, v in metrics.items()
+        }
+        line = json.dumps({"step": step, "time": time(), **plain}, allow_nan=False) + "\n"
+        try:
+            _append(self.path, line.encode())
+            self.full = False
+        except OSError as error:
+            if not self.full:
+                warn(self.console, f"{self.path} is not written: {error}")
+            self.full = True
+
+    def close(self) -> None:
+        pass
+
+
+def _append(path: Path, line: bytes) -> None:
+    """Add a whole line to a file or, with an OSError, nothing of it."""
+    with path.open("ab", buffering=0) as file:
+        size = file.tell()
+        try:
+            while line:  # what the disk has room for is written before it refuses
+                line = line[file.write(line) :]
+        except OSError:
+            file.truncate(size)
+            raise
+
+
+def cut_back(path: Path, step: int) -> None:
+    """Drop the lines of later steps than `step`, and a last line that a crash left incomplete."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+        try:
+            if line.endswith("\n") and json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (json.JSONDecodeError, TypeError, KeyError):
+            continue
+    write_whole(path, "".join(kept))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file in one piece: a crash or a full disk leaves the one before."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+class ConsoleLine:
+    """One line per logging step, above the progress bar."""
+
+    def __init__(self, console: Console, total_steps: int | None) -> None:
+        self.console = console
+        self.total = f"/{total_steps}" if total_steps else ""
+
+    def write(self, step: int, metrics: Metrics) -> None:
+        for line in console_lines(metrics):
+            self.console.print(f"step {step}{self.total}  {line}", highlight=False, markup=False)
+
+    def close(self) -> None:
+        pass
+
+
+def console_lines(metrics: Metrics) -> list[str]:
+    """The metrics that a person follows, in words.
+
+    >>> console_lines({"train/loss": 3.21, "throughput/tokens_per_s": 5123.4, "optim/lr": 3e-4})
+    ['loss 3.210  lr 3.00e-04  5,123 tokens/s']
+    """
+    formats = {
+        "train/loss": "loss {:.3f}",
+        "train/bits_per_byte": "{:.3f} bits/byte",
+        "optim/lr": "lr {:.2e}",
+        "optim/grad_norm": "grad {:.2f}",
+        "throughput/tokens_per_s": "{:,.0f} tokens/s",
+        "throughput/mfu": "mfu {:.1%}",
+        "memory/peak_gib": "{:.2f} GiB",
+    }
+    line = "  ".join(text.format(metrics[key]) for key, text in formats.items() if key in metrics)
+    lines = [line] if line else []
+    for key, value in metrics.items():
+        if key.startswith("eval/") and key.endswith("/loss"):
+            name = key.removeprefix("eval/").removesuffix("/loss")
+            lines.append(
+                f"{name} loss {value:.3f}  {metrics[f'eval/{name}/bits_per_byte']:.3f} bits/byte"
+            )
+        elif isinstance(value, str):
+            lines.append(f"{key}: {value}")
+    return lines
+
+
+class Wandb:
+    """The run on Weights & Biases; offline unless logged in, under one id however often resumed.
+
+    Everything there is done by a thread of its own, so a server that is slow or gone takes no time
+    from the training. If it cannot be reached at the start, the run is kept offline; if it stops
+    answering later, what it has not got is still in the run's directory. `wandb sync` uploads
+    either. Whatever goes wrong is told once.
+    """
+
+    def __init__(self, config: Config, run_dir: Path, console: Console) -> None:
+        self.config, self.run_dir, self.console = config, run_dir, console
+        self._calls: SimpleQueue[tuple[int, Metrics] | None] = SimpleQueue()
+        self._given_up = False
+        self._thread = Thread(target=self._serve, name="wandb", daemon=True)
+        self._thread.start()
+
+    def write(self, step: int, metrics: Metrics) -> None:
+        """Log the metrics, sooner or later."""
+        self._calls.put((step, metrics))
+
+    def close(self) -> None:
+        """Finish the run there within `CLOSE_S`; afterwards none of its processes is awaited."""
+        self._calls.put(None)
+        self._thread.join(CLOSE_S)
+        if self._thread.is_alive():
+            self._given_up = True
+            self._failed(f"its service has not answered for {CLOSE_S:g} s")
+            # Its exit hook would wait for the service; tearing it down begins with removing that.
+            tearing = Thread(target=_tear_down, daemon=True)
+            tearing.start()
+            tearing.join(TEAR_DOWN_S)
+
+    def _serve(self) -> None:
+        try:
+            run = self._start()
+            while (call := self._calls.get()) is not None:
+                step, metrics = call
+                run.log(metrics, step=step)
+            run.finish()
+            _tear_down()
+        except Exception as error:
+            if not self._given_up:
+                self._failed(str(error))
+
+    def _start(self) -> Any:
+        mode = _mode(self.config)
+        try:
+            return self._init(mode)
+        except Exception as error:
+            if mode != "online" or self._given_up:
+                raise
+            warn(self.console, f"Weights & Biases is not reached, {self._kept}: {error}")
+            _tear_down()  # or the run would be in use
+            return self._init("offline")
+
+    def _failed(self, problem: str) -> None:
+        warn(
+            self.console,
+            f"Weights & Biases failed and is left out from here on, {self._kept}: {problem}",
+        )
+
+    @property
+    def _kept(self) -> str:
+        return f"but `wandb sync` can upload what is in {self.run_dir / 'wandb'}"
+
+    def _init(self, mode: Any) -> Any:
+        import wandb
+
+        return wandb.init(
+            project=self.config.hooks.wandb.project,
+            name=self.config.name,
+            id=run_id(self.run_dir),
+            resume="allow",
+            dir=self.run_dir,
+            mode=mode,
+            config=self.config.to_dict(),
+            settings=wandb.Settings(
+                silent=True,
+                init_timeout=START_S,
+                finish_timeout=FINISH_S,
+                finish_timeout_raises=True,
+            ),
+        )
+
+
+def _tear_down() -> None:
+    import wandb
+
+    wandb.teardown()
+
+
+def run_id(run_dir: Path) -> str:
+    """The W&B id of the run in this directory, made at the first call."""
+    path = run_dir / "wandb_id.txt"
+    if not path.exists():
+        path.write_text(uuid4().hex[:16], encoding="utf-8")
+    return path.read_text(encoding="utf-8").strip()
+
+
+def _mode(config: Config) -> Any:
+    mode = config.hooks.wandb.mode
+    if mode != "auto":
+        return mode
+    import wandb
+
+    return os.environ.get("WANDB_MODE") or (
+        "online" if wandb.login(prompt=False, verify=False) else "offline"
+    )

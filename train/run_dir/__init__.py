@@ -1,0 +1,1 @@
+"""A run's directory, and the source code that is kept in it."""

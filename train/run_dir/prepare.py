@@ -1,0 +1,90 @@
+"""A run's directory, and what it says of the run.
+
+runs/phd_cswa-2-16-32-tiny/
+    config.yaml        the whole configuration, every default included
+    environment.json   versions, machine, source revision; one entry for each start
+    source/            this project's source code and its git revision; see snapshot.py
+    metrics.jsonl      one line for each logging step
+    quarantine.jsonl   what was found that is no document, and where; absent if nothing was
+    bad_steps/         the batches of bad steps; see train/anomalies/report.py
+    stacks/            what the ranks were doing when a step took too long
+    tokenizer.model    the SentencePiece model
+    wandb_id.txt, wandb/
+    checkpoints/       see train/checkpoint/store.py
+"""
+
+import json
+import platform
+import sys
+from importlib import metadata
+from itertools import count
+from pathlib import Path
+from time import strftime
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from rich.console import Console
+
+from data.tokenizer import Tokenizer
+from train.config import Config
+from train.metrics.sinks import write_whole
+from train.run_dir.snapshot import Revision, read_revision, write_snapshot
+
+
+def prepare_run_dir(config: Config, tokenizer: Tokenizer, console: Console) -> None:
+    """Make the run's directory this run's, and write down what this start of it is made of."""
+    directory = config.run_dir
+    if config.run.resume == "never" and (moved := archive_run_dir(directory)):
+        console.print(f"run.resume=never: the earlier run is now in {moved}", markup=False)
+    try:
+        _describe(config, directory, tokenizer)
+    except OSError as error:
+        raise ValueError(
+            f"run.dir={directory}: cannot be written ({error}); choose another run.dir, or make "
+            "room there"
+        ) from error
+
+
+def archive_run_dir(directory: Path) -> Path | None:
+    """Rename an earlier run's directory to `<directory>.old-<n>`; None if there is none."""
+    if not directory.exists():
+        return None
+    names = (directory.with_name(f"{directory.name}.old-{n}") for n in count(1))
+    return directory.rename(next(name for name in names if not name.exists()))
+
+
+def _describe(config: Config, directory: Path, tokenizer: Tokenizer) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    revision = read_revision()
+    write_snapshot(directory, revision)
+    settings = OmegaConf.to_yaml(OmegaConf.create(config.to_dict()))
+    write_whole(directory / "config.yaml", settings)
+    tokenizer.save(directory / "tokenizer.model")
+    path = directory / "environment.json"
+    starts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+    write_whole(path, json.dumps([*starts, environment(revision)], indent=1))
+
+
+def environment(revision: Revision) -> dict[str, Any]:
+    """The machine, the versions and the source revision of this process."""
+    packages = ("torch", "numpy", "sentencepiece", "datasets", "hydra-core", "wandb", "deepspeed")
+    return {
+        "time": strftime("%Y-%m-%d %H:%M:%S %z"),
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "threads": torch.get_num_threads(),
+        "revision": revision.commit,
+        "changed": revision.dirty,  # since then; see source/
+        "packages": {name: _version(name) for name in packages},
+    }
+
+
+def _version(package: str) -> str | None:
+    """None where it is not installed, as DeepSpeed need not be."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
