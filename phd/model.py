@@ -131,6 +131,19 @@ class Transformer(nn.Module):
         return next_token_loss(self(tokens, segments), self.head_weight, targets, z_loss)
 
 
+class ModelWithLoss(nn.Module):
+    """A model and its loss in one forward pass: what engines shard, wrap and compile."""
+
+    def __init__(self, model: Transformer, z_loss: float) -> None:
+        super().__init__()
+        self.model = model
+        self.z_loss = z_loss
+
+    def forward(self, tokens: Tensor, targets: Tensor, segments: Segments | None = None) -> Loss:
+        """tokens, targets (B, T) -> sums over the targets; see `phd.loss`."""
+        return self.model.loss(tokens, targets, self.z_loss, segments)
+
+
 def count_parameters(config: ModelConfig) -> dict[str, int]:
     """Parameters by group, of a model that is never allocated (built on the meta device)."""
     with torch.device("meta"):

@@ -46,6 +46,7 @@ from train.engines.device import autocast, choose_device, device_problems
 from train.engines.engine import Rows
 from train.engines.fsdp import FsdpEngine
 from train.engines.optimizer import build_optimizer
+from train.loop import train_step
 from train.run_dir.prepare import environment
 from train.run_dir.snapshot import read_revision
 
@@ -106,7 +107,7 @@ class BenchArguments:
             found.append(f"gigabytes={self.gigabytes}: expected a number above 0")
         if self.name not in BENCHMARKS:
             found.append(f"name={self.name}: expected one of {', '.join(BENCHMARKS)}")
-        return found + device_problems(self.device)
+        return [*found, *map(str, device_problems(self.device))]
 
 
 def bench_attention(given: BenchArguments, device: torch.device) -> Result:
@@ -222,7 +223,7 @@ def bench_step(given: BenchArguments, device: torch.device) -> Result:
 
 def _step_work(config: Config, batch: Tensor) -> Work:
     engine = FsdpEngine(config, ProcessGroups())
-    return lambda: engine.step(Rows(batch), config.optim.lr)
+    return lambda: train_step(engine, Rows(batch), config.optim.lr)
 
 
 def _transformers_work(config: Config, batch: Tensor) -> Work:

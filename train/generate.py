@@ -80,7 +80,7 @@ class GenerateArguments:
             found.append("stop: an empty text would end everything; give one that may be written")
         if self.file is not None and self.prompt is not None:
             found.append(f"file={self.file}: gives the prompts; leave out prompt")
-        found += device_problems(self.device)
+        found += map(str, device_problems(self.device))
         try:
             self.sampling()
         except ValueError as error:

@@ -1,20 +1,24 @@
 """The training loop."""
 
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from time import perf_counter
 
+import torch
 from rich.progress import Progress
 
-from conf.errors import ConfigError
 from data.loader import Loader
+from data.prefetch import never
 from data.stream import OutOfTextError
+from train.anomalies.detection import NO_LIMITS, Limits
+from train.distributed.process_groups import shared_error
 from train.distributed.stop_sync import RankFlags
-from train.engines.engine import Rows
+from train.ending import Ending
+from train.engines.engine import Engine, Rows, StepResult
 from train.engines.schedule import learning_rate
-from train.metrics.hooks import SaveCheckpoint
 from train.metrics.record import Hook, Metrics, StepRecord, is_due
-from train.metrics.sinks import Sink, console_lines
+from train.metrics.sinks import console_lines
 from train.run import Run
 
 
@@ -25,52 +29,43 @@ class StoppedEarlyError(Exception):
 def train(run: Run, progress: Progress) -> tuple[StepRecord, Metrics]:
     """Train from the run's step to its end; return the last step's record and metrics.
 
-    Nothing here waits for what was just asked of the device, except on steps after which a hook is
-    due; the outcome of the step before is looked at, which has been computed meanwhile. All ranks
-    take the same steps, and end after the same one.
+    The host runs ahead of the device: nothing here waits for what the step at hand computes, but
+    where a hook is due. All ranks take the same steps, and end after the same one.
 
     Raises:
         OutOfTextError: there is nothing to train on.
         StoppedEarlyError: a signal came before the first step.
         RollBackError, BadStepError: see `train.anomalies.policy`.
     """
-    config, engine, stop_sync = run.config, run.engine, run.stop_sync
+    config, engine, policy, stop_sync = run.config, run.engine, run.bad_step_policy, run.stop_sync
     bar = progress.add_task(
         "training", total=config.train.total_steps, completed=run.step, status=""
     )
     started, hooks_s = perf_counter(), 0.0
-    record: StepRecord | None = None
-    with Loader(
-        run.stream,
-        workers=config.data.workers,
-        depth=config.data.prefetch,
-        give_up=run.stop_signal.is_set,
-        given=run.batches,
-        skip_batches=run.skip_batches,
-    ) as loader:
-        _agree_to_begin(run, loader)
+    record, ending = None, None
+    with run.loader() as loader:
+        wait_for_first_batch(run, loader)
         for step, batch in enumerate(loader, run.step + 1):
-            number = loader.number
             lr = learning_rate(config, step - 1)
-            stop_sync.begin(_rank_flags(run, loader, perf_counter() - started - hooks_s))
-            result = engine.step(
-                Rows.of(batch), lr, run.bad_step_policy.limits(step), stop_sync.stop
+            stop_sync.start(rank_flags(run, loader, perf_counter() - started - hooks_s))
+            result = train_step(
+                engine, Rows.of(batch), lr, policy.limits(step), stop_sync.stop_requested
             )
-            flags = stop_sync.end()
-            if result is None:
-                return _interrupted(run, record)
-            run.bad_step_policy.take(step, number, batch, lr, result)
+            flags = stop_sync.wait()
+            if result is None:  # a signal came between micro-batches
+                break
+            policy.observe(step, loader.number, batch, lr, result)
 
             ending = run.ending(step, flags)
-            due = [hook for hook in run.hooks if ending or is_due(hook, step)]
-            if due:
-                run.bad_step_policy.flush()
+            due = partial(is_due, step=step)
+            if ending or any(map(due, run.all_hooks)):
+                policy.flush()
                 engine.synchronize()
             train_s = perf_counter() - started - hooks_s
             record = StepRecord(
                 step=step,
                 tokens=step * config.train.tokens_per_step,
-                batches=number,
+                batches=loader.number,
                 lr=lr,
                 loss=result.loss,
                 grad_norm=result.grad_norm,
@@ -78,82 +73,121 @@ def train(run: Run, progress: Progress) -> tuple[StepRecord, Metrics]:
                 stats=batch.stats,
                 train_s=train_s,
                 data_wait_s=(loader.wait_s,),
-                ending=ending,
-                failure=_failure(run, loader, ending),
             )
-            metrics = _observe(run, record, due, run.sinks)
+            if ending:
+                break
+            metrics = measure_and_save(run, record, due)
             hooks_s = perf_counter() - started - train_s
 
-            progress.update(bar, completed=step)
-            if status := " ".join(console_lines(metrics)[:1]):
-                progress.update(bar, status=status)
-            if ending:
-                return record, metrics
-            if stop_sync.signal:
-                return _interrupted(run, record)
-    raise AssertionError("the batches have no end")
+            progress.update(bar, completed=step, status=" ".join(console_lines(metrics)[:1]))
+            if stop_sync.signal:  # it came while hooks were called
+                break
+        return end(run, loader, record, ending)
 
 
-def _rank_flags(run: Run, loader: Loader, train_s: float) -> RankFlags:
-    """What this rank knows before a step."""
-    following, limit = loader.peek(), run.config.train.max_time
-    return RankFlags(
-        failed=loader.failure is not None and not isinstance(loader.failure, OutOfTextError),
-        full=following is not None and following.stats.targets > 0,
-        late=limit is not None and train_s >= limit,
-    )
+def train_step(
+    engine: Engine,
+    batch: Rows,
+    lr: float,
+    limits: Limits = NO_LIMITS,
+    stop_requested: Callable[[], bool] = never,
+) -> StepResult | None:
+    """One optimizer step on this rank's rows of the global batch.
+
+    The loss is a sum over targets, divided by the number of targets of the whole step, over all
+    micro-batches and ranks. So gradients are summed, never averaged.
+
+    Args:
+        batch: as many rows on every rank.
+        lr: the learning rate.
+        limits: a step beyond them is not applied.
+        stop_requested: asked between two micro-batches, by all ranks at once. If it says so, the
+            step is given up: weights and moments stay as they were, and the result is None.
+    """
+    micro_batches = list(batch.split(engine.micro_batch))
+    targets = engine.count_targets(batch)
+    cross_entropy = torch.zeros((), device=engine.device)
+    for number, micro_batch in enumerate(micro_batches, 1):
+        if number > 1 and stop_requested():
+            engine.drop_gradients()
+            return None
+        with engine.grad_sync(last=number == len(micro_batches)):
+            loss = engine.forward(micro_batch)
+            engine.backward(loss.total / targets)
+        cross_entropy += loss.cross_entropy
+    mean_loss = engine.groups.sum(cross_entropy) / targets
+    grad_norm, applied = engine.optimizer_step(lr, mean_loss, limits)
+    return StepResult(mean_loss, grad_norm, applied)
 
 
-def _agree_to_begin(run: Run, loader: Loader) -> None:
-    """Make sure that every rank has a first batch."""
-    run.stop_sync.begin(_rank_flags(run, loader, 0.0))
-    flags = run.stop_sync.end()
-    if run.stop_sync.signal:
-        raise StoppedEarlyError
-    if ending := run.data_ending(flags):
-        failure = _failure(run, loader, ending)
-        raise failure if isinstance(failure, OutOfTextError) else user_error(failure)
+def measure_and_save(
+    run: Run, record: StepRecord, due: Callable[[Hook], bool], *, log: bool = True
+) -> Metrics:
+    """Measure, save, evaluate, sample and log, each if it is due.
 
-
-def _failure(run: Run, loader: Loader, ending: str | None) -> Exception | None:
-    """Why there is no next batch, the same on all ranks; None if there is."""
-    if ending == "out_of_text":
-        return run.stream.out_of_text()
-    if ending != "no_data":
-        return None
-    own = loader.failure
-    told = run.groups.gather(None if own is None else (isinstance(own, ValueError), str(own)))
-    if own is not None and not isinstance(own, OutOfTextError):
-        return own
-    refused, text = next(found for found in told if found is not None)
-    return ValueError(text) if refused else RuntimeError(text)
-
-
-def _observe(run: Run, record: StepRecord, hooks: list[Hook], sinks: Iterable[Sink]) -> Metrics:
-    """Call hooks with what all ranks know of a step, and write what they return."""
+    The save comes before what takes long and could fail.
+    """
     metrics: Metrics = {}
-    if hooks:
+    if any(map(due, run.all_hooks)):
         record = replace(record.of_all(run.groups), bad_steps=run.bad_step_policy.to_json())
-    for hook in hooks:
-        metrics |= hook(record)
-    for sink in sinks if metrics else ():
+    for measure in filter(due, run.hooks):
+        metrics |= measure(record)
+    if due(run.save):
+        metrics |= run.save(record)
+    for evaluate in filter(due, run.evaluations):
+        metrics |= evaluate(record)
+    if due(run.sample):
+        metrics |= run.sample(record)
+    for sink in run.sinks if log and metrics else ():
         sink.write(record.step, metrics)
     return metrics
 
 
-def _interrupted(run: Run, record: StepRecord | None) -> tuple[StepRecord, Metrics]:
-    """End after a step that was taken for an ordinary one: save, and do what was not due."""
-    assert run.stop_sync.signal is not None
+def end(
+    run: Run, loader: Loader, record: StepRecord | None, ending: Ending | None
+) -> tuple[StepRecord, Metrics]:
+    """Save the last step, and do what else is due after the last step and has not been done."""
     if record is None:
         raise StoppedEarlyError
+    done: set[Hook] = set()
+    if ending is None:  # the signal came after the step had been measured as any other
+        assert run.stop_sync.signal is not None
+        ending = Ending.of_signal(run.stop_sync.signal)
+        done = {hook for hook in run.all_hooks if is_due(hook, record.step)}
     run.bad_step_policy.flush()
-    record = replace(record, ending=run.stop_sync.signal.name)
-    done = [hook for hook in run.hooks if is_due(hook, record.step)]
-    rest = [hook for hook in run.hooks if isinstance(hook, SaveCheckpoint) or hook not in done]
-    return record, _observe(run, record, rest, () if done else run.sinks)
+    record = replace(record, ending=ending, failure=_failure(run, loader, ending))
+    # A second save of the same step only waits for the first; a step has one line in each sink.
+    last = {run.save, *run.all_hooks} - (done - {run.save})
+    return record, measure_and_save(run, record, last.__contains__, log=not done)
 
 
-def user_error(failure: Exception | None) -> Exception:
-    """What the data refuses, such as too few documents, is the user's to mend; all else is not."""
-    assert failure is not None
-    return ConfigError([str(failure)], "the data") if isinstance(failure, ValueError) else failure
+def rank_flags(run: Run, loader: Loader, train_s: float) -> RankFlags:
+    """What this rank knows before a step."""
+    following, limit = loader.peek(), run.config.train.max_time
+    return RankFlags(
+        data_failed=loader.failure is not None and not isinstance(loader.failure, OutOfTextError),
+        has_next=following is not None and following.stats.targets > 0,
+        time_is_up=limit is not None and train_s >= limit,
+    )
+
+
+def wait_for_first_batch(run: Run, loader: Loader) -> None:
+    """Make sure that every rank has a first batch; raises on all of them where one has none."""
+    run.stop_sync.start(rank_flags(run, loader, 0.0))
+    flags = run.stop_sync.wait()
+    if run.stop_sync.signal:
+        raise StoppedEarlyError
+    if ending := run.data_ending(flags):
+        failure = _failure(run, loader, ending)
+        assert failure is not None
+        raise failure
+
+
+def _failure(run: Run, loader: Loader, ending: Ending) -> Exception | None:
+    """Why there is no next batch, the same on all ranks; None if there is one."""
+    if ending == Ending.OUT_OF_TEXT:
+        return run.stream.out_of_text()
+    if ending != Ending.DATA_FAILED:
+        return None
+    out_of_text = isinstance(loader.failure, OutOfTextError)
+    return shared_error(run.groups, None if out_of_text else loader.failure)

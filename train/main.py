@@ -4,8 +4,9 @@ python train/main.py model=phd_cswa model.K=3 size=tiny data=python
 """
 
 import gc
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from signal import SIGINT
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.progress import (
@@ -24,46 +25,76 @@ from train.config import Config
 from train.distributed.dist_env import DistEnv
 from train.distributed.process_groups import ProcessGroups, init_process_groups
 from train.distributed.signals import StopSignal, exit_immediately
+from train.ending import Ending
 from train.exit_codes import ExitCode
-from train.loop import StoppedEarlyError, train, user_error
+from train.loop import StoppedEarlyError, train
+from train.metrics.record import Hook, Metrics, StepRecord
 from train.metrics.sinks import warn
 from train.plan import make_plan, print_plan
 from train.report import print_report
 from train.run import Run, open_run
 
+MakeHook = Callable[[Run], Hook]
 
-def main(config: Config) -> int:
-    """Plan, train and report; returns an exit code of `launch.exit_codes`."""
+
+def main(config: Config, hooks: Sequence[MakeHook] = ()) -> int:
+    """Plan, train and report; returns an `ExitCode`.
+
+    Args:
+        config: of the run.
+        hooks: functions that make hooks of the user's own from the opened run; see
+            `train.metrics.record`.
+    """
     stop_signal = StopSignal()
     # One of several ranks may not leave at once: the others would wait for it.
-    early = exit_immediately() if DistEnv.from_environment().world_size == 1 else stop_signal
-    with early, init_process_groups(config.engine.device) as groups:
-        console = Console(soft_wrap=True, highlight=False, quiet=not groups.first)
+    alone = DistEnv.from_environment().world_size == 1
+    with (
+        exit_immediately() if alone else stop_signal,
+        init_process_groups(config.engine.device) as groups,
+    ):
+        console = Console(soft_wrap=True, highlight=False, quiet=not groups.is_rank_zero)
         print_plan(make_plan(config, groups.world_size), console)
-        if config.run.resume == "never" and any(groups.gather(groups.place.restarts)):
+        if config.run.resume == "never" and any(groups.gather(groups.dist_env.restarts)):
             config = _resuming(config)  # it was this very run that began anew
-        return train_to_the_end(config, console, groups, stop_signal)
+        return train_to_the_end(config, console, groups, stop_signal, hooks)
 
 
 def train_to_the_end(
-    config: Config, console: Console, groups: ProcessGroups, stop_signal: StopSignal
+    config: Config,
+    console: Console,
+    groups: ProcessGroups,
+    stop_signal: StopSignal,
+    hooks: Sequence[MakeHook] = (),
 ) -> int:
     """Open and train the run, again after each rollback; all ranks return the same code."""
     skipped: frozenset[int] = frozenset()
     rollbacks, begun = 0, -1
-    most = config.faults.most_in_a_row
+    limit = config.faults.most_in_a_row
     while True:
-        code, step, back = _attempt(config, console, groups, stop_signal, skipped)
-        gc.collect()  # a sharded model holds references to itself
-        if back is None:
-            return code
-        rollbacks, begun = (rollbacks + 1 if step == begun else 1), step
-        if rollbacks > most:
-            warn(console, f"{back}; no more than faults.most_in_a_row={most} rollbacks in a row")
+        attempt = _attempt(config, console, groups, stop_signal, skipped, hooks)
+        gc.collect()  # FSDP's modules and their state refer to each other in circles
+        rollback = attempt.rollback
+        if rollback is None:
+            return attempt.code
+        rollbacks = rollbacks + 1 if attempt.begun == begun else 1
+        begun = attempt.begun
+        if rollbacks > limit:
+            warn(console, f"{rollback}; faults.most_in_a_row={limit}: too many rollbacks in a row")
             return ExitCode.CRASHED
-        warn(console, f"{back}; going back to the last checkpoint")
-        skipped |= {back.batch}
+        warn(console, f"{rollback}; going back to the last checkpoint")
+        skipped |= {rollback.batch}
         config = _resuming(config)
+
+
+class _Attempt(NamedTuple):
+    """How training from one checkpoint went: the exit code, or why to roll back.
+
+    `begun` is the step of the checkpoint.
+    """
+
+    code: ExitCode
+    begun: int
+    rollback: RollBackError | None = None
 
 
 def _attempt(
@@ -72,58 +103,66 @@ def _attempt(
     groups: ProcessGroups,
     stop_signal: StopSignal,
     skipped: frozenset[int],
-) -> tuple[int, int, RollBackError | None]:
-    """(exit code, step that it began from, why it is to be opened again) of a run; nothing of it
-    is left in memory."""
-    with open_run(config, console, groups, stop_signal, skipped) as run:
+    hooks: Sequence[MakeHook],
+) -> _Attempt:
+    """Open the run and train it; nothing of it is left in memory afterwards."""
+    with open_run(config, console, groups, stop_signal, skipped, hooks) as run:
         try:
-            return _train(run, console), run.step, None
+            return _Attempt(_train(run, console), run.step)
         except BadStepError as error:
             warn(console, str(error))
-            return ExitCode.CRASHED, run.step, None
+            return _Attempt(ExitCode.CRASHED, run.step)
         except RollBackError as error:
-            return ExitCode.CRASHED, run.step, error.with_traceback(None)
+            return _Attempt(ExitCode.CRASHED, run.step, error.with_traceback(None))
 
 
-def _train(run: Run, console: Console) -> int:
+def _train(run: Run, console: Console) -> ExitCode:
     """An opened run from its last checkpoint to its end; all ranks return the same code."""
-    config = run.config
     if run.finished:
-        console.print(f"nothing to train: {run.step} steps are done")
-        print_report(run, run.finish(), console, complete=True)
-        return ExitCode.FINISHED
+        return _report_complete(run, console, f"nothing to train: {run.step} steps are done")
     try:
         with _progress(console) as progress:
             record, metrics = train(run, progress)
     except OutOfTextError as error:
-        console.print(f"nothing to train: {run.step} steps are done. {error}", markup=False)
-        print_report(run, run.finish(), console, complete=True)
-        return ExitCode.FINISHED
+        why = f"nothing to train: {run.step} steps are done. {error}"
+        return _report_complete(run, console, why)
     except StoppedEarlyError:
-        ending = run.stop_sync.signal
-        assert ending is not None
-        console.print(f"{ending.name}: ended before step {run.step + 1}; nothing to save")
-        return ExitCode.INTERRUPTED if ending == SIGINT else ExitCode.REQUEUE
-    failure = metrics.get("checkpoint/error")
-    if failure and (record.interrupted or not config.hooks.console):  # else it has been told
-        warn(console, str(failure))
-    if record.ending == "no_data":
-        raise user_error(record.failure)
-    if record.ending == "out_of_text":
+        assert run.stop_sync.signal is not None
+        ending = Ending.of_signal(run.stop_sync.signal)
+        console.print(f"{ending}: ended before step {run.step + 1}; nothing to save")
+        return ending.exit_code(saved=True, timed=run.timed)
+    return _report(run, record, metrics, console)
+
+
+def _report_complete(run: Run, console: Console, why: str) -> ExitCode:
+    console.print(why, markup=False)
+    print_report(run, run.measure(), console, complete=True)
+    return ExitCode.FINISHED
+
+
+def _report(run: Run, record: StepRecord, metrics: Metrics, console: Console) -> ExitCode:
+    """Print how training ended and what came of it; returns the exit code.
+
+    Raises:
+        DataError, TransientError: the run was saved because its data failed.
+    """
+    ending = record.ending
+    assert ending is not None
+    if run.save.error and (ending.by_signal or not run.config.hooks.console):
+        warn(console, run.save.error)  # else the console's line of this step has said it
+    if ending == Ending.DATA_FAILED:
+        assert record.failure is not None
+        raise record.failure
+    if ending == Ending.OUT_OF_TEXT:
         warn(console, f"ended after step {record.step}: {record.failure}")
-    saved = metrics.get("checkpoint/step") == record.step
-    timed = config.train.total_steps is None  # then its time is the run's whole length
-    complete = record.ending in ("finished", "out_of_text") or timed
-    if record.interrupted or not complete:
-        why = "train.max_time is over" if record.ending == "max_time" else record.ending
+    saved = run.save.saved_step == record.step
+    complete = ending.is_complete(timed=run.timed)
+    if not complete:
+        why = "train.max_time is over" if ending == Ending.MAX_TIME else ending
         console.print(f"{why}: {'saved' if saved else 'not saved'} after step {record.step}")
-    if not record.interrupted:
+    if not ending.by_signal:
         print_report(run, metrics, console, complete=complete)
-    if record.ending == "SIGINT":
-        return ExitCode.INTERRUPTED
-    if not saved:
-        return ExitCode.CRASHED
-    return ExitCode.FINISHED if complete and not record.interrupted else ExitCode.REQUEUE
+    return ending.exit_code(saved=saved, timed=run.timed)
 
 
 def _resuming(config: Config) -> Config:

@@ -1,35 +1,39 @@
-"""A run: everything the loop needs, opened, and resumed where it ended.
+"""A run: everything that the loop needs, opened, and resumed where it ended.
 
 All ranks open the run and share its directory (train/run_dir). Rank 0 writes what is written once.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from signal import Signals
 from typing import Any
 
 import torch
 from rich.console import Console
 
-from conf.errors import ConfigError
+from conf.errors import ConfigError, Problem
 from conf.validation import as_dict, flatten_keys
 from data.config import TokenizerConfig
 from data.fingerprint import changes, check_fingerprint
 from data.heldout import HeldOut, heldout_rows
+from data.loader import Loader
 from data.sources.documents import Documents
 from data.stream import BatchShape, TokenStream
 from data.tokenizer import Tokenizer
 from data.tokenizer_training import prepare_tokenizer
 from train.anomalies.detection import SpikeDetector
 from train.anomalies.policy import BadStepPolicy
-from train.checkpoint.store import Checkpoint, CheckpointStore
+from train.checkpoint.reader import Checkpoint
+from train.checkpoint.store import CheckpointStore
 from train.config import Config
 from train.distributed.process_groups import ProcessGroups, raise_on_all_ranks
-from train.distributed.signals import StopSignal, nothing
+from train.distributed.signals import StopSignal
 from train.distributed.stop_sync import RankFlags, StopSync
 from train.distributed.watchdog import Watchdog
+from train.ending import Ending
 from train.engines.config import DeepSpeedConfig, FsdpConfig
-from train.engines.device import choose_device
+from train.engines.device import choose_device, configure_process
 from train.engines.engine import Engine
 from train.engines.fsdp import FsdpEngine
 from train.hf.pretrained import pretrained_start
@@ -55,6 +59,8 @@ class Run:
     """An opened run on one of its ranks; `step` optimizer steps are done.
 
     Attributes:
+        hooks: what is measured, in the order in which it is: the run's own, then the user's.
+        save, evaluations, sample: hooks that the loop calls after them, in this order.
         batches: batches that the stream has given so far.
         skip_batches: numbers of batches that are not trained on.
     """
@@ -71,10 +77,18 @@ class Run:
     stop_sync: StopSync
     bad_step_policy: BadStepPolicy
     hooks: tuple[Hook, ...]
+    save: SaveCheckpoint
+    evaluations: tuple[Evaluation, ...]
+    sample: Sample
     sinks: tuple[Sink, ...]
     step: int
     batches: int
     skip_batches: frozenset[int]
+
+    @property
+    def all_hooks(self) -> tuple[Hook, ...]:
+        """Everything that is called after a step, in its order."""
+        return (*self.hooks, self.save, *self.evaluations, self.sample)
 
     @property
     def finished(self) -> bool:
@@ -82,79 +96,85 @@ class Run:
         total = self.config.train.total_steps
         return total is not None and self.step >= total
 
-    def ending(self, step: int, flags: RankFlags) -> str | None:
+    @property
+    def timed(self) -> bool:
+        """The run has no length but its time."""
+        return self.config.train.total_steps is None
+
+    def ending(self, step: int, flags: RankFlags) -> Ending | None:
         """Why the run ends after this step; None if it goes on. The same on all ranks."""
         if flags.signal:
-            return Signals(flags.signal).name
+            return Ending.of_signal(flags.signal)
         total = self.config.train.total_steps
         if total is not None and step >= total:
-            return "finished"
-        return self.data_ending(flags) or ("max_time" if flags.late else None)
+            return Ending.FINISHED
+        return self.data_ending(flags) or (Ending.MAX_TIME if flags.time_is_up else None)
 
     @staticmethod
-    def data_ending(flags: RankFlags) -> str | None:
-        """Why there is nothing more to train on; None if there is."""
-        if flags.failed:
-            return "no_data"
-        return None if flags.full else "out_of_text"
+    def data_ending(flags: RankFlags) -> Ending | None:
+        """Why there is nothing more to train on; None if there is something."""
+        if flags.data_failed:
+            return Ending.DATA_FAILED
+        return None if flags.has_next else Ending.OUT_OF_TEXT
 
-    def finish(self) -> Metrics:
-        """What is measured at the end of a run, of one that was complete already."""
+    def loader(self) -> Loader:
+        """The batches from here on."""
+        return Loader(
+            self.stream,
+            workers=self.config.data.workers,
+            depth=self.config.data.prefetch,
+            give_up=self.stop_signal.is_set,
+            given=self.batches,
+            skip_batches=self.skip_batches,
+        )
+
+    def measure(self) -> Metrics:
+        """The evaluation and the sample of a run that is complete already."""
         metrics: Metrics = {}
-        for hook in self.hooks:
-            if isinstance(hook, Evaluation | Sample):
-                metrics |= hook.measure()
-        return metrics
-
-    def __enter__(self) -> "Run":
-        self.watchdog.__enter__()
-        self.stop_signal.on_first_signal = self._leave
-        self.stop_signal.__enter__()
-        if self.stop_signal.is_set():  # while the run was opened
-            self._leave()
-        return self
-
-    def _leave(self) -> None:
-        """The process is to end: it has so much time left."""
-        self.watchdog.exit_within(self.config.faults.exit_timeout)
-
-    def __exit__(self, *error: object) -> None:
-        self.watchdog.heartbeat()
-        try:
-            self.store.close()
-            for sink in self.sinks:
-                sink.close()
-            self.engine.close()
-        finally:
-            self.stop_signal.__exit__()
-            self.stop_signal.on_first_signal = nothing
-            self.watchdog.__exit__()
+        for evaluation in self.evaluations:
+            metrics |= evaluation.measure()
+        return metrics | self.sample.measure()
 
 
+@contextmanager
 def open_run(
     config: Config,
     console: Console,
     groups: ProcessGroups | None = None,
     stop_signal: StopSignal | None = None,
     skip_batches: frozenset[int] = frozenset(),
-) -> Run:
+    hooks: Sequence[Callable[[Run], Hook]] = (),
+) -> Iterator[Run]:
     """Open a run's directory, data and engine, and take up its newest whole checkpoint.
 
+    What was opened is closed in the reverse order, whatever fails on the way: the store first,
+    which may still be writing, then the sinks, then the engine.
+
     Args:
-        console: of the first rank; the others' are quiet.
-        groups: that open it together; None: this process alone.
-        stop_signal: that signals are noted by; None: one of the run's own.
-        skip_batches: numbers of batches that are not to be trained on.
+        console: of rank 0; the others' are quiet.
+        groups: ranks that open it together; None: this process alone.
+        stop_signal: notes the signals that come; None: the run has one of its own.
+        skip_batches: numbers of batches that are not trained on.
+        hooks: functions that make the user's hooks from the opened run.
 
     Raises:
         ConfigError: something that the configuration names is missing, does not fit the rest, or
             is not what the checkpoint was made with.
+        DataError: the text is missing, damaged or too little.
+        TransientError: a server or a disk does not answer for now.
     """
-    on_all_ranks = (groups or ProcessGroups(), stop_signal or StopSignal())
-    try:
-        return _open(config, console, *on_all_ranks, skip_batches)
-    except ValueError as error:
-        raise ConfigError([str(error)]) from error
+    groups, stop_signal = groups or ProcessGroups(), stop_signal or StopSignal()
+    with ExitStack() as stack:
+        run = _open(config, console, groups, stop_signal, skip_batches)
+        stack.enter_context(run.watchdog)
+        stack.enter_context(run.stop_signal)
+        stack.enter_context(run.stop_signal.on_first(run.watchdog.begin_exit))
+        stack.callback(run.engine.close)
+        for sink in reversed(run.sinks):
+            stack.callback(sink.close)
+        stack.callback(run.store.close)
+        stack.callback(run.watchdog.heartbeat)
+        yield replace(run, hooks=(*run.hooks, *(make(run) for make in hooks)))
 
 
 def _open(
@@ -164,38 +184,41 @@ def _open(
     stop_signal: StopSignal,
     skip_batches: frozenset[int],
 ) -> Run:
-    torch.manual_seed(config.seed)  # else by chance
-    directory = config.run_dir
-    raise_on_all_ranks(groups, lambda: _check(config))
+    torch.manual_seed(config.seed)  # else the generators would start from a random state
+    device = raise_on_all_ranks(groups, lambda: _device(config))
+    configure_process(config.engine, device)
     store = CheckpointStore(
-        directory / "checkpoints",
+        config.run_dir / "checkpoints",
         keep=config.checkpoint.keep,
         keep_every=config.checkpoint.keep_every,
         groups=groups,
     )
     checkpoint = _newest(config, store, console)
-    state = checkpoint.state if checkpoint else {}
     documents = raise_on_all_ranks(groups, lambda: Documents(config.data))
     tokenizer = _tokenizer(config, checkpoint, documents, groups)
     stream = _stream(config, checkpoint, documents, tokenizer, groups)
     engine = raise_on_all_ranks(groups, lambda: open_engine(config, groups))
-    watchdog = Watchdog(directory, groups.rank, config.faults.step_timeout)
-    stop_sync = StopSync(groups, stop_signal, watchdog)
-    measuring = _evaluations(config, documents, tokenizer, engine, stop_sync, console)
-    if checkpoint:
-        engine.restore(checkpoint)
-    elif config.run.start_from is not None:
-        engine.load(pretrained_start(Path(config.run.start_from), config.model))
-    step = checkpoint.step if checkpoint else 0
-    raise_on_all_ranks(
-        groups, lambda: prepare_run_dir(config, tokenizer, console) if groups.first else None
+    watchdog = Watchdog(
+        config.run_dir, groups.rank, config.faults.step_timeout, config.faults.exit_timeout
     )
-    _write_quarantine(documents, directory, groups)
-    bad_steps = SpikeDetector(config.faults, state.get("bad_steps"))
+    stop_sync = StopSync(groups, stop_signal, watchdog)
+    with ExitStack() as on_error:
+        on_error.callback(engine.close)
+        evaluations = _evaluations(config, documents, tokenizer, engine, stop_sync, console)
+        _restore(config, engine, checkpoint)
+        raise_on_all_ranks(
+            groups,
+            lambda: prepare_run_dir(config, tokenizer, console) if groups.is_rank_zero else None,
+        )
+        on_error.pop_all()
+    _write_quarantine(documents, config.run_dir, groups)
+    state = checkpoint.state if checkpoint else {}
+    step = checkpoint.step if checkpoint else 0
+    detector = SpikeDetector(config.faults, state.get("bad_steps"))
     saved = {"config": config.to_dict(), "stream": stream.fingerprint}
     return Run(
         config=config,
-        directory=directory,
+        directory=config.run_dir,
         groups=groups,
         engine=engine,
         store=store,
@@ -204,21 +227,29 @@ def _open(
         stop_signal=stop_signal,
         watchdog=watchdog,
         stop_sync=stop_sync,
-        bad_step_policy=BadStepPolicy(bad_steps, engine, tokenizer, directory, console),
+        bad_step_policy=BadStepPolicy(detector, engine, tokenizer, config.run_dir, console),
         hooks=(
             TrainingMetrics(config),
             DataProgress(config, documents.quarantine, groups),
             Throughput(config, engine.device, step * config.train.tokens_per_step, groups),
             KVCost(config, engine.dtype),
-            SaveCheckpoint(config, engine, store, saved),  # before anything that could fail
-            *measuring,
-            Sample(config, engine, tokenizer, stop_sync.stop),
         ),
-        sinks=_open_sinks(config, directory, step, console) if groups.first else (),
+        save=SaveCheckpoint(config, engine, store, saved),
+        evaluations=tuple(evaluations),
+        sample=Sample(config, engine, tokenizer, stop_sync.stop_requested),
+        sinks=_open_sinks(config, step, console) if groups.is_rank_zero else (),
         step=step,
         batches=state.get("batches", 0),
         skip_batches=skip_batches,
     )
+
+
+def _restore(config: Config, engine: Engine, checkpoint: Checkpoint | None) -> None:
+    """Give the engine the weights and moments of the checkpoint, or of a pretrained model."""
+    if checkpoint:
+        engine.restore(checkpoint)
+    elif config.run.start_from is not None:
+        engine.load(pretrained_start(Path(config.run.start_from), config.model))
 
 
 def open_engine(config: Config, groups: ProcessGroups) -> Engine:
@@ -227,28 +258,35 @@ def open_engine(config: Config, groups: ProcessGroups) -> Engine:
         case FsdpConfig():
             return FsdpEngine(config, groups)
         case DeepSpeedConfig():
-            from train.engines.zero import DeepSpeedEngine  # seconds, which nobody else should wait
+            from train.engines.zero import DeepSpeedEngine  # importing DeepSpeed takes seconds
 
             return DeepSpeedEngine(config, groups)
 
 
-def _check(config: Config) -> None:
-    """Refuse what this machine cannot do."""
+def _device(config: Config) -> torch.device:
+    """The device, if this machine can do on it what the configuration asks for."""
     device = choose_device(config.engine)
     if config.model.attention == "flex" and device.type != "cuda":
-        raise ValueError(
-            "model.attention=flex: FlexAttention has no backward on this machine's "
-            f"{device.type}; choose model.attention=packed"
+        raise ConfigError(
+            [
+                Problem(
+                    "model.attention",
+                    "flex",
+                    f"FlexAttention has no backward on this machine's {device.type}",
+                    "choose model.attention=packed",
+                )
+            ]
         )
+    return device
 
 
 def _tokenizer(
     config: Config, checkpoint: Checkpoint | None, documents: Documents, groups: ProcessGroups
 ) -> Tokenizer:
-    """The run's tokenizer: made or read by the first rank, and sent to the others."""
+    """The run's tokenizer: made or read by rank 0, and sent to the other ranks."""
 
     def prepare() -> Tokenizer | None:
-        if not groups.first:
+        if not groups.is_rank_zero:
             return None
         settings = _tokenizer_settings(config, checkpoint)
         return prepare_tokenizer(settings, documents, vocab_size=config.model.vocab_size)
@@ -283,17 +321,18 @@ def _stream(
 
 
 def _write_quarantine(documents: Documents, directory: Path, groups: ProcessGroups) -> None:
-    """Have all ranks write to one file; the first one before: it mends what a crash has left."""
-    for turn in (True, False):
-        if groups.first == turn:
+    """Have all ranks append to one file; rank 0 first, which mends what a crash has left of it."""
+    for rank_zero in (True, False):
+        if groups.is_rank_zero == rank_zero:
             documents.quarantine.write_to(directory / "quarantine.jsonl")
         groups.barrier()
 
 
 def _tokenizer_settings(config: Config, checkpoint: Checkpoint | None) -> TokenizerConfig:
-    """The settings; of a resumed run that has not changed them, those that name its own model.
+    """The tokenizer's settings; a resumed run that has not changed them keeps its own model.
 
-    It would be trained again, and maybe otherwise, where the cache has been emptied.
+    If the cache has been emptied, the tokenizer would be trained again, and could come out
+    differently.
     """
     model = config.run_dir / "tokenizer.model"
     same = checkpoint and checkpoint.state["config"]["tokenizer"] == as_dict(config.tokenizer)
@@ -308,9 +347,9 @@ def _evaluations(
     stop_sync: StopSync,
     console: Console,
 ) -> list[Evaluation]:
-    """One of each source that has documents held out; none where nothing is to be.
+    """An evaluation for each source that has held-out documents; none if `data.holdout` is 0.
 
-    The first rank reads them, and sends them to the others.
+    Rank 0 reads the documents and sends them to the other ranks.
     """
     if config.data.holdout == 0:
         return []
@@ -319,7 +358,7 @@ def _evaluations(
     def read() -> dict[str, HeldOut | None]:
         return {
             source: heldout_rows(documents, tokenizer, source, seq_len=seq_len, limit=limit)
-            for source in (config.data.sources if groups.first else ())
+            for source in (config.data.sources if groups.is_rank_zero else ())
         }
 
     found = []
@@ -328,36 +367,35 @@ def _evaluations(
         if text is None:
             warn(console, f"data.sources.{source}: none of its documents are held out to evaluate")
         else:
-            found.append(Evaluation(config, engine, name, text, stop_sync.stop))
+            found.append(Evaluation(config, engine, name, text, stop_sync.stop_requested))
     if not found:
-        raise ValueError(
-            f"data.holdout={config.data.holdout}: holds out none of the documents; raise it, add "
-            "documents, or set it to 0 to go without an evaluation"
-        )
+        hint = "raise it, add documents, or set it to 0 to go without an evaluation"
+        none = "holds out none of the documents"
+        raise ConfigError([Problem("data.holdout", config.data.holdout, none, hint)])
     return found
 
 
 def _newest(config: Config, store: CheckpointStore, console: Console) -> Checkpoint | None:
-    """The checkpoint to go on from, after telling what was passed over and what has changed."""
+    """The checkpoint to go on from; prints which ones were rejected and what has changed."""
     if config.run.resume == "never":
         return None
     checkpoint = store.newest()
     if checkpoint is None:
         if config.run.resume == "must":
-            raise ValueError(
-                f"run.resume=must: there is no checkpoint in {store.root}; check run.dir, or "
-                "choose run.resume=auto"
-            )
+            missing = f"there is no checkpoint in {store.root}"
+            hint = "check run.dir, or choose run.resume=auto"
+            raise ConfigError([Problem("run.resume", "must", missing, hint)])
         return None
     for path, reason in checkpoint.rejected:
-        warn(console, f"passed over the checkpoint {path}: {reason}")
+        warn(console, f"rejected the checkpoint {path}: {reason}")
     changes = _changes(checkpoint.state["config"], config.to_dict())
     if fixed := [line for key, line in changes.items() if key.startswith(FIXED)]:
-        raise ValueError(
-            f"{config.run_dir} holds another run: {'; '.join(fixed)}. Choose another run.name or "
-            "run.dir, give the settings that it was trained with, or start anew with "
-            "run.resume=never"
+        another = f"it holds another run: {'; '.join(fixed)}"
+        hint = (
+            "choose another run.name or run.dir, give the settings that it was trained with, or "
+            "start anew with run.resume=never"
         )
+        raise ConfigError([Problem("run.dir", str(config.run_dir), another, hint)])
     console.print(f"going on from {checkpoint.path}", markup=False)
     for line in changes.values():
         warn(console, f"changed since then: {line}")
@@ -365,7 +403,7 @@ def _newest(config: Config, store: CheckpointStore, console: Console) -> Checkpo
 
 
 def _changes(saved: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
-    """What differs between two configurations, by key; not what only names, bounds or reports."""
+    """What differs between two configurations, by key, of what may change the training."""
     ignored = ("run.", "data.", "tokenizer.", "hooks.", "eval.", "checkpoint.", "model.attention")
     changed = changes(flatten_keys(saved), flatten_keys(now))
     return {
@@ -375,10 +413,10 @@ def _changes(saved: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def _open_sinks(config: Config, directory: Path, step: int, console: Console) -> tuple[Sink, ...]:
-    sinks: list[Sink] = [MetricsFile(directory / "metrics.jsonl", step, console)]
+def _open_sinks(config: Config, step: int, console: Console) -> tuple[Sink, ...]:
+    sinks: list[Sink] = [MetricsFile(config.run_dir / "metrics.jsonl", step, console)]
     if config.hooks.console:
         sinks.append(ConsoleLine(console, config.train.total_steps))
     if config.hooks.wandb.mode != "disabled":
-        sinks.append(Wandb(config, directory, console))
+        sinks.append(Wandb(config, config.run_dir, console))
     return tuple(sinks)

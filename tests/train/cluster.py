@@ -12,7 +12,7 @@ from pathlib import Path
 from random import Random
 from time import monotonic, sleep
 
-from train.checkpoint.store import Checkpoint
+from train.checkpoint.reader import Checkpoint
 
 ROOT = Path(__file__).parents[2]
 PATIENCE_S = 120.0

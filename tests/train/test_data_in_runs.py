@@ -17,7 +17,7 @@ from data.source import Document
 from data.tokenizer import Tokenizer
 from tests.data.storage.fault_server import FaultServer, serving
 from train import main as main_module
-from train.checkpoint.store import flatten
+from train.checkpoint.reader import flatten
 from train.config import Config
 from train.metrics.record import Metrics, StepRecord
 from train.run import Run
@@ -124,7 +124,7 @@ def test_when_the_data_fails_the_run_is_saved_before_it_says_so(
         "train.max_steps=500",
     )
     done = trained(settings, hooks=(Vanishing(path, 3),))
-    assert done.record.ending == "no_data"
+    assert done.record.ending == "data_failed"
     assert str(path) in str(done.record.failure)
     newest = done.run.store.newest()
     assert newest.step == done.record.step >= 3

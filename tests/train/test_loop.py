@@ -12,7 +12,7 @@ import torch
 from rich.progress import Progress
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from conf.errors import ConfigError
+from conf.errors import DataError
 from train.engines.schedule import learning_rate
 from train.loop import train
 from train.metrics.record import Metrics, StepRecord
@@ -118,21 +118,27 @@ class Reads(TorchDispatchMode):
 
 
 def reads(config, opened, **recorders: Recorder) -> int:
-    run = replace(opened(config), hooks=tuple(recorders.values()))
+    run = replace(
+        opened(config),
+        hooks=tuple(recorders.values()),
+        save=Recorder(0),
+        evaluations=(),
+        sample=Recorder(0),
+    )
     with Reads() as mode:
         train(run, Progress(disable=True))
     return mode.count
 
 
 def test_steps_without_a_due_hook_read_nothing_from_the_device(config, opened, tmp_path) -> None:
-    class BatchStats(Recorder):
+    class ReadsLoss(Recorder):
         def __call__(self, record: StepRecord) -> Metrics:
             return {"loss": record.loss.item()}
 
     settings = ["model.K=3", "train.micro_batch=2", "optim.z_loss=1e-4"]
     quiet = config(*settings, f"run.dir={tmp_path / 'quiet'}")
     assert reads(quiet, opened, rare=Recorder(100)) == 0
-    assert reads(config(*settings), opened, often=BatchStats(3)) == 2
+    assert reads(config(*settings), opened, often=ReadsLoss(3)) == 2
 
 
 # What a record says
@@ -216,7 +222,7 @@ def test_a_signal_ends_the_run_after_the_step_at_hand_and_only_saves(
 
     done = trained(config("train.max_steps=1000", "schedule=constant"), hooks=(Signalling(1),))
     assert (done.record.step, done.record.ending) == (3, name)
-    assert done.record.interrupted
+    assert done.record.ending.by_signal
     assert done.run.store.newest().step == 3
     assert [key for key in done.metrics if key.startswith(("eval/", "sample/"))] == []
     assert "train/loss" in done.metrics
@@ -231,7 +237,7 @@ def test_nothing_of_the_run_outlives_it(config, trained) -> None:
 
 def test_data_that_gives_out_is_told_as_the_users_problem(config, opened) -> None:
     run = opened(config("data.lanes=64", "train.global_batch=64"))
-    with pytest.raises(ConfigError, match=r"1 problem in the data:\n  data\.lanes=64: a lane"):
+    with pytest.raises(DataError, match=r"data\.lanes=64: a lane"):
         train(run, Progress(disable=True))
 
 

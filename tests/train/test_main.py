@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from data.tokenizer_training import LOSSLESS, train
-from train.checkpoint.store import flatten
+from train.checkpoint.reader import flatten
 from train.exit_codes import ExitCode
 
 REPOSITORY = Path(__file__).parents[2]

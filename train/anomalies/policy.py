@@ -1,23 +1,30 @@
-"""What becomes of a run after a bad step: see `FaultsConfig`.
+"""What is done about a bad step: see `FaultsConfig` for the policies.
 
-The devices decide by themselves whether a step is applied. Whether it was is looked at when the
-next step has been queued, so that no device waits for it:
+The devices decide by themselves whether a step is applied (`Limits.allow`). The host reads the
+outcome back one step later, when the next step has been queued, so that no device waits for it:
 
-    queue   step 5   step 6   step 7             the ranks need not ask each other:
-    look             at 5     at 6               they all see the same loss and norm
+    queue        step 5   step 6   step 7        no exchange between ranks is needed:
+    read back             step 5   step 6        they all have the same loss and norm
 """
 
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from math import sqrt
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from rich.console import Console
+from torch import Tensor, nn
 
 from data.stream import Batch
 from data.tokenizer import Tokenizer
-from train.anomalies.detection import SpikeDetector
-from train.anomalies.report import BadStep, layer_report, write_bad_step
+from phd.loss import IGNORED
+from train.anomalies.detection import NO_LIMITS, Limits, SpikeDetector
+from train.anomalies.report import BadStep, Layers, write_bad_step
 from train.engines.device import AsyncScalars
-from train.engines.engine import NO_LIMITS, Engine, Limits, Rows, StepResult
+from train.engines.engine import Engine, Rows, StepResult
 from train.metrics.sinks import warn
 
 
@@ -37,8 +44,8 @@ class RollBackError(Exception):
         self.batch = batch
 
 
-class _Step(NamedTuple):
-    """A step whose outcome has not been looked at."""
+class _Pending(NamedTuple):
+    """A step whose outcome has not been read back yet."""
 
     step: int
     number: int  # of its batch
@@ -49,61 +56,61 @@ class _Step(NamedTuple):
 
 
 class BadStepPolicy:
-    """Looks at every step's outcome, one step late, and does what the policy says.
+    """Reads every step's outcome back, one step late, and does what the policy says.
 
     Args:
-        bad_steps: what is remembered of earlier steps.
+        detector: knows the steps before, and from them the limits.
         directory: the run's; the batches of bad steps are written there.
-        console: of the first rank.
+        console: of rank 0.
     """
 
     def __init__(
         self,
-        bad_steps: SpikeDetector,
+        detector: SpikeDetector,
         engine: Engine,
         tokenizer: Tokenizer,
         directory: Path,
         console: Console,
     ) -> None:
-        self.bad_steps = bad_steps
-        self.policy = bad_steps.config.policy
+        self.detector = detector
+        self.policy = detector.config.policy
         self.engine = engine
         self.tokenizer = tokenizer
         self.directory = directory
         self.console = console
         self._limits = NO_LIMITS
-        self._last: _Step | None = None
+        self._pending: _Pending | None = None
 
     def limits(self, step: int) -> Limits:
-        """What a step may be at most."""
-        self._limits = self.bad_steps.limits(step)
+        """The limits of a step."""
+        self._limits = self.detector.limits(step)
         return self._limits
 
-    def take(self, step: int, number: int, batch: Batch, lr: float, result: StepResult) -> None:
-        """Look at the step before this one, and keep this one's outcome for later.
+    def observe(self, step: int, number: int, batch: Batch, lr: float, result: StepResult) -> None:
+        """Read the outcome of the step before this one back, and keep this one for later.
 
         Raises:
             RollBackError, BadStepError: the step before was bad, and that is the policy.
         """
         self.flush()
         outcome = AsyncScalars(result.loss, result.grad_norm, result.applied)
-        self._last = _Step(step, number, batch, lr, self._limits, outcome)
+        self._pending = _Pending(step, number, batch, lr, self._limits, outcome)
 
     def flush(self) -> None:
-        """Look at the last step, too: its outcome is needed now. Raises as `take` does."""
-        last, self._last = self._last, None
+        """Read the last step's outcome back, too: it is needed now. Raises as `observe` does."""
+        last, self._pending = self._pending, None
         if last is None:
             return
         loss, grad_norm, applied = last.outcome.values()
-        self.bad_steps.take(last.step, loss, grad_norm, bool(applied))
+        self.detector.observe(last.step, loss, grad_norm, bool(applied))
         if not applied:
-            self._deal_with(last, loss, grad_norm)
+            self._handle(last, loss, grad_norm)
 
     def to_json(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
-        return self.bad_steps.to_json()
+        return self.detector.to_json()
 
-    def _deal_with(self, last: _Step, loss: float, grad_norm: float) -> None:
+    def _handle(self, last: _Pending, loss: float, grad_norm: float) -> None:
         bad = BadStep(
             step=last.step,
             batch=last.number,
@@ -125,8 +132,85 @@ class BadStepPolicy:
         if self.policy == "abort":
             raise BadStepError(f"{told}. faults.policy=abort ends the run")
         warn(self.console, f"{told}; it was not applied")
-        if self.bad_steps.too_many:
+        if self.detector.too_many:
             raise BadStepError(
-                f"faults.most_in_a_row={self.bad_steps.config.most_in_a_row}: so many steps in a "
+                f"faults.most_in_a_row={self.detector.config.most_in_a_row}: so many steps in a "
                 "row were bad; the run ends. Lower optim.lr, or look at the batches"
             )
+
+
+class _Size:
+    """Sums over the elements of some tensors; what is not finite is counted, and else left out."""
+
+    def __init__(self) -> None:
+        self.squares = self.largest = 0.0
+        self.not_finite = 0
+
+    def add(self, x: Tensor) -> None:
+        x = x.detach().float()
+        finite = x.isfinite()
+        self.not_finite += int((~finite).sum())
+        x = x.where(finite, 0)
+        self.squares += x.square().sum(dtype=torch.float64).item()
+        self.largest = max(self.largest, x.abs().amax().item())
+
+    def to_json(self) -> dict[str, float]:
+        norm = sqrt(self.squares)
+        return {"norm": norm, "largest": self.largest, "not_finite": self.not_finite}
+
+
+def layer_report(engine: Engine, rows: Rows) -> Layers:
+    """The sizes of each layer's weights, outputs and gradients of the outputs, on a rank's rows.
+
+    They are those of the model as it is now. The gradient is that of the rows' mean loss. The
+    model stays as it is. Every rank calls it, with as many rows; each gets its own report.
+    """
+    sizes: defaultdict[str, defaultdict[str, _Size]]
+    sizes = defaultdict(lambda: defaultdict(_Size))
+    targets = max(int((rows.targets != IGNORED).sum()), 1)
+    for number, part in enumerate(rows.split(engine.micro_batch)):
+        # Hooks on compiled modules are not seen.
+        with torch.compiler.set_stance("force_eager"), engine.grad_sync(last=False):
+            with _watched(engine, sizes, weights=number == 0):
+                loss = engine.forward(part)
+            engine.backward(loss.total / targets)
+    engine.drop_gradients()
+    return {
+        layer: {kind: size.to_json() for kind, size in kinds.items()}
+        for layer, kinds in sizes.items()
+    }
+
+
+@contextmanager
+def _watched(
+    engine: Engine, sizes: defaultdict[str, defaultdict[str, _Size]], weights: bool
+) -> Iterator[None]:
+    """Measure what a forward pass within this context sees, and what its backward pass will.
+
+    Weights are measured right before they are used: that is when a sharded one is whole.
+    """
+    model = engine.model
+    layers: dict[str, nn.Module] = {"embed": model.embed}
+    layers |= {f"blocks.{number}": block for number, block in enumerate(model.blocks)}
+    layers["norm"] = model.norm
+
+    def watch(name: str, layer: nn.Module) -> Iterator[Any]:
+        def on_weights(module: nn.Module, _: object) -> None:
+            for parameter in module.parameters(recurse=False):
+                sizes[name]["weight"].add(parameter)
+
+        def on_output(module: nn.Module, _: object, output: Tensor) -> None:  # noqa: ARG001
+            sizes[name]["output"].add(output)
+            output.register_hook(sizes[name]["gradient"].add)
+
+        if weights:
+            for module in layer.modules():
+                yield module.register_forward_pre_hook(on_weights)
+        yield layer.register_forward_hook(on_output)
+
+    handles = [handle for name, layer in layers.items() for handle in watch(name, layer)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

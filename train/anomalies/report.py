@@ -1,23 +1,16 @@
 """What is written down of a bad step."""
 
 import json
-from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import cycle
-from math import isfinite, sqrt
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
 from data.stream import Batch
 from data.tokenizer import Tokenizer
-from phd.loss import IGNORED
+from train.anomalies.detection import Limits
 from train.distributed.process_groups import ProcessGroups
-from train.engines.engine import Engine, Limits, Rows
 from train.metrics.sinks import write_whole
 
 
@@ -97,80 +90,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     return str(value) if isinstance(value, float) and not isfinite(value) else value
-
-
-class _Size:
-    """Sums over the elements of some tensors; what is not finite is counted, and else left out."""
-
-    def __init__(self) -> None:
-        self.squares = self.largest = 0.0
-        self.not_finite = 0
-
-    def add(self, x: Tensor) -> None:
-        x = x.detach().float()
-        finite = x.isfinite()
-        self.not_finite += int((~finite).sum())
-        x = x.where(finite, 0)
-        self.squares += x.square().sum(dtype=torch.float64).item()
-        self.largest = max(self.largest, x.abs().amax().item())
-
-    def to_json(self) -> dict[str, float]:
-        norm = sqrt(self.squares)
-        return {"norm": norm, "largest": self.largest, "not_finite": self.not_finite}
-
-
-def layer_report(engine: Engine, rows: Rows) -> Layers:
-    """The sizes of each layer's weights, outputs and gradients of the outputs, on a rank's rows.
-
-    They are those of the model as it is now. The gradient is that of the rows' mean loss. The
-    model stays as it is. Every rank calls it, with as many rows; each gets its own report.
-    """
-    sizes: defaultdict[str, defaultdict[str, _Size]]
-    sizes = defaultdict(lambda: defaultdict(_Size))
-    targets = max(int((rows.targets != IGNORED).sum()), 1)
-    for number, part in enumerate(rows.split(engine.micro_batch)):
-        # Hooks on compiled modules are not seen.
-        with torch.compiler.set_stance("force_eager"), engine.grad_sync(last=False):
-            with _watched(engine, sizes, weights=number == 0):
-                loss = engine.forward(part)
-            engine.backward(loss.total / targets)
-    engine.drop_gradients()
-    return {
-        layer: {kind: size.to_json() for kind, size in kinds.items()}
-        for layer, kinds in sizes.items()
-    }
-
-
-@contextmanager
-def _watched(
-    engine: Engine, sizes: defaultdict[str, defaultdict[str, _Size]], weights: bool
-) -> Iterator[None]:
-    """Measure what a forward pass within this context sees, and what its backward pass will.
-
-    Weights are measured right before they are used: that is when a sharded one is whole.
-    """
-    model = engine.model
-    layers: dict[str, nn.Module] = {"embed": model.embed}
-    layers |= {f"blocks.{number}": block for number, block in enumerate(model.blocks)}
-    layers["norm"] = model.norm
-
-    def watch(name: str, layer: nn.Module) -> Iterator[Any]:
-        def on_weights(module: nn.Module, _: object) -> None:
-            for parameter in module.parameters(recurse=False):
-                sizes[name]["weight"].add(parameter)
-
-        def on_output(module: nn.Module, _: object, output: Tensor) -> None:  # noqa: ARG001
-            sizes[name]["output"].add(output)
-            output.register_hook(sizes[name]["gradient"].add)
-
-        if weights:
-            for module in layer.modules():
-                yield module.register_forward_pre_hook(on_weights)
-        yield layer.register_forward_hook(on_output)
-
-    handles = [handle for name, layer in layers.items() for handle in watch(name, layer)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

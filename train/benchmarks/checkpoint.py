@@ -9,7 +9,8 @@ from torch import nn
 from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter
 
 from train.benchmarks.timing import Result, Work, interleaved, ratio
-from train.checkpoint.store import CheckpointStore, TensorTree, flatten
+from train.checkpoint.reader import TensorTree, flatten
+from train.checkpoint.store import CheckpointStore
 from train.config import Config
 from train.distributed.process_groups import ProcessGroups
 from train.engines.fsdp import FsdpEngine

@@ -14,41 +14,34 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from socket import gethostname
 from threading import Thread
 from time import perf_counter
-from typing import Any, NamedTuple, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
-import torch
-from torch import Tensor
-from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.storage import WriteResult
 
+from conf.errors import DataError
 from train.checkpoint import manifest
 from train.checkpoint.manifest import Entries
-from train.checkpoint.staging import HostMemory, StagedPlanner
-from train.checkpoint.tensor_files import (
-    TensorSpec,
-    TensorWriter,
-    read_index,
-    read_tensors,
-    specs_in,
+from train.checkpoint.reader import (
+    STATE,
+    Checkpoint,
+    RejectedCheckpoint,
+    TensorTree,
+    flatten,
+    read_state,
 )
+from train.checkpoint.staging import HostMemory, StagedPlanner
+from train.checkpoint.writer import TensorWriter
 from train.distributed.process_groups import ProcessGroups, on_all_ranks, on_rank_zero
 
 T = TypeVar("T")
-TensorTree: TypeAlias = "Mapping[str, Tensor | TensorTree]"
-
-STATE = "state.json"
-MISMATCHES_SHOWN = 8
-
 LIVE_S = 3600.0
 """Seconds after its last file for which an unfinished directory may belong to a live process."""
 
@@ -61,83 +54,6 @@ class CheckpointError(RuntimeError):
     """
 
     saved: int | None = None
-
-
-class RejectedCheckpoint(NamedTuple):
-    """A checkpoint that is not whole, and what is wrong with it."""
-
-    path: Path
-    reason: str
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A checkpoint on disk, every byte of which has been verified.
-
-    Attributes:
-        path: its directory.
-        state: the JSON that was saved with it, and its `step`.
-        rejected: newer checkpoints that are damaged, newest first.
-    """
-
-    path: Path
-    state: dict[str, Any]
-    rejected: tuple[RejectedCheckpoint, ...] = ()
-
-    @classmethod
-    def open(cls, path: Path) -> "Checkpoint":
-        """Verify the checkpoint at `path`; a ValueError says what is wrong with it."""
-        if flaw := manifest.damage(path):
-            raise ValueError(f"{path} is not a whole checkpoint: {flaw}. Choose another one.")
-        return cls(path, _read_state(path))
-
-    @property
-    def step(self) -> int:
-        """The number of optimizer steps taken."""
-        return self.state["step"]
-
-    @cached_property
-    def specs(self) -> dict[str, TensorSpec]:
-        """The dtype and shape of every tensor in it, by name."""
-        return specs_in(self._index)
-
-    def load(self, tensors: TensorTree) -> None:
-        """Fill `tensors` in place with the saved ones, bit for bit.
-
-        They are whole tensors or DTensors, sharded as they may be: each rank reads for itself, and
-        only the saved pieces that overlap with its own. Names, shapes and dtypes must all be the
-        saved ones, but that either side may lack `random` ones, which are left as they are; a
-        ValueError lists those that are not, and then nothing has been changed.
-        """
-        self.check(tensors)
-        wanted = flatten(tensors).items()
-        self._read({name: tensor for name, tensor in wanted if name in self.specs})
-
-    def check(self, tensors: TensorTree) -> None:
-        """Raise the ValueError of `load` if `tensors` do not fit, which may be on `meta`."""
-        if mismatches := _mismatches(self.specs, flatten(tensors)):
-            raise ValueError(_mismatch_message(self.path, mismatches))
-
-    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Read whole tensors into new ones on the CPU; one name at a time takes little memory."""
-        tensors = {
-            name: torch.empty(self.specs[name].shape, dtype=self.specs[name].dtype)
-            for name in names
-        }
-        self._read(tensors)
-        return tensors
-
-    def load_weights(self) -> dict[str, Tensor]:
-        """Read what was saved under `model`, and nothing else, into new tensors on the CPU."""
-        weights = self.read(name for name in self.specs if name.startswith("model."))
-        return {name.removeprefix("model."): tensor for name, tensor in weights.items()}
-
-    @cached_property
-    def _index(self) -> Metadata:
-        return read_index(self.path)
-
-    def _read(self, tensors: dict[str, Tensor]) -> None:
-        read_tensors(self.path, self._index, tensors)
 
 
 class Saved(NamedTuple):
@@ -227,7 +143,7 @@ class CheckpointStore:
     def newest(self) -> Checkpoint | None:
         """Find the newest whole checkpoint, the same on all ranks; None if there are none at all.
 
-        Each rank reads its share of the files. Raises ValueError if there are some but all are
+        Each rank reads its share of the files. Raises DataError if there are some but all are
         damaged.
         """
         self._finish()
@@ -236,11 +152,11 @@ class CheckpointStore:
             flaws = self.groups.gather(self._damage(path))
             flaw = next((_seen_by(rank, flaw) for rank, flaw in enumerate(flaws) if flaw), None)
             if flaw is None:
-                return Checkpoint(path, _read_state(path), rejected)
+                return Checkpoint(path, read_state(path), rejected)
             rejected += (RejectedCheckpoint(path, flaw),)
         if rejected:
             lines = "".join(f"  {path.name}: {reason}\n" for path, reason in rejected)
-            raise ValueError(
+            raise DataError(
                 f"every checkpoint in {self.root} is damaged:\n{lines}"
                 "Restore one of them from a copy, or start anew with run.resume=never."
             )
@@ -292,7 +208,7 @@ class CheckpointStore:
             self._read_back(partial)
             on_rank_zero(self.groups, lambda: self._make_visible(partial, path))
         except BaseException:
-            if self.groups.first:
+            if self.groups.is_rank_zero:
                 shutil.rmtree(partial, ignore_errors=True)
             raise
 
@@ -347,48 +263,6 @@ class CheckpointStore:
             if not whole or (kept >= self.keep and not for_ever):
                 manifest.remove(path)
             kept += whole
-
-
-def flatten(tree: TensorTree) -> dict[str, Tensor]:
-    """Join the keys of nested dicts with dots.
-
-    >>> list(flatten({"model": {"embed.weight": torch.zeros(2)}, "rng": torch.zeros(1)}))
-    ['model.embed.weight', 'rng']
-    """
-    flat: dict[str, Tensor] = {}
-    for key, value in tree.items():
-        flatten_keys = {"": value} if isinstance(value, Tensor) else flatten(value)
-        for name, tensor in flatten_keys.items():
-            full_name = f"{key}.{name}" if name else key
-            assert full_name not in flat, f"two tensors are called {full_name}"
-            flat[full_name] = tensor
-    return flat
-
-
-def _read_state(path: Path) -> dict[str, Any]:
-    return json.loads((path / STATE).read_text(encoding="utf-8"))
-
-
-def _mismatches(saved: dict[str, TensorSpec], wanted: dict[str, Tensor]) -> list[str]:
-    needed = {name: TensorSpec(tensor.dtype, tensor.shape) for name, tensor in wanted.items()}
-    optional = {name for name in saved.keys() ^ needed.keys() if name.startswith("random.")}
-    return [
-        f"{name}: {saved.get(name, 'nothing')} in the checkpoint, "
-        f"{needed.get(name, 'nothing')} in this run"
-        for name in sorted((saved.keys() | needed.keys()) - optional)
-        if saved.get(name) != needed.get(name)
-    ]
-
-
-def _mismatch_message(path: Path, mismatches: list[str]) -> str:
-    lines = "".join(f"  {line}\n" for line in mismatches[:MISMATCHES_SHOWN])
-    if (rest := len(mismatches) - MISMATCHES_SHOWN) > 0:
-        lines += f"  and {rest} more\n"
-    return (
-        f"{path} is of another model; {len(mismatches)} of its tensors do not fit this run:\n"
-        f"{lines}Choose another run.name or run.dir, give the settings that it was trained with, "
-        "or start anew with run.resume=never."
-    )
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""This process's place among those that were started together."""
+"""What `torchrun` tells every process that it starts, read from the environment."""
 
 import os
 from dataclasses import dataclass
@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class DistEnv:
-    """What `torchrun` tells every process that it starts.
+    """This process among those that were started together.
 
     Attributes:
         rank: this process's number among all of them.
         world_size: how many there are.
-        local_rank: its number on this machine, which is the number of its device.
+        local_rank: its number on this machine, which is also the number of its device.
         restarts: how often they have been started again, by `torchrun` or by SLURM.
     """
 
@@ -22,10 +22,10 @@ class DistEnv:
 
     @classmethod
     def from_environment(cls) -> "DistEnv":
-        """The place that `torchrun`'s variables say; the only process where there are none."""
+        """As `torchrun`'s variables say; a lone process where they are not set."""
 
-        def number(name: str, otherwise: int) -> int:
-            return int(os.environ.get(name, otherwise))
+        def number(name: str, default: int) -> int:
+            return int(os.environ.get(name, default))
 
         return cls(
             rank=number("RANK", 0),

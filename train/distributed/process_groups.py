@@ -12,16 +12,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from conf.errors import ConfigError
+from conf.errors import ConfigError, DataError, Problem, TransientError
 from train.distributed.dist_env import DistEnv
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 # A rank may wait this long for another that trains a tokenizer or unpacks a shard. One that died
-# closes its connections, which is noticed at once; one that hangs in a step is the watchdog's.
+# closes its connections, which is noticed at once; a rank that hangs in a step is the watchdog's.
 TIMEOUT = timedelta(hours=2)
-RENDEZVOUS_TIMEOUT = timedelta(minutes=10)  # in which all have to have come
+RENDEZVOUS_TIMEOUT = timedelta(minutes=10)  # within which all ranks have to have come
 
 
 @dataclass(frozen=True)
@@ -29,30 +29,30 @@ class ProcessGroups:
     """The ranks that train together, and this one among them; `ProcessGroups()` is a lone process.
 
     Attributes:
-        place: which one this is.
-        control: the gloo group through which they agree; None for a lone process.
-        saving: another one, that belongs to the thread that writes checkpoints.
+        dist_env: which rank this is.
+        control: the gloo group of the main thread; None for a lone process.
+        saving: another one, for the thread that writes checkpoints.
     """
 
-    place: DistEnv = field(default_factory=DistEnv)
+    dist_env: DistEnv = field(default_factory=DistEnv)
     control: dist.ProcessGroup | None = None
     saving: dist.ProcessGroup | None = None
 
     @property
     def rank(self) -> int:
-        return self.place.rank
+        return self.dist_env.rank
 
     @property
     def world_size(self) -> int:
-        return self.place.world_size
+        return self.dist_env.world_size
 
     @property
-    def first(self) -> bool:
-        """Whether this is the rank that writes what is written once, and speaks for all."""
+    def is_rank_zero(self) -> bool:
+        """Whether this is the rank that writes what is written once, and prints."""
         return self.rank == 0
 
     def gather(self, value: T) -> list[T]:
-        """Everybody's value, in the order of ranks, on every rank."""
+        """Every rank's value, in the order of ranks, on every rank."""
         if self.control is None:
             return [value]
         values: list[T] = [value] * self.world_size
@@ -60,7 +60,7 @@ class ProcessGroups:
         return values
 
     def broadcast(self, value: T) -> T:
-        """The first rank's value, on every rank."""
+        """Rank 0's value, on every rank."""
         if self.control is None:
             return value
         values = [value]
@@ -73,7 +73,7 @@ class ProcessGroups:
             dist.barrier(group=self.control)
 
     def sum(self, x: Tensor) -> Tensor:
-        """The sum of everybody's x, in place; on a device without waiting for it."""
+        """The sum of x over all ranks, in place; on a device without waiting for it."""
         if self.world_size > 1:
             dist.all_reduce(x)
         return x
@@ -84,37 +84,33 @@ def init_process_groups(device: str) -> Iterator[ProcessGroups]:
     """Join the ranks that were started together, and leave them at the end.
 
     Args:
-        device: `auto`, `cpu` or `cuda`; each rank takes the CUDA device of its local number.
+        device: `auto`, `cpu` or `cuda`; each rank takes the CUDA device of its local rank.
 
     Raises:
         ConfigError: this machine has fewer devices than ranks.
     """
-    place = DistEnv.from_environment()
+    dist_env = DistEnv.from_environment()
     cuda = device != "cpu" and torch.cuda.is_available()
     if cuda:
-        if place.local_rank >= torch.cuda.device_count():
-            too_many = (
-                f"engine.device={device}: {place.local_rank + 1} or more processes were started on "
-                f"this machine, which has {torch.cuda.device_count()} CUDA devices; start one for "
-                "each, or set engine.device=cpu"
-            )
-            raise ConfigError([too_many])
-        torch.cuda.set_device(place.local_rank)
-    if place.world_size == 1:
-        yield ProcessGroups(place)
+        if dist_env.local_rank >= torch.cuda.device_count():
+            raise ConfigError([_too_many_processes(device, dist_env)])
+        torch.cuda.set_device(dist_env.local_rank)
+    if dist_env.world_size == 1:
+        yield ProcessGroups(dist_env)
         return
-    # What an earlier run of this process has left in the store would be taken for this one's.
+    # Keys that an earlier run of this process has left in the store must not be taken for this
+    # run's: a sweep runs several in one process.
     store = dist.PrefixStore(f"run {next(_RUNS)}", _store())
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if cuda else "gloo",
         store=store,
-        rank=place.rank,
-        world_size=place.world_size,
+        rank=dist_env.rank,
+        world_size=dist_env.world_size,
         timeout=TIMEOUT,
     )
     try:
         control, saving = (dist.new_group(backend="gloo", timeout=TIMEOUT) for _ in range(2))
-        yield ProcessGroups(place, control, saving)
+        yield ProcessGroups(dist_env, control, saving)
     finally:
         dist.destroy_process_group()
 
@@ -129,52 +125,98 @@ def _store() -> dist.Store:
     return store
 
 
-class AnyRankError(ValueError):
-    """Something went wrong on some ranks, and all of them know it."""
+def _too_many_processes(device: str, dist_env: DistEnv) -> Problem:
+    return Problem(
+        "engine.device",
+        device,
+        f"{dist_env.local_rank + 1} or more processes were started on this machine, which has "
+        f"{torch.cuda.device_count()} CUDA devices",
+        "start one for each, or set engine.device=cpu",
+    )
+
+
+# Errors of the main thread: what fails on one rank is raised on all, or the others would wait for
+# that rank until something kills them
 
 
 def raise_on_all_ranks(groups: ProcessGroups, make: Callable[[], T]) -> T:
-    """What `make` returns; a ValueError of any rank is raised on all of them.
+    """What `make` returns; if it raises on any rank, every rank raises (see `shared_error`).
 
-    Else the others would wait for that rank until something kills them. `make` must not talk to
-    other ranks.
+    `make` must not talk to other ranks.
     """
-    value, problem = None, None
+    value, own = None, None
     try:
         value = make()
-    except ValueError as error:
+    except Exception as error:
         if groups.world_size == 1:
             raise
-        problem = str(error)
-    if problems := [found for found in groups.gather(problem) if found is not None]:
-        raise AnyRankError("; ".join(dict.fromkeys(problems)))
+        own = error
+    shared = shared_error(groups, own)
+    if shared is not None:
+        raise shared from (own if shared is not own else None)
     return cast(T, value)
 
 
-# Work that all ranks do together, by the group of the thread that saves
+def shared_error(groups: ProcessGroups, own: Exception | None) -> Exception | None:
+    """The error that every rank raises if any of them has one; every rank calls this.
+
+    All ranks raise the same kind: an error of the program on any rank comes first, then a transient
+    one, then the data's, then the configuration's, whose problems are joined. A rank with an error
+    of the program raises its own, which has the traceback.
+    """
+    if groups.world_size == 1:
+        return own
+    told = [error for error in groups.gather(_Told.of(groups.rank, own)) if error is not None]
+    for kind in (RuntimeError, TransientError, DataError, ConfigError):
+        found = [error for error in told if error.kind is kind]
+        if not found:
+            continue
+        if kind is ConfigError:
+            problems = (problem for error in found for problem in error.problems)
+            return ConfigError(dict.fromkeys(problems))
+        if kind is RuntimeError and own is not None:
+            return own
+        return kind("; ".join(dict.fromkeys(error.text for error in found)))
+    return None
 
 
-class _Failure(NamedTuple):
-    """An exception as others can be told of it."""
+class _Told(NamedTuple):
+    """An error as other ranks are told of it: not every exception can be pickled."""
 
-    rank: int
-    refused: bool  # by the operating system: a full disk, a missing right
+    kind: type[Exception]
     text: str
+    problems: tuple[Problem | str, ...] = ()
+
+    @classmethod
+    def of(cls, rank: int, error: Exception | None) -> "_Told | None":
+        match error:
+            case None:
+                return None
+            case ConfigError():
+                return cls(ConfigError, str(error), error.problems)
+            case DataError():
+                return cls(DataError, str(error))
+            case TransientError():
+                return cls(TransientError, str(error))
+        return cls(RuntimeError, f"rank {rank}: {type(error).__name__}: {error}")
+
+
+# Work that all ranks do together in the thread that saves
 
 
 def on_all_ranks(
     groups: ProcessGroups, work: Callable[[], T], answer: Callable[[list[T]], list[R]]
 ) -> R:
-    """Do `work` on every rank, then `answer` on the first; each rank gets its part of the answer.
+    """Do `work` on every rank, then `answer` on rank 0; each rank gets its part of the answer.
 
         rank 0   work() --+-- answer([..]) --+-> R
         rank 1   work() --+                  +-> R
 
-    It uses the group that belongs to the thread that saves. No rank is left waiting: all get here
-    whether their work succeeded or not, and `answer` is not called unless all did.
+    It uses the group of the thread that saves. No rank is left waiting: all of them get here
+    whether their work succeeded or not, and `answer` is only called if all did.
 
     Raises:
-        OSError: on all ranks, if the operating system refused something on any.
+        OSError: on all ranks, if the operating system refused something on any of them.
         RuntimeError: on all ranks, if something else went wrong; or if a rank has died.
     """
     mine, cause = _attempt(groups.rank, work)
@@ -182,7 +224,7 @@ def on_all_ranks(
     replies: list[R] | list[_Failure] = []
     if failures := [value for value in given if isinstance(value, _Failure)]:
         replies = [failures[0]] * groups.world_size
-    elif groups.first:
+    elif groups.is_rank_zero:
         answers, cause = _attempt(0, lambda: answer(cast(list[T], given)))
         replies = [answers] * groups.world_size if isinstance(answers, _Failure) else answers
     reply = _scatter(groups, cast(list[R | _Failure], replies))
@@ -193,8 +235,16 @@ def on_all_ranks(
 
 
 def on_rank_zero(groups: ProcessGroups, work: Callable[[], R]) -> R:
-    """Do `work` on the first rank; every rank gets its result, or its failure."""
+    """Do `work` on rank 0; every rank gets its result, or its failure."""
     return on_all_ranks(groups, lambda: None, lambda _: [work()] * groups.world_size)
+
+
+class _Failure(NamedTuple):
+    """An exception as others are told of it."""
+
+    rank: int
+    refused: bool  # by the operating system: a full disk, a missing right
+    text: str
 
 
 def _attempt(rank: int, work: Callable[[], T]) -> tuple[T | _Failure, Exception | None]:
@@ -216,16 +266,16 @@ def _refusal(error: BaseException | None) -> OSError | None:
 
 
 def _gather(groups: ProcessGroups, value: T) -> list[T]:
-    """Everybody's value on the first rank, nothing on the others."""
+    """Every rank's value on rank 0, nothing on the others."""
     if groups.saving is None:
         return [value]
-    values: list[T] | None = [value] * groups.world_size if groups.first else None
+    values: list[T] | None = [value] * groups.world_size if groups.is_rank_zero else None
     dist.gather_object(value, values, dst=0, group=groups.saving)
     return values or []
 
 
 def _scatter(groups: ProcessGroups, values: list[T]) -> T:
-    """This rank's one of the first rank's values."""
+    """This rank's one of rank 0's values."""
     if groups.saving is None:
         return values[0]
     mine: list[T | None] = [None]

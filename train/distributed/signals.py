@@ -1,10 +1,10 @@
-"""A polite end on a signal: finish the step, save, leave."""
+"""SIGTERM and Ctrl-C: noted at once, answered after the step at hand."""
 
 import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from threading import Thread
+from threading import Lock, Thread
 from types import FrameType
 
 from train.exit_codes import ExitCode
@@ -12,36 +12,28 @@ from train.exit_codes import ExitCode
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
-def nothing() -> None:
-    """What is to be done where nothing is."""
-
-
 class StopSignal:
-    """While it is entered, signals are only noted: who reads `received` ends in peace.
+    """Within this context signals are only noted; the training loop reads `received` and ends.
 
-        first of SIGINT, SIGTERM, SIGUSR1, SIGUSR2    noted, and `on_first_signal` is called
+        first of SIGINT, SIGTERM, SIGUSR1, SIGUSR2    noted; the `on_first` callbacks are called
         SIGINT after that                             KeyboardInterrupt at once: a person insists
         any other after that                          ignored
 
     Schedulers and launchers repeat SIGTERM, and a repetition must not break the save that the
     first one asked for; whoever will not wait has SIGKILL.
 
-    Python runs no handler while the main thread is in C, where it may wait for a rank that has
-    died. So `on_first_signal` is called from a thread of its own, which the interpreter wakes up
-    from within the signal itself, and is the place to set a deadline.
-
-    It may be entered again within itself, which changes nothing.
+    The context may be entered again within itself, which changes nothing.
 
     Attributes:
-        on_first_signal: called once, from another thread, as soon as the first signal is there.
-        received: the first one that came, or None.
+        received: the first signal that came, or None.
     """
 
     received: signal.Signals | None = None
 
-    def __init__(self, on_first_signal: Callable[[], object] = nothing) -> None:
-        self.on_first_signal = on_first_signal
+    def __init__(self) -> None:
         self._depth = 0
+        self._callbacks: list[Callable[[], object]] = []
+        self._lock = Lock()
 
     def __enter__(self) -> "StopSignal":
         self._depth += 1
@@ -49,16 +41,35 @@ class StopSignal:
             return self
         self._read_end, self._write_end = os.pipe()
         os.set_blocking(self._write_end, False)
-        self._thread = Thread(target=self._listen, name="interruption", daemon=True)
+        self._thread = Thread(target=self._listen, name="stop-signal", daemon=True)
         self._thread.start()
-        self._woken = signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
-        self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        self._previous_fd = signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
+        self._handlers = {number: signal.signal(number, self._note) for number in SIGNALS}
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # see launch/parent_death.py
         return self
 
     def is_set(self) -> bool:
-        """Whether one came."""
+        """Whether a signal came."""
         return self.received is not None
+
+    @contextmanager
+    def on_first(self, callback: Callable[[], object]) -> Iterator[None]:
+        """Within this context, have `callback` called when the first signal comes.
+
+        Python runs no signal handler while the main thread is in C, where it may wait for a rank
+        that has died. So the callback is called from a thread of its own, which the interpreter
+        wakes up from within the signal itself: the place to set a deadline. If a signal has come
+        already, it is called here. It may be called twice.
+        """
+        with self._lock:
+            self._callbacks.append(callback)
+        try:
+            if self.is_set():
+                callback()
+            yield
+        finally:
+            with self._lock:
+                self._callbacks.remove(callback)
 
     def _note(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
         if self.received is None:
@@ -67,19 +78,21 @@ class StopSignal:
             raise KeyboardInterrupt
 
     def _listen(self) -> None:
-        """Read the numbers of signals, those of others' handlers among them, up to the first."""
+        """Read the numbers of signals, also those with other handlers, up to the first of ours."""
         while number := os.read(self._read_end, 1):
             if number[0] in SIGNALS:
-                self.on_first_signal()
+                with self._lock:
+                    for callback in self._callbacks:
+                        callback()
                 return
 
     def __exit__(self, *error: object) -> None:
         self._depth -= 1
         if self._depth:
             return
-        for number, handler in self._before.items():
+        for number, handler in self._handlers.items():
             signal.signal(number, handler)
-        signal.set_wakeup_fd(self._woken)
+        signal.set_wakeup_fd(self._previous_fd)
         os.close(self._write_end)
         self._thread.join()
         os.close(self._read_end)
@@ -96,10 +109,10 @@ def exit_immediately() -> Iterator[None]:
     def leave(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
         raise SystemExit(ExitCode.REQUEUE)
 
-    before = {number: signal.signal(number, leave) for number in SIGNALS[1:]}
+    handlers = {number: signal.signal(number, leave) for number in SIGNALS[1:]}
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)

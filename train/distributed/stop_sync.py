@@ -1,4 +1,8 @@
-"""How all ranks come to end after the same step, without waiting for each other's devices."""
+"""Stop synchronisation: all ranks end after the same step, and no device waits for it.
+
+A rank that stopped by itself would leave the others hanging in their next collective. So in every
+step the ranks exchange a few flags over gloo, on the CPU, while the devices compute.
+"""
 
 from signal import Signals
 from typing import NamedTuple
@@ -13,33 +17,33 @@ from train.distributed.watchdog import Watchdog
 
 
 class RankFlags(NamedTuple):
-    """What a rank knows before a step; agreed upon, what is so for any of them.
+    """What a rank knows before a step; after the exchange, the maximum of each over all ranks.
 
     Attributes:
         signal: the number of the signal that came; 0: none.
-        failed: there will be no batch after this one.
-        full: the batch after this one has targets.
-        late: the time that the run may take is over.
+        data_failed: the batch after this one cannot be had, because of an error.
+        has_next: the batch after this one has targets.
+        time_is_up: `train.max_time` is over.
     """
 
     signal: int = 0
-    failed: bool = False
-    full: bool = False
-    late: bool = False
+    data_failed: bool = False
+    has_next: bool = False
+    time_is_up: bool = False
 
 
 class StopSync:
-    """A vote in every step, counted on the CPU while the devices compute.
+    """An all-reduce of the ranks' flags in every step, behind the device's work.
 
-        begin(standing)     the votes go out
-        engine.step(...)    devices compute, votes arrive
-        end()               the largest of each: all ranks have the same
+        start(flags)        the all-reduce begins
+        train_step(...)     devices compute, flags arrive
+        wait()              the maximum of each flag: all ranks have the same
 
-    Between micro-batches, and while evaluating or sampling, `stop` asks about signals alone.
-    Whoever asks is not hung: the watchdog is told.
+    Between micro-batches, and while evaluating or sampling, `stop_requested` asks about signals
+    alone. Each call is a sign of life for the watchdog.
 
     Attributes:
-        signal: the one that all ranks know of; None: there is none.
+        signal: the first signal that any rank has received; None: there is none.
     """
 
     def __init__(self, groups: ProcessGroups, stop_signal: StopSignal, watchdog: Watchdog) -> None:
@@ -47,45 +51,45 @@ class StopSync:
         self.stop_signal = stop_signal
         self.watchdog = watchdog
         self.signal: Signals | None = None
-        self._votes = torch.zeros(len(RankFlags()), dtype=torch.int64)
+        self._flags = torch.zeros(len(RankFlags()), dtype=torch.int64)
         self._work: dist.Work | None = None
 
-    def begin(self, flags: RankFlags) -> None:
-        """Send this rank's standing; its signal is known here."""
+    def start(self, flags: RankFlags) -> None:
+        """Send this rank's flags; its signal is filled in here."""
         self.watchdog.heartbeat()
-        self._votes = torch.tensor(flags._replace(signal=self._received()))
-        self._work = self._largest(self._votes)
+        self._flags = torch.tensor(flags._replace(signal=self._received()))
+        self._work = self._all_reduce_max(self._flags)
 
-    def end(self) -> RankFlags:
-        """Wait for the others' standing; return what all have agreed on."""
+    def wait(self) -> RankFlags:
+        """The maximum of every flag over all ranks."""
         if self._work is not None:
             self._work.wait()
-        signal, failed, full, late = self._votes.tolist()
-        if self._work is None:  # a lone process need not wait for the next vote
+        signal, data_failed, has_next, time_is_up = self._flags.tolist()
+        if self._work is None:  # a lone process need not wait for the next exchange
             signal = self._received()
-        self._learn(signal)
-        return RankFlags(signal, bool(failed), bool(full), bool(late))
+        self._note(signal)
+        return RankFlags(signal, bool(data_failed), bool(has_next), bool(time_is_up))
 
-    def stop(self) -> bool:
-        """Whether any rank has got a signal; every rank asks at the same point."""
+    def stop_requested(self) -> bool:
+        """Whether any rank has received a signal; every rank asks at the same point."""
         self.watchdog.heartbeat()
         if self.signal is None:
-            vote = torch.tensor([self._received()])
-            if (work := self._largest(vote)) is not None:
+            flag = torch.tensor([self._received()])
+            if (work := self._all_reduce_max(flag)) is not None:
                 work.wait()
-            self._learn(vote.tolist()[0])
+            self._note(flag.tolist()[0])
         return self.signal is not None
 
     def _received(self) -> int:
         return int(self.stop_signal.received or 0)
 
-    def _learn(self, signal: int) -> None:
+    def _note(self, signal: int) -> None:
         if signal and self.signal is None:
             self.signal = Signals(signal)
-            self.stop_signal.on_first_signal()  # whoever else got it, this rank ends, too
+            self.watchdog.begin_exit()  # this rank has to leave, too, whoever got the signal
 
-    def _largest(self, votes: Tensor) -> dist.Work | None:
+    def _all_reduce_max(self, flags: Tensor) -> dist.Work | None:
         group = self.groups.control
         if group is None:
             return None
-        return dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=group, async_op=True)
+        return dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=group, async_op=True)

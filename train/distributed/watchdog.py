@@ -1,4 +1,4 @@
-"""An end to waiting: a process that hangs writes down where, and ends."""
+"""The watchdog: a process that hangs writes down where it hangs, and ends."""
 
 import faulthandler
 import os
@@ -12,31 +12,41 @@ from time import monotonic, strftime
 from typing import IO
 
 LINGER_S = 5.0
-"""Seconds between the writing of stacks and the end. The first rank to end breaks what the others
-wait in; each has written its own stacks by then, however far apart their deadlines are."""
+"""Seconds between the writing of stacks and the end of the process. The first rank that ends breaks
+the collectives that the others wait in; by then each has written its own stacks, even if their
+deadlines are a few seconds apart."""
 
 
 class Watchdog:
-    """While it is entered, the process ends with code 1 when a deadline has passed.
+    """Within this context, the process ends with code 1 when a deadline has passed.
 
-        pet     pet     pet                  stacks     stacks again, end with code 1
-         |-------|-------|------ step_timeout ---|-- LINGER_S --|
+     heartbeat heartbeat heartbeat           stacks      stacks again, end with code 1
+         |---------|---------|- step_timeout --|-- LINGER_S --|
 
     The stacks of all threads go to `<directory>/stacks/rank_<rank>.txt`, after those of earlier
-    starts. The first ones need Python; the second ones and the end come from a thread in C, also
-    if the main thread is stuck in C and holds the interpreter's lock.
+    starts. The first ones are written by a Python thread; the second ones, and the end, come from a
+    thread in C, which also works if the main thread is stuck in C and holds the interpreter's lock.
+
+    Args:
+        directory: the run's.
+        rank: of this process.
+        step_timeout: seconds that a step may take, with what is measured after it.
+        exit_timeout: seconds that the process may take to leave once it has to.
 
     Raises:
         OSError: the file cannot be written.
     """
 
-    def __init__(self, directory: Path, rank: int, step_timeout: float) -> None:
+    def __init__(
+        self, directory: Path, rank: int, step_timeout: float, exit_timeout: float = inf
+    ) -> None:
         self.path = directory / "stacks" / f"rank_{rank}.txt"
         self.step_timeout = step_timeout
+        self.exit_timeout = exit_timeout
         self._who = f"rank {rank}, process {os.getpid()} on {socket.gethostname()}"
         self._changed = Condition()
         self._waited_for = ""
-        self._over = True  # nothing is awaited: not entered, left, or expired
+        self._over = True  # no deadline: not entered, left, or expired
 
     def __enter__(self) -> "Watchdog":
         self._over = False
@@ -51,17 +61,22 @@ class Watchdog:
         return self
 
     def heartbeat(self) -> None:
-        """Begin a step: it has `step_timeout` seconds, or less if the process is to leave."""
+        """A step begins: it has `step_timeout` seconds, or fewer if the process has to leave."""
         with self._changed:
             self._arm(monotonic() + self.step_timeout, f"no step for {self.step_timeout:g} s")
 
+    def begin_exit(self) -> None:
+        """The process has to leave, within `exit_timeout` seconds; from any thread."""
+        if self.exit_timeout < inf:
+            self.exit_within(self.exit_timeout)
+
     def exit_within(self, seconds: float) -> None:
-        """Leave the process so many seconds from now on at most; from any thread."""
+        """The process has to leave within so many seconds; the earliest deadline counts."""
         with self._changed:
             if monotonic() + seconds < self._leave_at:
                 self._leave_at = monotonic() + seconds
                 self._write(f"has {seconds:g} s to leave")
-                self._arm(self._leave_at, f"not gone {seconds:g} s after it had to leave")
+                self._arm(self._leave_at, f"still there {seconds:g} s after it had to leave")
                 self._changed.notify()
 
     def _arm(self, deadline: float, waited_for: str) -> None:
@@ -89,7 +104,7 @@ class Watchdog:
     def __exit__(self, *error: object) -> None:
         with self._changed:
             if self._over:
-                return  # what has begun to end does end
+                return  # the stacks are written already: the process ends
             self._over = True
             self._changed.notify()
         faulthandler.cancel_dump_traceback_later()

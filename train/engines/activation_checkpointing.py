@@ -11,12 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from phd.model import Transformer
 from train.engines.config import EngineConfig
+from train.torch_private import TorchDispatchMode, tree_map_only
 
 aten = torch.ops.aten
 

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from math import ceil, inf
+from math import ceil
 from typing import NamedTuple
 
 import torch
@@ -13,9 +13,10 @@ from data.heldout import HeldOut
 from data.prefetch import never
 from data.stream import Batch
 from phd.loss import IGNORED, Loss
-from phd.model import Transformer
+from phd.model import ModelWithLoss, Transformer
 from phd.segments import Segments
-from train.checkpoint.store import Checkpoint, TensorTree
+from train.anomalies.detection import Limits
+from train.checkpoint.reader import Checkpoint, TensorTree
 from train.config import Config
 from train.distributed.process_groups import ProcessGroups
 from train.engines.device import autocast, choose_device, precision
@@ -35,21 +36,6 @@ class StepResult(NamedTuple):
     loss: Tensor
     grad_norm: Tensor
     applied: Tensor
-
-
-class Limits(NamedTuple):
-    """What a step's loss and gradient norm may be at most; what is not finite is always bad."""
-
-    loss: float = inf
-    grad_norm: float = inf
-
-    def allow(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
-        """Whether a step is good; a bool on the device, where nobody waits for it."""
-        within = (loss <= self.loss) & (grad_norm <= self.grad_norm)
-        return within & loss.isfinite() & grad_norm.isfinite()
-
-
-NO_LIMITS = Limits()
 
 
 class Rows(NamedTuple):
@@ -96,27 +82,13 @@ class Rows(NamedTuple):
             yield Rows(*(None if x is None else x[part] for x in self))  # type: ignore[arg-type]
 
 
-class ModelWithLoss(nn.Module):
-    """A model and its loss in one forward pass: what engines shard, wrap and compile around."""
-
-    def __init__(self, model: Transformer, z_loss: float) -> None:
-        super().__init__()
-        self.model = model
-        self.z_loss = z_loss
-
-    def forward(self, tokens: Tensor, targets: Tensor, segments: Segments | None = None) -> Loss:
-        """tokens, targets (B, T) -> sums over the targets; see `phd.loss`."""
-        return self.model.loss(tokens, targets, self.z_loss, segments)
-
-
 class Engine(ABC):
-    """One model on all ranks: the same steps, whatever is cut over them.
+    """One model on all ranks, with the verbs of a training step (see `train.loop.train_step`).
 
-        step(rows, lr)      rows -> micro-batches -> losses -> gradients    here, for all engines
-                            gradients summed over ranks -> clipped -> weights        in a subclass
-
-    The loss is a sum over targets, divided by the number of targets of the whole step, over all
-    micro-batches and ranks. So gradients are to be summed, never averaged.
+        forward(micro_batch)            loss sums                          here, for all engines
+        backward(loss)                  gradients, added up                }
+        optimizer_step(lr, ...)         summed over ranks, clipped,        } in a subclass
+                                        weights and moments updated        }
 
     A subclass prepares `self.model_with_loss` around `self.model`, which the base makes on the meta
     device, and says how gradients are made, how weights are updated, and what a checkpoint holds.
@@ -125,7 +97,7 @@ class Engine(ABC):
         model: its parameters have their canonical names, whatever they are cut into.
         device: of this rank.
         dtype: of the matrix products.
-        model_with_loss: the model's loss; maybe wrapped.
+        model_with_loss: the model and its loss, as an engine has wrapped it.
     """
 
     model_with_loss: nn.Module
@@ -144,66 +116,42 @@ class Engine(ABC):
             config.train.micro_batch or config.train.global_batch // groups.world_size
         )
 
-    def step(
-        self, rows: Rows, lr: float, limits: Limits = NO_LIMITS, stop: Callable[[], bool] = never
-    ) -> StepResult | None:
-        """Take one optimizer step on this rank's rows of the global batch.
-
-        Args:
-            rows: as many on every rank.
-            lr: learning rate.
-            limits: beyond them the step is not applied.
-            stop: asked between two micro-batches, of all ranks at once; if it says so, the step is
-                given up, with weights and moments as before, and the result is None.
-        """
-        parts = list(rows.split(self.micro_batch))
-        count = self._count(rows)
-        cross_entropy = torch.zeros((), device=self.device)
-        for number, part in enumerate(parts, 1):
-            if number > 1 and stop():
-                self.drop_gradients()
-                return None
-            with self.grad_sync(last=number == len(parts)):
-                loss = self.forward(part)
-                self.backward(loss.total / count)
-            cross_entropy += loss.cross_entropy
-        mean = self.groups.sum(cross_entropy) / count
-        grad_norm, applied = self.update(lr, mean, limits)
-        return StepResult(mean, grad_norm, applied)
-
     @torch.no_grad()
-    def loss(self, rows: Rows, stop: Callable[[], bool] = never) -> tuple[Tensor, Tensor] | None:
+    def evaluate(
+        self, rows: Rows, stop_requested: Callable[[], bool] = never
+    ) -> tuple[Tensor, Tensor] | None:
         """(summed cross-entropy in nats, number of targets) of rows that all ranks have alike.
 
-        Each rank computes its share. None if `stop`, asked between micro-batches, says so.
+        Each rank computes its share. None if `stop_requested`, asked between micro-batches, says
+        so.
         """
         share = rows.share(self.groups.rank, self.groups.world_size)
         total = torch.zeros((), device=self.device, dtype=torch.float64)
         for number, part in enumerate(share.split(self.micro_batch)):
-            if number and stop():
+            if number and stop_requested():
                 return None
             total += self.forward(part).cross_entropy
-        return self.groups.sum(total), self._count(share)
+        return self.groups.sum(total), self.count_targets(share)
 
-    def _count(self, rows: Rows) -> Tensor:
-        """Targets on all ranks; 1 if there are none, for it is only divided by."""
-        count = self._moved((rows.targets != IGNORED).sum())
+    def count_targets(self, rows: Rows) -> Tensor:
+        """Targets on all ranks; 1 if there are none, because it is only used to divide."""
+        count = self._to_device((rows.targets != IGNORED).sum())
         return self.groups.sum(count).clamp(min=1)
 
     def forward(self, rows: Rows) -> Loss:
         """The loss of one micro-batch on this rank, in the precision of the products."""
         segments = None if rows.starts is None else Segments.of(rows.starts).to(self.device)
-        tokens, targets = self._moved(rows.tokens[:, :-1]), self._moved(rows.targets)
+        tokens, targets = self._to_device(rows.tokens[:, :-1]), self._to_device(rows.targets)
         with autocast(self.device, self.dtype):
             return self.model_with_loss(tokens, targets, segments)
 
-    def _moved(self, x: Tensor) -> Tensor:
+    def _to_device(self, x: Tensor) -> Tensor:
         if self.device.type == "cuda":
             x = x.pin_memory()  # or the copy would wait for the device
         return x.to(self.device, non_blocking=True)
 
     def synchronize(self) -> None:
-        """Wait until everything asked of the device is done."""
+        """Wait until the device has done everything that is queued."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
@@ -232,7 +180,7 @@ class Engine(ABC):
         """Add the gradient of a scalar to what is there."""
 
     @abstractmethod
-    def update(self, lr: float, loss: Tensor, limits: Limits) -> tuple[Tensor, Tensor]:
+    def optimizer_step(self, lr: float, loss: Tensor, limits: Limits) -> tuple[Tensor, Tensor]:
         """Clip the gradient, update the weights unless the step is bad, and drop the gradient.
 
         Args:

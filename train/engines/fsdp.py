@@ -12,15 +12,16 @@ from torch.nn.utils import get_total_norm
 
 from data.prefetch import never
 from phd.initialization import initial_weights
-from phd.model import Transformer
-from train.checkpoint.store import Checkpoint, TensorTree
+from phd.model import ModelWithLoss, Transformer
+from train.anomalies.detection import Limits
+from train.checkpoint.reader import Checkpoint, TensorTree
 from train.config import Config
 from train.distributed.process_groups import ProcessGroups
 from train.engines.config import FsdpConfig
 from train.engines.device import autocast
-from train.engines.engine import Engine, Limits, ModelWithLoss, Rows
+from train.engines.engine import Engine, Rows
 from train.engines.optimizer import adamw, add_moments, set_clip_and_skip
-from train.engines.parallelize import forget_gradients, parallelize, sharded_modules
+from train.engines.parallelize import drop_unreduced_gradients, parallelize, sharded_modules
 
 
 class FsdpEngine(Engine):
@@ -66,7 +67,7 @@ class FsdpEngine(Engine):
         loss.backward()
 
     @torch.no_grad()
-    def update(self, lr: float, loss: Tensor, limits: Limits) -> tuple[Tensor, Tensor]:
+    def optimizer_step(self, lr: float, loss: Tensor, limits: Limits) -> tuple[Tensor, Tensor]:
         """Clip by the norm over all shards, and step unless the step is bad."""
         gradients = []
         for shard, parameter in zip(self.shards.values(), self.parameters.values(), strict=True):
@@ -86,11 +87,13 @@ class FsdpEngine(Engine):
     def drop_gradients(self) -> None:
         """Drop the gradients of the micro-batches so far."""
         self.model_with_loss.zero_grad()
-        forget_gradients(self.model_with_loss)
+        drop_unreduced_gradients(self.model_with_loss)
 
-    def loss(self, rows: Rows, stop: Callable[[], bool] = never) -> tuple[Tensor, Tensor] | None:
+    def evaluate(
+        self, rows: Rows, stop_requested: Callable[[], bool] = never
+    ) -> tuple[Tensor, Tensor] | None:
         """As for all engines; then gathered weights are freed, which a backward pass would do."""
-        found = super().loss(rows, stop)
+        found = super().evaluate(rows, stop_requested)
         self._reshard()
         return found
 
@@ -114,7 +117,7 @@ class FsdpEngine(Engine):
             for name, tensor in tensors.items()
             if isinstance(tensor, DTensor) or number % self.groups.world_size == self.groups.rank
         }
-        return {**mine, "random": self.random_state()} if self.groups.first else mine
+        return {**mine, "random": self.random_state()} if self.groups.is_rank_zero else mine
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Take over weights, moments and the first rank's random numbers."""

@@ -5,7 +5,6 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
 from phd.model import Transformer
@@ -13,6 +12,7 @@ from train.config import Config
 from train.engines.activation_checkpointing import checkpoint_activations
 from train.engines.config import DeepSpeedConfig, FsdpConfig
 from train.engines.device import autocast
+from train.torch_private import FakeTensorMode, storage_key
 
 
 class Memory(NamedTuple):
@@ -80,15 +80,14 @@ def saved_bytes(
     sizes: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        sizes[storage._cdata] = storage.nbytes()
+        sizes[storage_key(tensor)] = tensor.untyped_storage().nbytes()
         return tensor
 
     with FakeTensorMode(), autocast(torch.device("cpu"), dtype):
         model = Transformer(replace(config.model, attention="auto"))
         engine = replace(config.engine, compile=False, activation_checkpointing=checkpointing)
         checkpoint_activations(model, engine)
-        own = {p.untyped_storage()._cdata for p in model.parameters()}
+        own = {storage_key(p) for p in model.parameters()}
         tokens = torch.zeros(rows, config.train.seq_len, dtype=torch.int64)
         with saved_tensors_hooks(note, lambda tensor: tensor):
             loss = model.loss(tokens, tokens, config.optim.z_loss)

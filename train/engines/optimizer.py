@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from train.config import OptimConfig
+from train.torch_private import fuse_clip_and_skip
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -59,8 +60,7 @@ def set_clip_and_skip(
     parts = (part for group in optimizer.param_groups for part in group["params"])
     device = next(parts, grad_norm).device
     scale = ((grad_norm + 1e-6) / (grad_clip or torch.inf)).clamp(min=1)  # divides the gradient
-    optimizer.grad_scale = scale.to(device)  # type: ignore[attr-defined]
-    optimizer.found_inf = applied.logical_not().float().to(device)  # type: ignore[attr-defined]
+    fuse_clip_and_skip(optimizer, scale.to(device), applied.logical_not().float().to(device))
 
 
 def is_embedding(name: str) -> bool:

@@ -1,4 +1,4 @@
-"""What is done to a model so that many ranks train it: one function, in the order that matters."""
+"""Parallelism, applied to a model from outside: one function, in the order that matters."""
 
 from functools import partial
 from typing import Any
@@ -11,9 +11,10 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
+from phd.model import ModelWithLoss
 from train.engines.activation_checkpointing import checkpoint_activations
 from train.engines.config import FsdpConfig
-from train.engines.engine import ModelWithLoss
+from train.torch_private import drop_accumulated_gradients, ignore_in_ddp, init_fsdp_root
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -49,7 +50,7 @@ def parallelize(
         return replicate(model_with_loss.to_empty(device=device), config)
     shard(model_with_loss, config, mesh_of(config, world_size, device), dtype)
     model_with_loss.to_empty(device=device)
-    own_blocks(model_with_loss)
+    make_root(model_with_loss)
     return model_with_loss
 
 
@@ -90,19 +91,15 @@ def shard(
         module.set_force_sum_reduction_for_comms(True)
 
 
-def own_blocks(model_with_loss: nn.Module) -> None:
-    """Tell FSDP that blocks are the objective's, or one that is called before it is its own."""
+def make_root(model_with_loss: nn.Module) -> None:
+    """Make the whole the root of its blocks, or a block that is called first becomes its own."""
     assert isinstance(model_with_loss, FSDPModule)
-    model_with_loss._get_fsdp_state()._lazy_init()
+    init_fsdp_root(model_with_loss)
 
 
-def forget_gradients(model_with_loss: nn.Module) -> None:
+def drop_unreduced_gradients(model_with_loss: nn.Module) -> None:
     """Drop the gradients that FSDP keeps of micro-batches that it has not reduced."""
-    for module in sharded_modules(model_with_loss):
-        group = module._get_fsdp_state()._fsdp_param_group
-        for parameter in group.fsdp_params if group else ():
-            parameter.unsharded_accumulated_grad = None
-            parameter._unsharded_param.grad = None
+    drop_accumulated_gradients(sharded_modules(model_with_loss))
 
 
 def sharded_modules(model_with_loss: nn.Module) -> list[FSDPModule]:
@@ -114,7 +111,7 @@ def replicate(model_with_loss: ModelWithLoss, config: FsdpConfig) -> Distributed
     """DDP, with gradients summed over ranks; every rank has to fill in the same weights."""
     # RoPE's tables are the same everywhere, and not to be sent with every forward pass.
     tables = [name for name, _ in model_with_loss.named_buffers()]
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model_with_loss, tables)
+    ignore_in_ddp(model_with_loss, tables)
     replicated = DistributedDataParallel(
         model_with_loss, gradient_as_bucket_view=True, init_sync=False
     )

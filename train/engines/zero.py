@@ -6,9 +6,9 @@
     2         ... and gradients          with every micro-batch
     3         ... and weights            with every micro-batch
 
-DeepSpeed moves weights and gradients between ranks, and between device and host. Clipping, and the
-verdict whether a step is applied, are given to AdamW itself just before it runs, the same at every
-stage. As in every engine weights are float32, and `engine.precision` is that of matrix products.
+DeepSpeed moves weights and gradients between ranks, and between device and host. AdamW itself is
+told to clip the gradient, and to skip a bad step, just before it runs: the same at every stage. As
+in every engine weights are float32, and `engine.precision` is that of matrix products.
 """
 
 import importlib
@@ -22,20 +22,28 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from torch.nn.utils import get_total_norm
 
+from conf.errors import ConfigError, Problem
 from phd.initialization import initial_weights
 from phd.model import Transformer
-from train.checkpoint.store import Checkpoint, TensorTree
+from train.anomalies.detection import Limits
+from train.checkpoint.reader import Checkpoint, TensorTree
 from train.config import Config
 from train.distributed.process_groups import ProcessGroups
 from train.engines.activation_checkpointing import checkpoint_activations
 from train.engines.config import DeepSpeedConfig
+from train.engines.deepspeed_private import (
+    check_json,
+    disable_shared_memory_comm,
+    global_grad_norm,
+    kept_gathered,
+    shard_size,
+)
 from train.engines.device import autocast
-from train.engines.engine import Engine, Limits, Rows
+from train.engines.engine import Engine, Rows
 from train.engines.optimizer import MOMENTS, adamw, add_moments, is_embedding, set_clip_and_skip
 
 
@@ -48,10 +56,9 @@ class DeepSpeedEngine(Engine):
         assert isinstance(settings, DeepSpeedConfig)
         self.stage = settings.stage
         if self.stage == 3 and settings.compile:
-            raise ValueError(
-                "engine.compile=true: at engine.stage=3 weights come and go within a block, which "
-                "torch.compile cannot follow; choose engine.stage=2 or less, or engine=fsdp"
-            )
+            why = "at engine.stage=3 weights come and go within a block, which torch.compile cannot"
+            hint = "choose engine.stage=2 or less, or engine=fsdp"
+            raise ConfigError([Problem("engine.compile", True, f"{why} follow", hint)])
         self.linear = nn.functional.linear  # stage 3 replaces it, for the whole process
         self.deepspeed = import_deepspeed(self.device)
         self.alone = _join(groups, self.device)
@@ -99,7 +106,7 @@ class DeepSpeedEngine(Engine):
         # DeepSpeed takes the mean over ranks, at stage 3 with no choice.
         self.engine.backward(loss * self.groups.world_size, scale_wrt_gas=False)
 
-    def update(self, lr: float, loss: Tensor, limits: Limits) -> tuple[Tensor, Tensor]:
+    def optimizer_step(self, lr: float, loss: Tensor, limits: Limits) -> tuple[Tensor, Tensor]:
         for group in self.adamw.param_groups:
             group["lr"] = lr
         self.step_loss, self.limits = loss, limits
@@ -116,7 +123,7 @@ class DeepSpeedEngine(Engine):
         if self.stage == 0:
             norm = get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
         else:
-            norm = self.engine.optimizer._global_grad_norm  # public only after the step
+            norm = global_grad_norm(self.engine.optimizer)
         self.grad_norm = torch.as_tensor(norm, dtype=torch.float32, device=self.device)
         set_clip_and_skip(optimizer, self.grad_norm, self.config.optim.grad_clip, self._applied)
 
@@ -136,7 +143,7 @@ class DeepSpeedEngine(Engine):
         row = Rows(torch.zeros(1, 2, dtype=torch.int64))
         with torch.compiler.set_stance("force_eager"), self.grad_sync(last=True):
             self.backward(self.forward(row).total * 0)
-        self.update(0.0, torch.zeros((), device=self.device), Limits(loss=-torch.inf))
+        self.optimizer_step(0.0, torch.zeros((), device=self.device), Limits(loss=-torch.inf))
 
     def state(self) -> TensorTree:
         """What this rank is dealt of weights and moments, on the CPU if they are cut."""
@@ -147,7 +154,7 @@ class DeepSpeedEngine(Engine):
             if number % self.groups.world_size == self.groups.rank:
                 weights[name], *moments = whole if self.stage == 0 else (x.cpu() for x in whole)
                 optimizer[name] = {"step": step, **dict(zip(MOMENTS, moments, strict=True))}
-        random = self.random_state() if self.groups.first else {}
+        random = self.random_state() if self.groups.is_rank_zero else {}
         return {"model": weights, "optimizer": optimizer, "random": random}
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -186,7 +193,7 @@ class DeepSpeedEngine(Engine):
             return
         scope = "full"
         if self.stage == 3:  # whose own setter takes no weight that the ranks cannot divide
-            scope, size = "local", parameter.ds_tensor.numel()  # type: ignore[attr-defined]
+            scope, size = "local", shard_size(parameter)
             value = pad(value.flatten(), (0, size * self.groups.world_size - value.numel()))
             value = value.narrow(0, size * self.groups.rank, size)
         if key is None:
@@ -207,14 +214,8 @@ class DeepSpeedEngine(Engine):
         read = [
             p for n, p in self.model.named_parameters() if is_embedding(n) or n == "head.weight"
         ]
-        with self.deepspeed.zero.GatheredParameters(read):
-            for parameter in read:
-                parameter.ds_active_sub_modules.add(id(self))  # type: ignore[attr-defined]
-            try:
-                yield self.model
-            finally:
-                for parameter in read:
-                    parameter.ds_active_sub_modules.drop_gradients(id(self))  # type: ignore[attr-defined]
+        with self.deepspeed.zero.GatheredParameters(read), kept_gathered(read, owner=self):
+            yield self.model
 
     def close(self) -> None:
         """Leave no process group, hook or replaced function behind."""
@@ -229,7 +230,7 @@ def import_deepspeed(device: torch.device) -> ModuleType:
     """The package, which takes its time to import, made quiet.
 
     Raises:
-        ValueError: it is not installed, or works on another device in this process.
+        ConfigError: it is not installed, or works on another device in this process.
     """
     os.environ["DS_ACCELERATOR"] = device.type  # else it guesses, and prints what
     try:
@@ -237,19 +238,16 @@ def import_deepspeed(device: torch.device) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name != "deepspeed":
             raise
-        raise ValueError(
-            "engine.kind=deepspeed: the package deepspeed is not installed; `pip install "
-            "deepspeed`, or choose engine=fsdp"
-        ) from None
-    at_work = deepspeed.get_accelerator().device_name()
-    if at_work != device.type:
-        raise ValueError(
-            f"engine.device={device.type}: in this process DeepSpeed already works on {at_work}, "
-            "and cannot change; start one process for each device"
-        )
+        missing = "the package deepspeed is not installed"
+        hint = "`pip install deepspeed`, or choose engine=fsdp"
+        raise ConfigError([Problem("engine.kind", "deepspeed", missing, hint)]) from None
+    chosen = deepspeed.get_accelerator().device_name()
+    if chosen != device.type:
+        fixed = f"in this process DeepSpeed already works on {chosen}, and cannot change"
+        hint = "start one process for each device"
+        raise ConfigError([Problem("engine.device", device.type, fixed, hint)])
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    # On the CPU it would compile C++ at its first use, for sums over ranks of one machine.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    disable_shared_memory_comm(deepspeed)
     for category, old in (
         (FutureWarning, r"`torch\.distributed\.\w+` is deprecated"),
         (DeprecationWarning, r"`torch\.jit\.script_method` is deprecated"),  # it imports inductor
@@ -296,22 +294,9 @@ def merged(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     return both
 
 
-def check_json(json: dict[str, Any]) -> None:
-    """Raise what DeepSpeed finds wrong with its configuration as one ValueError."""
-    from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
-
-    try:
-        DeepSpeedConfig(json)
-    except ValidationError as error:
-        found = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
-        raise ValueError(f"engine.deepspeed: {'; '.join(found)}") from None
-    except (AssertionError, ValueError, TypeError, DeepSpeedConfigError) as error:
-        raise ValueError(f"engine.deepspeed: {error}") from None
-
-
 def _join(groups: ProcessGroups, device: torch.device) -> bool:
     """Make the process group that DeepSpeed wants even of a lone process; return whether."""
-    os.environ["LOCAL_RANK"] = str(groups.place.local_rank)
+    os.environ["LOCAL_RANK"] = str(groups.dist_env.local_rank)
     if dist.is_initialized():
         return False
     backend = "nccl" if device.type == "cuda" else "gloo"

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from conf.errors import ConfigError, DataError, Problem
 from phd.config import ModelConfig
 from phd.hf.convert import from_hugging_face, starting_state, to_hugging_face
 
@@ -28,11 +29,11 @@ def load_pretrained(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
         path: a directory with `config.json` and `model.safetensors`, or shards and their index.
 
     Raises:
-        ValueError: if a file is missing or damaged, or the model does what ours does not; see
+        DataError: a file is missing or damaged, or the model does what ours does not; see
             `phd.hf.convert.from_hugging_face`.
     """
     if not path.is_dir():
-        raise ValueError(
+        raise DataError(
             f"{path}: no such directory; download a model from the Hub first, for example with "
             f"`hf download allenai/OLMo-2-0425-1B --local-dir {path}`"
         )
@@ -41,15 +42,16 @@ def load_pretrained(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     try:
         return from_hugging_face(hf_config, hf_state)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise DataError(f"{path}: {error}") from error
 
 
 def pretrained_start(path: Path, config: ModelConfig) -> dict[str, Tensor]:
     """The weights of an OLMo 2 or Llama directory as the start of a model of any variant.
 
     Raises:
-        ValueError: if the directory cannot be read, or its model computes something else than the
-            originals of `config` would; it names the settings that have to be changed.
+        DataError: the directory cannot be read.
+        ConfigError: its model computes something else than the originals of `config` would; it
+            names the settings that have to be changed.
     """
     pretrained, state = load_pretrained(path)
     differences = [
@@ -58,10 +60,9 @@ def pretrained_start(path: Path, config: ModelConfig) -> dict[str, Tensor]:
         if getattr(config, name) != getattr(pretrained, name)
     ]
     if differences:
-        raise ValueError(
-            f"run.start_from={path}: a model of another shape; set these as they are there: "
-            + ", ".join(differences)
-        )
+        hint = f"set these as they are there: {', '.join(differences)}"
+        problem = Problem("run.start_from", str(path), "a model of another shape", hint)
+        raise ConfigError([problem])
     return starting_state(config, state)
 
 
@@ -73,12 +74,13 @@ def save_pretrained(path: Path, config: ModelConfig, state: dict[str, Tensor]) -
         config, state: of a model that `phd.hf.convert.to_hugging_face` can express.
 
     Raises:
-        ValueError: if the directory holds something, or the model cannot be expressed.
+        DataError: the directory holds something.
+        ValueError: the model cannot be expressed.
     """
     hf_config, hf_state = to_hugging_face(config, state)
     safetensors = _safetensors()
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ValueError(f"{path}: not an empty directory; choose another one, or empty it")
+        raise DataError(f"{path}: not an empty directory; choose another one, or empty it")
     if config.tied:
         del hf_state["lm_head.weight"]  # safetensors refuses to hold a tensor twice
     path.mkdir(parents=True, exist_ok=True)
@@ -93,7 +95,7 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     if (path / INDEX).is_file():
         names = sorted(set(_read_json(path / INDEX)["weight_map"].values()))
     if missing := [name for name in names if not (path / name).is_file()]:
-        raise ValueError(
+        raise DataError(
             f"{path}: no {', '.join(missing)} in it; download the model's .safetensors files"
         )
     state: dict[str, Tensor] = {}
@@ -101,7 +103,7 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         try:
             state |= safetensors.torch.load_file(path / name)
         except safetensors.SafetensorError as error:
-            raise ValueError(f"{path / name} is damaged: {error}; download it again") from error
+            raise DataError(f"{path / name} is damaged: {error}; download it again") from error
     return state
 
 
@@ -109,11 +111,11 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(
+        raise DataError(
             f"{path.parent}: no {path.name} in it; expected the directory of a Hugging Face model"
         ) from None
     except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}; download it again") from error
+        raise DataError(f"{path} is damaged: {error}; download it again") from error
 
 
 def _safetensors() -> ModuleType:
@@ -121,8 +123,6 @@ def _safetensors() -> ModuleType:
     try:
         import safetensors.torch
     except ImportError:
-        raise ValueError(
-            "safetensors is not installed; Hugging Face models need it: "
-            'pip install "phd-transformer[hf]"'
-        ) from None
+        missing = "safetensors is not installed; Hugging Face models need it: "
+        raise ConfigError([f'{missing}pip install "phd-transformer[hf]"']) from None
     return safetensors

@@ -183,11 +183,11 @@ class Evaluation:
         self.stop = stop
 
     def __call__(self, record: StepRecord) -> Metrics:
-        return {} if record.interrupted else self.measure()
+        return {} if record.ending and record.ending.by_signal else self.measure()
 
     def measure(self) -> Metrics:
         """Cross-entropy per token in nats, and bits per byte."""
-        found = self.engine.loss(Rows.of(self.text), self.stop)
+        found = self.engine.evaluate(Rows.of(self.text), self.stop)
         if found is None:
             return {}
         nats, targets = (x.item() for x in found)
@@ -210,7 +210,7 @@ class Sample:
         self.stop = stop
 
     def __call__(self, record: StepRecord) -> Metrics:
-        return {} if record.interrupted else self.measure()
+        return {} if record.ending and record.ending.by_signal else self.measure()
 
     def measure(self) -> Metrics:
         """The sample as a metric; nothing where `stop` ends it early."""
@@ -235,11 +235,15 @@ class Sample:
 
 
 class SaveCheckpoint:
-    """Writes checkpoints behind the training; a disk that refuses costs the checkpoint, not the
-    run. At the run's end it waits for the disk.
+    """Writes checkpoints behind the training; after the last step it waits for the disk.
 
-    `checkpoint/stall_s` is how long the training stood still; `checkpoint/step` is that of the last
-    complete save, as far as is known, and `checkpoint/save_s` how long it took.
+    A disk that refuses costs the checkpoint, not the run. `checkpoint/stall_s` is how long the
+    training stood still, `checkpoint/step` the last step whose save is known to be complete, and
+    `checkpoint/save_s` how long that save took.
+
+    Attributes:
+        saved_step: the last step whose checkpoint is complete, as far as is known; None: none is.
+        error: why the last save failed; None if it did not.
     """
 
     def __init__(
@@ -249,6 +253,8 @@ class SaveCheckpoint:
         self.engine = engine
         self.store = store
         self.state = state
+        self.saved_step: int | None = None
+        self.error: str | None = None
 
     def __call__(self, record: StepRecord) -> Metrics:
         state = {
@@ -259,26 +265,30 @@ class SaveCheckpoint:
             "cursors": record.stats.cursors,
         }
         metrics: Metrics = {}
+        self.error = None
         start = perf_counter()
         try:
-            self._tell(metrics, self.store.save(record.step, self.engine.state(), state))
+            self._note(metrics, self.store.save(record.step, self.engine.state(), state))
         except CheckpointError as error:
-            metrics["checkpoint/error"] = f"{error}; training goes on"
+            self._fail(metrics, f"{error}; training goes on", error.saved)
         metrics["checkpoint/stall_s"] = perf_counter() - start
         if record.ending:
             try:
-                self._tell(metrics, self.store.wait())
+                self._note(metrics, self.store.wait())
             except CheckpointError as error:
-                metrics["checkpoint/error"] = str(error)
-                if error.saved is not None:
-                    metrics["checkpoint/step"] = error.saved
+                self._fail(metrics, str(error), error.saved)
         return metrics
 
-    @staticmethod
-    def _tell(metrics: Metrics, saved: Saved | None) -> None:
+    def _note(self, metrics: Metrics, saved: Saved | None) -> None:
         if saved is not None:
+            self.saved_step = saved.step
             metrics["checkpoint/step"] = saved.step
             metrics["checkpoint/save_s"] = saved.save_s
+
+    def _fail(self, metrics: Metrics, text: str, saved: int | None) -> None:
+        self.error = metrics["checkpoint/error"] = text
+        if saved is not None:
+            self.saved_step = metrics["checkpoint/step"] = saved
 
 
 def bits_per_byte(nats: float, size: int) -> float:

@@ -1,4 +1,21 @@
-"""A step that was taken, as hooks see it, and what a hook is."""
+"""A training step as hooks see it, and what a hook is.
+
+A hook of one's own is a class with `every` and `__call__`; `train.main.main(config, hooks=[...])`
+takes functions that make one from an opened run:
+
+    class WeightNorm:
+        every = 20
+
+        def __init__(self, run: Run) -> None:
+            self.engine = run.engine
+
+        def __call__(self, record: StepRecord) -> Metrics:
+            with self.engine.summon_full_params() as model:
+                return {"weights/norm": model.embed.weight.norm().item()}
+
+    if __name__ == "__main__":
+        compose.run(lambda config: main(config, hooks=[WeightNorm]))
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -8,6 +25,7 @@ from torch import Tensor
 
 from data.stream import Batch, BatchStats
 from train.distributed.process_groups import ProcessGroups
+from train.ending import Ending
 
 Metrics = dict[str, float | str]
 
@@ -17,20 +35,18 @@ class StepRecord:
     """An optimizer step that has been taken.
 
     Attributes:
-        step: how many have been, this one included.
+        step: optimizer steps taken so far, this one included.
         tokens: tokens of all rows so far, this step's and their padding included.
-        batches: batches that the stream has given so far; more than steps where some were passed
-            over.
-        loss, grad_norm: scalars on the device; see `train.engines.engine.StepResult`.
+        batches: batches that the stream has given so far; more than steps where some were skipped.
         lr: the step's learning rate.
+        loss, grad_norm: scalars on the device; see `train.engines.engine.StepResult`.
         batch: this rank's rows.
-        stats: what all ranks' rows have added; its cursors are where the stream goes on.
+        stats: what all ranks' rows have added to the run; the stream goes on from its cursors.
         train_s: seconds of training in this process, without hooks.
-        data_wait_s: how many of them were waits for data, by rank.
+        data_wait_s: seconds of `train_s` that were spent waiting for data, by rank.
         bad_steps: what is remembered of bad steps; a JSON object.
-        ending: why this is the last step: `finished`, `max_time`, `out_of_text`, `no_data` or a
-            signal's name; or None.
-        failure: why there is no next batch; None if there is.
+        ending: why this is the last step; None if it is not.
+        failure: the error because of which there is no next batch; None if there is one.
     """
 
     step: int
@@ -44,7 +60,7 @@ class StepRecord:
     train_s: float
     data_wait_s: tuple[float, ...]
     bad_steps: Mapping[str, Any] = field(default_factory=dict)
-    ending: str | None = None
+    ending: Ending | None = None
     failure: Exception | None = None
 
     def of_all(self, groups: ProcessGroups) -> "StepRecord":
@@ -56,20 +72,28 @@ class StepRecord:
             data_wait_s=tuple(wait for _, waits in known for wait in waits),
         )
 
-    @property
-    def interrupted(self) -> bool:
-        """Somebody waits for the process to end: only what must be done should be."""
-        return self.ending is not None and self.ending.startswith("SIG")
-
 
 class Hook(Protocol):
-    """Called on all ranks after every `every`-th step (0: never) and after the last."""
+    """Measures something beside the training.
+
+    Attributes:
+        every: steps between two calls; 0: only after the last step.
+    """
 
     every: int
 
-    def __call__(self, record: StepRecord) -> Metrics: ...
+    def __call__(self, record: StepRecord) -> Metrics:
+        """Called on all ranks after every `every`-th step, and after the last step of a start.
+
+        Args:
+            record: the step; `ending` is set if it is the last one. A hook that takes long returns
+                at once where `ending.by_signal`: the process has little time left to leave.
+
+        Returns:
+            what is logged, by name; `{}` where there is nothing to log.
+        """
 
 
 def is_due(hook: Hook, step: int) -> bool:
-    """Whether a hook is to be called after this step, if it is not the last."""
+    """Whether a hook is called after this step, if it is not the last."""
     return bool(hook.every and step % hook.every == 0)

@@ -26,6 +26,7 @@ import torch
 from omegaconf import OmegaConf
 from rich.console import Console
 
+from conf.errors import ConfigError, Problem
 from data.tokenizer import Tokenizer
 from train.config import Config
 from train.metrics.sinks import write_whole
@@ -40,10 +41,9 @@ def prepare_run_dir(config: Config, tokenizer: Tokenizer, console: Console) -> N
     try:
         _describe(config, directory, tokenizer)
     except OSError as error:
-        raise ValueError(
-            f"run.dir={directory}: cannot be written ({error}); choose another run.dir, or make "
-            "room there"
-        ) from error
+        hint = "choose another run.dir, or make room there"
+        problem = Problem("run.dir", str(directory), f"cannot be written ({error})", hint)
+        raise ConfigError([problem]) from error
 
 
 def archive_run_dir(directory: Path) -> Path | None:

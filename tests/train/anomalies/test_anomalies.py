@@ -14,13 +14,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.train.many_ranks import run_ranks
-from train.anomalies.detection import SpikeDetector
-from train.anomalies.report import BadStep, layer_report, write_bad_step
+from train.anomalies.detection import Limits, SpikeDetector
+from train.anomalies.policy import layer_report
+from train.anomalies.report import BadStep, write_bad_step
 from train.compose import load
 from train.config import FaultsConfig
 from train.distributed.process_groups import ProcessGroups
-from train.engines.engine import Limits, Rows
+from train.engines.engine import Rows
 from train.engines.fsdp import FsdpEngine
+from train.loop import train_step
 
 WINDOW = 8
 FAULTS = FaultsConfig(spike=6.0, window=WINDOW, most_in_a_row=6)
@@ -38,7 +40,7 @@ def fed(bad_steps: SpikeDetector, losses: list[float], first: int = 1) -> list[b
     for step, loss in enumerate(losses, first):
         limits = bad_steps.limits(step)
         applied.append(fine(limits, loss))
-        bad_steps.take(step, loss, 1.0, applied[-1])
+        bad_steps.observe(step, loss, 1.0, applied[-1])
     return applied
 
 
@@ -51,7 +53,7 @@ def test_limits_are_robust_deviations_above_the_median() -> None:
     bad_steps = SpikeDetector(FAULTS)
     losses = noise(20)
     for step, loss in enumerate(losses, 1):
-        bad_steps.take(step, loss, 10 * loss, True)
+        bad_steps.observe(step, loss, 10 * loss, True)
     seen = losses[-1 - WINDOW : -1]  # the last step is not looked at yet
     middle = median(seen)
     most = middle + 6 * 1.4826 * median([abs(loss - middle) for loss in seen])
@@ -67,7 +69,7 @@ def test_without_a_threshold_nothing_finite_is_bad() -> None:
 def test_there_is_no_limit_before_half_a_window_is_known() -> None:
     bad_steps = SpikeDetector(FAULTS)
     for step in range(1, 5):
-        bad_steps.take(step, 4.0, 1.0, True)
+        bad_steps.observe(step, 4.0, 1.0, True)
         assert bad_steps.limits(step + 1) == Limits()
     assert bad_steps.limits(6).loss < inf
 
@@ -138,7 +140,7 @@ def test_limits_are_the_same_after_a_resume_and_whenever_steps_are_looked_at(
     expected = []
     for step, loss in enumerate(losses, 1):
         expected.append(at_once.limits(step))
-        at_once.take(step, loss, 1.0, fine(expected[-1], loss))
+        at_once.observe(step, loss, 1.0, fine(expected[-1], loss))
 
     late = SpikeDetector(FAULTS)
     waiting: list[tuple[int, float, float, bool]] = []
@@ -146,10 +148,10 @@ def test_limits_are_the_same_after_a_resume_and_whenever_steps_are_looked_at(
         limits = late.limits(step)
         assert limits == expected[step - 1]
         for outcome in waiting:  # one step late, as while the device computes
-            late.take(*outcome)
+            late.observe(*outcome)
         waiting = [(step, loss, 1.0, fine(limits, loss))]
         if step == cut or step in looks:  # a save or a log looks at the last one, too
-            late.take(*waiting.pop())
+            late.observe(*waiting.pop())
         if step == cut:
             late = SpikeDetector(FAULTS, json.loads(json.dumps(late.to_json(), allow_nan=False)))
 
@@ -255,7 +257,7 @@ def steps(engine: FsdpEngine, reported: bool) -> list[float]:
     for _ in range(3):
         if reported:
             layer_report(engine, Rows(ROWS))
-        result = engine.step(Rows(ROWS), 0.01)
+        result = train_step(engine, Rows(ROWS), 0.01)
         assert result is not None
         losses.append(result.loss.item())
     return losses
@@ -281,7 +283,7 @@ def on_two_ranks(groups: ProcessGroups, kinds: list[list[str]]) -> list[Any]:
         engine = FsdpEngine(load(overrides), groups)
         rows = Rows(ROWS[groups.rank :: groups.world_size])
         layers = layer_report(engine, rows)
-        result = engine.step(rows, 0.01)
+        result = train_step(engine, rows, 0.01)
         assert result is not None
         found.append((layers, [result.loss.item(), result.grad_norm.item()]))
     return found

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from train.checkpoint.manifest import MANIFEST, MARKER, Entries, new_file, seal
-from train.checkpoint.store import Checkpoint, CheckpointStore
-from train.checkpoint.tensor_files import INDEX
+from train.checkpoint.reader import INDEX, Checkpoint
+from train.checkpoint.store import CheckpointStore
 
 DATA = "__0_0.distcp"
 

@@ -20,7 +20,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from tests.train.many_ranks import RanksFailedError, run_ranks
 from train.checkpoint.manifest import damage
-from train.checkpoint.store import Checkpoint, CheckpointError, CheckpointStore
+from train.checkpoint.reader import Checkpoint
+from train.checkpoint.store import CheckpointError, CheckpointStore
 from train.distributed.process_groups import ProcessGroups
 
 SHAPES = {"long": (10, 3), "uneven": (5,), "short": (2, 4), "one": (1, 6), "empty": (0, 2)}

@@ -16,7 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from train.checkpoint.store import Checkpoint, CheckpointError, CheckpointStore, flatten
+from train.checkpoint.reader import Checkpoint, flatten
+from train.checkpoint.store import CheckpointError, CheckpointStore
 
 FILES = (
     *("__0_0.distcp", ".metadata", "tensors.json", "state.json"),

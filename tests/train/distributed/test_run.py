@@ -135,7 +135,7 @@ def test_what_one_rank_cannot_read_ends_all_of_them_with_what_it_says(
     length = ["train.max_steps=500", "hooks.log_every=100"]
     told = run_ranks(2, train_on, small_at(tmp_path / "run", *FOUR, *source, *tokenizer, *length))
     assert len({(ending, step) for ending, step, _ in told}) == 1
-    assert told[0][0] == "no_data"
+    assert told[0][0] == "data_failed"
     assert (tmp_path / "run" / "checkpoints" / f"step_{told[0][1]:08d}" / "COMPLETE").exists()
 
 

@@ -147,4 +147,4 @@ def test_a_process_that_never_comes_back_from_c_has_left_by_its_deadline(tmp_pat
     process.send_signal(signal.SIGTERM)
     _, told = process.communicate(timeout=20)
     assert process.returncode == 1
-    assert "not gone 0.5 s after it had to leave" in told
+    assert "still there 0.5 s after it had to leave" in told

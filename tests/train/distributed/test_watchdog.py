@@ -104,7 +104,7 @@ def test_who_has_to_leave_is_not_kept_by_more_steps(tmp_path: Path) -> None:
     assert process.returncode == 1
     text = stacks(tmp_path)
     assert text.count("has 0.5 s to leave") == 1
-    assert "not gone 0.5 s after it had to leave" in text
+    assert "still there 0.5 s after it had to leave" in text
 
 
 def test_steps_on_time_and_what_comes_afterwards_are_left_alone(tmp_path: Path) -> None:

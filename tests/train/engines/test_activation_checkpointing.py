@@ -24,6 +24,7 @@ from train.engines.activation_checkpointing import checkpoint_activations
 from train.engines.config import FsdpConfig
 from train.engines.engine import Rows
 from train.engines.fsdp import FsdpEngine
+from train.loop import train_step
 
 SHAPE: dict[str, Any] = {
     "layers": 4,
@@ -178,7 +179,9 @@ def two_steps(groups: ProcessGroups, config: Config) -> list[np.ndarray]:
     Block.compile = partialmethod(nn.Module.compile, backend="aot_eager")
     engine = FsdpEngine(config, groups)
     rows = torch.randint(0, 64, (4, 65), generator=torch.Generator().manual_seed(0))
-    results = [engine.step(Rows(rows[groups.rank :: groups.world_size]), 1e-3) for _ in range(2)]
+    results = [
+        train_step(engine, Rows(rows[groups.rank :: groups.world_size]), 1e-3) for _ in range(2)
+    ]
     scalars = [x.numpy() for result in results for x in (result.loss, result.grad_norm)]
     return [*scalars, *(x.numpy(force=True).copy() for x in engine.shards.values())]
 

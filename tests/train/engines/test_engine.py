@@ -9,12 +9,14 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from phd.model import Transformer
-from train.checkpoint.store import Checkpoint, CheckpointStore, flatten
+from train.checkpoint.reader import Checkpoint, flatten
+from train.checkpoint.store import CheckpointStore
 from train.config import Config
 from train.distributed.process_groups import ProcessGroups
 from train.engines.engine import Rows
 from train.engines.fsdp import FsdpEngine
 from train.engines.optimizer import build_optimizer
+from train.loop import train_step
 
 ROWS = torch.randint(0, 320, (4, 33), generator=torch.Generator().manual_seed(1))
 
@@ -47,7 +49,7 @@ def test_a_step_is_adamw_on_the_clipped_gradient_of_the_mean_loss(
     engine = alone(settings)
     before = {name: p.detach().clone() for name, p in engine.model.named_parameters()}
     loss, gradient = plain_gradient(engine.model, ROWS)
-    result = engine.step(Rows(ROWS), lr=0.01)
+    result = train_step(engine, Rows(ROWS), lr=0.01)
     torch.testing.assert_close(result.loss, loss)
     torch.testing.assert_close(result.grad_norm, norm(gradient), rtol=1e-4, atol=0)
 
@@ -69,7 +71,7 @@ def test_two_steps_equal_two_steps_of_plain_pytorch(config) -> None:
     engine, model = alone(settings), Transformer(settings.model).reset(settings.seed)
     optimizer = build_optimizer(model, settings.optim)
     for lr in (0.01, 0.003):
-        engine.step(Rows(ROWS), lr)
+        train_step(engine, Rows(ROWS), lr)
         _, gradient = plain_gradient(model, ROWS)
         for name, parameter in model.named_parameters():
             parameter.grad = gradient[name]
@@ -109,8 +111,8 @@ def test_the_z_loss_steers_but_is_not_part_of_what_is_logged(config) -> None:
 
 def test_a_steps_gradient_leaves_nothing_for_the_next(config) -> None:
     engine = alone(config())
-    first = engine.step(Rows(ROWS), lr=0.0)
-    second = engine.step(Rows(ROWS), lr=0.0)
+    first = train_step(engine, Rows(ROWS), lr=0.0)
+    second = train_step(engine, Rows(ROWS), lr=0.0)
     assert torch.equal(second.grad_norm, first.grad_norm)
 
 
@@ -125,10 +127,10 @@ def test_the_summed_loss_counts_what_the_mask_says(config) -> None:
     mask = torch.rand(4, 32, generator=torch.Generator().manual_seed(0)) < 0.5
     logits = engine.model.logits(ROWS[:, :-1])
     each = cross_entropy(logits.flatten(0, 1), ROWS[:, 1:].flatten(), reduction="none")
-    total, count = engine.loss(Rows(ROWS, mask))
+    total, count = engine.evaluate(Rows(ROWS, mask))
     assert count == mask.sum()
     assert total.item() == pytest.approx(each[mask.flatten()].sum().item(), rel=1e-6)
-    total, count = engine.loss(Rows(ROWS))
+    total, count = engine.evaluate(Rows(ROWS))
     assert count == mask.numel()
     assert total.item() == pytest.approx(each.sum().item(), rel=1e-6)
 
@@ -138,7 +140,7 @@ def test_targets_that_are_padding_count_nowhere(config, micro_batch: int) -> Non
     mask = torch.arange(32) < torch.tensor([[32], [7], [20], [1]])
     settings = config("train.global_batch=4", f"train.micro_batch={micro_batch}")
     engine, twin = alone(settings), alone(settings)
-    result = engine.step(Rows(ROWS, mask), lr=0.0)
+    result = train_step(engine, Rows(ROWS, mask), lr=0.0)
     logits = twin.model.logits(ROWS[:, :-1])
     loss = cross_entropy(logits[mask], ROWS[:, 1:][mask])
     loss.backward()
@@ -152,7 +154,7 @@ def test_isolated_documents_cost_what_they_cost_alone(config) -> None:
     cu_seqlens = torch.tensor([[0, 9, 32], [0, 1, 32], [0, 20, 32], [0, 31, 32]])
     place = torch.arange(32)
     starts = torch.where(place < cu_seqlens[:, 1:2], 0, cu_seqlens[:, 1:2])
-    total, count = engine.loss(Rows(ROWS, starts=starts))
+    total, count = engine.evaluate(Rows(ROWS, starts=starts))
     apart = 0.0
     for row, (_, border, _) in zip(ROWS, cu_seqlens.tolist(), strict=True):
         for start, stop in ((0, border), (border, 32)):
@@ -166,7 +168,7 @@ def test_in_bf16_weights_moments_and_gradients_stay_float32(config) -> None:
     engine = alone(config("engine.precision=bf16"))
     exact = alone(config())
     assert (engine.dtype, exact.dtype) == (torch.bfloat16, torch.float32)
-    result = engine.step(Rows(ROWS), lr=0.01)
+    result = train_step(engine, Rows(ROWS), lr=0.01)
     expected = exact.step(Rows(ROWS), lr=0.01).loss
     assert result.loss.dtype == torch.float32
     assert result.loss != expected
@@ -195,7 +197,7 @@ def test_a_restored_engine_goes_on_bitwise(config, tmp_path) -> None:
     second.restore(checkpoint)
     assert torch.equal(torch.rand(3), drawn)
     for engine in (first, second):
-        engine.step(Rows(ROWS), lr=0.01)
+        train_step(engine, Rows(ROWS), lr=0.01)
     ours, theirs = flatten(second.state()), flatten(first.state())
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)

@@ -17,12 +17,15 @@ from phd.inference.sampling import Sampling, generate
 from phd.model import Transformer
 from tests.train.many_ranks import RanksFailedError, run_ranks
 from tests.train.uneven import COPIES, UNEVEN
-from train.checkpoint.store import CheckpointStore, flatten
+from train.anomalies.detection import Limits
+from train.checkpoint.reader import flatten
+from train.checkpoint.store import CheckpointStore
 from train.compose import load
 from train.config import Config
 from train.distributed.process_groups import ProcessGroups
-from train.engines.engine import Limits, Rows
+from train.engines.engine import Rows
 from train.engines.fsdp import FsdpEngine
+from train.loop import train_step
 
 SMALL = (*UNEVEN, *COPIES, "model.layers=3", "train.max_steps=9")
 ROWS = torch.randint(0, 61, (8, 17), generator=torch.Generator().manual_seed(1))
@@ -122,10 +125,10 @@ BAD = {
 def bad_steps(groups: ProcessGroups, config: Config) -> list[str]:
     """Names of the kinds of bad step that changed something, or were not told of."""
     engine, found = FsdpEngine(config, groups), []
-    engine.step(share(groups), 0.01)
+    train_step(engine, share(groups), 0.01)
     before = digest(engine)
     for name, limits in BAD.items():
-        result = engine.step(share(groups), 0.01, limits)
+        result = train_step(engine, share(groups), 0.01, limits)
         if result.applied or not equal(digest(engine), before):
             found.append(name)
     whole = whole_weights(engine)
@@ -133,17 +136,17 @@ def bad_steps(groups: ProcessGroups, config: Config) -> list[str]:
         poisoned = whole | {"norm.weight": np.full_like(whole["norm.weight"], value)}
         engine.load({name: torch.tensor(x) for name, x in poisoned.items()})
         ill = digest(engine)
-        if engine.step(share(groups), 0.01).applied or not equal(digest(engine), ill):
+        if train_step(engine, share(groups), 0.01).applied or not equal(digest(engine), ill):
             found.append(name)
     engine.load({name: torch.tensor(x) for name, x in whole.items()})
     if not equal(digest(engine), before):
         found.append("healing")
-    result = engine.step(share(groups), 0.01, Limits(loss=100.0, grad_norm=100.0))
+    result = train_step(engine, share(groups), 0.01, Limits(loss=100.0, grad_norm=100.0))
     if not result.applied or equal(digest(engine), before):
         found.append("good")
     twin = FsdpEngine(config, groups)
     for _ in range(2):
-        twin.step(share(groups), 0.01)
+        train_step(twin, share(groups), 0.01)
     return found if equal(digest(engine), digest(twin)) else [*found, "after"]
 
 
@@ -160,16 +163,16 @@ def test_a_bad_step_of_one_process_changes_nothing(clip: str) -> None:
 def given_up(groups: ProcessGroups, config: Config) -> list[bool]:
     """Two steps, between which another is given up after one, two or three micro-batches."""
     engine, twin = FsdpEngine(config, groups), FsdpEngine(config, groups)
-    engine.step(share(groups), 0.01)
-    twin.step(share(groups), 0.01)
+    train_step(engine, share(groups), 0.01)
+    train_step(twin, share(groups), 0.01)
     for passes in range(1, 4):
         asked = count(1)
         stop = partial(lambda asked, passes: next(asked) == passes, asked, passes)
-        stopped = engine.step(share(groups, ROWS.flip(0)), 0.01, stop=stop)
+        stopped = train_step(engine, share(groups, ROWS.flip(0)), 0.01, stop=stop)
         if stopped is not None or next(asked) != passes + 1:
             return [False]
     for each in (engine, twin):
-        each.step(share(groups), 0.01)
+        train_step(each, share(groups), 0.01)
     return [equal(digest(engine), digest(twin))]
 
 
@@ -190,9 +193,9 @@ def between(groups: ProcessGroups, config: Config) -> tuple[bool, float, np.ndar
     with engine.summon_full_params() as model, torch.no_grad():
         model.logits(ROWS[:1, :-1])  # before any step
     for _ in range(2):
-        engine.step(share(groups), 0.01)
-        twin.step(share(groups), 0.01)
-        total, targets = engine.loss(Rows(ROWS[:5]))
+        train_step(engine, share(groups), 0.01)
+        train_step(twin, share(groups), 0.01)
+        total, targets = engine.evaluate(Rows(ROWS[:5]))
         with engine.summon_full_params() as model, torch.no_grad():
             logits = model.logits(ROWS[:1, :-1])
     return equal(digest(engine), digest(twin)), (total / targets).item(), logits.numpy()
@@ -211,7 +214,7 @@ def test_evaluating_and_generating_see_the_newest_weights_and_change_nothing(pol
 def restored(groups: ProcessGroups, config: Config, root: Path) -> list[bool]:
     """Save after a step, take it up in an engine that has just evaluated, and go on."""
     first, second = FsdpEngine(config, groups), FsdpEngine(config, groups)
-    first.step(share(groups), 0.01)
+    train_step(first, share(groups), 0.01)
     store = CheckpointStore(root, keep=1, groups=groups)
     store.save(1, first.state(), {})
     store.wait()
@@ -221,10 +224,10 @@ def restored(groups: ProcessGroups, config: Config, root: Path) -> list[bool]:
     checkpoint = store.newest()
     assert checkpoint is not None
     second.restore(checkpoint)
-    same = [torch.equal(torch.rand(3), drawn) or not groups.first]
+    same = [torch.equal(torch.rand(3), drawn) or not groups.is_rank_zero]
     for _ in range(2):
         same.append(equal(digest(first), digest(second)))
-        losses = [engine.step(share(groups), 0.01).loss for engine in (first, second)]
+        losses = [train_step(engine, share(groups), 0.01).loss for engine in (first, second)]
         same.append(torch.equal(*losses))
     return same
 
@@ -268,13 +271,13 @@ def test_compiled_blocks_write_without_being_compiled_again(monkeypatch) -> None
     written = []
     for compiled in ("true", "false"):
         engine = FsdpEngine(config_of(f"engine.compile={compiled}"), ProcessGroups())
-        engine.step(Rows(ROWS), 0.01)
+        train_step(engine, Rows(ROWS), 0.01)
         compilations = counter.frame_count
         assert compilations > 0
         with engine.summon_full_params() as model:
             tokens = generate(model, [prompt], Sampling(temperature=0), [dice], 12)
             written.append([int(token) for token in tokens])
         assert counter.frame_count == compilations
-        engine.step(Rows(ROWS), 0.01)
+        train_step(engine, Rows(ROWS), 0.01)
         assert counter.frame_count == compilations
     assert written[0] == written[1]

@@ -103,7 +103,7 @@ def status(name):
 
 def step(config, rows):
     engine = FsdpEngine(config, ProcessGroups())
-    engine.step(Rows(torch.zeros(rows, config.train.seq_len + 1, dtype=torch.int64)), 1e-3)
+    train_step(engine, Rows(torch.zeros(rows, config.train.seq_len + 1, dtype=torch.int64)), 1e-3)
 
 config = load(sys.argv[1:])
 step(replace(config, train=replace(config.train, seq_len=16)), 1)

@@ -11,11 +11,12 @@ from torch.distributed.tensor import DTensor
 
 from tests.train.many_ranks import run_ranks
 from tests.train.uneven import COPIES, UNEVEN
-from train.checkpoint.store import flatten
+from train.checkpoint.reader import flatten
 from train.compose import load
 from train.config import Config
 from train.distributed.process_groups import ProcessGroups
 from train.engines.engine import Rows
+from train.loop import train_step
 from train.run import open_engine
 
 WORLD, ROWS, TOKENS, VOCAB = 4, 8, 16, 61
@@ -74,7 +75,7 @@ def train(groups: ProcessGroups, config: Config) -> Training:
         rows = Rows(
             *(None if x is None else x[groups.rank :: groups.world_size] for x in batch(step))
         )
-        results.append(engine.step(rows, lr=0.01))
+        results.append(train_step(engine, rows, lr=0.01))
     losses, norms, applied = ([x.item() for x in column] for column in zip(*results, strict=True))
     weights = {
         name: (x.full_tensor() if isinstance(x, DTensor) else x).numpy(force=True)

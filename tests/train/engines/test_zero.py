@@ -18,13 +18,16 @@ from phd.loss import IGNORED
 from phd.model import Transformer
 from tests.train.many_ranks import run_ranks
 from tests.train.uneven import COPIES, UNEVEN
-from train.checkpoint.store import Checkpoint, CheckpointStore, flatten
+from train.anomalies.detection import Limits
+from train.checkpoint.reader import Checkpoint, flatten
+from train.checkpoint.store import CheckpointStore
 from train.compose import load
 from train.config import Config
 from train.distributed.process_groups import ProcessGroups
-from train.engines.engine import Limits, Rows
+from train.engines.engine import Rows
 from train.engines.optimizer import build_optimizer
 from train.engines.zero import DeepSpeedEngine, check_json, deepspeed_json, import_deepspeed, merged
+from train.loop import train_step
 
 WORLD, BATCH, LR = 2, 8, 0.01
 STAGES = (0, 1, 2, 3)
@@ -67,7 +70,7 @@ class Seen(NamedTuple):
 def step(engine: DeepSpeedEngine, number: int, limits: Limits = Limits()) -> Seen:  # noqa: B008
     rank, world_size = engine.groups.rank, engine.groups.world_size
     share = Rows(*(None if x is None else x[rank::world_size] for x in batch(number)))
-    result = engine.step(share, LR, limits)
+    result = train_step(engine, share, LR, limits)
     assert result is not None
     return Seen(result.loss.item(), result.grad_norm.item(), bool(result.applied))
 
@@ -113,7 +116,7 @@ def resumed(groups: ProcessGroups, stage: int, folder: Path) -> dict[str, Any]:
         store.save(3, engine.state(), {})
         store.wait()
         drawn = torch.rand(3)
-        evaluation = engine.loss(batch(9))
+        evaluation = engine.evaluate(batch(9))
         after = [step(engine, number) for number in range(3, 6)]
         state = whole_state(engine)
     checkpoint = store.newest()
@@ -126,7 +129,7 @@ def resumed(groups: ProcessGroups, stage: int, folder: Path) -> dict[str, Any]:
             "after": after,
             "evaluation": [x.item() for x in evaluation or ()],
             "same random numbers": torch.equal(torch.rand(3), drawn),
-            "same evaluation": [x.item() for x in engine.loss(batch(9)) or ()],
+            "same evaluation": [x.item() for x in engine.evaluate(batch(9)) or ()],
             "same steps": [step(engine, number) for number in range(3, 6)],
             "same state": same(whole_state(engine), state),
         }
@@ -178,7 +181,7 @@ def given_up(groups: ProcessGroups, stage: int, _: Path) -> dict[str, Any]:
     with opened(groups, f"engine.stage={stage}") as engine:
         step(engine, 0)
         state = whole_state(engine)
-        result = engine.step(batch(1).share(groups.rank, WORLD), LR, stop=lambda: True)
+        result = train_step(engine, batch(1).share(groups.rank, WORLD), LR, stop=lambda: True)
         unchanged = same(whole_state(engine), state)
         after = step(engine, 1)
         return {"result": result, "unchanged": unchanged, "after": after}

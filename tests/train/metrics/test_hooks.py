@@ -24,7 +24,6 @@ from train.metrics.hooks import (
     DataProgress,
     Evaluation,
     KVCost,
-    Sample,
     SaveCheckpoint,
     Throughput,
     TrainingMetrics,
@@ -71,7 +70,7 @@ def record_of(**known: object) -> StepRecord:
     batch = Batch(rows, mask=None, starts=None, stats=stats)
     values = {"loss": torch.tensor(2.0), "grad_norm": torch.tensor(0.5), "batch": batch}
     values |= {"step": 10, "tokens": 1000, "lr": 0.1, "train_s": 4.0, "data_wait_s": (1.0,)}
-    values |= {"batches": 10, "reading": stats, "bad_steps": {"count": 0}}
+    values |= {"batches": 10, "stats": stats, "bad_steps": {"count": 0}}
     return StepRecord(**(values | known))
 
 
@@ -207,7 +206,7 @@ def test_the_evaluation_is_the_mean_over_the_held_out_targets(config, opened) ->
     assert not text.mask.all()
     rows, mask = torch.from_numpy(text.rows), torch.from_numpy(text.mask)
     total = nats(run.engine, rows, mask)
-    metrics = run.finish()
+    metrics = run.measure()
     assert metrics["eval/heldout/loss"] == pytest.approx(total / mask.sum().item(), rel=1e-5)
     # Every held-out document's bytes, each once.
     size = sum(len(document.text.encode()) for document in run.stream.documents.held_out("files"))
@@ -248,7 +247,7 @@ def test_measuring_changes_nothing(config, opened) -> None:
     run = opened(config())
     before = [p.clone() for p in run.engine.model.parameters()]
     random = torch.get_rng_state()
-    run.finish()
+    run.measure()
     assert torch.equal(torch.get_rng_state(), random)
     assert all(p.grad is None for p in run.engine.model.parameters())
     for ours, theirs in zip(run.engine.model.parameters(), before, strict=True):
@@ -258,7 +257,7 @@ def test_measuring_changes_nothing(config, opened) -> None:
 @pytest.mark.parametrize("signal", ["SIGINT", "SIGTERM"])
 def test_whoever_waits_for_the_end_is_not_kept_waiting(signal: str, config, opened) -> None:
     run = opened(config())
-    measuring = [hook for hook in run.hooks if isinstance(hook, Evaluation | Sample)]
+    measuring = [*run.evaluations, run.sample]
     assert len(measuring) == 2
     for hook in measuring:
         assert hook(record_of(ending=signal)) == {}
@@ -270,7 +269,7 @@ def test_whoever_waits_for_the_end_is_not_kept_waiting(signal: str, config, open
 
 def test_a_sample_begins_with_its_prompt_and_is_the_same_every_time(config, opened) -> None:
     run = opened(config("hooks.sample.prompt='é def  </s>'", "hooks.sample.tokens=30"))
-    [sample] = [hook for hook in run.hooks if isinstance(hook, Sample)]
+    sample = run.sample
     text = sample.measure()["sample/text"]
     assert text.startswith("é def  </s>")
     assert len(text) > len("é def  </s>")
@@ -280,7 +279,7 @@ def test_a_sample_begins_with_its_prompt_and_is_the_same_every_time(config, open
 def test_a_sample_of_a_model_with_more_embeddings_than_pieces_is_text(config, opened) -> None:
     run = opened(config("model.vocab_size=5000", "hooks.sample.tokens=30"))
     assert run.tokenizer.vocab_size < 2500  # so most of what an untrained model draws has no piece
-    [sample] = [hook for hook in run.hooks if isinstance(hook, Sample)]
+    sample = run.sample
     assert sample.measure()["sample/text"].startswith("def ")
 
 

@@ -13,41 +13,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
-import torch
-from torch import Tensor
 from torch.distributed.checkpoint import (
-    DefaultLoadPlanner,
-    FileSystemReader,
     FileSystemWriter,
     SavePlan,
 )
-from torch.distributed.checkpoint.filesystem import FileSystem, _StorageInfo
+from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
     StorageMeta,
-    TensorProperties,
     TensorStorageMetadata,
 )
 from torch.distributed.checkpoint.storage import WriteResult
 
 from train.checkpoint.manifest import Entries, HashedFile, new_file
+from train.checkpoint.reader import INDEX, dtype_name
 from train.checkpoint.staging import StagedPlanner
-
-INDEX = "tensors.json"
-
-
-class TensorSpec(NamedTuple):
-    """What kind of tensor a name stands for."""
-
-    dtype: torch.dtype
-    shape: torch.Size
-
-    def __str__(self) -> str:
-        return f"{_dtype_name(self.dtype)} {list(self.shape)}"
 
 
 class TensorWriter(FileSystemWriter):
@@ -100,42 +84,11 @@ class _HashedFiles(FileSystem):
         self.entries[Path(new_path).name] = self.entries.pop(Path(path).name)
 
 
-def read_index(directory: Path) -> Metadata:
-    """Read where the tensors of a verified directory are."""
-    index = json.loads((directory / INDEX).read_text(encoding="utf-8"))
-    tensors, storage = {}, {}
-    for name, entry in index.items():
-        chunks = []
-        for number, piece in enumerate(entry["pieces"]):
-            start, shape = torch.Size(piece["start"]), torch.Size(piece["shape"])
-            chunks.append(ChunkStorageMetadata(start, shape))
-            place = _StorageInfo(piece["file"], piece["offset"], piece["bytes"])
-            storage[MetadataIndex(name, start, number)] = place
-        properties = TensorProperties(_dtype_named(entry["dtype"]))
-        tensors[name] = TensorStorageMetadata(properties, torch.Size(entry["shape"]), chunks)
-    return Metadata(cast(Any, tensors), storage_data=storage)
-
-
-def specs_in(metadata: Metadata) -> dict[str, TensorSpec]:
-    """What the tensors are, by name."""
-    tensors = cast(dict[str, TensorStorageMetadata], metadata.state_dict_metadata)
-    return {name: TensorSpec(t.properties.dtype, t.size) for name, t in tensors.items()}
-
-
-def read_tensors(directory: Path, metadata: Metadata, tensors: dict[str, Tensor]) -> None:
-    """Fill tensors in place, from the pieces that overlap with what this rank holds of them."""
-    planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    planner.set_up_planner(dict(tensors), metadata, is_coordinator=True)
-    reader = FileSystemReader(directory)
-    reader.set_up_storage_reader(metadata, is_coordinator=True)
-    reader.read_data(planner.finish_plan(planner.create_local_plan()), planner).wait()
-
-
 def _to_json(metadata: Metadata) -> dict[str, Any]:
     tensors = cast(dict[str, TensorStorageMetadata], metadata.state_dict_metadata)
     return {
         name: {
-            "dtype": _dtype_name(tensor.properties.dtype),
+            "dtype": dtype_name(tensor.properties.dtype),
             "shape": list(tensor.size),
             "pieces": [_piece(metadata, name, chunk) for chunk in tensor.chunks],
         }
@@ -152,14 +105,3 @@ def _piece(metadata: Metadata, name: str, chunk: ChunkStorageMetadata) -> dict[s
         "offset": place.offset,
         "bytes": place.length,
     }
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _dtype_named(name: str) -> torch.dtype:
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"{INDEX} names a dtype {name!r}, which this torch does not know")
-    return dtype

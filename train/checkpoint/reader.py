@@ -1,0 +1,204 @@
+"""Reading a checkpoint: verified, by name, into whatever shape this run needs.
+
+Nothing that is read can run code: the index is JSON, and the tensors pass through
+`torch.load(weights_only=True)`.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias, cast
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import DefaultLoadPlanner, FileSystemReader
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+
+from conf.errors import ConfigError, DataError
+from train.checkpoint import manifest
+from train.torch_private import StorageInfo
+
+TensorTree: TypeAlias = "Mapping[str, Tensor | TensorTree]"
+
+INDEX = "tensors.json"
+STATE = "state.json"
+MISMATCHES_SHOWN = 8
+
+
+class TensorSpec(NamedTuple):
+    """What kind of tensor a name stands for."""
+
+    dtype: torch.dtype
+    shape: torch.Size
+
+    def __str__(self) -> str:
+        return f"{dtype_name(self.dtype)} {list(self.shape)}"
+
+
+class RejectedCheckpoint(NamedTuple):
+    """A checkpoint that is not whole, and what is wrong with it."""
+
+    path: Path
+    reason: str
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on disk, every byte of which has been verified.
+
+    Attributes:
+        path: its directory.
+        state: the JSON that was saved with it, and its `step`.
+        rejected: newer checkpoints that are damaged, newest first.
+    """
+
+    path: Path
+    state: dict[str, Any]
+    rejected: tuple[RejectedCheckpoint, ...] = ()
+
+    @classmethod
+    def open(cls, path: Path) -> "Checkpoint":
+        """Verify the checkpoint at `path`; a DataError says what is wrong with it."""
+        if flaw := manifest.damage(path):
+            raise DataError(f"{path} is not a whole checkpoint: {flaw}. Choose another one.")
+        return cls(path, read_state(path))
+
+    @property
+    def step(self) -> int:
+        """The number of optimizer steps taken."""
+        return self.state["step"]
+
+    @cached_property
+    def specs(self) -> dict[str, TensorSpec]:
+        """The dtype and shape of every tensor in it, by name."""
+        return specs_in(self._index)
+
+    def load(self, tensors: TensorTree) -> None:
+        """Fill `tensors` in place with the saved ones, bit for bit.
+
+        They are whole tensors or DTensors, sharded as they may be: each rank reads for itself, and
+        only the saved pieces that overlap with its own. Names, shapes and dtypes must all be the
+        saved ones, but that either side may lack `random` ones, which are left as they are; a
+        ConfigError lists those that are not, and then nothing has been changed.
+        """
+        self.check(tensors)
+        wanted = flatten(tensors).items()
+        self._read({name: tensor for name, tensor in wanted if name in self.specs})
+
+    def check(self, tensors: TensorTree) -> None:
+        """Raise the ConfigError of `load` if `tensors` do not fit, which may be on `meta`."""
+        if mismatches := _mismatches(self.specs, flatten(tensors)):
+            raise ConfigError([_mismatch_message(self.path, mismatches)])
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Read whole tensors into new ones on the CPU; one name at a time takes little memory."""
+        tensors = {
+            name: torch.empty(self.specs[name].shape, dtype=self.specs[name].dtype)
+            for name in names
+        }
+        self._read(tensors)
+        return tensors
+
+    def load_weights(self) -> dict[str, Tensor]:
+        """Read what was saved under `model`, and nothing else, into new tensors on the CPU."""
+        weights = self.read(name for name in self.specs if name.startswith("model."))
+        return {name.removeprefix("model."): tensor for name, tensor in weights.items()}
+
+    @cached_property
+    def _index(self) -> Metadata:
+        return read_index(self.path)
+
+    def _read(self, tensors: dict[str, Tensor]) -> None:
+        read_tensors(self.path, self._index, tensors)
+
+
+def read_index(directory: Path) -> Metadata:
+    """Read where the tensors of a verified directory are."""
+    index = json.loads((directory / INDEX).read_text(encoding="utf-8"))
+    tensors, storage = {}, {}
+    for name, entry in index.items():
+        chunks = []
+        for number, piece in enumerate(entry["pieces"]):
+            start, shape = torch.Size(piece["start"]), torch.Size(piece["shape"])
+            chunks.append(ChunkStorageMetadata(start, shape))
+            place = StorageInfo(piece["file"], piece["offset"], piece["bytes"])
+            storage[MetadataIndex(name, start, number)] = place
+        properties = TensorProperties(_dtype_named(entry["dtype"]))
+        tensors[name] = TensorStorageMetadata(properties, torch.Size(entry["shape"]), chunks)
+    return Metadata(cast(Any, tensors), storage_data=storage)
+
+
+def specs_in(metadata: Metadata) -> dict[str, TensorSpec]:
+    """What the tensors are, by name."""
+    tensors = cast(dict[str, TensorStorageMetadata], metadata.state_dict_metadata)
+    return {name: TensorSpec(t.properties.dtype, t.size) for name, t in tensors.items()}
+
+
+def read_tensors(directory: Path, metadata: Metadata, tensors: dict[str, Tensor]) -> None:
+    """Fill tensors in place, from the pieces that overlap with what this rank holds of them."""
+    planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    planner.set_up_planner(dict(tensors), metadata, is_coordinator=True)
+    reader = FileSystemReader(directory)
+    reader.set_up_storage_reader(metadata, is_coordinator=True)
+    reader.read_data(planner.finish_plan(planner.create_local_plan()), planner).wait()
+
+
+def flatten(tree: TensorTree) -> dict[str, Tensor]:
+    """Join the keys of nested dicts with dots.
+
+    >>> list(flatten({"model": {"embed.weight": torch.zeros(2)}, "rng": torch.zeros(1)}))
+    ['model.embed.weight', 'rng']
+    """
+    flat: dict[str, Tensor] = {}
+    for key, value in tree.items():
+        entries = {"": value} if isinstance(value, Tensor) else flatten(value)
+        for name, tensor in entries.items():
+            full_name = f"{key}.{name}" if name else key
+            assert full_name not in flat, f"two tensors are called {full_name}"
+            flat[full_name] = tensor
+    return flat
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    return json.loads((path / STATE).read_text(encoding="utf-8"))
+
+
+def _mismatches(saved: dict[str, TensorSpec], wanted: dict[str, Tensor]) -> list[str]:
+    needed = {name: TensorSpec(tensor.dtype, tensor.shape) for name, tensor in wanted.items()}
+    optional = {name for name in saved.keys() ^ needed.keys() if name.startswith("random.")}
+    return [
+        f"{name}: {saved.get(name, 'nothing')} in the checkpoint, "
+        f"{needed.get(name, 'nothing')} in this run"
+        for name in sorted((saved.keys() | needed.keys()) - optional)
+        if saved.get(name) != needed.get(name)
+    ]
+
+
+def _mismatch_message(path: Path, mismatches: list[str]) -> str:
+    lines = "".join(f"  {line}\n" for line in mismatches[:MISMATCHES_SHOWN])
+    if (rest := len(mismatches) - MISMATCHES_SHOWN) > 0:
+        lines += f"  and {rest} more\n"
+    return (
+        f"{path} is of another model; {len(mismatches)} of its tensors do not fit this run:\n"
+        f"{lines}Choose another run.name or run.dir, give the settings that it was trained with, "
+        "or start anew with run.resume=never."
+    )
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _dtype_named(name: str) -> torch.dtype:
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise DataError(f"{INDEX} names a dtype {name!r}, which this torch does not know")
+    return dtype
