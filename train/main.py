@@ -9,19 +9,12 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from data.stream import OutOfTextError
 from train import compose
 from train.anomalies.policy import BadStepError, RollBackError
 from train.config import Config
+from train.console import progress_bar, warn
 from train.distributed.dist_env import DistEnv
 from train.distributed.process_groups import ProcessGroups, init_process_groups
 from train.distributed.signals import StopSignal, exit_immediately
@@ -29,7 +22,6 @@ from train.ending import Ending
 from train.exit_codes import ExitCode
 from train.loop import StoppedEarlyError, train
 from train.metrics.record import Hook, Metrics, StepRecord
-from train.metrics.sinks import warn
 from train.plan import make_plan, print_plan
 from train.report import print_report
 from train.run import Run, open_run
@@ -121,7 +113,7 @@ def _train(run: Run, console: Console) -> ExitCode:
     if run.finished:
         return _report_complete(run, console, f"nothing to train: {run.step} steps are done")
     try:
-        with _progress(console) as progress:
+        with progress_bar(console, "{task.fields[status]}", eta=True) as progress:
             record, metrics = train(run, progress)
     except OutOfTextError as error:
         why = f"nothing to train: {run.step} steps are done. {error}"
@@ -168,21 +160,6 @@ def _report(run: Run, record: StepRecord, metrics: Metrics, console: Console) ->
 def _resuming(config: Config) -> Config:
     """The configuration of a run that goes on with what this very run has done."""
     return replace(config, run=replace(config.run, resume="auto"))
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("eta"),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[status]}"),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
 
 
 if __name__ == "__main__":

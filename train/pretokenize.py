@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import Progress
 
 from conf.errors import ConfigError
 from conf.validation import OMITTED, as_dict, flatten_keys
@@ -47,6 +47,7 @@ from data.tokenizer import Tokenizer
 from data.tokenizer_training import prepare_tokenizer
 from train import compose
 from train.config import Config
+from train.console import progress_bar
 from train.exit_codes import ExitCode
 
 T = TypeVar("T")
@@ -120,7 +121,7 @@ def pretokenize(
         directory = given.directory(name)
         wanted = new_index(tokenizer, made_from(documents, name), given.parts)
         index = begin(directory, wanted, tokenizer)
-        with _progress(console) as progress:
+        with progress_bar(console, "shards, {task.fields[tokens]:,} tokens") as progress:
             written[name] = write_source(alone, directory, index, given.workers, progress)
     return written
 
@@ -252,19 +253,6 @@ def print_written(written: Mapping[str, Written], console: Console) -> None:
             f"{index.quarantined:,} records quarantined, "
             f"{'was there already' if speed is None else f'{speed:,.0f} tokens/s'}"
         )
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("shards, {task.fields[tokens]:,} tokens"),
-        TimeElapsedColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
 
 
 def main(given: PretokenizeArguments, config: Config) -> int:

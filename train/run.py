@@ -27,6 +27,7 @@ from train.anomalies.policy import BadStepPolicy
 from train.checkpoint.reader import Checkpoint
 from train.checkpoint.store import CheckpointStore
 from train.config import Config
+from train.console import warn
 from train.distributed.process_groups import ProcessGroups, raise_on_all_ranks
 from train.distributed.signals import StopSignal
 from train.distributed.stop_sync import RankFlags, StopSync
@@ -47,7 +48,7 @@ from train.metrics.hooks import (
     TrainingMetrics,
 )
 from train.metrics.record import Hook, Metrics
-from train.metrics.sinks import ConsoleLine, MetricsFile, Sink, Wandb, warn
+from train.metrics.sinks import ConsoleLine, MetricsFile, Sink, Wandb
 from train.run_dir.prepare import prepare_run_dir
 
 # Settings that a resumed run must share with its checkpoint; the rest may be changed.

@@ -23,9 +23,9 @@ from data.tokenizer import Tokenizer
 from phd.loss import IGNORED
 from train.anomalies.detection import NO_LIMITS, Limits, SpikeDetector
 from train.anomalies.report import BadStep, Layers, write_bad_step
+from train.console import warn
 from train.engines.device import AsyncScalars
 from train.engines.engine import Engine, Rows, StepResult
-from train.metrics.sinks import warn
 
 
 class BadStepError(Exception):

@@ -24,23 +24,12 @@ from torch.distributed.checkpoint.metadata import (
 
 from conf.errors import ConfigError, DataError
 from train.checkpoint import manifest
+from train.checkpoint.format import INDEX, STATE, TensorSpec, dtype_named
 from train.torch_private import StorageInfo
 
 TensorTree: TypeAlias = "Mapping[str, Tensor | TensorTree]"
 
-INDEX = "tensors.json"
-STATE = "state.json"
 MISMATCHES_SHOWN = 8
-
-
-class TensorSpec(NamedTuple):
-    """What kind of tensor a name stands for."""
-
-    dtype: torch.dtype
-    shape: torch.Size
-
-    def __str__(self) -> str:
-        return f"{dtype_name(self.dtype)} {list(self.shape)}"
 
 
 class RejectedCheckpoint(NamedTuple):
@@ -131,7 +120,7 @@ def read_index(directory: Path) -> Metadata:
             chunks.append(ChunkStorageMetadata(start, shape))
             place = StorageInfo(piece["file"], piece["offset"], piece["bytes"])
             storage[MetadataIndex(name, start, number)] = place
-        properties = TensorProperties(_dtype_named(entry["dtype"]))
+        properties = TensorProperties(dtype_named(entry["dtype"]))
         tensors[name] = TensorStorageMetadata(properties, torch.Size(entry["shape"]), chunks)
     return Metadata(cast(Any, tensors), storage_data=storage)
 
@@ -191,14 +180,3 @@ def _mismatch_message(path: Path, mismatches: list[str]) -> str:
         f"{lines}Choose another run.name or run.dir, give the settings that it was trained with, "
         "or start anew with run.resume=never."
     )
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _dtype_named(name: str) -> torch.dtype:
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype):
-        raise DataError(f"{INDEX} names a dtype {name!r}, which this torch does not know")
-    return dtype

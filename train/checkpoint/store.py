@@ -28,15 +28,9 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from conf.errors import DataError
 from train.checkpoint import manifest
+from train.checkpoint.format import STATE
 from train.checkpoint.manifest import Entries
-from train.checkpoint.reader import (
-    STATE,
-    Checkpoint,
-    RejectedCheckpoint,
-    TensorTree,
-    flatten,
-    read_state,
-)
+from train.checkpoint.reader import Checkpoint, RejectedCheckpoint, TensorTree, flatten, read_state
 from train.checkpoint.staging import HostMemory, StagedPlanner
 from train.checkpoint.writer import TensorWriter
 from train.distributed.process_groups import ProcessGroups, on_all_ranks, on_rank_zero

@@ -29,8 +29,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.storage import WriteResult
 
+from train.checkpoint.format import INDEX, dtype_name
 from train.checkpoint.manifest import Entries, HashedFile, new_file
-from train.checkpoint.reader import INDEX, dtype_name
 from train.checkpoint.staging import StagedPlanner
 
 

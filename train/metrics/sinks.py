@@ -16,6 +16,7 @@ from uuid import uuid4
 from rich.console import Console
 
 from train.config import Config
+from train.console import warn
 from train.metrics.record import Metrics
 
 START_S = 20.0
@@ -28,11 +29,6 @@ CLOSE_S = 30.0
 """Seconds in which W&B's own service has to do that; it is a process on this machine."""
 
 TEAR_DOWN_S = 1.0
-
-
-def warn(console: Console, text: str) -> None:
-    """Print a warning, whatever is in it: paths and errors may hold what looks like markup."""
-    console.print(text, style="yellow", markup=False)
 
 
 class Sink(Protocol):

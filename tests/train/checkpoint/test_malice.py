@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from train.checkpoint.format import INDEX
 from train.checkpoint.manifest import MANIFEST, MARKER, Entries, new_file, seal
-from train.checkpoint.reader import INDEX, Checkpoint
+from train.checkpoint.reader import Checkpoint
 from train.checkpoint.store import CheckpointStore
 
 DATA = "__0_0.distcp"
