@@ -11,11 +11,11 @@ from rich.progress import Progress
 from data.loader import Loader
 from data.prefetch import never
 from data.stream import OutOfTextError
-from train.anomalies.detection import NO_LIMITS, Limits
 from train.distributed.process_groups import shared_error
 from train.distributed.stop_sync import RankFlags
 from train.ending import Ending
 from train.engines.engine import Engine, Rows, StepResult
+from train.engines.limits import NO_LIMITS, Limits
 from train.engines.schedule import learning_rate
 from train.metrics.record import Hook, Metrics, StepRecord, is_due
 from train.metrics.sinks import console_lines

@@ -2,13 +2,12 @@
 
 from collections import deque
 from collections.abc import Mapping
-from math import inf, isfinite
+from math import isfinite
 from statistics import median
 from typing import Any, NamedTuple
 
-from torch import Tensor
-
 from train.config import FaultsConfig
+from train.engines.limits import NO_LIMITS, Limits
 
 MAD_TO_STD = 1.4826
 """The standard deviation of a normal distribution over its median absolute deviation."""
@@ -19,21 +18,6 @@ MIN_DEVIATION = 0.01
 LAG = 2
 """Step n is compared with steps up to n - 2. Whether the outcome of n - 1 has been read back when n
 is queued depends on whether a hook was due between them, and the limits must not."""
-
-
-class Limits(NamedTuple):
-    """The largest loss and gradient norm of a good step; what is not finite is always bad."""
-
-    loss: float = inf
-    grad_norm: float = inf
-
-    def allow(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
-        """Whether a step is good: a bool on the device, which the host does not wait for."""
-        within = (loss <= self.loss) & (grad_norm <= self.grad_norm)
-        return within & loss.isfinite() & grad_norm.isfinite()
-
-
-NO_LIMITS = Limits()
 
 
 class _Finite(NamedTuple):

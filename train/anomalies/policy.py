@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from data.stream import Batch
 from data.tokenizer import Tokenizer
 from phd.loss import IGNORED
-from train.anomalies.detection import NO_LIMITS, Limits, SpikeDetector
+from train.anomalies.detection import SpikeDetector
 from train.anomalies.report import BadStep, Layers, write_bad_step
 from train.console import warn
 from train.engines.device import AsyncScalars
 from train.engines.engine import Engine, Rows, StepResult
+from train.engines.limits import NO_LIMITS, Limits
 
 
 class BadStepError(Exception):

@@ -9,8 +9,8 @@ from typing import Any
 
 from data.stream import Batch
 from data.tokenizer import Tokenizer
-from train.anomalies.detection import Limits
 from train.distributed.process_groups import ProcessGroups
+from train.engines.limits import Limits
 from train.metrics.sinks import write_whole
 
 

@@ -15,11 +15,11 @@ from data.stream import Batch
 from phd.loss import IGNORED, Loss
 from phd.model import ModelWithLoss, Transformer
 from phd.segments import Segments
-from train.anomalies.detection import Limits
 from train.checkpoint.reader import Checkpoint, TensorTree
 from train.config import Config
 from train.distributed.process_groups import ProcessGroups
 from train.engines.device import autocast, choose_device, precision
+from train.engines.limits import Limits
 
 
 class StepResult(NamedTuple):

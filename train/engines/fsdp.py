@@ -13,13 +13,13 @@ from torch.nn.utils import get_total_norm
 from data.prefetch import never
 from phd.initialization import initial_weights
 from phd.model import ModelWithLoss, Transformer
-from train.anomalies.detection import Limits
 from train.checkpoint.reader import Checkpoint, TensorTree
 from train.config import Config
 from train.distributed.process_groups import ProcessGroups
 from train.engines.config import FsdpConfig
 from train.engines.device import autocast
 from train.engines.engine import Engine, Rows
+from train.engines.limits import Limits
 from train.engines.optimizer import adamw, add_moments, set_clip_and_skip
 from train.engines.parallelize import drop_unreduced_gradients, parallelize, sharded_modules
 

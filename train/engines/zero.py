@@ -29,7 +29,6 @@ from torch.nn.utils import get_total_norm
 from conf.errors import ConfigError, Problem
 from phd.initialization import initial_weights
 from phd.model import Transformer
-from train.anomalies.detection import Limits
 from train.checkpoint.reader import Checkpoint, TensorTree
 from train.config import Config
 from train.distributed.process_groups import ProcessGroups
@@ -44,6 +43,7 @@ from train.engines.deepspeed_private import (
 )
 from train.engines.device import autocast
 from train.engines.engine import Engine, Rows
+from train.engines.limits import Limits
 from train.engines.optimizer import MOMENTS, adamw, add_moments, is_embedding, set_clip_and_skip
 
 

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.train.many_ranks import run_ranks
-from train.anomalies.detection import Limits, SpikeDetector
+from train.anomalies.detection import SpikeDetector
 from train.anomalies.policy import layer_report
 from train.anomalies.report import BadStep, write_bad_step
 from train.compose import load
@@ -22,6 +22,7 @@ from train.config import FaultsConfig
 from train.distributed.process_groups import ProcessGroups
 from train.engines.engine import Rows
 from train.engines.fsdp import FsdpEngine
+from train.engines.limits import Limits
 from train.loop import train_step
 
 WINDOW = 8

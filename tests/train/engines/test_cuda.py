@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from train.anomalies.detection import Limits
 from train.compose import load
 from train.config import Config
 from train.distributed.process_groups import ProcessGroups
 from train.engines.engine import Rows
 from train.engines.fsdp import FsdpEngine
+from train.engines.limits import Limits
 from train.loop import train_step
 
 pytestmark = [

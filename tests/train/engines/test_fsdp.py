@@ -17,7 +17,6 @@ from phd.inference.sampling import Sampling, generate
 from phd.model import Transformer
 from tests.train.many_ranks import RanksFailedError, run_ranks
 from tests.train.uneven import COPIES, UNEVEN
-from train.anomalies.detection import Limits
 from train.checkpoint.reader import flatten
 from train.checkpoint.store import CheckpointStore
 from train.compose import load
@@ -25,6 +24,7 @@ from train.config import Config
 from train.distributed.process_groups import ProcessGroups
 from train.engines.engine import Rows
 from train.engines.fsdp import FsdpEngine
+from train.engines.limits import Limits
 from train.loop import train_step
 
 SMALL = (*UNEVEN, *COPIES, "model.layers=3", "train.max_steps=9")

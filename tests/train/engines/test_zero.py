@@ -18,13 +18,13 @@ from phd.loss import IGNORED
 from phd.model import Transformer
 from tests.train.many_ranks import run_ranks
 from tests.train.uneven import COPIES, UNEVEN
-from train.anomalies.detection import Limits
 from train.checkpoint.reader import Checkpoint, flatten
 from train.checkpoint.store import CheckpointStore
 from train.compose import load
 from train.config import Config
 from train.distributed.process_groups import ProcessGroups
 from train.engines.engine import Rows
+from train.engines.limits import Limits
 from train.engines.optimizer import build_optimizer
 from train.engines.zero import DeepSpeedEngine, check_json, deepspeed_json, import_deepspeed, merged
 from train.loop import train_step
