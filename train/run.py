@@ -153,6 +153,8 @@ def open_run(
     on_all_ranks = (groups or ProcessGroups(), stop_signal or StopSignal())
     try:
         return _open(config, console, *on_all_ranks, skip_batches)
+    except ConfigError:
+        raise
     except ValueError as error:
         raise ConfigError([str(error)]) from error
 
@@ -234,12 +236,8 @@ def open_engine(config: Config, groups: ProcessGroups) -> Engine:
 
 def _check(config: Config) -> None:
     """Refuse what this machine cannot do."""
-    device = choose_device(config.engine)
-    if config.model.attention == "flex" and device.type != "cuda":
-        raise ValueError(
-            "model.attention=flex: FlexAttention has no backward on this machine's "
-            f"{device.type}; choose model.attention=packed"
-        )
+    if problems := config.device_problems(choose_device(config.engine).type):
+        raise ConfigError(problems)
 
 
 def _tokenizer(

@@ -139,15 +139,19 @@ def raise_on_all_ranks(groups: ProcessGroups, make: Callable[[], T]) -> T:
     Else the others would wait for that rank until something kills them. `make` must not talk to
     other ranks.
     """
-    value, problem = None, None
+    value: T | None = None
+    failure: ConfigError | str | None = None
     try:
         value = make()
     except ValueError as error:
         if groups.world_size == 1:
             raise
-        problem = str(error)
-    if problems := [found for found in groups.gather(problem) if found is not None]:
-        raise AnyRankError("; ".join(dict.fromkeys(problems)))
+        failure = error if isinstance(error, ConfigError) else str(error)
+    failures = [found for found in groups.gather(failure) if found is not None]
+    if refusals := [found for found in failures if isinstance(found, ConfigError)]:
+        raise ConfigError(problem for refusal in refusals for problem in refusal.problems)
+    if failures:
+        raise AnyRankError("; ".join(dict.fromkeys(map(str, failures))))
     return cast(T, value)
 
 

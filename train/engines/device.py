@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from conf.errors import Problem
 from train.engines.config import EngineConfig
 
 # Dense bf16 peak of one device, FLOP/s, from the makers' data sheets.
@@ -47,12 +48,13 @@ def choose_device(config: EngineConfig) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def device_problems(device: str) -> list[str]:
-    """Why a command's argument `device` cannot be followed."""
+def device_problems(device: str) -> list[Problem]:
+    """What is wrong with a command's argument `device`."""
     if device not in ("auto", "cpu", "cuda"):
-        return [f"device={device}: expected auto, cpu or cuda"]
+        return [Problem("device", device, "expected auto, cpu or cuda")]
     if device == "cuda" and not torch.cuda.is_available():
-        return ["device=cuda: this machine has no usable CUDA device; choose auto or cpu"]
+        reason = "this machine has no usable CUDA device"
+        return [Problem("device", device, reason, "choose auto or cpu")]
     return []
 
 
