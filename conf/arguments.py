@@ -1,4 +1,4 @@
-"""The front of the commands that take a few plain arguments: `run=<dir> prompt="..."`."""
+"""The front end of the commands that take a few plain arguments: `run=<dir> prompt="..."`."""
 
 import inspect
 import json
@@ -30,7 +30,7 @@ def run(cls: type[T], task: Callable[[T], int], *, positional: Sequence[str] = (
 
 
 def refuse(error: ConfigError) -> NoReturn:
-    """Ends the process with what the user has to change and nothing else."""
+    """Prints what the user has to change, without a traceback, and ends the process."""
     print(error, file=sys.stderr)
     sys.exit(USAGE_ERROR)
 
@@ -41,7 +41,7 @@ def parse(cls: type[T], arguments: Sequence[str], *, positional: Sequence[str] =
     Args:
         cls: a dataclass with `problems()`.
         arguments: `key=value` each; a value is JSON, or text where the field holds text.
-        positional: fields that arguments without a key fill, in this order.
+        positional: the fields that arguments without `key=` are for, in this order.
 
     Raises:
         ConfigError: with every unknown key, missing or wrong value.
@@ -51,14 +51,14 @@ def parse(cls: type[T], arguments: Sequence[str], *, positional: Sequence[str] =
     values: dict[str, Any] = {}
     for argument in arguments:
         key, equals, text = argument.partition("=")
-        if not equals:  # an argument too many is reported as a key that does not exist
+        if not equals:  # one argument too many is then reported as an unknown key
             key, text = next(names, argument), argument
         values[key] = _value(hints.get(key), text)
     return build(cls, values, "the arguments")
 
 
 def usage(cls: Any) -> str:
-    """The docstring of `cls` and its settings as one would type them."""
+    """The docstring of `cls` and its settings with their defaults, as a user would type them."""
     shown = dict.fromkeys(keys(cls), "...") | defaults(cls)
     lines = [
         f"  {key}={value if isinstance(value, str) else json.dumps(value)}"
@@ -68,9 +68,10 @@ def usage(cls: Any) -> str:
 
 
 def _value(hint: Any, text: str) -> Any:
-    """Reads text as JSON, unless the field holds text; `null` is None where that may be.
+    """Reads an argument's text as JSON, unless the field holds text.
 
-    Several values are a JSON list, or one of them.
+    `null` is None if the field may be None. A field of several values takes a JSON list, or one
+    value without brackets.
 
     >>> _value(int, "3"), _value(str, "3"), _value(str | None, "null"), _value(float, "1e-3")
     (3, '3', None, 0.001)
@@ -93,4 +94,4 @@ def _value(hint: Any, text: str) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError:
-        return text  # the type check says what was expected
+        return text  # `build` reports that its type is wrong, and what was expected

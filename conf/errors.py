@@ -11,11 +11,22 @@ The exit codes are those of `train.exit_codes.ExitCode`.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from enum import Enum
 from typing import Any
 
-UNSET: Any = object()
-"""The value of a setting that is not shown, because it was not given or says nothing."""
+
+class Unset(Enum):
+    """The type of `UNSET`, which stands for a value that is not shown.
+
+    An Enum, because its member is still the same object after a problem was pickled and sent to
+    another process.
+    """
+
+    UNSET = "unset"
+
+
+UNSET = Unset.UNSET
 
 
 @dataclass(frozen=True)
@@ -25,12 +36,19 @@ class Problem:
     >>> print(Problem("model.K", 3, "vanilla feeds each token once", "set model.K=1"))
     model.K=3: vanilla feeds each token once; set model.K=1
 
+    A hint that is a sentence of its own, with a capital letter, stands after a full stop:
+
+    >>> print(Problem("model.windw", expected="unknown key", hint="Did you mean model.window?"))
+    model.windw: unknown key. Did you mean model.window?
+
     Attributes:
-        key: the full name of the setting, such as `model.K`.
+        key: the full name of the setting, such as `model.K`. A section that has a name of the
+            user's choice does not know it, and writes `*` instead: `data.sources.*.weight`.
         value: what it was set to; `UNSET` where that is not shown.
         expected: what would be right, or why this cannot be.
         hint: what to do; empty where `expected` says it already.
-        others: full names of the other settings that this problem is about.
+        others: full names of the other settings that this problem is about. If one of them is
+            wrong by itself, this problem is not reported.
     """
 
     key: str
@@ -41,7 +59,20 @@ class Problem:
 
     def __str__(self) -> str:
         setting = self.key if self.value is UNSET else f"{self.key}={spelled(self.value)}"
-        return f"{setting}: {self.expected}" + (f"; {self.hint}" if self.hint else "")
+        join = ". " if self.hint[:1].isupper() else "; "
+        return f"{setting}: {self.expected}" + (f"{join}{self.hint}" if self.hint else "")
+
+    def named(self, section: str) -> "Problem":
+        """The problem with the real name of its section in place of the `*` in its keys.
+
+        >>> print(Problem("data.sources.*.weight", -1, "too low").named("data.sources.web"))
+        data.sources.web.weight=-1: too low
+        """
+        parent, _, _ = section.rpartition(".")
+        if not parent:
+            return self
+        keys = [key.replace(f"{parent}.*.", f"{section}.") for key in (self.key, *self.others)]
+        return replace(self, key=keys[0], others=tuple(keys[1:]))
 
 
 def spelled(value: Any) -> str:
@@ -64,16 +95,22 @@ class ConfigError(ValueError):
     """Everything that is wrong with what the user asked for, one line each.
 
     Attributes:
-        problems: each a `Problem`, or a sentence where there is no setting to name.
+        problems: each a `Problem`, or a sentence where there is no setting to name. Those that
+            read alike are kept once.
+        place: where the problems are, for the title.
     """
 
-    def __init__(
-        self, problems: Iterable["Problem | str"], place: str = "the configuration"
-    ) -> None:
-        self.problems = tuple(problems)
+    def __init__(self, problems: Iterable[Problem | str], place: str = "the configuration") -> None:
+        self.problems = tuple({str(problem): problem for problem in problems}.values())
+        self.place = place
         count = len(self.problems)
         title = f"{count} problem{'s' if count > 1 else ''} in {place}:"
         super().__init__("\n  ".join([title, *map(str, self.problems)]))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # An exception is otherwise rebuilt from its message alone, whose letters would become the
+        # problems. A rank that refuses a configuration sends its error to all others.
+        return ConfigError, (self.problems, self.place)
 
 
 class DataError(ValueError):

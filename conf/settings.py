@@ -1,7 +1,9 @@
-"""What every configuration dataclass has in common; nothing but the standard library."""
+"""What all configuration dataclasses have in common; needs nothing but the standard library."""
 
 from math import inf
 from typing import Any
+
+from conf.errors import ConfigError, Problem
 
 
 class Settings:
@@ -9,18 +11,47 @@ class Settings:
 
     def __post_init__(self) -> None:
         if problems := self.problems():
-            raise ValueError("; ".join(problems))
+            raise ConfigError(problems)
 
-    def problems(self) -> list[str]:
-        """Every impossible setting or combination, one sentence each."""
+    def problems(self) -> list[Problem]:
+        """Every impossible setting or combination of settings."""
         return []
 
 
-def at_least(config: Any, section: str, least: float, *names: str) -> list[str]:
-    """One sentence for each named setting below `least`; null always passes."""
+def at_least(config: Any, section: str, least: float, *names: str) -> list[Problem]:
+    """A problem for each named setting that is below `least` or not finite; None always passes.
+
+    >>> from types import SimpleNamespace
+    >>> [str(problem) for problem in at_least(SimpleNamespace(K=0), "model", 1, "K")]
+    ['model.K=0: expected an integer of at least 1']
+
+    Args:
+        config: has the settings as attributes.
+        section: what stands before the dot in the settings' full names; empty for none.
+        least: an int for settings that are integers, a float for numbers.
+        names: of the settings.
+    """
     kind = "an integer" if isinstance(least, int) else "a number"
     return [
-        f"{section}.{name}={value}: expected {kind} of at least {least}"
+        Problem(full_name(section, name), value, f"expected {kind} of at least {least:g}")
         for name in names
         if (value := getattr(config, name)) is not None and not least <= value < inf
     ]
+
+
+def above(config: Any, section: str, bound: float, *names: str) -> list[Problem]:
+    """A problem for each named setting that is not above `bound`; None always passes."""
+    return [
+        Problem(full_name(section, name), value, f"expected a number above {bound:g}")
+        for name in names
+        if (value := getattr(config, name)) is not None and not value > bound
+    ]
+
+
+def full_name(section: str, name: str) -> str:
+    """A setting's name on the command line.
+
+    >>> full_name("model", "K"), full_name("", "seed")
+    ('model.K', 'seed')
+    """
+    return f"{section}.{name}" if section else name

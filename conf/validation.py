@@ -5,7 +5,6 @@ dataclasses' own `problems()` find in the values that are left, with defaults fo
 """
 
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
 from difflib import get_close_matches
@@ -15,7 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import TypeAdapter, ValidationError
 
-from conf.errors import ConfigError
+from conf.errors import ConfigError, Problem
 
 T = TypeVar("T")
 OMITTED = "???"  # OmegaConf's mark of a value that the user has to give
@@ -98,9 +97,14 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
     return None
 
 
+def closest(value: Any, options: Iterable[str]) -> str | None:
+    """The option that was probably meant; None where none comes close."""
+    return next(iter(get_close_matches(str(value), list(options), n=1)), None)
+
+
 def did_you_mean(guess: str | None) -> str:
-    """The question to append to a problem; empty without a guess."""
-    return f". Did you mean {guess}?" if guess else ""
+    """The hint of a problem whose key or value is misspelt; empty without a guess."""
+    return f"Did you mean {guess}?" if guess else ""
 
 
 class _Reader:
@@ -109,7 +113,7 @@ class _Reader:
     def __init__(self, known: Sequence[str], given: Sequence[str]) -> None:
         self.known = known
         self.given = given
-        self.problems: list[str] = []
+        self.problems: list[Problem] = []
         self.unusable: set[str] = set()  # keys that have their default, not what was given
 
     def section(self, cls: type[T], values: Any, path: str) -> T:
@@ -134,7 +138,7 @@ class _Reader:
                 value = {"kind": _default(setting).kind, **value}
             if value == OMITTED:
                 self.unusable.add(key)
-                self.problems.append(f"{key}: has to be given")
+                self.problems.append(Problem(key, expected="has to be given"))
             elif (read := self.value(hint, value, key)) is not REJECTED:
                 given[name] = read
         return self.construct(cls, given, path)
@@ -154,7 +158,9 @@ class _Reader:
             # Strict JSON takes neither true for 1 nor "3" for 3, yet a list for a tuple.
             return TypeAdapter(hint).validate_json(json.dumps(_whole(value)), strict=True)
         except ValidationError:
-            return self.reject(key, value, _expected(hint, value))
+            options = map(str, get_args(hint)) if get_origin(hint) is Literal else ()
+            meant = did_you_mean(closest(value, options))
+            return self.reject(key, value, type_in_words(hint), meant)
 
     def variant(self, sections: list[Any], value: Any, key: str) -> Any:
         """Reads the one of several dataclasses that the value's `kind` names."""
@@ -164,9 +170,11 @@ class _Reader:
             return self.section(kinds[kind], value, f"{key}.")
         if kind is None:
             self.unusable.add(f"{key}.kind")
-            self.problems.append(f"{key}.kind: has to be given, one of {', '.join(kinds)}")
+            missing = f"has to be given, one of {', '.join(kinds)}"
+            self.problems.append(Problem(f"{key}.kind", expected=missing))
         else:
-            self.reject(f"{key}.kind", kind, _expected(Literal[*kinds], kind))
+            expected = f"one of {', '.join(kinds)}"
+            self.reject(f"{key}.kind", kind, expected, did_you_mean(closest(kind, kinds)))
         return _draft(sections[0], {})
 
     def construct(self, cls: type[T], given: dict[str, Any], path: str) -> T:
@@ -178,12 +186,14 @@ class _Reader:
         if not found:
             return cls(**given)
         before = set(self.unusable)
-        for problem in _named(found, path):
-            mentioned = {key for key in re.findall(r"[\w.]*\w", problem) if key in self.known}
-            if not mentioned & before:
-                self.problems.append(problem)
-                # A key alone is impossible; of two that do not fit together both are usable.
-                self.unusable |= mentioned if len(mentioned) == 1 else set()
+        for problem in found:
+            named = problem.named(path[:-1])
+            if not {named.key, *named.others} & before:
+                self.problems.append(named)
+                # A setting that is wrong by itself has its default from here on. Of several that
+                # do not fit together each is usable, and is held against others, too.
+                if not named.others and named.key in self.known:
+                    self.unusable.add(named.key)
         return _draft(cls, {k: v for k, v in given.items() if path + k not in self.unusable})
 
     def unknown(self, key: str, others: str) -> None:
@@ -191,13 +201,13 @@ class _Reader:
         guess = None if key in self.known else nearest(key, self.known)
         if guess and guess not in self.given:
             self.unusable.add(guess)  # its default is not what the user wants
-        hint = did_you_mean(guess) if guess else f"; there is {others}"
-        self.problems.append(f"{key}: unknown key{hint}")
+        hint = did_you_mean(guess) or f"there is {others}"
+        self.problems.append(Problem(key, expected="unknown key", hint=hint))
 
-    def reject(self, key: str, value: Any, expected: str) -> Any:
+    def reject(self, key: str, value: Any, expected: str, hint: str = "") -> Any:
         """Reports a value that is not of the field's type."""
         self.unusable.add(key)
-        self.problems.append(f"{key}={value!r}: expected {expected}")
+        self.problems.append(Problem(key, value, f"expected {expected}", hint))
         return REJECTED
 
 
@@ -222,16 +232,6 @@ def _known(keys: Iterable[str], given: Iterable[str]) -> list[str]:
         names = [k.removeprefix(section).partition(".")[0] for k in given if k.startswith(section)]
         known += [key.replace("*", name, 1) for name in dict.fromkeys(names)] if star else [key]
     return known
-
-
-def _named(problems: Iterable[str], path: str) -> list[str]:
-    """The problems of the section at `path`; `*` in its own keys stands for the name it has there.
-
-    >>> _named(["data.sources.*.weight=-1: expected more"], "data.sources.web.")
-    ['data.sources.web.weight=-1: expected more']
-    """
-    section, _, _ = path[:-1].rpartition(".")
-    return [problem.replace(f"{section}.*.", path) if section else problem for problem in problems]
 
 
 def _settings(cls: Any) -> list[tuple[Field[Any], Any]]:
@@ -286,19 +286,13 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _expected(hint: Any, value: Any) -> str:
-    """What a field of this type may hold, in words."""
-    words = _words(hint)
-    options = [str(option) for option in get_args(hint)] if get_origin(hint) is Literal else []
-    close = get_close_matches(str(value), options, n=1)
-    return words + did_you_mean(close[0] if close else None)
+def type_in_words(hint: Any) -> str:
+    """What a field of this type may hold.
 
-
-def _words(hint: Any) -> str:
-    """Names a type.
-
-    >>> _words(int | None), _words(tuple[float, float]), _words(Literal["a", "b"])
-    ('an integer or null', '[a number, a number]', 'one of a, b')
+    >>> type_in_words(int | None), type_in_words(tuple[float, float])
+    ('an integer or null', '[a number, a number]')
+    >>> type_in_words(Literal["a", "b"])
+    'one of a, b'
     """
     arguments = get_args(hint)
     match get_origin(hint):
@@ -307,11 +301,11 @@ def _words(hint: Any) -> str:
             return {**plain, NoneType: "null", Path: "a path", Any: "a value"}[hint]
         case origin if origin is Annotated:
             notes = [note for note in arguments[1:] if isinstance(note, str)]
-            return notes[0] if notes else _words(arguments[0])
+            return notes[0] if notes else type_in_words(arguments[0])
         case origin if origin is Literal:
             return f"one of {', '.join(map(str, arguments))}"
         case origin if origin is dict:
-            return f"{_words(arguments[1])} for each name"
+            return f"{type_in_words(arguments[1])} for each name"
         case origin if origin is tuple:
-            return f"[{', '.join('...' if a is ... else _words(a) for a in arguments)}]"
-    return " or ".join(map(_words, arguments))
+            return f"[{', '.join('...' if a is ... else type_in_words(a) for a in arguments)}]"
+    return " or ".join(map(type_in_words, arguments))

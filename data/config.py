@@ -1,4 +1,4 @@
-"""What is read and how it is cut: the settings under `data.` and `tokenizer.`, torch-free."""
+"""The settings under `data.` and `tokenizer.`: what is read and how it is cut; needs no torch."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -7,38 +7,43 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from conf.settings import Settings, at_least
+from conf.errors import Problem
+from conf.settings import Settings, above, at_least
 
 
 @dataclass(frozen=True, kw_only=True)
 class AnySource(Settings):
-    """What every source has; `*` in a problem stands for the source's name.
+    """What all kinds of sources have; `*` in a problem's key stands for the source's name.
 
     Attributes:
-        weight: the source's share of the tokens, relative to the other sources' weights.
-        epochs: passes after which the source is used up; null: it never is.
+        weight: the source's share of the tokens, relative to the weights of the other sources.
+        epochs: how often the source is read from beginning to end. After that the other sources
+            share what it had, and when all sources have ended, the run ends, too. null: it is read
+            again and again.
     """
 
     weight: float = 1.0
     epochs: int | None = None
 
-    def problems(self) -> list[str]:
-        return at_least(self, "data.sources.*", 0.0, "weight") + at_least(
-            self, "data.sources.*", 1, "epochs"
-        )
+    def problems(self) -> list[Problem]:
+        weight = at_least(self, "data.sources.*", 0.0, "weight")
+        return weight + at_least(self, "data.sources.*", 1, "epochs")
 
-    def _empty_problems(self, *names: str) -> list[str]:
+    def _empty_problems(self, *names: str) -> list[Problem]:
         return [
-            f"data.sources.*.{name}='': expected text" for name in names if not getattr(self, name)
+            Problem(f"data.sources.*.{name}", "", "expected text")
+            for name in names
+            if not getattr(self, name)
         ]
 
 
 @dataclass(frozen=True, kw_only=True)
 class PythonSource(AnySource):
-    """Python source files on this machine; a file is a document.
+    """Python source files on this machine; each file is a document.
 
     Attributes:
-        packages: add the installed packages (`site-packages`) to the standard library.
+        kind: `python`.
+        packages: read the installed packages (`site-packages`) besides the standard library.
     """
 
     kind: Literal["python"]
@@ -47,16 +52,19 @@ class PythonSource(AnySource):
 
 @dataclass(frozen=True, kw_only=True)
 class FilesSource(AnySource):
-    """`.txt`, `.jsonl` and `.parquet` files, also `.gz`, `.zst` or `.bz2`, here or elsewhere.
+    """`.txt`, `.jsonl` and `.parquet` files, also with `.gz`, `.zst` or `.bz2`, here or elsewhere.
 
-    A `.json` that is named, or is compressed, is taken for JSON lines, as C4's are.
+    A `.json` file that `paths` names itself, or that is compressed, is read as JSON lines, which
+    is what C4's files are.
 
     Attributes:
-        paths: files, directories (read recursively) and globs such as `books/**/*.txt`, on this
-            machine or as URLs that fsspec opens: `https://`, `hf://datasets/`, `s3://`.
+        kind: `files`.
+        paths: files, directories (read with all folders below them) and globs such as
+            `books/**/*.txt`, on this machine or as URLs that fsspec opens: `https://`,
+            `hf://datasets/`, `s3://`.
         text_field: the column or key that holds a document's text in `.parquet` and `.jsonl`.
-        separator: what stands between two documents in a `.txt` file, for example `<|end|>`;
-            `\\n` and `\\t` mean a line's end and a tab; null: the whole file is one document.
+        separator: the text between two documents in a `.txt` file, for example `<|end|>`; `\\n`
+            and `\\t` in it mean a line break and a tab. null: each file is one document.
     """
 
     kind: Literal["files"]
@@ -66,38 +74,36 @@ class FilesSource(AnySource):
 
     @property
     def mark(self) -> str | None:
-        """`separator`, with its line ends and tabs."""
+        """`separator` with real line breaks and tabs."""
         return self.separator and self.separator.replace("\\n", "\n").replace("\\t", "\t")
 
     @property
     def patterns(self) -> tuple[str, ...]:
-        """`paths`, as a tuple in either spelling."""
+        """`paths` as a tuple, also if it is a single text."""
         return (self.paths,) if isinstance(self.paths, str) else self.paths
 
-    def problems(self) -> list[str]:
+    def problems(self) -> list[Problem]:
         found = super().problems() + self._empty_problems("text_field")
         if not self.patterns or not all(self.patterns):
-            found.append(
-                f"data.sources.*.paths={self.paths!r}: expected at least one file, directory, "
-                "glob or URL"
-            )
+            expected = "expected at least one file, directory, glob or URL"
+            found.append(Problem("data.sources.*.paths", self.paths, expected))
         if self.separator == "":
-            found.append(
-                "data.sources.*.separator='': expected text, or null for one document a file"
-            )
+            expected = "expected text, or null for one document a file"
+            found.append(Problem("data.sources.*.separator", "", expected))
         return found
 
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetsSource(AnySource):
-    """Anything that `datasets.load_dataset` can stream: the Hub, URLs, many file formats.
+    """Whatever `datasets.load_dataset` can stream: the Hub, URLs, many file formats.
 
     Attributes:
+        kind: `datasets`.
         path: a dataset on the Hub, or a format such as `json` or `parquet` for `data_files`.
-        name: the dataset's configuration, as the Hub calls it.
-        split: which of the dataset's splits is read.
+        name: the dataset's configuration, as the Hub calls it; null: its default.
+        split: the split of the dataset that is read.
         revision: a commit or tag on the Hub; null: the newest.
-        data_files: URLs, paths or globs of files; null: all of the dataset's.
+        data_files: URLs, paths or globs of files; null: all files of the dataset.
         text_field: the column that holds a document's text.
     """
 
@@ -109,7 +115,7 @@ class DatasetsSource(AnySource):
     data_files: str | tuple[str, ...] | None = None
     text_field: str = "text"
 
-    def problems(self) -> list[str]:
+    def problems(self) -> list[Problem]:
         return super().problems() + self._empty_problems("path", "split", "text_field")
 
 
@@ -118,13 +124,14 @@ class TokensSource(AnySource):
     """Documents that are tokens already, as `python train/pretokenize.py` writes them.
 
     Attributes:
-        path: the directory that was written.
+        kind: `tokens`.
+        path: the directory that `train/pretokenize.py` has written.
     """
 
     kind: Literal["tokens"]
     path: str
 
-    def problems(self) -> list[str]:
+    def problems(self) -> list[Problem]:
         return super().problems() + self._empty_problems("path")
 
 
@@ -135,22 +142,23 @@ Source = Annotated[
 
 @dataclass(frozen=True, kw_only=True)
 class Phase(Settings):
-    """Other weights from some point of the run on, as in two-stage pretraining.
+    """Other weights of the sources from some point of the run on, as in two-stage pretraining.
 
     Attributes:
-        after_tokens: tokens of the run, over all lanes, after which the weights apply.
-        weights: by the source's name; sources that are not named keep the weight they have.
+        after_tokens: how many tokens of the run, over all lanes, come before these weights apply.
+        weights: the new weights, by the source's name; sources that are not named keep theirs.
     """
 
     after_tokens: int = 0
     weights: dict[str, float] = field(default_factory=dict)
 
-    def problems(self) -> list[str]:
+    def problems(self) -> list[Problem]:
         found = at_least(self, "data.phases.*", 1, "after_tokens")
         if not self.weights:
-            found.append("data.phases.*.weights={}: expected the weight of at least one source")
+            expected = "expected the weight of at least one source"
+            found.append(Problem("data.phases.*.weights", self.weights, expected))
         return found + [
-            f"data.phases.*.weights.{name}={weight}: expected a number of at least 0"
+            Problem(f"data.phases.*.weights.{name}", weight, "expected a number of at least 0")
             for name, weight in self.weights.items()
             if not 0 <= weight < inf
         ]
@@ -158,41 +166,41 @@ class Phase(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class RemoteConfig(Settings):
-    """How patiently files on other machines are read.
+    """How long the loader waits for files on other machines.
 
     Attributes:
-        timeout_s: seconds without a byte after which a request is given up and made again.
-        retry_s: seconds without progress after which a file counts as lost and the run stops.
+        timeout_s: a request that brings no byte for this many seconds is given up and made again.
+        retry_s: a file from which no byte has come for this many seconds, over all requests, counts
+            as lost, and the run ends.
     """
 
     timeout_s: float = 60.0
     retry_s: float = 300.0
 
-    def problems(self) -> list[str]:
-        return [
-            f"data.remote.{name}={value}: expected a number above 0"
-            for name in ("timeout_s", "retry_s")
-            if not (value := getattr(self, name)) > 0
-        ]
+    def problems(self) -> list[Problem]:
+        return above(self, "data.remote", 0, "timeout_s", "retry_s")
 
 
 @dataclass(frozen=True, kw_only=True)
 class CacheConfig(Settings):
-    """Local copies of files: of compressed ones always, unpacked, so that reading can go on
-    anywhere in them; of remote ones if asked for.
+    """Local copies of files.
+
+    Compressed files are always unpacked into the cache, because a resumed run must be able to read
+    on from any place in them. Files on other machines are copied if `remote` is true.
 
     Attributes:
-        dir: where they are; null: `$PHD_CACHE/shards`, and `~/.cache/phd/shards` where PHD_CACHE
-            is not set.
-        max_gb: gigabytes from which on the least recently used that nobody reads are removed.
-        remote: copy remote files before they are read.
+        dir: the directory of the copies; null: `$PHD_CACHE/shards`, or `~/.cache/phd/shards` if
+            PHD_CACHE is not set.
+        max_gb: the size of the cache in gigabytes (10^9 bytes). When it is exceeded, the copies
+            that have not been used for longest are deleted, except those that are being read.
+        remote: copy files on other machines into the cache before they are read.
     """
 
     dir: str | None = None
     max_gb: float = 100.0
     remote: bool = False
 
-    def problems(self) -> list[str]:
+    def problems(self) -> list[Problem]:
         return at_least(self, "data.cache", 0.0, "max_gb")
 
 
@@ -201,23 +209,27 @@ class DataConfig(Settings):
     """Where the text comes from and in what order it is read.
 
     Attributes:
-        sources: the text, by names of your choice; more than one make a mixture by weight.
-        phases: other weights from some token on, by names of your choice.
-        lanes: document streams that the text is cut into; never changes within a run, whatever
-            the number of ranks, which has to divide it.
-        shuffle: read the documents of each block in a random order, another one in each epoch.
-        block_documents: documents of a lane and source that are held and shuffled together; with
-            `best_fit`, also how many of a lane are packed together.
-        holdout: fraction of documents that are kept for evaluation and never trained on.
-        documents: `concatenate` lets a token see the documents before its own in its row;
-            `isolate` does not, and counts positions and chunks from each document's beginning.
-        packing: `sequential` cuts the documents where a row ends and wastes nothing; `best_fit`
-            cuts only those that are longer than a row, and fills up with padding.
-        max_document_bytes: UTF-8 bytes beyond which a document is quarantined.
-        max_quarantined: fraction of quarantined documents beyond which the run stops; the first 20
-            never stop it, unless this is 0.
-        workers: threads that read and tokenise; 0: the training thread does it between steps.
-        prefetch: batches that are made ready ahead of the training step.
+        sources: the sources of text, under names of your choice. Several sources are mixed by
+            their weights.
+        phases: weights that replace those of the sources later in the run, under names of your
+            choice.
+        lanes: how many independent streams of documents the data is cut into. The number of ranks
+            must divide it, and it must divide `train.global_batch`. It is fixed for the whole run.
+        shuffle: read the documents of each block in a random order, which differs in each epoch.
+        block_documents: how many documents of a lane and source are held in memory and shuffled
+            together. `best_fit` also packs this many documents of a lane at a time.
+        holdout: the fraction of the documents that are kept for evaluation and never trained on.
+        documents: `concatenate` lets a token attend to the documents before its own in the row.
+            `isolate` does not, and counts positions and chunks from the beginning of each document.
+        packing: `sequential` cuts documents where a row ends and wastes nothing. `best_fit` cuts
+            only documents that are longer than a row, and fills the rest of a row with padding.
+        max_document_bytes: a document with more UTF-8 bytes than this is a bad record: it is left
+            out and written to the run's `quarantine.jsonl`.
+        max_quarantined: the run stops when more than this fraction of the records are bad. The
+            first 20 bad records never stop it, unless this is 0.
+        workers: how many threads read and tokenize. 0: the training thread does it between two
+            steps.
+        prefetch: how many batches are prepared ahead of the training step.
     """
 
     sources: dict[str, Source]
@@ -237,7 +249,7 @@ class DataConfig(Settings):
 
     @property
     def mixture(self) -> list[tuple[int, dict[str, float]]]:
-        """(tokens after which they apply, weight of every source), the first from 0 on."""
+        """(tokens after which they apply, weight of every source); the first apply from 0 on."""
         weights = {name: source.weight for name, source in self.sources.items()}
         mixture = [(0, weights)]
         for phase in sorted(self.phases.values(), key=lambda phase: phase.after_tokens):
@@ -245,62 +257,82 @@ class DataConfig(Settings):
             mixture.append((phase.after_tokens, weights))
         return mixture
 
-    def problems(self) -> list[str]:
-        found = at_least(
-            self, "data", 1, "lanes", "block_documents", "prefetch", "max_document_bytes"
-        )
-        found += at_least(self, "data", 0, "workers")
+    def problems(self) -> list[Problem]:
+        positive = ("lanes", "block_documents", "prefetch", "max_document_bytes")
+        found = at_least(self, "data", 1, *positive) + at_least(self, "data", 0, "workers")
         if not 0 <= self.holdout < 1:
-            found.append(
-                f"data.holdout={self.holdout}: expected a fraction from 0 to below 1; "
-                "0 holds nothing out"
-            )
+            expected = "expected a fraction from 0 to below 1"
+            found.append(Problem("data.holdout", self.holdout, expected, "0 holds nothing out"))
         if not 0 <= self.max_quarantined <= 1:
-            found.append(
-                f"data.max_quarantined={self.max_quarantined}: expected a fraction from 0 to 1"
-            )
+            expected = "expected a fraction from 0 to 1"
+            found.append(Problem("data.max_quarantined", self.max_quarantined, expected))
         return found + self._mixture_problems()
 
-    def _mixture_problems(self) -> list[str]:
+    def _mixture_problems(self) -> list[Problem]:
         if not self.sources:
-            return ["data.sources={}: expected at least one source"]
+            return [Problem("data.sources", self.sources, "expected at least one source")]
+        allowed = "a name is made of letters, digits, _ and -"
         found = [
-            f"data.sources.{name}: a name is made of letters, digits, _ and -"
+            Problem(f"data.sources.{name}", expected=allowed)
             for name in self.sources
             if not name.replace("_", "").replace("-", "").isalnum()
         ]
+        names = ", ".join(self.sources)
         found += [
-            f"data.phases.{phase}.weights.{name}: no such source; expected one of "
-            f"{', '.join(self.sources)}"
+            Problem(
+                f"data.phases.{phase}.weights.{name}",
+                expected=f"no such source; expected one of {names}",
+            )
             for phase, settings in self.phases.items()
             for name in settings.weights
             if name not in self.sources
         ]
         starts = [phase.after_tokens for phase in self.phases.values()]
         if len(starts) > len(set(starts)):
-            found.append(f"data.phases.*.after_tokens={starts}: two phases cannot begin together")
-        found += [
-            f"data.sources.*.weight={list(weights.values())} from token {start} on: expected at "
-            "least one above 0"
-            for start, weights in self.mixture
-            if not found and not any(weights.values())
-        ]
-        return found
+            reason = "two phases cannot begin together"
+            keys = tuple(f"data.phases.{name}.after_tokens" for name in self.phases)
+            found.append(Problem("data.phases.*.after_tokens", starts, reason, others=keys))
+        return found or self._zero_weight_problems()
 
-    def batch_problems(self, global_batch: int, world_size: int = 1) -> list[str]:
-        """Why `world_size` ranks cannot draw batches of `global_batch` rows from the lanes."""
+    def _zero_weight_problems(self) -> list[Problem]:
+        keys = (
+            *(f"data.sources.{name}.weight" for name in self.sources),
+            *(f"data.phases.{name}.weights" for name in self.phases),
+        )
+        return [
+            Problem(
+                "data.sources.*.weight",
+                list(weights.values()),
+                f"expected at least one above 0 from token {start} on",
+                others=keys,
+            )
+            for start, weights in self.mixture
+            if not any(weights.values())
+        ]
+
+    def batch_problems(self, global_batch: int, world_size: int = 1) -> list[Problem]:
+        """Why `world_size` ranks cannot read batches of `global_batch` rows from the lanes."""
         found = []
         if global_batch % self.lanes:
             found.append(
-                f"train.global_batch={global_batch}: not divisible by data.lanes={self.lanes}; "
-                f"choose a multiple of {self.lanes}, or data.lanes from "
-                f"{_listed(divisors(global_batch))}"
+                Problem(
+                    "train.global_batch",
+                    global_batch,
+                    f"not divisible by data.lanes={self.lanes}",
+                    f"choose a multiple of {self.lanes}, or data.lanes from "
+                    f"{_listed(divisors(global_batch))}",
+                    others=("data.lanes",),
+                )
             )
         if self.lanes % world_size:
             found.append(
-                f"data.lanes={self.lanes}: not divisible by the {world_size} ranks of this run; "
-                f"choose a multiple of {world_size} for a new run, or a number of ranks from "
-                f"{_listed(divisors(self.lanes))}"
+                Problem(
+                    "data.lanes",
+                    self.lanes,
+                    f"not divisible by the {world_size} ranks of this run",
+                    f"choose a multiple of {world_size} for a new run, or a number of ranks from "
+                    f"{_listed(divisors(self.lanes))}",
+                )
             )
         return found
 
@@ -320,16 +352,16 @@ def _listed(numbers: Iterable[int]) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerConfig(Settings):
-    """A SentencePiece model: a given one, or one trained on the data at first use.
+    """A SentencePiece model: one that exists, or one that is trained on the data at first use.
 
     Attributes:
-        path: a trained `.model`; null: train one, and keep it for the next time.
-        kind: what is trained. `bpe` takes seconds, `unigram` about a minute.
-        vocab_size: how many pieces to train, at most `model.vocab_size`; null: as many as that.
-            Text too small to give so many gives fewer.
-        sample_bytes: how much of the data's text it is trained on.
-        cache_dir: where trained models are kept; null: `$PHD_CACHE/tokenizers`, and
-            `~/.cache/phd/tokenizers` where PHD_CACHE is not set.
+        path: a trained `.model`; null: train one, and keep it for later runs.
+        kind: what is trained: `bpe` takes seconds, `unigram` about a minute.
+        vocab_size: how many pieces are trained, at most `model.vocab_size`; null: as many as that.
+            Very little text gives fewer pieces.
+        sample_bytes: how many bytes of the data's text it is trained on.
+        cache_dir: the directory where trained models are kept; null: `$PHD_CACHE/tokenizers`, or
+            `~/.cache/phd/tokenizers` if PHD_CACHE is not set.
     """
 
     path: str | None = None
@@ -338,21 +370,19 @@ class TokenizerConfig(Settings):
     sample_bytes: int = 32_000_000
     cache_dir: str | None = None
 
-    def problems(self) -> list[str]:
-        found = []
-        if self.vocab_size is not None and self.vocab_size < 1:
-            found.append(
-                f"tokenizer.vocab_size={self.vocab_size}: expected an integer of at least 1"
-            )
-        if self.sample_bytes < 1:
-            found.append(
-                f"tokenizer.sample_bytes={self.sample_bytes}: expected an integer of at least 1"
-            )
+    def problems(self) -> list[Problem]:
+        found = at_least(self, "tokenizer", 1, "vocab_size", "sample_bytes")
         if self.path == "":
-            found.append("tokenizer.path='': expected the path of a SentencePiece .model")
+            expected = "expected the path of a SentencePiece .model"
+            found.append(Problem("tokenizer.path", "", expected))
         if self.path and self.vocab_size is not None:
             found.append(
-                f"tokenizer.vocab_size={self.vocab_size}: a given tokenizer.path has its own size; "
-                "leave one of the two null"
+                Problem(
+                    "tokenizer.vocab_size",
+                    self.vocab_size,
+                    "a given tokenizer.path has its own size",
+                    "leave one of the two null",
+                    others=("tokenizer.path",),
+                )
             )
         return found

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from conf.errors import ConfigError
 from data.mixture import Lane, LaneCursor, SourceState
 from data.packing import PADDING, Row, document_starts, pack, pack_best_fit
 from data.sources.documents import Documents
@@ -119,7 +120,7 @@ class TokenStream:
             of other ranks may be among them. None: at the beginning.
 
     Raises:
-        ValueError: the batch cannot be dealt to lanes and ranks equally.
+        ConfigError: the batch cannot be divided equally over lanes and ranks.
     """
 
     def __init__(
@@ -133,7 +134,7 @@ class TokenStream:
     ) -> None:
         config = documents.config
         if problems := config.batch_problems(shape.global_batch, shape.world_size):
-            raise ValueError("; ".join(problems))
+            raise ConfigError(problems)
         self.documents = documents
         self.tokenizer = tokenizer
         self.shape = shape

@@ -5,13 +5,23 @@
     python -m launch slurm      nodes=2 processes=8 partition=gpu time=12h model=phd_cswa ...
     python -m launch kubernetes nodes=2 processes=8 image=phd:1 volume=runs model=phd_cswa ...
 
-What is no setting of the way of starting is one of the training, as `python train/main.py` takes
-it. All of it is checked before anything starts or is queued.
+Settings that are not the launcher's are those of the training, as `python train/main.py` takes
+them. All settings are checked before anything starts or is queued.
 
-    --dry          print what would run (command, script, manifest) and end
-    -m             the training settings are a sweep; its runs follow each other
-    site=FILE      settings from a YAML file, such as a cluster's partition and account
-    WAY --help     all settings of one way
+    --dry             print what would run (command, script or manifest), and run nothing
+    -m                the training settings are a sweep, whose runs follow each other
+    site=FILE         settings from a YAML file, such as the partition and account of a cluster;
+                      settings on the command line replace them
+    LAUNCHER --help   all settings of local, nodes, slurm or kubernetes
+
+Exit codes:
+
+    0     the run is finished
+    1     it crashed, and no restarts are left
+    2     the configuration or the data is wrong
+    75    it was saved and ended early, or a server, disk or network failed for now: the same
+          command continues it (slurm and kubernetes start it again themselves)
+    130   Ctrl-C
 """
 
 import json
@@ -19,17 +29,17 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
 
 from conf.arguments import parse, refuse, usage
-from conf.errors import ConfigError
+from conf.errors import ConfigError, Problem
 from conf.validation import did_you_mean, keys, nearest
 from launch import kubernetes, slurm
-from launch.config import LAUNCHERS, Group, Kubernetes, Local, Nodes, Slurm
+from launch.config import LAUNCHERS, Kubernetes, Local, MultiNode, Nodes, Slurm
 from train.compose import check, collecting
 from train.config import Config
 
@@ -37,156 +47,165 @@ SWEEP = ("-m", "--multirun")
 
 
 @dataclass(frozen=True)
-class Request:
-    """A command line that is known to be good."""
+class LaunchCommand:
+    """A command line that has been checked.
+
+    Attributes:
+        config: the settings of the launcher.
+        arguments: those of the training command.
+        run_dirs: the directories of the runs; empty if another script is started.
+    """
 
     config: Local
-    arguments: list[str]  # of the training command
+    arguments: list[str]
     run_dirs: list[Path]
 
 
-def read(texts: Sequence[str]) -> Request:
-    """What `WAY SETTING...` asks for.
+def read_command(texts: Sequence[str]) -> LaunchCommand:
+    """What `LAUNCHER SETTING...` describes.
 
     Raises:
-        ConfigError: with every problem of the settings of both, start and training.
+        ConfigError: with every problem of the settings of launcher and training.
     """
-    way = texts[0] if texts else ""
-    if way not in LAUNCHERS:
-        guess = did_you_mean(nearest(way, LAUNCHERS))
-        raise ConfigError(
-            [f"{way!r}: expected one of {', '.join(LAUNCHERS)}{guess}"], "the command"
-        )
-    names = keys(LAUNCHERS[way])
+    launcher = texts[0] if texts else ""
+    if launcher not in LAUNCHERS:
+        expected = f"expected one of {', '.join(LAUNCHERS)}"
+        hint = did_you_mean(nearest(launcher, LAUNCHERS))
+        raise ConfigError([Problem(repr(launcher), expected=expected, hint=hint)], "the command")
+    names = keys(LAUNCHERS[launcher])
     own: list[str] = []
     others: list[str] = []
-    problems: list[str] = []
+    problems: list[Problem | str] = []
     config: Local | None = None
     run_dirs: list[Path] = []
     with collecting(problems):
         for text in texts[1:]:
             key, _, value = text.partition("=")
             if key == "site":
-                own = [*_site(value), *own]  # the command line comes after
+                own = [*_read_site(value), *own]  # before the command line's, which replace them
             else:
                 (own if key in names else others).append(text)
-        config = parse(LAUNCHERS[way], own)
+        config = parse(LAUNCHERS[launcher], own)
     if not any(text.startswith("script=") for text in own):
         with collecting(problems):
-            jobs = _jobs(others, config)
-            run_dirs = [job.run_dir for job in jobs]
+            run_dirs = [job.run_dir for job in _check_jobs(others, config, names)]
     if problems or config is None:
-        raise ConfigError(_meant(problem, names) for problem in problems)
-    return Request(config, others, run_dirs)
+        raise ConfigError(problems)
+    return LaunchCommand(config, others, run_dirs)
 
 
-def start(request: Request) -> int:
-    """Starts, or puts into the queue; returns the exit code."""
-    config = request.config
+def start(command: LaunchCommand) -> int:
+    """Starts the processes, or puts the job into the queue; returns the exit code."""
+    config = command.config
     match config:
         case Slurm():
             Path(config.logs).mkdir(parents=True, exist_ok=True)
-            return _submit(["sbatch"], slurm.render(config, request.arguments, request.run_dirs))
+            return _submit(["sbatch"], slurm.render(config, command.arguments, command.run_dirs))
         case Kubernetes() as config:
             return _submit(
-                ["kubectl", "apply", "-f", "-"], kubernetes.render(config, request.arguments)
+                ["kubectl", "apply", "-f", "-"], kubernetes.render(config, command.arguments)
             )
-    from launch import agent  # brings PyTorch, which a machine that only queues jobs can do without
+    from launch import agent  # needs PyTorch, which a machine that only queues jobs may not have
 
-    return agent.run(config, _command(request))
+    return agent.run(config, _process_command(command))
 
 
-def describe(request: Request) -> str:
+def describe(command: LaunchCommand) -> str:
     """What `start` would run."""
-    config = request.config
+    config = command.config
     match config:
         case Slurm():
-            return slurm.render(config, request.arguments, request.run_dirs)
+            return slurm.render(config, command.arguments, command.run_dirs)
         case Kubernetes():
-            return kubernetes.render(config, request.arguments)
+            return kubernetes.render(config, command.arguments)
     count = "one for each CUDA device" if config.processes is None else str(config.processes)
     lines = [f"# processes on this machine: {count}; restarts: {config.max_restarts}"]
     if isinstance(config, Nodes):
         lines.append(f"# machines: {config.nodes}, {config.rendezvous} at {config.address}")
-    return "\n".join([*lines, shlex.join(_command(request)), ""])
+    return "\n".join([*lines, shlex.join(_process_command(command)), ""])
 
 
-def _jobs(arguments: Sequence[str], config: Local | None) -> list[Config]:
-    """The runs that `train/main.py` would do.
+def _check_jobs(
+    arguments: Sequence[str], config: Local | None, names: Sequence[str]
+) -> list[Config]:
+    """The runs that `train/main.py` would do with these arguments.
+
+    Args:
+        arguments: of the training command.
+        config: the settings of the launcher; None if they are wrong.
+        names: the names of these settings, of which an unknown argument may be a misspelling.
 
     Raises:
-        ConfigError: with every problem of the arguments, also those that the number of processes
-            makes, as far as it is known.
+        ConfigError: with every problem of the arguments, also with those that depend on the number
+            of processes, as far as it is known.
     """
     overrides = [text for text in arguments if text not in SWEEP]
     if flags := [text for text in overrides if text.startswith("-")]:
-        raise ConfigError(
-            f"{flag}: unknown option; there is --dry, -m and --help" for flag in flags
-        )
-    jobs = check(overrides, multirun=len(overrides) < len(arguments)).jobs
-    elastic = isinstance(config, Group) and config.least_nodes < config.most_nodes
+        expected = "unknown option; there is --dry, -m and --help"
+        raise ConfigError(Problem(flag, expected=expected) for flag in flags)
+    multirun = len(overrides) < len(arguments)
+    jobs = check(overrides, multirun=multirun, other_keys=names).jobs
+    elastic = isinstance(config, MultiNode) and config.least_nodes < config.most_nodes
     problems = [
-        f"with {nodes} machines, {text}" if elastic else text
-        for nodes, world_size in _worlds(config).items()
+        replace(problem, expected=f"with {nodes} machines {problem.expected}")
+        if elastic
+        else problem
+        for nodes, world_size in _world_sizes(config).items()
         for job in jobs
-        for text in job.problems_on(world_size)
+        for problem in job.problems_on(world_size)
     ]
-    changing = elastic or isinstance(config, Slurm | Kubernetes)
-    if changing and any(job.run.resume == "never" for job in jobs):
-        problems.append(
-            "run.resume=never: machines that come later, or come again, would begin the run anew; "
-            "choose another run.name, or move the earlier run away yourself"
-        )
+    restarted = elastic or isinstance(config, Slurm | Kubernetes)
+    if restarted and any(job.run.resume == "never" for job in jobs):
+        reason = "machines that are started later, or again, would start the run from step 0"
+        hint = "choose another run.name, or move the earlier run away yourself"
+        problems.append(Problem("run.resume", "never", reason, hint))
     if problems:
-        raise ConfigError(dict.fromkeys(problems))
+        raise ConfigError(problems)
     return jobs
 
 
-def _worlds(config: Local | None) -> dict[int, int]:
-    """The numbers of ranks that a run may have, by that of machines; empty if not known here."""
+def _world_sizes(config: Local | None) -> dict[int, int]:
+    """The possible numbers of ranks, by the number of machines; empty if they are not known."""
     if config is None or config.processes is None:
         return {}
     nodes = range(1, 2)
-    if isinstance(config, Group):
+    if isinstance(config, MultiNode):
         nodes = range(config.least_nodes, config.most_nodes + 1)
     return {count: count * config.processes for count in nodes}
 
 
-def _meant(problem: str, names: Sequence[str]) -> str:
-    """A problem of the training settings, if it looks like one of those of the start, as such."""
-    key, unknown, _ = problem.partition(": unknown group or key")
-    guess = nearest(key, names) if unknown else None
-    return f"{key}: unknown setting{did_you_mean(guess)}" if guess else problem
-
-
-def _site(path: str) -> list[str]:
+def _read_site(path: str) -> list[str]:
     """The settings in a site's file, as arguments.
 
     Raises:
-        ConfigError: it is not there, or not what it should be.
+        ConfigError: the file cannot be read, or holds something else.
     """
     try:
         found: Any = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
-        raise ConfigError([f"site={path}: cannot be read ({error})"]) from error
+        raise ConfigError([Problem("site", path, f"cannot be read ({error})")]) from error
     if not isinstance(found, dict):
-        raise ConfigError([f"site={path}: expected settings, one a line, such as partition: gpu"])
+        expected = "expected settings, one on each line, such as partition: gpu"
+        raise ConfigError([Problem("site", path, expected)])
     return [
         f"{key}={value if isinstance(value, str) else json.dumps(value)}"
         for key, value in found.items()
     ]
 
 
-def _command(request: Request) -> list[str]:
-    script = request.config.script or str(Path(__file__).parent.parent / "train" / "main.py")
-    return [sys.executable, "-u", script, *request.arguments]
+def _process_command(command: LaunchCommand) -> list[str]:
+    """The command of each process."""
+    script = command.config.script or str(Path(__file__).parent.parent / "train" / "main.py")
+    return [sys.executable, "-u", script, *command.arguments]
 
 
-def _submit(command: Sequence[str], text: str) -> int:
+def _submit(tool: Sequence[str], text: str) -> int:
+    """Gives a job to a scheduler's command line tool; returns its exit code."""
     try:
-        return subprocess.run(command, input=text, text=True, check=False).returncode
+        return subprocess.run(tool, input=text, text=True, check=False).returncode
     except FileNotFoundError:
-        problem = f"{command[0]}: not found on this machine; --dry prints what it would be given"
+        hint = "--dry prints what it would be given"
+        problem = Problem(tool[0], expected="not found on this machine", hint=hint)
         raise ConfigError([problem], "the machine") from None
 
 
@@ -195,11 +214,11 @@ def main(texts: Sequence[str]) -> int:
     if {"-h", "--help"} & set(texts):
         print(usage(LAUNCHERS[texts[0]]) if texts[0] in LAUNCHERS else (__doc__ or "").strip())
         return 0
-    request = read([text for text in texts if text != "--dry"])
+    command = read_command([text for text in texts if text != "--dry"])
     if "--dry" in texts:
-        print(describe(request), end="")
+        print(describe(command), end="")
         return 0
-    return start(request)
+    return start(command)
 
 
 def _run() -> NoReturn:

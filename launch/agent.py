@@ -1,33 +1,32 @@
-"""Starts the processes of this machine, watches over them, and ends as they end.
+"""Starts the processes of this machine, watches over them, and ends with their exit code.
 
-It is torchrun's own elastic agent with another view of endings. Under torchrun, a process that
-saved and ended because the scheduler said so is one that failed: it is started again, and when the
-restarts are used up the exit code is 1. Here:
+It is torchrun's elastic agent with other rules for the end. Under torchrun, a process that saved
+and ended because the scheduler asked for it has failed: it is started again, and when no restarts
+are left the exit code is 1. Here:
 
-- an ending that a restart would only repeat (see `launch.exit_codes`) is final on all machines;
-- the exit code is the processes' own;
-- SIGTERM, SIGUSR1, SIGUSR2, SIGINT and SIGHUP (as SIGTERM) are passed on, once, and processes have
-  `grace_s` to save, also if some of them are done before others;
+- an exit code that a restart would only repeat ends the processes of all machines; see
+  `launch.exit_codes`. Code 75 is one of them: the run was saved and ended early, or a server, disk
+  or network failed for now (`conf.errors.TransientError`), and whoever started the agent starts the
+  same command again;
+- the agent's exit code is that of the processes;
+- SIGTERM, SIGUSR1, SIGUSR2, SIGINT and SIGHUP (as SIGTERM) are passed on to the processes, once,
+  and the processes have `grace_s` seconds to save, also if some of them end before others;
 - no process outlives its agent (see `launch.parent_death`);
-- every restart has a TCPStore of its own (see `launch.rendezvous`).
+- every restart has a TCPStore of its own (see `launch.torchelastic`).
 """
 
-import logging
 import os
 import signal
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from subprocess import Popen
 from types import FrameType
 
 import torch
 from torch.distributed import DistNetworkError, DistStoreError
-from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec
-from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerSpec
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
-from torch.distributed.elastic.multiprocessing.api import SubprocessContext
 from torch.distributed.elastic.rendezvous import (
     RendezvousClosedError,
     RendezvousConnectionError,
@@ -38,41 +37,47 @@ from torch.distributed.elastic.rendezvous import (
 from launch import parent_death
 from launch.config import Local, Nodes
 from launch.exit_codes import FINAL, combine_exit_codes
-from launch.rendezvous import join
+from launch.rendezvous import create_rendezvous_handler
+from launch.torchelastic import ElasticAgent, handle_signals_ourselves, quiet_logs
 from train.exit_codes import ExitCode
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
-LOST = (RendezvousConnectionError, RendezvousTimeoutError, DistNetworkError, DistStoreError)
+CONNECTION_ERRORS = (
+    RendezvousConnectionError,
+    RendezvousTimeoutError,
+    DistNetworkError,
+    DistStoreError,
+)
 POLL_S = 0.1
-CRASH_S = 15  # in which the processes beside one that crashed write down where they are
-LAST_EXIT_S = 300  # machines that are done wait so long for those that are not
+AFTER_CRASH_S = 15  # in which the processes beside one that crashed write their stacks to files
+EXIT_BARRIER_S = 300  # that a machine whose processes are done waits for the others, and `grace_s`
 
 
 class SignalForwarder:
-    """Within it, the first signal raises the `SignalException` that an agent answers.
+    """Inside its `with` block, the first signal raises the `SignalException` that an agent handles.
 
-    Others are ignored, since schedulers repeat themselves; but a person who does means it: a second
-    Ctrl-C is passed on at once.
+    Later signals are ignored, because schedulers repeat theirs. A second Ctrl-C comes from a person
+    who means it, and is passed on at once.
 
     Attributes:
-        first: the one that came, or None.
-        agent: whose processes a second Ctrl-C is for, once there is one.
+        first: the first signal; None if there was none.
+        agent: whose processes a second Ctrl-C is for; None before there is one.
     """
 
     first: signal.Signals | None = None
     agent: "Agent | None" = None
 
     def __enter__(self) -> "SignalForwarder":
-        # PyTorch handles what is named here at every start; Ctrl-\\ ends everything at once.
-        os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGQUIT"
-        self._before = {number: signal.signal(number, self._hear) for number in SIGNALS}
+        handle_signals_ourselves()
+        self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
         return self
 
-    def _hear(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
+    def _handle(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
         if self.first is None:
             self.first = signal.Signals(number)
-            passed = signal.SIGTERM if number == signal.SIGHUP else self.first
-            raise SignalException(f"received {self.first.name}", passed)
+            # Training processes know no SIGHUP, which a closed terminal sends.
+            forwarded = signal.SIGTERM if number == signal.SIGHUP else self.first
+            raise SignalException(f"received {self.first.name}", forwarded)
         if number == signal.SIGINT and self.agent is not None:
             self.agent.interrupt()
 
@@ -81,107 +86,85 @@ class SignalForwarder:
             signal.signal(number, handler)
 
 
-class Agent(LocalElasticAgent):
-    """PyTorch's agent, told which endings are final and that some processes end before others."""
-
-    def __init__(self, spec: WorkerSpec, logs: DefaultLogsSpecs, grace_s: int) -> None:
-        super().__init__(
-            spec, logs, exit_barrier_timeout=LAST_EXIT_S + grace_s, shutdown_timeout=grace_s
-        )
+class Agent(ElasticAgent):
+    """PyTorch's agent that knows final exit codes, and that processes may end one after another."""
 
     @property
-    def codes(self) -> list[int | None]:
-        """What the processes ended with, None for those that run; nothing if there are none."""
-        return [process.poll() for process in self._processes]
-
-    @property
-    def _processes(self) -> list[Popen[bytes]]:
-        context = self._pcontext
-        if context is None:
-            return []
-        assert isinstance(context, SubprocessContext)
-        return [handler.proc for handler in context.subprocess_handlers.values()]
-
-    @property
-    def had_processes(self) -> bool:
-        """Whether enough machines have met at least once."""
-        return self._worker_group.group_rank is not None
+    def exit_codes(self) -> list[int | None]:
+        """The exit codes of the processes, None for those that run; empty before the start."""
+        return [process.poll() for process in self.processes]
 
     def interrupt(self) -> None:
         """Sends a Ctrl-C to every process that runs."""
-        for process in self._processes:
+        for process in self.processes:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGINT)
 
-    def exit_barrier_before_leaving(self) -> None:
-        """Waits until the other machines are done too: one of them keeps the list of all."""
-        self._exit_barrier_timeout = self._shutdown_timeout
-        self._exit_barrier()
-
-    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+    def monitor(self) -> RunResult:
+        """Reports failures, and forbids restarts after a final exit code."""
         self._wait_while_saving()
-        result = super()._monitor_workers(worker_group)
+        result = super().monitor()
         if result.is_failed():
             codes = [failure.exitcode for failure in result.failures.values()]
             for rank, failure in result.failures.items():
                 if failure.exitcode not in (ExitCode.REQUEUE, -signal.SIGTERM):
-                    _log(f"rank {rank} (process {failure.pid}) {_ended(failure.exitcode)}")
+                    _log(f"rank {rank} (process {failure.pid}) {_describe(failure.exitcode)}")
             if combine_exit_codes(codes) in FINAL:
-                self._remaining_restarts = 0
+                self.forbid_restarts()
         return result
 
     def _wait_while_saving(self) -> None:
-        """Leaves the others in peace when one is done: the super class would end them at once."""
-        deadline = time.monotonic() + self._shutdown_timeout
-        while set(self.codes) == {ExitCode.REQUEUE, None} and time.monotonic() < deadline:
+        """Waits while some processes have ended with 75 and others run, for `grace_s` at most.
+
+        PyTorch would end the others as soon as it sees the first exit code, in the middle of their
+        save.
+        """
+        deadline = time.monotonic() + self.grace_s
+        while set(self.exit_codes) == {ExitCode.REQUEUE, None} and time.monotonic() < deadline:
             time.sleep(POLL_S)
 
-    def _stop_workers(self, worker_group: WorkerGroup) -> None:  # noqa: ARG002
-        self._shutdown(timeout=self._shutdown_timeout)
-
-    def _restart_workers(self, worker_group: WorkerGroup) -> None:
-        # After a crash the others have nothing to wait for: one they would save with is gone.
-        crashed = any(code not in (None, 0) for code in self.codes)
-        self._shutdown(timeout=CRASH_S if crashed else self._shutdown_timeout)
-        _log(f"starting all processes again; {self._remaining_restarts} more times if need be")
-        self._pcontext = None  # a signal from now on does not find processes of the past
-        self._initialize_workers(worker_group)
+    def restart(self) -> None:
+        """Ends the processes and starts them again."""
+        # After a crash the other processes cannot save, since saving needs all ranks.
+        crashed = any(code not in (None, 0) for code in self.exit_codes)
+        self.terminate(AFTER_CRASH_S if crashed else self.grace_s)
+        _log(f"starting all processes again; {self.remaining_restarts} more restarts are left")
+        self.start()
 
 
 def run(config: Local, command: Sequence[str]) -> int:
     """Runs `command` in the processes of this machine until all have ended.
 
     Returns:
-        0, 2, 75 or 130 if that is what they ended with (75 as `saved_code`), otherwise 1. It is 75
-        also if the other machines were lost on the way: nothing is wrong, and the same command
-        goes on.
+        0, 2, 75 or 130 if the processes ended with it (75 as `saved_code`), and 1 otherwise. It is
+        also 75 if the connection to the other machines was lost: nothing is wrong with the run, and
+        the same command continues it.
     """
     code = _run(config, command)
     return config.saved_code if code == ExitCode.REQUEUE and isinstance(config, Nodes) else code
 
 
-def count_devices() -> int:
-    """The processes that this machine is made for."""
+def default_processes() -> int:
+    """One process for each CUDA device of this machine, or one where there is none."""
     return max(1, torch.cuda.device_count())
 
 
 def _run(config: Local, command: Sequence[str]) -> int:
-    processes = config.processes or count_devices()
-    if processes > 1:  # or each would start a thread for every core
+    processes = config.processes or default_processes()
+    if processes > 1:  # each would otherwise start a thread for every core
         threads = max(1, torch.get_num_threads() // processes)
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))
-    # It reports every ending as a failure, 75 included; what is one is told here.
-    logging.getLogger("torch.distributed.elastic.multiprocessing.api").setLevel(logging.CRITICAL)
-    logging.getLogger("torch.distributed.elastic.agent.server.api").setLevel(logging.ERROR)
+    quiet_logs()
     with SignalForwarder() as forwarder, tempfile.TemporaryDirectory(prefix="launch-") as scratch:
         try:
-            handler = join(config)
+            handler = create_rendezvous_handler(config)
         except SignalException:
             return _code_after_signal(forwarder, [])
-        except LOST as error:
-            _log(f"nobody keeps the list of machines ({error})")
+        except CONNECTION_ERRORS as error:
+            _log(f"the machine that serves the rendezvous cannot be reached ({error})")
             return ExitCode.CRASHED
-        signals = "hold" if config.script is None else "deliver"  # train/main.py unblocks them
+        # train/main.py unblocks the signals when it can handle them; other scripts may not.
+        signals = "hold" if config.script is None else "deliver"
         spec = WorkerSpec(
             role="worker",
             local_world_size=processes,
@@ -191,47 +174,62 @@ def _run(config: Local, command: Sequence[str]) -> int:
             max_restarts=config.max_restarts,
             monitor_interval=POLL_S,
         )
-        forwarder.agent = Agent(spec, DefaultLogsSpecs(log_dir=scratch), config.grace_s)
-        return _supervise(forwarder.agent, handler, forwarder)
+        forwarder.agent = Agent(
+            spec,
+            DefaultLogsSpecs(log_dir=scratch),
+            grace_s=config.grace_s,
+            exit_barrier_s=EXIT_BARRIER_S + config.grace_s,
+        )
+        return _run_agent(forwarder.agent, handler, forwarder)
 
 
-def _supervise(agent: Agent, handler: RendezvousHandler, forwarder: SignalForwarder) -> int:
-    """Runs the agent to its end."""
+def _run_agent(agent: Agent, handler: RendezvousHandler, forwarder: SignalForwarder) -> int:
+    """Runs the agent to its end; returns the exit code."""
     try:
         failures = agent.run().failures.values()
     except SignalException:
-        code = _code_after_signal(forwarder, agent.codes)
-        if code == ExitCode.REQUEUE and agent.codes:
-            agent.exit_barrier_before_leaving()
-        return code  # the list stays open: an elastic run may go on, or this machine come back
+        code = _code_after_signal(forwarder, agent.exit_codes)
+        if code == ExitCode.REQUEUE and agent.exit_codes:
+            agent.wait_for_other_agents(agent.grace_s)
+        # The rendezvous stays open: an elastic run may go on, or this machine may come back.
+        return code
     except RendezvousClosedError:
         _log("the other machines have ended the run")
         return ExitCode.CRASHED
-    except LOST as error:
-        if not agent.had_processes:
-            _log(f"too few machines came ({type(error).__name__})")
+    except CONNECTION_ERRORS as error:
+        reason = type(error).__name__
+        if not agent.has_started:
+            _log(f"too few machines came ({reason})")
             return ExitCode.CRASHED
-        _log(f"the other machines are gone; the same command goes on ({type(error).__name__})")
+        _log(
+            f"the other machines are gone ({reason}); the same command continues the run "
+            f"(exit code {int(ExitCode.REQUEUE)})"
+        )
         return ExitCode.REQUEUE
     code = (
         combine_exit_codes(failure.exitcode for failure in failures)
         if failures
         else ExitCode.FINISHED
     )
+    if code == ExitCode.REQUEUE:
+        _log(
+            "saved and ended early, or something around the run failed for now; the same command "
+            f"continues it (exit code {int(code)})"
+        )
     if code in (ExitCode.REQUEUE, ExitCode.MISUSED):
-        agent.exit_barrier_before_leaving()
+        agent.wait_for_other_agents(agent.grace_s)
     handler.shutdown()
     return code
 
 
-def _code_after_signal(forwarder: SignalForwarder, codes: Sequence[int | None]) -> int:
-    """The exit code after a signal."""
+def _code_after_signal(forwarder: SignalForwarder, codes: Sequence[int | None]) -> ExitCode:
+    """The exit code after a signal to the agent."""
     if forwarder.first == signal.SIGINT:
         return ExitCode.INTERRUPTED
-    return combine_exit_codes((code for code in codes if code is not None), asked=True)
+    return combine_exit_codes((code for code in codes if code is not None), signalled=True)
 
 
-def _ended(code: int) -> str:
+def _describe(code: int) -> str:
     return f"died of {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
 
 

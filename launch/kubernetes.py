@@ -1,17 +1,18 @@
 """The job of a run under Kubernetes: a manifest for either of Kubeflow's operators.
 
-Pods of both run `python -m launch nodes ...`, and find each other at the first of them. They differ
-in who replaces a pod, and when:
+With both, each pod runs `python -m launch nodes ...`, and the first pod serves the rendezvous. They
+differ in which pods the operator replaces:
 
     exit code                       PyTorchJob                  TrainJob
     0                               done                        done
     1, 2: crashed, misused          failed for good             failed for good (podFailurePolicy)
-    75: saved and ended early       replaced                    replaced, counts as one of `retries`
+    75: saved and ended early, or   replaced                    replaced, counts as one of `retries`
+        a server or disk failed
     evicted, preempted, lost        replaced                    replaced, does not count
 
-A PyTorchJob with `restartPolicy: ExitCode` replaces pods whose exit code is at least 128 and takes
-1 to 127 for final; so there the agent says 143, SIGTERM's code, in place of 75. It has no limit of
-its own for such pods (kubeflow/training-operator issue 2045).
+A PyTorchJob with `restartPolicy: ExitCode` replaces pods whose exit code is at least 128, and takes
+1 to 127 for final. So there the agent ends with 143, SIGTERM's code, instead of 75. The operator
+has no limit for such pods (kubeflow/training-operator issue 2045).
 """
 
 from collections.abc import Sequence
@@ -22,8 +23,8 @@ import yaml
 from launch.config import Kubernetes, passed_on
 from train.exit_codes import ExitCode
 
-RETRIED = 143
-MARGIN_S = 30  # between the end of the grace that processes have and that of the pod
+REPLACED = 143  # an exit code after which a PyTorchJob replaces the pod: 128 + SIGTERM
+MARGIN_S = 30  # that a pod has for its end after the processes' `grace_s`
 SHARED_MEMORY = {"name": "shared-memory", "mountPath": "/dev/shm"}
 
 
@@ -37,8 +38,8 @@ def render(config: Kubernetes, arguments: Sequence[str]) -> str:
 
 
 def _pytorch_job(config: Kubernetes, arguments: Sequence[str]) -> dict[str, Any]:
-    """The first pod is the `Master`, whose ending is the job's; the others are `Worker`s."""
-    command = _command(config, f"{config.name}-master-0", arguments, saved=RETRIED)
+    """The first pod is the `Master`, whose end is the end of the job; the others are `Worker`s."""
+    command = _command(config, f"{config.name}-master-0", arguments, saved=REPLACED)
     container = {"command": command, "resources": _resources(config), "image": config.image}
     pod = _pod(config, "pytorch", container)
     replica = {"replicas": 1, "restartPolicy": "ExitCode", "template": {"spec": pod}}
@@ -79,7 +80,7 @@ def _train_job(config: Kubernetes, arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def _training_runtime(config: Kubernetes) -> dict[str, Any]:
-    """What a TrainJob cannot say of its pods: volumes, time to save, final endings."""
+    """What a TrainJob cannot say about its pods: volumes, time to save, final exit codes."""
     rules: list[dict[str, Any]] = [
         {
             "action": "FailJob",
@@ -124,12 +125,12 @@ def _metadata(config: Kubernetes) -> dict[str, str]:
 
 
 def _command(config: Kubernetes, host: str, arguments: Sequence[str], *, saved: int) -> list[str]:
-    """One agent for each pod."""
-    place = [f"address={host}:{config.port}", f"id={config.name}"]
+    """The command of a pod: one agent, which ends with `saved` in place of code 75."""
+    rendezvous = [f"address={host}:{config.port}", f"id={config.name}"]
     code = [] if saved == ExitCode.REQUEUE else [f"saved_code={saved}"]
     nodes = [config.python, "-m", "launch", "nodes"]
-    words = [*nodes, *place, *code, *passed_on(config), *arguments]
-    return [word.replace("$(", "$$(") for word in words]  # or Kubernetes would fill them in
+    words = [*nodes, *rendezvous, *code, *passed_on(config), *arguments]
+    return [word.replace("$(", "$$(") for word in words]  # Kubernetes replaces $(NAME) otherwise
 
 
 def _resources(config: Kubernetes) -> dict[str, Any]:
@@ -141,7 +142,7 @@ def _resources(config: Kubernetes) -> dict[str, Any]:
 
 
 def _pod(config: Kubernetes, container: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """A pod with the run's volume and room to share memory, which Docker's 64 MiB are not."""
+    """A pod with the run's volume, and shared memory, of which Docker gives only 64 MiB."""
     mounts = [{"name": "runs", "mountPath": config.mount}, SHARED_MEMORY]
     return {
         "terminationGracePeriodSeconds": config.grace_s + MARGIN_S,
@@ -164,7 +165,7 @@ def _pod(config: Kubernetes, container: str, settings: dict[str, Any]) -> dict[s
 
 
 def _plain(value: Any) -> Any:
-    """A copy in which nothing is shared: YAML would write `&id001` and `*id001`."""
+    """A copy in which no object occurs twice, for which YAML would write `&id001` and `*id001`."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, list) else value

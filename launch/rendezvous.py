@@ -1,6 +1,5 @@
-"""Where the agents of a run find each other, in PyTorch's words a rendezvous."""
+"""The rendezvous: how the agents of a run find each other and agree on their ranks."""
 
-import os
 import time
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,26 +16,22 @@ from torch.distributed.elastic.rendezvous import (
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
 from launch.config import Local, Nodes
+from launch.torchelastic import use_one_store_per_start
 
 
-def join(config: Local) -> RendezvousHandler:
-    """Reaches the machine that keeps the list of all, or becomes it; waits until it is there.
-
-    Every round of processes gets a TCPStore of its own, which its rank 0 serves. The one that
-    PyTorch's agents offer to share keeps the keys of dead processes: with `static` the first
-    collective after a restart hangs (torch 2.13). With `c10d` machines of higher rank go on using
-    the address of the first round, even if that machine is dead.
+def create_rendezvous_handler(config: Local) -> RendezvousHandler:
+    """Connects to the machine that serves the rendezvous, or serves it on this machine.
 
     Raises:
-        RendezvousConnectionError: it was not there for `join_s`.
+        RendezvousConnectionError: that machine could not be reached within `join_s` seconds.
     """
-    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    use_one_store_per_start()
     if isinstance(config, Nodes) and config.rendezvous == "static":
         return StaticRendezvous(config)
     parameters = _parameters(config)
-    patience_s = config.join_s if isinstance(config, Nodes) else 0
-    deadline = time.monotonic() + patience_s
-    while True:  # each attempt takes up to a minute
+    timeout_s = config.join_s if isinstance(config, Nodes) else 0
+    deadline = time.monotonic() + timeout_s
+    while True:  # an attempt takes up to a minute, so this loop needs no pause
         try:
             return get_rendezvous_handler(parameters)
         except RendezvousConnectionError:
@@ -64,50 +59,64 @@ def _parameters(config: Local) -> RendezvousParameters:
 
 @dataclass
 class StaticRendezvous(RendezvousHandler):
-    """Machines whose number and order are given; a lost one is not replaced."""
+    """A rendezvous of machines whose number and ranks are given; a lost one is not replaced.
+
+    PyTorch's own static rendezvous uses the same keys after a restart, so that machines would find
+    the values of the earlier start, and makes the processes use the agents' store (see
+    `use_one_store_per_start`).
+
+    Attributes:
+        config: the settings of this machine.
+        server: the TCPStore of the machine with rank 0; None before the first start.
+        starts: how often the processes have been started.
+    """
 
     config: Nodes
     server: TCPStore | None = None
-    rounds: int = 0
+    starts: int = 0
 
     def get_backend(self) -> str:
-        """The name for PyTorch's logs."""
+        """The name of this rendezvous in PyTorch's logs."""
         return "static"
 
     @property
     def use_agent_store(self) -> bool:
-        """Whether processes use the agents' TCPStore."""
+        """Whether the processes use the agents' TCPStore."""
         return False
 
     def next_rendezvous(self) -> RendezvousInfo:
-        """Waits for all machines, for `join_s` at most; all of them restart equally often."""
+        """Waits for all machines, for `join_s` seconds at most.
+
+        All machines restart together, so the number of starts is the same on all of them, and keys
+        that begin with it belong to one start.
+        """
         host, _, port = self.config.address.rpartition(":")
         rank = self.config.node_rank
         assert rank is not None
         if self.server is None:
-            patience = timedelta(seconds=self.config.join_s)
+            timeout = timedelta(seconds=self.config.join_s)
             world_size = self.config.most_nodes
-            self.server = TCPStore(host, int(port), world_size, rank == 0, patience)
-        self.rounds += 1
-        store = PrefixStore(f"{self.config.id}/{self.rounds}", self.server)
-        first = RendezvousStoreInfo.build(rank, store, local_addr=host)
-        return RendezvousInfo(store, rank, self.config.most_nodes, first)
+            self.server = TCPStore(host, int(port), world_size, rank == 0, timeout)
+        self.starts += 1
+        store = PrefixStore(f"{self.config.id}/{self.starts}", self.server)
+        address = RendezvousStoreInfo.build(rank, store, local_addr=host)
+        return RendezvousInfo(store, rank, self.config.most_nodes, address)
 
     def is_closed(self) -> bool:
-        """Never: nobody can come."""
+        """Never, because no machine can come later."""
         return False
 
     def set_closed(self) -> None:
-        """Nothing to do."""
+        """Does nothing, because `is_closed` is always false."""
 
     def num_nodes_waiting(self) -> int:
-        """None: nobody can come."""
+        """Always 0, because no machine can come later."""
         return 0
 
     def get_run_id(self) -> str:
-        """The run's name."""
+        """The name of the run at this address."""
         return self.config.id
 
     def shutdown(self) -> bool:
-        """Nothing to do: the server ends with its process."""
+        """Does nothing: the server ends with its process."""
         return True

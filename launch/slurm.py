@@ -1,4 +1,4 @@
-"""The batch job of a run under SLURM: one agent on every machine, and back into the queue."""
+"""The batch job of a run under SLURM: one agent on each machine, requeued after exit code 75."""
 
 import shlex
 import sys
@@ -10,7 +10,7 @@ from train.exit_codes import ExitCode
 
 UNITS = {"s": "0:00:{}", "m": "{}", "h": "{}:00:00", "d": "{}-00"}
 
-# $1 is the signal. `srun` passes it on to the agents, they to the processes.
+# `srun` passes signals on to the agents, and they pass them on to the processes.
 BODY = """\
 set -euo pipefail
 {setup}
@@ -34,7 +34,7 @@ progress() {{
 before=$(progress)
 srun "${{step[@]}}" "${{command[@]}}" &
 running=$!
-# A signal ends `wait`, not the step: it is passed on, and the step is waited for again.
+# A signal ends `wait`, but not the step. So it is passed on, and the step is waited for again.
 trap 'signalled=yes; kill -s TERM "$running" || true' TERM
 trap 'signalled=yes; kill -s USR1 "$running" || true' USR1
 trap 'signalled=yes; kill -s USR2 "$running" || true' USR2
@@ -45,7 +45,8 @@ while [[ $signalled ]]; do
   wait "$running" || code=$?
 done
 
-# Saved and ended early: the same job goes on, unless it was cancelled or gets nowhere.
+# Saved and ended early, or a server or disk failed for now: the job goes back into the queue,
+# unless it was cancelled or makes no progress.
 stalls_file={logs}/$SLURM_JOB_ID.stalls
 if ((code != {saved})); then
   rm -f "$stalls_file"
@@ -69,7 +70,7 @@ exit "$code"
 
 
 class Shell(str):
-    """What the shell reads as it is: it knows the value only when it runs."""
+    """A word with shell variables, which only the running script knows; it is not quoted."""
 
 
 def render(config: Slurm, arguments: Sequence[str], run_dirs: Sequence[Path]) -> str:
@@ -78,14 +79,14 @@ def render(config: Slurm, arguments: Sequence[str], run_dirs: Sequence[Path]) ->
     Args:
         config: the job.
         arguments: of the training command.
-        run_dirs: the directories of its runs, whose `checkpoints/` show progress.
+        run_dirs: the directories of its runs; a new checkpoint in them is progress.
     """
-    places = (config.checkpoints or "").split("\n") if config.checkpoints else []
+    directories = config.checkpoints.split("\n") if config.checkpoints else []
     body = BODY.format(
         setup=f"\n{config.setup.strip()}\n" if config.setup.strip() else "",
         command=_lines(_command(config, arguments)),
         step=_lines(_step(config)),
-        checkpoints=_lines(places or [str(run / "checkpoints") for run in run_dirs]),
+        checkpoints=_lines(directories or [str(run / "checkpoints") for run in run_dirs]),
         logs=shlex.quote(config.logs),
         saved=int(ExitCode.REQUEUE),
         stalls=config.stalls,
@@ -95,7 +96,7 @@ def render(config: Slurm, arguments: Sequence[str], run_dirs: Sequence[Path]) ->
 
 
 def _options(config: Slurm) -> Iterator[str]:
-    """What sbatch is told."""
+    """The options of sbatch."""
     yield f"--job-name={config.name}"
     yield f"--nodes={config.most_nodes}"
     yield "--ntasks-per-node=1"
@@ -118,7 +119,7 @@ def _options(config: Slurm) -> Iterator[str]:
 
 
 def _step(config: Slurm) -> Iterator[str]:
-    """What srun is told."""
+    """The options of srun."""
     yield from ("--ntasks-per-node=1", "--kill-on-bad-exit=0", "--cpu-bind=none")
     if config.cpus:
         yield f"--cpus-per-task={config.cpus * (config.processes or 1)}"
@@ -145,7 +146,7 @@ def _lines(words: Iterator[str] | Sequence[str]) -> str:
 
 
 def _quoted(word: str) -> str:
-    """A word that the shell takes as it is; readers of arrays take a bare comma for a mistake."""
+    """A word in quotes, where it needs them or (for shellcheck) has a comma in it."""
     quoted = shlex.quote(word)
     return f"'{word}'" if quoted == word and "," in word else quoted
 

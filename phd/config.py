@@ -1,8 +1,11 @@
-"""The shape of a PHD model and the rule its attention follows, as one torch-free value."""
+"""The shape of a PHD model and the rule that its attention follows; needs no torch."""
 
 from dataclasses import dataclass, fields, replace
 from math import ceil
 from typing import Literal, get_args
+
+from conf.errors import Problem
+from conf.settings import Settings, above, at_least
 
 Variant = Literal["vanilla", "naive_repeat", "phd", "phd_swa", "phd_cswa"]
 SpanUnit = Literal["hidden", "token"]
@@ -12,37 +15,41 @@ Backend = Literal["auto", "reference", "packed", "flex"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(Settings):
     """Everything that decides what the network computes.
 
-    The first block is PHD's (arXiv 2504.14992, section 3), the second the size of the OLMo 2
-    transformer it is built on (arXiv 2501.00656). `conf/model/` sets the first, `conf/size/`
-    the second; both live under `model.` on the command line.
+    The first settings, up to `attention`, are PHD's own (arXiv 2504.14992, section 3); `model=`
+    chooses files of conf/model/ that set them. The others are the size of the OLMo 2 transformer
+    that PHD is built on (arXiv 2501.00656); `size=` chooses files of conf/size/ that set them.
 
     Attributes:
-        variant: which slots may attend to which; see `phd.pattern.Pattern`.
-        K: copies of each token, the original included (>= 1).
-        window: W, how far hidden copies see each other, itself included (>= 1); `phd_swa` and
-            `phd_cswa` only.
-        chunk: C, the length of a chunk; hidden copies of different chunks never meet;
-            `phd_cswa` only.
-        span_unit: what W and C count: `hidden` copies (the default) or `token`s.
-        copy_positions: RoPE position of copy s of token n: `shared` n, or `flattened` n*K + s.
+        variant: which slots may attend to which; `phd.pattern.Pattern` draws them.
+        K: how often each token enters the network: its original and K - 1 hidden copies.
+        window: W, how many hidden copies a hidden copy sees among the hidden copies, itself
+            included. Only `phd_swa` and `phd_cswa` use it.
+        chunk: C, the length of a chunk. Hidden copies of different chunks do not attend to each
+            other. Only `phd_cswa` uses it.
+        span_unit: whether W and C count `hidden` copies or `token`s.
+        copy_positions: the RoPE position of copy s of token n. `shared`: n, the same for all
+            copies; `flattened`: n*K + s.
         copy_embedding: add one learned vector per copy to the token embedding.
-        attention: the backend; `auto` is `packed`.
-        size: the name of the preset, a label for run names.
-        layers: number of transformer blocks.
+        attention: the implementation of attention. `reference` is the definition, with a dense
+            mask; `packed` is fast everywhere; `flex` is FlexAttention, on CUDA only; `auto` is
+            `packed`.
+        size: the name of the size, which becomes part of the run's name.
+        layers: how many transformer blocks the model has.
         dim: D, the width of the residual stream.
-        ffn_dim: the width of *one* of SwiGLU's two inner projections.
-        heads: N, query heads.
-        kv_heads: G, key/value heads; divides N.
-        head_dim: H; even, for RoPE.
-        vocab_size: V, rows of the embedding. The tokenizer may use fewer.
-        max_seq_len: tokens for which RoPE's table is built.
+        ffn_dim: the width of the feed-forward network, which is that of each of SwiGLU's two
+            inner projections (OLMo's `mlp_hidden_size` counts both together).
+        heads: N, the number of query heads.
+        kv_heads: G, the number of key/value heads; must divide `heads`.
+        head_dim: H, the width of a head; must be even, for RoPE.
+        vocab_size: V, the rows of the embedding. The tokenizer may have fewer pieces.
+        max_seq_len: the most tokens that a row may have; RoPE's table is this long.
         rope_theta: RoPE's base.
-        norm: the wiring of norms; see `phd.block.Block`.
-        norm_eps: RMSNorm's epsilon.
-        tied: the LM head shares the embedding's weights.
+        norm: where the RMSNorms are; `phd.block.Block` draws the four wirings.
+        norm_eps: the epsilon that RMSNorm adds to the mean square.
+        tied: whether the LM head uses the embedding's weights.
     """
 
     variant: Variant = "phd_cswa"
@@ -68,43 +75,49 @@ class ModelConfig:
     norm_eps: float = 1e-6
     tied: bool = True
 
-    def __post_init__(self) -> None:
-        if problems := self.problems():
-            raise ValueError("; ".join(problems))
-
-    def problems(self) -> list[str]:
-        """Every way in which these values cannot make a model, one sentence each."""
+    def problems(self) -> list[Problem]:
+        """Every reason why these values cannot make a model."""
         found = [
-            f"model.{f.name}={getattr(self, f.name)!r}: expected one of {', '.join(options)}"
-            for f, options in ((f, get_args(f.type)) for f in fields(self))
-            if options and getattr(self, f.name) not in options
-        ]
-        found += [
-            f"model.{f.name}={getattr(self, f.name)}: expected an integer of at least 1"
+            Problem(f"model.{f.name}", value, f"expected one of {', '.join(get_args(f.type))}")
             for f in fields(self)
-            if f.type is int and getattr(self, f.name) < 1
+            if get_args(f.type) and (value := getattr(self, f.name)) not in get_args(f.type)
         ]
+        integers = [f.name for f in fields(self) if f.type is int]
+        return [
+            *found,
+            *at_least(self, "model", 1, *integers),
+            *self._shape_problems(),
+            *above(self, "model", 1, "rope_theta"),
+            *above(self, "model", 0, "norm_eps"),
+        ]
+
+    def _shape_problems(self) -> list[Problem]:
+        found = []
         if self.variant == "vanilla" and self.K != 1:
+            hint = "set model.K=1 or choose model=naive_repeat, phd, phd_swa or phd_cswa"
             found.append(
-                f"model.K={self.K}: vanilla feeds each token once; set model.K=1 or choose "
-                "model=naive_repeat, phd, phd_swa or phd_cswa"
+                Problem(
+                    "model.K",
+                    self.K,
+                    "vanilla feeds each token once",
+                    hint,
+                    others=("model.variant",),
+                )
             )
         if self.kv_heads >= 1 and self.heads % self.kv_heads:
-            found.append(
-                f"model.kv_heads={self.kv_heads}: must divide model.heads={self.heads}, "
-                "because each key/value head serves the same number of query heads"
+            reason = (
+                f"must divide model.heads={self.heads}, because each key/value head serves the "
+                "same number of query heads"
             )
+            found.append(Problem("model.kv_heads", self.kv_heads, reason, others=("model.heads",)))
         if self.head_dim % 2:
-            found.append(f"model.head_dim={self.head_dim}: RoPE turns pairs, so it must be even")
-        if self.rope_theta <= 1:
-            found.append(f"model.rope_theta={self.rope_theta}: expected a number above 1")
-        if self.norm_eps <= 0:
-            found.append(f"model.norm_eps={self.norm_eps}: expected a number above 0")
+            reason = "must be even, because RoPE rotates pairs of dimensions"
+            found.append(Problem("model.head_dim", self.head_dim, reason))
         return found
 
     @property
     def rope_positions(self) -> int:
-        """Length of RoPE's table: `flattened` copies need K positions for each token."""
+        """The length of RoPE's table: `flattened` copies need K positions for each token."""
         return self.max_seq_len * (self.K if self.copy_positions == "flattened" else 1)
 
     @property
@@ -116,7 +129,7 @@ class ModelConfig:
 
     @property
     def vanilla_twin(self) -> "ModelConfig":
-        """The plain transformer of the same size, which every price is compared with."""
+        """The plain transformer of the same size, which costs are compared with."""
         return replace(self, variant="vanilla", K=1)
 
     @property

@@ -29,7 +29,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.utils import clip_grad_norm_
 
 from conf import arguments
-from conf.errors import ConfigError
+from conf.errors import ConfigError, Problem
+from conf.settings import above, at_least
 from phd.attention.attend import attend
 from phd.config import Backend, ModelConfig, SpanUnit
 from phd.flops import training_flops_per_token
@@ -56,24 +57,27 @@ class BenchArguments:
     """Arguments of `python train/bench.py NAME key=value ...`.
 
     Attributes:
-        name: `attention`: forward and backward of one layer's attention; `step`: a whole training
-            step, also that of transformers' Olmo2; `data`: what the loader makes of text and of
-            tokens; `resume`: how long it takes to go on at 1 %, 50 % and 99 % of a corpus;
-            `checkpoint`: how long a save stops the training, and how long it takes; `inference`:
-            prefill, decode and KV bytes of every variant, drawn as well.
-        out: the directory that gets `<name>.json` and `<name>.csv`; `checkpoint` measures its disk.
+        name: what is measured. `attention`: the forward and backward pass of one layer's attention.
+            `step`: a whole training step, also of transformers' Olmo2. `data`: how fast the loader
+            reads text and tokens. `resume`: how long it takes to continue at 1 %, 50 % and 99 % of
+            a corpus. `checkpoint`: how long a save takes, and for how much of it the training
+            stands still. `inference`: prefill, decode and KV bytes of every variant, with charts.
+        out: the directory for `<name>.json` and `<name>.csv`; `checkpoint` measures its disk.
         repeat: how often everything is measured; medians are reported.
         size: the model of `step`, `checkpoint` and `inference`, a file of conf/size/; `inference`
-            widens tiny.
-        span_unit: what W = 16 and C = 32 count in `inference`: `token`s or `hidden` copies.
-        copies: K of PHD's variants in `inference`; none given: of each chart some.
-        prompts: tokens of the prompts that `inference` reads; none given: a short and a long one.
-        contexts: tokens up to which `inference` decodes; none given: few and many.
-        compile: decode by `torch.compile` in `inference`, after up to a minute for each row.
-        rows: rows of a step.
-        seq_len: T of a step.
-        gigabytes: size of the corpus of `resume`, which is written for it.
-        device: auto, cpu or cuda.
+            makes `tiny` wider.
+        span_unit: whether W = 16 and C = 32 count `token`s or `hidden` copies in `inference`.
+        copies: the values of K in `inference`; an empty list: a few for each chart.
+        prompts: the lengths in tokens of the prompts in `inference`; an empty list: a short and a
+            long one.
+        contexts: the lengths in tokens up to which `inference` decodes; an empty list: a short and
+            a long one.
+        compile: decode with `torch.compile` in `inference`; compiling takes up to a minute for each
+            row of the table.
+        rows: the rows of a `step`.
+        seq_len: T, the tokens of a row of a `step`.
+        gigabytes: the size of the corpus that is written for `resume`.
+        device: `auto`, `cpu` or `cuda`.
     """
 
     name: str
@@ -90,24 +94,19 @@ class BenchArguments:
     gigabytes: float = 1.0
     device: str = "auto"
 
-    def problems(self) -> list[str]:
-        """Every impossible setting, one sentence each."""
-        found = [
-            f"{key}={value}: expected an integer of at least 1"
-            for key in ("repeat", "rows", "seq_len")
-            if (value := getattr(self, key)) < 1
-        ]
+    def problems(self) -> list[Problem]:
+        """Every impossible setting."""
+        found = at_least(self, "", 1, "repeat", "rows", "seq_len")
         for key, least in (("copies", 2), ("prompts", 1), ("contexts", 1)):
             found += [
-                f"{key}={value}: expected integers of at least {least}"
+                Problem(key, value, f"expected integers of at least {least}")
                 for value in getattr(self, key)
                 if value < least
             ]
-        if not self.gigabytes > 0:
-            found.append(f"gigabytes={self.gigabytes}: expected a number above 0")
+        found += above(self, "", 0, "gigabytes")
         if self.name not in BENCHMARKS:
-            found.append(f"name={self.name}: expected one of {', '.join(BENCHMARKS)}")
-        return [*found, *map(str, device_problems(self.device))]
+            found.append(Problem("name", self.name, f"expected one of {', '.join(BENCHMARKS)}"))
+        return found + device_problems(self.device)
 
 
 def bench_attention(given: BenchArguments, device: torch.device) -> Result:

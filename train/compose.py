@@ -1,13 +1,13 @@
-"""The front of the commands that take a configuration: Hydra overrides in, a checked `Config` out.
+"""The front end of the commands that take a configuration: from Hydra overrides to a `Config`.
 
 Hydra composes the files, sweeps and prints, but it stops at the first thing that is wrong. So
-`run` composes and validates every job of a command line first, and says everything at once.
+`run` composes and validates every job of a command line first, and reports all problems at once.
 """
 
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
@@ -27,7 +27,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from conf.arguments import USAGE_ERROR, parse, refuse, usage
-from conf.errors import ConfigError
+from conf.errors import ConfigError, Problem
 from conf.validation import defaults, did_you_mean, keys, nearest
 from train.config import Config
 from train.distributed.dist_env import DistEnv
@@ -36,17 +36,18 @@ from train.engines.config import DeepSpeedConfig, FsdpConfig
 T = TypeVar("T")
 CONF = Path(__file__).resolve().parent.parent / "conf"
 
-QUOTING = "a text with special characters has quotes within quotes:"
+QUOTING = "a text with special characters needs quotes within quotes:"
 SECTIONS = {setting.name for setting in fields(Config)}
 
+NO_SWEEP = "several values make a sweep, which needs -m; a list is [...]"
 SUBMITIT = "Could not find 'hydra/launcher/submitit"
 
-# What a run's name tells anyway; other settings that differ within a sweep are added to it.
+# The name of a run always contains these settings. Others that a sweep varies are added to it.
 NAMED = {"model", "size", "model.size", "model.variant", "model.K", "model.window", "model.chunk"}
 
 
 class Command(NamedTuple):
-    """A command line that is known to be good."""
+    """A command line that has been checked."""
 
     overrides: list[str]  # as Hydra takes them
     swept: set[str]  # the keys that differ between the jobs
@@ -57,7 +58,7 @@ def run(task: Callable[[Config], int]) -> NoReturn:
     """Runs `task` for every job of this process's command line; its result is the exit code.
 
     A wrong configuration ends the process with code 2 and one screen that names every problem,
-    before the first job starts. A job whose result is not 0 ends a sweep.
+    before the first job starts. A sweep ends with the first job whose result is not 0.
     """
     arguments = get_args_parser().parse_intermixed_args()
     flags = [argument for argument in sys.argv[1:] if argument not in arguments.overrides]
@@ -76,14 +77,14 @@ def run(task: Callable[[Config], int]) -> NoReturn:
             sys.exit(code)
 
     sys.argv[1:] = [*flags, *command.overrides]
-    if DistEnv.from_environment().rank:  # the first rank alone writes Hydra's multirun.yaml
+    if DistEnv.from_environment().rank:  # only rank 0 writes Hydra's multirun.yaml
         sys.argv.append(f"hydra.sweep.dir={mkdtemp()}")
     hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(job)()
     sys.exit(0)
 
 
 def _refuse(error: ConfigError) -> NoReturn:
-    """Ends the process; of several ranks, which all refuse the same, the first one says why."""
+    """Ends the process with code 2. All ranks refuse the same, so only rank 0 says why."""
     if DistEnv.from_environment().rank:
         sys.exit(USAGE_ERROR)
     refuse(error)
@@ -92,8 +93,8 @@ def _refuse(error: ConfigError) -> NoReturn:
 def run_with(cls: type[T], task: Callable[[T, Config], int]) -> NoReturn:
     """Runs `task` with a `cls` of this process's arguments and the config of all others.
 
-    Its result is the exit code; wrong arguments end the process as those of `run` do. There are no
-    sweeps. `--help` prints the docstring of `cls` and its defaults.
+    Its result is the exit code; wrong arguments end the process as in `run`. Sweeps are not
+    possible. `--help` prints the docstring of `cls` and its defaults.
     """
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(usage(cls))
@@ -106,7 +107,7 @@ def run_with(cls: type[T], task: Callable[[T, Config], int]) -> NoReturn:
 
 
 def split(cls: type[T], texts: Iterable[str]) -> tuple[T, Config]:
-    """What the arguments of a `cls`, by their keys, and the others, as overrides, describe.
+    """The `cls` and the config that arguments describe: those with a key of `cls`, and the others.
 
     Raises:
         ConfigError: with the problems of both.
@@ -117,33 +118,41 @@ def split(cls: type[T], texts: Iterable[str]) -> tuple[T, Config]:
     others: list[str] = []
     for text in texts:
         (own if text.partition("=")[0] in names else others).append(text)
-    problems: list[str] = []
+    problems: list[Problem | str] = []
     with collecting(problems):
         given = parse(cls, own)
     with collecting(problems):
-        config = load(others)
+        config = load(others, names)
     if problems:
         raise ConfigError(problems)
     return given, config
 
 
-def load(overrides: Iterable[str] = ()) -> Config:
-    """The config that `python train/main.py *overrides` runs.
+def load(overrides: Iterable[str] = (), other_keys: Iterable[str] = ()) -> Config:
+    """The config that `python train/main.py *overrides` runs; `other_keys` are those of `check`.
 
     Raises:
         ConfigError: with every problem of the overrides and of the config.
     """
-    [config] = check(overrides).jobs
+    [config] = check(overrides, other_keys=other_keys).jobs
     return config
 
 
-def check(overrides: Iterable[str], *, multirun: bool = False) -> Command:
-    """Composes and validates every job of a command line; `multirun` is Hydra's `-m`.
+def check(
+    overrides: Iterable[str], *, multirun: bool = False, other_keys: Iterable[str] = ()
+) -> Command:
+    """Composes and validates every job of a command line.
+
+    Args:
+        overrides: as Hydra takes them.
+        multirun: Hydra's `-m`.
+        other_keys: settings of the same command line that are not part of the configuration; an
+            unknown key may be a misspelling of one of them.
 
     Raises:
         ConfigError: with the problems of all jobs, each once.
     """
-    parsed, problems = _parse(overrides)
+    parsed, problems = _parse(overrides, list(other_keys))
     jobs: list[Config] = []
     swept: set[str] = set()
     with _composing(), collecting(problems):
@@ -156,20 +165,18 @@ def check(overrides: Iterable[str], *, multirun: bool = False) -> Command:
                     jobs.append(_named(_read(hydra.compose("config", point)), point, swept))
         else:
             problems += [
-                f"{text.lstrip('+')}: several values make a sweep, which needs -m; a list is [...]"
-                for text in parsed
-                if text not in one
+                Problem(text.lstrip("+"), expected=NO_SWEEP) for text in parsed if text not in one
             ]
             jobs.append(_read(whole))
     problems += _shared_directories(jobs)
     if problems:
-        raise ConfigError(dict.fromkeys(problems))
+        raise ConfigError(problems)
     return Command(list(parsed), swept, jobs)
 
 
 @contextmanager
 def _composing() -> Iterator[None]:
-    """Makes `hydra.compose` work within, with every default as the config `schema`."""
+    """Prepares `hydra.compose`, with every default of the dataclasses as the config `schema`."""
     store = ConfigStore.instance()
     store.store("schema", defaults(Config))
     for engine in (FsdpConfig, DeepSpeedConfig):
@@ -179,67 +186,78 @@ def _composing() -> Iterator[None]:
 
 
 @contextmanager
-def collecting(problems: list[str]) -> Iterator[None]:
-    """Ends the block at a refusal, ours or Hydra's, and adds it to `problems`."""
+def collecting(problems: list[Problem | str]) -> Iterator[None]:
+    """Adds the problems of a `ConfigError`, or of an error of Hydra, that ends its block."""
     try:
         yield
     except ConfigError as error:
-        problems += map(str, error.problems)
+        problems += error.problems
     except (HydraException, OmegaConfBaseException) as error:
         problem = str(error).strip().partition("\n")[0]
         hint = ". It comes with: pip install hydra-submitit-launcher" if SUBMITIT in problem else ""
         problems.append(problem + hint)
 
 
-def _parse(texts: Iterable[str]) -> tuple[dict[str, Override], list[str]]:
-    """The overrides that Hydra is to get, by their spelling, and what is wrong with the others."""
+def _parse(
+    texts: Iterable[str], other_keys: Sequence[str]
+) -> tuple[dict[str, Override], list[Problem | str]]:
+    """The overrides to give to Hydra, by their spelling, and what is wrong with the others."""
     parser = OverridesParser.create()
     parsed: dict[str, Override] = {}
-    problems: list[str] = []
+    problems: list[Problem | str] = []
     for text in texts:
         try:
             override = parser.parse_override(text)
         except HydraException as error:
             reason = str(error).partition("\n")[0]
             key, _, value = text.partition("=")
+            expected = f"not key=value as Hydra reads it ({reason})"
             problems.append(
-                f"{text!r}: not key=value as Hydra reads it ({reason}); {QUOTING} "
-                f"'{key}=\"{value}\"'"
+                Problem(repr(text), expected=expected, hint=f"{QUOTING} '{key}=\"{value}\"'")
             )
             continue
-        if found := _name_problems(override):
+        if found := _name_problems(override, other_keys):
             problems += found
         else:
-            spelled = _spelling(text, override)
-            parsed.pop(spelled, None)  # the last one counts, also of equal ones
-            parsed[spelled] = parser.parse_override(spelled)
+            spelling = _spelling(text, override)
+            parsed.pop(spelling, None)  # of equal overrides, too, the last one counts
+            parsed[spelling] = parser.parse_override(spelling)
     return parsed, problems
 
 
-def _name_problems(override: Override) -> list[str]:
+def _name_problems(override: Override, other_keys: Sequence[str]) -> list[Problem]:
     """What is wrong with a group or its choice; keys of a section are left to `Config`."""
     key = override.key_or_group
     if _is_hydras(override) or "." in key:
         return []
-    groups = sorted(folder.name for folder in CONF.iterdir() if _choices(folder.name))
-    if key not in groups:
-        guess = did_you_mean(nearest(key, [*groups, *keys(Config)]))
-        hint = guess or f"; the groups are {', '.join(groups)}"
-        return [] if key in SECTIONS else [f"{key}: unknown group or key{hint}"]
-    choices = _choices(key)
+    names = groups()
+    if key not in names:
+        guess = did_you_mean(nearest(key, [*names, *other_keys, *keys(Config)]))
+        hint = guess or f"the groups are {', '.join(names)}"
+        unknown = Problem(key, expected="unknown group or key", hint=hint)
+        return [] if key in SECTIONS else [unknown]
+    options = choices(key)
+    expected = f"expected one of {', '.join(options)}"
+    # The choices are words that nobody quotes, so they are part of the key here.
     return [
-        f"{key}={name}: expected one of {', '.join(choices)}{did_you_mean(nearest(name, choices))}"
+        Problem(f"{key}={name}", expected=expected, hint=did_you_mean(nearest(name, options)))
         for name in _chosen(override)
-        if name not in choices
+        if name not in options
     ]
 
 
-def _choices(group: str) -> list[str]:
+def groups() -> list[str]:
+    """The groups of files in conf/ that a command line can choose from: `model`, `size`, ..."""
+    return sorted(folder.name for folder in CONF.iterdir() if choices(folder.name))
+
+
+def choices(group: str) -> list[str]:
+    """The files of a group, without their ending."""
     return sorted(file.stem for file in (CONF / group).glob("*.yaml"))
 
 
 def _chosen(override: Override) -> list[str]:
-    """The files of a group that an override names; none if it sets the group's keys instead."""
+    """The choices that an override names; none if it sets the group's keys instead."""
     sweep = override.is_sweep_override()
     values = override.sweep_iterator(Transformer.identity) if sweep else [override.value()]
     names = [name for value in values for name in (value if isinstance(value, list) else [value])]
@@ -247,16 +265,19 @@ def _chosen(override: Override) -> list[str]:
 
 
 def _is_hydras(override: Override) -> bool:
-    """Whether Hydra alone deals with an override: `hydra.verbose=true`, `~model.K`."""
+    """Whether only Hydra has to understand an override: `hydra.verbose=true`, `~model.K`."""
     return override.is_delete() or override.key_or_group.startswith(("hydra.", "hydra/"))
 
 
 def _spelling(text: str, override: Override) -> str:
-    """Groups without a plus, keys with two: then Hydra passes on even keys it does not know."""
+    """An override as Hydra gets it: groups without a plus, keys with two.
+
+    With two, Hydra also passes on keys that it does not know, and `Config` can report them all.
+    """
     if _is_hydras(override):
         return text
     plain, key = text.lstrip("+"), override.key_or_group
-    return plain if _choices(key) and _chosen(override) else f"++{plain}"
+    return plain if choices(key) and _chosen(override) else f"++{plain}"
 
 
 def _points(
@@ -271,16 +292,16 @@ def _points(
 
 
 def _read(tree: DictConfig) -> Config:
-    """The config in what Hydra composed, with or without Hydra's own settings."""
+    """The config that Hydra has composed, without Hydra's own settings."""
     own = OmegaConf.masked_copy(tree, [str(key) for key in tree if key != "hydra"])
     return Config.from_dict(cast(dict[str, Any], OmegaConf.to_container(own, resolve=True)))
 
 
 def _named(config: Config, point: Iterable[str], swept: set[str]) -> Config:
-    """Adds to the run's name what it does not tell of a job, so that no two share a directory."""
-    untold = swept if config.run.name else swept - NAMED
+    """Adds what is swept to the run's name, so that no two jobs share a directory."""
+    missing = swept if config.run.name else swept - NAMED
     overrides = OverridesParser.create().parse_overrides(list(point))
-    labels = [_label(override) for override in overrides if override.key_or_group in untold]
+    labels = [_label(override) for override in overrides if override.key_or_group in missing]
     name = "-".join([config.name, *labels])
     return replace(config, run=replace(config.run, name=name)) if labels else config
 
@@ -292,10 +313,10 @@ def _label(override: Override) -> str:
     return re.sub(r"([^\w.+-]|_)+", "_", label).strip("_")
 
 
-def _shared_directories(jobs: Iterable[Config]) -> list[str]:
+def _shared_directories(jobs: Iterable[Config]) -> list[Problem]:
+    hint = "leave run.dir out, and sweep settings that make a difference"
     return [
-        f"run.dir={place}: {count} jobs of this sweep would share it; leave run.dir out, and sweep "
-        "settings that make a difference"
-        for place, count in Counter(job.run_dir for job in jobs).items()
+        Problem("run.dir", str(path), f"{count} jobs of this sweep would share it", hint)
+        for path, count in Counter(job.run_dir for job in jobs).items()
         if count > 1
     ]

@@ -1,7 +1,8 @@
-"""Everything that decides a run: one small frozen value per owner, joined in `Config`.
+"""Everything that decides a run: one small frozen dataclass for each part, joined in `Config`.
 
-These classes are the only place where a default is written down; the files in `conf/` hold
-differences from them. The model's part is in `phd.config`, the data's in `data.config`.
+Defaults are written down in these classes and nowhere else; the files in `conf/` hold differences
+from them. The model's settings are in `phd.config`, the data's in `data.config`, the engine's in
+`train.engines.config`.
 """
 
 import re
@@ -11,7 +12,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from conf.durations import Seconds
-from conf.settings import Settings, at_least
+from conf.errors import ConfigError, Problem
+from conf.settings import Settings, above, at_least
 from conf.validation import as_dict, build
 from data.config import DataConfig, TokenizerConfig
 from phd.config import ModelConfig
@@ -22,15 +24,16 @@ DEFAULT_STEPS = 450
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(Settings):
-    """Where a run lives and whether it goes on.
+    """Where the run's files are and whether an earlier run is continued.
 
     Attributes:
-        name: null: `Config.name` makes one from the variant and the size.
-        dir: the run's directory; null: `runs/<name>` under the current directory.
-        resume: `auto` goes on where the directory's newest checkpoint ends, or starts anew where
-            there is none; `must` goes on or fails; `never` starts anew.
-        start_from: a Hugging Face directory of an OLMo 2 or Llama whose weights a new run begins
-            with; null: random ones.
+        name: the run's name; null: one is made of the variant and the size, such as
+            `phd_cswa-2-16-32-tiny`.
+        dir: the run's directory; null: `runs/<name>` below the current directory.
+        resume: `auto` continues from the newest checkpoint in the run's directory, or starts from
+            step 0 if there is none. `must` continues or fails. `never` starts from step 0.
+        start_from: a Hugging Face directory of an OLMo 2 or Llama model whose weights a new run
+            begins with; null: random weights.
     """
 
     name: str | None = None
@@ -38,26 +41,28 @@ class RunConfig(Settings):
     resume: Literal["auto", "must", "never"] = "auto"
     start_from: str | None = None
 
-    def problems(self) -> list[str]:
+    def problems(self) -> list[Problem]:
         if self.name is None or re.fullmatch(r"[\w+-][\w.+-]*", self.name):
             return []
-        allowed = "letters, digits and _ . + - only, because it names a directory"
-        return [f"run.name={self.name!r}: expected {allowed}; run.dir may be any path"]
+        expected = "expected letters, digits and _ . + - only, because it names a directory"
+        return [Problem("run.name", self.name, expected, "run.dir may be any path")]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(Settings):
-    """How much is trained, in what portions.
+    """How long the run is and how much it reads in each step.
 
     Attributes:
-        max_steps: optimizer steps. With neither this, `max_tokens` nor `max_time`, the run is
-            `DEFAULT_STEPS` long.
-        max_tokens: tokens of text (copies are not counted), in whole steps and never exceeded.
-        max_time: seconds of training in each start, also `30m` or `2h`; it stops a run, but is no
-            length that a schedule could follow.
-        global_batch: rows of one optimizer step, over all ranks.
-        micro_batch: rows of one forward pass on one rank; null: as many as the rank has.
-        seq_len: T, tokens in a row.
+        max_steps: the length in optimizer steps; null: no limit of this kind. A run for which
+            neither this, `max_tokens` nor `max_time` is set has 450 steps.
+        max_tokens: the length in tokens of text, whatever K is; the run has as many whole steps as
+            fit into it. null: no limit of this kind.
+        max_time: a limit in seconds, or as `30m` or `2h`, for each start of the command; null: no
+            limit of this kind. Only `schedule=constant` can do without one of the others.
+        global_batch: how many rows an optimizer step has, over all ranks.
+        micro_batch: how many rows of a rank go through one forward and backward pass; null: all
+            rows of the rank.
+        seq_len: T, the tokens of a row.
     """
 
     max_steps: int | None = None
@@ -67,24 +72,37 @@ class TrainConfig(Settings):
     micro_batch: int | None = None
     seq_len: int = 256
 
-    def problems(self) -> list[str]:
-        found = at_least(
-            self, "train", 1, "max_steps", "max_tokens", "global_batch", "micro_batch", "seq_len"
-        )
+    def problems(self) -> list[Problem]:
+        positive = ("max_steps", "max_tokens", "global_batch", "micro_batch", "seq_len")
+        found = at_least(self, "train", 1, *positive)
         if self.max_time is not None and self.max_time <= 0:
-            found.append(f"train.max_time={self.max_time}: expected more than 0 seconds")
-        if self.micro_batch and self.micro_batch > 0 and self.global_batch % self.micro_batch:
-            found.append(
-                f"train.micro_batch={self.micro_batch}: must divide "
-                f"train.global_batch={self.global_batch}"
-            )
+            expected = "expected more than 0 seconds"
+            found.append(Problem("train.max_time", self.max_time, expected))
+        if self.micro_batch is None or self.micro_batch > 0:
+            found += self.problems_on(1)
         if 0 < (self.max_tokens or 0) < self.tokens_per_step:
             found.append(
-                f"train.max_tokens={self.max_tokens}: less than one step, which is "
-                f"train.global_batch={self.global_batch} rows of train.seq_len={self.seq_len} "
-                f"tokens = {self.tokens_per_step}"
+                Problem(
+                    "train.max_tokens",
+                    self.max_tokens,
+                    f"less than one step, which is train.global_batch={self.global_batch} rows of "
+                    f"train.seq_len={self.seq_len} tokens = {self.tokens_per_step}",
+                    others=("train.global_batch", "train.seq_len"),
+                )
             )
         return found
+
+    def problems_on(self, world_size: int) -> list[Problem]:
+        """Why `world_size` ranks cannot cut a global batch into equal micro-batches."""
+        rows = self.micro_batch_on(world_size)
+        if self.global_batch < 1 or self.global_batch % (world_size * rows) == 0:
+            return []
+        others = ("train.global_batch", "train.micro_batch")
+        if world_size == 1:
+            reason = f"must divide train.global_batch={self.global_batch}"
+            return [Problem("train.micro_batch", rows, reason, others=others)]
+        reason = f"not divisible by {world_size} ranks times train.micro_batch={rows} rows"
+        return [Problem("train.global_batch", self.global_batch, reason, others=others)]
 
     @property
     def tokens_per_step(self) -> int:
@@ -93,7 +111,7 @@ class TrainConfig(Settings):
 
     @property
     def total_steps(self) -> int | None:
-        """Steps until `max_steps` or `max_tokens`, the first; None if time alone ends it."""
+        """The steps of `max_steps` or `max_tokens`, the fewer; None if only time ends the run."""
         bounds = [] if self.max_steps is None else [self.max_steps]
         if self.max_tokens is not None:
             bounds.append(self.max_tokens // self.tokens_per_step)
@@ -101,20 +119,19 @@ class TrainConfig(Settings):
             bounds = [DEFAULT_STEPS]
         return min(bounds, default=None)
 
+    def micro_batch_on(self, world_size: int = 1) -> int:
+        """The rows of one forward pass on each of `world_size` ranks."""
+        return self.micro_batch or ceil(self.global_batch / world_size)
+
     def accumulation(self, world_size: int = 1) -> int:
-        """Forward passes per step on each of `world_size` ranks.
+        """The forward passes of a step on each of `world_size` ranks.
 
         Raises:
-            ValueError: `global_batch` cannot be cut into equal parts of `micro_batch` rows.
+            ConfigError: `global_batch` cannot be cut into equal parts of `micro_batch` rows.
         """
-        micro_batch = self.micro_batch or ceil(self.global_batch / world_size)
-        passes, rest = divmod(self.global_batch, world_size * micro_batch)
-        if rest:
-            raise ValueError(
-                f"train.global_batch={self.global_batch}: not divisible by {world_size} ranks "
-                f"times train.micro_batch={micro_batch} rows"
-            )
-        return passes
+        if problems := self.problems_on(world_size):
+            raise ConfigError(problems)
+        return self.global_batch // (world_size * self.micro_batch_on(world_size))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,10 +139,14 @@ class OptimConfig(Settings):
     """The optimizer.
 
     Attributes:
-        kind: AdamW, with weight decay on everything but embeddings.
-        lr: the schedule's peak.
-        grad_clip: largest L2 norm of the gradient of all parameters; null: no clipping.
-        z_loss: weight of the mean squared log-normaliser of the logits in the loss.
+        kind: AdamW (arXiv 1711.05101).
+        lr: the peak learning rate, which the schedule scales.
+        betas: the decay rates of the running means of the gradient and of its square.
+        eps: is added to the root of the mean square, so that nothing is divided by 0.
+        weight_decay: the decay of all parameters but the embedding, relative to the learning rate.
+        grad_clip: the largest L2 norm of the gradient of all parameters; a longer gradient is
+            scaled down to it. null: no clipping.
+        z_loss: the weight in the loss of the mean squared log of the softmax's denominator.
     """
 
     kind: Literal["adamw"] = "adamw"
@@ -136,19 +157,12 @@ class OptimConfig(Settings):
     grad_clip: float | None = 1.0
     z_loss: float = 0.0
 
-    def problems(self) -> list[str]:
-        found = [
-            f"optim.{name}={value}: expected a number above 0"
-            for name in ("lr", "eps", "grad_clip")
-            if (value := getattr(self, name)) is not None and not value > 0
-        ]
-        found += [
-            f"optim.{name}={value}: expected a number of at least 0"
-            for name in ("weight_decay", "z_loss")
-            if not (value := getattr(self, name)) >= 0
-        ]
+    def problems(self) -> list[Problem]:
+        found = above(self, "optim", 0, "lr", "eps", "grad_clip")
+        found += at_least(self, "optim", 0.0, "weight_decay", "z_loss")
         if not all(0 <= beta < 1 for beta in self.betas):
-            found.append(f"optim.betas={list(self.betas)}: expected two numbers from 0 to below 1")
+            expected = "expected two numbers from 0 to below 1"
+            found.append(Problem("optim.betas", self.betas, expected))
         return found
 
 
@@ -162,11 +176,12 @@ class ScheduleConfig(Settings):
         constant  /`````    the peak
 
     Attributes:
-        warmup_steps: length of the warm-up; null: by `warmup_tokens`.
-        warmup_tokens: the same in tokens of text; null: by `warmup_fraction`.
-        warmup_fraction: the same as a fraction of the run.
-        final_ratio: the last learning rate over the peak.
-        decay_fraction: the part of the run in which `wsd` decays.
+        kind: the course of the learning rate after the warm-up, as drawn above.
+        warmup_steps: the length of the warm-up in steps; null: `warmup_tokens` says it.
+        warmup_tokens: the length of the warm-up in tokens of text; null: `warmup_fraction` says it.
+        warmup_fraction: the length of the warm-up as a fraction of the run.
+        final_ratio: the last learning rate, as a fraction of the peak.
+        decay_fraction: the last part of the run, as a fraction, in which `wsd` decays.
     """
 
     kind: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
@@ -176,36 +191,42 @@ class ScheduleConfig(Settings):
     final_ratio: float = 0.1
     decay_fraction: float = 0.2
 
-    def problems(self) -> list[str]:
+    def problems(self) -> list[Problem]:
         found = at_least(self, "schedule", 0, "warmup_steps", "warmup_tokens")
         found += [
-            f"schedule.{name}={value}: expected a number from 0 to 1"
+            Problem(f"schedule.{name}", value, "expected a number from 0 to 1")
             for name in ("warmup_fraction", "final_ratio", "decay_fraction")
             if not 0 <= (value := getattr(self, name)) <= 1
         ]
         if self.warmup_steps is not None and self.warmup_tokens is not None:
             found.append(
-                f"schedule.warmup_tokens={self.warmup_tokens}: "
-                f"schedule.warmup_steps={self.warmup_steps} already says how long; set one to null"
+                Problem(
+                    "schedule.warmup_tokens",
+                    self.warmup_tokens,
+                    f"schedule.warmup_steps={self.warmup_steps} already says how long",
+                    "set one to null",
+                    others=("schedule.warmup_steps",),
+                )
             )
         return found
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig(Settings):
-    """When the run's state is saved; it always is at the end and when interrupted.
+    """When the run's state is saved. It is also saved at the end and after a signal to stop.
 
     Attributes:
-        every: steps between two checkpoints; 0: only at the end.
-        keep: the newest checkpoints that are kept.
-        keep_every: checkpoints of every so many steps are kept for ever; 0: none.
+        every: the steps between two checkpoints; 0: only at the end.
+        keep: how many of the newest checkpoints are kept.
+        keep_every: the checkpoints of every multiple of this many steps are never deleted; 0: all
+            but the newest are.
     """
 
     every: int = 100
     keep: int = 2
     keep_every: int = 0
 
-    def problems(self) -> list[str]:
+    def problems(self) -> list[Problem]:
         return at_least(self, "checkpoint", 0, "every", "keep_every") + at_least(
             self, "checkpoint", 1, "keep"
         )
@@ -213,22 +234,26 @@ class CheckpointConfig(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class FaultsConfig(Settings):
-    """What happens when something goes wrong; nothing of it changes a run in which nothing does.
+    """What happens when something goes wrong. A run in which nothing does is not changed by it.
 
-    A bad step is one whose loss or gradient norm is not finite, or a spike. No weight, moment or
-    step count is changed by it, on any rank, and its batch is written to `bad_steps/`.
+    A bad step is one whose loss or gradient norm is not finite or is a spike. It changes no weight,
+    moment or step count, on any rank, and its batch is written to the run's `bad_steps/`.
 
     Attributes:
-        policy: `skip` goes on with the next batch; `rollback` goes back to the last checkpoint and
-            passes over the batch; `abort` ends the run without saving.
-        spike: a loss or gradient norm this many robust standard deviations above the median of the
-            last `window` steps is a spike; null: only what is not finite is bad.
-        window: steps that a spike is compared with; none is one before half of them are known.
-        most_in_a_row: so many bad steps in a row end the run; more rollbacks to one checkpoint do.
-        step_timeout: seconds after which a step, with what is measured after it, counts as hung:
-            every rank writes its stack to `stacks/` and ends.
-        exit_timeout: seconds that a rank has to save and leave after a signal; less than the
-            launcher grants before it kills (`grace_s`).
+        policy: what follows a bad step. `skip` continues with the next batch. `rollback` loads the
+            last checkpoint and leaves out the bad batch. `abort` ends the run without saving.
+        spike: a loss or gradient norm that exceeds the median of the last `window` steps by this
+            many robust standard deviations is a spike; null: only values that are not finite make
+            a bad step.
+        window: how many steps a loss is compared with. There are no spikes before half as many
+            steps are done.
+        most_in_a_row: this many bad steps in a row end the run, and so do more rollbacks than this
+            to the same checkpoint.
+        step_timeout: a step that takes longer than this, in seconds or as `30m`, counts as hung:
+            every rank writes its stack to the run's `stacks/` and ends. Evaluations and saves
+            between two steps count as part of the step.
+        exit_timeout: how long, in seconds or as `2m`, a rank may take to save and end after a
+            signal. It must be less than the launcher's `grace_s`, after which the rank is killed.
     """
 
     policy: Literal["abort", "skip", "rollback"] = "skip"
@@ -238,34 +263,40 @@ class FaultsConfig(Settings):
     step_timeout: Seconds = 1800.0
     exit_timeout: Seconds = 100.0
 
-    def problems(self) -> list[str]:
-        found = at_least(self, "faults", 1, "most_in_a_row") + at_least(self, "faults", 8, "window")
-        return found + [
-            f"faults.{name}={value}: expected a number above 0"
-            for name in ("spike", "step_timeout", "exit_timeout")
-            if (value := getattr(self, name)) is not None and not value > 0
+    def problems(self) -> list[Problem]:
+        return [
+            *at_least(self, "faults", 1, "most_in_a_row"),
+            *at_least(self, "faults", 8, "window"),
+            *above(self, "faults", 0, "spike", "step_timeout", "exit_timeout"),
         ]
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig(Settings):
-    """When the loss on held-out documents is measured; it always is at the end.
+    """When the loss on held-out documents is measured. It is also measured at the end.
 
     Attributes:
-        every: steps between two evaluations; 0: only at the end.
-        rows: rows of T tokens that are read each time.
+        every: the steps between two evaluations; 0: only at the end.
+        rows: how many rows of T tokens each evaluation reads.
     """
 
     every: int = 100
     rows: int = 128
 
-    def problems(self) -> list[str]:
+    def problems(self) -> list[Problem]:
         return at_least(self, "eval", 0, "every") + at_least(self, "eval", 1, "rows")
 
 
 @dataclass(frozen=True, kw_only=True)
 class WandbConfig(Settings):
-    """Weights & Biases; `auto` is `online` after `wandb login` and `offline` before."""
+    """Weights & Biases.
+
+    Attributes:
+        mode: `online` sends the metrics to the server, `offline` writes them to the run's
+            directory, and `disabled` does not use it. `auto` is `online` if you have logged in
+            with `wandb login`, and `offline` otherwise.
+        project: the project there.
+    """
 
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
     project: str = "phd"
@@ -273,19 +304,19 @@ class WandbConfig(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig(Settings):
-    """Text that the model writes; it always does at the end.
+    """Text that the model writes during the run. It also writes one at the end.
 
     Attributes:
-        every: steps between two samples; 0: only at the end.
-        prompt: what it goes on from.
-        tokens: how much it writes.
+        every: the steps between two samples; 0: only at the end.
+        prompt: the text that the model continues.
+        tokens: how many tokens it adds.
     """
 
     every: int = 0
     prompt: str = "def "
     tokens: int = 100
 
-    def problems(self) -> list[str]:
+    def problems(self) -> list[Problem]:
         return at_least(self, "hooks.sample", 0, "every") + at_least(
             self, "hooks.sample", 1, "tokens"
         )
@@ -293,17 +324,29 @@ class SampleConfig(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class KVConfig(Settings):
-    """The KV cache's size; `context` is the tokens in it for which the hook reports bytes."""
+    """The report of the KV cache's size.
+
+    Attributes:
+        context: the tokens in the cache whose bytes are reported.
+    """
 
     context: int = 4096
 
-    def problems(self) -> list[str]:
+    def problems(self) -> list[Problem]:
         return at_least(self, "hooks.kv", 1, "context")
 
 
 @dataclass(frozen=True, kw_only=True)
 class HooksConfig(Settings):
-    """What is told during the run; `log_every` is in steps, `metrics.jsonl` is always written."""
+    """What the run reports. Its `metrics.jsonl` is always written.
+
+    Attributes:
+        log_every: the steps between two reports.
+        console: print a line for each report.
+        wandb: Weights & Biases.
+        sample: text that the model writes.
+        kv: the size of the KV cache.
+    """
 
     log_every: int = 20
     console: bool = True
@@ -311,13 +354,29 @@ class HooksConfig(Settings):
     sample: SampleConfig = field(default_factory=SampleConfig)
     kv: KVConfig = field(default_factory=KVConfig)
 
-    def problems(self) -> list[str]:
+    def problems(self) -> list[Problem]:
         return at_least(self, "hooks", 1, "log_every")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Settings):
-    """A whole run in one value."""
+    """A whole run in one value.
+
+    Attributes:
+        run: where the run's files are and whether it continues.
+        seed: the seed of weights, data order and samples; at least 0.
+        model: what the network computes.
+        data: where the text comes from and in what order it is read.
+        tokenizer: the SentencePiece model.
+        train: how long the run is and how much it reads in each step.
+        optim: the optimizer.
+        schedule: the learning rate as a function of the step.
+        engine: how the work is spread over devices and ranks.
+        checkpoint: when the run's state is saved.
+        faults: what happens when something goes wrong.
+        eval: when the loss on held-out documents is measured.
+        hooks: what the run reports.
+    """
 
     run: RunConfig = field(default_factory=RunConfig)
     seed: int = 0
@@ -353,12 +412,12 @@ class Config(Settings):
 
     @property
     def run_dir(self) -> Path:
-        """Where the run's files are, relative to the current directory; the same every time."""
+        """The directory of the run's files, relative to the current directory."""
         return Path(self.run.dir) if self.run.dir else Path("runs", self.name)
 
     @property
     def warmup_steps(self) -> int:
-        """Steps of the warm-up; 0 for a run without a length that sets none."""
+        """Steps of the warm-up; of a run without a length in steps, 0 unless they are set."""
         if self.schedule.warmup_steps is not None:
             return self.schedule.warmup_steps
         if self.schedule.warmup_tokens is not None:
@@ -367,7 +426,7 @@ class Config(Settings):
 
     @property
     def decay_steps(self) -> int:
-        """Steps in which the learning rate falls, at the end of the run."""
+        """Steps at the end of the run in which the learning rate falls."""
         if self.schedule.kind == "constant":
             return 0
         total = self.train.total_steps
@@ -376,65 +435,95 @@ class Config(Settings):
             return round(self.schedule.decay_fraction * total)
         return total - self.warmup_steps
 
-    def problems_on(self, world_size: int) -> list[str]:
-        """Why the run cannot be dealt to so many ranks."""
-        found = self.data.batch_problems(self.train.global_batch, world_size)
-        try:
-            self.train.accumulation(world_size)
-        except ValueError as error:
-            found.append(str(error))
-        return [*found, *self.engine.problems_on(world_size)]
+    def problems_on(self, world_size: int) -> list[Problem]:
+        """Why the run cannot be spread over this many ranks."""
+        return [
+            *self.data.batch_problems(self.train.global_batch, world_size),
+            *self.train.problems_on(world_size),
+            *self.engine.problems_on(world_size),
+        ]
 
-    def problems(self) -> list[str]:
+    def device_problems(self, device: str) -> list[Problem]:
+        """Why the run cannot train on a device of this type, `cpu` or `cuda`."""
+        if self.model.attention != "flex" or device == "cuda":
+            return []
+        reason = f"FlexAttention has no backward pass on the device {device}"
+        hint = "choose model.attention=packed"
+        return [Problem("model.attention", "flex", reason, hint, others=("engine.device",))]
+
+    def problems(self) -> list[Problem]:
         """Every combination across sections that cannot be; each section checks its own."""
-        found = [f"seed={self.seed}: expected an integer of at least 0"] if self.seed < 0 else []
-        return [*found, *self._length_problems(), *self._shape_problems()]
+        found = [*at_least(self, "", 0, "seed"), *self._length_problems(), *self._shape_problems()]
+        # `auto` is decided on the machine that trains; train/run.py asks again with its device.
+        return found + (self.device_problems("cpu") if self.engine.device == "cpu" else [])
 
-    def _length_problems(self) -> list[str]:
+    def _length_problems(self) -> list[Problem]:
+        if self.train.total_steps is None:
+            return self._unbounded_problems()
         total, schedule = self.train.total_steps, self.schedule
-        if total is None:
-            unbounded = (
-                f"train.max_time={self.train.max_time}: schedule.kind={schedule.kind} has to know "
-                "the run's length in steps; also set train.max_steps or train.max_tokens, or "
-                "choose schedule=constant"
-            )
-            return [] if schedule.kind == "constant" else [unbounded]
         decay = self.decay_steps if schedule.kind == "wsd" else 0
         if self.warmup_steps + decay <= total:
             return []
-        setting = next(
-            f"schedule.{name}={value}"
+        name, value = next(
+            (name, value)
             for name in ("warmup_steps", "warmup_tokens", "warmup_fraction")
             if (value := getattr(schedule, name)) is not None
         )
-        needs = f"{self.warmup_steps} steps" + (f" and the decay {decay}" if decay else "")
-        too_long = (
-            f"{setting}: the warm-up takes {needs}, but the run has {total}; shorten it, or raise "
-            "train.max_steps or train.max_tokens"
-        )
-        return [too_long]
+        takes = f"{self.warmup_steps} steps" + (f" and the decay {decay}" if decay else "")
+        return [
+            Problem(
+                f"schedule.{name}",
+                value,
+                f"the warm-up takes {takes}, but the run has {total}",
+                "shorten it, or raise train.max_steps or train.max_tokens",
+                others=("train.max_steps", "train.max_tokens"),
+            )
+        ]
 
-    def _shape_problems(self) -> list[str]:
+    def _unbounded_problems(self) -> list[Problem]:
+        if self.schedule.kind == "constant":
+            return []
+        return [
+            Problem(
+                "train.max_time",
+                self.train.max_time,
+                f"schedule.kind={self.schedule.kind} has to know the run's length in steps",
+                "also set train.max_steps or train.max_tokens, or choose schedule=constant",
+                others=("schedule.kind", "train.max_steps", "train.max_tokens"),
+            )
+        ]
+
+    def _shape_problems(self) -> list[Problem]:
         found = self.data.batch_problems(self.train.global_batch)
-        longest = self.model.max_seq_len
+        longest, vocab_size = self.model.max_seq_len, self.model.vocab_size
         if self.train.seq_len > longest:
             found.append(
-                f"train.seq_len={self.train.seq_len}: longer than RoPE's table of "
-                f"model.max_seq_len={longest}; raise that or lower this"
+                Problem(
+                    "train.seq_len",
+                    self.train.seq_len,
+                    f"longer than RoPE's table of model.max_seq_len={longest}",
+                    "raise that or lower this",
+                    others=("model.max_seq_len",),
+                )
             )
-        if (self.tokenizer.vocab_size or 0) > self.model.vocab_size:
+        if (self.tokenizer.vocab_size or 0) > vocab_size:
             found.append(
-                f"tokenizer.vocab_size={self.tokenizer.vocab_size}: the model has embeddings for "
-                f"model.vocab_size={self.model.vocab_size} only; raise that or lower this"
+                Problem(
+                    "tokenizer.vocab_size",
+                    self.tokenizer.vocab_size,
+                    f"the model has embeddings for model.vocab_size={vocab_size} only",
+                    "raise that or lower this",
+                    others=("model.vocab_size",),
+                )
             )
         if self.hooks.sample.tokens >= longest:
             found.append(
-                f"hooks.sample.tokens={self.hooks.sample.tokens}: leaves no room for the prompt in "
-                f"model.max_seq_len={longest}; choose less"
-            )
-        if self.model.attention == "flex" and self.engine.device == "cpu":
-            found.append(
-                "model.attention=flex: FlexAttention has no backward on engine.device=cpu; "
-                "choose model.attention=packed"
+                Problem(
+                    "hooks.sample.tokens",
+                    self.hooks.sample.tokens,
+                    f"leaves no room for the prompt in model.max_seq_len={longest}",
+                    "choose less",
+                    others=("model.max_seq_len",),
+                )
             )
         return found

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 
 from conf import arguments
-from conf.errors import ConfigError
+from conf.errors import ConfigError, Problem
 from data.tokenizer import Tokenizer
 from phd.config import ModelConfig
 from phd.hf.convert import BY_NORM
@@ -51,25 +51,27 @@ class ExportArguments:
     """Arguments of `python train/export.py`, each as key=value.
 
     Attributes:
-        run: the directory of a run; its newest whole checkpoint is taken.
-        out: the directory to write, not there yet or empty.
-        dtype: of the weights: float32 or bfloat16.
+        run: the directory of a run; its newest complete checkpoint is exported.
+        out: the directory to write. It must not exist, or must be empty.
+        dtype: the data type of the weights: `float32` or `bfloat16`.
     """
 
     run: str
     out: str
     dtype: str = "float32"
 
-    def problems(self) -> list[str]:
-        """Every impossible setting, one sentence each."""
+    def problems(self) -> list[Problem]:
+        """Every impossible setting."""
         found = []
         if self.dtype not in DTYPES:
-            found.append(f"dtype={self.dtype}: expected one of {', '.join(DTYPES)}")
+            found.append(Problem("dtype", self.dtype, f"expected one of {', '.join(DTYPES)}"))
         out = Path(self.out).resolve()
         if out == Path.cwd() or any(parent.is_file() for parent in out.parents):
-            found.append(f"out={self.out}: expected a directory to make; choose another one")
+            expected = "expected a directory to make"
+            found.append(Problem("out", self.out, expected, "choose another one"))
         elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-            found.append(f"out={out}: not an empty directory; choose another one, or empty it")
+            expected = "not an empty directory"
+            found.append(Problem("out", str(out), expected, "choose another one, or empty it"))
         return found
 
 

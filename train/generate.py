@@ -21,7 +21,8 @@ import torch
 from torch import nn
 
 from conf import arguments
-from conf.errors import ConfigError
+from conf.errors import ConfigError, Problem
+from conf.settings import at_least
 from data.detokenizer import IncrementalDetokenizer
 from phd.inference.sampling import Sampling, generate
 from train.checkpoint.load_run import load_run
@@ -34,23 +35,25 @@ class GenerateArguments:
     """Arguments of `python train/generate.py`, each as key=value.
 
     Attributes:
-        run: the directory of a run; its newest whole checkpoint is taken.
-        prompt: what the text goes on from; null: what comes from the standard input, line by line
-            where that is a terminal.
-        file: a file of prompts, one a line, or `.jsonl` with a `prompt` in each; every text is
-            written as a line of JSON, with why it ended: `document`, `stop` or `length`.
-        n: texts for each prompt.
+        run: the directory of a run; its newest complete checkpoint is loaded.
+        prompt: the text to continue; null: the standard input is, as a whole, or line by line if
+            it is a terminal.
+        file: a file of prompts, one on each line, or `.jsonl` with a `prompt` on each line; null:
+            none. For each prompt a line of JSON is written, with the reason why its text ended:
+            `document`, `stop` or `length`.
+        n: how many texts are written for each prompt.
         batch: how many texts are written at the same time.
-        max_tokens: how many tokens a text gets at most.
-        temperature: 0 always takes the most likely token.
-        top_k: only the k most likely tokens; null: all.
-        top_p: only the most likely tokens that together have this probability; null: all.
-        stop: a text, or a JSON list of them, that ends what is written, and is not part of it.
-        seed: equal seeds draw alike, whatever is written beside a text.
-        compile: fuse the work of a token by `torch.compile` first, which takes a minute or so; then
-            each takes about three quarters of the time, if a text fills most of the room that its
-            prompt and `max_tokens` ask for.
-        device: auto, cpu or cuda.
+        max_tokens: the most tokens that a text gets.
+        temperature: divides the logits; 0 always takes the most likely token.
+        top_k: choose among the k most likely tokens; null: among all.
+        top_p: choose among the most likely tokens that together have this probability; null: among
+            all.
+        stop: a text, or a JSON list of texts, at which writing ends; it is not part of the result.
+        seed: the same seed writes the same text for a prompt, whatever else is in the batch.
+        compile: compile the computation of a token with `torch.compile`, which takes about a minute
+            at first. A token then takes about three quarters of the time, if a text fills most of
+            the room that its prompt and `max_tokens` ask for.
+        device: `auto`, `cpu` or `cuda`.
     """
 
     run: str
@@ -67,24 +70,19 @@ class GenerateArguments:
     compile: bool = False
     device: str = "auto"
 
-    def problems(self) -> list[str]:
-        """Every impossible setting, one sentence each."""
-        found = [
-            f"{key}={value}: expected an integer of at least 1"
-            for key in ("n", "batch", "max_tokens")
-            if (value := getattr(self, key)) < 1
-        ]
-        if self.seed < 0:
-            found.append(f"seed={self.seed}: expected an integer of at least 0")
+    def problems(self) -> list[Problem]:
+        """Every impossible setting."""
+        found = at_least(self, "", 1, "n", "batch", "max_tokens") + at_least(self, "", 0, "seed")
         if "" in self.stop:
-            found.append("stop: an empty text would end everything; give one that may be written")
+            expected = "an empty text would end every text at once"
+            found.append(Problem("stop", self.stop, expected, "give a text that may be written"))
         if self.file is not None and self.prompt is not None:
-            found.append(f"file={self.file}: gives the prompts; leave out prompt")
-        found += map(str, device_problems(self.device))
+            found.append(Problem("file", self.file, "gives the prompts", "leave out prompt"))
+        found += device_problems(self.device)
         try:
             self.sampling()
-        except ValueError as error:
-            found += str(error).split("; ")
+        except ConfigError as error:
+            found += [problem for problem in error.problems if isinstance(problem, Problem)]
         return found
 
     def sampling(self) -> Sampling:

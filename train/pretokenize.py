@@ -27,7 +27,8 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
-from conf.errors import ConfigError
+from conf.errors import ConfigError, Problem
+from conf.settings import at_least
 from conf.validation import OMITTED, as_dict, flatten_keys
 from data.config import DataConfig, Source, TokensSource
 from data.source import Document
@@ -61,22 +62,19 @@ class PretokenizeArguments:
     All others are those of `python train/main.py`, of which `data` and `tokenizer` matter.
 
     Attributes:
-        out: where a directory for each source is written.
-        parts: shards that a source is cut into, each the work of one process.
-        processes: how many work at a time; null: one for each core. The files do not depend on it.
+        out: the directory in which a directory for each source is written.
+        parts: how many shards a source is cut into; each shard is the work of one process.
+        processes: how many processes work at the same time; null: one for each core. The files do
+            not depend on it.
     """
 
     out: str
     parts: int = 16
     processes: int | None = None
 
-    def problems(self) -> list[str]:
-        """Every impossible setting, one sentence each."""
-        return [
-            f"{name}={value}: expected an integer of at least 1"
-            for name in ("parts", "processes")
-            if (value := getattr(self, name)) is not None and value < 1
-        ]
+    def problems(self) -> list[Problem]:
+        """Every impossible setting."""
+        return at_least(self, "", 1, "parts", "processes")
 
     @property
     def workers(self) -> int:

@@ -267,17 +267,8 @@ def open_engine(config: Config, groups: ProcessGroups) -> Engine:
 def _device(config: Config) -> torch.device:
     """The device, if this machine can do on it what the configuration asks for."""
     device = choose_device(config.engine)
-    if config.model.attention == "flex" and device.type != "cuda":
-        raise ConfigError(
-            [
-                Problem(
-                    "model.attention",
-                    "flex",
-                    f"FlexAttention has no backward on this machine's {device.type}",
-                    "choose model.attention=packed",
-                )
-            ]
-        )
+    if problems := config.device_problems(device.type):
+        raise ConfigError(problems)
     return device
 
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from conf.errors import ConfigError
+from conf.errors import ConfigError, Problem
 from data.config import TokensSource
 from data.sources.documents import Documents
 from data.tokenizer import Tokenizer
@@ -32,7 +32,7 @@ class TokenizerArguments:
     All others are those of `python train/main.py`, of which `data` and `tokenizer` matter.
 
     Attributes:
-        out: the SentencePiece model that is written; nothing may be there yet.
+        out: the path of the SentencePiece model that is written; it must not exist yet.
     """
 
     out: str
@@ -42,12 +42,13 @@ class TokenizerArguments:
         """`out`, as a path."""
         return Path(self.out).expanduser()
 
-    def problems(self) -> list[str]:
-        """Every impossible setting, one sentence each."""
+    def problems(self) -> list[Problem]:
+        """Every impossible setting."""
         if not self.out:
-            return ["out='': expected the path of the .model that is written"]
+            return [Problem("out", "", "expected the path of the .model that is written")]
         if self.path.exists():
-            return [f"out={self.out}: is there already; give another path, or remove it"]
+            hint = "give another path, or remove it"
+            return [Problem("out", self.out, "is there already", hint)]
         return []
 
 

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from conf.errors import Problem
+from conf.settings import Settings, at_least
 from phd.inference.cache import BLOCK, KVCache
 from phd.inference.cuda_graph import Decoder
 from phd.inference.prefill import decode, prefill
@@ -16,7 +18,7 @@ from phd.model import Transformer
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sampling:
+class Sampling(Settings):
     """How the next token is drawn.
 
     Attributes:
@@ -30,19 +32,16 @@ class Sampling:
     top_k: int | None = None
     top_p: float | None = None
 
-    def __post_init__(self) -> None:
-        if problems := self.problems():
-            raise ValueError("; ".join(problems))
-
-    def problems(self) -> list[str]:
-        """Every impossible setting, one sentence each."""
+    def problems(self) -> list[Problem]:
+        """Every impossible setting."""
         found = []
         if self.temperature != 0 and not 1e-30 <= self.temperature < torch.inf:
-            found.append(f"temperature={self.temperature}: expected 0, or a number above 1e-30")
-        if self.top_k is not None and self.top_k < 1:
-            found.append(f"top_k={self.top_k}: expected an integer of at least 1, or null")
+            expected = "expected 0, or a number above 1e-30"
+            found.append(Problem("temperature", self.temperature, expected))
+        found += at_least(self, "", 1, "top_k")
         if self.top_p is not None and not 0 < self.top_p <= 1:
-            found.append(f"top_p={self.top_p}: expected a number above 0 and up to 1, or null")
+            expected = "expected a number above 0 and up to 1, or null"
+            found.append(Problem("top_p", self.top_p, expected))
         return found
 
     def draw(self, logits: Tensor, generator: torch.Generator) -> Tensor:

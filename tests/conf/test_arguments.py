@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from conf.arguments import parse, usage
-from conf.errors import ConfigError
-from conf.settings import Settings
+from conf.errors import ConfigError, Problem
+from conf.settings import Settings, at_least
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -47,14 +47,14 @@ class Request(Settings):
     shapes: tuple[int, ...] = ()
     fast: bool = False
 
-    def problems(self) -> list[str]:
-        return [f"tokens={self.tokens}: expected at least 1"] if self.tokens < 1 else []
+    def problems(self) -> list[Problem]:
+        return at_least(self, "", 1, "tokens")
 
 
 def problems(*arguments: str) -> list[str]:
     with pytest.raises(ConfigError) as refusal:
         parse(Request, arguments)
-    return list(refusal.value.problems)
+    return list(map(str, refusal.value.problems))
 
 
 def test_each_value_is_read_as_its_field_needs() -> None:
@@ -81,7 +81,7 @@ def test_everything_wrong_is_told_at_once() -> None:
         "temperature='hot': expected a number",
         "fast=1: expected true or false",
     ]
-    assert problems("run=r", "tokens=0") == ["tokens=0: expected at least 1"]
+    assert problems("run=r", "tokens=0") == ["tokens=0: expected an integer of at least 1"]
 
 
 def test_the_usage_shows_every_key_with_its_default() -> None:

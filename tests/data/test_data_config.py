@@ -10,9 +10,10 @@ def test_every_problem_is_reported_at_once() -> None:
     with pytest.raises(ValueError, match="lanes=0") as error:
         DataConfig(sources={"python": PYTHON}, lanes=0, holdout=1.0, prefetch=0)
     assert str(error.value) == (
-        "data.lanes=0: expected an integer of at least 1; "
-        "data.prefetch=0: expected an integer of at least 1; "
-        "data.holdout=1.0: expected a fraction from 0 to below 1; 0 holds nothing out"
+        "3 problems in the configuration:\n"
+        "  data.lanes=0: expected an integer of at least 1\n"
+        "  data.prefetch=0: expected an integer of at least 1\n"
+        "  data.holdout=1.0: expected a fraction from 0 to below 1; 0 holds nothing out"
     )
 
 
@@ -39,7 +40,7 @@ def test_no_path_is_an_error(paths: str | tuple[str, ...]) -> None:
 def test_batches_have_to_be_divisible_by_lanes_and_lanes_by_ranks() -> None:
     config = DataConfig(sources={"python": PYTHON}, lanes=8)
     assert config.batch_problems(16, world_size=4) == []
-    rows, ranks = config.batch_problems(10, world_size=3)
+    rows, ranks = map(str, config.batch_problems(10, world_size=3))
     assert rows == (
         "train.global_batch=10: not divisible by data.lanes=8; choose a multiple of 8, or "
         "data.lanes from 1, 2, 5, 10"
@@ -80,7 +81,7 @@ def test_phases_replace_the_weights_that_they_name_in_the_order_of_their_tokens(
         ),
         (
             {"x": Phase(after_tokens=5, weights={"a": 0.0, "b": 0.0})},
-            r"data\.sources\.\*\.weight=\[0\.0, 0\.0\] from token 5 on: expected",
+            r"data\.sources\.\*\.weight=\[0\.0, 0\.0\]: .* above 0 from token 5 on",
         ),
     ],
 )

@@ -264,7 +264,9 @@ def test_held_out_documents_are_never_trained_on(
 def test_a_batch_that_cannot_be_dealt_equally_is_refused(
     documents_of: DocumentsOf, tokenizer: Tokenizer
 ) -> None:
-    with pytest.raises(ValueError, match=r"train\.global_batch=6: .*; data\.lanes=4: not divis"):
+    with pytest.raises(
+        ValueError, match=r"(?s)train\.global_batch=6: .*\n  data\.lanes=4: not divis"
+    ):
         stream(documents_of(), tokenizer, global_batch=6, world_size=3)
 
 

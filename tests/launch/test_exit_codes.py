@@ -16,7 +16,7 @@ def test_all_finished_is_finished_and_none_is_a_crash() -> None:
     assert combine_exit_codes([0, 0]) == ExitCode.FINISHED
     assert combine_exit_codes([]) == ExitCode.CRASHED
     assert (
-        combine_exit_codes([], asked=True) == ExitCode.REQUEUE
+        combine_exit_codes([], signalled=True) == ExitCode.REQUEUE
     )  # told to end before anything had begun
 
 
@@ -30,7 +30,7 @@ def test_saved_is_only_said_if_nobody_crashed() -> None:
 def test_a_killed_process_is_a_crash_unless_it_was_asked_to_end() -> None:
     for death in (-SIGKILL, -SIGTERM):
         assert combine_exit_codes([death]) == ExitCode.CRASHED
-        assert combine_exit_codes([death], asked=True) == ExitCode.REQUEUE
+        assert combine_exit_codes([death], signalled=True) == ExitCode.REQUEUE
 
 
 def test_a_wrong_configuration_is_said_whatever_the_others_died_of() -> None:
@@ -44,9 +44,9 @@ def test_ctrl_c_is_itself() -> None:
 
 @given(st.lists(CODES, max_size=4), st.booleans())
 def test_the_order_does_not_matter_and_the_result_is_documented(
-    codes: list[int], asked: bool
+    codes: list[int], signalled: bool
 ) -> None:
-    results = {combine_exit_codes(order, asked=asked) for order in permutations(codes)}
+    results = {combine_exit_codes(order, signalled=signalled) for order in permutations(codes)}
     assert len(results) == 1
     assert results <= {
         ExitCode.FINISHED,

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from launch.config import Kubernetes
-from launch.kubernetes import RETRIED, render
+from launch.kubernetes import REPLACED, render
 from train.exit_codes import ExitCode
 
 SCHEMAS = json.loads(Path(__file__).with_name("kubeflow_schemas.json").read_text())
@@ -120,8 +120,8 @@ def test_a_pytorch_job_replaces_a_pod_that_saved_and_none_that_failed() -> None:
     [job] = documents("PyTorchJob", nodes=2)
     for replica in job["spec"]["pytorchReplicaSpecs"].values():
         assert replica["restartPolicy"] == "ExitCode"
-    assert all(f"saved_code={RETRIED}" in command for command in commands("PyTorchJob", nodes=2))
-    assert RETRIED >= 128 > max(ExitCode.FINISHED, ExitCode.CRASHED, ExitCode.MISUSED)
+    assert all(f"saved_code={REPLACED}" in command for command in commands("PyTorchJob", nodes=2))
+    assert REPLACED >= 128 > max(ExitCode.FINISHED, ExitCode.CRASHED, ExitCode.MISUSED)
 
 
 def test_a_train_job_replaces_a_pod_that_saved_and_none_that_failed() -> None:

@@ -86,10 +86,10 @@ def test_the_attention_benchmark_gives_the_promised_ratios(
 def test_impossible_arguments_are_all_told_at_once() -> None:
     with pytest.raises(ConfigError) as error:
         parse(BenchArguments, ["speed", "repeat=0", "device=tpu"], positional=["name"])
-    assert list(error.value.problems) == [
+    assert list(map(str, error.value.problems)) == [
         "repeat=0: expected an integer of at least 1",
-        f"name=speed: expected one of {', '.join(BENCHMARKS)}",
-        "device=tpu: expected auto, cpu or cuda",
+        f"name='speed': expected one of {', '.join(BENCHMARKS)}",
+        "device='tpu': expected auto, cpu or cuda",
     ]
 
 

@@ -30,6 +30,7 @@ if __name__ == "__main__":
 # An entry point with an argument of its own.
 OWN = """
 from dataclasses import dataclass
+from conf.errors import Problem
 from train.compose import run_with
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +40,7 @@ class Arguments:
     parts: int = 3
 
     def problems(self):
-        return [] if self.parts > 0 else [f"parts={self.parts}: expected more"]
+        return [] if self.parts > 0 else [Problem("parts", self.parts, "expected more")]
 
 def main(given, config):
     print(given.out, given.parts, config.name)
@@ -53,7 +54,7 @@ if __name__ == "__main__":
 def problems(*overrides: str, multirun: bool = False) -> list[str]:
     with pytest.raises(ConfigError) as refusal:
         check(overrides, multirun=multirun)
-    return list(refusal.value.problems)
+    return list(map(str, refusal.value.problems))
 
 
 def script(folder: Path, *arguments: str, code: str = SCRIPT) -> subprocess.CompletedProcess[str]:
@@ -225,8 +226,10 @@ def test_what_is_wrong_with_both_is_told_at_once(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (2, "")
     lines = done.stderr.splitlines()
     assert lines[:2] == ["3 problems in the configuration:", "  parts=0: expected more"]
-    assert lines[2].startswith("  ouut: unknown group or key; ")
-    assert lines[3:] == ["  model.K=0: expected an integer of at least 1"]
+    assert lines[2:] == [
+        "  ouut: unknown group or key. Did you mean out?",
+        "  model.K=0: expected an integer of at least 1",
+    ]
     assert "out: has to be given" in script(tmp_path, code=OWN).stderr
 
 

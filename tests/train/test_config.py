@@ -49,7 +49,7 @@ def config(settings: dict[str, Any] | None = None) -> Config:
 def problems(settings: dict[str, Any]) -> list[str]:
     with pytest.raises(ConfigError) as refusal:
         config(settings)
-    return list(refusal.value.problems)
+    return list(map(str, refusal.value.problems))
 
 
 def test_nothing_given_is_every_default() -> None:
@@ -118,10 +118,10 @@ WORDING: list[tuple[Any, ...]] = [
         "data.sources.python.{weight, epochs, kind, packages}",
     ),
     ({"model.K": "two"}, "model.K='two': expected an integer"),
-    ({"model.K": True}, "model.K=True: expected an integer"),
+    ({"model.K": True}, "model.K=true: expected an integer"),
     ({"model.K": "3"}, "model.K='3': expected an integer"),
     ({"model.K": 2.5}, "model.K=2.5: expected an integer"),
-    ({"model.K": None}, "model.K=None: expected an integer"),
+    ({"model.K": None}, "model.K=null: expected an integer"),
     ({"engine.compile": 1}, "engine.compile=1: expected true or false"),
     ({"run.name": 3}, "run.name=3: expected text or null"),
     ({"optim.betas": [0.9]}, "optim.betas=[0.9]: expected [a number, a number]"),
@@ -148,7 +148,7 @@ WORDING: list[tuple[Any, ...]] = [
     (
         {"data.sources.python.weight": -1},
         "data.sources.python.weight=-1.0: expected a number of at ",
-        "least 0.0",
+        "least 0",
     ),
     (
         {"data.sources.own.paths": "x"},
@@ -158,7 +158,7 @@ WORDING: list[tuple[Any, ...]] = [
     (
         {"data.sources.python.weight": float("inf")},
         "data.sources.python.weight=inf: expected ",
-        "a number of at least 0.0",
+        "a number of at least 0",
     ),
     ({"data.sources": 3}, "data.sources=3: expected settings by name, such as data.sources.NAME"),
     (
@@ -254,7 +254,7 @@ WORDING: list[tuple[Any, ...]] = [
     ),
     (
         {"model.attention": "flex", "engine.device": "cpu"},
-        "model.attention=flex: FlexAttention has no backward on engine.device=cpu; choose ",
+        "model.attention='flex': FlexAttention has no backward pass on the device cpu; choose ",
         "model.attention=packed",
     ),
 ]
@@ -366,11 +366,11 @@ def test_a_step_is_cut_into_equal_passes() -> None:
         1,
         1,
     ]
-    with pytest.raises(ValueError, match=r"not divisible by 4 ranks times train\.micro_batch=4"):
+    with pytest.raises(ConfigError, match=r"not divisible by 4 ranks times train\.micro_batch=4"):
         train.accumulation(4)
-    with pytest.raises(ValueError, match="not divisible by 5 ranks"):
+    with pytest.raises(ConfigError, match="not divisible by 5 ranks"):
         TrainConfig(global_batch=24).accumulation(5)
-    with pytest.raises(ValueError, match="not divisible by 16 ranks"):
+    with pytest.raises(ConfigError, match="not divisible by 16 ranks"):
         TrainConfig(global_batch=8).accumulation(16)
 
 

@@ -324,9 +324,9 @@ def test_what_is_there_is_not_written_over_and_arguments_are_checked(tmp_path: P
     (tmp_path / "full/file").write_text("mine")
     with pytest.raises(ConfigError) as error:
         parse(ExportArguments, ["run=x", f"out={tmp_path / 'full'}", "dtype=int8"])
-    assert error.value.problems == (
-        "dtype=int8: expected one of float32, bfloat16",
-        f"out={tmp_path / 'full'}: not an empty directory; choose another one, or empty it",
+    assert tuple(map(str, error.value.problems)) == (
+        "dtype='int8': expected one of float32, bfloat16",
+        f"out='{tmp_path / 'full'}': not an empty directory; choose another one, or empty it",
     )
     assert (tmp_path / "full/file").read_text() == "mine"
 

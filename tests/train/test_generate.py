@@ -27,7 +27,7 @@ def refusal(run: Path) -> str:
         load_run(run, torch.device("cpu"))
     assert str(error.value).startswith("1 problem in the arguments:\n")
     [problem] = error.value.problems
-    return problem
+    return str(problem)
 
 
 # What is written
@@ -151,13 +151,13 @@ def test_impossible_arguments_are_all_told_at_once(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError) as error:
         parse(GenerateArguments, ["run=x", "max_tokens=0", "temperature=-1", "top_p=2", "top_k=0"])
-    assert [problem.partition(":")[0] for problem in error.value.problems] == [
+    assert [str(problem).partition(":")[0] for problem in error.value.problems] == [
         "max_tokens=0",
         "temperature=-1.0",
         "top_k=0",
         "top_p=2.0",
     ]
-    with pytest.raises(ConfigError, match=r"\n  device=cuda: this machine has no usable CUDA"):
+    with pytest.raises(ConfigError, match=r"\n  device='cuda': this machine has no usable CUDA"):
         parse(GenerateArguments, ["run=x", "device=cuda"])
 
 

@@ -341,7 +341,9 @@ def test_flex_attention_off_cuda_is_refused_before_anything_is_built(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     settings = config("model.attention=flex", "engine.device=auto")
-    with pytest.raises(ConfigError, match=r"model\.attention=flex: .* choose model\.attention=pa"):
+    with pytest.raises(
+        ConfigError, match=r"model\.attention='flex': .* choose model\.attention=pa"
+    ):
         open_run(settings, Console(file=io.StringIO()))
     assert not settings.run_dir.exists()
 

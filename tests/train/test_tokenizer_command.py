@@ -116,7 +116,7 @@ def test_a_run_takes_what_the_command_wrote(
 
 def test_nothing_is_overwritten(small: Callable[..., list[str]], tmp_path: Path) -> None:
     (path := tmp_path / "a.model").write_text("mine")
-    with pytest.raises(ConfigError, match=r"out=.*a\.model: is there already; give another path"):
+    with pytest.raises(ConfigError, match=r"out=.*a\.model': is there already; give another path"):
         split(TokenizerArguments, small(f"out={path}"))
     with pytest.raises(ConfigError, match=r"out='': expected the path"):
         split(TokenizerArguments, small("out="))

@@ -1,11 +1,12 @@
-"""How the work is laid over devices and ranks: one small frozen value for each engine."""
+"""How the work is spread over devices and ranks: one small frozen dataclass for each engine."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from conf.errors import Problem
 from conf.settings import Settings, at_least
 
-# Keys of DeepSpeed's configuration that follow from our own settings.
+# Keys of DeepSpeed's configuration that our own settings decide.
 DECIDED_ELSEWHERE = {
     "train_batch_size": "train.global_batch",
     "train_micro_batch_size_per_gpu": "train.micro_batch",
@@ -20,9 +21,11 @@ DECIDED_ELSEWHERE = {
     "zero_optimization.stage": "engine.stage",
 }
 
-# Others that would make another step than the one that all engines take.
-ANOTHER_SUM = "gradients are sums over ranks, of a loss per target of the whole step"
-ANOTHER_ADAMW = "it updates weights past the optimizer that skips bad steps"
+# Keys with which DeepSpeed would take another optimizer step than the other engines do. The loss is
+# already divided by the number of targets on all ranks, so gradients must be summed, not averaged;
+# and bad steps are skipped in an optimizer that these features bypass.
+ANOTHER_SUM = "gradients are summed over ranks; the loss is already a mean over all targets"
+ANOTHER_ADAMW = "it updates weights without the optimizer that skips bad steps"
 IMPOSSIBLE = {
     "gradient_allreduce_op": ANOTHER_SUM,
     "gradient_predivide_factor": ANOTHER_SUM,
@@ -34,18 +37,20 @@ IMPOSSIBLE = {
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig(Settings):
-    """What every engine can be told.
+    """The settings that all engines have.
 
     Attributes:
-        device: `auto` is CUDA where there is one.
-        precision: `auto` is bf16 matrix products on CUDA and fp32 on the CPU; the optimizer's
-            weights are always fp32.
+        device: where the model is trained; `auto` is CUDA where there is a usable device, and the
+            CPU otherwise.
+        precision: the precision of matrix products; `auto` is bf16 on CUDA and fp32 on the CPU. The
+            weights that the optimizer updates are always fp32.
         compile: compile each block with `torch.compile`.
-        threads: threads of the CPU's kernels in each process; null: PyTorch's choice.
-        activation_checkpointing: what a block keeps for its backward pass: `none` recomputes
-            nothing, `full` keeps only the block's input, `selective` the results of matrix products
-            and attention.
-        checkpoint_every_block: with 2, every second block is checkpointed, and so on.
+        threads: how many CPU threads a process uses for its computations; null: PyTorch's choice.
+        activation_checkpointing: what a block stores for its backward pass. `none`: everything.
+            `full`: only the block's input; the rest is computed again. `selective`: the results of
+            matrix products and attention.
+        checkpoint_every_block: 1 checkpoints the activations of every block, 2 of every second
+            block, and so on.
     """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -55,11 +60,11 @@ class EngineConfig(Settings):
     activation_checkpointing: Literal["none", "full", "selective"] = "none"
     checkpoint_every_block: int = 1
 
-    def problems(self) -> list[str]:
+    def problems(self) -> list[Problem]:
         return at_least(self, "engine", 1, "threads", "checkpoint_every_block")
 
-    def problems_on(self, world_size: int) -> list[str]:  # noqa: ARG002
-        """Why so many ranks cannot use this engine."""
+    def problems_on(self, world_size: int) -> list[Problem]:  # noqa: ARG002
+        """Why the engine cannot spread the work over this many ranks."""
         return []
 
 
@@ -68,11 +73,14 @@ class FsdpConfig(EngineConfig):
     """PyTorch's own: one process, DDP, FSDP2 or HSDP, by the number of ranks and `shard`.
 
     Attributes:
-        shard: cut weights, gradients and moments over the ranks (FSDP2); false: every rank has all
-            of them (DDP).
-        replicate: HSDP: this many groups of ranks, each of which holds all shards.
-        reshard_after_forward: free a block's gathered weights between its forward and its backward
-            pass; `auto` does, but for the last block, which is needed again at once.
+        kind: `fsdp`.
+        shard: true: weights, gradients and moments are cut over the ranks (FSDP2). false: every
+            rank has all of them (DDP).
+        replicate: into how many groups the ranks are divided, each of which holds a whole copy of
+            the shards (HSDP); must divide the number of ranks.
+        reshard_after_forward: whether a block's gathered weights are freed between its forward and
+            its backward pass. `auto` frees those of all blocks but the last, whose backward pass
+            comes at once.
         reduce: the precision in which gradients are summed over ranks.
     """
 
@@ -82,21 +90,20 @@ class FsdpConfig(EngineConfig):
     reshard_after_forward: Literal["auto", "always", "never"] = "auto"
     reduce: Literal["fp32", "bf16"] = "fp32"
 
-    def problems(self) -> list[str]:
+    def problems(self) -> list[Problem]:
         found = [*super().problems(), *at_least(self, "engine", 1, "replicate")]
         if self.replicate > 1 and not self.shard:
-            found.append(
-                f"engine.replicate={self.replicate}: engine.shard=false replicates on all ranks "
-                "anyway; leave one of the two out"
-            )
+            reason = "engine.shard=false replicates on all ranks anyway"
+            hint, others = "leave one of the two out", ("engine.shard",)
+            found.append(Problem("engine.replicate", self.replicate, reason, hint, others))
         return found
 
-    def problems_on(self, world_size: int) -> list[str]:
-        odd = (
-            f"engine.replicate={self.replicate}: must divide the number of ranks, {world_size}; "
-            "choose another, or start another number of ranks"
-        )
-        return [odd] if world_size % self.replicate else []
+    def problems_on(self, world_size: int) -> list[Problem]:
+        if world_size % self.replicate == 0:
+            return []
+        reason = f"must divide the number of ranks, {world_size}"
+        hint = "choose another, or start another number of ranks"
+        return [Problem("engine.replicate", self.replicate, reason, hint)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,12 +111,14 @@ class DeepSpeedConfig(EngineConfig):
     """DeepSpeed's ZeRO (arXiv 1910.02054).
 
     Attributes:
-        stage: what is cut over the ranks: 0 nothing, 1 the moments, 2 and the gradients, 3 and the
-            weights.
+        kind: `deepspeed`.
+        stage: what is cut over the ranks. 0: nothing; 1: the optimizer's moments; 2: moments and
+            gradients; 3: moments, gradients and weights.
         offload_optimizer: keep the moments in the host's memory and update the weights there;
-            stages 1 to 3.
-        offload_parameters: keep the weights there, too, and fetch them as they are needed; stage 3.
-        deepspeed: keys of DeepSpeed's own configuration, laid over those that follow from the
+            needs stage 1, 2 or 3.
+        offload_parameters: keep the weights in the host's memory, too, and fetch them when they
+            are needed; needs stage 3.
+        deepspeed: keys of DeepSpeed's own configuration, which replace those that follow from the
             other settings: `engine.deepspeed.zero_optimization.overlap_comm=true`.
     """
 
@@ -119,27 +128,29 @@ class DeepSpeedConfig(EngineConfig):
     offload_parameters: bool = False
     deepspeed: dict[str, Any] = field(default_factory=dict)
 
-    def problems(self) -> list[str]:
+    def problems(self) -> list[Problem]:
         found = super().problems()
         if self.offload_optimizer and self.stage == 0:
-            found.append(
-                "engine.offload_optimizer=true: engine.stage=0 cuts no moments, and has none to "
-                "offload; choose engine.stage=1, 2 or 3"
-            )
+            reason = "engine.stage=0 cuts no moments, and has none to offload"
+            hint, others = "choose engine.stage=1, 2 or 3", ("engine.stage",)
+            found.append(Problem("engine.offload_optimizer", True, reason, hint, others))
         if self.offload_parameters and self.stage != 3:
-            found.append(
-                f"engine.offload_parameters=true: engine.stage={self.stage} keeps all weights on "
-                "every device; choose engine.stage=3"
-            )
+            reason = f"engine.stage={self.stage} keeps all weights on every device"
+            hint, others = "choose engine.stage=3", ("engine.stage",)
+            found.append(Problem("engine.offload_parameters", True, reason, hint, others))
         zero = self.deepspeed.get("zero_optimization")
         given = {*self.deepspeed, *(f"zero_optimization.{key}" for key in zero or ())}
         found += [
-            f"engine.deepspeed.{key}: follows from {setting}; set that instead"
+            Problem(
+                f"engine.deepspeed.{key}",
+                expected=f"follows from {setting}",
+                hint="set that instead",
+            )
             for key, setting in DECIDED_ELSEWHERE.items()
             if key in given
         ]
         return found + [
-            f"engine.deepspeed.{key}: {why}; leave it out"
+            Problem(f"engine.deepspeed.{key}", expected=why, hint="leave it out")
             for key, why in IMPOSSIBLE.items()
             if key in given
         ]

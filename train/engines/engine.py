@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from conf.errors import ConfigError
 from data.heldout import HeldOut
 from data.prefetch import never
 from data.stream import Batch
@@ -109,12 +110,13 @@ class Engine(ABC):
         with torch.device("meta"):
             self.model = Transformer(config.model)
         self.model_with_loss = ModelWithLoss(self.model, config.optim.z_loss)
-        config.train.accumulation(groups.world_size)  # or it says why not
-        if problems := config.engine.problems_on(groups.world_size):
-            raise ValueError("; ".join(problems))
-        self.micro_batch = (
-            config.train.micro_batch or config.train.global_batch // groups.world_size
-        )
+        world_size = groups.world_size
+        if problems := [
+            *config.train.problems_on(world_size),
+            *config.engine.problems_on(world_size),
+        ]:
+            raise ConfigError(problems)
+        self.micro_batch = config.train.micro_batch_on(world_size)
 
     @torch.no_grad()
     def evaluate(

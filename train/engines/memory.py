@@ -76,7 +76,7 @@ def saved_bytes(
     config: Config, dtype: torch.dtype, world_size: int, checkpointing: Literal["none", "full"]
 ) -> int:
     """Bytes that the forward pass of one micro-batch saves: run on tensors without storage."""
-    rows = config.train.micro_batch or config.train.global_batch // world_size
+    rows = config.train.micro_batch_on(world_size)
     sizes: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:

@@ -258,7 +258,7 @@ def import_deepspeed(device: torch.device) -> ModuleType:
 
 def deepspeed_json(config: Config, world_size: int, dtype: torch.dtype) -> dict[str, Any]:
     """DeepSpeed's own configuration; the user's `engine.deepspeed` goes over it."""
-    settings, accumulation = config.engine, config.train.accumulation(world_size)
+    settings = config.engine
     assert isinstance(settings, DeepSpeedConfig)
     zero: dict[str, Any] = {"stage": settings.stage}
     if settings.offload_optimizer:
@@ -266,8 +266,8 @@ def deepspeed_json(config: Config, world_size: int, dtype: torch.dtype) -> dict[
     if settings.offload_parameters:
         zero["offload_param"] = {"device": "cpu", "pin_memory": True}
     json = {
-        "train_micro_batch_size_per_gpu": config.train.global_batch // (world_size * accumulation),
-        "gradient_accumulation_steps": accumulation,
+        "train_micro_batch_size_per_gpu": config.train.micro_batch_on(world_size),
+        "gradient_accumulation_steps": config.train.accumulation(world_size),
         "gradient_clipping": 0.0,  # its default is 1; AdamW clips, see `_before_adamw`
         "zero_optimization": zero,
         "zero_force_ds_cpu_optimizer": False,  # torch's AdamW is as fast, and knows `found_inf`

@@ -320,7 +320,7 @@ def test_lengths_and_copies_that_cannot_be_measured_are_refused() -> None:
             ["inference", "copies=[2,1]", "prompts=0", "contexts=x"],
             positional=["name"],
         )
-    assert set(error.value.problems) >= {
+    assert set(map(str, error.value.problems)) >= {
         "copies=1: expected integers of at least 2",
         "prompts=0: expected integers of at least 1",
     }
