@@ -44,13 +44,14 @@ def train(run: Run, progress: Progress) -> tuple[StepRecord, Metrics]:
         run.stream,
         workers=config.data.workers,
         depth=config.data.prefetch,
-        give_up=run.stop_signal.is_set,
-        given=run.batches,
+        stop_requested=run.stop_signal.is_set,
+        batches_done=run.batches,
         skip_batches=run.skip_batches,
     ) as loader:
         _agree_to_begin(run, loader)
         for step, batch in enumerate(loader, run.step + 1):
             number = loader.number
+            assert batch.stats is not None
             lr = learning_rate(config, step - 1)
             stop_sync.begin(_rank_flags(run, loader, perf_counter() - started - hooks_s))
             result = engine.step(
@@ -97,9 +98,10 @@ def train(run: Run, progress: Progress) -> tuple[StepRecord, Metrics]:
 def _rank_flags(run: Run, loader: Loader, train_s: float) -> RankFlags:
     """What this rank knows before a step."""
     following, limit = loader.peek(), run.config.train.max_time
+    stats = following.stats if following else None
     return RankFlags(
         failed=loader.failure is not None and not isinstance(loader.failure, OutOfTextError),
-        full=following is not None and following.stats.targets > 0,
+        full=stats is not None and stats.targets > 0,
         late=limit is not None and train_s >= limit,
     )
 

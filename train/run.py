@@ -13,9 +13,10 @@ from rich.console import Console
 
 from conf.errors import ConfigError
 from conf.validation import as_dict, flatten_keys
+from data.batch import Batch
 from data.config import TokenizerConfig
-from data.fingerprint import changes, check_fingerprint
-from data.heldout import HeldOut, heldout_rows
+from data.fingerprint import changed_settings, check_fingerprint
+from data.heldout import heldout_rows
 from data.sources.documents import Documents
 from data.stream import BatchShape, TokenStream
 from data.tokenizer import Tokenizer
@@ -316,7 +317,7 @@ def _evaluations(
         return []
     groups, seq_len, limit = engine.groups, config.train.seq_len, config.eval.rows
 
-    def read() -> dict[str, HeldOut | None]:
+    def read() -> dict[str, Batch | None]:
         return {
             source: heldout_rows(documents, tokenizer, source, seq_len=seq_len, limit=limit)
             for source in (config.data.sources if groups.first else ())
@@ -367,7 +368,7 @@ def _newest(config: Config, store: CheckpointStore, console: Console) -> Checkpo
 def _changes(saved: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
     """What differs between two configurations, by key; not what only names, bounds or reports."""
     ignored = ("run.", "data.", "tokenizer.", "hooks.", "eval.", "checkpoint.", "model.attention")
-    changed = changes(flatten_keys(saved), flatten_keys(now))
+    changed = changed_settings(flatten_keys(saved), flatten_keys(now))
     return {
         key: line
         for key, line in changed.items()

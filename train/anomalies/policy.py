@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 
-from data.stream import Batch
+from data.batch import Batch
 from data.tokenizer import Tokenizer
 from train.anomalies.detection import SpikeDetector
 from train.anomalies.report import BadStep, layer_report, write_bad_step

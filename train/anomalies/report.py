@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from data.stream import Batch
+from data.batch import Batch
 from data.tokenizer import Tokenizer
 from phd.loss import IGNORED
 from train.distributed.process_groups import ProcessGroups
@@ -67,6 +67,7 @@ def write_bad_step(
         OSError: the disk refuses.
     """
     stats = batch.stats
+    assert stats is not None
     counts = [None] * len(batch.rows) if batch.mask is None else batch.mask.sum(1).tolist()
     rows = [
         {
@@ -81,8 +82,8 @@ def write_bad_step(
         )
     ]
     lanes = {
-        lane: {"goes_on": stats.lanes[lane].to_json(), "reached": reached.to_json()}
-        for lane, reached in stats.reached.items()
+        lane: {"goes_on": stats.lanes[lane].to_json(), "reached": progress.to_json()}
+        for lane, progress in stats.progress.items()
     }
     record = {**asdict(bad), "limits": bad.limits._asdict()}
     record |= {"rank": groups.rank, "layers": layers, "lanes": lanes, "rows": rows}

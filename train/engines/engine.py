@@ -9,9 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from data.heldout import HeldOut
+from data.batch import Batch
 from data.prefetch import never
-from data.stream import Batch
 from phd.loss import IGNORED, Loss
 from phd.model import Transformer
 from phd.segments import Segments
@@ -67,10 +66,10 @@ class Rows(NamedTuple):
     starts: Tensor | None = None
 
     @classmethod
-    def of(cls, text: Batch | HeldOut) -> "Rows":
+    def of(cls, text: Batch) -> "Rows":
         """The rows of a batch, sharing its memory."""
         mask, starts = (
-            None if x is None else torch.from_numpy(x) for x in (text.mask, text.starts)
+            None if x is None else torch.from_numpy(x) for x in (text.mask, text.document_starts)
         )
         return cls(torch.from_numpy(text.rows), mask, starts)
 

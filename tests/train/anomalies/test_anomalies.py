@@ -13,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from data.loader import Loader
 from tests.train.many_ranks import run_ranks
 from train.anomalies.detection import SpikeDetector
 from train.anomalies.report import BadStep, layer_report, write_bad_step
@@ -161,7 +162,7 @@ def test_limits_are_the_same_after_a_resume_and_whenever_steps_are_looked_at(
 def written(config: Any, opened: Any) -> tuple[Any, Any]:
     """A run of a small model, and its first batch."""
     run = opened(config())
-    return run, next(iter(run.stream))
+    return run, next(Loader(run.stream))
 
 
 BAD = BadStep(step=7, batch=8, loss=nan, grad_norm=2.5, limits=Limits(4.5, inf), lr=1e-3)
