@@ -3,11 +3,13 @@
 from collections.abc import Mapping
 from typing import Any
 
+from conf.errors import ConfigError, Problem
 
-def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
+
+def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
     """A sentence for each setting that has changed, by the setting.
 
-    >>> changes({"seed": 0, "data.lanes": 8}, {"seed": 0, "data.lanes": 4})
+    >>> changed_settings({"seed": 0, "data.lanes": 8}, {"seed": 0, "data.lanes": 4})
     {'data.lanes': 'data.lanes was 8 and is now 4'}
     """
     return {
@@ -18,13 +20,19 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]
 
 
 def check_fingerprint(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Makes sure that cursors which were saved with one fingerprint are valid with another.
+    """Make sure that cursors which were saved with one fingerprint are valid with another.
 
     Raises:
-        ValueError: they differ; it says in what.
+        ConfigError: they differ; each problem is a setting.
     """
-    if changed := changes(saved, now):
-        raise ValueError(
-            f"this run cannot go on with other data: {'; '.join(changed.values())}. Restore what "
-            "changed, or start a new run with another run.name"
+    problems = [
+        Problem(
+            key,
+            now.get(key),
+            f"was {saved.get(key)!r} when this run began",
+            "restore it, or start a new run with another run.name",
         )
+        for key in changed_settings(saved, now)
+    ]
+    if problems:
+        raise ConfigError(problems, "the data of a run that goes on")

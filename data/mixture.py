@@ -1,9 +1,9 @@
-"""Several sources in one stream of documents, each with its share of the tokens.
+"""Several sources in one stream of documents, each with its part of the tokens.
 
-Next comes the source whose tokens, over its weight, are the fewest: stride scheduling (Waldspurger
-and Weihl, MIT/LCS/TM-528, 1995). So weights are shares of the tokens, whatever the documents'
-lengths, and they are kept to within a document. What comes next depends on nothing but the counts,
-which the cursor holds:
+The next document is of the source whose tokens, divided by its weight, are the fewest. This is
+stride scheduling (Waldspurger and Weihl, MIT/LCS/TM-528, 1995). So weights are parts of the tokens,
+whatever the documents' lengths, and they are right to within a document at any time. The choice
+depends only on the counts, which the cursor holds:
 
     weights 3 : 1, documents of 100 tokens
 
@@ -11,12 +11,12 @@ which the cursor holds:
     tokens of books    0      100  100  100  100    200  200  200  200
     next               books  web  web  web  books  web  web  web  books
 
-Lanes must not take a document of a rare source all at the same step. So a part of the next document
-counts, too, the same for all documents of a lane, phase and source: for one lane a source's turn
-comes when its next document would begin, for another when it would end.
+If that were all, every lane would read a document of a rare source at the same step. So a fraction
+of the next document is counted, too, which is fixed for each lane, phase and source: in one lane
+the source is chosen when its next document would begin, in another when it would end.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -35,16 +35,16 @@ class SourceState(NamedTuple):
     Attributes:
         cursor: where its documents go on.
         tokens: tokens that were read so far.
-        earlier: how many of them before the present phase.
+        phase_start: how many of them were read before the present phase.
     """
 
     cursor: Cursor = Cursor()
     tokens: int = 0
-    earlier: int = 0
+    phase_start: int = 0
 
     def to_json(self) -> dict[str, Any]:
-        """As plain values."""
-        return {**self.cursor._asdict(), "tokens": self.tokens, "earlier": self.earlier}
+        """As plain values, under the names that checkpoints have."""
+        return {**self.cursor._asdict(), "tokens": self.tokens, "earlier": self.phase_start}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "SourceState":
@@ -59,8 +59,8 @@ class LaneCursor(NamedTuple):
     Attributes:
         sources: by name, before the next document.
         phase: number of the weights that apply.
-        skip: what has been used of the documents that follow: tokens of the first, or, with
-            best-fit packing, rows of the group that is packed together.
+        skip: what has been read already of the documents that follow: tokens of the first one or,
+            with best-fit packing, rows of the group that is packed together.
     """
 
     sources: dict[str, SourceState]
@@ -69,13 +69,13 @@ class LaneCursor(NamedTuple):
 
     def to_json(self) -> dict[str, Any]:
         """As plain values."""
-        sources = {name: drawn.to_json() for name, drawn in self.sources.items()}
+        sources = {name: state.to_json() for name, state in self.sources.items()}
         return {"sources": sources, "phase": self.phase, "skip": self.skip}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "LaneCursor":
         """The inverse of `to_json`."""
-        sources = {name: SourceState.from_json(drawn) for name, drawn in values["sources"].items()}
+        sources = {name: SourceState.from_json(state) for name, state in values["sources"].items()}
         return cls(sources, values["phase"], values["skip"])
 
 
@@ -91,20 +91,18 @@ class Lane:
     def read(self, start: LaneCursor | None = None) -> Iterator[tuple[np.ndarray, LaneCursor]]:
         """Documents' tokens [n] with their separators, each with the cursor before it.
 
-        It ends when every source with a weight has been read as often as its `epochs` allow; last
-        comes an empty document with the cursor of the end.
+        It ends when every source with a weight has been read as often as its `epochs` allow. The
+        last document is an empty one, with the cursor of the end.
         """
         config = self.documents.config
         cursor = start or LaneCursor(dict.fromkeys(config.sources, SourceState()))
-        readers = {name: self._source(name, drawn.cursor) for name, drawn in cursor.sources.items()}
+        readers = {name: self._source(name, state.cursor) for name, state in cursor.sources.items()}
         ahead: dict[str, tuple[np.ndarray, Cursor]] = {}
         mixture = config.mixture
-        total = sum(drawn.tokens for drawn in cursor.sources.values())
+        starts = [after_tokens for after_tokens, _ in mixture]
+        total = sum(state.tokens for state in cursor.sources.values())
         while True:
-            while (following := cursor.phase + 1) < len(mixture):
-                if total * config.lanes < mixture[following][0]:
-                    break
-                cursor = _begin(cursor, following)
+            cursor = _in_phase(cursor, starts, total * config.lanes)
             weights = mixture[cursor.phase][1]
             for name in [n for n in readers if n not in ahead and weights[n]]:
                 if (item := next(readers[name], None)) is None:
@@ -115,14 +113,14 @@ class Lane:
             if not any(weights[name] for name in ahead):
                 yield np.empty(0, dtype=np.int32), cursor
                 return
-            name = self._next(cursor, weights, ahead)
+            name = self._next_source(cursor, weights, ahead)
             tokens, after = ahead.pop(name)
             yield tokens, cursor
             count = len(tokens)
             total += count
-            _, before, earlier = cursor.sources[name]
-            drawn = SourceState(after, before + count, earlier)
-            cursor = LaneCursor({**cursor.sources, name: drawn}, cursor.phase)
+            state = cursor.sources[name]
+            state = SourceState(after, state.tokens + count, state.phase_start)
+            cursor = LaneCursor({**cursor.sources, name: state}, cursor.phase)
 
     def _source(self, name: str, start: Cursor) -> Iterator[tuple[AnyDocument, Cursor]]:
         config = self.documents.config
@@ -131,35 +129,44 @@ class Lane:
         read = partial(self.documents.training, name, self.number)
         return epochs(read, shuffle, start, config.sources[name].epochs)
 
-    def _next(
+    def _next_source(
         self,
         cursor: LaneCursor,
         weights: Mapping[str, float],
         ahead: Mapping[str, tuple[np.ndarray, Cursor]],
     ) -> str:
-        """The source whose turn it is, of those whose next document is there."""
-        turns = [name for name in ahead if weights[name]]
-        if len(turns) == 1:
-            return turns[0]
+        """The source that is furthest behind its weight, of those whose next document is read."""
+        candidates = [name for name in ahead if weights[name]]
+        if len(candidates) == 1:
+            return candidates[0]
 
-        def place(name: str) -> float:
-            drawn = cursor.sources[name]
+        def tokens_over_weight(name: str) -> float:
+            state = cursor.sources[name]
             key = f"{self.seed} {self.number} {cursor.phase} {name}"
-            part = xxh3_64_intdigest(key.encode()) / 2**64
-            tokens = drawn.tokens - drawn.earlier + part * len(ahead[name][0])
+            fraction = xxh3_64_intdigest(key.encode()) / 2**64
+            tokens = state.tokens - state.phase_start + fraction * len(ahead[name][0])
             return tokens / weights[name]
 
-        return min(sorted(turns), key=place)
+        return min(sorted(candidates), key=tokens_over_weight)
+
+
+def _in_phase(cursor: LaneCursor, starts: Sequence[int], tokens: int) -> LaneCursor:
+    """The cursor, in the phase that applies after so many tokens of the run.
+
+    Args:
+        starts: tokens of the run after which each phase begins.
+        tokens: those of this lane times the number of lanes. All lanes read about as many, so that
+            each can begin a phase without asking the others.
+    """
+    while (following := cursor.phase + 1) < len(starts) and tokens >= starts[following]:
+        states = cursor.sources.items()
+        sources = {name: state._replace(phase_start=state.tokens) for name, state in states}
+        cursor = LaneCursor(sources, following)
+    return cursor
 
 
 def _used_up(cursor: LaneCursor, name: str, epochs: int | None) -> LaneCursor:
     """The cursor when all of a source's epochs are complete."""
     assert epochs is not None
-    drawn = cursor.sources[name]._replace(cursor=Cursor(epoch=epochs))
-    return cursor._replace(sources={**cursor.sources, name: drawn})
-
-
-def _begin(cursor: LaneCursor, phase: int) -> LaneCursor:
-    """The cursor when new weights begin to apply."""
-    sources = {n: d._replace(earlier=d.tokens) for n, d in cursor.sources.items()}
-    return LaneCursor(sources, phase)
+    state = cursor.sources[name]._replace(cursor=Cursor(epoch=epochs))
+    return cursor._replace(sources={**cursor.sources, name: state})

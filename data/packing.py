@@ -7,10 +7,11 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-Place = TypeVar("Place")
+CursorT = TypeVar("CursorT")
+"""What comes with each document and tells from where to read on; nothing here looks into it."""
 
 PADDING = 0
-"""The id that fills a row up; any would do, since it is neither a target nor seen by one."""
+"""The id that fills a row up. Any would do: it is no target, and no target's prediction sees it."""
 
 
 class Row(NamedTuple):
@@ -18,19 +19,19 @@ class Row(NamedTuple):
 
     Attributes:
         tokens: [T+1] int64.
-        targets: how many of its T targets count, the first.
-        reached: the place of the last document in it; with best fit, about.
+        targets: how many of its T targets count, the first ones.
+        progress: the cursor of the last document that was read for it; with best fit, about.
     """
 
     tokens: np.ndarray
     targets: int
-    reached: Any
+    progress: Any
 
 
 def pack(
-    documents: Iterable[tuple[np.ndarray, Place]], seq_len: int, skip: int = 0
-) -> Iterator[tuple[Row, Place, int]]:
-    """Cuts tokens into rows of T+1 that overlap by one, so that each is a target exactly once.
+    documents: Iterable[tuple[np.ndarray, CursorT]], seq_len: int, skip: int = 0
+) -> Iterator[tuple[Row, CursorT, int]]:
+    """Cut tokens into rows of T+1 that overlap by one, so that each is a target exactly once.
 
         documents   a a a . b b . c c c c c .        . ends a document
         rows, T=4   a a a . b
@@ -38,16 +39,16 @@ def pack(
                                     c c c c .
 
     Args:
-        documents: each document's tokens [n], its separator included, with its place.
+        documents: each document's tokens [n], its separator included, with its cursor.
         skip: tokens of the first document to leave out.
 
     Yields:
-        a row, and where the next one starts: in which document, at which token. The last one is
-        filled up with padding.
+        a row, and where the next one starts: the cursor of its first document, and the token in
+        it. The last row is filled up with padding.
 
     >>> tokens = [np.array([1, 1, 1, 0]), np.array([2, 2, 0]), np.array([3, 3, 3, 0])]
-    >>> for row, place, offset in pack(zip(tokens, "abc"), seq_len=4):
-    ...     print(row.tokens, row.targets, place, offset)
+    >>> for row, cursor, offset in pack(zip(tokens, "abc"), seq_len=4):
+    ...     print(row.tokens, row.targets, cursor, offset)
     [1 1 1 0 2] 4 b 0
     [2 2 0 3 3] 4 c 1
     [3 3 0 0 0] 2 c 4
@@ -55,7 +56,7 @@ def pack(
     size = seq_len + 1
     row = np.empty(size, dtype=np.int64)
     filled = 0
-    for tokens, place in documents:
+    for tokens, cursor in documents:
         start, skip, length = skip, 0, len(tokens)
         while start < length:
             stop = start + size - filled
@@ -65,24 +66,25 @@ def pack(
                 break
             row[filled:] = tokens[start:stop]
             start = stop - 1  # the row's last token is the first of the next
-            yield Row(row, seq_len, place), place, start
+            yield Row(row, seq_len, cursor), cursor, start
             row = np.empty(size, dtype=np.int64)
             filled = 0
-    # An empty document at the end gives its place to a row, if need be to one of padding alone.
+    # An empty document comes at the end of all text and brings the cursor of the end. A row has to
+    # carry that cursor, if need be one of padding alone.
     if filled > 1 or (filled and not len(tokens)):
         row[filled:] = PADDING
-        yield Row(row, filled - 1, place), place, len(tokens)
+        yield Row(row, filled - 1, cursor), cursor, len(tokens)
 
 
 def pack_best_fit(
-    documents: Iterable[tuple[np.ndarray, Place]],
+    documents: Iterable[tuple[np.ndarray, CursorT]],
     seq_len: int,
     skip: int = 0,
     *,
     group: int,
     separator: int,
-) -> Iterator[tuple[Row, Place, int]]:
-    """Fits whole documents into rows of T targets; only those longer than T are cut.
+) -> Iterator[tuple[Row, CursorT, int]]:
+    """Fit whole documents into rows of T targets; only those longer than T are cut.
 
         documents   a a a .   b b .   c c c c c c c .   d .
 
@@ -91,17 +93,18 @@ def pack_best_fit(
                     . c c c c c c          0 is padding, and no target
 
     Of `group` documents at a time, the longest comes first and goes where it leaves the least room
-    (best-fit decreasing, as in arXiv 2404.10830); rows then follow in the order of the documents.
+    (best-fit decreasing, as in arXiv 2404.10830). The rows come in the order of their first
+    documents.
 
     Args:
-        documents: each document's tokens [n], its separator included, with its place.
+        documents: each document's tokens [n], its separator included, with its cursor.
         skip: rows of the first group to leave out.
         group: documents that are fitted together.
         separator: the id that ends documents.
 
     Yields:
-        a row, and where the next one starts: the first document of its group, and how many rows of
-        the group come before it.
+        a row, and where the next one starts: the cursor of the first document of its group, and
+        how many rows of the group come before it.
 
     >>> texts = ("aaa.", "bb.", "ccccccc.", "d.")
     >>> documents = [(np.array(["0.abcd".index(c) for c in text]), text) for text in texts]
@@ -114,11 +117,11 @@ def pack_best_fit(
     following = iter(documents)
     while taken := list(islice(following, group)):
         rows = _fit([tokens for tokens, _ in taken], seq_len, separator)
-        places = [place for _, place in taken]
+        cursors = [cursor for _, cursor in taken]
         for number in range(skip, len(rows)):
-            # Rows follow the documents' order: so far they hold about as large a part of them.
-            reached = places[max(0, (number + 1) * len(places) // len(rows) - 1)]
-            yield Row(*rows[number], reached), places[0], number + 1
+            # The first n of N rows hold about n/N of the documents, because of the rows' order.
+            progress = cursors[max(0, (number + 1) * len(cursors) // len(rows) - 1)]
+            yield Row(*rows[number], progress), cursors[0], number + 1
         skip = 0
 
 
@@ -134,20 +137,20 @@ def _fit(documents: list[np.ndarray], seq_len: int, separator: int) -> list[tupl
     """Rows with all tokens of some documents, each with its number of targets."""
     whole: list[_Piece] = []
     bins: list[list[_Piece]] = []
-    room: list[tuple[int, int]] = []  # what is left in which bin, sorted
+    room: list[tuple[int, int]] = []  # (tokens that are left, bin), sorted
     for number, tokens in enumerate(documents):
         if 0 < len(tokens) <= seq_len:
             whole.append(_Piece(tokens, separator, number))
             continue
         for start in range(0, len(tokens), seq_len):
             before = int(tokens[start - 1]) if start else separator
-            # A document's rest has to be the first in its row, behind the token before the cut.
+            # A part after a cut comes first in its row, which begins with the token before it.
             bins.append([piece := _Piece(tokens[start : start + seq_len], before, number)])
             insort(room, (seq_len - len(piece.tokens), len(bins) - 1))
     for piece in sorted(whole, key=lambda piece: -len(piece.tokens)):
-        place = bisect_left(room, (len(piece.tokens), 0))
-        if place < len(room):
-            left, chosen = room.pop(place)
+        tightest = bisect_left(room, (len(piece.tokens), 0))
+        if tightest < len(room):
+            left, chosen = room.pop(tightest)
         else:
             left, chosen = seq_len, len(bins)
             bins.append([])
@@ -163,17 +166,3 @@ def _row(pieces: list[_Piece], seq_len: int) -> tuple[np.ndarray, int]:
     for piece in pieces:
         tokens[stop : (stop := stop + len(piece.tokens))] = piece.tokens
     return tokens, stop - 1
-
-
-def document_starts(tokens: np.ndarray, separator: int) -> np.ndarray:
-    """Where the document of each input token begins, of rows [R, T+1]: int64 [R, T].
-
-    A separator counts to the document that it introduces: so every target belongs to the document
-    of its input, and a document looks as it does at inference, where a separator precedes it.
-
-    >>> document_starts(np.array([[5, 6, 0, 7, 8, 0, 9]]), separator=0)
-    array([[0, 0, 2, 2, 2, 5]])
-    """
-    inputs = tokens[:, :-1]
-    places = np.where(inputs == separator, np.arange(inputs.shape[1]), 0)
-    return np.maximum.accumulate(places, axis=1)

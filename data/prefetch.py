@@ -8,37 +8,39 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 
 POLL_S = 0.2
-"""Seconds between two looks at whether the consumer should stop waiting."""
+"""Seconds between two calls of `stop_requested`, and so the delay of a stop."""
 
-GRACE_S = 5.0
-"""Seconds that closing waits for an item in the making; a stalled server may keep it longer."""
+CLOSE_TIMEOUT_S = 5.0
+"""Seconds that closing waits for the item that is being made; a stalled server may take longer."""
 
 
 class WaitEndedError(Exception):
-    """The consumer was told to wait no longer."""
+    """The consumer was asked to stop while it waited."""
 
 
 def never() -> bool:
-    """The answer of a consumer that waits as long as it takes."""
+    """No stop is ever requested."""
     return False
 
 
 class Prefetch(Generic[T]):
     """The items of another iterable in their order, up to `depth` of them made in advance.
 
-    An error in the making comes to the consumer in its place. What is made but not consumed is
-    lost, so a checkpoint stores the cursors of the last batch that was consumed. Close it, or use
-    it as a context, to end its thread.
+    An error in making an item is raised where the consumer asks for that item. Items that are made
+    but not consumed are lost, so a checkpoint stores the cursors of the last batch that was
+    consumed. Close it, or use it as a context, to end its thread.
 
     Args:
         items: what is made in advance.
         depth: how many of them.
-        give_up: whether to wait no longer, asked while nothing is ready.
+        stop_requested: whether to wait no longer; called while nothing is ready.
     """
 
-    def __init__(self, items: Iterable[T], depth: int, give_up: Callable[[], bool] = never) -> None:
+    def __init__(
+        self, items: Iterable[T], depth: int, stop_requested: Callable[[], bool] = never
+    ) -> None:
         assert depth >= 1
-        self._give_up = give_up
+        self._stop_requested = stop_requested
         self._room = Semaphore(depth)
         self._made: SimpleQueue[tuple[T] | BaseException] = SimpleQueue()
         self._closed = Event()
@@ -63,7 +65,7 @@ class Prefetch(Generic[T]):
         assert not self._closed.is_set(), "closed"
         made = self._take()
         if isinstance(made, BaseException):
-            self._made.put(made)  # for whoever asks again
+            self._made.put(made)  # the next call raises it again
             raise made
         self._room.release()
         return made[0]
@@ -73,14 +75,14 @@ class Prefetch(Generic[T]):
             try:
                 return self._made.get(timeout=POLL_S)
             except Empty:
-                if self._give_up():
+                if self._stop_requested():
                     raise WaitEndedError from None
 
     def close(self) -> None:
-        """Ends the thread after the item that it is making, or leaves it to end by itself."""
+        """End the thread after its present item; if that takes long, it ends by itself later."""
         self._closed.set()
         self._room.release()
-        self._thread.join(GRACE_S)
+        self._thread.join(CLOSE_TIMEOUT_S)
 
     def __enter__(self) -> "Prefetch[T]":
         return self

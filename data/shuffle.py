@@ -1,7 +1,7 @@
-"""Documents in another order each epoch, with nothing to save but a place.
+"""Documents in another order each epoch, with nothing to save but a small cursor.
 
-A lane's documents are taken in blocks. The order within a block is drawn from (seed, lane, epoch,
-block) alone, so any place can be gone back to by reading that one block again:
+A lane's documents are taken in blocks. The order within a block depends on (seed, lane, source,
+epoch, block) alone, so reading that one block again leads back to any place in it:
 
     corpus      a b c | d e f | g h       block 0, 1, 2 of three documents
     epoch 0     b a c | f d e | g h
@@ -21,13 +21,13 @@ Pass = Iterator[tuple[AnyDocument, Position]]
 
 
 class Cursor(NamedTuple):
-    """The place of a document in a lane's share of a source: from here it goes on exactly.
+    """A document of a lane's part of a source, from which reading goes on exactly.
 
     Attributes:
-        epoch: passes over the share that are complete.
+        epoch: passes over that part that are complete.
         block: blocks of this epoch that are complete.
         position: the corpus' position at the block's start.
-        document: place in the block's shuffled order.
+        document: its number in the block's shuffled order.
     """
 
     epoch: int = 0
@@ -46,12 +46,12 @@ class Shuffle:
 
     def order(self, epoch: int, block: int, count: int) -> Sequence[int]:
         """The order in which a block's `count` documents are read."""
-        places = range(count)
+        numbers = range(count)
         if not self.enabled:
-            return places
-        # Sorting by a hash needs no generator whose stream another version may change.
+            return numbers
+        # Sorted by a hash, because another version of a library may change its generators.
         key = f"{self.key} {epoch} {block} "
-        return sorted(places, key=lambda place: xxh3_64_intdigest(f"{key}{place}".encode()))
+        return sorted(numbers, key=lambda number: xxh3_64_intdigest(f"{key}{number}".encode()))
 
 
 def epochs(
@@ -59,20 +59,23 @@ def epochs(
 ) -> Iterator[tuple[AnyDocument, Cursor]]:
     """Documents from `start` on, epoch after epoch until `limit`, each with the cursor after it.
 
-    `read` makes one pass from a position; it has to give a document if that is None.
+    Args:
+        read: one pass from a position; from None, which is the beginning, it gives a document or
+            raises, so that this cannot search without end.
+        limit: epochs; None: no end.
     """
     epoch, block, position, first = start
     while limit is None or epoch < limit:
         for documents, after in _blocks(read(position), shuffle.block_documents):
             order = shuffle.order(epoch, block, len(documents))
-            for place in range(first, len(documents)):
-                yield documents[order[place]], Cursor(epoch, block, position, place + 1)
+            for number in range(first, len(documents)):
+                yield documents[order[number]], Cursor(epoch, block, position, number + 1)
             block, position, first = block + 1, after, 0
         epoch, block, position, first = epoch + 1, 0, None, 0
 
 
 def _blocks(documents: Pass, size: int) -> Iterator[tuple[list[AnyDocument], Any]]:
-    """Blocks of `size` documents, the last maybe shorter, each with the position after it."""
+    """Blocks of `size` documents, each with the position after it; the last may be shorter."""
     block: list[AnyDocument] = []
     after = None
     for document, after in documents:

@@ -1,12 +1,14 @@
-"""What every source of text gives: documents that lanes can read, each its own part."""
+"""What every source of text gives: records that lanes can read, each its own part."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from conf.errors import DataError
+
 Position = Any
-"""A small JSON value from which a corpus goes on exactly; None is its beginning."""
+"""A small JSON value from which a corpus is read on exactly; None is its beginning."""
 
 
 class Document(NamedTuple):
@@ -32,7 +34,7 @@ class TokenDocument(NamedTuple):
 
 
 class BadRecord(NamedTuple):
-    """A record that is no document, for a reason; `excerpt` shows the beginning of it."""
+    """A record that is no document, for a reason; `excerpt` shows its beginning."""
 
     reason: str
     origin: str
@@ -46,8 +48,8 @@ class Corpus(Protocol):
     """Records in a fixed order, dealt out to lanes."""
 
     @property
-    def identity(self) -> dict[str, Any]:
-        """What decides the documents and their order, by setting: if equal, so are they."""
+    def fingerprint(self) -> dict[str, Any]:
+        """What decides the documents and their order, by setting; equal ones mean equal text."""
 
     @property
     def is_seekable(self) -> bool:
@@ -63,9 +65,9 @@ class Corpus(Protocol):
         """
 
 
-def no_such_field(name: str, field: str, origin: str, known: Iterable[str]) -> ValueError:
-    """The error for a `text_field` of the source `name` that is not among the `known` ones."""
-    return ValueError(
+def no_such_field(name: str, field: str, origin: str, fields: Iterable[str]) -> DataError:
+    """The error for a `text_field` of the source `name` that is not among a file's `fields`."""
+    return DataError(
         f"data.sources.{name}.text_field={field!r}: {origin} has no such field; it has "
-        f"{', '.join(known) or 'none at all'}"
+        f"{', '.join(fields) or 'none at all'}"
     )

@@ -1,7 +1,6 @@
 """Text to token ids and back, by a SentencePiece model."""
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +8,14 @@ from sentencepiece import SentencePieceProcessor
 from sentencepiece import sentencepiece_model_pb2 as protocol
 from xxhash import xxh3_128_hexdigest
 
+from conf.errors import DataError
 from data.source import Document, TokenDocument
+from data.storage.atomic import write_atomic
 
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece writes a space in its pieces
 
-# What a model file says of itself that matters when it encodes or decodes. All the rest tells how
-# it was trained, or is plain from the pieces, as byte fallback is.
+# The settings in a model file that decide how it encodes and decodes. All the others tell how it
+# was trained, or follow from the pieces, as byte fallback does.
 SYMBOLS = ("unk_piece", "bos_piece", "eos_piece", "pad_piece", "unk_surface")
 CHARACTERS = ("precompiled_charsmap", "escape_whitespaces")
 SPACES = ("add_dummy_prefix", "remove_extra_whitespaces")
@@ -28,7 +29,7 @@ SETTINGS = {
 class Tokenizer:
     """A trained SentencePiece model.
 
-    Text never becomes a control symbol: what spells `</s>` is encoded as those four characters.
+    Text never becomes a control symbol: a text that spells `</s>` is encoded as four characters.
 
     Attributes:
         vocab_size: V, the number of ids.
@@ -36,9 +37,9 @@ class Tokenizer:
         byte_lengths: [V] int64, the UTF-8 bytes that each id stands for; 0 for control symbols
             and for unknown characters (which a model with byte fallback does not have). Summed
             over `encode(text)` they are the bytes of `text` for any model that encodes it
-            losslessly, as all those trained here do.
-        fingerprint: a hash of the pieces and settings; models that encode alike share it, however
-            they were trained.
+            losslessly, as all those do that are trained here.
+        fingerprint: a hash of the pieces and settings; models that encode alike have the same one,
+            however they were trained.
     """
 
     def __init__(self, model: bytes) -> None:
@@ -56,31 +57,30 @@ class Tokenizer:
         """The tokenizer of a `.model` file.
 
         Raises:
-            ValueError: it is none, or has no control symbol that could end a document.
+            DataError: it is no model, or has no control symbol that could end a document.
+            OSError: it cannot be read.
         """
         try:
             tokenizer = cls(path.read_bytes())
         except RuntimeError as error:
-            raise ValueError(f"{path}: not a SentencePiece model ({error})") from error
+            raise DataError(f"{path}: not a SentencePiece model ({error})") from error
         if tokenizer.eos_id < 0:
-            raise ValueError(
+            raise DataError(
                 f"{path}: has no end-of-sentence control symbol to stand between documents; train "
                 "it with one (SentencePiece's --eos_id)"
             )
         return tokenizer
 
     def save(self, path: Path) -> None:
-        """Writes the `.model` file; nobody ever sees half of it."""
+        """Write the `.model` file; several processes may do so at the same time."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        partial.write_bytes(self.model)
-        partial.replace(path)
+        write_atomic(path, self.model)
 
     def encode(self, text: str) -> np.ndarray:
         """The ids [n] of a text, int32. No control symbol is among them."""
         if self._space is None or SPACE not in text:
             return self._processor.encode_as_numpy(text)
-        # SentencePiece would take the character that it writes spaces with for a space.
+        # SentencePiece writes spaces as this character, and would decode it as a space.
         first, *others = map(self._processor.encode_as_numpy, text.split(SPACE))
         space = np.array(self._space, dtype=np.int32)
         return np.concatenate([first, *(part for other in others for part in (space, other))])
@@ -90,14 +90,16 @@ class Tokenizer:
         return np.append(self.encode(text), np.int32(self.eos_id))
 
     def document_tokens(self, document: Document | TokenDocument) -> np.ndarray:
-        """The ids [n] of a document and its separator: made here, or those that it has."""
+        """The ids [n] of a document and its separator; a `TokenDocument` has them already."""
         if isinstance(document, TokenDocument):
             return document.tokens
         return self.encode_document(document.text)
 
     def decode(self, ids: np.ndarray | list[int]) -> str:
-        """The text of some ids, without control symbols and without ids from V on, which a model
-        with more embeddings than pieces may give."""
+        """The text of some ids, without control symbols.
+
+        Ids from V on are left out, too; a model with more embeddings than pieces may sample them.
+        """
         ids = np.asarray(ids, dtype=np.int64)
         return self._processor.decode(ids[ids < self.vocab_size].tolist())
 

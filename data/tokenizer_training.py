@@ -1,4 +1,4 @@
-"""A tokenizer for a run: the one given, or one trained on the run's own data at first use."""
+"""The tokenizer of a run: a given one, or one trained on the run's own data at first use."""
 
 import io
 import json
@@ -10,13 +10,14 @@ from typing import Any
 import sentencepiece
 from xxhash import xxh3_128_hexdigest
 
+from conf.errors import ConfigError, DataError, Problem
 from data.config import TokenizerConfig
 from data.sources.documents import Documents
 from data.sources.token_files import TokenCorpus
 from data.tokenizer import SPACE, Tokenizer
 
-# Everything that makes decoding the inverse of encoding for any text, and pieces of line ends and
-# indentation: both are much of what code is made of.
+# The options that make decoding the inverse of encoding for any text. Pieces may also be of white
+# space alone, since line ends and indentation are a large part of code.
 LOSSLESS: dict[str, Any] = {
     "byte_fallback": True,
     "normalization_rule_name": "identity",
@@ -41,68 +42,77 @@ def prepare_tokenizer(
 ) -> Tokenizer:
     """The tokenizer that the settings mean, for a model with `vocab_size` embeddings.
 
-    Sources of tokens bring the one that made them.
+    A source of tokens decides it: its directory holds the tokenizer that made them.
 
     Raises:
-        ValueError: the given model is missing, broken, too large or not that of the tokens, or none
-            could be trained.
+        ConfigError: the given model is missing, broken, too large or not that of the tokens, or the
+            vocabulary is too small for the text.
+        DataError: there is no text to train on.
     """
     corpora = documents.corpora.items()
     tokens = {name: corpus for name, corpus in corpora if isinstance(corpus, TokenCorpus)}
+    key: str
+    value: str | int | None
     if config.path is not None:
-        setting = f"tokenizer.path={config.path!r}"
+        key, value = "tokenizer.path", config.path
         tokenizer = _given(config.path)
     elif tokens:
         name, corpus = next(iter(tokens.items()))
-        setting = f"data.sources.{name}.path={str(corpus.path)!r}"
+        key, value = f"data.sources.{name}.path", str(corpus.path)
         tokenizer = Tokenizer.load(corpus.tokenizer_path)
     else:
-        setting = f"tokenizer.vocab_size={config.vocab_size}"
+        key, value = "tokenizer.vocab_size", config.vocab_size
         tokenizer = _trained(config, documents, config.vocab_size or vocab_size)
-    _check_made_by(tokenizer, setting, tokens)
+    _check_made_by(tokenizer, key, value, tokens)
     if tokenizer.vocab_size > vocab_size:
-        raise ValueError(
-            f"{setting}: has {tokenizer.vocab_size} pieces, more than "
-            f"model.vocab_size={vocab_size}; set model.vocab_size to that or more"
-        )
+        expected = f"has {tokenizer.vocab_size} pieces, more than model.vocab_size={vocab_size}"
+        hint = "set model.vocab_size to that or more"
+        raise ConfigError([Problem(key, value, expected, hint, ("model.vocab_size",))])
     return tokenizer
 
 
 def training_options(config: TokenizerConfig, vocab_size: int) -> dict[str, Any]:
-    """What SentencePiece is told to train, by its own names."""
+    """The options of SentencePiece's trainer, by its own names."""
     return {**LOSSLESS, "model_type": config.kind, "vocab_size": config.vocab_size or vocab_size}
 
 
 def _given(path: str) -> Tokenizer:
     file = Path(path).expanduser()
     if not file.is_file():
-        raise ValueError(
-            f"tokenizer.path={path!r}: no such file; give a SentencePiece .model, or null to train "
-            "one on the data"
-        )
+        hint = "give a SentencePiece .model, or null to train one on the data"
+        raise ConfigError([Problem("tokenizer.path", path, "no such file", hint)])
     try:
         return Tokenizer.load(file)
-    except ValueError as error:
-        raise ValueError(f"tokenizer.path={path!r}: cannot be used ({error})") from error
+    except DataError as error:
+        raise ConfigError([Problem("tokenizer.path", path, f"cannot be used ({error})")]) from error
 
 
-def _check_made_by(tokenizer: Tokenizer, setting: str, tokens: dict[str, TokenCorpus]) -> None:
-    """Makes sure that the tokens of all these sources are the tokenizer's."""
-    for name, corpus in tokens.items():
-        if corpus.tokenizer_fingerprint != tokenizer.fingerprint:
-            raise ValueError(
-                f"data.sources.{name}.path={str(corpus.path)!r}: its tokens are not those of the "
-                f"tokenizer of {setting}; set tokenizer.path={corpus.tokenizer_path}, leave out "
-                "sources of other tokens, or make them anew with python train/pretokenize.py"
-            )
+def _check_made_by(
+    tokenizer: Tokenizer, key: str, value: str | int | None, tokens: dict[str, TokenCorpus]
+) -> None:
+    """Make sure that the tokenizer, of the setting `key`, made the tokens of all these sources."""
+    problems = [
+        Problem(
+            f"data.sources.{name}.path",
+            str(corpus.path),
+            f"its tokens are not those of the tokenizer of {key}={value!r}",
+            f"set tokenizer.path={corpus.tokenizer_path}, leave out sources of other tokens, or "
+            "make them anew with python train/pretokenize.py",
+            (key,),
+        )
+        for name, corpus in tokens.items()
+        if corpus.tokenizer_fingerprint != tokenizer.fingerprint
+    ]
+    if problems:
+        raise ConfigError(problems)
 
 
 def _trained(config: TokenizerConfig, documents: Documents, vocab_size: int) -> Tokenizer:
-    """The tokenizer from the cache, trained and put there if it is not in it yet."""
+    """The tokenizer from the cache, where it is trained if it is not there yet."""
     options = training_options(config, vocab_size)
     made_from = {
         **options,
-        **documents.identity,
+        **documents.fingerprint,
         "weights": documents.config.mixture[0][1],
         "sample_bytes": config.sample_bytes,
         "sentencepiece": sentencepiece.__version__,
@@ -118,16 +128,16 @@ def train(texts: Iterator[str], options: dict[str, Any]) -> Tokenizer:
     """A tokenizer trained on whole documents; equal texts and options make equal ones.
 
     Raises:
-        ValueError: the texts have more characters than the vocabulary has room for.
+        ConfigError: the texts have more characters than the vocabulary has room for.
     """
     model = io.BytesIO()
-    failures: list[ValueError] = []
+    failures: list[Exception] = []
 
     def read() -> Iterator[str]:
-        """The texts; SentencePiece would take what goes wrong with them for its own failure."""
+        """The texts; SentencePiece reports an error in them as its own, so it is kept here."""
         try:
             yield from texts
-        except ValueError as error:
+        except Exception as error:
             failures.append(error)
 
     try:
@@ -137,10 +147,10 @@ def train(texts: Iterator[str], options: dict[str, Any]) -> Tokenizer:
     except RuntimeError as error:
         if failures:
             raise failures[0] from error
-        raise ValueError(
-            f"tokenizer.vocab_size={options['vocab_size']}: SentencePiece cannot make so small a "
-            f"vocabulary of this text ({error}); raise it, or give a tokenizer.path"
-        ) from error
+        key, value = "tokenizer.vocab_size", options["vocab_size"]
+        expected = f"SentencePiece cannot make so small a vocabulary of this text ({error})"
+        hint = "raise it, or give a tokenizer.path"
+        raise ConfigError([Problem(key, value, expected, hint)]) from error
     if failures:
         raise failures[0]
     return Tokenizer(model.getvalue())

@@ -31,6 +31,7 @@ from torch.nn.utils import clip_grad_norm_
 from conf import arguments
 from conf.errors import ConfigError, Problem
 from conf.settings import above, at_least
+from data.batch import Batch
 from phd.attention.attend import attend
 from phd.config import Backend, ModelConfig, SpanUnit
 from phd.flops import training_flops_per_token
@@ -44,7 +45,6 @@ from train.config import Config
 from train.distributed.process_groups import ProcessGroups
 from train.engines.config import EngineConfig
 from train.engines.device import autocast, choose_device, device_problems
-from train.engines.engine import Rows
 from train.engines.fsdp import FsdpEngine
 from train.engines.optimizer import build_optimizer
 from train.loop import train_step
@@ -222,7 +222,7 @@ def bench_step(given: BenchArguments, device: torch.device) -> Result:
 
 def _step_work(config: Config, batch: Tensor) -> Work:
     engine = FsdpEngine(config, ProcessGroups())
-    return lambda: train_step(engine, Rows(batch), config.optim.lr)
+    return lambda: train_step(engine, Batch(batch.numpy()), config.optim.lr)
 
 
 def _transformers_work(config: Config, batch: Tensor) -> Work:

@@ -13,10 +13,11 @@ from rich.console import Console
 from rich.table import Table
 
 from conf.errors import ConfigError
+from data.batch import Batch
 from data.loader import Loader
 from data.source import Document, TokenDocument
 from data.sources.documents import Documents, is_held_out
-from data.stream import Batch, BatchShape, TokenStream
+from data.stream import BatchShape, TokenStream
 from data.tokenizer import Tokenizer
 from data.tokenizer_training import prepare_tokenizer
 from train import compose
@@ -77,7 +78,9 @@ def loading_speed(stream: TokenStream, config: Config, seconds: float) -> tuple[
         first = next(loader)
         start, targets = perf_counter(), 0
         while (spent := perf_counter() - start) < seconds and loader.failure is None:
-            targets += next(loader).stats.targets
+            stats = next(loader).stats
+            assert stats is not None
+            targets += stats.targets
     return targets / spent, first
 
 
@@ -143,6 +146,7 @@ def main(config: Config) -> int:
     console.print(shown_row(batch, tokenizer), markup=False)
     if batch.mask is not None:
         stats = batch.stats
+        assert stats is not None
         console.print(f"padding: {1 - stats.targets / stats.positions:.1%} of the first batch")
     console.print(f"\nquarantined: {faults} of {records:,} records")
     if faults:

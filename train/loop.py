@@ -8,13 +8,14 @@ from time import perf_counter
 import torch
 from rich.progress import Progress
 
+from data.batch import Batch
 from data.loader import Loader
 from data.prefetch import never
 from data.stream import OutOfTextError
 from train.distributed.process_groups import shared_error
 from train.distributed.stop_sync import RankFlags
 from train.ending import Ending
-from train.engines.engine import Engine, Rows, StepResult
+from train.engines.engine import Engine, StepResult
 from train.engines.limits import NO_LIMITS, Limits
 from train.engines.schedule import learning_rate
 from train.metrics.record import Hook, Metrics, StepRecord, is_due
@@ -46,11 +47,10 @@ def train(run: Run, progress: Progress) -> tuple[StepRecord, Metrics]:
     with run.loader() as loader:
         wait_for_first_batch(run, loader)
         for step, batch in enumerate(loader, run.step + 1):
+            assert batch.stats is not None
             lr = learning_rate(config, step - 1)
             stop_sync.start(rank_flags(run, loader, perf_counter() - started - hooks_s))
-            result = train_step(
-                engine, Rows.of(batch), lr, policy.limits(step), stop_sync.stop_requested
-            )
+            result = train_step(engine, batch, lr, policy.limits(step), stop_sync.stop_requested)
             flags = stop_sync.wait()
             if result is None:  # a signal came between micro-batches
                 break
@@ -79,7 +79,9 @@ def train(run: Run, progress: Progress) -> tuple[StepRecord, Metrics]:
             metrics = measure_and_save(run, record, due)
             hooks_s = perf_counter() - started - train_s
 
-            progress.update(bar, completed=step, status=" ".join(console_lines(metrics)[:1]))
+            progress.update(bar, completed=step)
+            if metrics:
+                progress.update(bar, status=" ".join(console_lines(metrics)[:1]))
             if stop_sync.signal:  # it came while hooks were called
                 break
         return end(run, loader, record, ending)
@@ -87,7 +89,7 @@ def train(run: Run, progress: Progress) -> tuple[StepRecord, Metrics]:
 
 def train_step(
     engine: Engine,
-    batch: Rows,
+    batch: Batch,
     lr: float,
     limits: Limits = NO_LIMITS,
     stop_requested: Callable[[], bool] = never,
@@ -164,9 +166,10 @@ def end(
 def rank_flags(run: Run, loader: Loader, train_s: float) -> RankFlags:
     """What this rank knows before a step."""
     following, limit = loader.peek(), run.config.train.max_time
+    stats = following.stats if following else None
     return RankFlags(
         data_failed=loader.failure is not None and not isinstance(loader.failure, OutOfTextError),
-        has_next=following is not None and following.stats.targets > 0,
+        has_next=stats is not None and stats.targets > 0,
         time_is_up=limit is not None and train_s >= limit,
     )
 

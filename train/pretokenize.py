@@ -127,7 +127,7 @@ def pretokenize(
 def made_from(documents: Documents, name: str) -> dict[str, Any]:
     """What decides which texts of a source are tokenised, by setting."""
     longest = documents.config.max_document_bytes
-    return {**documents.corpora[name].identity, "data.max_document_bytes": longest}
+    return {**documents.corpora[name].fingerprint, "data.max_document_bytes": longest}
 
 
 def write_source(

@@ -14,9 +14,10 @@ from rich.console import Console
 
 from conf.errors import ConfigError, Problem
 from conf.validation import as_dict, flatten_keys
+from data.batch import Batch
 from data.config import TokenizerConfig
-from data.fingerprint import changes, check_fingerprint
-from data.heldout import HeldOut, heldout_rows
+from data.fingerprint import changed_settings, check_fingerprint
+from data.heldout import heldout_rows
 from data.loader import Loader
 from data.sources.documents import Documents
 from data.stream import BatchShape, TokenStream
@@ -124,8 +125,8 @@ class Run:
             self.stream,
             workers=self.config.data.workers,
             depth=self.config.data.prefetch,
-            give_up=self.stop_signal.is_set,
-            given=self.batches,
+            stop_requested=self.stop_signal.is_set,
+            batches_done=self.batches,
             skip_batches=self.skip_batches,
         )
 
@@ -347,7 +348,7 @@ def _evaluations(
         return []
     groups, seq_len, limit = engine.groups, config.train.seq_len, config.eval.rows
 
-    def read() -> dict[str, HeldOut | None]:
+    def read() -> dict[str, Batch | None]:
         return {
             source: heldout_rows(documents, tokenizer, source, seq_len=seq_len, limit=limit)
             for source in (config.data.sources if groups.is_rank_zero else ())
@@ -397,7 +398,7 @@ def _newest(config: Config, store: CheckpointStore, console: Console) -> Checkpo
 def _changes(saved: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
     """What differs between two configurations, by key, of what may change the training."""
     ignored = ("run.", "data.", "tokenizer.", "hooks.", "eval.", "checkpoint.", "model.attention")
-    changed = changes(flatten_keys(saved), flatten_keys(now))
+    changed = changed_settings(flatten_keys(saved), flatten_keys(now))
     return {
         key: line
         for key, line in changed.items()

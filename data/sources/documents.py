@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from xxhash import xxh3_64_intdigest
 
+from conf.errors import DataError
 from data.config import (
     DataConfig,
     DatasetsSource,
@@ -16,21 +17,21 @@ from data.config import (
     TokensSource,
 )
 from data.source import BadRecord, Corpus, Document, Position, Record, TokenDocument
-from data.sources.files import file_corpus
+from data.sources.files import file_corpus, python_corpus
 from data.sources.hub import HubCorpus
-from data.sources.python_files import python_corpus
 from data.sources.quarantine import Quarantine
 from data.sources.token_files import TokenCorpus
 from data.storage.shard_cache import ShardCache
 
 SAMPLED_PLACES = 4
-"""Places of a source at which a sample of it is taken, if it is seekable; else its beginning is."""
+"""Places of a source at which a sample of it begins, if it is seekable; else only its beginning is
+read."""
 
-COUNTED = 100
-"""Good records after which they are added to all that were read: less often costs less."""
+COUNT_EVERY = 100
+"""Valid records after which they are counted for all lanes, which takes a lock."""
 
-EXPLAINED = 1000
-"""Documents that are looked at to explain why there are too few."""
+EXPLANATION_DOCUMENTS = 1000
+"""Documents that are read to explain why a lane has none."""
 
 
 class ValidRecord(NamedTuple):
@@ -45,7 +46,9 @@ def open_corpus(name: str, source: Source, config: DataConfig, cache: ShardCache
     """The corpus that the settings under `data.sources.<name>` mean.
 
     Raises:
-        ValueError: it does not exist, or has no file that could be read.
+        ConfigError: it does not exist, or has no file of a known format.
+        DataError: it is damaged or not finished.
+        TransientError: it cannot be reached at present.
     """
     match source:
         case PythonSource():
@@ -59,10 +62,10 @@ def open_corpus(name: str, source: Source, config: DataConfig, cache: ShardCache
 
 
 def is_held_out(digest: int, fraction: float) -> bool:
-    """Whether a document is kept for evaluation: decided by its text alone.
+    """Whether a document is kept for evaluation, which its text alone decides.
 
-    So the choice is the same for every seed, order and number of lanes, and copies of a document
-    never lie on both sides.
+    So the choice is the same for every seed, order and number of lanes, and two equal documents
+    are never one in training and one in evaluation.
     """
     return digest < fraction * 2**64
 
@@ -72,7 +75,7 @@ class Documents:
 
     Attributes:
         corpora: by the sources' names.
-        quarantine: what was found that is no document.
+        quarantine: the records that are no documents.
     """
 
     def __init__(self, config: DataConfig) -> None:
@@ -85,13 +88,13 @@ class Documents:
         }
 
     @property
-    def identity(self) -> dict[str, Any]:
+    def fingerprint(self) -> dict[str, Any]:
         """What decides which documents are trained on, by setting."""
-        identity: dict[str, Any] = {}
+        fingerprint: dict[str, Any] = {}
         for corpus in self.corpora.values():
-            identity |= corpus.identity
+            fingerprint |= corpus.fingerprint
         return {
-            **identity,
+            **fingerprint,
             "data.holdout": self.config.holdout,
             "data.max_document_bytes": self.config.max_document_bytes,
         }
@@ -99,25 +102,31 @@ class Documents:
     def valid_records(
         self, name: str, lane: int, lanes: int, position: Position = None
     ) -> Iterator[ValidRecord]:
-        """One pass over a lane's documents of a source, without those that are quarantined."""
-        passed = 0
+        """One pass over a lane's documents of a source, without those that are quarantined.
+
+        Raises:
+            DataError: too many records are no documents, or the source is damaged.
+            TransientError: the source cannot be read at present.
+        """
+        uncounted = 0
         try:
             for record, after in self.corpora[name].documents(lane, lanes, position):
                 checked = self._checked(record)
                 if isinstance(checked, BadRecord):
-                    self.quarantine.passed(passed)
-                    passed = 0
+                    # The rate of bad records, which `add` checks, needs all the valid ones.
+                    self.quarantine.count_valid(uncounted)
+                    uncounted = 0
                     self.quarantine.add(checked)
                     continue
-                if (passed := passed + 1) == COUNTED:
-                    self.quarantine.passed(passed)
-                    passed = 0
+                if (uncounted := uncounted + 1) == COUNT_EVERY:
+                    self.quarantine.count_valid(uncounted)
+                    uncounted = 0
                 yield ValidRecord(record, checked, after)  # type: ignore[arg-type]
         finally:
-            self.quarantine.passed(passed)
+            self.quarantine.count_valid(uncounted)
 
     def _checked(self, record: Record) -> int | BadRecord:
-        """The digest of a record's text; a fault if it is no document."""
+        """The digest of a document's text, or why the record is no document."""
         if isinstance(record, TokenDocument):
             return record.digest
         if isinstance(record, BadRecord):
@@ -141,38 +150,40 @@ class Documents:
         """One pass over a lane's training documents of a source, each with the position after it.
 
         Raises:
-            ValueError: a whole pass finds none.
+            DataError: a whole pass finds none; and as `valid_records`.
+            TransientError: as `valid_records`.
         """
-        barren = position is None
+        # A pass from the middle may find nothing, if the documents before were the last ones.
+        found = position is not None
         fraction = self.config.holdout
         for document, digest, after in self.valid_records(name, lane, self.config.lanes, position):
             if not is_held_out(digest, fraction):
-                barren = False
+                found = True
                 yield document, after
-        if barren:
-            raise self._too_few(name)
+        if not found:
+            raise self._no_training_documents(name)
 
     def held_out(self, name: str, most: int | None = None) -> Iterator[Document | TokenDocument]:
-        """The held-out documents of a source, in its order; of the first `most` of all alone."""
+        """The held-out documents among the first `most` of a source, or among all, in its order."""
         for document, digest, _ in islice(self.valid_records(name, 0, 1), most):
             if is_held_out(digest, self.config.holdout):
                 yield document
 
     def round_robin(self, name: str, parts: int) -> Iterator[tuple[Document | TokenDocument, int]]:
-        """All documents of a source with their digests, one of each of its `parts` in turn."""
-        turns = [self.valid_records(name, part, parts) for part in range(parts)]
-        while turns:
-            for turn in list(turns):
-                if (found := next(turn, None)) is None:
-                    turns.remove(turn)
+        """All documents of a source with their digests, one from each of its `parts` in turn."""
+        readers = [self.valid_records(name, part, parts) for part in range(parts)]
+        while readers:
+            for reader in list(readers):
+                if (found := next(reader, None)) is None:
+                    readers.remove(reader)
                 else:
                     yield found.document, found.digest
 
     def sample(self, size: int) -> Iterator[str]:
-        """Training documents' texts, about `size` bytes of them: of each source by its weight.
+        """Training documents' texts, about `size` bytes in all, from each source by its weight.
 
         Raises:
-            ValueError: there are none.
+            DataError: there are none; and as `valid_records`.
         """
         _, weights = self.config.mixture[0]
         texts = {n: w for n, w in weights.items() if not isinstance(self._source(n), TokensSource)}
@@ -189,32 +200,34 @@ class Documents:
                     yield (text := document.text[: int(room) + 1])
                     room -= len(text.encode())
         if not found:
-            raise self._too_few(next(iter(self.corpora)))
+            raise self._no_training_documents(next(iter(self.corpora)))
 
     def _source(self, name: str) -> Source:
         return self.config.sources[name]
 
-    def _too_few(self, name: str) -> ValueError:
-        """The error for a lane that finds nothing to train on."""
-        digests = [digest for _, digest, _ in islice(self.valid_records(name, 0, 1), EXPLAINED)]
+    def _no_training_documents(self, name: str) -> DataError:
+        """The error for a lane that finds nothing to train on, which says why."""
+        documents = islice(self.valid_records(name, 0, 1), EXPLANATION_DOCUMENTS)
+        digests = [digest for _, digest, _ in documents]
         bad_records = self.quarantine.bad_records
         bad = f"; not documents: {self.quarantine.summary()}" if bad_records else ""
         if not digests:
-            return ValueError(
-                f"data.sources.{name}: no text in it ({_place(self._source(name))}{bad}); choose a "
-                "source with documents"
+            return DataError(
+                f"data.sources.{name}: no text in it ({_location(self._source(name))}{bad}); "
+                "choose a source with documents"
             )
         held_out = sum(is_held_out(digest, self.config.holdout) for digest in digests)
-        count = f"{len(digests)}{' or more' if len(digests) == EXPLAINED else ''}"
-        return ValueError(
-            f"data.lanes={self.config.lanes}: a lane found no document to train on, for "
-            f"data.sources.{name} has {count} and data.holdout={self.config.holdout} holds out "
-            f"{held_out} of them{bad}. Lower data.lanes, or add documents: a long one can fill the "
-            "parts of several lanes, and a .txt file is one unless a separator cuts it"
+        or_more = " or more" if len(digests) == EXPLANATION_DOCUMENTS else ""
+        return DataError(
+            f"data.lanes={self.config.lanes}: a lane found no document to train on, because "
+            f"data.sources.{name} has {len(digests)}{or_more} and "
+            f"data.holdout={self.config.holdout} holds out {held_out} of them{bad}. Lower "
+            "data.lanes, or add documents: a long one can fill the parts of several lanes, and a "
+            ".txt file is one document unless a separator cuts it"
         )
 
 
-def _place(source: Source) -> str:
+def _location(source: Source) -> str:
     match source:
         case PythonSource():
             return "Python's own files"

@@ -1,29 +1,44 @@
-"""A corpus of files, here or elsewhere, of which each lane reads its own part."""
+"""Corpora of files, of which each lane reads its own part: the user's, and Python's own."""
 
 import os
+import sysconfig
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
+from pathlib import Path
 from typing import Any, NamedTuple
 
-from xxhash import xxh3_128_hexdigest
+from xxhash import xxh3_64_intdigest, xxh3_128_hexdigest
 
+from conf.errors import ConfigError, Problem
 from data.config import FilesSource
 from data.source import Position, Record
-from data.sources.formats import Format, JsonLines, Parquet, SeparatedText, Share, TextFile
+from data.sources.formats import (
+    ByteRange,
+    Format,
+    JsonLines,
+    Parquet,
+    PythonFile,
+    SeparatedText,
+    TextFile,
+)
 from data.storage.shard_cache import ShardCache
 from data.storage.shards import COMPRESSED, compression_of, list_shards
-from data.storage.stores import Shard
+from data.storage.stores import LocalStore, Shard
 
 SUFFIXES = (".txt", ".jsonl", ".parquet", ".json.gz", ".json.zst")
-"""What is read of a folder. A `.json` in it may be anything; compressed ones hold JSON lines."""
-
+"""What is read of a folder. A plain `.json` in it may be anything; compressed ones hold JSON lines,
+as those of C4 do."""
 
 EXPANSION = 3
-"""Bytes of text that a byte of a compressed file counts for when lanes are given equal parts; web
-pages have 2.5 (Parquet with Snappy) to 4 (Zstandard)."""
+"""Bytes of text that a byte of a compressed file counts for when lanes get equal parts; web pages
+have 2.5 (Parquet with Snappy) to 4 (Zstandard)."""
+
+# Tests are the larger half of a full installation, much of it tables and deliberate nonsense, and
+# many systems leave them out. Without them the text is better, and closer to the same everywhere.
+LEFT_OUT = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages"})
 
 
 class CorpusFile(NamedTuple):
@@ -42,7 +57,7 @@ class FileCorpus:
     cache: ShardCache
 
     @cached_property
-    def identity(self) -> dict[str, Any]:
+    def fingerprint(self) -> dict[str, Any]:
         """The files' names, sizes and formats; where they lie does not matter."""
         listing = "\n".join(f"{f.shard.name} {f.shard.size} {f.format}" for f in self.files)
         contents = f"{len(self.files)} files {xxh3_128_hexdigest(listing.encode())}"
@@ -50,7 +65,7 @@ class FileCorpus:
 
     @cached_property
     def is_seekable(self) -> bool:
-        """No file has to be unpacked before it can be read."""
+        """Whether no file has to be unpacked before it can be read."""
         return not any(compression_of(file.shard.name) for file in self.files)
 
     def documents(
@@ -59,33 +74,35 @@ class FileCorpus:
         """One pass over a lane's records; see `Corpus`.
 
         Raises:
-            ShardError: a file cannot be read, or is damaged.
-            ValueError: a table has no such column as the settings say.
+            ShardUnavailableError: a file cannot be read at present.
+            DataError: a file is damaged, or a table has no such column as the settings say.
         """
-        first, resume = position or (0, 0)
-        for number, share in shares(self._borders, lane, lanes):
+        first, first_unit = position or (0, 0)
+        for number, byte_range in lane_byte_ranges(self._borders, lane, lanes):
             if number < first:
                 continue
             if number == first:
-                share = share._replace(resume=resume)
+                byte_range = byte_range._replace(first_unit=first_unit)
             shard, form = self.files[number]
             with self.cache.open(shard) as file:
-                for record, after in form.records(file, shard.url, share):
+                for record, after in form.records(file, shard.url, byte_range):
                     yield record, [number, after]
 
     @cached_property
     def _borders(self) -> list[int]:
-        return [*accumulate(map(_weight, self.files), initial=0)]
+        return [*accumulate(map(_text_bytes, self.files), initial=0)]
 
 
-def _weight(file: CorpusFile) -> int:
-    """About how many bytes of text a file has, at least one: or no lane would see an empty file."""
+def _text_bytes(file: CorpusFile) -> int:
+    """About how many bytes of text a file has; at least 1, so that an empty file is some lane's."""
     packed = compression_of(file.shard.name) is not None or isinstance(file.format, Parquet)
     return max(1, file.shard.size * (EXPANSION if packed else 1))
 
 
-def shares(borders: Sequence[int], lane: int, lanes: int) -> Iterator[tuple[int, Share]]:
-    """The files that a lane reads, by number, and what of each.
+def lane_byte_ranges(
+    borders: Sequence[int], lane: int, lanes: int
+) -> Iterator[tuple[int, ByteRange]]:
+    """The files that a lane reads, by number, and which bytes of each.
 
     All files end to end, each between two of the `borders`, are cut into equal lengths. A record
     belongs to the lane in whose length it begins:
@@ -94,14 +111,14 @@ def shares(borders: Sequence[int], lane: int, lanes: int) -> Iterator[tuple[int,
         records  |a  |b   |c |d      |e |
         lane     |0    |1    |2    |3   |      a b to lane 0, c to 1, d to 2, e to 3
 
-    >>> for share in shares([0, 8, 10, 20], lane=1, lanes=4): print(share)
-    (0, Share(start=5, stop=8, size=8, resume=0))
-    (1, Share(start=0, stop=2, size=2, resume=0))
+    >>> for found in lane_byte_ranges([0, 8, 10, 20], lane=1, lanes=4): print(found)
+    (0, ByteRange(start=5, stop=8, size=8, first_unit=0))
+    (1, ByteRange(start=0, stop=2, size=2, first_unit=0))
     """
     start, stop = (borders[-1] * border // lanes for border in (lane, lane + 1))
     for number in range(bisect_right(borders, start) - 1, bisect_left(borders, stop)):
         low, high = borders[number], borders[number + 1]
-        yield number, Share(max(low, start) - low, min(high, stop) - low, high - low)
+        yield number, ByteRange(max(low, start) - low, min(high, stop) - low, high - low)
 
 
 def file_corpus(
@@ -110,19 +127,23 @@ def file_corpus(
     """The files that `data.sources.<name>.paths` name, each path's in sorted order.
 
     Raises:
-        ValueError: a path does not exist, matches no file, or is of no known format.
+        ConfigError: paths do not exist, match no file, or are of no known format.
+        TransientError: the store of a path cannot be reached.
     """
-    # JSON can spend six bytes on one of the text, and may hold more than the text.
+    # JSON can spend six bytes (`\u0001`) on one of the text, and may hold more than the text.
     limit = 6 * max_document_bytes + 65536
+    setting = f"data.sources.{name}.paths"
     files: dict[str, CorpusFile] = {}
+    problems: list[Problem | str] = []
     for pattern in source.patterns:
         try:
-            found = list_shards(pattern, SUFFIXES)
-        except ValueError as error:
-            raise ValueError(f"data.sources.{name}.paths={error}") from error
-        for shard in found:
-            form = _format(name, source, shard.name, limit)
-            files.setdefault(shard.url, CorpusFile(shard, form))
+            for shard in list_shards(pattern, SUFFIXES, setting=setting):
+                form = _format(name, source, shard.name, limit)
+                files.setdefault(shard.url, CorpusFile(shard, form))
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError(problems)
     return FileCorpus(name, tuple(files.values()), cache)
 
 
@@ -138,7 +159,44 @@ def _format(name: str, source: FilesSource, file: str, limit: int) -> Format:
         case ".parquet":
             return Parquet(source.text_field, name)
         case _:
-            raise ValueError(
-                f"data.sources.{name}.paths={source.paths!r}: cannot read {file}; expected "
-                f".txt, .jsonl, .json or .parquet, also with {', '.join(COMPRESSED)}"
+            expected = (
+                f"cannot read {file}; expected .txt, .jsonl, .json or .parquet, also with "
+                f"{', '.join(COMPRESSED)}"
             )
+            raise ConfigError([Problem(f"data.sources.{name}.paths", source.paths, expected)])
+
+
+def python_corpus(name: str, *, packages: bool, cache: ShardCache) -> FileCorpus:
+    """The corpus that is on every machine: Python's own source files.
+
+    It has the `.py` files of the standard library without its tests and, with `packages`, those of
+    the installed packages, in an order by a hash of their names.
+    """
+    schemes = ["stdlib", *(["purelib", "platlib"] if packages else [])]
+    roots = dict.fromkeys(Path(sysconfig.get_path(scheme)) for scheme in schemes)
+    shards = [shard for root in roots for shard in python_files(root)]
+    # Lanes read neighbours. In the order of the names, one lane would have the files of
+    # `encodings/`, which are tables of characters, and nothing else.
+    shards.sort(key=lambda shard: xxh3_64_intdigest(shard.name.encode()))
+    return FileCorpus(name, tuple(CorpusFile(shard, PythonFile()) for shard in shards), cache)
+
+
+def python_files(root: Path) -> list[Shard]:
+    """The `.py` files under a directory, sorted by name.
+
+    Tests, packages below the directory and empty files are left out; many packages have an empty
+    `__init__.py`.
+    """
+    shards = []
+    for directory, below, files in os.walk(root):
+        below[:] = [name for name in below if name not in LEFT_OUT]
+        for path in (Path(directory, name) for name in files if name.endswith(".py")):
+            if path.is_file() and path.stat().st_size:
+                shards.append(_local_shard(path, path.relative_to(root.parent).as_posix()))
+    return sorted(shards, key=lambda shard: shard.name)
+
+
+def _local_shard(path: Path, name: str) -> Shard:
+    entry = LocalStore().info(str(path))
+    assert entry.size is not None
+    return Shard(entry.url, name, entry.size, entry.tag)

@@ -1,8 +1,8 @@
 """How documents lie in files: Python source, plain text, JSON lines and Parquet.
 
-A format counts a file in units of its own (bytes, rows, or the file as one) and reads the records
-that begin in any range of them, without what lies before. What cannot be a document becomes a
-`BadRecord`, and its neighbours are none the worse for it.
+A format counts a file in units of its own: bytes, rows, or the file as one. It reads the records
+that begin in any range of units, without reading what lies before. A record that cannot be a
+document becomes a `BadRecord`, and the records beside it are read as if it were not there.
 """
 
 import io
@@ -19,56 +19,63 @@ from weakref import WeakValueDictionary
 import pyarrow as pa
 from pyarrow.parquet import ParquetFile
 
+from conf.errors import DataError
 from data.source import BadRecord, Document, Record, no_such_field
-from data.storage.transport import ShardError
 
 BOM = "\ufeff"
-"""The byte order mark, no part of the text that it stands before."""
+"""The byte order mark, which is no part of the text that follows it."""
 
-EXCERPT = 200
+EXCERPT_CHARACTERS = 200
 """Characters that are shown of a bad record."""
 
-CHUNK = 1 << 18
+READ_BYTES = 1 << 18
 """Bytes of a text file that are read and cut at a time."""
 
-REACH = 1024
-"""Lengths of a mark that are read at a time to find out where overlapping ones begin."""
+SCAN_SEPARATORS = 1024
+"""Lengths of a separator that are read at a time to find where overlapping ones begin."""
 
-TEXT = (pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary(), pa.null())
+TEXT_TYPES = (
+    *(pa.string(), pa.large_string(), pa.string_view()),
+    *(pa.binary(), pa.large_binary(), pa.null()),
+)
 """Arrow's types that hold text: old files have it as bytes, and one without any text as nulls."""
 
 
-class Share(NamedTuple):
-    """The stored bytes [start, stop) of a file of `size` bytes, from the unit `resume` on."""
+class ByteRange(NamedTuple):
+    """The stored bytes [start, stop) of a file of `size` bytes, from the unit `first_unit` on."""
 
     start: int
     stop: int
     size: int
-    resume: int = 0
+    first_unit: int = 0
 
-    def of(self, units: int) -> range:
-        """The units in the share of a file that has so many, all of equal length.
+    def units(self, count: int) -> range:
+        """The units in this range of a file that has `count` of them, all of equal length.
 
-        Of shares side by side, one has each unit: that in which the unit begins.
+        A unit belongs to the range in which it begins, so that of ranges side by side exactly one
+        has it:
 
-            8 bytes    |0 1 2 3|4 5 6 7|    two shares
+            8 bytes    |0 1 2 3|4 5 6 7|    two ranges
             5 rows     |0  |1  |2  |3  |4  |
 
-        >>> Share(0, 4, size=8).of(5), Share(4, 8, size=8).of(5)
+        >>> ByteRange(0, 4, size=8).units(5), ByteRange(4, 8, size=8).units(5)
         (range(0, 3), range(3, 5))
         """
-        first, last = (-(-place * units // self.size) for place in (self.start, self.stop))
-        return range(max(first, self.resume), last)
+        first, last = (-(-byte * count // self.size) for byte in (self.start, self.stop))
+        return range(max(first, self.first_unit), last)
 
 
 class Format(Protocol):
     """Reads the files of one kind."""
 
-    def records(self, file: BinaryIO, url: str, share: Share) -> Iterator[tuple[Record, int]]:
-        """The records that begin in a share of a file, each with the unit after it.
+    def records(
+        self, file: BinaryIO, url: str, byte_range: ByteRange
+    ) -> Iterator[tuple[Record, int]]:
+        """The records that begin in a range of a file, each with the unit after it.
 
         Raises:
-            ShardError: the file is damaged.
+            DataError: the file is damaged, or has no text where the settings say.
+            ShardUnavailableError: it cannot be read at present.
         """
 
 
@@ -79,15 +86,19 @@ class RecordError(Exception):
 def _record(
     content: bytes, origin: str, text_of: Callable[[bytes], str], limit: int = sys.maxsize
 ) -> Record:
-    """The document, or the fault, that `content` is; no more than `limit` + 1 bytes are held of
-    a longer one."""
+    """The document or the bad record that `content` is.
+
+    Of a record of more than `limit` bytes, `content` is the first `limit` + 1.
+    """
     try:
         if len(content) > limit:
             raise RecordError(f"too long: more than {limit} bytes")
         return Document(text_of(content), origin)
     except RecordError as error:
-        beginning = content[: 4 * EXCERPT]  # a character has 4 bytes at most
-        return BadRecord(str(error), origin, beginning.decode(errors="replace")[:EXCERPT])
+        beginning = content[: 4 * EXCERPT_CHARACTERS]  # a character has 4 bytes at most
+        return BadRecord(
+            str(error), origin, beginning.decode(errors="replace")[:EXCERPT_CHARACTERS]
+        )
 
 
 def _decoded(content: bytes) -> str:
@@ -101,8 +112,10 @@ def _decoded(content: bytes) -> str:
 class PythonFile:
     """A `.py` file is one document, decoded as it declares (PEP 263)."""
 
-    def records(self, file: BinaryIO, url: str, share: Share) -> Iterator[tuple[Record, int]]:
-        if share.of(1):
+    def records(
+        self, file: BinaryIO, url: str, byte_range: ByteRange
+    ) -> Iterator[tuple[Record, int]]:
+        if byte_range.units(1):
             yield _record(file.read(), url, self._text), 1
 
     def _text(self, content: bytes) -> str:
@@ -119,8 +132,10 @@ class TextFile:
 
     limit: int = field(repr=False)
 
-    def records(self, file: BinaryIO, url: str, share: Share) -> Iterator[tuple[Record, int]]:
-        if share.of(1):
+    def records(
+        self, file: BinaryIO, url: str, byte_range: ByteRange
+    ) -> Iterator[tuple[Record, int]]:
+        if byte_range.units(1):
             yield _record(file.read(self.limit + 1), url, _decoded, self.limit), 1
 
 
@@ -131,8 +146,10 @@ class SeparatedText:
     separator: str
     limit: int = field(repr=False)
 
-    def records(self, file: BinaryIO, url: str, share: Share) -> Iterator[tuple[Record, int]]:
-        return _cut(file, url, share, self.separator.encode(), _decoded, self.limit)
+    def records(
+        self, file: BinaryIO, url: str, byte_range: ByteRange
+    ) -> Iterator[tuple[Record, int]]:
+        return _cut(file, url, byte_range, self.separator.encode(), _decoded, self.limit)
 
 
 @dataclass(frozen=True)
@@ -142,8 +159,10 @@ class JsonLines:
     text_field: str
     limit: int = field(repr=False)
 
-    def records(self, file: BinaryIO, url: str, share: Share) -> Iterator[tuple[Record, int]]:
-        return _cut(file, url, share, b"\n", self._text, self.limit)
+    def records(
+        self, file: BinaryIO, url: str, byte_range: ByteRange
+    ) -> Iterator[tuple[Record, int]]:
+        return _cut(file, url, byte_range, b"\n", self._text, self.limit)
 
     def _text(self, line: bytes) -> str:
         try:
@@ -153,8 +172,8 @@ class JsonLines:
         if not isinstance(value, dict):
             raise RecordError(f"not a JSON object but {_kind(value)}")
         if self.text_field not in value:
-            # A bad record's names may be as long and as odd as a text.
-            names = ", ".join(value)[:EXCERPT].encode(errors="replace").decode()
+            # The names of a bad record may be megabytes, or hold half a surrogate pair.
+            names = ", ".join(value)[:EXCERPT_CHARACTERS].encode(errors="replace").decode()
             raise RecordError(f"no field {self.text_field!r}; it has {names or 'none at all'}")
         text = value[self.text_field]
         if not isinstance(text, str):
@@ -171,93 +190,95 @@ def _kind(value: Any) -> str:
 def _cut(
     file: BinaryIO,
     url: str,
-    share: Share,
-    mark: bytes,
+    byte_range: ByteRange,
+    separator: bytes,
     text_of: Callable[[bytes], str],
     limit: int,
 ) -> Iterator[tuple[Record, int]]:
-    """The records of a share of a file that marks cut into pieces; a blank piece is no record."""
-    span = share.of(file.seek(0, io.SEEK_END))
-    for start, content, after in pieces(file, mark, span, limit):
+    """The records of a range of a file that separators cut; blank pieces are no records."""
+    span = byte_range.units(file.seek(0, io.SEEK_END))
+    for start, content, after in pieces(file, separator, span, limit):
         if content.removeprefix(BOM.encode()).strip():
             yield _record(content, f"{url}@{start}", text_of, limit), after
 
 
 def pieces(
-    file: BinaryIO, mark: bytes, span: range, limit: int
+    file: BinaryIO, separator: bytes, span: range, limit: int
 ) -> Iterator[tuple[int, bytes, int]]:
     """The pieces of a file that begin in a span of its bytes, cut as `bytes.split` cuts all of it.
 
-    Yields (first byte, content, byte after the mark that ends it); of a piece of more than `limit`
-    bytes the content is the first `limit` + 1. What lies before the span is not read, but for as
-    many bytes as decide where its first piece begins.
+    Yields (first byte, content, byte after the separator that ends it). Of a piece of more than
+    `limit` bytes the content is the first `limit` + 1, so that memory is bounded. Before the span,
+    only the bytes are read that decide where its first piece begins.
 
-        mark `::`    a a : : b b : : : c      pieces 0 `aa`, 4 `bb`, 8 `:c`
-                     0 1 2 3 4 5 6 7 8 9      range(1, 8) has 4, range(8, 9) has 8
+        separator `::`    a a : : b b : : : c      pieces 0 `aa`, 4 `bb`, 8 `:c`
+                          0 1 2 3 4 5 6 7 8 9      range(1, 8) has 4, range(8, 9) has 8
 
     >>> list(pieces(io.BytesIO(b"aa::bb:::c"), b"::", range(1, 8), limit=99))
     [(4, b'bb', 8)]
     """
     if not span:
         return
-    start, size = _settled(file, mark, span.start), 0
+    start, size = _scan_start(file, separator, span.start), 0
     held: list[bytes] = []
-    for part, ends in _parts(file, mark, start):
-        foreign = start < span.start  # the end of a piece that begins before the span
+    for part, ends in _parts(file, separator, start):
+        before_span = start < span.start  # the end of a piece that another span has
         if size <= limit:
             held.append(part[: limit + 1 - size])
         size += len(part)
         if ends:
-            after = start + size + len(mark)
-            if not foreign:
+            after = start + size + len(separator)
+            if not before_span:
                 yield start, b"".join(held), after
             start, size, held = after, 0, []
             if start >= span.stop:
                 return
-        elif foreign and start + size >= span.stop:
+        elif before_span and start + size >= span.stop:
             return
     if start in span:
         yield start, b"".join(held), start + size
 
 
-def _parts(file: BinaryIO, mark: bytes, place: int) -> Iterator[tuple[bytes, bool]]:
-    """A file from a place on without its marks, in parts, each with whether a mark ends it."""
-    file.seek(place)
-    doubtful = b""  # what may be the beginning of a mark
-    while chunk := file.read(CHUNK):
-        *ended, rest = (doubtful + chunk).split(mark)
+def _parts(file: BinaryIO, separator: bytes, start: int) -> Iterator[tuple[bytes, bool]]:
+    """A file from byte `start` on without separators: parts, each with whether one ends it."""
+    file.seek(start)
+    unsure = b""  # may be the beginning of a separator
+    while block := file.read(READ_BYTES):
+        *ended, rest = (unsure + block).split(separator)
         for part in ended:
             yield part, True
-        sure = max(0, len(rest) - len(mark) + 1)
+        sure = max(0, len(rest) - len(separator) + 1)
         yield rest[:sure], False
-        doubtful = rest[sure:]
-    yield doubtful, False
+        unsure = rest[sure:]
+    yield unsure, False
 
 
-def _settled(file: BinaryIO, mark: bytes, first: int) -> int:
-    """A place from which on marks are found as from the file's beginning, before any piece that
-    begins at byte `first` or later.
+def _scan_start(file: BinaryIO, separator: bytes, first: int) -> int:
+    """A byte from which a scan finds the same separators as a scan of the whole file.
 
-    Where a mark overlaps itself, as `::` does in `:::`, the one on the left counts. So the place
-    must not lie within what could be a mark: from there it moves to the left until it does not.
+    It lies before any piece that begins at byte `first` or later. Where a separator can overlap
+    itself, as `::` does in `:::`, the one on the left counts. So the scan must not begin within
+    what could be a separator: the start moves to the left until it does not.
 
         a : : : : : : b      from the middle of the row of colons to its beginning
           ^     <-
     """
-    place = max(0, first - len(mark))
-    across = len(mark) - 1
+    start = max(0, first - len(separator))
+    overlap = len(separator) - 1
     while True:
-        low = max(0, place - REACH * across)
+        low = max(0, start - SCAN_SEPARATORS * overlap)
         file.seek(low)
-        window = file.read(place + across - low)
-        while (at := window.find(mark, max(0, place - across - low), place + across - low)) >= 0:
-            place = low + at
-        if low == 0 or place - low >= across:
-            return place
+        window = file.read(start + overlap - low)
+        while (
+            at := window.find(separator, max(0, start - overlap - low), start + overlap - low)
+        ) >= 0:
+            start = low + at
+        if low == 0 or start - low >= overlap:
+            return start
 
 
 class _RowGroup:
-    """The texts of a row group, once somebody has decoded them."""
+    """The texts of a row group; None until they are decoded."""
 
     def __init__(self) -> None:
         self.lock = Lock()
@@ -265,14 +286,17 @@ class _RowGroup:
 
 
 class _RowGroups:
-    """The row groups that are being read, each decoded once for all lanes that are in it."""
+    """The row groups that are being read, each decoded once for all lanes that read it.
+
+    A file with fewer row groups than lanes would otherwise be decoded by each of its lanes.
+    """
 
     def __init__(self) -> None:
         self._lock = Lock()
         self._groups: WeakValueDictionary[tuple[str, int], _RowGroup] = WeakValueDictionary()
 
     def get(self, url: str, number: int, decode: Callable[[], pa.ChunkedArray]) -> _RowGroup:
-        """A row group; the caller holds it as long as others shall find it."""
+        """A row group; it is forgotten when the last caller drops it."""
         with self._lock:
             group = self._groups.setdefault((url, number), _RowGroup())
         with group.lock:
@@ -283,18 +307,20 @@ class _RowGroups:
 
 @dataclass(frozen=True)
 class Parquet:
-    """Each row has a document in the column `text_field`; `source` has the setting's name."""
+    """Each row has a document in the column `text_field`; `source` is the source's name."""
 
     text_field: str
     source: str = field(repr=False)
     _groups: _RowGroups = field(default_factory=_RowGroups, repr=False, compare=False)
 
-    def records(self, file: BinaryIO, url: str, share: Share) -> Iterator[tuple[Record, int]]:
-        with _damage_named(url):
+    def records(
+        self, file: BinaryIO, url: str, byte_range: ByteRange
+    ) -> Iterator[tuple[Record, int]]:
+        with _naming_damage(url):
             table = ParquetFile(file, pre_buffer=False, page_checksum_verification=True)
             schema = table.schema_arrow
         self._check_column(schema, url)
-        span = share.of(table.metadata.num_rows)
+        span = byte_range.units(table.metadata.num_rows)
         first = 0
         for number in range(table.num_row_groups):
             count = table.metadata.row_group(number).num_rows
@@ -317,29 +343,33 @@ class Parquet:
                 yield BadRecord(f"field {self.text_field!r} holds null, not text", origin), row + 1
 
     def _texts(self, table: ParquetFile, url: str, number: int) -> pa.ChunkedArray:
-        with _damage_named(url):
+        with _naming_damage(url):
             column = table.read_row_group(number, columns=[self.text_field], use_threads=False)
-            # As bytes: Arrow does not look whether text is UTF-8.
+            # As bytes, since Arrow does not check that text is UTF-8.
             return column.column(0).cast(pa.large_binary())
 
     def _check_column(self, schema: pa.Schema, url: str) -> None:
         if self.text_field not in schema.names:
             raise no_such_field(self.source, self.text_field, url, schema.names)
         kind = schema.field(self.text_field).type
-        if (kind.value_type if pa.types.is_dictionary(kind) else kind) not in TEXT:
-            raise ValueError(
+        if (kind.value_type if pa.types.is_dictionary(kind) else kind) not in TEXT_TYPES:
+            raise DataError(
                 f"data.sources.{self.source}.text_field={self.text_field!r}: {url} holds {kind} "
                 f"there; choose a column that holds text"
             )
 
 
 @contextmanager
-def _damage_named(url: str) -> Iterator[None]:
-    """Makes what Arrow says of a damaged file an error that names it."""
+def _naming_damage(url: str) -> Iterator[None]:
+    """Turns what Arrow says of a damaged file into an error that names the file.
+
+    A file that cannot be read raises a `ShardUnavailableError`, which passes through Arrow as it
+    is. So an OSError is Arrow's own, of which bytes it cannot decode.
+    """
     try:
         yield
     except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
         said = " ".join(str(error).split())
-        raise ShardError(
+        raise DataError(
             f"{url}: damaged, Parquet cannot be read ({said}); mend it or leave it out"
         ) from error

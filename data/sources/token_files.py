@@ -1,23 +1,22 @@
 """Documents that are tokens already: files that are written once, mapped, and read by lanes.
 
-    index.json             what is in the other files; written last: without it, it is not finished
+    index.json             what is in the other files; written last: while it is missing, the
+                           directory is not finished
     tokenizer.model        the SentencePiece model that made the tokens
     00000.tokens           uint16 or uint32 each: the documents of a shard, end to end
     00000.documents        two uint64 for each document: where it ends, in tokens, and the xxh3_64
                            of its text, which decides whether it is held out
-    00000.quarantine.jsonl what was found that is no document; only if there was any
+    00000.quarantine.jsonl the records that are no documents; only if there were any
     00001.tokens           ...
 
     00000.tokens       a a a / b b / c c c c c /        / is the separator that ends a document
     00000.documents    4 #a    7 #b   13      #c
 
-All numbers are little-endian. While it is written, `unfinished.json` holds the index of the shards
-that are whole: what is not in it is written again.
+All numbers are little-endian. While the directory is written, `unfinished.json` holds the index of
+the shards that are whole; a shard that is not in it is written again.
 """
 
-import hashlib
 import json
-import os
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -30,8 +29,10 @@ import numpy as np
 import xxhash
 from pydantic import TypeAdapter, ValidationError
 
-from data.fingerprint import changes
+from conf.errors import ConfigError, DataError, Problem, TransientError
+from data.fingerprint import changed_settings
 from data.source import Position, TokenDocument
+from data.storage.atomic import file_xxh3_128, flush_to_disk, write_atomic
 from data.tokenizer import Tokenizer
 
 INDEX = "index.json"
@@ -39,8 +40,9 @@ UNFINISHED = "unfinished.json"
 MODEL = "tokenizer.model"
 COMMAND = "`python train/pretokenize.py`"
 
-READ_AHEAD = 1024
-"""Documents whose ends are made Python's numbers together: one at a time costs three times more."""
+TABLE_ROWS = 1024
+"""Documents whose ends and digests become Python's numbers at a time; one at a time costs three
+times more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,26 +92,20 @@ class TokenIndex:
         """The index in a file.
 
         Raises:
-            ValueError: it is none.
+            DataError: the file is no index.
+            FileNotFoundError: there is no such file.
         """
         try:
             return TypeAdapter(cls).validate_json(path.read_bytes())
         except ValidationError as error:
             flaw = error.errors()[0]
-            place = ".".join(map(str, flaw["loc"]))
-            raise ValueError(
-                f"{path}: not an index of token files ({place} {flaw['msg']})"
-            ) from None
+            key = ".".join(map(str, flaw["loc"]))
+            raise DataError(f"{path}: not an index of token files ({key} {flaw['msg']})") from None
 
     def save(self, path: Path) -> None:
-        """Writes the file in one piece; when this returns the disk has it."""
-        partial = path.with_name(f".{path.name}.partial")
+        """Write the file as a whole; when this returns, the disk has it."""
         totals = {"documents": self.documents, "tokens": self.tokens, "bytes": self.bytes}
-        with partial.open("w", encoding="utf-8") as file:
-            json.dump({**totals, **asdict(self)}, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        write_atomic(path, json.dumps({**totals, **asdict(self)}, indent=1), durable=True)
 
     @property
     def documents(self) -> int:
@@ -133,12 +129,12 @@ class TokenIndex:
 
     @property
     def missing(self) -> list[int]:
-        """The numbers of the shards that have still to be written."""
+        """The numbers of the shards that are not written yet."""
         written = {shard.name for shard in self.shards}
         return [number for number in range(self.parts) if shard_name(number) not in written]
 
     def with_shard(self, shard: TokenShard) -> "TokenIndex":
-        """The index with one shard more."""
+        """The index with one more shard."""
         shards = sorted([*self.shards, shard], key=lambda shard: shard.name)
         return replace(self, shards=tuple(shards))
 
@@ -166,7 +162,8 @@ class TokenCorpus:
         path: the directory.
 
     Raises:
-        ValueError: it is missing, not finished, or not as it was written.
+        ConfigError: there is no such directory, or nothing of this kind in it.
+        DataError: it is not finished, or not as it was written.
     """
 
     def __init__(self, name: str, path: Path) -> None:
@@ -176,12 +173,12 @@ class TokenCorpus:
         self._dtype = np.dtype(self.index.dtype).newbyteorder("<")
         self._check_sizes()
         shards = self.index.shards
-        # Of each shard and, last, of what would come after them all.
+        # Of each shard and, last, of one that would come after them all.
         self._first_document = [*accumulate((s.documents for s in shards), initial=0)]
         self._first_token = [*accumulate((s.tokens for s in shards), initial=0)]
 
     @cached_property
-    def identity(self) -> dict[str, Any]:
+    def fingerprint(self) -> dict[str, Any]:
         """The contents of the files; where they lie does not matter."""
         parts = [self.tokenizer_fingerprint, *(shard.xxh3_128 for shard in self.index.shards)]
         contents = xxhash.xxh3_128_hexdigest(json.dumps(parts).encode())
@@ -190,7 +187,7 @@ class TokenCorpus:
 
     @property
     def is_seekable(self) -> bool:
-        """The files are mapped."""
+        """True, because the files are mapped."""
         return True
 
     @property
@@ -206,7 +203,12 @@ class TokenCorpus:
     def documents(
         self, lane: int, lanes: int, position: Position = None
     ) -> Iterator[tuple[TokenDocument, Position]]:
-        """One pass over a lane's documents, their tokens not copied; see `Corpus`."""
+        """One pass over a lane's documents, whose tokens are not copied; see `Corpus`.
+
+        Raises:
+            DataError: a file is missing or damaged.
+            TransientError: a file cannot be read at present.
+        """
         total = self._first_token[-1]
         stop = self._first_from((lane + 1) * total // lanes)
         number = self._first_from(lane * total // lanes) if position is None else position
@@ -218,8 +220,8 @@ class TokenCorpus:
             here = min(stop - first, len(table))
             at = number - first
             start = int(table[at - 1, 0]) if at else 0
-            for begin in range(at, here, READ_AHEAD):
-                for end, digest in table[begin : min(begin + READ_AHEAD, here)].tolist():
+            for begin in range(at, here, TABLE_ROWS):
+                for end, digest in table[begin : min(begin + TABLE_ROWS, here)].tolist():
                     document = TokenDocument(tokens[start:end], digest, f"{origin}{at}")
                     start = end
                     at += 1
@@ -227,15 +229,20 @@ class TokenCorpus:
             number = first + here
 
     def verify(self) -> None:
-        """Reads every file and compares it with the index.
+        """Read every file and compare it with the index.
 
         Raises:
-            ValueError: one has changed since it was written.
+            DataError: one has changed since it was written.
+            TransientError: one cannot be read at present.
         """
         for shard in self.index.shards:
             for suffix, expected in shard.xxh3_128.items():
                 file = self.path / f"{shard.name}.{suffix}"
-                if _hash(file) != expected:
+                try:
+                    found = file_xxh3_128(file)
+                except OSError as error:
+                    raise self._unreadable(file.name, error) from error
+                if found != expected:
                     raise self._damaged(f"{file.name} is not as it was written: its hash differs")
         if Tokenizer.load(self.tokenizer_path).fingerprint != self.tokenizer_fingerprint:
             raise self._damaged(f"{MODEL} is not the one that made the tokens")
@@ -250,7 +257,7 @@ class TokenCorpus:
         return first + 1 + int(np.searchsorted(ends, np.uint64(offset)))
 
     def _tokens(self, shard: int) -> np.ndarray:
-        """The tokens [n] of a shard; a plain array: slices of a memmap cost five times more."""
+        """The tokens [n] of a shard, as a plain array: slices of a memmap cost five times more."""
         return self._mapped(f"{self.index.shards[shard].name}.tokens", self._dtype)
 
     def _table(self, shard: int) -> np.ndarray:
@@ -262,30 +269,38 @@ class TokenCorpus:
     def _mapped(self, file: str, dtype: np.dtype) -> np.ndarray:
         try:
             return np.asarray(np.memmap(self.path / file, dtype, mode="r"))
-        except (OSError, ValueError) as error:
-            raise self._damaged(f"{file} cannot be read ({error})") from error
+        except ValueError as error:
+            raise self._damaged(f"{file} cannot be mapped ({error})") from error
+        except OSError as error:
+            raise self._unreadable(file, error) from error
 
     def _load_index(self) -> TokenIndex:
         try:
             return TokenIndex.load(self.path / INDEX)
-        except FileNotFoundError:
-            raise self._refusal(*self._why_no_index()) from None
-        except ValueError as error:
+        except (FileNotFoundError, NotADirectoryError):
+            raise self._no_index() from None
+        except OSError as error:
+            raise self._unreadable(INDEX, error) from error
+        except DataError as error:
             raise self._damaged(str(error)) from None
 
-    def _why_no_index(self) -> tuple[str, str]:
-        """What there is instead of an index, and what to do."""
+    def _no_index(self) -> ConfigError | DataError:
+        """The error for a directory without an index; it says what to do."""
         if (self.path / UNFINISHED).exists():
             index = TokenIndex.load(self.path / UNFINISHED)
-            found = f"not finished, {len(index.shards)} of {index.parts} shards are written"
-            return found, f"run the same {COMMAND} again: it goes on where it ended"
+            return DataError(
+                f"{self._setting}={str(self.path)!r}: not finished, {len(index.shards)} of "
+                f"{index.parts} shards are written; run the same {COMMAND} again, which goes on "
+                "where it ended"
+            )
         found = f"no {INDEX} in it" if self.path.is_dir() else "no such directory"
         inside = [str(index.parent) for index in sorted(self.path.glob(f"*/{INDEX}"))]
         choice = " or ".join(inside) or f"a directory that {COMMAND} wrote"
-        return found, f"give {choice} (relative paths start at {Path.cwd()})"
+        hint = f"give {choice} (relative paths start at {Path.cwd()})"
+        return ConfigError([Problem(self._setting, str(self.path), found, hint)])
 
     def _check_sizes(self) -> None:
-        """Compares what is there with the index, without reading it."""
+        """Compare the files' sizes with the index."""
         for shard in self.index.shards:
             expected = {
                 "tokens": shard.tokens * self._dtype.itemsize,
@@ -300,11 +315,24 @@ class TokenCorpus:
         if not self.tokenizer_path.exists():
             raise self._damaged(f"{MODEL} is missing")
 
-    def _damaged(self, found: str) -> ValueError:
-        return self._refusal(f"damaged, {found}", "delete it and write it anew, or copy it again")
+    @property
+    def _setting(self) -> str:
+        return f"data.sources.{self.name}.path"
 
-    def _refusal(self, found: str, advice: str) -> ValueError:
-        return ValueError(f"data.sources.{self.name}.path={str(self.path)!r}: {found}; {advice}")
+    def _damaged(self, found: str) -> DataError:
+        return DataError(
+            f"{self._setting}={str(self.path)!r}: damaged, {found}; delete it and write it anew, "
+            "or copy it again"
+        )
+
+    def _unreadable(self, file: str, error: OSError) -> DataError | TransientError:
+        """The error for a file that the disk does not give: gone, or out of reach for now."""
+        if isinstance(error, FileNotFoundError):
+            return self._damaged(f"{file} is missing")
+        return TransientError(
+            f"{self._setting}={str(self.path)!r}: {file} cannot be read ({error}); make sure that "
+            "its disk can be reached, and start the run again"
+        )
 
 
 def new_index(tokenizer: Tokenizer, made_from: dict[str, Any], parts: int) -> TokenIndex:
@@ -320,13 +348,13 @@ def new_index(tokenizer: Tokenizer, made_from: dict[str, Any], parts: int) -> To
 
 
 def begin(directory: Path, wanted: TokenIndex, tokenizer: Tokenizer) -> TokenIndex:
-    """Makes a directory for the shards of `wanted`, or goes on with what is written there.
+    """Make a directory for the shards of `wanted`, or go on with one that was begun.
 
     Returns:
         `wanted` with the shards that are written already.
 
     Raises:
-        ValueError: something else is written there.
+        ConfigError: the directory holds tokens that were made with other settings.
     """
     for name in (INDEX, UNFINISHED):
         if (directory / name).exists():
@@ -340,7 +368,7 @@ def begin(directory: Path, wanted: TokenIndex, tokenizer: Tokenizer) -> TokenInd
 
 
 def finish(directory: Path) -> None:
-    """Makes a directory that is begun, and of which all shards are written, one to read."""
+    """Make a directory whose shards are all written one that can be read."""
     if (directory / UNFINISHED).exists():
         (directory / UNFINISHED).replace(directory / INDEX)
 
@@ -348,9 +376,10 @@ def finish(directory: Path) -> None:
 def write_shard(
     directory: Path, number: int, texts: Iterable[tuple[str, int]], tokenizer: Tokenizer
 ) -> TokenShard:
-    """Tokenises texts, each given with its xxh3_64, into the files of a shard of a begun directory.
+    """Tokenise texts, each given with its xxh3_64, into the files of a shard.
 
-    The disk has them when this returns, but they count only when the index names them.
+    The disk has the files when this returns, but they count only when the index names them. So they
+    are written in place: what a killed process leaves is written over.
     """
     name = shard_name(number)
     dtype = np.dtype(_smallest_dtype(tokenizer.vocab_size)).newbyteorder("<")
@@ -363,14 +392,13 @@ def write_shard(
             tokens_file.write(tokens.astype(dtype).tobytes())
             table_file.write(np.array([end, digest], "<u8").tobytes())
         for file in (tokens_file, table_file):
-            file.flush()
-            os.fsync(file.fileno())
-    hashes = {suffix: _hash(path) for suffix, path in paths.items()}
+            flush_to_disk(file)
+    hashes = {suffix: file_xxh3_128(path) for suffix, path in paths.items()}
     return TokenShard(name=name, documents=documents, tokens=end, bytes=size, xxh3_128=hashes)
 
 
 def write_tokens(directory: Path, parts: Sequence[Iterable[str]], tokenizer: Tokenizer) -> None:
-    """Tokenises texts that are at hand into a whole directory, a shard for each part."""
+    """Tokenise texts into a whole directory, a shard for each part."""
     index = begin(directory, new_index(tokenizer, {}, len(parts)), tokenizer)
     for number, part in enumerate(parts):
         texts = ((text, xxhash.xxh3_64_intdigest(text.encode())) for text in part)
@@ -389,16 +417,12 @@ def _smallest_dtype(vocab_size: int) -> Literal["uint16", "uint32"]:
 
 
 def _check_same(directory: Path, found: TokenIndex, wanted: TokenIndex) -> None:
-    there, now = (asdict(index) for index in (found, wanted))
-    there |= there.pop("made_from")
+    before, now = (asdict(index) for index in (found, wanted))
+    before |= before.pop("made_from")
     now |= now.pop("made_from")
-    if changed := changes(there, now):
-        raise ValueError(
-            f"{directory}: holds tokens that were made otherwise: {'; '.join(changed.values())}. "
-            "Restore what changed, choose another directory, or delete this one"
+    if changed := "; ".join(changed_settings(before, now).values()):
+        problem = (
+            f"{directory}: holds tokens that were made otherwise: {changed}. Restore what changed, "
+            "choose another directory, or delete this one"
         )
-
-
-def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
+        raise ConfigError([problem])

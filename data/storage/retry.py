@@ -1,43 +1,46 @@
-"""Trying again what failed and may not fail the next time."""
+"""Trying again what failed now and may work the next time."""
 
 import time
 from collections.abc import Callable
 from random import SystemRandom
 from typing import TypeVar
 
-FIRST_S = 0.2
-LONGEST_S = 30.0
-MISSING = 3
+FIRST_PAUSE_S = 0.2
+MAX_PAUSE_S = 30.0
+
+MISSING_TRIES = 3
+"""Tries after which a file counts as missing. One is too few: a listing of an object store can lag
+behind, and a web server that is restarted answers 404 for a moment."""
 
 T = TypeVar("T")
 
 
 class PermanentError(Exception):
-    """An answer that asking again would not change."""
+    """A store's answer that asking again would not change, such as 403 Forbidden."""
 
 
-FINAL = (PermanentError, PermissionError)
+NOT_RETRIED = (PermanentError, PermissionError)
 
 
 class Backoff:
-    """Waits between tries: at random up to 0.2 s, then up to twice as long, up to 30 s.
+    """Pauses between tries: a random time of up to 0.2 s, then of up to twice as long, up to 30 s.
 
-    The pauses are random over their whole length ("full jitter"), so that the ranks of a run that
-    failed together do not come back together.
+    The pauses are random over their whole length ("full jitter", Brooker, AWS Architecture Blog,
+    2015), so that the ranks of a run that failed together do not come back together.
 
     Args:
-        limit_s: seconds without progress after which it is at an end.
+        limit_s: seconds without progress after which there are no more tries.
 
     Attributes:
-        failures: tries that failed since there was progress.
+        failures: failed tries since there was progress.
     """
 
     def __init__(self, limit_s: float) -> None:
         self.limit_s = limit_s
-        self.progress()
+        self.reset()
 
-    def progress(self) -> None:
-        """Notes that something was got: from here on, tries and time count anew."""
+    def reset(self) -> None:
+        """Start counting tries and time anew, because there was progress."""
         self.failures = 0
         self._since = time.monotonic()
 
@@ -46,35 +49,36 @@ class Backoff:
         """Seconds since there was progress."""
         return time.monotonic() - self._since
 
-    def wait(self) -> bool:
-        """Pauses before the next try; False, at once, if the time is up."""
+    def pause(self) -> bool:
+        """Sleep before the next try; returns False at once if the time is up."""
         self.failures += 1
         left_s = self.limit_s - self.waited_s
         if left_s <= 0:
             return False
-        longest_s = min(LONGEST_S, left_s, FIRST_S * 2.0 ** (self.failures - 1))
+        longest_s = min(MAX_PAUSE_S, left_s, FIRST_PAUSE_S * 2.0 ** (self.failures - 1))
         time.sleep(SystemRandom().uniform(0, longest_s))
         return True
 
 
 def retry(action: Callable[[], T], limit_s: float) -> T:
-    """What `action` returns, tried again for `limit_s` seconds if it raises an OSError.
+    """What `action` returns; an OSError is tried again for `limit_s` seconds.
 
-    A file that is not there three times in a row is believed to be missing: whoever waits for the
-    answer has most likely misspelt its name.
+    A file that is not found three times in a row is taken to be missing. The user waits for this
+    answer, and a misspelt name is the most likely cause.
 
     Raises:
-        OSError: the last one, when the time is up; at once, that a permission is missing.
+        OSError: the last one, when the time is up.
+        PermanentError, PermissionError: at once.
     """
     backoff = Backoff(limit_s)
     while True:
         try:
             return action()
-        except FINAL:
+        except NOT_RETRIED:
             raise
         except FileNotFoundError:
-            if backoff.failures + 1 >= MISSING or not backoff.wait():
+            if backoff.failures + 1 >= MISSING_TRIES or not backoff.pause():
                 raise
         except OSError:
-            if not backoff.wait():
+            if not backoff.pause():
                 raise

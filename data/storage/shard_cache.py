@@ -1,5 +1,11 @@
-"""Local copies of shards that cannot be read in place: compressed ones, unpacked, or far ones."""
+"""Local copies of the shards that cannot be read in place: compressed ones, and remote ones.
 
+A lane begins in the middle of a file and goes on anywhere after a restart. Gzip and its like can
+only be read from the beginning, so a compressed shard is unpacked once, for all lanes and ranks of
+this machine.
+"""
+
+import errno
 import fcntl
 import io
 import json
@@ -13,16 +19,28 @@ from typing import Any, BinaryIO, NamedTuple
 import pyarrow
 from xxhash import xxh3_128, xxh3_128_hexdigest
 
+from conf.errors import ConfigError, DataError, Problem
 from data.config import CacheConfig, RemoteConfig
+from data.storage.atomic import file_xxh3_128, open_atomic, write_atomic
 from data.storage.shards import compression_of
 from data.storage.stores import Shard
-from data.storage.transport import LOCAL_BUFFER, ShardError, is_local, open_shard, shard_bytes
+from data.storage.transport import (
+    LOCAL_BUFFER_BYTES,
+    ShardUnavailableError,
+    is_local,
+    open_shard,
+    shard_bytes,
+)
 
-BLOCK = 1 << 20  # bytes that are unpacked, hashed and written at a time
+UNPACKED_BYTES = 1 << 20
+"""Bytes that are unpacked, hashed and written at a time."""
+
+WRONG_DIRECTORY = (errno.EEXIST, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.EROFS)
+"""What says that a directory can never hold copies; a full disk may have room again."""
 
 
-class About(NamedTuple):
-    """What is written beside a copy, and makes it valid; it outlives the copy."""
+class CopyInfo(NamedTuple):
+    """What is written beside a copy and makes it valid; it stays when the copy is removed."""
 
     url: str
     stored_size: int
@@ -31,12 +49,36 @@ class About(NamedTuple):
     created: float
 
 
-class Copy:
+class CopyReader(io.FileIO):
+    """A copy as a file; a disk that fails is an error of the environment, not of the data."""
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill the buffer, as far as there are bytes."""
+        try:
+            return super().readinto(buffer) or 0
+        except OSError as error:
+            raise self._unavailable(error) from error
+
+    def readall(self) -> bytes:
+        """All that is left."""
+        try:
+            return super().readall()
+        except OSError as error:
+            raise self._unavailable(error) from error
+
+    def _unavailable(self, error: OSError) -> ShardUnavailableError:
+        return ShardUnavailableError(
+            f"{self.name}: a copy of a shard cannot be read ({error}); make sure that its disk "
+            "works, and start the run again"
+        )
+
+
+class CachedCopy:
     """The files of one shard in the cache.
 
-    <key>.shard   the uncompressed bytes; locked (shared) by whoever reads them
-    <key>.json    `About` them, written last; its time is that of the last use
-    <key>.part    the bytes in the making
+    <key>.shard   the uncompressed bytes; whoever reads them holds a shared lock
+    <key>.json    the `CopyInfo`, written last; its modification time is that of the last use
+    <key>.part    the bytes while they are written
     <key>.lock    locked while any of these is made, checked or removed
     """
 
@@ -47,40 +89,46 @@ class Copy:
         self.part = folder / f"{key}.part"
         self.lock = folder / f"{key}.lock"
 
-    def about(self) -> About | None:
-        """What its sidecar says, if it says anything."""
+    def info(self) -> CopyInfo | None:
+        """What the sidecar says; None if it is missing or damaged."""
         try:
-            return About(**json.loads(self.sidecar.read_bytes()))
+            return CopyInfo(**json.loads(self.sidecar.read_bytes()))
         except (FileNotFoundError, ValueError, TypeError):
             return None
 
     @contextmanager
     def locked(self, *, wait: bool = True) -> Iterator[None]:
-        """Keeps other threads and processes out; BlockingIOError if one is in, unless `wait`."""
+        """Keep other threads and processes out; without `wait`, a BlockingIOError if one is in."""
         with self.lock.open("ab") as file:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             yield
 
     @property
-    def space(self) -> int:
-        """Bytes that it takes up."""
+    def bytes_used(self) -> int:
+        """Bytes of disk that it takes."""
         return sum(status.st_size for p in (self.content, self.part) if (status := _status(p)))
 
     @property
     def last_use(self) -> float:
-        """When it was opened last, in seconds since 1970; 0 if it is no whole copy."""
+        """When it was opened last, in seconds since 1970; 0 if it was never whole."""
         status = _status(self.sidecar)
         return status.st_mtime if status else 0.0
 
+    @property
+    def version(self) -> tuple[str, int, int]:
+        """Changes whenever the content is written anew."""
+        status = self.content.stat()
+        return self.key, status.st_ino, status.st_mtime_ns
+
     def open(self) -> BinaryIO:
-        """The bytes; as long as they are open, they are not removed."""
-        file = io.open(self.content, "rb", LOCAL_BUFFER)  # noqa: SIM115, UP020 - for the caller
+        """The bytes; the copy is not removed as long as they are open."""
+        file = io.BufferedReader(CopyReader(self.content), LOCAL_BUFFER_BYTES)
         fcntl.flock(file, fcntl.LOCK_SH)
         os.utime(self.sidecar)
         return file
 
     def remove(self) -> bool:
-        """Frees its space, unless it is in use."""
+        """Free its space; returns False, and does nothing, if it is in use."""
         try:
             with self.locked(wait=False):
                 if self.content.exists():
@@ -97,18 +145,19 @@ class ShardCache:
     """Opens shards anywhere, in whatever form they are stored; for any number of threads.
 
     Attributes:
-        repaired: names of the shards whose copies were found damaged and made again.
+        repaired: names of the shards whose copies were damaged and have been made again.
     """
 
     def __init__(self, config: CacheConfig, remote: RemoteConfig) -> None:
         self.config = config
         self.remote = remote
         self.repaired: list[str] = []
+        # Versions whose hash was compared in this process: once, since hashing reads it all.
         self._checked: set[tuple[str, int, int]] = set()
 
     @property
     def folder(self) -> Path:
-        """Where the copies are."""
+        """The directory of the copies."""
         if self.config.dir is not None:
             return Path(self.config.dir).expanduser()
         return Path(os.environ.get("PHD_CACHE", "~/.cache/phd")).expanduser() / "shards"
@@ -117,117 +166,115 @@ class ShardCache:
         """A shard's uncompressed bytes, which can be read from anywhere.
 
         Raises:
-            ShardError: it cannot be had, is damaged, or does not fit on the disk.
+            ShardUnavailableError: it cannot be read at present, or the disk has no room for a copy.
+            DataError: it is damaged, or not the one that was listed.
+            ConfigError: `data.cache.dir` cannot hold copies.
         """
         if not self._is_copied(shard):
             return open_shard(shard, self.remote)
-        with self._copy(shard) as copy:
+        with self._locked_copy(shard) as copy:
             self._ensure(shard, copy)
             return copy.open()
 
     def size(self, shard: Shard) -> int:
-        """A shard's uncompressed size in bytes; of a compressed one, found by unpacking it once.
+        """A shard's uncompressed size in bytes; a compressed one is unpacked once to learn it.
 
         Raises:
-            ShardError: as `open`.
+            As `open`.
         """
         if compression_of(shard.name) is None:
             return shard.size
-        with self._copy(shard) as copy:
-            return (copy.about() or self._ensure(shard, copy)).size
+        with self._locked_copy(shard) as copy:
+            return (copy.info() or self._ensure(shard, copy)).size
 
     def _is_copied(self, shard: Shard) -> bool:
-        is_far = not is_local(shard.url)
-        return compression_of(shard.name) is not None or (is_far and self.config.remote)
+        is_remote = not is_local(shard.url)
+        return compression_of(shard.name) is not None or (is_remote and self.config.remote)
 
     @contextmanager
-    def _copy(self, shard: Shard) -> Iterator[Copy]:
-        """A shard's copy, to be looked at, made or opened by nobody else meanwhile."""
+    def _locked_copy(self, shard: Shard) -> Iterator[CachedCopy]:
+        """A shard's copy, locked, to be looked at, made or opened."""
         key = xxh3_128_hexdigest(f"{shard.url}\n{shard.size}\n{shard.tag}".encode())
-        copy = Copy(self.folder, key)
+        copy = CachedCopy(self.folder, key)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with copy.locked():
                 yield copy
         except OSError as error:
-            raise ShardError(
-                f"data.cache.dir={str(self.folder)!r}: cannot hold a copy of {shard.url} "
-                f"({error.strerror}); make room there, or choose another directory or a lower "
-                "data.cache.max_gb"
+            found = f"cannot hold a copy of {shard.url} ({error.strerror})"
+            if error.errno in WRONG_DIRECTORY:
+                hint = "choose a directory that can be written"
+                problem = Problem("data.cache.dir", str(self.folder), found, hint)
+                raise ConfigError([problem]) from error
+            raise ShardUnavailableError(
+                f"data.cache.dir={str(self.folder)!r}: {found}; make room there, or choose another "
+                "directory or a lower data.cache.max_gb"
             ) from error
 
-    def _ensure(self, shard: Shard, copy: Copy) -> About:
-        """Checks the copy, the first time in this process, and makes it if need be."""
-        about = copy.about()
-        if about and copy.content.exists():
-            if self._identity(copy) in self._checked:
-                return about
-            if _digest(copy.content) == about.xxh3_128:
-                self._checked.add(self._identity(copy))
-                return about
+    def _ensure(self, shard: Shard, copy: CachedCopy) -> CopyInfo:
+        """Check the copy, the first time in this process, and make it where that is needed."""
+        info = copy.info()
+        if info and copy.content.exists():
+            if copy.version in self._checked:
+                return info
+            if file_xxh3_128(copy.content) == info.xxh3_128:
+                self._checked.add(copy.version)
+                return info
             self.repaired.append(shard.name)
         self._make_room(shard.size)
-        about = self._make(shard, copy)
-        self._checked.add(self._identity(copy))
+        info = self._make(shard, copy)
+        self._checked.add(copy.version)
+        # Unpacked, it may be several times larger than the room that was made for it.
         self._make_room(0)
-        return about
+        return info
 
-    def _identity(self, copy: Copy) -> tuple[str, int, int]:
-        status = copy.content.stat()
-        return copy.key, status.st_ino, status.st_mtime_ns
-
-    def _make(self, shard: Shard, copy: Copy) -> About:
+    def _make(self, shard: Shard, copy: CachedCopy) -> CopyInfo:
         digest = xxh3_128()
-        try:
-            with copy.part.open("wb") as file:
-                for block in _unpacked(shard, self.remote):
-                    file.write(block)
-                    digest.update(block)
-                size = file.tell()
-                _flush(file)
-            os.replace(copy.part, copy.content)
-            about = About(shard.url, shard.size, size, digest.hexdigest(), time.time())
-            with copy.part.open("wb") as file:
-                file.write(json.dumps(about._asdict()).encode())
-                _flush(file)
-            os.replace(copy.part, copy.sidecar)
-        finally:
-            copy.part.unlink(missing_ok=True)
-        return about
+        # The name of the unfinished file is fixed, so that what a killed process leaves is found
+        # again, counted and removed.
+        with open_atomic(copy.content, durable=True, partial=copy.part) as file:
+            for block in _unpacked(shard, self.remote):
+                file.write(block)
+                digest.update(block)
+            size = file.tell()
+        info = CopyInfo(shard.url, shard.size, size, digest.hexdigest(), time.time())
+        write_atomic(copy.sidecar, json.dumps(info._asdict()), durable=True)
+        return info
 
-    def _make_room(self, coming: int) -> None:
-        """Removes the copies that were not used for longest until `coming` bytes fit in, too."""
-        copies = [Copy(self.folder, path.stem) for path in self.folder.glob("?" * 32 + ".lock")]
-        total = coming + sum(copy.space for copy in copies)
+    def _make_room(self, needed: int) -> None:
+        """Remove the least recently used copies until `needed` more bytes fit within `max_gb`."""
+        paths = self.folder.glob("?" * 32 + ".lock")
+        copies = [CachedCopy(self.folder, path.stem) for path in paths]
+        total = needed + sum(copy.bytes_used for copy in copies)
         for copy in sorted(copies, key=lambda copy: copy.last_use):
             if total <= self.config.max_gb * 1e9:
                 return
-            space = copy.space
-            if space and copy.remove():
-                total -= space
+            used = copy.bytes_used
+            if used and copy.remove():
+                total -= used
 
 
-class _Pieces(io.RawIOBase):
-    """Pieces of bytes as a stream; what one read leaves of a piece is the next one's."""
+class _IteratorReader(io.RawIOBase):
+    """An iterator of bytes as a stream."""
 
     def __init__(self, pieces: Iterator[bytes]) -> None:
         self._pieces = pieces
-        self._piece = memoryview(b"")
+        self._rest = memoryview(b"")  # of the last piece
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        if not self._piece:
-            self._piece = memoryview(next(self._pieces, b""))
-        count = min(len(buffer), len(self._piece))
-        buffer[:count] = self._piece[:count]
-        self._piece = self._piece[count:]
+        if not self._rest:
+            self._rest = memoryview(next(self._pieces, b""))
+        count = min(len(buffer), len(self._rest))
+        buffer[:count] = self._rest[:count]
+        self._rest = self._rest[count:]
         return count
 
 
 def _unpacked(shard: Shard, remote: RemoteConfig) -> Iterator[bytes]:
-    """A shard's uncompressed bytes, read in one go."""
+    """A shard's uncompressed bytes, from its beginning to its end."""
     with closing(shard_bytes(shard, 0, shard.size, remote, skip=True)) as pieces:
         compression = compression_of(shard.name)
         if compression is None:
@@ -236,26 +283,13 @@ def _unpacked(shard: Shard, remote: RemoteConfig) -> Iterator[bytes]:
         try:
             # Arrow's streams notice a truncated file, which Zstandard's own take for a shorter
             # one, and read on where one compressed stream ends and another follows.
-            with pyarrow.input_stream(_Pieces(pieces), compression=compression) as stream:
-                while block := stream.read(BLOCK):
+            with pyarrow.input_stream(_IteratorReader(pieces), compression=compression) as stream:
+                while block := stream.read(UNPACKED_BYTES):
                     yield block
         except (OSError, pyarrow.ArrowException) as error:
-            raise ShardError(
+            raise DataError(
                 f"{shard.url}: damaged or truncated ({error}); get it again, or leave it out"
             ) from error
-
-
-def _digest(path: Path) -> str:
-    digest = xxh3_128()
-    with path.open("rb", 0) as file:
-        while block := file.read(BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _flush(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
 
 
 def _status(path: Path) -> os.stat_result | None:

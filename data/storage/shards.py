@@ -1,5 +1,6 @@
-"""The shards of a corpus: files on this machine, on the web or in a store, and their sizes."""
+"""Listing the shards of a corpus: files on this machine, on the web or in a store."""
 
+import errno
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -8,51 +9,68 @@ from functools import partial
 
 from fsspec.utils import glob_translate
 
+from conf.errors import ConfigError, Problem, TransientError
 from data.config import RemoteConfig
 from data.storage.retry import PermanentError, retry
 from data.storage.stores import Entry, Shard, Store
 from data.storage.transport import is_local, store_of
 
 COMPRESSED = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd", ".bz2": "bz2"}
-"""How files are compressed, by the end of their names, in Arrow's words."""
+"""How files are compressed, by the end of their names; the values are Arrow's names."""
 
-DEPTH = 99  # of folders in folders
+MAX_DEPTH = 99
+"""Folders within folders that are listed; it ends a circle of links that no check has noticed."""
 
 LISTING = RemoteConfig(timeout_s=10.0, retry_s=10.0)
-"""Shorter than for reading: a run that has not begun loses nothing, and somebody waits for it."""
+"""Shorter times than for reading: before a run has begun nothing is lost, and a user waits."""
+
+WRONG_PATH = (PermanentError, FileNotFoundError, NotADirectoryError, PermissionError)
+WRONG_PATH_ERRNO = (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL)
+"""What says that the path is wrong. Any other error may go away, as that of a server which is
+restarted does."""
 
 
 def list_shards(
-    pattern: str, suffixes: tuple[str, ...], remote: RemoteConfig = LISTING
+    pattern: str,
+    suffixes: tuple[str, ...],
+    remote: RemoteConfig = LISTING,
+    *,
+    setting: str = "paths",
 ) -> list[Shard]:
     """The shards that a file, a folder or a glob means, sorted by name.
 
-    A folder means the files in it, at any depth, with one of the `suffixes`, also if compressed;
-    a file or glob means what it says. Names that begin with a dot are passed over in either.
+    A folder means the files in it, at any depth, with one of the `suffixes`, also if compressed.
+    A file or a glob means what it says. Names that begin with a dot are left out in both.
 
     Args:
         pattern: a path, such as `~/books/**/*.txt`, or a URL, such as
             `hf://datasets/allenai/c4/en/*.json.gz`.
         suffixes: such as `.jsonl`.
+        setting: the full name of the setting that the pattern comes from, for errors.
 
     Raises:
-        ValueError: there are none, or the store refuses or cannot be reached.
+        ConfigError: the pattern matches nothing, or the store refuses it for good.
+        TransientError: the store cannot be reached.
     """
     local = pattern.removeprefix("file://")
-    where = os.path.abspath(os.path.expanduser(local)) if is_local(local) else pattern
-    start = f" (relative paths start at {os.getcwd()})" if is_local(local) else ""
+    root = os.path.abspath(os.path.expanduser(local)) if is_local(local) else pattern
+    here = f" (relative paths start at {os.getcwd()})" if is_local(local) else ""
     try:
-        found = _find(where, suffixes, remote)
+        found = _find(root, suffixes, remote)
     except (PermanentError, OSError) as error:
-        raise ValueError(
-            f"{pattern!r}: cannot be listed ({error}); correct it{start}, or see that it can be "
-            "reached"
+        if isinstance(error, WRONG_PATH) or getattr(error, "errno", None) in WRONG_PATH_ERRNO:
+            expected = f"cannot be listed ({error})"
+            raise ConfigError([Problem(setting, pattern, expected, f"correct it{here}")]) from error
+        raise TransientError(
+            f"{setting}={pattern!r}: cannot be listed at present ({error}); make sure that it can "
+            "be reached from here, and start the run again"
         ) from error
     if not found:
-        raise ValueError(
-            f"{pattern!r}: neither a file, nor a folder with {', '.join(suffixes)} files in it "
-            f"(also with {', '.join(COMPRESSED)}), nor a glob that matches any; correct it{start}"
+        expected = (
+            f"neither a file, nor a folder with {', '.join(suffixes)} files in it (also with "
+            f"{', '.join(COMPRESSED)}), nor a glob that matches any"
         )
+        raise ConfigError([Problem(setting, pattern, expected, f"correct it{here}")])
     return sorted(found, key=lambda shard: shard.name)
 
 
@@ -65,20 +83,21 @@ def compression_of(name: str) -> str | None:
     return COMPRESSED.get(os.path.splitext(name)[1])
 
 
-def _find(where: str, suffixes: tuple[str, ...], remote: RemoteConfig) -> list[Shard]:
-    store = store_of(where, remote.timeout_s)
-    if _is_glob(where) and not os.path.exists(where):
-        folder, wanted = _split(where)
-        names = glob_translate(wanted)
-        depth = DEPTH if "**" in wanted else wanted.count("/") + 1
+def _find(root: str, suffixes: tuple[str, ...], remote: RemoteConfig) -> list[Shard]:
+    store = store_of(root, remote.timeout_s)
+    if _is_glob(root) and not os.path.exists(root):
+        folder, relative = _split(root)
+        names = glob_translate(relative)
+        depth = MAX_DEPTH if "**" in relative else relative.count("/") + 1
     else:
-        entry = retry(partial(store.info, where), remote.retry_s)
+        entry = retry(partial(store.info, root), remote.retry_s)
         if not entry.is_folder:
             return [_shard(store, entry.name, entry, remote)]
-        folder, depth = entry.url, DEPTH
+        folder, depth = entry.url, MAX_DEPTH
         names = f".*({_any(suffixes)})({_any(COMPRESSED)})?"
     files = _walk(store, folder, depth, remote)
     found = [(name, entry) for name, entry in files if re.fullmatch(names, name)]
+    # A web server is asked for the size of each file, one request per file.
     with ThreadPoolExecutor(8) as pool:
         return list(pool.map(lambda file: _shard(store, file[0], file[1], remote), found))
 
@@ -120,5 +139,5 @@ def _walk(
 def _shard(store: Store, name: str, entry: Entry, remote: RemoteConfig) -> Shard:
     if entry.size is None:
         entry = retry(partial(store.info, entry.url), remote.retry_s)
-    assert entry.size is not None, "a file's size is known after a look"
+    assert entry.size is not None, "Store.info tells the size of a file"
     return Shard(entry.url, name, entry.size, entry.tag)

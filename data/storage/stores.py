@@ -10,12 +10,17 @@ from typing import Any, NamedTuple
 from fsspec.asyn import AsyncFileSystem
 from fsspec.core import url_to_fs
 
+from conf.errors import DataError
 from data.storage.retry import PermanentError
 
-PIECE = 1 << 20  # bytes that are read from a local file at a time
-BLOCK = 8 << 20  # bytes that fsspec is asked for at a time
+READ_BYTES = 1 << 20
+"""Bytes that one read of a local file asks for."""
 
-# How file systems call what changes whenever a file does, the surest first.
+REQUEST_BYTES = 8 << 20
+"""Bytes that one request to fsspec asks for. Its stores answer with all of them or none, so what is
+lost by a failure is at most this."""
+
+# The names that file systems have for what changes whenever a file does, the most reliable first.
 TAGS = (
     *("ETag", "etag", "xet_hash", "blob_id", "sha256", "md5Hash", "checksum"),
     *("LastModified", "last_modified", "modified", "mtime", "created"),
@@ -27,7 +32,7 @@ class Shard(NamedTuple):
 
     Attributes:
         url: its absolute path on this machine, or its URL.
-        name: what it is called within the corpus, wherever that lies: `en/part-01.jsonl.gz`.
+        name: its path within the corpus, the same wherever that lies: `en/part-01.jsonl.gz`.
         size: in bytes, as it is stored.
         tag: changes when the contents do, as far as the store can tell; "" if it cannot.
     """
@@ -39,7 +44,7 @@ class Shard(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """A file or folder in a store; `size` is None where finding it out takes a `info`."""
+    """A file or folder in a store; `size` is None where only `Store.info` tells it."""
 
     url: str
     name: str
@@ -49,9 +54,9 @@ class Entry(NamedTuple):
 
 
 class Store(ABC):
-    """Files that can be listed and read; it may be used by any number of threads.
+    """Files that can be listed and read, by any number of threads at a time.
 
-    What may go better the next time is an OSError, what will not one of `FINAL`.
+    An OSError may go away by itself, except for a PermissionError. A `PermanentError` does not.
     """
 
     @abstractmethod
@@ -64,14 +69,18 @@ class Store(ABC):
 
     @abstractmethod
     def read(self, shard: Shard, start: int, stop: int, *, skip: bool) -> Iterator[bytes]:
-        """Bytes from `start` on, as they come, to `stop` at most and at least one.
+        """Bytes from `start` on, as they arrive: at least one, and none from `stop` on.
 
-        With `skip`, a store that can only send files as a whole is asked to, and what comes
-        before `start` is passed over.
+        Args:
+            skip: let a store that sends only whole files send this one, and drop what comes before
+                `start`.
+
+        Raises:
+            DataError: the file is not the one that was listed.
         """
 
     def fill(self, shard: Shard, start: int, view: memoryview) -> Iterator[memoryview]:
-        """Puts the bytes from `start` on into a view, and gives what it has filled of it so far."""
+        """Fill a view with the bytes from `start` on; yields each part of it that is filled."""
         for piece in self.read(shard, start, start + len(view), skip=False):
             filled, view = view[: len(piece)], view[len(piece) :]
             filled[:] = piece
@@ -79,7 +88,11 @@ class Store(ABC):
 
 
 class LocalStore(Store):
-    """The file systems of this machine; nothing stays open between two calls."""
+    """The file systems of this machine.
+
+    No file stays open between two calls, so that a file which is replaced is noticed, and many
+    lanes can read thousands of files.
+    """
 
     def info(self, url: str) -> Entry:
         return _local_entry(url, os.stat(url))
@@ -88,12 +101,12 @@ class LocalStore(Store):
         above = os.path.realpath(url)
         with os.scandir(url) as items:
             found = [_local_child(item) for item in items]
-        # A link to a folder that it lies in would be followed for ever.
+        # A link to a folder that contains it would be followed without end.
         return [e for e in found if not (e.is_folder and _contains(e.url, above))]
 
     def read(self, shard: Shard, start: int, stop: int, *, skip: bool) -> Iterator[bytes]:  # noqa: ARG002 - a Store's signature
         while start < stop:
-            piece = bytearray(min(PIECE, stop - start))
+            piece = bytearray(min(READ_BYTES, stop - start))
             for filled in self.fill(shard, start, memoryview(piece)):
                 yield bytes(filled)
                 start += len(filled)
@@ -113,8 +126,8 @@ class LocalStore(Store):
         yield view[:count]
 
 
-class OtherStore(Store):
-    """Whatever fsspec has a file system for.
+class FsspecStore(Store):
+    """Any file system that fsspec knows, such as `s3://` or `hf://`.
 
     Args:
         timeout_s: seconds that a request may take, where fsspec can limit them.
@@ -126,12 +139,12 @@ class OtherStore(Store):
     def info(self, url: str) -> Entry:
         with _translated():
             system, path = url_to_fs(url)
-            return _other_entry(system, system.info(path))
+            return _fsspec_entry(system, system.info(path))
 
     def ls(self, url: str) -> list[Entry]:
         with _translated():
             system, path = url_to_fs(url)
-            found = [_other_entry(system, info) for info in system.ls(path, detail=True)]
+            found = [_fsspec_entry(system, info) for info in system.ls(path, detail=True)]
         # Object stores may list a folder as an object in itself.
         return [entry for entry in found if entry.url.rstrip("/") != url.rstrip("/")]
 
@@ -139,12 +152,13 @@ class OtherStore(Store):
         while start < stop:
             with _translated():
                 system, path = url_to_fs(shard.url)
-                entry = _other_entry(system, system.info(path))
-                check_same(shard, entry.size, entry.tag)
-                # Other than asynchronous ones open a file for it, which would read ahead.
+                entry = _fsspec_entry(system, system.info(path))
+            check_same(shard, entry.size, entry.tag)
+            with _translated():
+                # Systems that are not asynchronous open a file for it, which would read ahead.
                 is_async = isinstance(system, AsyncFileSystem)
                 options = {"timeout": self.timeout_s} if is_async else {"cache_type": "none"}
-                piece = system.cat_file(path, start, min(stop, start + BLOCK), **options)
+                piece = system.cat_file(path, start, min(stop, start + REQUEST_BYTES), **options)
             if not piece:
                 raise OSError(f"nothing came at byte {start} of {shard.size}")
             yield piece
@@ -152,18 +166,22 @@ class OtherStore(Store):
 
 
 def check_same(shard: Shard, size: int | None, tag: str) -> None:
-    """Refuses a file that is not what was listed; an unknown size or tag says nothing."""
+    """Make sure that a file is the one that was listed; an unknown size or tag says nothing.
+
+    Raises:
+        DataError: it is another one.
+    """
     if size is not None and size != shard.size:
-        raise changed(f"{size} bytes now, {shard.size} then")
+        raise changed(shard, f"it has {size} bytes now and had {shard.size}")
     if tag and shard.tag and tag != shard.tag:
-        raise changed(f"its tag is {tag} now, {shard.tag} then")
+        raise changed(shard, f"its tag is {tag} now and was {shard.tag}")
 
 
-def changed(how: str) -> PermanentError:
-    """The error for a file that is not what was listed."""
-    return PermanentError(
-        f"changed since it was listed ({how}); if that is right, start the run again, which lists "
-        "it anew"
+def changed(shard: Shard, how: str) -> DataError:
+    """The error for a file that is not the one that was listed."""
+    return DataError(
+        f"{shard.url}: changed since it was listed ({how}); if that is right, start the run again, "
+        "which lists it anew"
     )
 
 
@@ -175,7 +193,7 @@ def _local_entry(path: str, status: os.stat_result) -> Entry:
 def _local_child(item: os.DirEntry[str]) -> Entry:
     try:
         return _local_entry(item.path, item.stat())
-    except FileNotFoundError:  # a link to nothing, told when it is looked at
+    except FileNotFoundError:  # a link to nothing; it matters only if the file is wanted
         return Entry(item.path, item.name, is_folder=False)
 
 
@@ -188,7 +206,7 @@ def _contains(folder: str, path: str) -> bool:
     return os.path.commonpath([folder, path]) == folder
 
 
-def _other_entry(system: Any, info: dict[str, Any]) -> Entry:
+def _fsspec_entry(system: Any, info: dict[str, Any]) -> Entry:
     url = system.unstrip_protocol(info["name"])
     name = url.rstrip("/").rsplit("/", 1)[1]
     if info["type"] == "directory":
@@ -201,7 +219,7 @@ def _other_entry(system: Any, info: dict[str, Any]) -> Entry:
 
 @contextmanager
 def _translated() -> Iterator[None]:
-    """Makes the errors of any file system those of a `Store`."""
+    """Turns the errors of any file system into those of a `Store`."""
     try:
         yield
     except (OSError, PermanentError):

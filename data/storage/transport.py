@@ -1,22 +1,25 @@
-"""Reading shards, whatever befalls the way to them."""
+"""Reading the bytes of a shard in spite of servers and disks that fail now and then."""
 
 import io
 from collections.abc import Callable, Generator, Iterator
 from typing import Any, TypeVar
 
+from conf.errors import DataError, TransientError
 from data.config import RemoteConfig
-from data.storage.retry import FINAL, Backoff
-from data.storage.stores import LocalStore, OtherStore, Shard, Store
+from data.storage.retry import NOT_RETRIED, Backoff
+from data.storage.stores import FsspecStore, LocalStore, Shard, Store
 from data.storage.web import WebStore
 
-LOCAL_BUFFER = 1 << 20
-REMOTE_BUFFER = 4 << 20  # also what one request asks for: some 40 times what comes in its 1st trip
+LOCAL_BUFFER_BYTES = 1 << 20
+REMOTE_BUFFER_BYTES = 4 << 20
+"""The buffer of a remote shard, which is also what one request asks for. It is about 40 times the
+100 kB or so that arrive in a connection's first round trips, so that waiting costs little."""
 
 Piece = TypeVar("Piece", bytes, memoryview)
 
 
-class ShardError(ValueError):
-    """A shard that cannot be read, why, and what to do."""
+class ShardUnavailableError(TransientError):
+    """A shard that cannot be read at present; says why, and what to do."""
 
 
 def is_local(url: str) -> bool:
@@ -29,95 +32,100 @@ def is_local(url: str) -> bool:
 
 
 def store_of(url: str, timeout_s: float) -> Store:
-    """Where a URL points to."""
+    """The store that a URL points to."""
     if is_local(url):
         return LocalStore()
     if url.startswith(("http://", "https://")):
         return WebStore(timeout_s)
-    return OtherStore(timeout_s)
+    return FsspecStore(timeout_s)
 
 
 def shard_bytes(
     shard: Shard, start: int, stop: int, remote: RemoteConfig, *, skip: bool = False
 ) -> Generator[bytes]:
-    """A shard's bytes from `start` to `stop`, in pieces; what came is never asked for again.
+    """A shard's bytes from `start` to `stop`, in pieces; after a failure it asks for the rest only.
 
     Args:
-        skip: servers that send whole files only may send it from its beginning every time.
+        skip: let a server that sends only whole files send the file from its beginning every time.
 
     Raises:
-        ShardError: it is not what was listed, or nothing came for `remote.retry_s` seconds.
+        ShardUnavailableError: nothing came for `remote.retry_s` seconds.
+        DataError: the shard is not the one that was listed, or its server refuses to send it.
+        ConfigError: the server sends whole files only, and `skip` is false.
     """
     store = store_of(shard.url, remote.timeout_s)
-    return _persist(
-        shard, start, stop, remote, lambda place: store.read(shard, place, stop, skip=skip)
+    return _read_with_retries(
+        shard, start, stop, remote, lambda position: store.read(shard, position, stop, skip=skip)
     )
 
 
-def _persist(
+def _read_with_retries(
     shard: Shard,
     start: int,
     stop: int,
     remote: RemoteConfig,
-    attempt: Callable[[int], Iterator[Piece]],
+    read_from: Callable[[int], Iterator[Piece]],
 ) -> Generator[Piece]:
-    """The pieces of as many attempts as it takes, each from the byte that is to come next."""
+    """The pieces of as many tries as it takes, each from the first byte that has not come yet."""
     backoff = Backoff(remote.retry_s)
     while start < stop:
         try:
-            for piece in attempt(start):
+            for piece in read_from(start):
                 yield piece
                 start += len(piece)
-                backoff.progress()
-        except FINAL as error:
-            raise ShardError(f"{shard.url}: {error}") from error
+                backoff.reset()
+        except NOT_RETRIED as error:
+            raise DataError(f"{shard.url}: cannot be read ({error})") from error
         except OSError as error:
-            if not backoff.wait():
-                raise ShardError(
+            if not backoff.pause():
+                raise ShardUnavailableError(
                     f"{shard.url}: cannot be read from byte {start} on: "
                     f"{str(error) or type(error).__name__} "
                     f"({backoff.failures} tries in {backoff.waited_s:.0f} s without progress, "
-                    f"data.remote.retry_s={remote.retry_s:g}); see that it can be, and start the "
-                    "run again"
+                    f"data.remote.retry_s={remote.retry_s:g}); make sure that it can be read, and "
+                    "start the run again"
                 ) from error
 
 
 class ShardReader(io.RawIOBase):
-    """A shard as a file; it holds nothing but its place, so that nothing can break in between."""
+    """A shard as a file.
+
+    It holds a position and no connection, so that nothing can break between two reads.
+    """
 
     def __init__(self, shard: Shard, remote: RemoteConfig) -> None:
         self.shard = shard
         self.remote = remote
         self._store = store_of(shard.url, remote.timeout_s)
-        self._place = 0
+        self._position = 0
 
     def readinto(self, buffer: Any) -> int:
-        """Fills the buffer, or as much of it as there is left to read."""
-        start, stop = self._place, min(self._place + len(buffer), self.shard.size)
+        """Fill the buffer, or as much of it as there are bytes left."""
+        start, stop = self._position, min(self._position + len(buffer), self.shard.size)
         view = memoryview(buffer)[: max(0, stop - start)]
 
-        def fill(place: int) -> Iterator[memoryview]:
-            return self._store.fill(self.shard, place, view[place - start :])
+        def fill_from(position: int) -> Iterator[memoryview]:
+            return self._store.fill(self.shard, position, view[position - start :])
 
-        for filled in _persist(self.shard, start, stop, self.remote, fill):
-            self._place += len(filled)
-        return self._place - start
+        for filled in _read_with_retries(self.shard, start, stop, self.remote, fill_from):
+            self._position += len(filled)
+        return self._position - start
 
     def readall(self) -> bytes:
-        """All that is left, in one request; the inherited one would ask for 8 KiB at a time."""
-        rest = b"".join(shard_bytes(self.shard, self._place, self.shard.size, self.remote))
-        self._place += len(rest)
+        """All that is left, in one request; the inherited method would ask for 8 KiB at a time."""
+        rest = b"".join(shard_bytes(self.shard, self._position, self.shard.size, self.remote))
+        self._position += len(rest)
         return rest
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Moves to a place, counted from the beginning, from here or from the end."""
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self.shard.size}[whence]
-        self._place = base + offset
-        return self._place
+        """Move to a byte, counted from the beginning, from here or from the end."""
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self.shard.size}[whence]
+        self._position = base + offset
+        return self._position
 
     def tell(self) -> int:
-        """The place of the next byte."""
-        return self._place
+        """The number of the next byte."""
+        return self._position
 
     def readable(self) -> bool:
         return True
@@ -127,6 +135,6 @@ class ShardReader(io.RawIOBase):
 
 
 def open_shard(shard: Shard, remote: RemoteConfig) -> io.BufferedReader:
-    """A shard's bytes as they are stored; reading them raises a `ShardError` at worst."""
-    buffer = LOCAL_BUFFER if is_local(shard.url) else REMOTE_BUFFER
-    return io.BufferedReader(ShardReader(shard, remote), buffer)
+    """A shard's bytes as they are stored; reading them raises the errors of `shard_bytes`."""
+    buffer_bytes = LOCAL_BUFFER_BYTES if is_local(shard.url) else REMOTE_BUFFER_BYTES
+    return io.BufferedReader(ShardReader(shard, remote), buffer_bytes)

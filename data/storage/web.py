@@ -1,7 +1,7 @@
 """Files on web servers, read by ranges.
 
-fsspec's own reader loses what had come of an answer that broke off, takes a whole file for the
-range that it asked for, and sees no tags; shards need all three.
+fsspec's own reader is not used, for three reasons. It drops the bytes that came before an answer
+broke off, it takes a whole file for the range that it asked for, and it does not look at ETags.
 """
 
 import re
@@ -13,22 +13,26 @@ from urllib.error import HTTPError
 from urllib.parse import unquote, urljoin, urlsplit
 from urllib.request import Request, urlopen
 
+from conf.errors import ConfigError, Problem
 from data.storage.retry import PermanentError
 from data.storage.stores import Entry, Shard, Store, changed, check_same
 
-PIECE = 1 << 20  # bytes of an answer, at most, that are handed on at a time
-PASSING = (408, 425, 429)  # of the answers 4xx, those that time may change; 404 is one of its own
+READ_BYTES = 1 << 20
+"""Most bytes of an answer that are handed on at a time."""
+
+TEMPORARY_STATUS = (408, 425, 429)
+"""Answers of the 4xx kind that may be another one later: timeout, too early, too many requests."""
 
 
 class PastEndError(PermanentError):
-    """A file without the byte that was asked for."""
+    """The file has no such byte."""
 
 
 class WebStore(Store):
-    """Web servers; every request stands alone, so threads share nothing.
+    """Web servers. Each request has its own connection, so that threads share nothing.
 
     Args:
-        timeout_s: seconds to connect, or without a byte, after which a request is given up.
+        timeout_s: seconds to connect, or without a byte, after which a request fails.
     """
 
     def __init__(self, timeout_s: float) -> None:
@@ -36,7 +40,7 @@ class WebStore(Store):
 
     def info(self, url: str) -> Entry:
         try:
-            # Not HEAD, which URLs that are signed for GET refuse.
+            # Not HEAD: a URL that is signed for GET refuses it.
             with self._answer(url, "bytes=0-0") as answer:
                 if urlsplit(answer.url).path.endswith("/") or not urlsplit(answer.url).path:
                     return Entry(answer.url, _name(answer.url), is_folder=True)
@@ -60,37 +64,46 @@ class WebStore(Store):
         ]
 
     def read(self, shard: Shard, start: int, stop: int, *, skip: bool) -> Iterator[bytes]:
-        with self._answer(shard.url, f"bytes={start}-{stop - 1}") as answer:
-            check_same(shard, _size(answer), _tag(answer))
-            if answer.status == 206:
-                if (first := _first(answer)) != start:
-                    raise OSError(f"byte {first} came where {start} was asked for")
-            elif stop < shard.size or (start and not skip):
-                raise PermanentError(
-                    "its server sends whole files only; set data.cache.remote=true to have it "
-                    "copied once"
-                )
-            else:
-                _pass_over(answer, start)
-            if not (piece := answer.read1(min(PIECE, stop - start))):
-                raise OSError(f"nothing came at byte {start} of {shard.size}")
-            while piece:
-                yield piece
-                start += len(piece)
-                piece = answer.read1(min(PIECE, stop - start))
+        try:
+            with self._answer(shard.url, f"bytes={start}-{stop - 1}") as answer:
+                check_same(shard, _size(answer), _tag(answer))
+                if answer.status == 206:
+                    if (first := _first(answer)) != start:
+                        raise OSError(f"byte {first} came where {start} was asked for")
+                elif stop < shard.size or (start and not skip):
+                    raise _whole_files_only(shard)
+                else:
+                    _drop(answer, start)
+                if not (piece := answer.read1(min(READ_BYTES, stop - start))):
+                    raise OSError(f"nothing came at byte {start} of {shard.size}")
+                while piece:
+                    yield piece
+                    start += len(piece)
+                    piece = answer.read1(min(READ_BYTES, stop - start))
+        except PastEndError:
+            raise changed(shard, "it is shorter now") from None
 
     @contextmanager
-    def _answer(self, url: str, wanted: str | None = None) -> Iterator[HTTPResponse]:
-        """The answer to a GET; whatever goes wrong with it is told as a `Store` tells it."""
-        headers = {"User-Agent": "phd-transformer"} | ({"Range": wanted} if wanted else {})
+    def _answer(self, url: str, byte_range: str | None = None) -> Iterator[HTTPResponse]:
+        """The answer to a GET; failures are the errors of a `Store`."""
+        headers = {"User-Agent": "phd-transformer"}
+        headers |= {"Range": byte_range} if byte_range else {}
         try:
             with urlopen(Request(url, headers=headers), timeout=self.timeout_s) as answer:
                 yield answer
         except HTTPError as error:
             error.close()
-            raise _meaning(error) from None
+            raise _store_error(error) from None
         except HTTPException as error:
             raise OSError(f"{type(error).__name__}: {error}") from error
+
+
+def _whole_files_only(shard: Shard) -> ConfigError:
+    """The error for a server that does not understand ranges."""
+    expected = f"true, because the server of {shard.url} sends whole files only"
+    return ConfigError(
+        [Problem("data.cache.remote", False, expected, "the file is then copied once")]
+    )
 
 
 class _Links(HTMLParser):
@@ -105,19 +118,20 @@ class _Links(HTMLParser):
             self.links += [value for key, value in attrs if key == "href" and value]
 
 
-def _meaning(error: HTTPError) -> Exception:
+def _store_error(error: HTTPError) -> Exception:
+    """The error of a `Store` that an HTTP status stands for."""
     said = f"HTTP {error.code} {error.reason}"
     if error.code == 404:
         return FileNotFoundError(said)
     if error.code == 416:
-        return PastEndError(str(changed("it is shorter now")))
-    if error.code >= 500 or error.code in PASSING:
+        return PastEndError(said)
+    if error.code >= 500 or error.code in TEMPORARY_STATUS:
         return OSError(said)
-    return PermanentError(f"{said}; see that it may be read from here")
+    return PermanentError(f"{said}; make sure that it may be read from here")
 
 
 def _name(url: str) -> str:
-    """A URL's last part, as people write it.
+    """The last part of a URL's path, decoded.
 
     >>> _name("https://host/a/part%201.jsonl?key=3")
     'part 1.jsonl'
@@ -126,7 +140,7 @@ def _name(url: str) -> str:
 
 
 def _size(answer: HTTPResponse) -> int | None:
-    """The whole file's size, if the server tells it."""
+    """The size of the whole file, if the server tells it."""
     if answer.status == 206:
         size = answer.headers.get("Content-Range", "").rpartition("/")[2]
     else:
@@ -135,7 +149,7 @@ def _size(answer: HTTPResponse) -> int | None:
 
 
 def _first(answer: HTTPResponse) -> int | None:
-    """The place in the file of the first byte of an answer with a range."""
+    """The number in the file of the first byte of an answer to a range."""
     found = re.match(r"bytes (\d+)-", answer.headers.get("Content-Range", ""))
     return int(found[1]) if found else None
 
@@ -144,9 +158,10 @@ def _tag(answer: HTTPResponse) -> str:
     return answer.headers.get("ETag") or answer.headers.get("Last-Modified") or ""
 
 
-def _pass_over(answer: HTTPResponse, count: int) -> None:
+def _drop(answer: HTTPResponse, count: int) -> None:
+    """Read bytes that are not wanted."""
     while count:
-        passed = len(answer.read1(min(PIECE, count)))
-        if not passed:
-            raise OSError(f"the answer broke off {count} bytes before the place to go on")
-        count -= passed
+        dropped = len(answer.read1(min(READ_BYTES, count)))
+        if not dropped:
+            raise OSError(f"the answer broke off {count} bytes before the ones that are wanted")
+        count -= dropped

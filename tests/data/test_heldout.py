@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.heldout import SPREAD, heldout_rows
-from data.packing import document_starts
+from data.batch import IGNORED_TARGET, Batch, document_starts
+from data.heldout import OVERSAMPLING, heldout_rows
 from data.sources.documents import Documents
 from data.tokenizer import Tokenizer
 
@@ -18,6 +18,11 @@ def documents(documents_of: DocumentsOf) -> Documents:
     return documents_of("jsonl", holdout=0.5)
 
 
+def counted(batch: Batch) -> np.ndarray:
+    """The targets that count, in their order."""
+    return batch.targets[batch.targets != IGNORED_TARGET]
+
+
 @given(seq_len=st.integers(1, 300))
 def test_every_token_of_every_held_out_document_is_a_target_once(
     documents: Documents, tokenizer: Tokenizer, seq_len: int
@@ -26,10 +31,11 @@ def test_every_token_of_every_held_out_document_is_a_target_once(
     held = heldout_rows(documents, tokenizer, "text", seq_len=seq_len, limit=10_000)
     assert held
     twin = np.concatenate([tokenizer.encode_document(text) for text in texts])
-    assert np.array_equal(held.rows[:, 1:][held.mask], twin)
-    assert held.target_bytes == len("".join(texts).encode())
+    assert np.array_equal(counted(held), twin)
+    assert held.stats
+    assert (held.stats.targets, held.stats.positions) == (len(twin), held.targets.size)
+    assert held.stats.target_bytes == len("".join(texts).encode())
     assert held.rows.shape == (-(-len(twin) // seq_len), seq_len + 1)
-    assert held.mask.shape == held.rows[:, 1:].shape
 
 
 @given(limit=st.integers(1, 12))
@@ -39,12 +45,13 @@ def test_fewer_rows_are_chosen_evenly_from_several_times_as_many(
     whole = heldout_rows(documents, tokenizer, "text", seq_len=8, limit=10_000)
     assert whole
     everything = whole.rows
-    count = min(SPREAD * limit, len(everything))
+    count = min(OVERSAMPLING * limit, len(everything))
     assert count > limit
     held = heldout_rows(documents, tokenizer, "text", seq_len=8, limit=limit)
     assert held
     assert np.array_equal(held.rows, everything[[i * count // limit for i in range(limit)]])
-    assert held.target_bytes == tokenizer.byte_lengths[held.rows[:, 1:][held.mask]].sum()
+    assert held.stats
+    assert held.stats.target_bytes == tokenizer.byte_lengths[counted(held)].sum()
 
 
 def test_the_rows_are_the_same_for_every_kind_of_source_and_number_of_lanes(
@@ -75,5 +82,5 @@ def test_documents_are_told_apart_where_they_are_isolated(
     assert held
     assert plain
     assert np.array_equal(held.rows, plain.rows)
-    assert plain.starts is None
-    assert np.array_equal(held.starts, document_starts(held.rows, tokenizer.eos_id))
+    assert plain.document_starts is None
+    assert np.array_equal(held.document_starts, document_starts(held.rows, tokenizer.eos_id))

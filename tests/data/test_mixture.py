@@ -20,9 +20,9 @@ Reader = Callable[..., Lane]
 @pytest.fixture(scope="module")
 def lane(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Reader:
     """A lane over sources `a`, `b`, `c`, whose documents say where they are from."""
-    folder, dice = tmp_path_factory.mktemp("mixture"), Random(0)
+    folder, random = tmp_path_factory.mktemp("mixture"), Random(0)
     for name, words in (("a", 40), ("b", 10), ("c", 90)):
-        lines = [f"{name}{i} " + "x " * dice.randint(1, words) for i in range(24)]
+        lines = [f"{name}{i} " + "x " * random.randint(1, words) for i in range(24)]
         text = "".join(json.dumps({"text": line}) + "\n" for line in lines)
         (folder / f"{name}.jsonl").write_text(text)
 
@@ -51,13 +51,13 @@ def lane(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Read
     return build
 
 
-def drawn(lane: Lane, count: int, start: LaneCursor | None = None) -> list[tuple[str, int]]:
+def documents_of(lane: Lane, count: int, start: LaneCursor | None = None) -> list[tuple[str, int]]:
     """The name of each document and how many tokens it has."""
     read = islice(lane.read(start), count)
     return [(lane.tokenizer.decode(tokens).split(" ")[0], len(tokens)) for tokens, _ in read]
 
 
-def shares(documents: list[tuple[str, int]]) -> Counter[str]:
+def tokens_by_source(documents: list[tuple[str, int]]) -> Counter[str]:
     tokens: Counter[str] = Counter()
     for name, count in documents:
         tokens[name[0]] += count
@@ -68,7 +68,7 @@ def shares(documents: list[tuple[str, int]]) -> Counter[str]:
     "weights", [{"a": 1, "b": 1}, {"a": 3, "b": 1, "c": 2}, {"a": 0.7, "c": 0.1}]
 )
 def test_each_source_has_its_share_of_the_tokens(lane: Reader, weights: dict[str, float]) -> None:
-    tokens = shares(drawn(lane(weights), 3000))
+    tokens = tokens_by_source(documents_of(lane(weights), 3000))
     total = sum(tokens.values())
     for name, weight in weights.items():
         share = weight / sum(weights.values())
@@ -81,7 +81,7 @@ def test_shares_are_right_from_the_first_document_on(lane: Reader, documents: in
     for seed in range(200):
         reader = lane({"a": 3, "b": 1})
         reader = Lane(reader.documents, reader.tokenizer, seed=seed, number=0)
-        tokens += shares(drawn(reader, documents))
+        tokens += tokens_by_source(documents_of(reader, documents))
     assert 0.6 < tokens["a"] / sum(tokens.values()) < 0.9
 
 
@@ -90,7 +90,7 @@ def test_lanes_seeds_and_phases_begin_at_different_places_of_the_turn(lane: Read
     firsts = []
     for seed, number in [(3, n) for n in range(30)] + [(s, 0) for s in range(30)]:
         own = Lane(_Whole(reader.documents.config), reader.tokenizer, seed=seed, number=number)
-        names = [name[0] for name, _ in drawn(own, 400)]
+        names = [name[0] for name, _ in documents_of(own, 400)]
         firsts.append(names.index("b"))
     assert len(set(firsts[:30])) > 5
     assert len(set(firsts[30:])) > 5
@@ -128,11 +128,11 @@ def test_it_goes_on_exactly_from_every_cursor(
 def test_the_cursor_counts_tokens_and_epochs_of_each_source(lane: Reader) -> None:
     reader = lane({"a": 1, "b": 2})
     read = list(islice(reader.read(), 200))
-    tokens = shares(drawn(reader, 199))
+    tokens = tokens_by_source(documents_of(reader, 199))
     last = read[-1][1].sources
     assert {name: last[name].tokens for name in "ab"} == dict(tokens)
     own = {name: len(list(reader.documents.training(name, 0))) for name in "ab"}
-    names = Counter(name[0] for name, _ in drawn(reader, 199))
+    names = Counter(name[0] for name, _ in documents_of(reader, 199))
     for name in "ab":
         # A pass that was read to its end is complete when the next one is begun.
         assert names[name] // own[name] - last[name].cursor.epoch in (0, 1)
@@ -140,7 +140,7 @@ def test_the_cursor_counts_tokens_and_epochs_of_each_source(lane: Reader) -> Non
 
 def test_a_used_up_source_leaves_its_share_to_the_others(lane: Reader) -> None:
     reader = lane({"a": 1, "b": 5}, epochs={"b": 2})
-    documents = drawn(reader, 300)
+    documents = documents_of(reader, 300)
     times = Counter(name for name, _ in documents if name[0] == "b")
     own = {d.text.split(" ")[0] for d, _ in reader.documents.training("b", 0)}  # type: ignore[union-attr]
     assert times == Counter(dict.fromkeys(own, 2))
@@ -166,7 +166,7 @@ def test_phases_change_the_weights_when_their_tokens_are_reached(lane: Reader) -
     phases = {"anneal": Phase(after_tokens=start, weights={"a": 0.0, "c": 4.0})}
     reader = lane({"a": 1, "b": 1, "c": 0}, phases=phases)
     before, after, total = Counter[str](), Counter[str](), 0
-    for name, count in drawn(reader, 3000):
+    for name, count in documents_of(reader, 3000):
         (before if total * reader.documents.config.lanes < start else after)[name[0]] += count
         total += count
     assert before["c"] == 0
@@ -178,7 +178,7 @@ def test_phases_change_the_weights_when_their_tokens_are_reached(lane: Reader) -
 def test_one_source_is_read_as_it_is(lane: Reader) -> None:
     reader = lane({"a": 0.5}, shuffle=False, number=1)
     own = [d.text.split(" ")[0] for d, _ in reader.documents.training("a", 1)]  # type: ignore[union-attr]
-    assert [name for name, _ in drawn(reader, 30)] == (own * 3)[:30]
+    assert [name for name, _ in documents_of(reader, 30)] == (own * 3)[:30]
 
 
 def test_a_fresh_cursor_has_read_nothing() -> None:
@@ -201,6 +201,6 @@ def test_a_fresh_cursor_has_read_nothing() -> None:
 
 def test_lanes_of_other_numbers_read_other_documents(lane: Reader, tmp_path: Path) -> None:
     del tmp_path
-    names = [{n for n, _ in drawn(lane({"a": 1}, number=number), 24)} for number in (0, 1)]
+    names = [{n for n, _ in documents_of(lane({"a": 1}, number=number), 24)} for number in (0, 1)]
     assert names[0].isdisjoint(names[1])
     assert names[0] | names[1] == {f"a{i}" for i in range(24)}

@@ -5,7 +5,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.packing import PADDING, document_starts, pack, pack_best_fit
+from data.packing import PADDING, pack, pack_best_fit
 
 lengths = st.lists(st.integers(1, 12), min_size=1, max_size=12)
 SEPARATOR = 10_000
@@ -122,11 +122,11 @@ def test_best_fit_rows_come_in_the_order_of_their_first_documents() -> None:
 
 
 def test_a_row_knows_how_far_was_read_for_it() -> None:
-    reached = [row.reached for row, _, _ in best_fit([2, 9, 3, 9, 7], seq_len=9, group=2)]
-    assert reached == [0, 1, 2, 3, 4]
-    long = [row.reached for row, _, _ in best_fit([20, 20], seq_len=5, group=2)]
+    progress = [row.progress for row, _, _ in best_fit([2, 9, 3, 9, 7], seq_len=9, group=2)]
+    assert progress == [0, 1, 2, 3, 4]
+    long = [row.progress for row, _, _ in best_fit([20, 20], seq_len=5, group=2)]
     assert long == [0, 0, 0, 0, 0, 0, 0, 1]
-    assert [row.reached for row, _, _ in pack(numbered([3, 3, 3]), 4)] == [1, 2]
+    assert [row.progress for row, _, _ in pack(numbered([3, 3, 3]), 4)] == [1, 2]
 
 
 def test_an_empty_document_at_the_end_gives_no_row_and_its_place_to_the_last() -> None:
@@ -136,24 +136,15 @@ def test_an_empty_document_at_the_end_gives_no_row_and_its_place_to_the_last() -
     packed = list(pack([*numbered([3, 2]), end], 4))
     assert [(row.targets, place, used) for row, place, used in packed] == [(4, 1, 1), (0, 9, 0)]
     fitted = list(pack_best_fit([*separated([3, 3]), end], 9, group=5, separator=SEPARATOR))
-    assert [(row.targets, row.reached, *rest) for row, *rest in fitted] == [(6, 9, 0, 1)]
+    assert [(row.targets, row.progress, *rest) for row, *rest in fitted] == [(6, 9, 0, 1)]
 
 
 def test_best_fit_wastes_little_and_cuts_few() -> None:
-    dice = np.random.default_rng(0)
-    lengths = np.minimum(dice.lognormal(4, 1, 4096).astype(int) + 1, 5000).tolist()
+    generator = np.random.default_rng(0)
+    lengths = np.minimum(generator.lognormal(4, 1, 4096).astype(int) + 1, 5000).tolist()
     rows = best_fit(lengths, seq_len=256, group=256)
     padding = 1 - sum(row.targets for row, *_ in rows) / (256 * len(rows))
     assert padding < 0.02
-
-
-@given(rows=st.lists(st.lists(st.integers(0, 2), min_size=6, max_size=6), min_size=1, max_size=4))
-def test_a_separator_begins_the_document_after_it(rows: list[list[int]]) -> None:
-    tokens = np.array(rows)
-    starts = document_starts(tokens, separator=0)
-    for row, found in zip(tokens.tolist(), starts.tolist(), strict=True):
-        twin = [max([0, *(j for j in range(i + 1) if row[j] == 0)]) for i in range(5)]
-        assert found == twin
 
 
 def test_rows_are_made_as_they_are_asked_for() -> None:

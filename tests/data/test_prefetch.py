@@ -65,7 +65,7 @@ def test_it_can_be_closed_after_the_end_and_twice() -> None:
     ahead.close()
 
 
-def test_whoever_is_told_to_wait_no_longer_stops_waiting_and_closing_takes_no_longer() -> None:
+def test_a_stop_ends_the_wait_and_closing_takes_no_longer() -> None:
     stalled = threading.Event()
 
     def items() -> Iterator[int]:
@@ -73,7 +73,7 @@ def test_whoever_is_told_to_wait_no_longer_stops_waiting_and_closing_takes_no_lo
         stalled.wait()
 
     told = threading.Event()
-    ahead = Prefetch(items(), depth=2, give_up=told.is_set)
+    ahead = Prefetch(items(), depth=2, stop_requested=told.is_set)
     assert next(ahead) == 1
     threading.Timer(0.1, told.set).start()
     start = time.monotonic()
@@ -84,7 +84,7 @@ def test_whoever_is_told_to_wait_no_longer_stops_waiting_and_closing_takes_no_lo
     ahead.close()
 
 
-def test_what_is_ready_is_given_even_to_whoever_gives_up() -> None:
-    with Prefetch(range(3), depth=3, give_up=lambda: True) as ahead:
+def test_what_is_ready_is_given_even_after_a_stop() -> None:
+    with Prefetch(range(3), depth=3, stop_requested=lambda: True) as ahead:
         time.sleep(0.1)
         assert list(ahead) == [0, 1, 2]

@@ -22,6 +22,8 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
+from conf.errors import DataError
+from data.batch import Batch, Cursors
 from data.config import (
     CacheConfig,
     DataConfig,
@@ -37,7 +39,7 @@ from data.loader import Loader
 from data.mixture import Lane
 from data.sources.documents import Documents
 from data.sources.token_files import write_tokens
-from data.stream import Batch, BatchShape, Cursors, OutOfTextError, TokenStream
+from data.stream import BatchShape, OutOfTextError, TokenStream
 from data.tokenizer import Tokenizer
 
 CASES = int(os.environ.get("CASES", "40"))
@@ -62,7 +64,7 @@ class Case:
     steps: int
 
 
-def write_shard(path: Path, texts: list[str], dice: Random) -> None:
+def write_shard(path: Path, texts: list[str], generator: Random) -> None:
     """Some texts in the form that the file's name says."""
     lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
     half = len(lines) // 2
@@ -78,41 +80,42 @@ def write_shard(path: Path, texts: list[str], dice: Random) -> None:
         case "txt":
             path.write_text("\n\n".join(texts), newline="")
         case "parquet":
-            rows = dice.choice([1, 3, 100])
+            rows = generator.choice([1, 3, 100])
             pq.write_table(
                 pa.table({"text": pa.array(texts, pa.string())}), path, row_group_size=rows
             )
 
 
-def cut(texts: list[str], parts: int, dice: Random) -> list[list[str]]:
+def cut(texts: list[str], parts: int, generator: Random) -> list[list[str]]:
     """The texts in some parts, of which some may be empty."""
-    places = sorted(dice.choices(range(len(texts) + 1), k=parts - 1))
+    places = sorted(generator.choices(range(len(texts) + 1), k=parts - 1))
     return [texts[a:b] for a, b in zip([0, *places], [*places, len(texts)], strict=True)]
 
 
 def draw_source(
-    name: str, folder: Path, dice: Random, tokenizer: Tokenizer, url: str | None
+    name: str, folder: Path, generator: Random, tokenizer: Tokenizer, url: str | None
 ) -> tuple[Source, list[str]]:
     """A corpus of some form, written, and its texts."""
-    form = dice.choice(FORMS[:-3] if url else FORMS)
+    form = generator.choice(FORMS[:-3] if url else FORMS)
     texts = [
-        f"{name}{i} " + " ".join(dice.choices(WORDS.split(), k=dice.choice([1, 5, 20, 60])))
-        for i in range(dice.randint(40, 90))
+        f"{name}{i} "
+        + " ".join(generator.choices(WORDS.split(), k=generator.choice([1, 5, 20, 60])))
+        for i in range(generator.randint(40, 90))
     ]
     folder = folder / name
     folder.mkdir()
-    settings: dict[str, Any] = {"weight": dice.choice([1.0, 0.3, 4.0])}
+    settings: dict[str, Any] = {"weight": generator.choice([1.0, 0.3, 4.0])}
     if form == "tokens":
-        write_tokens(folder / "tokens", cut(texts, dice.randint(1, 4), dice), tokenizer)
+        write_tokens(folder / "tokens", cut(texts, generator.randint(1, 4), generator), tokenizer)
         return TokensSource(kind="tokens", path=str(folder / "tokens"), **settings), texts
     if form == "txt":
         for i, text in enumerate(texts):
             (folder / f"{i:03}.txt").write_text(text)
     else:
         end = {"separated": "txt"}.get(form, form.removeprefix("datasets-"))
-        for i, part in enumerate(cut(texts, dice.randint(1, 5), dice)):
+        for i, part in enumerate(cut(texts, generator.randint(1, 5), generator)):
             if part or form.startswith("datasets-") is False:
-                write_shard(folder / f"{i:03}.{end}", part, dice)
+                write_shard(folder / f"{i:03}.{end}", part, generator)
     if form.startswith("datasets-"):
         path = {"jsonl": "json", "parquet": "parquet"}[end]
         files = tuple(sorted(map(str, folder.iterdir())))
@@ -124,40 +127,44 @@ def draw_source(
     ), texts
 
 
-def draw_case(folder: Path, dice: Random, tokenizer: Tokenizer, url: str | None = None) -> Case:
+def draw_case(
+    folder: Path, generator: Random, tokenizer: Tokenizer, url: str | None = None
+) -> Case:
     """A random run whose data lies in a folder, or is served from it under a URL."""
-    drawn = {
-        name: draw_source(name, folder, dice, tokenizer, url)
-        for name in "abc"[: dice.choice([1, 1, 2, 3])]
+    made = {
+        name: draw_source(name, folder, generator, tokenizer, url)
+        for name in "abc"[: generator.choice([1, 1, 2, 3])]
     }
-    sources = {name: source for name, (source, _) in drawn.items()}
-    if len(sources) > 1 and dice.random() < 0.4:
-        sources["b"] = replace(sources["b"], epochs=dice.randint(1, 2))
-    elif dice.random() < 0.4:  # text that ends
-        sources = {n: replace(s, epochs=dice.randint(1, 2)) for n, s in sources.items()}
+    sources = {name: source for name, (source, _) in made.items()}
+    if len(sources) > 1 and generator.random() < 0.4:
+        sources["b"] = replace(sources["b"], epochs=generator.randint(1, 2))
+    elif generator.random() < 0.4:  # text that ends
+        sources = {n: replace(s, epochs=generator.randint(1, 2)) for n, s in sources.items()}
     phases = {}
-    if len(sources) > 1 and dice.random() < 0.4:
-        phases = {"later": Phase(after_tokens=dice.randint(1, 3000), weights={"a": 9.0, "b": 0.1})}
-    seq_len = dice.randint(4, 60)
+    if len(sources) > 1 and generator.random() < 0.4:
+        phases = {
+            "later": Phase(after_tokens=generator.randint(1, 3000), weights={"a": 9.0, "b": 0.1})
+        }
+    seq_len = generator.randint(4, 60)
     config = DataConfig(
         sources=sources,
         phases=phases,
-        shuffle=dice.random() < 0.8,
-        block_documents=dice.randint(1, 9),
-        holdout=dice.choice([0.0, 0.1]),
-        documents=dice.choice(["concatenate", "isolate"]),
-        packing=dice.choice(["sequential", "best_fit"]),
+        shuffle=generator.random() < 0.8,
+        block_documents=generator.randint(1, 9),
+        holdout=generator.choice([0.0, 0.1]),
+        documents=generator.choice(["concatenate", "isolate"]),
+        packing=generator.choice(["sequential", "best_fit"]),
         remote=RemoteConfig(timeout_s=0.5, retry_s=30),
-        cache=CacheConfig(dir=str(folder / "cache"), remote=dice.random() < 0.3),
+        cache=CacheConfig(dir=str(folder / "cache"), remote=generator.random() < 0.3),
     )
-    wanted = dice.choice([1, 2, 3, 4, 6, 8])
+    wanted = generator.choice([1, 2, 3, 4, 6, 8])
     lanes = next(n for n in (8, 6, 4, 3, 2, 1) if n <= wanted and feeds(replace(config, lanes=n)))
     config = replace(config, lanes=lanes)
-    global_batch = lanes * dice.randint(1, 3)
-    texts = {name: own for name, (_, own) in drawn.items()}
+    global_batch = lanes * generator.randint(1, 3)
+    texts = {name: own for name, (_, own) in made.items()}
     size = sum(len(tokenizer.encode_document(t)) for own in texts.values() for t in own)
-    steps = min(300, round(dice.choice([0.6, 1.3, 2.4]) * size / (global_batch * seq_len)) + 3)
-    return Case(config, texts, global_batch, seq_len, dice.randint(0, 9), steps)
+    steps = min(300, round(generator.choice([0.6, 1.3, 2.4]) * size / (global_batch * seq_len)) + 3)
+    return Case(config, texts, global_batch, seq_len, generator.randint(0, 9), steps)
 
 
 def feeds(config: DataConfig) -> bool:
@@ -167,7 +174,7 @@ def feeds(config: DataConfig) -> bool:
         for name in config.sources:
             for lane in range(config.lanes):
                 next(documents.training(name, lane))
-    except ValueError as error:
+    except DataError as error:
         if "a lane found no document" in str(error):
             return False
         raise
@@ -186,7 +193,7 @@ def stream(
 def as_bytes(batches: list[Batch], world_size: int) -> bytes:
     """The batches of all ranks at a step, put together by row."""
     parts = []
-    for rows, mask, starts, *_ in batches:
+    for rows, mask, starts, _ in batches:
         mask = np.ones_like(rows[:, 1:]) if mask is None else mask
         parts.append(np.concatenate([rows, mask, mask if starts is None else starts], axis=1))
     whole = np.empty((len(parts) * len(parts[0]), parts[0].shape[1]), np.int64)
@@ -195,14 +202,14 @@ def as_bytes(batches: list[Batch], world_size: int) -> bytes:
     return whole.tobytes()
 
 
-def interrupted(case: Case, dice: Random, tokenizer: Tokenizer) -> Iterator[bytes]:
+def interrupted(case: Case, generator: Random, tokenizer: Tokenizer) -> Iterator[bytes]:
     """The run, killed and taken up again and again by other numbers of ranks and workers."""
     cursors: Cursors | None = None
     done = 0
     while done < case.steps:
-        world_size = dice.choice(divisors(case.config.lanes))
-        workers, depth = dice.choice([0, 0, 1, 2, 3]), dice.randint(1, 4)
-        wanted = min(dice.choice([1, 2, 7, 30, 300]), case.steps - done)
+        world_size = generator.choice(divisors(case.config.lanes))
+        workers, depth = generator.choice([0, 0, 1, 2, 3]), generator.randint(1, 4)
+        wanted = min(generator.choice([1, 2, 7, 30, 300]), case.steps - done)
         with ExitStack() as alive:
             ranks = [
                 alive.enter_context(
@@ -222,18 +229,18 @@ def interrupted(case: Case, dice: Random, tokenizer: Tokenizer) -> Iterator[byte
         done += wanted
 
 
-def check_rows(case: Case, dice: Random, tokenizer: Tokenizer) -> None:
+def check_rows(case: Case, generator: Random, tokenizer: Tokenizer) -> None:
     """The interrupted run's rows are those of one rank that nobody interrupts."""
     batches: list[Batch] = []
     ended = False
     try:
-        for batch in islice(stream(case, tokenizer, 0, 1, None), case.steps):
+        for batch in islice(Loader(stream(case, tokenizer, 0, 1, None)), case.steps):
             batches.append(batch)
     except OutOfTextError:
         ended = True
     case = replace(case, steps=len(batches))
     whole = [as_bytes([batch], 1) for batch in batches]
-    for step, (a, b) in enumerate(zip(whole, interrupted(case, dice, tokenizer), strict=True)):
+    for step, (a, b) in enumerate(zip(whole, interrupted(case, generator, tokenizer), strict=True)):
         assert a == b, f"step {step}"
     if ended:
         check_all_was_read(case, batches, tokenizer)
@@ -289,9 +296,9 @@ def _texts(documents: Iterator[Any], tokenizer: Tokenizer) -> list[str]:
 def test_rows_are_the_same_through_any_kills_and_changes(
     tmp_path: Path, tokenizer: Tokenizer, seed: int
 ) -> None:
-    dice = Random(seed)
-    case = draw_case(tmp_path, dice, tokenizer)
-    check_rows(case, dice, tokenizer)
+    generator = Random(seed)
+    case = draw_case(tmp_path, generator, tokenizer)
+    check_rows(case, generator, tokenizer)
     check_epochs(case, tokenizer)
 
 
@@ -299,8 +306,8 @@ def test_rows_are_the_same_through_any_kills_and_changes(
 def test_rows_are_the_same_over_a_faulty_network(
     tmp_path: Path, tokenizer: Tokenizer, fault_server: Callable[..., Any], seed: int
 ) -> None:
-    dice = Random(f"network {seed}")
+    generator = Random(f"network {seed}")
     server = fault_server(tmp_path, rate=0.05, seed=seed)
-    case = draw_case(tmp_path, dice, tokenizer, server.url)
-    check_rows(case, dice, tokenizer)
+    case = draw_case(tmp_path, generator, tokenizer, server.url)
+    check_rows(case, generator, tokenizer)
     check_epochs(case, tokenizer)

@@ -8,6 +8,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from sentencepiece import sentencepiece_model_pb2
 
+from conf.errors import DataError
 from data.tokenizer import SPACE, Tokenizer
 from data.tokenizer_training import LOSSLESS, train
 
@@ -172,7 +173,7 @@ def test_a_saved_model_is_the_same(tokenizer: Tokenizer, tmp_path: Path) -> None
 
 def test_a_file_that_is_no_model_is_named(tmp_path: Path) -> None:
     (path := tmp_path / "a.model").write_bytes(b"no model")
-    with pytest.raises(ValueError, match=r"a\.model: not a SentencePiece model \("):
+    with pytest.raises(DataError, match=r"a\.model: not a SentencePiece model \("):
         Tokenizer.load(path)
 
 
@@ -182,5 +183,5 @@ def test_a_model_without_a_separator_is_refused(tmp_path: Path) -> None:
     train(iter(TEXT), {**options, "model_type": "bpe", "vocab_size": 300}).save(
         tmp_path / "a.model"
     )
-    with pytest.raises(ValueError, match=r"a\.model: has no end-of-sentence control symbol"):
+    with pytest.raises(DataError, match=r"a\.model: has no end-of-sentence control symbol"):
         Tokenizer.load(tmp_path / "a.model")

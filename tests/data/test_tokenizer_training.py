@@ -1,10 +1,11 @@
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from conf.errors import ConfigError, DataError, TransientError
 from data.config import DataConfig, FilesSource, PythonSource, TokenizerConfig, TokensSource
 from data.sources.documents import Documents
 from data.sources.token_files import write_tokens
@@ -82,7 +83,7 @@ def test_the_cache_is_where_the_environment_says(
 
 def test_a_vocabulary_too_small_for_the_text_is_named(texts: list[str]) -> None:
     options = {**LOSSLESS, "model_type": "bpe", "vocab_size": 200}
-    with pytest.raises(ValueError, match=r"tokenizer\.vocab_size=200: SentencePiece cannot make"):
+    with pytest.raises(ConfigError, match=r"tokenizer\.vocab_size=200: SentencePiece cannot make"):
         train(iter(texts), options)
 
 
@@ -94,7 +95,7 @@ def test_a_given_model_is_used_as_it_is(
     given = prepare_tokenizer(config, documents_of(), vocab_size=4096)
     assert given.fingerprint == tokenizer.fingerprint
     with pytest.raises(
-        ValueError, match=r"a\.model': has \d+ pieces, more than model\.vocab_size="
+        ConfigError, match=r"a\.model': has \d+ pieces, more than model\.vocab_size="
     ):
         prepare_tokenizer(config, documents_of(), vocab_size=300)
 
@@ -103,12 +104,14 @@ def test_a_trained_vocabulary_has_to_fit_the_model(
     documents_of: Callable[..., Documents], tmp_path: Path
 ) -> None:
     config = TokenizerConfig(vocab_size=330, cache_dir=str(tmp_path))
-    with pytest.raises(ValueError, match=r"^tokenizer\.vocab_size=330: has 330 pieces, more than"):
+    with pytest.raises(
+        ConfigError, match=r"\n  tokenizer\.vocab_size=330: has 330 pieces, more than"
+    ):
         prepare_tokenizer(config, documents_of(), vocab_size=300)
 
 
 def test_a_missing_model_is_named(documents_of: Callable[..., Documents]) -> None:
-    with pytest.raises(ValueError, match=r"tokenizer\.path='no\.model': no such file; give a"):
+    with pytest.raises(ConfigError, match=r"tokenizer\.path='no\.model': no such file; give a"):
         prepare_tokenizer(TokenizerConfig(path="no.model"), documents_of(), vocab_size=300)
 
 
@@ -139,7 +142,7 @@ def test_sources_of_tokens_bring_their_tokenizer(
     assert found.fingerprint == tokenizer.fingerprint
     assert models(tmp_path) == {}
     with pytest.raises(
-        ValueError, match=r"^data\.sources\.tokens\.path='.*': has \d+ pieces, more"
+        ConfigError, match=r"\n  data\.sources\.tokens\.path='.*': has \d+ pieces, more"
     ):
         prepare_tokenizer(config, documents, vocab_size=300)
 
@@ -155,9 +158,9 @@ def test_tokens_of_another_tokenizer_are_refused_by_name(
         (f"{sources['mine'].path}/tokenizer.model", r"tokenizer\.path='"),
     ):
         problem = (
-            rf"^data\.sources\.theirs\.path='.*not those of the tokenizer of {setting}.*{advice}"
+            rf"\n  data\.sources\.theirs\.path='.*not those of the tokenizer of {setting}.*{advice}"
         )
-        with pytest.raises(ValueError, match=problem):
+        with pytest.raises(ConfigError, match=problem):
             prepare_tokenizer(TokenizerConfig(path=path), documents, vocab_size=4096)
 
 
@@ -176,9 +179,27 @@ def test_what_is_wrong_with_the_text_is_not_blamed_on_the_vocabulary(tmp_path: P
     source = FilesSource(kind="files", paths=str(tmp_path))
     documents = Documents(DataConfig(sources={"text": source}, holdout=0.0))
     config = TokenizerConfig(vocab_size=300, cache_dir=str(tmp_path / "cache"))
-    with pytest.raises(ValueError, match=r"data\.max_quarantined=0\.02: 21 of") as error:
+    with pytest.raises(DataError, match=r"data\.max_quarantined=0\.02: 21 of") as error:
         prepare_tokenizer(config, documents, vocab_size=300)
     assert "vocab_size" not in str(error.value)
+
+
+def test_a_source_that_fails_while_it_is_sampled_is_no_failure_of_the_training() -> None:
+    def texts() -> Iterator[str]:
+        yield "good words"
+        raise TransientError("the server is gone")
+
+    with pytest.raises(TransientError, match="the server is gone"):
+        train(texts(), {**LOSSLESS, "model_type": "bpe", "vocab_size": 300})
+
+
+def test_a_given_file_that_is_no_model_is_an_error_of_the_settings(
+    documents_of: Callable[..., Documents], tmp_path: Path
+) -> None:
+    (tmp_path / "a.model").write_bytes(b"no model")
+    config = TokenizerConfig(path=str(tmp_path / "a.model"))
+    with pytest.raises(ConfigError, match=r"tokenizer\.path='.*': cannot be used \(.*not a Sent"):
+        prepare_tokenizer(config, documents_of(), vocab_size=300)
 
 
 def test_a_mixture_of_other_weights_has_a_tokenizer_of_its_own(tmp_path: Path) -> None:

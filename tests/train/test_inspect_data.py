@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from conf.errors import ConfigError
+from data.loader import Loader
 from data.sources.documents import Documents
 from data.stream import BatchShape, TokenStream
 from data.tokenizer_training import prepare_tokenizer
@@ -56,7 +57,7 @@ def test_a_row_is_shown_with_its_borders_and_its_padding(config: Configured) -> 
     documents = Documents(settings.data)
     tokenizer = prepare_tokenizer(settings.tokenizer, documents, vocab_size=320)
     shape = BatchShape(global_batch=4, seq_len=200)
-    for batch in islice(TokenStream(documents, tokenizer, shape, seed=0), 5):
+    for batch in islice(Loader(TokenStream(documents, tokenizer, shape, seed=0)), 5):
         shown = shown_row(batch, tokenizer)
         text, _, padding = shown.partition("⟨·")
         assert shown.startswith("⟨/⟩")

@@ -12,7 +12,7 @@ import torch
 from rich.progress import Progress
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from conf.errors import DataError
+from data.loader import Loader
 from train.engines.schedule import learning_rate
 from train.loop import train
 from train.metrics.record import Metrics, StepRecord
@@ -148,7 +148,7 @@ def test_a_record_says_what_the_step_was(config, trained) -> None:
     settings = config("train.max_steps=5", "schedule.warmup_steps=2")
     recorder = Recorder(1)
     run = trained(settings, hooks=(recorder,)).run
-    batches = [batch for _, batch in zip(range(5), run.stream, strict=False)]
+    batches = [batch for _, batch in zip(range(5), Loader(run.stream), strict=False)]
     for step, (record, batch) in enumerate(zip(recorder.records, batches, strict=True), 1):
         assert (record.step, record.tokens) == (step, step * STEP)
         assert record.lr == learning_rate(settings, step - 1)

@@ -18,14 +18,14 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from data.stream import Batch
+from data.batch import Batch
 from data.tokenizer import Tokenizer
 from phd.loss import IGNORED
 from train.anomalies.detection import SpikeDetector
 from train.anomalies.report import BadStep, Layers, write_bad_step
 from train.console import warn
 from train.engines.device import AsyncScalars
-from train.engines.engine import Engine, Rows, StepResult
+from train.engines.engine import Engine, StepResult
 from train.engines.limits import NO_LIMITS, Limits
 
 
@@ -120,7 +120,7 @@ class BadStepPolicy:
             limits=last.limits,
             lr=last.lr,
         )
-        layers = layer_report(self.engine, Rows.of(last.batch))
+        layers = layer_report(self.engine, last.batch)
         try:
             path = write_bad_step(
                 self.directory, bad, last.batch, self.tokenizer, layers, self.engine.groups
@@ -160,7 +160,7 @@ class _Size:
         return {"norm": norm, "largest": self.largest, "not_finite": self.not_finite}
 
 
-def layer_report(engine: Engine, rows: Rows) -> Layers:
+def layer_report(engine: Engine, batch: Batch) -> Layers:
     """The sizes of each layer's weights, outputs and gradients of the outputs, on a rank's rows.
 
     They are those of the model as it is now. The gradient is that of the rows' mean loss. The
@@ -168,8 +168,8 @@ def layer_report(engine: Engine, rows: Rows) -> Layers:
     """
     sizes: defaultdict[str, defaultdict[str, _Size]]
     sizes = defaultdict(lambda: defaultdict(_Size))
-    targets = max(int((rows.targets != IGNORED).sum()), 1)
-    for number, part in enumerate(rows.split(engine.micro_batch)):
+    targets = max(int((batch.targets != IGNORED).sum()), 1)
+    for number, part in enumerate(batch.split(engine.micro_batch)):
         # Hooks on compiled modules are not seen.
         with torch.compiler.set_stance("force_eager"), engine.grad_sync(last=False):
             with _watched(engine, sizes, weights=number == 0):

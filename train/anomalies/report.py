@@ -7,7 +7,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from data.stream import Batch
+from data.batch import Batch
 from data.tokenizer import Tokenizer
 from train.distributed.process_groups import ProcessGroups
 from train.engines.limits import Limits
@@ -60,6 +60,7 @@ def write_bad_step(
         OSError: the disk refuses.
     """
     stats = batch.stats
+    assert stats is not None
     counts = [None] * len(batch.rows) if batch.mask is None else batch.mask.sum(1).tolist()
     rows = [
         {
@@ -74,8 +75,8 @@ def write_bad_step(
         )
     ]
     lanes = {
-        lane: {"goes_on": stats.lanes[lane].to_json(), "reached": reached.to_json()}
-        for lane, reached in stats.reached.items()
+        lane: {"goes_on": stats.lanes[lane].to_json(), "reached": progress.to_json()}
+        for lane, progress in stats.progress.items()
     }
     record = {**asdict(bad), "limits": bad.limits._asdict()}
     record |= {"rank": groups.rank, "layers": layers, "lanes": lanes, "rows": rows}

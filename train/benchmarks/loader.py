@@ -22,6 +22,7 @@ from data.config import (
     TokenizerConfig,
     TokensSource,
 )
+from data.loader import Loader
 from data.mixture import LaneCursor, SourceState
 from data.shuffle import Cursor
 from data.source import Document
@@ -134,7 +135,7 @@ def _loading(source: Source, folder: Path, tokenizer: Tokenizer, tokens: int) ->
     config = _config(source, folder, lanes=LANES)
 
     def work() -> None:
-        batches = iter(_stream(config, tokenizer))
+        batches = Loader(_stream(config, tokenizer))
         for _ in range(tokens // (8 * SEQ_LEN)):
             next(batches)
 
@@ -145,7 +146,7 @@ def _resuming(config: DataConfig, tokenizer: Tokenizer, cursor: LaneCursor) -> W
     documents = Documents(config)
     shape = BatchShape(global_batch=8, seq_len=SEQ_LEN)
     cursors = {"0": cursor.to_json()}
-    return lambda: next(iter(TokenStream(documents, tokenizer, shape, seed=0, cursors=cursors)))
+    return lambda: Loader(TokenStream(documents, tokenizer, shape, seed=0, cursors=cursors)).peek()
 
 
 def _cursors(documents: Documents) -> list[LaneCursor]:

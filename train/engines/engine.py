@@ -1,18 +1,16 @@
 """How a model is trained on the hardware at hand; the model itself knows nothing of it."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from math import ceil
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from conf.errors import ConfigError
-from data.heldout import HeldOut
+from data.batch import Batch
 from data.prefetch import never
-from data.stream import Batch
 from phd.loss import IGNORED, Loss
 from phd.model import ModelWithLoss, Transformer
 from phd.segments import Segments
@@ -37,50 +35,6 @@ class StepResult(NamedTuple):
     loss: Tensor
     grad_norm: Tensor
     applied: Tensor
-
-
-class Rows(NamedTuple):
-    """Rows of text as tensors on the CPU.
-
-    Attributes:
-        tokens: int64 (R, T+1).
-        mask: bool (R, T), false for targets that do not count; None: all do.
-        starts: int64 (R, T), where in its row each input's document begins; None: documents are
-            not told apart.
-    """
-
-    tokens: Tensor
-    mask: Tensor | None = None
-    starts: Tensor | None = None
-
-    @classmethod
-    def of(cls, text: Batch | HeldOut) -> "Rows":
-        """The rows of a batch, sharing its memory."""
-        mask, starts = (
-            None if x is None else torch.from_numpy(x) for x in (text.mask, text.starts)
-        )
-        return cls(torch.from_numpy(text.rows), mask, starts)
-
-    @property
-    def targets(self) -> Tensor:
-        """int64 (R, T), `IGNORED` where a target does not count."""
-        targets = self.tokens[:, 1:]
-        return targets if self.mask is None else targets.where(self.mask, IGNORED)
-
-    def share(self, rank: int, world_size: int) -> "Rows":
-        """This rank's equal share of the rows: every `world_size`th, and rows that do not count."""
-        R, T = self.targets.shape
-        mask = torch.ones(R, T, dtype=torch.bool) if self.mask is None else self.mask
-        place = torch.arange(rank, ceil(R / world_size) * world_size, world_size)
-        real, place = (place < R)[:, None], place.clamp(max=R - 1)
-        starts = None if self.starts is None else self.starts[place]
-        return Rows(self.tokens[place], mask[place] & real, starts)
-
-    def split(self, size: int) -> Iterator["Rows"]:
-        """Parts of `size` rows, the last one maybe of less."""
-        for start in range(0, len(self.tokens), size):
-            part = slice(start, start + size)
-            yield Rows(*(None if x is None else x[part] for x in self))  # type: ignore[arg-type]
 
 
 class Engine(ABC):
@@ -120,30 +74,34 @@ class Engine(ABC):
 
     @torch.no_grad()
     def evaluate(
-        self, rows: Rows, stop_requested: Callable[[], bool] = never
+        self, batch: Batch, stop_requested: Callable[[], bool] = never
     ) -> tuple[Tensor, Tensor] | None:
-        """(summed cross-entropy in nats, number of targets) of rows that all ranks have alike.
+        """(summed cross-entropy in nats, number of targets) of a batch that all ranks have alike.
 
         Each rank computes its share. None if `stop_requested`, asked between micro-batches, says
         so.
         """
-        share = rows.share(self.groups.rank, self.groups.world_size)
+        shard = batch.shard(self.groups.rank, self.groups.world_size)
         total = torch.zeros((), device=self.device, dtype=torch.float64)
-        for number, part in enumerate(share.split(self.micro_batch)):
+        for number, micro_batch in enumerate(shard.split(self.micro_batch)):
             if number and stop_requested():
                 return None
-            total += self.forward(part).cross_entropy
-        return self.groups.sum(total), self.count_targets(share)
+            total += self.forward(micro_batch).cross_entropy
+        return self.groups.sum(total), self.count_targets(shard)
 
-    def count_targets(self, rows: Rows) -> Tensor:
+    def count_targets(self, batch: Batch) -> Tensor:
         """Targets on all ranks; 1 if there are none, because it is only used to divide."""
-        count = self._to_device((rows.targets != IGNORED).sum())
-        return self.groups.sum(count).clamp(min=1)
+        count = torch.tensor((batch.targets != IGNORED).sum())
+        return self.groups.sum(self._to_device(count)).clamp(min=1)
 
-    def forward(self, rows: Rows) -> Loss:
+    def forward(self, micro_batch: Batch) -> Loss:
         """The loss of one micro-batch on this rank, in the precision of the products."""
-        segments = None if rows.starts is None else Segments.of(rows.starts).to(self.device)
-        tokens, targets = self._to_device(rows.tokens[:, :-1]), self._to_device(rows.targets)
+        segments = None
+        if micro_batch.document_starts is not None:
+            segments = Segments.of(torch.from_numpy(micro_batch.document_starts)).to(self.device)
+        tokens, targets = (
+            self._to_device(torch.from_numpy(x)) for x in (micro_batch.inputs, micro_batch.targets)
+        )
         with autocast(self.device, self.dtype):
             return self.model_with_loss(tokens, targets, segments)
 

@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 
+from data.batch import Batch
 from data.prefetch import never
 from phd.initialization import initial_weights
 from phd.model import ModelWithLoss, Transformer
@@ -18,7 +19,7 @@ from train.config import Config
 from train.distributed.process_groups import ProcessGroups
 from train.engines.config import FsdpConfig
 from train.engines.device import autocast
-from train.engines.engine import Engine, Rows
+from train.engines.engine import Engine
 from train.engines.limits import Limits
 from train.engines.optimizer import adamw, add_moments, set_clip_and_skip
 from train.engines.parallelize import drop_unreduced_gradients, parallelize, sharded_modules
@@ -90,10 +91,10 @@ class FsdpEngine(Engine):
         drop_unreduced_gradients(self.model_with_loss)
 
     def evaluate(
-        self, rows: Rows, stop_requested: Callable[[], bool] = never
+        self, batch: Batch, stop_requested: Callable[[], bool] = never
     ) -> tuple[Tensor, Tensor] | None:
         """As for all engines; then gathered weights are freed, which a backward pass would do."""
-        found = super().evaluate(rows, stop_requested)
+        found = super().evaluate(batch, stop_requested)
         self._reshard()
         return found
 

@@ -20,6 +20,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ from torch.nn.functional import pad
 from torch.nn.utils import get_total_norm
 
 from conf.errors import ConfigError, Problem
+from data.batch import Batch
 from phd.initialization import initial_weights
 from phd.model import Transformer
 from train.checkpoint.reader import Checkpoint, TensorTree
@@ -42,7 +44,7 @@ from train.engines.deepspeed_private import (
     shard_size,
 )
 from train.engines.device import autocast
-from train.engines.engine import Engine, Rows
+from train.engines.engine import Engine
 from train.engines.limits import Limits
 from train.engines.optimizer import MOMENTS, adamw, add_moments, is_embedding, set_clip_and_skip
 
@@ -140,7 +142,7 @@ class DeepSpeedEngine(Engine):
         With it DeepSpeed drops the gradients of earlier micro-batches, and fills the weights that
         the model computes with from those that AdamW updates.
         """
-        row = Rows(torch.zeros(1, 2, dtype=torch.int64))
+        row = Batch(np.zeros((1, 2), dtype=np.int64))
         with torch.compiler.set_stance("force_eager"), self.grad_sync(last=True):
             self.backward(self.forward(row).total * 0)
         self.optimizer_step(0.0, torch.zeros((), device=self.device), Limits(loss=-torch.inf))

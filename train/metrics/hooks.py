@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from data.heldout import HeldOut
+from data.batch import Batch
 from data.sources.quarantine import Quarantine
 from data.tokenizer import Tokenizer
 from phd.flops import training_flops_per_token
@@ -22,7 +22,7 @@ from train.checkpoint.store import CheckpointError, CheckpointStore, Saved
 from train.config import Config
 from train.distributed.process_groups import ProcessGroups
 from train.engines.device import peak_flops, peak_memory_gib
-from train.engines.engine import Engine, Rows
+from train.engines.engine import Engine
 from train.metrics.record import Metrics, StepRecord
 
 COUNTED_DOCUMENTS = 64
@@ -80,10 +80,10 @@ class DataProgress:
             metrics[f"progress/{source}/epoch"] = stats.epoch(source)
         if stats.targets < stats.positions or record.batch.mask is not None:
             metrics["data/padding_fraction"] = 1 - stats.targets / stats.positions
-        found = self.groups.gather((self.quarantine.new, self.quarantine.trouble))
-        metrics["data/quarantined"] = self.quarantine.known + sum(new for new, _ in found)
-        for trouble in filter(None, (trouble for _, trouble in found)):
-            metrics["data/warning"] = trouble
+        found = self.groups.gather((self.quarantine.new_count, self.quarantine.write_error))
+        metrics["data/quarantined"] = self.quarantine.earlier_count + sum(new for new, _ in found)
+        for write_error in filter(None, (error for _, error in found)):
+            metrics["data/warning"] = write_error
         return metrics
 
 
@@ -174,12 +174,14 @@ class Evaluation:
     """The loss on held-out documents; nothing where `stop` ends it early."""
 
     def __init__(
-        self, config: Config, engine: Engine, name: str, text: HeldOut, stop: Callable[[], bool]
+        self, config: Config, engine: Engine, name: str, text: Batch, stop: Callable[[], bool]
     ) -> None:
         self.every = config.eval.every
         self.engine = engine
         self.name = name
         self.text = text
+        assert text.stats is not None
+        self.target_bytes = text.stats.target_bytes
         self.stop = stop
 
     def __call__(self, record: StepRecord) -> Metrics:
@@ -187,13 +189,13 @@ class Evaluation:
 
     def measure(self) -> Metrics:
         """Cross-entropy per token in nats, and bits per byte."""
-        found = self.engine.evaluate(Rows.of(self.text), self.stop)
+        found = self.engine.evaluate(self.text, self.stop)
         if found is None:
             return {}
         nats, targets = (x.item() for x in found)
         return {
             f"eval/{self.name}/loss": nats / targets,
-            f"eval/{self.name}/bits_per_byte": bits_per_byte(nats, self.text.target_bytes),
+            f"eval/{self.name}/bits_per_byte": bits_per_byte(nats, self.target_bytes),
         }
 
 

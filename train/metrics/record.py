@@ -23,7 +23,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from data.stream import Batch, BatchStats
+from data.batch import Batch, BatchStats
 from train.distributed.process_groups import ProcessGroups
 from train.ending import Ending
 

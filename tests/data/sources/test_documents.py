@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from xxhash import xxh3_64_intdigest
 
+from conf.errors import DataError
 from data.config import DataConfig, DatasetsSource, FilesSource, PythonSource
 from data.source import BadRecord
 from data.sources.documents import Documents, is_held_out
@@ -113,12 +114,13 @@ def test_a_lane_without_documents_is_an_error_instead_of_an_endless_search(tmp_p
     source = write(tmp_path / "a.jsonl", "a", "b" * 100, "c")
     documents = Documents(config({"text": source}, lanes=4))
     assert [read(documents, lane) for lane in (0, 3)] == [["a", "b" * 100], ["c"]]
-    with pytest.raises(ValueError, match="lanes=4") as error:
+    with pytest.raises(DataError, match="lanes=4") as error:
         read(documents, 2)
     assert str(error.value) == (
-        "data.lanes=4: a lane found no document to train on, for data.sources.text has 3 and "
+        "data.lanes=4: a lane found no document to train on, because data.sources.text has 3 and "
         "data.holdout=0.0 holds out 0 of them. Lower data.lanes, or add documents: a long one "
-        "can fill the parts of several lanes, and a .txt file is one unless a separator cuts it"
+        "can fill the parts of several lanes, and a .txt file is one document unless a separator "
+        "cuts it"
     )
 
 
@@ -126,7 +128,7 @@ def test_a_corpus_without_text_is_an_error(tmp_path: Path) -> None:
     source = write(tmp_path / "a.jsonl", "", "  ")
     documents = Documents(config({"text": source}))
     for attempt in (lambda: read(documents, 0), lambda: list(documents.sample(100))):
-        with pytest.raises(ValueError, match="no text in it") as error:
+        with pytest.raises(DataError, match="no text in it") as error:
             attempt()
         assert str(error.value) == (
             f"data.sources.text: no text in it ({tmp_path}/a.jsonl; not documents: 2 empty); "
@@ -208,7 +210,7 @@ def test_too_many_bad_documents_stop_the_run(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
     source = FilesSource(kind="files", paths=str(tmp_path))
     documents = Documents(config({"text": source}, lanes=1, max_quarantined=0.4))
-    with pytest.raises(ValueError, match=r"data\.max_quarantined=0\.4: 21 of 42 records"):
+    with pytest.raises(DataError, match=r"data\.max_quarantined=0\.4: 21 of 42 records"):
         read(documents, 0)
     documents = Documents(config({"text": source}, lanes=1, max_quarantined=0.5))
     assert read(documents, 0) == ["good"] * 50
@@ -223,10 +225,10 @@ def test_a_document_is_measured_in_bytes(tmp_path: Path) -> None:
 def test_good_records_are_counted_while_they_are_read_and_when_reading_ends(tmp_path: Path) -> None:
     source = write(tmp_path / "a.jsonl", *(f"text {i}" for i in range(250)))
     documents = Documents(config({"text": source}, lanes=1))
-    stats = documents.training("text", 0)
-    list(islice(stats, 230))
+    training = documents.training("text", 0)
+    list(islice(training, 230))
     assert 200 <= documents.quarantine.records <= 230
-    stats.close()  # type: ignore[attr-defined]
+    training.close()  # type: ignore[attr-defined]
     assert documents.quarantine.records == 230
     read(documents, 0)
     assert documents.quarantine.records == 480

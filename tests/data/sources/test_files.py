@@ -16,20 +16,27 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from conf.errors import ConfigError, DataError
 from data.config import CacheConfig, FilesSource, RemoteConfig
 from data.source import BadRecord, Document
 from data.sources.documents import Documents
-from data.sources.files import FileCorpus, file_corpus, shares
-from data.sources.formats import CHUNK
+from data.sources.files import (
+    CorpusFile,
+    FileCorpus,
+    file_corpus,
+    lane_byte_ranges,
+    python_corpus,
+    python_files,
+)
+from data.sources.formats import READ_BYTES, PythonFile
 from data.storage.shard_cache import ShardCache
 from data.storage.stores import Shard
-from data.storage.transport import ShardError
 from tests.data.storage.fault_server import FaultServer
 
 FORMS = ["txt", "txt.gz", "newlines", "aba", "jsonl", "jsonl.gz", "jsonl.zst", "jsonl.bz2"]
 FORMS += ["parquet", "one-group"]
 SEPARATORS = {"newlines": "\n\n", "aba": "aba"}
-PATIENCE = RemoteConfig(timeout_s=0.3, retry_s=20.0)
+PATIENT = RemoteConfig(timeout_s=0.3, retry_s=20.0)
 
 
 class CountingFile(io.RawIOBase):
@@ -74,7 +81,7 @@ class CountingCache(ShardCache):
 
 @pytest.fixture
 def cache(tmp_path_factory: pytest.TempPathFactory) -> CountingCache:
-    return CountingCache(CacheConfig(dir=str(tmp_path_factory.mktemp("cache"))), PATIENCE)
+    return CountingCache(CacheConfig(dir=str(tmp_path_factory.mktemp("cache"))), PATIENT)
 
 
 @pytest.fixture
@@ -145,8 +152,8 @@ def test_lanes_have_every_byte_of_every_file_once_and_in_equal_parts(
     dealt = [
         [
             (file, byte)
-            for file, share in shares(borders, lane, lanes)
-            for byte in share.of(share.size)
+            for file, part in lane_byte_ranges(borders, lane, lanes)
+            for byte in part.units(part.size)
         ]
         for lane in range(lanes)
     ]
@@ -170,7 +177,7 @@ def test_one_file_is_read_about_once_whatever_the_number_of_lanes(
     files = corpus(tmp_path)
     assert [text for lane in range(8) for text in texts_of(files, lane, 8)] == texts
     assert size > 8_000_000
-    assert cache.count < size + 8 * (CHUNK + 8192)
+    assert cache.count < size + 8 * (READ_BYTES + 8192)
 
 
 def test_going_on_reads_no_more_than_what_is_left(
@@ -237,7 +244,7 @@ def test_a_corpus_on_a_failing_web_server_is_the_one_on_the_disk(
         write_file(tmp_path / f"{i}.{form}", [f"{i} {text}" for text in texts])
     server = fault_server(tmp_path, rate=0.2, stall_s=1.0)
     here, there = corpus(tmp_path), corpus(f"{server.url}/")
-    assert there.identity == here.identity
+    assert there.fingerprint == here.fingerprint
     for lane in range(4):
         read = list(there.documents(lane, 4))
         assert [record.text for record, _ in read] == texts_of(here, lane, 4)  # type: ignore[union-attr]
@@ -274,7 +281,7 @@ def test_a_missing_column_is_named_with_the_source(
 ) -> None:
     pq.write_table(pa.table({"body": ["a"], "id": [1]}), tmp_path / "a.parquet")
     with pytest.raises(
-        ValueError,
+        DataError,
         match=r"data\.sources\.books\.text_field='text': .*/a\.parquet has no such field; it has b",
     ):
         texts_of(corpus(tmp_path))
@@ -305,21 +312,21 @@ def test_a_line_of_the_longest_document_is_read_however_it_is_escaped(
     assert bad_record.reason == f"too long: more than {6 * 999 + 65536} bytes"
 
 
-def test_identity_changes_with_names_sizes_and_formats_but_not_with_the_place(
+def test_the_fingerprint_changes_with_names_sizes_and_formats_but_not_with_the_place(
     tmp_path: Path, corpus: Callable[..., FileCorpus]
 ) -> None:
     for place in ("x", "y/z"):
         (tmp_path / place).mkdir(parents=True)
         (tmp_path / place / "a.jsonl").write_text('{"text": "a"}')
     here, there = corpus(tmp_path / "x"), corpus(tmp_path / "y/z")
-    assert list(here.identity) == ["data.sources.books"]
-    assert here.identity["data.sources.books"].startswith("1 files ")
-    assert here.identity == there.identity
-    assert here.identity != corpus(tmp_path / "x", text_field="body").identity
+    assert list(here.fingerprint) == ["data.sources.books"]
+    assert here.fingerprint["data.sources.books"].startswith("1 files ")
+    assert here.fingerprint == there.fingerprint
+    assert here.fingerprint != corpus(tmp_path / "x", text_field="body").fingerprint
     (tmp_path / "x/a.jsonl").write_text('{"text": "longer"}')
-    assert corpus(tmp_path / "x").identity != there.identity
+    assert corpus(tmp_path / "x").fingerprint != there.fingerprint
     os.rename(tmp_path / "y/z/a.jsonl", tmp_path / "y/z/b.jsonl")
-    assert corpus(tmp_path / "y/z").identity != there.identity
+    assert corpus(tmp_path / "y/z").fingerprint != there.fingerprint
 
 
 @pytest.mark.parametrize(
@@ -338,8 +345,20 @@ def test_a_path_with_nothing_to_read_is_named(
     (tmp_path / "empty").mkdir()
     (tmp_path / "picture.png").touch()
     path = re.escape(str(tmp_path / name))
-    with pytest.raises(ValueError, match=rf"^data\.sources\.books\.paths='{path}': {message}"):
+    with pytest.raises(ConfigError) as error:
         corpus(tmp_path / name)
+    [problem] = error.value.problems
+    assert re.match(rf"data\.sources\.books\.paths='{path}': {message}", str(problem))
+
+
+def test_all_paths_with_nothing_to_read_are_told_at_once(
+    tmp_path: Path, corpus: Callable[..., FileCorpus]
+) -> None:
+    (tmp_path / "a.txt").touch()
+    paths = tuple(str(tmp_path / name) for name in ("one.txt", "a.txt", "*.jsonl"))
+    with pytest.raises(ConfigError) as error:
+        corpus(paths)
+    assert [problem.value for problem in error.value.problems] == [paths[0], paths[2]]  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.jsonl.bz2", "a.parquet"])
@@ -353,7 +372,7 @@ def test_a_truncated_file_is_named_instead_of_ending_early(
     write_file(path, [str(i) * 99 for i in range(500)])
     assert len(texts_of(corpus(tmp_path))) == 500
     path.write_bytes(path.read_bytes()[:-7])
-    with pytest.raises(ShardError, match=name):
+    with pytest.raises(DataError, match=name):
         texts_of(corpus(tmp_path))
 
 
@@ -381,9 +400,9 @@ def test_compressed_json_holds_json_lines_and_a_plain_one_is_read_where_it_is_na
 def test_lanes_have_about_equal_parts_where_only_some_files_are_compressed(
     tmp_path: Path, cache: ShardCache
 ) -> None:
-    dice = Random(0)
+    random = Random(0)
     for name in ("a.jsonl", "b.jsonl.gz", "c.jsonl"):
-        words = [f"w{dice.randint(0, 300)}" for _ in range(40_000)]
+        words = [f"w{random.randint(0, 300)}" for _ in range(40_000)]
         texts = [" ".join(words[i : i + 40]) for i in range(0, len(words), 40)]
         lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
         (tmp_path / name).write_bytes(gzip.compress(lines) if name.endswith("gz") else lines)
@@ -398,3 +417,68 @@ def test_a_separator_may_be_spelled_with_escapes(tmp_path: Path, cache: ShardCac
     source = FilesSource(kind="files", paths=str(tmp_path), separator="\\n\\n\\t")
     corpus = file_corpus("x", source, cache, 1000)
     assert [record.text for record, _ in corpus.documents(0, 1)] == ["one", "two", "three"]
+
+
+# Python's own files
+
+
+def test_sources_are_sorted_and_tests_packages_and_empty_files_left_out(tmp_path: Path) -> None:
+    for name in ("b.py", "a/z.py", "a-/y.py", "test/t.py", "a/tests/t.py", "a/data.txt"):
+        (path := tmp_path / "lib" / name).parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("pass")
+    (tmp_path / "lib/a/__init__.py").touch()
+    (tmp_path / "lib/gone.py").symlink_to(tmp_path / "nowhere.py")
+    names = [shard.name for shard in python_files(tmp_path / "lib")]
+    assert names == ["lib/a-/y.py", "lib/a/z.py", "lib/b.py"]
+
+
+def test_packages_are_read_where_their_directory_is_the_root(tmp_path: Path) -> None:
+    (tmp_path / "site-packages").mkdir()
+    (tmp_path / "site-packages/a.py").write_text("pass")
+    (shard,) = python_files(tmp_path / "site-packages")
+    assert shard.name == "site-packages/a.py"
+    assert shard.url == str(tmp_path / "site-packages/a.py")
+    assert shard.size == 4
+
+
+def test_a_file_in_another_encoding_than_it_declares_harms_no_other(
+    tmp_path: Path, cache: ShardCache
+) -> None:
+    (tmp_path / "a.py").write_bytes("# coding: latin-1\ns = 'é'\r\n".encode("latin-1"))
+    (tmp_path / "b.py").write_bytes(b"s = '\xe9'\n")
+    (tmp_path / "c.py").write_bytes(b"\xef\xbb\xbfs = '\xc3\xa9'\n")
+    files = tuple(CorpusFile(shard, PythonFile()) for shard in python_files(tmp_path))
+    a, b, c = (record for record, _ in FileCorpus("code", files, cache).documents(0, 1))
+    assert a == Document("# coding: latin-1\ns = 'é'\r\n", str(tmp_path / "a.py"))
+    assert isinstance(b, BadRecord)
+    assert b.origin == str(tmp_path / "b.py")
+    assert c == Document("s = 'é'\n", str(tmp_path / "c.py"))
+
+
+def test_the_standard_library_is_a_corpus_of_some_megabytes_and_packages_add_to_it(
+    cache: ShardCache,
+) -> None:
+    library = python_corpus("code", packages=False, cache=cache)
+    everything = python_corpus("code", packages=True, cache=cache)
+    assert 300 < len(library.files) < len(everything.files)
+    assert [file for file in everything.files if file in set(library.files)] == list(library.files)
+    names = {file.shard.name.split("/")[1] for file in library.files}
+    assert {"ast.py", "argparse.py", "asyncio"} <= names
+    assert 5e6 < sum(file.shard.size for file in library.files) < 5e7
+
+
+def test_the_standard_library_is_read_once_by_all_lanes_and_hardly_has_faults(
+    cache: ShardCache,
+) -> None:
+    library = python_corpus("code", packages=False, cache=cache)
+    records = [record for lane in range(8) for record, _ in library.documents(lane, 8)]
+    assert [record.origin for record in records] == [file.shard.url for file in library.files]
+    assert sum(isinstance(record, BadRecord) for record in records) < 3
+
+
+def test_every_lane_reads_files_of_many_packages(cache: ShardCache) -> None:
+    corpus = python_corpus("code", packages=False, cache=cache)
+    for lane in range(8):
+        names = [str(record.origin) for record, _ in corpus.documents(lane, 8)]
+        assert sum("/encodings/" in name for name in names) < len(names) / 2
+        assert len({name.split("/")[-2] for name in names}) > 5

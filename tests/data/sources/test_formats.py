@@ -13,19 +13,20 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from conf.errors import DataError
 from data.source import BadRecord, Document, Record
 from data.sources import formats
 from data.sources.formats import (
+    ByteRange,
     Format,
     JsonLines,
     Parquet,
     PythonFile,
     SeparatedText,
-    Share,
     TextFile,
     pieces,
 )
-from data.storage.transport import ShardError
+from data.storage.transport import ShardUnavailableError
 
 LIMIT = 10_000
 JSONL = JsonLines("text", LIMIT)
@@ -33,13 +34,13 @@ PARQUET = Parquet("text", "books")
 MARKS = (b"|", b"ab", b"aa", b"aba", b"aabaa", b"abab", b"aaa|")
 
 
-def whole(content: bytes) -> Share:
+def whole(content: bytes) -> ByteRange:
     size = max(1, len(content))
-    return Share(0, size, size)
+    return ByteRange(0, size, size)
 
 
-def read(form: Format, content: bytes, share: Share | None = None) -> list[Record]:
-    items = form.records(io.BytesIO(content), "u", share or whole(content))
+def read(form: Format, content: bytes, byte_range: ByteRange | None = None) -> list[Record]:
+    items = form.records(io.BytesIO(content), "u", byte_range or whole(content))
     return [record for record, _ in items]
 
 
@@ -50,15 +51,15 @@ def parquet(table: pa.Table | dict[str, Any], **options: Any) -> bytes:
 
 
 @given(units=st.integers(0, 99), size=st.integers(1, 99), cuts=st.lists(st.integers(0, 99)))
-def test_shares_side_by_side_have_each_unit_once_where_it_begins(
+def test_ranges_side_by_side_have_each_unit_once_where_it_begins(
     units: int, size: int, cuts: list[int]
 ) -> None:
     borders = [0, *sorted(min(cut, size) for cut in cuts), size]
-    shares = [Share(start, stop, size) for start, stop in pairwise(borders)]
-    assert list(chain(*(share.of(units) for share in shares))) == list(range(units))
-    for share in shares:
-        assert all(share.start <= unit * size / units < share.stop for unit in share.of(units))
-        assert share.of(size) == range(share.start, share.stop)
+    ranges = [ByteRange(start, stop, size) for start, stop in pairwise(borders)]
+    assert list(chain(*(part.units(units) for part in ranges))) == list(range(units))
+    for part in ranges:
+        assert all(part.start <= unit * size / units < part.stop for unit in part.units(units))
+        assert part.units(size) == range(part.start, part.stop)
 
 
 def split(content: bytes, mark: bytes) -> list[tuple[int, bytes, int]]:
@@ -82,8 +83,8 @@ def test_pieces_from_any_byte_on_are_those_of_the_whole_file(
 ) -> None:
     borders = [0, *sorted(min(cut, len(content)) for cut in cuts), len(content)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(formats, "CHUNK", chunk)
-        patch.setattr(formats, "REACH", reach)
+        patch.setattr(formats, "READ_BYTES", chunk)
+        patch.setattr(formats, "SCAN_SEPARATORS", reach)
         found = [
             list(pieces(io.BytesIO(content), mark, range(start, stop), limit=99))
             for start, stop in pairwise(borders)
@@ -106,7 +107,7 @@ def test_of_a_piece_beyond_the_limit_one_byte_more_than_that_is_kept(
     content: bytes, limit: int, chunk: int, first: int
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(formats, "CHUNK", chunk)
+        patch.setattr(formats, "READ_BYTES", chunk)
         found = list(pieces(io.BytesIO(content), b"ab", range(first, len(content)), limit))
     assert found == [
         (start, piece[: limit + 1], after)
@@ -194,11 +195,13 @@ def test_bad_text_is_a_fault_at_its_byte_and_its_neighbours_are_unharmed() -> No
     ]
 
 
-def test_a_whole_text_file_is_one_record_of_the_share_that_it_begins_in() -> None:
+def test_a_whole_text_file_is_one_record_of_the_range_that_it_begins_in() -> None:
     content = "\ufeffa\r\n\ufeffb\n".encode()
     form = TextFile(LIMIT)
-    assert read(form, content, Share(0, 1, 10)) == [Document("a\r\n\ufeffb\n", "u")]
-    assert read(form, content, Share(1, 10, 10)) == read(form, content, Share(0, 0, 10)) == []
+    assert read(form, content, ByteRange(0, 1, 10)) == [Document("a\r\n\ufeffb\n", "u")]
+    assert (
+        read(form, content, ByteRange(1, 10, 10)) == read(form, content, ByteRange(0, 0, 10)) == []
+    )
     assert read(form, b"") == [Document("", "u")]
     assert read(form, b"a\xff") == [
         BadRecord("not UTF-8 at byte 1: invalid start byte", "u", "a\ufffd")
@@ -221,7 +224,7 @@ def test_a_line_that_is_far_too_long_is_passed_in_bounded_memory(mark: bytes) ->
     assert peak < 2_000_000
 
 
-def test_nothing_is_read_on_when_a_share_lies_within_one_record() -> None:
+def test_nothing_is_read_on_when_a_byte_range_lies_within_one_record() -> None:
     file = io.BytesIO(b"x" * 50_000_000 + b"\n")
     assert list(pieces(file, b"\n", range(1_000_000, 2_000_000), LIMIT)) == []
     assert file.tell() < 3_000_000
@@ -253,7 +256,7 @@ def test_a_python_file_in_another_encoding_than_it_declares_is_a_fault(
 
 
 @pytest.mark.parametrize(
-    "kind", [*formats.TEXT[:-1], pa.dictionary(pa.int32(), pa.string())], ids=str
+    "kind", [*formats.TEXT_TYPES[:-1], pa.dictionary(pa.int32(), pa.string())], ids=str
 )
 def test_a_column_holds_text_in_any_of_arrows_types(kind: pa.DataType) -> None:
     content = parquet({"text": pa.array(["a", "é", "a"]).cast(kind), "id": [1, 2, 3]})
@@ -283,11 +286,11 @@ def test_a_table_without_any_text_is_one_of_nulls() -> None:
 
 def test_a_column_that_is_missing_or_holds_no_text_is_an_error_of_the_settings() -> None:
     with pytest.raises(
-        ValueError, match=r"^data\.sources\.books\.text_field='text': u has no such field; it has i"
+        DataError, match=r"^data\.sources\.books\.text_field='text': u has no such field; it has i"
     ):
         read(PARQUET, parquet({"id": [1], "body": ["a"]}))
     with pytest.raises(
-        ValueError,
+        DataError,
         match=r"^data\.sources\.books\.text_field='text': u holds list<.*> there; choose a column",
     ):
         read(PARQUET, parquet({"text": [["a"]]}))
@@ -297,7 +300,7 @@ def test_a_column_that_is_missing_or_holds_no_text_is_an_error_of_the_settings()
 def test_a_damaged_table_is_an_error_that_names_it(byte: int) -> None:
     content = bytearray(parquet({"text": [str(i) for i in range(999)]}, write_page_checksum=True))
     content[byte] ^= 255
-    with pytest.raises(ShardError, match=r"^u: damaged, Parquet cannot be read \(.*\); mend it or"):
+    with pytest.raises(DataError, match=r"^u: damaged, Parquet cannot be read \(.*\); mend it or"):
         read(PARQUET, bytes(content))
 
 
@@ -320,11 +323,11 @@ def random_table(rows: int, **options: Any) -> tuple[list[str], bytes]:
     return texts, parquet(table, compression="none", use_dictionary=False, **options)
 
 
-def test_of_a_table_only_the_row_groups_and_the_column_of_the_share_are_read() -> None:
+def test_of_a_table_only_the_row_groups_and_the_column_of_the_byte_range_are_read() -> None:
     texts, content = random_table(2000, row_group_size=100)
     file = CountingFile(content)
-    share = Share(len(content) // 2, len(content), len(content), resume=1650)
-    items = list(PARQUET.records(file, "u", share))
+    byte_range = ByteRange(len(content) // 2, len(content), len(content), first_unit=1650)
+    items = list(PARQUET.records(file, "u", byte_range))
     assert [(record.text, after) for record, after in items] == [  # type: ignore[union-attr]
         (text, row + 1) for row, text in enumerate(texts) if row >= 1650
     ]
@@ -335,8 +338,8 @@ def test_of_a_table_only_the_row_groups_and_the_column_of_the_share_are_read() -
 def lanes_of(form: Format, content: bytes, lanes: int) -> tuple[list[Iterator[Any]], list[Any]]:
     files = [CountingFile(content) for _ in range(lanes)]
     borders = [len(content) * lane // lanes for lane in range(lanes + 1)]
-    shares = [Share(start, stop, len(content)) for start, stop in pairwise(borders)]
-    return [form.records(f, "u", s) for f, s in zip(files, shares, strict=True)], files
+    byte_ranges = [ByteRange(start, stop, len(content)) for start, stop in pairwise(borders)]
+    return [form.records(f, "u", s) for f, s in zip(files, byte_ranges, strict=True)], files
 
 
 def test_a_row_group_is_decoded_once_for_all_lanes_that_are_in_it() -> None:
@@ -380,7 +383,10 @@ def test_what_is_wrong_with_the_file_itself_passes_through_arrow_as_it_is(tmp_pa
 
     class Lost(io.FileIO):
         def readinto(self, buffer: Any) -> int:  # noqa: ARG002 - the signature of its kind
-            raise ShardError("gone")
+            raise ShardUnavailableError("gone")
 
-    with io.BufferedReader(Lost(path)) as file, pytest.raises(ShardError, match=r"^gone$"):
-        list(PARQUET.records(file, "u", Share(0, 1, 1)))
+    with (
+        io.BufferedReader(Lost(path)) as file,
+        pytest.raises(ShardUnavailableError, match=r"^gone$"),
+    ):
+        list(PARQUET.records(file, "u", ByteRange(0, 1, 1)))

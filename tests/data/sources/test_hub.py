@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from conf.errors import ConfigError, DataError, TransientError
 from data.config import DatasetsSource
 from data.source import BadRecord, Document, Position
 from data.sources import hub
@@ -77,19 +78,19 @@ def counted(json_corpus: Callable[..., HubCorpus]) -> tuple[HubCorpus, Counter[s
 
 
 @given(shards=st.integers(1, 400), lanes=st.integers(1, 24))
-def test_every_turn_of_every_shard_belongs_to_one_lane(shards: int, lanes: int) -> None:
-    turns: dict[int, list[tuple[int, int]]] = {shard: [] for shard in range(shards)}
+def test_every_remainder_of_every_shard_belongs_to_one_lane(shards: int, lanes: int) -> None:
+    remainders: dict[int, list[tuple[int, int]]] = {shard: [] for shard in range(shards)}
     costs = []
     for lane in range(lanes):
         parts = _parts(shards, lanes, lane)
         costs.append(sum(len(part.shards) / part.readers for part in parts))
         for part in parts:
             for shard in part.shards:
-                turns[shard].append((part.readers, part.turn))
-    for of_shard in turns.values():
+                remainders[shard].append((part.readers, part.remainder))
+    for of_shard in remainders.values():
         readers = len(of_shard)
-        assert sorted(of_shard) == [(readers, turn) for turn in range(readers)]
-    assert max(costs) <= min(costs) * (1 + 1 / hub.EVEN_ENOUGH)
+        assert sorted(of_shard) == [(readers, remainder) for remainder in range(readers)]
+    assert max(costs) <= min(costs) * (1 + 1 / hub.UNSHARED_SHARDS)
 
 
 @pytest.mark.parametrize(("files", "lanes"), [(1, 1), (1, 8), (3, 2), (3, 8), (5, 4), (40, 2)])
@@ -174,7 +175,7 @@ def test_a_lane_that_falls_out_of_the_window_reads_for_itself(
     one, reads = counted
     expected = [texts(one, lane, 2) for lane in range(2)]
     reads.clear()
-    monkeypatch.setattr(hub, "WINDOW", 3 * (hub.RECORD + 60))
+    monkeypatch.setattr(hub, "HELD_CHARACTERS", 3 * (hub.RECORD_CHARACTERS + 60))
     fast, slow = one.documents(0, 2), one.documents(1, 2)
     ahead = [record.text for record, _ in islice(fast, 20)]
     behind = [record.text for record, _ in slow]
@@ -186,7 +187,7 @@ def test_what_is_held_is_bounded_and_gone_with_the_lanes(
     counted: tuple[HubCorpus, Counter[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one, _ = counted
-    monkeypatch.setattr(hub, "WINDOW", 10 * (hub.RECORD + 60))
+    monkeypatch.setattr(hub, "HELD_CHARACTERS", 10 * (hub.RECORD_CHARACTERS + 60))
     lanes: list[Iterator[Any]] = [one.documents(lane, 2) for lane in range(2)]
     for lane in lanes:
         next(lane)
@@ -262,7 +263,7 @@ def test_a_field_that_a_dataset_is_known_to_lack_is_refused_with_those_it_has(
     files = parquet_corpus().source.data_files
     assert files is not None
     with pytest.raises(
-        ValueError,
+        DataError,
         match=r"data\.sources\.web\.text_field='body': parquet has no such field; it has id, text",
     ):
         corpus("parquet", *map(Path, files), text_field="body")
@@ -279,14 +280,23 @@ def test_a_field_that_only_reading_finds_missing_is_a_fault(
 
 def test_a_damaged_file_ends_reading_with_the_settings_named(tmp_path: Path) -> None:
     (file := tmp_path / "a.jsonl").write_text(lines([{"text": "a"}]) + "{broken\n")
-    with pytest.raises(ValueError, match=r"data\.sources\.web\.path='json', .*kind: files"):
+    with pytest.raises(DataError, match=r"data\.sources\.web\.path='json', .*kind: files"):
         list(corpus("json", file).documents(0, 1))
+
+
+def test_a_damaged_table_is_no_failure_of_the_network(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": TEXTS}), path := tmp_path / "a.parquet", compression="zstd")
+    content = bytearray(path.read_bytes())
+    content[20:60] = bytes(40)
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"data\.sources\.web\.path='parquet', .*cannot read it"):
+        list(corpus("parquet", path).documents(0, 1))
 
 
 def test_no_lane_takes_damage_for_the_end(json_corpus: Callable[..., HubCorpus]) -> None:
     def fail(row: dict[str, str]) -> dict[str, str]:
         if row["text"] == TEXTS[4]:
-            raise OSError("unreachable")
+            raise ConnectionError("unreachable")
         return row
 
     one = json_corpus(1)
@@ -296,7 +306,7 @@ def test_no_lane_takes_damage_for_the_end(json_corpus: Callable[..., HubCorpus])
         TEXTS[i] for i in (0, 2, 1, 3)
     ]
     for lane in lanes:
-        with pytest.raises(ValueError, match=r"cannot read it \(unreachable\)"):
+        with pytest.raises(TransientError, match=r"cannot read it \(unreachable\); check the net"):
             next(lane)
 
 
@@ -316,16 +326,16 @@ def test_what_cannot_be_opened_is_named(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     given = {"path": "json", "data_files": json_corpus(1).source.data_files, **settings}
-    with pytest.raises(ValueError, match=r"data\.sources\.web\.path='json', .*" + message):
+    with pytest.raises(ConfigError, match=r"data\.sources\.web\.path='json', .*" + message):
         HubCorpus("web", DatasetsSource(kind="datasets", **given))
 
 
-def test_identity_holds_everything_known_that_decides_the_documents(
+def test_the_fingerprint_holds_everything_known_that_decides_the_documents(
     json_corpus: Callable[..., HubCorpus],
 ) -> None:
-    assert json_corpus(2).identity["data.sources.web.shards"] == 2
-    identity = json_corpus(3).identity
-    assert identity["data.sources.web.path"] == "json"
-    assert len(identity["data.sources.web.data_files"]) == 3
-    assert identity["data.sources.web.shards"] == 3
-    assert len(json.loads(json.dumps(identity))) == 7
+    assert json_corpus(2).fingerprint["data.sources.web.shards"] == 2
+    fingerprint = json_corpus(3).fingerprint
+    assert fingerprint["data.sources.web.path"] == "json"
+    assert len(fingerprint["data.sources.web.data_files"]) == 3
+    assert fingerprint["data.sources.web.shards"] == 3
+    assert len(json.loads(json.dumps(fingerprint))) == 7

@@ -4,8 +4,9 @@ from threading import Thread
 
 import pytest
 
+from conf.errors import DataError
 from data.source import BadRecord
-from data.sources.quarantine import FREE, Quarantine
+from data.sources.quarantine import TOLERATED, Quarantine
 
 
 def bad_record(number: int, reason: str = "empty") -> BadRecord:
@@ -31,7 +32,7 @@ def test_every_fault_is_written_once_with_its_place(tmp_path: Path) -> None:
 def test_without_faults_there_is_no_file(tmp_path: Path) -> None:
     quarantine = Quarantine(1.0)
     quarantine.write_to(tmp_path / "quarantine.jsonl")
-    quarantine.passed(7)
+    quarantine.count_valid(7)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -52,10 +53,10 @@ def test_a_later_start_knows_what_an_earlier_one_wrote(tmp_path: Path) -> None:
 
 def test_a_few_never_stop_a_run_and_a_higher_rate_does() -> None:
     quarantine = Quarantine(0.1)
-    for number in range(FREE):
+    for number in range(TOLERATED):
         quarantine.add(bad_record(number))
-    with pytest.raises(ValueError, match=r"data\.max_quarantined=0\.1: 21 of 21 records") as error:
-        quarantine.add(bad_record(FREE, "not JSON"))
+    with pytest.raises(DataError, match=r"data\.max_quarantined=0\.1: 21 of 21 records") as error:
+        quarantine.add(bad_record(TOLERATED, "not JSON"))
     assert (
         "are no documents: 20 empty, 1 not JSON; the last is a.jsonl@20: not JSON. Mend the source"
         in str(error.value)
@@ -64,7 +65,7 @@ def test_a_few_never_stop_a_run_and_a_higher_rate_does() -> None:
 
 def test_the_rate_is_that_of_all_records_and_a_place_counts_once() -> None:
     quarantine = Quarantine(0.1)
-    quarantine.passed(1000)
+    quarantine.count_valid(1000)
     for number in range(100):
         quarantine.add(bad_record(number))
     for number in range(100):
@@ -72,7 +73,7 @@ def test_the_rate_is_that_of_all_records_and_a_place_counts_once() -> None:
     assert (len(quarantine.bad_records), quarantine.records) == (100, 1200)
     for number in range(100, 122):
         quarantine.add(bad_record(number))
-    with pytest.raises(ValueError, match="123 of 1223 records"):
+    with pytest.raises(DataError, match="123 of 1223 records"):
         quarantine.add(bad_record(122))
 
 
@@ -80,7 +81,7 @@ def test_what_an_earlier_start_found_stops_no_later_one(tmp_path: Path) -> None:
     path = tmp_path / "quarantine.jsonl"
     first = Quarantine(0.5)
     first.write_to(path)
-    first.passed(1000)
+    first.count_valid(1000)
     for number in range(300):
         first.add(bad_record(number))
     second = Quarantine(0.5)
@@ -88,7 +89,7 @@ def test_what_an_earlier_start_found_stops_no_later_one(tmp_path: Path) -> None:
     for number in range(290, 310):
         second.add(bad_record(number))
     assert len(second.bad_records) == 310
-    with pytest.raises(ValueError, match="21 of 21 records"):
+    with pytest.raises(DataError, match="21 of 21 records"):
         second.add(bad_record(310))
 
 
@@ -99,7 +100,7 @@ def test_threads_share_it(tmp_path: Path) -> None:
     def work(start: int) -> None:
         for number in range(start, start + 200):
             quarantine.add(bad_record(number))
-            quarantine.passed(1)
+            quarantine.count_valid(1)
 
     threads = [Thread(target=work, args=(start,)) for start in (0, 100, 200, 300)]
     for thread in threads:
@@ -114,7 +115,7 @@ def test_threads_share_it(tmp_path: Path) -> None:
 
 
 def test_where_none_are_allowed_the_first_one_stops_the_run() -> None:
-    with pytest.raises(ValueError, match=r"data\.max_quarantined=0: 1 of 1 records"):
+    with pytest.raises(DataError, match=r"data\.max_quarantined=0: 1 of 1 records"):
         Quarantine(0).add(bad_record(1))
 
 
@@ -123,10 +124,10 @@ def test_a_file_that_cannot_be_written_costs_its_lines_and_not_the_run(tmp_path:
     (tmp_path / "quarantine.jsonl").mkdir()
     quarantine.write_to(tmp_path / "quarantine.jsonl")
     quarantine.add(bad_record(1))
-    assert "is not written" in str(quarantine.trouble)
+    assert "is not written" in str(quarantine.write_error)
     (tmp_path / "quarantine.jsonl").rmdir()
     quarantine.add(bad_record(2))
-    assert quarantine.trouble is None
+    assert quarantine.write_error is None
 
 
 def test_lines_of_another_hand_are_passed_over(tmp_path: Path) -> None:

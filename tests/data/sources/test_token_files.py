@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from xxhash import xxh3_64_intdigest
 
+from conf.errors import ConfigError, DataError, TransientError
 from data.config import DataConfig, FilesSource, TokensSource
 from data.source import Document, TokenDocument
 from data.sources.documents import Documents
@@ -237,17 +238,17 @@ def test_a_large_vocabulary_takes_four_bytes_a_token(large: Tokenizer, tmp_path:
     ]
 
 
-def test_only_the_contents_decide_the_identity(
+def test_only_the_contents_decide_the_fingerprint(
     written: Path, copied: Path, shards: list[list[str]], tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    identity = TokenCorpus("mine", written).identity
-    assert list(identity) == ["data.sources.mine"]
-    assert TokenCorpus("mine", copied).identity == identity
+    fingerprint = TokenCorpus("mine", written).fingerprint
+    assert list(fingerprint) == ["data.sources.mine"]
+    assert TokenCorpus("mine", copied).fingerprint == fingerprint
     changed = [[text.replace("7", "8") for text in shard] for shard in shards]
     other = TokenCorpus("mine", write(tmp_path / "other", changed, tokenizer))
-    assert other.identity != identity
+    assert other.fingerprint != fingerprint
     moved = TokenCorpus("mine", write(tmp_path / "moved", [*shards[::-1]], tokenizer))
-    assert moved.identity != identity
+    assert moved.fingerprint != fingerprint
 
 
 def test_a_corpus_brings_its_tokenizer(written: Path, tokenizer: Tokenizer) -> None:
@@ -284,21 +285,23 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
 def test_what_is_not_as_it_was_written_is_refused(copied: Path, harm: str) -> None:
     do, message = DAMAGE[harm]
     do(copied)
-    with pytest.raises(ValueError, match=message) as error:
+    wrong_path = harm in ("no directory", "no index")
+    with pytest.raises(ConfigError if wrong_path else DataError, match=message) as error:
         TokenCorpus("mine", copied)
-    assert str(error.value).startswith(f"data.sources.mine.path='{copied}': ")
-    assert "; " in str(error.value)
+    said = error.value.problems[0] if isinstance(error.value, ConfigError) else error.value
+    assert str(said).startswith(f"data.sources.mine.path='{copied}': ")
+    assert "; " in str(said)
 
 
 def test_an_index_of_another_format_is_refused_by_its_number(copied: Path) -> None:
     index = json.loads((copied / "index.json").read_text())
     (copied / "index.json").write_text(json.dumps({**index, "format": 2}))
-    with pytest.raises(ValueError, match=r"not an index of token files \(format .*1"):
+    with pytest.raises(DataError, match=r"not an index of token files \(format .*1"):
         TokenCorpus("mine", copied)
 
 
 def test_the_directory_above_is_refused_with_those_in_it(written: Path) -> None:
-    with pytest.raises(ValueError, match=r"no index\.json in it; give ") as error:
+    with pytest.raises(ConfigError, match=r"no index\.json in it; give ") as error:
         TokenCorpus("mine", written.parent)
     assert f"give {written} (" in str(error.value)
 
@@ -307,7 +310,7 @@ def test_an_unfinished_directory_is_refused(
     shards: list[list[str]], tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     write(tmp_path, shards, tokenizer, done=False)
-    with pytest.raises(ValueError, match=r"not finished, 5 of 5 shards are written; run the same"):
+    with pytest.raises(DataError, match=r"not finished, 5 of 5 shards are written; run the same"):
         TokenCorpus("mine", tmp_path)
 
 
@@ -316,13 +319,13 @@ def test_verifying_finds_a_single_bit(copied: Path, file: str) -> None:
     TokenCorpus("mine", copied).verify()
     flip(copied / file)
     corpus = TokenCorpus("mine", copied)
-    with pytest.raises(ValueError, match=rf"sources\.mine\.path=.*{file} is not as it was written"):
+    with pytest.raises(DataError, match=rf"sources\.mine\.path=.*{file} is not as it was written"):
         corpus.verify()
 
 
 def test_verifying_finds_another_tokenizer(copied: Path, letters: Tokenizer) -> None:
     letters.save(copied / "tokenizer.model")
-    with pytest.raises(ValueError, match=r"tokenizer\.model is not the one that made the tokens"):
+    with pytest.raises(DataError, match=r"tokenizer\.model is not the one that made the tokens"):
         TokenCorpus("mine", copied).verify()
 
 
@@ -352,7 +355,7 @@ def test_what_is_begun_does_not_go_on_as_something_else(
         (new_index(letters, {"text": "mine"}, 5), "tokenizer was "),
     ):
         with pytest.raises(
-            ValueError, match=f"{copied}: holds tokens that were made otherwise: .*"
+            ConfigError, match=f"{copied}: holds tokens that were made otherwise: .*"
         ) as error:
             begin(copied, wanted, tokenizer)
         assert change in str(error.value)
@@ -362,8 +365,18 @@ def test_a_shard_that_vanishes_while_it_is_read_is_named(
     tmp_path: Path, tokenizer: Tokenizer
 ) -> None:
     write_tokens(tmp_path, [["a text"], ["another"]], tokenizer)
-    stats = TokenCorpus("x", tmp_path).documents(0, 1)
-    next(stats)
+    documents = TokenCorpus("x", tmp_path).documents(0, 1)
+    next(documents)
     (tmp_path / "00001.tokens").unlink()
-    with pytest.raises(ValueError, match=r"data\.sources\.x\.path=.*00001\.tokens cannot be read"):
-        list(stats)
+    with pytest.raises(DataError, match=r"data\.sources\.x\.path=.*00001\.tokens is missing"):
+        list(documents)
+
+
+def test_a_disk_that_fails_is_no_damage(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    write_tokens(tmp_path, [["a text"], ["another"]], tokenizer)
+    corpus = TokenCorpus("x", tmp_path)
+    (tmp_path / "00001.tokens").unlink()
+    (tmp_path / "00001.tokens").mkdir()  # which opening refuses, as a failing disk does
+    for read in (lambda: list(corpus.documents(0, 1)), corpus.verify):
+        with pytest.raises(TransientError, match=r"00001\.tokens cannot be read \(.*start the run"):
+            read()

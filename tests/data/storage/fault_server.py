@@ -18,6 +18,8 @@ from xxhash import xxh3_64_intdigest
 
 FAULTS = ("busy", "missing", "reset", "truncated", "short", "shifted", "stall")
 
+STATUS = {"busy": 503, "missing": 404, "forbidden": 403}
+
 
 class Served(NamedTuple):
     """One request for a path: the first byte asked for, the bytes sent, what went wrong, if so."""
@@ -37,7 +39,7 @@ class Behaviour:
         faults: how: `busy` 503, `missing` 404, `reset` the connection after half of the body,
             `truncated` half of the body that was promised, `short` half of the range, promised
             so, `shifted` a range that begins a byte early, `stall` half of the body and then
-            nothing for `stall_s` seconds.
+            nothing for `stall_s` seconds; not in `FAULTS`, for no try mends it: `forbidden` 403.
         seed: decides which of a path's requests fail and how.
         ranges: whether ranges are understood; if not, a file is always sent as a whole.
         tags: whether files have an ETag.
@@ -52,10 +54,10 @@ class Behaviour:
 
     def fault(self, path: str, count: int) -> str | None:
         """What goes wrong with a path's `count`th request."""
-        draw = xxh3_64_intdigest(f"{path} {count}".encode(), self.seed)
-        if draw >= self.rate * 2**64:
+        drawn = xxh3_64_intdigest(f"{path} {count}".encode(), self.seed)
+        if drawn >= self.rate * 2**64:
             return None
-        return self.faults[xxh3_64_intdigest(str(draw).encode()) % len(self.faults)]
+        return self.faults[xxh3_64_intdigest(str(drawn).encode()) % len(self.faults)]
 
 
 @dataclass
@@ -147,8 +149,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self, path: str, fault: str | None) -> Answer:
         target = self.server_state.folder / path.lstrip("/")
-        if fault in ("busy", "missing"):
-            return Answer(503 if fault == "busy" else 404, fault=fault)
+        if fault in STATUS:
+            return Answer(STATUS[fault], fault=fault)
         if target.is_dir() and not path.endswith("/"):
             return Answer(301, headers={"Location": quote(path) + "/"})
         if target.is_dir():

@@ -18,10 +18,11 @@ from typing import Any
 import pytest
 import zstandard
 
+from conf.errors import ConfigError, DataError
 from data.config import CacheConfig, RemoteConfig
-from data.storage.shard_cache import ShardCache
+from data.storage.shard_cache import CopyReader, ShardCache
 from data.storage.shards import Shard, list_shards
-from data.storage.transport import ShardError
+from data.storage.transport import ShardUnavailableError
 from tests.data.storage.fault_server import FaultServer
 
 PACK: Mapping[str, Callable[[bytes], bytes]] = {
@@ -100,7 +101,7 @@ def test_a_truncated_shard_is_an_error_that_names_it(
     path.write_bytes((PACK[suffix](CONTENT) * members)[:-9])
     cache = cache_in(folder)
     for ask in (cache.open, cache.size):
-        with pytest.raises(ShardError, match=f"{path}: damaged or truncated"):
+        with pytest.raises(DataError, match=f"{path}: damaged or truncated"):
             ask(listed(path))
     assert list(folder.glob("*.part")) == copies(folder) == []
 
@@ -111,7 +112,7 @@ def test_what_is_not_compressed_as_its_name_says_is_an_error(
 ) -> None:
     path = tmp_path / f"wrong.txt{suffix}"
     path.write_bytes(b"plain text " * 1000)
-    with pytest.raises(ShardError, match=f"{path}: damaged"):
+    with pytest.raises(DataError, match=f"{path}: damaged"):
         cache_in(folder).open(listed(path))
 
 
@@ -160,7 +161,7 @@ def test_a_remote_shard_that_cannot_be_had_is_an_error_that_names_it(
 ) -> None:
     shard = listed(f"{fault_server(corpus).url}/a.txt.gz")
     (corpus / "a.txt.gz").write_bytes(b"")
-    with pytest.raises(ShardError, match=f"{shard.url}: changed since"):
+    with pytest.raises(DataError, match=f"{shard.url}: changed since"):
         cache_in(folder).open(shard)
 
 
@@ -258,7 +259,7 @@ def test_the_least_recently_used_copies_make_room(corpus: Path, folder: Path) ->
     assert sorted(sources) == [a.url, c.url]
     Path(b.url).unlink()
     assert cache.size(b) == len(CONTENT)
-    with pytest.raises(ShardError, match="No such file"):
+    with pytest.raises(ShardUnavailableError, match="No such file"):
         ShardCache(cache.config, RemoteConfig(retry_s=0.1)).open(b)
 
 
@@ -332,13 +333,14 @@ CONFINED = """
 import resource, signal, sys
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+from conf.errors import TransientError
 from data.storage.shard_cache import ShardCache
 from data.config import CacheConfig, RemoteConfig
 from data.storage.shards import list_shards
 (shard,) = list_shards(sys.argv[2], (".txt",))
 try:
     ShardCache(CacheConfig(dir=sys.argv[1]), RemoteConfig()).open(shard)
-except ValueError as error:
+except TransientError as error:
     print(error)
 """
 
@@ -360,8 +362,18 @@ def test_a_folder_that_cannot_be_made_is_an_error_that_names_the_setting(
     corpus: Path, folder: Path
 ) -> None:
     folder.write_bytes(b"")
-    with pytest.raises(ShardError, match=f"data.cache.dir='{folder}/in'"):
+    with pytest.raises(ConfigError, match=f"data.cache.dir='{folder}/in'"):
         cache_in(folder / "in").open(listed(corpus / "a.txt.gz"))
+
+
+@pytest.mark.parametrize("read", [CopyReader.readall, lambda file: file.readinto(bytearray(9))])
+def test_a_copy_on_a_disk_that_fails_is_no_damage(read: Callable[[CopyReader], object]) -> None:
+    # A process has no memory at its first bytes, and reading it there is an I/O error.
+    with (
+        CopyReader("/proc/self/mem") as file,
+        pytest.raises(ShardUnavailableError, match=r"/proc/self/mem: .*Input/output error"),
+    ):
+        read(file)
 
 
 def test_copies_are_kept_where_the_environment_says(

@@ -7,6 +7,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
+from conf.errors import ConfigError, TransientError
 from data.config import RemoteConfig
 from data.storage.retry import PermanentError, retry
 from data.storage.shards import Shard, list_shards
@@ -99,10 +100,10 @@ def test_a_file_is_itself_whatever_its_suffix(root: str) -> None:
 
 def test_what_does_not_exist_is_an_error_that_names_it(root: str) -> None:
     for missing in ("/nothing", "/*.parquet", "/nothing/*.txt"):
-        with pytest.raises(ValueError, match=r"correct it") as error:
+        with pytest.raises(ConfigError, match=r"correct it") as error:
             list_shards(root + missing, SUFFIXES)
         assert repr(root + missing) in str(error.value)
-    with pytest.raises(ValueError, match=r"\.parquet files in it \(also with \.gz, "):
+    with pytest.raises(ConfigError, match=r"\.parquet files in it \(also with \.gz, "):
         list_shards(root, (".parquet",))
 
 
@@ -121,7 +122,7 @@ def test_a_path_may_be_relative_to_here_or_to_home(
     monkeypatch.setenv("HOME", str(corpus.parent))
     expected = list_shards(str(corpus), SUFFIXES)
     assert list_shards("corpus", SUFFIXES) == list_shards("~/corpus", SUFFIXES) == expected
-    with pytest.raises(ValueError, match=f"relative paths start at {corpus.parent}"):
+    with pytest.raises(ConfigError, match=f"relative paths start at {corpus.parent}"):
         list_shards("corpse", SUFFIXES)
 
 
@@ -139,7 +140,7 @@ def test_links_are_followed_but_not_in_circles_nor_into_nothing(tmp_path: Path) 
     (tmp_path / "near/gone.md").symlink_to(tmp_path / "gone")
     assert names(list_shards(str(tmp_path / "near"), SUFFIXES)) == ["far/1.txt"]
     (tmp_path / "near/gone.txt").symlink_to(tmp_path / "gone")
-    with pytest.raises(ValueError, match="No such file"):
+    with pytest.raises(ConfigError, match="No such file"):
         list_shards(str(tmp_path / "near"), SUFFIXES)
 
 
@@ -178,14 +179,39 @@ def test_a_missing_file_does_not_keep_one_waiting(
     corpus: Path, fault_server: Callable[..., FaultServer]
 ) -> None:
     begin = time.monotonic()
-    with pytest.raises(ValueError, match="HTTP 404"):
+    with pytest.raises(ConfigError, match="HTTP 404"):
         list_shards(f"{fault_server(corpus).url}/nothing.txt", SUFFIXES)
     assert time.monotonic() - begin < 2
 
 
+def test_a_server_that_is_busy_for_too_long_may_be_asked_again_later(
+    corpus: Path, fault_server: Callable[..., FaultServer]
+) -> None:
+    server = fault_server(corpus, rate=1.0, faults=("busy",))
+    with pytest.raises(TransientError, match=r"^sources=.*HTTP 503.*start the run again"):
+        list_shards(server.url, SUFFIXES, RemoteConfig(retry_s=0.3), setting="sources")
+
+
+def test_a_server_that_refuses_is_an_error_of_the_settings_at_once(
+    corpus: Path, fault_server: Callable[..., FaultServer]
+) -> None:
+    server = fault_server(corpus, rate=1.0, faults=("forbidden",))
+    with pytest.raises(ConfigError, match="HTTP 403"):
+        list_shards(server.url, SUFFIXES)
+    assert server.faults.total() == 1
+
+
+@pytest.mark.parametrize("path", ["file.txt/inside", "a" * 300, "loop"])
+def test_a_path_that_cannot_exist_is_an_error_of_the_settings(path: str, tmp_path: Path) -> None:
+    (tmp_path / "file.txt").touch()
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(ConfigError, match="cannot be listed"):
+        list_shards(str(tmp_path / path), SUFFIXES, RemoteConfig(retry_s=0.1))
+
+
 def test_a_server_that_is_not_there_is_an_error_within_the_time() -> None:
     begin = time.monotonic()
-    with pytest.raises(ValueError, match=r"127\.0\.0\.1:9/x.*refused.*can be reached"):
+    with pytest.raises(TransientError, match=r"127\.0\.0\.1:9/x.*refused.*can be reached"):
         list_shards("http://127.0.0.1:9/x.txt", SUFFIXES, RemoteConfig(timeout_s=1, retry_s=0.5))
     assert 0.4 < time.monotonic() - begin < 2
 
@@ -194,7 +220,7 @@ def test_a_server_that_is_not_there_is_an_error_within_the_time() -> None:
     ("url", "says"), [("s3://bucket/a.txt", "s3fs"), ("gopher://a/b.txt", "Protocol not known")]
 )
 def test_a_store_that_cannot_be_reached_from_here_is_told_at_once(url: str, says: str) -> None:
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises(ConfigError, match=says):
         list_shards(url, SUFFIXES)
 
 

@@ -13,6 +13,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from data.loader import Loader
+from tests.train.batches import batch_of
 from tests.train.many_ranks import run_ranks
 from train.anomalies.detection import SpikeDetector
 from train.anomalies.policy import layer_report
@@ -20,7 +22,6 @@ from train.anomalies.report import BadStep, write_bad_step
 from train.compose import load
 from train.config import FaultsConfig
 from train.distributed.process_groups import ProcessGroups
-from train.engines.engine import Rows
 from train.engines.fsdp import FsdpEngine
 from train.engines.limits import Limits
 from train.loop import train_step
@@ -164,7 +165,7 @@ def test_limits_are_the_same_after_a_resume_and_whenever_steps_are_looked_at(
 def written(config: Any, opened: Any) -> tuple[Any, Any]:
     """A run of a small model, and its first batch."""
     run = opened(config())
-    return run, next(iter(run.stream))
+    return run, next(Loader(run.stream))
 
 
 BAD = BadStep(step=7, batch=8, loss=nan, grad_norm=2.5, limits=Limits(4.5, inf), lr=1e-3)
@@ -175,7 +176,7 @@ def test_a_bad_step_is_written_with_its_text(written: tuple[Any, Any], tmp_path:
     mask = torch.ones(4, 32, dtype=torch.bool).numpy()
     mask[1, 5:] = False
     batch = batch._replace(mask=mask)
-    layers = layer_report(run.engine, Rows.of(batch))
+    layers = layer_report(run.engine, batch)
     path = write_bad_step(tmp_path, BAD, batch, run.tokenizer, layers, run.groups)
     assert path == tmp_path / "bad_steps/step_00000007/rank_0.json"
     record = json.loads(path.read_text())
@@ -220,7 +221,7 @@ def numbers(layers: Any) -> Iterator[float]:
 def test_layers_are_measured_as_a_plain_pass_finds_them(others: list[str], config: Any) -> None:
     engine = FsdpEngine(config(*others), ProcessGroups())
     model = engine.model
-    layers = layer_report(engine, Rows(ROWS))
+    layers = layer_report(engine, batch_of(ROWS))
     assert list(layers) == ["embed", "blocks.0", "blocks.1", "norm"]
 
     outputs: dict[str, torch.Tensor] = {}
@@ -245,7 +246,7 @@ def test_a_report_says_where_the_first_number_is_that_is_none(config: Any) -> No
     engine = FsdpEngine(config(), ProcessGroups())
     with torch.no_grad():
         engine.model.blocks[1].ffn.down.weight[3, 4] = nan
-    layers = layer_report(engine, Rows(ROWS))
+    layers = layer_report(engine, batch_of(ROWS))
     assert layers["blocks.0"]["weight"]["not_finite"] == 0
     assert layers["blocks.0"]["output"]["not_finite"] == 0
     assert layers["blocks.1"]["weight"]["not_finite"] == 1
@@ -257,8 +258,8 @@ def steps(engine: FsdpEngine, reported: bool) -> list[float]:
     losses = []
     for _ in range(3):
         if reported:
-            layer_report(engine, Rows(ROWS))
-        result = train_step(engine, Rows(ROWS), 0.01)
+            layer_report(engine, batch_of(ROWS))
+        result = train_step(engine, batch_of(ROWS), 0.01)
         assert result is not None
         losses.append(result.loss.item())
     return losses
@@ -269,9 +270,9 @@ def steps(engine: FsdpEngine, reported: bool) -> list[float]:
     [["engine.activation_checkpointing=full"], ["train.micro_batch=2"]],
 )
 def test_a_report_changes_nothing_of_the_training(others: list[str], config: Any) -> None:
-    plain = layer_report(FsdpEngine(config(), ProcessGroups()), Rows(ROWS))
+    plain = layer_report(FsdpEngine(config(), ProcessGroups()), batch_of(ROWS))
     engine = FsdpEngine(config(*others), ProcessGroups())
-    mine = layer_report(engine, Rows(ROWS))
+    mine = layer_report(engine, batch_of(ROWS))
     assert list(numbers(mine)) == pytest.approx(list(numbers(plain)), rel=1e-4)
     untouched = FsdpEngine(config(*others), ProcessGroups())
     assert steps(engine, reported=True) == steps(untouched, reported=False)
@@ -282,7 +283,7 @@ def on_two_ranks(groups: ProcessGroups, kinds: list[list[str]]) -> list[Any]:
     found = []
     for overrides in kinds:
         engine = FsdpEngine(load(overrides), groups)
-        rows = Rows(ROWS[groups.rank :: groups.world_size])
+        rows = batch_of(ROWS[groups.rank :: groups.world_size])
         layers = layer_report(engine, rows)
         result = train_step(engine, rows, 0.01)
         assert result is not None

@@ -16,13 +16,13 @@ from phd.block import Block
 from phd.config import ModelConfig
 from phd.model import Transformer
 from phd.segments import Segments
+from tests.train.batches import batch_of
 from tests.train.many_ranks import run_ranks
 from train.compose import load
 from train.config import Config
 from train.distributed.process_groups import ProcessGroups
 from train.engines.activation_checkpointing import checkpoint_activations
 from train.engines.config import FsdpConfig
-from train.engines.engine import Rows
 from train.engines.fsdp import FsdpEngine
 from train.loop import train_step
 
@@ -180,7 +180,7 @@ def two_steps(groups: ProcessGroups, config: Config) -> list[np.ndarray]:
     engine = FsdpEngine(config, groups)
     rows = torch.randint(0, 64, (4, 65), generator=torch.Generator().manual_seed(0))
     results = [
-        train_step(engine, Rows(rows[groups.rank :: groups.world_size]), 1e-3) for _ in range(2)
+        train_step(engine, batch_of(rows[groups.rank :: groups.world_size]), 1e-3) for _ in range(2)
     ]
     scalars = [x.numpy() for result in results for x in (result.loss, result.grad_norm)]
     return [*scalars, *(x.numpy(force=True).copy() for x in engine.shards.values())]

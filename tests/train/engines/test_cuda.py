@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from tests.train.batches import batch_of
 from train.compose import load
 from train.config import Config
 from train.distributed.process_groups import ProcessGroups
-from train.engines.engine import Rows
 from train.engines.fsdp import FsdpEngine
 from train.engines.limits import Limits
 from train.loop import train_step
@@ -36,26 +36,26 @@ def test_steps_are_those_of_the_cpu(checkpointing: str) -> None:
         FsdpEngine(config_on("cpu"), ProcessGroups()),
     ]
     for _ in range(3):
-        ours, exact = (train_step(engine, Rows(ROWS), 1e-3) for engine in engines)
+        ours, exact = (train_step(engine, batch_of(ROWS), 1e-3) for engine in engines)
         assert ours.loss.item() == pytest.approx(exact.loss.item(), rel=1e-2)
         assert ours.grad_norm.item() == pytest.approx(exact.grad_norm.item(), rel=3e-2)
 
 
 def test_a_step_does_not_make_the_host_wait() -> None:
     engine = FsdpEngine(config_on("cuda"), ProcessGroups())
-    train_step(engine, Rows(ROWS), 1e-3)
+    train_step(engine, batch_of(ROWS), 1e-3)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        train_step(engine, Rows(ROWS), 1e-3, Limits(loss=100.0))
+        train_step(engine, batch_of(ROWS), 1e-3, Limits(loss=100.0))
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
 def test_a_bad_step_changes_no_bit() -> None:
     engine = FsdpEngine(config_on("cuda"), ProcessGroups())
-    train_step(engine, Rows(ROWS), 1e-3)
+    train_step(engine, batch_of(ROWS), 1e-3)
     held = [(x, x.clone()) for tensors in engine._tensors() for x in tensors.values()]
     for limits in (Limits(loss=0.1), Limits(grad_norm=1e-6)):
-        assert not train_step(engine, Rows(ROWS), 1e-3, limits).applied
+        assert not train_step(engine, batch_of(ROWS), 1e-3, limits).applied
         assert all(torch.equal(x, before) for x, before in held)

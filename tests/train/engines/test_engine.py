@@ -9,11 +9,11 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from phd.model import Transformer
+from tests.train.batches import batch_of
 from train.checkpoint.reader import Checkpoint, flatten
 from train.checkpoint.store import CheckpointStore
 from train.config import Config
 from train.distributed.process_groups import ProcessGroups
-from train.engines.engine import Rows
 from train.engines.fsdp import FsdpEngine
 from train.engines.optimizer import build_optimizer
 from train.loop import train_step
@@ -49,7 +49,7 @@ def test_a_step_is_adamw_on_the_clipped_gradient_of_the_mean_loss(
     engine = alone(settings)
     before = {name: p.detach().clone() for name, p in engine.model.named_parameters()}
     loss, gradient = plain_gradient(engine.model, ROWS)
-    result = train_step(engine, Rows(ROWS), lr=0.01)
+    result = train_step(engine, batch_of(ROWS), lr=0.01)
     torch.testing.assert_close(result.loss, loss)
     torch.testing.assert_close(result.grad_norm, norm(gradient), rtol=1e-4, atol=0)
 
@@ -71,7 +71,7 @@ def test_two_steps_equal_two_steps_of_plain_pytorch(config) -> None:
     engine, model = alone(settings), Transformer(settings.model).reset(settings.seed)
     optimizer = build_optimizer(model, settings.optim)
     for lr in (0.01, 0.003):
-        train_step(engine, Rows(ROWS), lr)
+        train_step(engine, batch_of(ROWS), lr)
         _, gradient = plain_gradient(model, ROWS)
         for name, parameter in model.named_parameters():
             parameter.grad = gradient[name]
@@ -93,7 +93,7 @@ def test_accumulation_changes_neither_loss_nor_gradient(
     expected, gradient = plain_gradient(alone(whole).model, ROWS)
     results = []
     for settings in (whole, cut):
-        result = alone(settings).step(Rows(ROWS), lr=0.0)
+        result = train_step(alone(settings), batch_of(ROWS), lr=0.0)
         results.append((result.loss.item(), result.grad_norm.item()))
     assert results[1] == pytest.approx(results[0], rel=1e-6)
     assert results[1][0] == pytest.approx(expected.item(), rel=1e-6)
@@ -103,16 +103,16 @@ def test_accumulation_changes_neither_loss_nor_gradient(
 
 def test_the_z_loss_steers_but_is_not_part_of_what_is_logged(config) -> None:
     settings = config()
-    plain = alone(settings).step(Rows(ROWS), lr=0.0)
-    steered = alone(adjusted(settings, "optim", z_loss=0.1)).step(Rows(ROWS), lr=0.0)
+    plain = train_step(alone(settings), batch_of(ROWS), lr=0.0)
+    steered = train_step(alone(adjusted(settings, "optim", z_loss=0.1)), batch_of(ROWS), lr=0.0)
     torch.testing.assert_close(steered.loss, plain.loss)
     assert steered.grad_norm != pytest.approx(plain.grad_norm.item(), rel=1e-3)
 
 
 def test_a_steps_gradient_leaves_nothing_for_the_next(config) -> None:
     engine = alone(config())
-    first = train_step(engine, Rows(ROWS), lr=0.0)
-    second = train_step(engine, Rows(ROWS), lr=0.0)
+    first = train_step(engine, batch_of(ROWS), lr=0.0)
+    second = train_step(engine, batch_of(ROWS), lr=0.0)
     assert torch.equal(second.grad_norm, first.grad_norm)
 
 
@@ -127,10 +127,10 @@ def test_the_summed_loss_counts_what_the_mask_says(config) -> None:
     mask = torch.rand(4, 32, generator=torch.Generator().manual_seed(0)) < 0.5
     logits = engine.model.logits(ROWS[:, :-1])
     each = cross_entropy(logits.flatten(0, 1), ROWS[:, 1:].flatten(), reduction="none")
-    total, count = engine.evaluate(Rows(ROWS, mask))
+    total, count = engine.evaluate(batch_of(ROWS, mask))
     assert count == mask.sum()
     assert total.item() == pytest.approx(each[mask.flatten()].sum().item(), rel=1e-6)
-    total, count = engine.evaluate(Rows(ROWS))
+    total, count = engine.evaluate(batch_of(ROWS))
     assert count == mask.numel()
     assert total.item() == pytest.approx(each.sum().item(), rel=1e-6)
 
@@ -140,7 +140,7 @@ def test_targets_that_are_padding_count_nowhere(config, micro_batch: int) -> Non
     mask = torch.arange(32) < torch.tensor([[32], [7], [20], [1]])
     settings = config("train.global_batch=4", f"train.micro_batch={micro_batch}")
     engine, twin = alone(settings), alone(settings)
-    result = train_step(engine, Rows(ROWS, mask), lr=0.0)
+    result = train_step(engine, batch_of(ROWS, mask), lr=0.0)
     logits = twin.model.logits(ROWS[:, :-1])
     loss = cross_entropy(logits[mask], ROWS[:, 1:][mask])
     loss.backward()
@@ -154,7 +154,7 @@ def test_isolated_documents_cost_what_they_cost_alone(config) -> None:
     cu_seqlens = torch.tensor([[0, 9, 32], [0, 1, 32], [0, 20, 32], [0, 31, 32]])
     place = torch.arange(32)
     starts = torch.where(place < cu_seqlens[:, 1:2], 0, cu_seqlens[:, 1:2])
-    total, count = engine.evaluate(Rows(ROWS, starts=starts))
+    total, count = engine.evaluate(batch_of(ROWS, starts=starts))
     apart = 0.0
     for row, (_, border, _) in zip(ROWS, cu_seqlens.tolist(), strict=True):
         for start, stop in ((0, border), (border, 32)):
@@ -168,8 +168,8 @@ def test_in_bf16_weights_moments_and_gradients_stay_float32(config) -> None:
     engine = alone(config("engine.precision=bf16"))
     exact = alone(config())
     assert (engine.dtype, exact.dtype) == (torch.bfloat16, torch.float32)
-    result = train_step(engine, Rows(ROWS), lr=0.01)
-    expected = exact.step(Rows(ROWS), lr=0.01).loss
+    result = train_step(engine, batch_of(ROWS), lr=0.01)
+    expected = train_step(exact, batch_of(ROWS), lr=0.01).loss
     assert result.loss.dtype == torch.float32
     assert result.loss != expected
     torch.testing.assert_close(result.loss, expected, rtol=1e-2, atol=0)
@@ -190,14 +190,14 @@ def saved(engine: FsdpEngine, store: CheckpointStore, step: int) -> Checkpoint:
 
 def test_a_restored_engine_goes_on_bitwise(config, tmp_path) -> None:
     first, second = alone(config()), alone(config("seed=9"))
-    first.step(Rows(ROWS), lr=0.01)
-    second.step(Rows(ROWS.flip(0)), lr=0.01)
+    train_step(first, batch_of(ROWS), lr=0.01)
+    train_step(second, batch_of(ROWS.flip(0)), lr=0.01)
     checkpoint = saved(first, CheckpointStore(tmp_path, keep=1), 1)
     drawn = torch.rand(3)
     second.restore(checkpoint)
     assert torch.equal(torch.rand(3), drawn)
     for engine in (first, second):
-        train_step(engine, Rows(ROWS), lr=0.01)
+        train_step(engine, batch_of(ROWS), lr=0.01)
     ours, theirs = flatten(second.state()), flatten(first.state())
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.tensor import DTensor
 
+from data.batch import Batch
 from phd.block import Block
 from phd.inference.sampling import Sampling, generate
 from phd.model import Transformer
+from tests.train.batches import batch_of
 from tests.train.many_ranks import RanksFailedError, run_ranks
 from tests.train.uneven import COPIES, UNEVEN
 from train.checkpoint.reader import flatten
@@ -22,7 +24,6 @@ from train.checkpoint.store import CheckpointStore
 from train.compose import load
 from train.config import Config
 from train.distributed.process_groups import ProcessGroups
-from train.engines.engine import Rows
 from train.engines.fsdp import FsdpEngine
 from train.engines.limits import Limits
 from train.loop import train_step
@@ -41,9 +42,9 @@ def config_of(*overrides: str) -> Config:
     return load([*SMALL, *overrides])
 
 
-def share(groups: ProcessGroups, rows: Tensor = ROWS) -> Rows:
+def share(groups: ProcessGroups, rows: Tensor = ROWS) -> Batch:
     """This rank's rows of a global batch."""
-    return Rows(rows[groups.rank :: groups.world_size])
+    return batch_of(rows[groups.rank :: groups.world_size])
 
 
 def digest(engine: FsdpEngine) -> dict[str, np.ndarray]:
@@ -195,7 +196,7 @@ def between(groups: ProcessGroups, config: Config) -> tuple[bool, float, np.ndar
     for _ in range(2):
         train_step(engine, share(groups), 0.01)
         train_step(twin, share(groups), 0.01)
-        total, targets = engine.evaluate(Rows(ROWS[:5]))
+        total, targets = engine.evaluate(batch_of(ROWS[:5]))
         with engine.summon_full_params() as model, torch.no_grad():
             logits = model.logits(ROWS[:1, :-1])
     return equal(digest(engine), digest(twin)), (total / targets).item(), logits.numpy()
@@ -220,7 +221,7 @@ def restored(groups: ProcessGroups, config: Config, root: Path) -> list[bool]:
     store.wait()
     drawn = torch.rand(3)
     second.step(share(groups, ROWS.flip(0)), 0.02)
-    second.loss(Rows(ROWS))
+    second.evaluate(batch_of(ROWS))
     checkpoint = store.newest()
     assert checkpoint is not None
     second.restore(checkpoint)
@@ -271,13 +272,13 @@ def test_compiled_blocks_write_without_being_compiled_again(monkeypatch) -> None
     written = []
     for compiled in ("true", "false"):
         engine = FsdpEngine(config_of(f"engine.compile={compiled}"), ProcessGroups())
-        train_step(engine, Rows(ROWS), 0.01)
+        train_step(engine, batch_of(ROWS), 0.01)
         compilations = counter.frame_count
         assert compilations > 0
         with engine.summon_full_params() as model:
             tokens = generate(model, [prompt], Sampling(temperature=0), [dice], 12)
             written.append([int(token) for token in tokens])
         assert counter.frame_count == compilations
-        train_step(engine, Rows(ROWS), 0.01)
+        train_step(engine, batch_of(ROWS), 0.01)
         assert counter.frame_count == compilations
     assert written[0] == written[1]

@@ -91,7 +91,6 @@ PEAK = """
 import sys, torch
 from dataclasses import replace
 from train.compose import load
-from train.engines.engine import Rows
 from train.engines.fsdp import FsdpEngine
 from train.distributed.process_groups import ProcessGroups
 from train.engines.memory import predict_memory
@@ -103,7 +102,8 @@ def status(name):
 
 def step(config, rows):
     engine = FsdpEngine(config, ProcessGroups())
-    train_step(engine, Rows(torch.zeros(rows, config.train.seq_len + 1, dtype=torch.int64)), 1e-3)
+    tokens = torch.zeros(rows, config.train.seq_len + 1, dtype=torch.int64)
+    train_step(engine, batch_of(tokens), 1e-3)
 
 config = load(sys.argv[1:])
 step(replace(config, train=replace(config.train, seq_len=16)), 1)

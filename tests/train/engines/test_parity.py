@@ -9,13 +9,14 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
+from data.batch import Batch
+from tests.train.batches import batch_of
 from tests.train.many_ranks import run_ranks
 from tests.train.uneven import COPIES, UNEVEN
 from train.checkpoint.reader import flatten
 from train.compose import load
 from train.config import Config
 from train.distributed.process_groups import ProcessGroups
-from train.engines.engine import Rows
 from train.loop import train_step
 from train.run import open_engine
 
@@ -59,12 +60,12 @@ class Case(NamedTuple):
     settings: tuple[str, ...] = ()
 
 
-def batch(step: int) -> Rows:
+def batch(step: int) -> Batch:
     """The global batch of a step, whose rows have from no to all of their targets."""
     generator = torch.Generator().manual_seed(step)
     tokens = torch.randint(0, VOCAB, (ROWS, TOKENS + 1), generator=generator)
     share = torch.rand(ROWS, 1, generator=generator)
-    return Rows(tokens, torch.rand(ROWS, TOKENS, generator=generator) < share)
+    return batch_of(tokens, torch.rand(ROWS, TOKENS, generator=generator) < share)
 
 
 def train(groups: ProcessGroups, config: Config) -> Training:
@@ -72,7 +73,7 @@ def train(groups: ProcessGroups, config: Config) -> Training:
     engine = open_engine(config, groups)
     results = []
     for step in range(config.train.max_steps):
-        rows = Rows(
+        rows = batch_of(
             *(None if x is None else x[groups.rank :: groups.world_size] for x in batch(step))
         )
         results.append(train_step(engine, rows, lr=0.01))

@@ -12,10 +12,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from data.batch import Batch
 from phd.inference.sampling import Sampling, generate
 from phd.initialization import initial_weights
 from phd.loss import IGNORED
 from phd.model import Transformer
+from tests.train.batches import batch_of
 from tests.train.many_ranks import run_ranks
 from tests.train.uneven import COPIES, UNEVEN
 from train.checkpoint.reader import Checkpoint, flatten
@@ -23,7 +25,6 @@ from train.checkpoint.store import CheckpointStore
 from train.compose import load
 from train.config import Config
 from train.distributed.process_groups import ProcessGroups
-from train.engines.engine import Rows
 from train.engines.limits import Limits
 from train.engines.optimizer import build_optimizer
 from train.engines.zero import DeepSpeedEngine, check_json, deepspeed_json, import_deepspeed, merged
@@ -43,9 +44,9 @@ TOKENS = torch.randint(0, 61, (BATCH, 17), generator=torch.Generator().manual_se
 MASK = torch.arange(16) < torch.tensor([[16], [3], [9], [1], [12], [16], [5], [2]])
 
 
-def batch(step: int) -> Rows:
+def batch(step: int) -> Batch:
     """All ranks' rows of a step."""
-    return Rows(TOKENS.roll(step, 1), MASK.roll(step, 0))
+    return batch_of(TOKENS.roll(step, 1), MASK.roll(step, 0))
 
 
 def configured(*overrides: str) -> Config:
@@ -69,7 +70,7 @@ class Seen(NamedTuple):
 
 def step(engine: DeepSpeedEngine, number: int, limits: Limits = Limits()) -> Seen:  # noqa: B008
     rank, world_size = engine.groups.rank, engine.groups.world_size
-    share = Rows(*(None if x is None else x[rank::world_size] for x in batch(number)))
+    share = Batch(*(None if x is None else x[rank::world_size] for x in batch(number)[:3]))
     result = train_step(engine, share, LR, limits)
     assert result is not None
     return Seen(result.loss.item(), result.grad_norm.item(), bool(result.applied))

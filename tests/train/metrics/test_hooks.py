@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from data.heldout import HeldOut, heldout_rows
+from data.batch import Batch, BatchStats
+from data.heldout import heldout_rows
 from data.mixture import LaneCursor, SourceState
 from data.prefetch import never
 from data.shuffle import Cursor
 from data.source import BadRecord
 from data.sources.quarantine import Quarantine
-from data.stream import Batch, BatchStats
 from phd.flops import training_flops_per_token
 from phd.inference.cache import kv_bytes
 from train.checkpoint.store import CheckpointStore
@@ -66,12 +66,17 @@ LANE = LaneCursor({"files": SourceState(Cursor(epoch=3), tokens=400)}, skip=7)
 def record_of(**known: object) -> StepRecord:
     """A record of step 10 after 1000 tokens, except for what is known."""
     rows = np.zeros((2, 33), dtype=np.int64)
-    stats = BatchStats(64, 64, target_bytes=16, lanes={0: LANE}, reached={0: LANE})
-    batch = Batch(rows, mask=None, starts=None, stats=stats)
+    stats = BatchStats(64, 64, target_bytes=16, lanes={0: LANE}, progress={0: LANE})
+    batch = Batch(rows, mask=None, document_starts=None, stats=stats)
     values = {"loss": torch.tensor(2.0), "grad_norm": torch.tensor(0.5), "batch": batch}
     values |= {"step": 10, "tokens": 1000, "lr": 0.1, "train_s": 4.0, "data_wait_s": (1.0,)}
     values |= {"batches": 10, "stats": stats, "bad_steps": {"count": 0}}
     return StepRecord(**(values | known))
+
+
+def held_out(rows: np.ndarray, mask: np.ndarray) -> Batch:
+    """Rows of held-out text that stand for 100 bytes."""
+    return Batch(rows, mask, stats=BatchStats(int(mask.sum()), mask.size, 100, {}, {}))
 
 
 def nats(engine: FsdpEngine, rows: torch.Tensor, mask: torch.Tensor) -> float:
@@ -170,7 +175,7 @@ def test_mfu_is_the_needed_flops_over_the_peak_and_absent_where_that_is_unknown(
     starts = np.zeros((2, 32), dtype=np.int64)
     starts[1, 20:] = 20
     isolated = record_of()
-    isolated = replace(isolated, batch=isolated.batch._replace(starts=starts))
+    isolated = replace(isolated, batch=isolated.batch._replace(document_starts=starts))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H100 80GB HBM3")
     found = Throughput(settings, cuda, 0, ProcessGroups())(isolated)["throughput/mfu"]
     needed = 1000 / 4.0 * training_flops_per_token(settings.model, 32, 20, 12)
@@ -221,20 +226,16 @@ def test_padding_never_counts(config) -> None:
     mask[2, 10:] = False
     other = rows.copy()
     other[2, 11:] = 5  # what the padding holds
-    results = [
-        Evaluation(settings, engine, "x", HeldOut(r, mask, None, 100), never) for r in (rows, other)
-    ]
+    results = [Evaluation(settings, engine, "x", held_out(r, mask), never) for r in (rows, other)]
     assert results[0].measure() == results[1].measure()
-    seen = Evaluation(
-        settings, engine, "x", HeldOut(other, np.ones_like(mask), None, 100), never
-    ).measure()
+    seen = Evaluation(settings, engine, "x", held_out(other, np.ones_like(mask)), never).measure()
     assert seen != results[0].measure()
 
 
 @pytest.mark.parametrize("micro_batch", [1, 2, 4])
 def test_the_evaluation_does_not_depend_on_the_micro_batch(micro_batch: int, config) -> None:
     rows = np.random.default_rng(0).integers(0, 320, (7, 33))
-    text = HeldOut(rows, np.ones((7, 32), dtype=bool), None, 100)
+    text = held_out(rows, np.ones((7, 32), dtype=bool))
     whole, cut = config(), config(f"train.micro_batch={micro_batch}")
     metrics = [
         Evaluation(c, FsdpEngine(c, ProcessGroups()), "x", text, never).measure()
@@ -357,7 +358,7 @@ def test_a_mixture_tells_what_was_read_of_each_source(config) -> None:
     mask = np.ones((2, 4), dtype=bool)
     mask[1, 2:] = False
     record = record_of()
-    stats = BatchStats(6, 8, target_bytes=16, lanes=lanes, reached=lanes)
+    stats = BatchStats(6, 8, target_bytes=16, lanes=lanes, progress=lanes)
     record = replace(record, batch=record.batch._replace(mask=mask), stats=stats)
     quarantine = Quarantine(1.0)
     quarantine.add(BadRecord("empty", "a@0"))
