@@ -6,17 +6,17 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
-from conf.errors import ConfigError
+from conf.errors import USER_ERRORS, report
 from conf.validation import build, defaults, keys
 
 T = TypeVar("T")
-USAGE_ERROR = 2
 
 
 def run(cls: type[T], task: Callable[[T], int], *, positional: Sequence[str] = ()) -> NoReturn:
     """Runs `task` with this process's arguments as a `cls`; its result is the exit code.
 
-    Wrong arguments, and a `ConfigError` of the task, end the process with code 2 and one screen.
+    Wrong arguments, and errors of the user's (`conf.errors.USER_ERRORS`), end the process with one
+    screen and the exit code of their kind.
     `--help` prints the docstring of `cls` and its defaults.
     """
     if {"-h", "--help"} & set(sys.argv[1:]):
@@ -24,15 +24,16 @@ def run(cls: type[T], task: Callable[[T], int], *, positional: Sequence[str] = (
         sys.exit(0)
     try:
         code = task(parse(cls, sys.argv[1:], positional=positional))
-    except ConfigError as error:
+    except USER_ERRORS as error:
         refuse(error)
     sys.exit(code)
 
 
-def refuse(error: ConfigError) -> NoReturn:
+def refuse(error: Exception) -> NoReturn:
     """Prints what the user has to change, without a traceback, and ends the process."""
-    print(error, file=sys.stderr)
-    sys.exit(USAGE_ERROR)
+    text, code = report(error)
+    print(text, file=sys.stderr)
+    sys.exit(code)
 
 
 def parse(cls: type[T], arguments: Sequence[str], *, positional: Sequence[str] = ()) -> T:

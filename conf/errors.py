@@ -1,19 +1,20 @@
 """The four kinds of errors, told apart by type.
 
-    ConfigError       a setting is wrong: the user changes it           exit code 2, no restart
-    DataError         the text is not what it should be: the user        exit code 2, no restart
-                      mends the data, or a setting that names it
-    TransientError    a server, disk or network fails for now: the       exit code 75, requeued
-                      same command may succeed later
-    anything else     a fault of the program, with its traceback         exit code 1, restarted
+ConfigError       a setting is wrong: the user changes it           exit code 2, no restart
+DataError         the text is not what it should be: the user        exit code 2, no restart
+                  mends the data, or a setting that names it
+TransientError    a server, disk or network fails for now: the       exit code 75, requeued
+                  same command may succeed later
+anything else     a fault of the program, with its traceback         exit code 1, restarted
 
-The exit codes are those of `train.exit_codes.ExitCode`.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
+
+from conf.exit_codes import ExitCode
 
 
 class Unset(Enum):
@@ -119,3 +120,17 @@ class DataError(ValueError):
 
 class TransientError(RuntimeError):
     """Something around the program fails, and may work the next time; says what, and what to do."""
+
+
+USER_ERRORS = (ConfigError, DataError, TransientError)
+"""What is told on one screen, without a traceback: nothing is wrong with the program."""
+
+
+def report(error: Exception) -> tuple[str, ExitCode]:
+    """What to print about one of `USER_ERRORS`, and the exit code that follows from its type."""
+    match error:
+        case DataError():
+            return f"1 problem in the data:\n  {error}", ExitCode.MISUSED
+        case TransientError():
+            return f"failed for now, the same command may go on later:\n  {error}", ExitCode.REQUEUE
+    return str(error), ExitCode.MISUSED

@@ -34,12 +34,12 @@ from torch.distributed.elastic.rendezvous import (
     RendezvousTimeoutError,
 )
 
+from conf.exit_codes import ExitCode
 from launch import parent_death
 from launch.config import Local, Nodes
 from launch.exit_codes import FINAL, combine_exit_codes
 from launch.rendezvous import create_rendezvous_handler
 from launch.torchelastic import ElasticAgent, handle_signals_ourselves, quiet_logs
-from train.exit_codes import ExitCode
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
 CONNECTION_ERRORS = (

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from conf.errors import Problem
+from conf.exit_codes import ExitCode
 from conf.settings import Settings, at_least
-from train.exit_codes import ExitCode
 
 # A pod's name has at most 63 characters; the operators append up to 13.
 KUBERNETES_NAME = r"[a-z]([-a-z0-9]{0,48}[a-z0-9])?"

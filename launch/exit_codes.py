@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from signal import SIGINT, SIGKILL, SIGTERM, SIGUSR1, SIGUSR2
 
-from train.exit_codes import ExitCode
+from conf.exit_codes import ExitCode
 
 FINAL = set(ExitCode) - {ExitCode.CRASHED}
 """Exit codes after which the launcher does not restart the processes, which would end the same way.

@@ -20,8 +20,8 @@ from typing import Any
 
 import yaml
 
+from conf.exit_codes import ExitCode
 from launch.config import Kubernetes, passed_on
-from train.exit_codes import ExitCode
 
 REPLACED = 143  # an exit code after which a PyTorchJob replaces the pod: 128 + SIGTERM
 MARGIN_S = 30  # that a pod has for its end after the processes' `grace_s`

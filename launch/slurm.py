@@ -5,8 +5,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from conf.exit_codes import ExitCode
 from launch.config import Slurm, passed_on
-from train.exit_codes import ExitCode
 
 UNITS = {"s": "0:00:{}", "m": "{}", "h": "{}:00:00", "d": "{}-00"}
 

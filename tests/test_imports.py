@@ -28,7 +28,7 @@ OPTIONAL = {"phd/inference/split_kv.py": {"triton"}, "phd/hf/modeling.py": {"tra
 
 # The launcher checks the settings of the training that it starts, as train/main.py does, and
 # knows what its exit codes mean.
-LAUNCH_IMPORTS = {"train.compose", "train.config", "train.exit_codes"}
+LAUNCH_IMPORTS = {"train.compose", "train.config", "conf.exit_codes"}
 
 RUNS_WHEN_IMPORTED = "launch/__main__.py"
 

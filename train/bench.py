@@ -43,7 +43,7 @@ from train.benchmarks.timing import Result, Work, interleaved, ratio
 from train.compose import load
 from train.config import Config
 from train.distributed.process_groups import ProcessGroups
-from train.engines.config import EngineConfig
+from train.engine_config import EngineConfig
 from train.engines.device import autocast, choose_device, device_problems
 from train.engines.fsdp import FsdpEngine
 from train.engines.optimizer import build_optimizer

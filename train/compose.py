@@ -26,12 +26,12 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from conf.arguments import USAGE_ERROR, parse, refuse, usage
-from conf.errors import ConfigError, Problem
+from conf.arguments import parse, refuse, usage
+from conf.errors import USER_ERRORS, ConfigError, Problem, report
 from conf.validation import defaults, did_you_mean, keys, nearest
 from train.config import Config
 from train.distributed.dist_env import DistEnv
-from train.engines.config import DeepSpeedConfig, FsdpConfig
+from train.engine_config import DeepSpeedConfig, FsdpConfig
 
 T = TypeVar("T")
 CONF = Path(__file__).resolve().parent.parent / "conf"
@@ -71,7 +71,7 @@ def run(task: Callable[[Config], int]) -> NoReturn:
         config = _named(_read(tree), HydraConfig.get().overrides.task, command.swept)
         try:
             code = task(config)
-        except ConfigError as error:
+        except USER_ERRORS as error:
             _refuse(error)
         if code:
             sys.exit(code)
@@ -83,10 +83,10 @@ def run(task: Callable[[Config], int]) -> NoReturn:
     sys.exit(0)
 
 
-def _refuse(error: ConfigError) -> NoReturn:
-    """Ends the process with code 2. All ranks refuse the same, so only rank 0 says why."""
+def _refuse(error: Exception) -> NoReturn:
+    """Ends the process. All ranks raise alike, so only rank 0 says why."""
     if DistEnv.from_environment().rank:
-        sys.exit(USAGE_ERROR)
+        sys.exit(report(error)[1])
     refuse(error)
 
 
@@ -101,7 +101,7 @@ def run_with(cls: type[T], task: Callable[[T, Config], int]) -> NoReturn:
         sys.exit(0)
     try:
         code = task(*split(cls, sys.argv[1:]))
-    except ConfigError as error:
+    except USER_ERRORS as error:
         refuse(error)
     sys.exit(code)
 

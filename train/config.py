@@ -2,7 +2,7 @@
 
 Defaults are written down in these classes and nowhere else; the files in `conf/` hold differences
 from them. The model's settings are in `phd.config`, the data's in `data.config`, the engine's in
-`train.engines.config`.
+`train.engine_config`.
 """
 
 import re
@@ -17,7 +17,7 @@ from conf.settings import Settings, above, at_least
 from conf.validation import as_dict, build
 from data.config import DataConfig, TokenizerConfig
 from phd.config import ModelConfig
-from train.engines.config import DeepSpeedConfig, FsdpConfig
+from train.engine_config import DeepSpeedConfig, FsdpConfig
 
 DEFAULT_STEPS = 450
 

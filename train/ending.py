@@ -3,7 +3,7 @@
 from enum import StrEnum
 from signal import Signals
 
-from train.exit_codes import ExitCode
+from conf.exit_codes import ExitCode
 
 
 class Ending(StrEnum):

@@ -14,12 +14,8 @@ import train  # noqa: F401  # first: how threads wait is settled before torch is
 
 # isort: split
 import json
-import os
 import re
-import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -29,6 +25,7 @@ import torch
 
 from conf import arguments
 from conf.errors import ConfigError, Problem
+from data.storage.atomic import new_directory
 from data.tokenizer import Tokenizer
 from phd.config import ModelConfig
 from phd.hf.convert import BY_NORM
@@ -92,19 +89,6 @@ def main(given: ExportArguments) -> int:
         print(f"no tokenizer.json: {note}; tokenizer.model is there", file=sys.stderr)
     print(f"{out}: {loading(MODEL, str(out), model.config)}")
     return 0
-
-
-@contextmanager
-def new_directory(path: Path) -> Iterator[Path]:
-    """A directory to fill, which gets its name when it is whole; nothing is left of a failure."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        partial.replace(path)
-    except BaseException:
-        shutil.rmtree(partial)
-        raise
 
 
 # The model

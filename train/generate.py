@@ -26,7 +26,7 @@ from conf.settings import at_least
 from data.detokenizer import IncrementalDetokenizer
 from phd.inference.sampling import Sampling, generate
 from train.checkpoint.load_run import load_run
-from train.engines.config import EngineConfig
+from train.engine_config import EngineConfig
 from train.engines.device import autocast, choose_device, device_problems, precision
 
 

@@ -12,7 +12,6 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from conf.errors import ConfigError
 from data.batch import Batch
 from data.loader import Loader
 from data.source import Document, TokenDocument
@@ -124,22 +123,17 @@ def print_source(
 def main(config: Config) -> int:
     """Read, count, show a row, and time the loader."""
     console = Console(soft_wrap=True, highlight=False)
-    try:
-        documents = Documents(config.data)
-        tokenizer = prepare_tokenizer(
-            config.tokenizer, documents, vocab_size=config.model.vocab_size
-        )
-        _, weights = config.data.mixture[0]
-        for name, weight in weights.items():
-            found = count(documents, tokenizer, name, READ_S)
-            print_source(name, found, weight / sum(weights.values()), tokenizer, console)
-        quarantine = documents.quarantine
-        records, faults = quarantine.records, len(quarantine.bad_records)
-        shape = BatchShape(global_batch=config.train.global_batch, seq_len=config.train.seq_len)
-        stream = TokenStream(documents, tokenizer, shape, seed=config.seed)
-        speed, batch = loading_speed(stream, config, MEASURE_S)
-    except ValueError as error:
-        raise ConfigError([str(error)]) from error
+    documents = Documents(config.data)
+    tokenizer = prepare_tokenizer(config.tokenizer, documents, vocab_size=config.model.vocab_size)
+    _, weights = config.data.mixture[0]
+    for name, weight in weights.items():
+        found = count(documents, tokenizer, name, READ_S)
+        print_source(name, found, weight / sum(weights.values()), tokenizer, console)
+    quarantine = documents.quarantine
+    records, faults = quarantine.records, len(quarantine.bad_records)
+    shape = BatchShape(global_batch=config.train.global_batch, seq_len=config.train.seq_len)
+    stream = TokenStream(documents, tokenizer, shape, seed=config.seed)
+    speed, batch = loading_speed(stream, config, MEASURE_S)
     console.print(
         f"\n[bold]a row[/] of the first batch, {config.train.seq_len} tokens; ⟨/⟩ ends a document"
     )

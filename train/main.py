@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from rich.console import Console
 
+from conf.exit_codes import ExitCode
 from data.stream import OutOfTextError
 from train import compose
 from train.anomalies.policy import BadStepError, RollBackError
@@ -19,7 +20,6 @@ from train.distributed.dist_env import DistEnv
 from train.distributed.process_groups import ProcessGroups, init_process_groups
 from train.distributed.signals import StopSignal, exit_immediately
 from train.ending import Ending
-from train.exit_codes import ExitCode
 from train.loop import StoppedEarlyError, train
 from train.metrics.record import Hook, Metrics, StepRecord
 from train.plan import make_plan, print_plan

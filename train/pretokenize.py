@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from conf.errors import ConfigError, Problem
+from conf.exit_codes import ExitCode
 from conf.settings import at_least
 from conf.validation import OMITTED, as_dict, flatten_keys
 from data.config import DataConfig, Source, TokensSource
@@ -49,7 +50,6 @@ from data.tokenizer_training import prepare_tokenizer
 from train import compose
 from train.config import Config
 from train.console import progress_bar
-from train.exit_codes import ExitCode
 
 T = TypeVar("T")
 REFRESH_S = 0.5  # between two looks at how much is written
@@ -258,8 +258,8 @@ def main(given: PretokenizeArguments, config: Config) -> int:
     console = Console(soft_wrap=True, highlight=False)
     try:
         written = pretokenize(given, config, console)
-    except (OSError, ValueError) as error:
-        raise ConfigError([str(error)]) from error
+    except OSError as error:
+        raise ConfigError([Problem("out", given.out, f"cannot be written ({error})")]) from error
     except BrokenProcessPool as error:
         killed = (
             f"processes={given.workers}: one was killed, perhaps for want of memory; lower it, and "

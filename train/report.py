@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from conf.errors import DataError
 from train.metrics.record import Metrics
 from train.plan import kv_rows
 from train.run import Run
@@ -42,7 +43,7 @@ def print_report(run: Run, metrics: Metrics, console: Console, *, complete: bool
 def _checkpoint(run: Run) -> str:
     try:
         newest = run.store.newest()
-    except ValueError as error:
+    except DataError as error:
         return str(error)
     return str(newest.path) if newest else "none could be saved"
 

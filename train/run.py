@@ -34,7 +34,7 @@ from train.distributed.signals import StopSignal
 from train.distributed.stop_sync import RankFlags, StopSync
 from train.distributed.watchdog import Watchdog
 from train.ending import Ending
-from train.engines.config import DeepSpeedConfig, FsdpConfig
+from train.engine_config import DeepSpeedConfig, FsdpConfig
 from train.engines.device import choose_device, configure_process
 from train.engines.engine import Engine
 from train.engines.fsdp import FsdpEngine

@@ -171,8 +171,8 @@ def main(given: TokenizerArguments, config: Config) -> int:
     try:
         report = make_tokenizer(config)
         report.tokenizer.save(given.path)
-    except (OSError, ValueError) as error:
-        raise ConfigError([str(error)]) from error
+    except OSError as error:
+        raise ConfigError([Problem("out", given.out, f"cannot be written ({error})")]) from error
     print_report(report, console)
     path = shlex.quote(str(given.path))
     room = -(-report.tokenizer.vocab_size // ROUND) * ROUND

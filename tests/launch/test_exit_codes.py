@@ -6,8 +6,8 @@ from signal import SIGKILL, SIGTERM
 from hypothesis import given
 from hypothesis import strategies as st
 
+from conf.exit_codes import ExitCode
 from launch.exit_codes import combine_exit_codes
-from train.exit_codes import ExitCode
 
 CODES = st.sampled_from([0, 1, 2, 3, 75, 130, -2, -6, -9, -10, -11, -15])
 

@@ -8,9 +8,9 @@ import jsonschema
 import pytest
 import yaml
 
+from conf.exit_codes import ExitCode
 from launch.config import Kubernetes
 from launch.kubernetes import REPLACED, render
-from train.exit_codes import ExitCode
 
 SCHEMAS = json.loads(Path(__file__).with_name("kubeflow_schemas.json").read_text())
 LEAST = {"image": "phd:1", "volume": "runs"}

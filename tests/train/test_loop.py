@@ -12,6 +12,7 @@ import torch
 from rich.progress import Progress
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from conf.errors import DataError
 from data.loader import Loader
 from train.engines.schedule import learning_rate
 from train.loop import train

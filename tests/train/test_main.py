@@ -13,9 +13,9 @@ from time import monotonic, sleep
 import pytest
 import torch
 
+from conf.exit_codes import ExitCode
 from data.tokenizer_training import LOSSLESS, train
 from train.checkpoint.reader import flatten
-from train.exit_codes import ExitCode
 
 REPOSITORY = Path(__file__).parents[2]
 

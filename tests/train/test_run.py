@@ -20,7 +20,6 @@ from train.checkpoint.reader import flatten
 from train.config import Config
 from train.hf.pretrained import save_pretrained
 from train.metrics.record import Metrics, StepRecord
-from train.metrics.sinks import write_whole
 from train.run import open_run
 from train.run_dir.prepare import archive_run_dir
 
@@ -346,11 +345,3 @@ def test_flex_attention_off_cuda_is_refused_before_anything_is_built(
     ):
         open_run(settings, Console(file=io.StringIO()))
     assert not settings.run_dir.exists()
-
-
-def test_a_description_is_replaced_in_one_piece(tmp_path: Path) -> None:
-    path = tmp_path / "environment.json"
-    write_whole(path, "before")
-    with pytest.raises(UnicodeEncodeError):
-        write_whole(path, "after\ud800")
-    assert path.read_text(encoding="utf-8") == "before"

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from data.batch import Batch
+from data.storage.atomic import write_atomic
 from data.tokenizer import Tokenizer
 from train.distributed.process_groups import ProcessGroups
 from train.engines.limits import Limits
-from train.metrics.sinks import write_whole
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +82,7 @@ def write_bad_step(
     record |= {"rank": groups.rank, "layers": layers, "lanes": lanes, "rows": rows}
     path = run_directory / "bad_steps" / f"step_{bad.step:08d}" / f"rank_{groups.rank}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps(_plain(record), allow_nan=False))
+    write_atomic(path, json.dumps(_plain(record), allow_nan=False))
     return path
 
 

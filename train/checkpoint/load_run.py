@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from omegaconf import OmegaConf
 
-from conf.errors import ConfigError
+from conf.errors import ConfigError, DataError
 from data.tokenizer import Tokenizer
 from phd.model import Transformer
 from train.checkpoint.store import CheckpointStore
@@ -35,13 +35,13 @@ def load_run(directory: Path, device: torch.device) -> LoadedRun:
             raise ConfigError([problem], "the arguments")
     try:
         checkpoint = CheckpointStore(directory / "checkpoints", keep=1).newest()
-    except ValueError as error:
+    except DataError as error:
         raise ConfigError([f"run={directory}: {error}"], "the arguments") from error
     if checkpoint is None:
         problem = f"run={directory}: no checkpoint there yet; let it train on"
         raise ConfigError([problem], "the arguments")
     for path, reason in checkpoint.rejected:
-        print(f"passed over the checkpoint {path}: {reason}", file=sys.stderr)
+        print(f"rejected the checkpoint {path}: {reason}", file=sys.stderr)
     settings = OmegaConf.to_container(OmegaConf.load(directory / "config.yaml"))
     config = Config.from_dict(settings)  # type: ignore[arg-type]
     with torch.device("meta"):

@@ -9,7 +9,6 @@ something else. They find damage, not malice: whoever can write the directory ca
 fitting manifest.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -20,6 +19,8 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO, TypedDict
 
 import xxhash
+
+from data.storage.atomic import file_xxh3_128
 
 MANIFEST = "manifest.json"
 MARKER = "COMPLETE"
@@ -129,7 +130,7 @@ def _first_flaw(directory: Path, contents: bool, share: tuple[int, int]) -> str 
         size = (directory / name).stat().st_size
         if size != entry["bytes"]:
             return f"{name} has {size:,} bytes instead of {entry['bytes']:,}"
-        if contents and _file_hash(directory / name) != entry["xxh3_128"]:
+        if contents and file_xxh3_128(directory / name) != entry["xxh3_128"]:
             return f"{name} has changed since it was written: its hash differs"
     return None
 
@@ -143,11 +144,6 @@ def _write_durably(path: Path, text: str) -> None:
 def _to_disk(file: IO[Any]) -> None:
     file.flush()
     os.fsync(file.fileno())
-
-
-def _file_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
 def _marker_of(manifest: bytes) -> str:

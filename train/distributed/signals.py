@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from threading import Lock, Thread
 from types import FrameType
 
-from train.exit_codes import ExitCode
+from conf.exit_codes import ExitCode
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from phd.model import Transformer
-from train.engines.config import EngineConfig
+from train.engine_config import EngineConfig
 from train.torch_private import TorchDispatchMode, tree_map_only
 
 aten = torch.ops.aten

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from conf.errors import ConfigError, Problem
-from train.engines.config import EngineConfig
+from train.engine_config import EngineConfig
 
 # Dense bf16 peak of one device, FLOP/s, from the makers' data sheets.
 PEAK_FLOPS = {

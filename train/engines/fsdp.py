@@ -17,7 +17,7 @@ from phd.model import ModelWithLoss, Transformer
 from train.checkpoint.reader import Checkpoint, TensorTree
 from train.config import Config
 from train.distributed.process_groups import ProcessGroups
-from train.engines.config import FsdpConfig
+from train.engine_config import FsdpConfig
 from train.engines.device import autocast
 from train.engines.engine import Engine
 from train.engines.limits import Limits

@@ -9,8 +9,8 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from phd.model import Transformer
 from train.config import Config
+from train.engine_config import DeepSpeedConfig, FsdpConfig
 from train.engines.activation_checkpointing import checkpoint_activations
-from train.engines.config import DeepSpeedConfig, FsdpConfig
 from train.engines.device import autocast
 from train.torch_private import FakeTensorMode, storage_key
 

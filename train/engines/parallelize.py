@@ -12,8 +12,8 @@ from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
 from phd.model import ModelWithLoss
+from train.engine_config import FsdpConfig
 from train.engines.activation_checkpointing import checkpoint_activations
-from train.engines.config import FsdpConfig
 from train.torch_private import drop_accumulated_gradients, ignore_in_ddp, init_fsdp_root
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}

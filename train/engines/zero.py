@@ -34,8 +34,8 @@ from phd.model import Transformer
 from train.checkpoint.reader import Checkpoint, TensorTree
 from train.config import Config
 from train.distributed.process_groups import ProcessGroups
+from train.engine_config import DeepSpeedConfig
 from train.engines.activation_checkpointing import checkpoint_activations
-from train.engines.config import DeepSpeedConfig
 from train.engines.deepspeed_private import (
     check_json,
     disable_shared_memory_comm,

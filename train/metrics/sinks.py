@@ -15,6 +15,7 @@ from uuid import uuid4
 
 from rich.console import Console
 
+from data.storage.atomic import write_atomic
 from train.config import Config
 from train.console import warn
 from train.metrics.record import Metrics
@@ -92,14 +93,7 @@ def cut_back(path: Path, step: int) -> None:
                 kept.append(line)
         except (json.JSONDecodeError, TypeError, KeyError):
             continue
-    write_whole(path, "".join(kept))
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file in one piece: a crash or a full disk leaves the one before."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    write_atomic(path, "".join(kept))
 
 
 class ConsoleLine:

@@ -27,9 +27,9 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from conf.errors import ConfigError, Problem
+from data.storage.atomic import write_atomic
 from data.tokenizer import Tokenizer
 from train.config import Config
-from train.metrics.sinks import write_whole
 from train.run_dir.snapshot import Revision, read_revision, write_snapshot
 
 
@@ -59,11 +59,11 @@ def _describe(config: Config, directory: Path, tokenizer: Tokenizer) -> None:
     revision = read_revision()
     write_snapshot(directory, revision)
     settings = OmegaConf.to_yaml(OmegaConf.create(config.to_dict()))
-    write_whole(directory / "config.yaml", settings)
+    write_atomic(directory / "config.yaml", settings)
     tokenizer.save(directory / "tokenizer.model")
     path = directory / "environment.json"
     starts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-    write_whole(path, json.dumps([*starts, environment(revision)], indent=1))
+    write_atomic(path, json.dumps([*starts, environment(revision)], indent=1))
 
 
 def environment(revision: Revision) -> dict[str, Any]:

@@ -18,6 +18,8 @@ from typing import NamedTuple
 
 from xxhash import xxh3_128_hexdigest
 
+from data.storage.atomic import new_directory
+
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("phd", "data", "train", "launch", "conf")
 
@@ -62,13 +64,10 @@ def write_snapshot(directory: Path, revision: Revision, root: Path = ROOT) -> Pa
     path = directory / "source" / name
     if path.exists():
         return path
-    partial = path.with_name(f".{name}.partial")
-    if partial.exists():
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
-    for file, content in files.items():
-        (partial / file).write_bytes(content)
-    return partial.rename(path)
+    with new_directory(path) as partial:
+        for file, content in files.items():
+            (partial / file).write_bytes(content)
+    return path
 
 
 def read_revision(root: Path = ROOT) -> Revision:

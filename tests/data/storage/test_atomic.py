@@ -104,3 +104,12 @@ def test_the_hash_of_a_file_is_that_of_its_bytes(tmp_path: Path, size: int) -> N
     content = os.urandom(size)
     (tmp_path / "a").write_bytes(content)
     assert file_xxh3_128(tmp_path / "a") == xxh3_128_hexdigest(content)
+
+
+def test_text_that_cannot_be_encoded_leaves_the_file_as_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "environment.json"
+    write_atomic(path, "before")
+    with pytest.raises(UnicodeEncodeError):
+        write_atomic(path, "after\ud800")
+    assert path.read_text(encoding="utf-8") == "before"
+    assert list(tmp_path.iterdir()) == [path]

@@ -16,12 +16,12 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import nn
 
+from conf.exit_codes import ExitCode
 from phd.loss import Loss
 from tests.train.many_ranks import RanksFailedError, run_ranks
 from train.compose import load
 from train.distributed.process_groups import ProcessGroups
 from train.distributed.signals import StopSignal
-from train.exit_codes import ExitCode
 from train.loop import train
 from train.main import train_to_the_end
 from train.run import Run, open_run

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from train.engines.config import EngineConfig
+from train.engine_config import EngineConfig
 from train.engines.device import (
     PEAK_FLOPS,
     autocast,
