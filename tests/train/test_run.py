@@ -195,11 +195,11 @@ def test_a_new_run_starts_from_given_weights_and_a_resumed_one_from_its_own(
         ("seed=1", "seed was 0 and is now 1"),
         ("train.seq_len=16", "train.seq_len was 32 and is now 16"),
         ("train.global_batch=8", "train.global_batch was 4 and is now 8"),
-        ("data.lanes=4", "data.lanes was 2 and is now 4"),
-        ("data.lanes=1", "data.lanes was 2 and is now 1"),
-        ("data.shuffle=false", "data.shuffle was True and is now False"),
-        ("data.holdout=0.3", "data.holdout was 0.2 and is now 0.3"),
-        ("tokenizer.vocab_size=300", "tokenizer was '"),
+        ("data.lanes=4", "data.lanes=4: was 2 when this run began"),
+        ("data.lanes=1", "data.lanes=1: was 2 when this run began"),
+        ("data.shuffle=false", "data.shuffle=false: was True when this run began"),
+        ("data.holdout=0.3", "data.holdout=0.3: was 0.2 when this run began"),
+        ("tokenizer.vocab_size=300", "tokenizer='"),
     ],
 )
 def test_a_checkpoint_of_other_settings_is_refused_and_left_alone(
@@ -219,8 +219,8 @@ def test_a_corpus_that_has_grown_is_refused(config, trained, corpus: Path, tmp_p
     trained(config(f"data.sources.files.paths={text}"))
     text.write_bytes(corpus.read_bytes() + b'{"text": "more"}\n')
     problem = refusal(config(f"data.sources.files.paths={text}", "train.max_steps=9"))
-    assert "this run cannot go on with other data: data.sources.files was '1 files" in problem
-    assert "and is now '1 files" in problem
+    assert problem.startswith("data.sources.files='1 files")
+    assert "was '1 files" in problem
 
 
 def test_a_corpus_may_move(config, trained, corpus: Path, tmp_path: Path) -> None:
@@ -239,8 +239,8 @@ def test_a_corpus_may_move(config, trained, corpus: Path, tmp_path: Path) -> Non
 def test_a_run_that_must_go_on_needs_a_checkpoint(config, trained, tmp_path: Path) -> None:
     problem = refusal(config("run.resume=must"))
     assert problem == (
-        f"run.resume=must: there is no checkpoint in {tmp_path}/run/checkpoints; check run.dir, or "
-        "choose run.resume=auto"
+        f"run.resume='must': there is no checkpoint in {tmp_path}/run/checkpoints; check run.dir, "
+        "or choose run.resume=auto"
     )
     trained(config())
     assert trained(config("run.resume=must", "train.max_steps=7")).record.step == 7
@@ -318,14 +318,16 @@ def test_what_cannot_be_opened_is_refused_before_anything_is_written(
 def test_without_cuda_it_cannot_be_asked_for(config, tmp_path: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has CUDA")
-    assert refusal(config("engine.device=cuda")).startswith("engine.device=cuda: this machine has")
+    assert refusal(config("engine.device=cuda")).startswith(
+        "engine.device='cuda': this machine has"
+    )
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("directory", ["/sys/run", "/proc/run", "/dev/null/run"])
 def test_a_directory_that_cannot_be_written_is_refused(directory: str, config) -> None:
     told = refusal(config(f"run.dir={directory}"))
-    assert told.startswith(f"run.dir={directory}: cannot be written (")
+    assert told.startswith(f"run.dir='{directory}': cannot be written (")
     assert told.endswith("choose another run.dir, or make room there")
 
 
@@ -340,8 +342,5 @@ def test_flex_attention_off_cuda_is_refused_before_anything_is_built(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     settings = config("model.attention=flex", "engine.device=auto")
-    with pytest.raises(
-        ConfigError, match=r"model\.attention='flex': .* choose model\.attention=pa"
-    ):
-        open_run(settings, Console(file=io.StringIO()))
+    assert refusal(settings).startswith("model.attention='flex': ")
     assert not settings.run_dir.exists()
