@@ -91,6 +91,7 @@ class Batch(NamedTuple):
     def targets(self) -> np.ndarray:
         """[B, T] int64: the tokens to predict, `IGNORED_TARGET` where they do not count."""
         targets = self.rows[:, 1:]
+        # Without a mask this is a view: a full batch of sequential packing copies nothing.
         return targets if self.mask is None else np.where(self.mask, targets, IGNORED_TARGET)
 
     @property
@@ -99,6 +100,7 @@ class Batch(NamedTuple):
         B, T = self.inputs.shape
         if self.document_starts is None:
             return [T] * B
+        # A position is the first of its document if the document starts at that position.
         borders = np.flatnonzero(self.document_starts == np.arange(T))
         return np.diff(borders, append=B * T).tolist()
 
@@ -113,6 +115,7 @@ class Batch(NamedTuple):
         7 rows, world_size = 3    rank 0: 0 3 6    rank 1: 1 4 -    rank 2: 2 5 -
         """
         B, T = self.inputs.shape
+        # All ranks make the same collective calls, so all need the same number of rows.
         wanted = np.arange(rank, ceil(B / world_size) * world_size, world_size)
         part = self._taken(np.minimum(wanted, B - 1))
         mask = np.ones((len(wanted), T), dtype=bool) if part.mask is None else part.mask
@@ -144,6 +147,7 @@ def make_batch(
     T = rows.shape[1] - 1
     lengths = tokenizer.byte_lengths.take(rows[:, 1:])
     mask = None
+    # No mask where it would be all true: attention and loss then have nothing to do for it.
     if counted.min() < T:
         mask = np.arange(T) < counted[:, None]
         lengths *= mask
@@ -167,5 +171,6 @@ def document_starts(rows: np.ndarray, separator: int) -> np.ndarray:
     array([[0, 0, 2, 2, 2, 5]])
     """
     inputs = rows[:, :-1]
+    # The running maximum is the last separator so far, and 0 before the first one.
     starts = np.where(inputs == separator, np.arange(inputs.shape[1]), 0)
     return np.maximum.accumulate(starts, axis=1)

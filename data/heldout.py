@@ -29,9 +29,11 @@ def heldout_rows(
     count = -(-targets // seq_len)
     padded = np.full(count * seq_len + 1, PADDING, dtype=np.int64)
     padded[: len(stream)] = stream
+    # In integers, so that the choice is the same on every machine.
     chosen = np.arange(count) if count <= limit else np.arange(limit) * count // limit
     first = chosen * seq_len
     rows = padded[first[:, None] + np.arange(seq_len + 1)]
+    # Only the last row of all can be padded, if it is among the chosen ones.
     counted = np.minimum(seq_len, targets - first)
     isolate = documents.config.documents == "isolate"
     return make_batch(rows, counted, tokenizer, isolate=isolate)

@@ -47,6 +47,7 @@ class Loader:
         batches_done: int = 0,
         skip_batches: Collection[int] = (),
     ) -> None:
+        # `number` follows what was given, `_made_number` what was made, one batch ahead of it.
         self.stream = stream
         self.number = batches_done
         self._made_number = batches_done
@@ -71,6 +72,7 @@ class Loader:
         feeds = []
         for worker in range(workers):
             own = [lane for lane in order if worker_of[lane] == worker]
+            # Each feed is a queue of rows: as many as its lanes have in `depth` batches.
             feed = Prefetch(self.stream.rows(own), depth * len(own), stop_requested)
             feeds.append(self._threads.enter_context(feed))
         return _merged([feeds[worker_of[lane]] for lane in order])
@@ -100,6 +102,7 @@ class Loader:
                 while True:
                     batch = collate(self._rows, self.stream)
                     self._made_number += 1
+                    # A batch that is left out has been read, too, so the cursors are past it.
                     if self._made_number not in self._skip_batches:
                         return batch
             except WaitEndedError:
@@ -129,6 +132,7 @@ def collate(rows: Iterator[LaneRow], stream: TokenStream) -> Batch:
     Raises:
         OutOfTextError: nothing is left, and there is only one rank.
     """
+    # One rank's rows of a global batch, in the order of the rows.
     taken = list(islice(rows, len(stream.lanes)))
     counted = np.array([row.targets for _, row, _ in taken])
     if not counted.any() and stream.shape.world_size == 1:

@@ -97,6 +97,7 @@ class Lane:
         config = self.documents.config
         cursor = start or LaneCursor(dict.fromkeys(config.sources, SourceState()))
         readers = {name: self._source(name, state.cursor) for name, state in cursor.sources.items()}
+        # The next document of each source is read before it is chosen, since its length counts.
         ahead: dict[str, tuple[np.ndarray, Cursor]] = {}
         mixture = config.mixture
         starts = [after_tokens for after_tokens, _ in mixture]
@@ -105,6 +106,7 @@ class Lane:
             cursor = _in_phase(cursor, starts, total * config.lanes)
             weights = mixture[cursor.phase][1]
             for name in [n for n in readers if n not in ahead and weights[n]]:
+                # A source ends for good; the others go on with their weights among themselves.
                 if (item := next(readers[name], None)) is None:
                     del readers[name]
                     cursor = _used_up(cursor, name, config.sources[name].epochs)
@@ -114,6 +116,7 @@ class Lane:
                 yield np.empty(0, dtype=np.int32), cursor
                 return
             name = self._next_source(cursor, weights, ahead)
+            # The cursor given is that before the document: a row that ends within it goes on there.
             tokens, after = ahead.pop(name)
             yield tokens, cursor
             count = len(tokens)
@@ -142,11 +145,13 @@ class Lane:
 
         def tokens_over_weight(name: str) -> float:
             state = cursor.sources[name]
+            # A hash instead of a random generator, whose state would have to be saved.
             key = f"{self.seed} {self.number} {cursor.phase} {name}"
             fraction = xxh3_64_intdigest(key.encode()) / 2**64
             tokens = state.tokens - state.phase_start + fraction * len(ahead[name][0])
             return tokens / weights[name]
 
+        # Sorted, so that a tie does not depend on the order of the settings.
         return min(sorted(candidates), key=tokens_over_weight)
 
 

@@ -41,6 +41,7 @@ class Prefetch(Generic[T]):
     ) -> None:
         assert depth >= 1
         self._stop_requested = stop_requested
+        # The semaphore bounds the queue: one permit for each item that may lie in it.
         self._room = Semaphore(depth)
         self._made: SimpleQueue[tuple[T] | BaseException] = SimpleQueue()
         self._closed = Event()
@@ -73,6 +74,7 @@ class Prefetch(Generic[T]):
     def _take(self) -> tuple[T] | BaseException:
         while True:
             try:
+                # With a timeout, because a server that stalls must not keep a stop waiting.
                 return self._made.get(timeout=POLL_S)
             except Empty:
                 if self._stop_requested():

@@ -64,6 +64,7 @@ def epochs(
             raises, so that this cannot search without end.
         limit: epochs; None: no end.
     """
+    # The cursor of a document is that of its block, so that going on reads the block again.
     epoch, block, position, first = start
     while limit is None or epoch < limit:
         for documents, after in _blocks(read(position), shuffle.block_documents):
@@ -71,6 +72,7 @@ def epochs(
             for number in range(first, len(documents)):
                 yield documents[order[number]], Cursor(epoch, block, position, number + 1)
             block, position, first = block + 1, after, 0
+        # Back to the beginning of the corpus; the epoch's number gives it another order.
         epoch, block, position, first = epoch + 1, 0, None, 0
 
 

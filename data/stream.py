@@ -120,6 +120,7 @@ class TokenStream:
 
     def _lane(self, lane: int) -> Iterator[LaneRow]:
         config, T = self.documents.config, self.shape.seq_len
+        # Cursors of all lanes are in the checkpoint; this rank takes those of its own.
         start = None if self._start is None else LaneCursor.from_json(self._start[str(lane)])
         skip = start.skip if start else 0
         documents = Lane(self.documents, self.tokenizer, self.seed, lane).read(start)
@@ -130,10 +131,12 @@ class TokenStream:
             rows = pack_best_fit(documents, T, skip, group=group, separator=separator)
         after = start or LaneCursor(dict.fromkeys(config.sources, SourceState()))
         progress = after
+        # `used` says how much of the next documents this row and those before it took.
         for row, (sources, phase, _), used in rows:
             after, progress = LaneCursor(sources, phase, used), row.progress
             yield LaneRow(lane, row, after)
         padding = Row(np.full(T + 1, PADDING, dtype=np.int64), 0, progress)
+        # The other lanes may have text left, and a batch needs a row of every lane.
         yield from repeat(LaneRow(lane, padding, after))
 
     def out_of_text(self) -> OutOfTextError:

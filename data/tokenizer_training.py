@@ -112,6 +112,7 @@ def _trained(config: TokenizerConfig, documents: Documents, vocab_size: int) -> 
     options = training_options(config, vocab_size)
     made_from = {
         **options,
+        # Everything that decides the model; a change of any of it trains another one.
         **documents.fingerprint,
         "weights": documents.config.mixture[0][1],
         "sample_bytes": config.sample_bytes,
@@ -119,6 +120,7 @@ def _trained(config: TokenizerConfig, documents: Documents, vocab_size: int) -> 
     }
     digest = xxh3_128_hexdigest(json.dumps(made_from, sort_keys=True).encode())
     path = _cache(config) / f"{config.kind}-{vocab_size}-{digest}.model"
+    # Several runs may come here at once: each then trains the same model and saves it whole.
     if not path.exists():
         train(documents.sample(config.sample_bytes), options).save(path)
     return Tokenizer.load(path)

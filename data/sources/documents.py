@@ -82,6 +82,7 @@ class Documents:
         self.config = config
         self.quarantine = Quarantine(config.max_quarantined)
         cache = ShardCache(config.cache, config.remote)
+        # All corpora share one cache, which is one folder for all runs of a machine.
         self.corpora = {
             name: open_corpus(name, source, config, cache)
             for name, source in config.sources.items()
@@ -133,6 +134,7 @@ class Documents:
             return record
         text, origin = record
         try:
+            # A JSON escape can spell half of a surrogate pair, which is no text in UTF-8.
             size = len(encoded := text.encode())
         except UnicodeEncodeError as error:
             reason = f"not UTF-8: half a surrogate pair at character {error.start}"
@@ -153,6 +155,7 @@ class Documents:
             DataError: a whole pass finds none; and as `valid_records`.
             TransientError: as `valid_records`.
         """
+        # Without this error, `shuffle.epochs` would begin pass after pass without end.
         # A pass from the middle may find nothing, if the documents before were the last ones.
         found = position is not None
         fraction = self.config.holdout
@@ -197,6 +200,7 @@ class Documents:
                 if not is_held_out(digest, self.config.holdout):
                     assert isinstance(document, Document)
                     found = True
+                    # Only the beginning of a document that is longer than the room.
                     yield (text := document.text[: int(room) + 1])
                     room -= len(text.encode())
         if not found:

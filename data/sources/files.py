@@ -77,6 +77,7 @@ class FileCorpus:
             ShardUnavailableError: a file cannot be read at present.
             DataError: a file is damaged, or a table has no such column as the settings say.
         """
+        # A position is a list in JSON: [file, unit].
         first, first_unit = position or (0, 0)
         for number, byte_range in lane_byte_ranges(self._borders, lane, lanes):
             if number < first:
@@ -115,6 +116,7 @@ def lane_byte_ranges(
     (0, ByteRange(start=5, stop=8, size=8, first_unit=0))
     (1, ByteRange(start=0, stop=2, size=2, first_unit=0))
     """
+    # In integers: lane i ends at the very byte at which lane i + 1 begins, for any sizes.
     start, stop = (borders[-1] * border // lanes for border in (lane, lane + 1))
     for number in range(bisect_right(borders, start) - 1, bisect_left(borders, stop)):
         low, high = borders[number], borders[number + 1]
@@ -139,6 +141,7 @@ def file_corpus(
         try:
             for shard in list_shards(pattern, SUFFIXES, setting=setting):
                 form = _format(name, source, shard.name, limit)
+                # A file that two paths name is read once, where the first one names it.
                 files.setdefault(shard.url, CorpusFile(shard, form))
         except ConfigError as error:
             problems += error.problems
@@ -189,6 +192,7 @@ def python_files(root: Path) -> list[Shard]:
     """
     shards = []
     for directory, below, files in os.walk(root):
+        # Changed in place, which is how os.walk is told not to go there.
         below[:] = [name for name in below if name not in LEFT_OUT]
         for path in (Path(directory, name) for name in files if name.endswith(".py")):
             if path.is_file() and path.stat().st_size:

@@ -61,6 +61,7 @@ class ByteRange(NamedTuple):
         >>> ByteRange(0, 4, size=8).units(5), ByteRange(4, 8, size=8).units(5)
         (range(0, 3), range(3, 5))
         """
+        # Rounded up: unit u begins at byte u * size / count, which lies in [start, stop).
         first, last = (-(-byte * count // self.size) for byte in (self.start, self.stop))
         return range(max(first, self.first_unit), last)
 
@@ -120,6 +121,7 @@ class PythonFile:
 
     def _text(self, content: bytes) -> str:
         try:
+            # Python reads its own files so, by a BOM or a `coding:` line; else they are UTF-8.
             encoding, _ = tokenize.detect_encoding(io.BytesIO(content).readline)
             return content.decode(encoding)
         except (SyntaxError, LookupError, UnicodeError) as error:
@@ -167,6 +169,7 @@ class JsonLines:
     def _text(self, line: bytes) -> str:
         try:
             value = json.loads(_decoded(line))
+        # Brackets nested 1000 deep exhaust the parser; such a line must not end the run.
         except (ValueError, RecursionError) as error:
             raise RecordError(f"not JSON: {error}") from None
         if not isinstance(value, dict):
@@ -219,6 +222,7 @@ def pieces(
     """
     if not span:
         return
+    # `size` counts the present piece in bytes, `held` keeps what is needed of it.
     start, size = _scan_start(file, separator, span.start), 0
     held: list[bytes] = []
     for part, ends in _parts(file, separator, start):
@@ -247,6 +251,7 @@ def _parts(file: BinaryIO, separator: bytes, start: int) -> Iterator[tuple[bytes
         *ended, rest = (unsure + block).split(separator)
         for part in ended:
             yield part, True
+        # A separator may lie across two blocks, so the last bytes wait for the next one.
         sure = max(0, len(rest) - len(separator) + 1)
         yield rest[:sure], False
         unsure = rest[sure:]
@@ -264,6 +269,7 @@ def _scan_start(file: BinaryIO, separator: bytes, first: int) -> int:
           ^     <-
     """
     start = max(0, first - len(separator))
+    # Two separators overlap in at most this many bytes.
     overlap = len(separator) - 1
     while True:
         low = max(0, start - SCAN_SEPARATORS * overlap)
@@ -293,6 +299,7 @@ class _RowGroups:
 
     def __init__(self) -> None:
         self._lock = Lock()
+        # Weak: a decoded group of 100 MB is freed with the last lane that reads it.
         self._groups: WeakValueDictionary[tuple[str, int], _RowGroup] = WeakValueDictionary()
 
     def get(self, url: str, number: int, decode: Callable[[], pa.ChunkedArray]) -> _RowGroup:
@@ -317,6 +324,7 @@ class Parquet:
         self, file: BinaryIO, url: str, byte_range: ByteRange
     ) -> Iterator[tuple[Record, int]]:
         with _naming_damage(url):
+            # No read-ahead of whole row groups, of which a lane may need a few rows only.
             table = ParquetFile(file, pre_buffer=False, page_checksum_verification=True)
             schema = table.schema_arrow
         self._check_column(schema, url)
@@ -333,6 +341,7 @@ class Parquet:
         self, table: ParquetFile, url: str, number: int, first: int, rows: range
     ) -> Iterator[tuple[Record, int]]:
         """Some rows of a row group whose first row is `first`."""
+        # Held until the last row is given, so that other lanes find it decoded.
         group = self._groups.get(url, number, lambda: self._texts(table, url, number))
         assert group.texts is not None
         for row, value in enumerate(group.texts.slice(rows.start - first, len(rows)), rows.start):

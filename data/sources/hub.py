@@ -131,6 +131,7 @@ class HubCorpus:
             DataError: `datasets` cannot decode a file.
             TransientError: a server cannot be reached.
         """
+        # Row groups become shards only where files are too few, since it opens every file.
         stream = self.stream if self.stream.num_shards >= lanes else self._finer
         start = None if position is None else ShardPosition(*position)
         for part in _parts(stream.num_shards, lanes, lane):
@@ -138,6 +139,7 @@ class HubCorpus:
                 read: ReadFrom = partial(self._items, stream, part.shards)
                 if part.readers > 1:
                     shared = SharedReading(read)
+                    # Lanes of one process meet here; those of other ranks read for themselves.
                     read = self._shared.setdefault((lanes, part.shards), shared).follow
                 for record, number, after in read(start or ShardPosition(part.shards.start)):
                     if number % part.readers == part.remainder:
@@ -162,6 +164,7 @@ class HubCorpus:
         count = stream.num_shards
         for shard in range(start.shard, shards.stop):
             first = start.record if shard == start.shard else 0
+            # `skip` reads what it skips; see the limit at the top of this file.
             rows = iter(stream.shard(count, shard).skip(first))
             for number in itertools.count(first):
                 with self._naming_settings(DataError):
@@ -284,10 +287,12 @@ class SharedReading:
         """A pass that holds the record at a position, which is read if none does."""
         if followed is not None and position in followed.held:
             return followed
+        # A list, since the weak set may lose members while it is walked.
         passes = list(self._passes)
         for other in passes:
             if position in other.held:
                 return other
+        # Another pass that is about to read this record is joined instead of a new one.
         behind = [other for other in passes if other.end == position]
         chosen = behind[0] if behind else _Pass(self._read(position), position)
         self._passes.add(chosen)
@@ -346,6 +351,7 @@ def _parts(shards: int, lanes: int, lane: int) -> list[Part]:
     each, rest = divmod(shards, lanes)
     if each >= UNSHARED_SHARDS:
         return [Part(range(lane * shards // lanes, (lane + 1) * shards // lanes))]
+    # The shards that are left over go to groups of lanes: as many groups as divide both.
     groups = gcd(rest, lanes)
     size = rest // groups
     first = each * lanes + lane % groups * size

@@ -73,6 +73,7 @@ class Quarantine:
         """
         with self._lock:
             self.records += 1
+            # Every epoch reads it again; it is written down and counted once.
             if bad_record.origin not in self.bad_records:
                 self.bad_records[bad_record.origin] = bad_record
                 self._append([bad_record])
@@ -115,6 +116,7 @@ def _read(path: Path) -> dict[str, BadRecord]:
     if not path.is_file():
         return {}
     lines = path.read_bytes().split(b"\n")
+    # What follows the last line end was cut off by a crash; appending would spoil a line.
     if lines[-1]:
         write_atomic(path, b"".join(line + b"\n" for line in lines[:-1]))
     bad_records = {}

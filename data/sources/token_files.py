@@ -170,6 +170,7 @@ class TokenCorpus:
         self.name = name
         self.path = path
         self.index = self._load_index()
+        # Little-endian on any machine, as written.
         self._dtype = np.dtype(self.index.dtype).newbyteorder("<")
         self._check_sizes()
         shards = self.index.shards
@@ -217,10 +218,12 @@ class TokenCorpus:
             first = self._first_document[shard]
             tokens, table = self._tokens(shard), self._table(shard)
             origin = f"{self.path / self.index.shards[shard].name}.tokens#"
+            # Documents [at, here) of this shard are the lane's; `start` is the first one's token.
             here = min(stop - first, len(table))
             at = number - first
             start = int(table[at - 1, 0]) if at else 0
             for begin in range(at, here, TABLE_ROWS):
+                # `tolist` gives Python's numbers, which are cheaper to use one by one than NumPy's.
                 for end, digest in table[begin : min(begin + TABLE_ROWS, here)].tolist():
                     document = TokenDocument(tokens[start:end], digest, f"{origin}{at}")
                     start = end
@@ -253,6 +256,7 @@ class TokenCorpus:
         first, offset = self._first_document[shard], token - self._first_token[shard]
         if offset == 0:
             return first
+        # Document i begins where i - 1 ends, so a search among the ends finds the first one.
         ends = self._table(shard)[:, 0]
         return first + 1 + int(np.searchsorted(ends, np.uint64(offset)))
 
@@ -268,6 +272,7 @@ class TokenCorpus:
 
     def _mapped(self, file: str, dtype: np.dtype) -> np.ndarray:
         try:
+            # A mapping needs no open file, so a directory may have thousands of shards.
             return np.asarray(np.memmap(self.path / file, dtype, mode="r"))
         except ValueError as error:
             raise self._damaged(f"{file} cannot be mapped ({error})") from error
@@ -362,6 +367,7 @@ def begin(directory: Path, wanted: TokenIndex, tokenizer: Tokenizer) -> TokenInd
             _check_same(directory, replace(found, shards=()), wanted)
             return found
     directory.mkdir(parents=True, exist_ok=True)
+    # First the model: whoever sees `unfinished.json` can tokenise the shards.
     tokenizer.save(directory / MODEL)
     wanted.save(directory / UNFINISHED)
     return wanted
@@ -389,6 +395,7 @@ def write_shard(
         for text, digest in texts:
             tokens = tokenizer.encode_document(text)
             documents, size, end = documents + 1, size + len(text.encode()), end + len(tokens)
+            # One document at a time, so that a shard of any size takes little memory.
             tokens_file.write(tokens.astype(dtype).tobytes())
             table_file.write(np.array([end, digest], "<u8").tobytes())
         for file in (tokens_file, table_file):

@@ -55,6 +55,7 @@ class Backoff:
         left_s = self.limit_s - self.waited_s
         if left_s <= 0:
             return False
+        # Never beyond the limit: the last try comes when the time is just up.
         longest_s = min(MAX_PAUSE_S, left_s, FIRST_PAUSE_S * 2.0 ** (self.failures - 1))
         time.sleep(SystemRandom().uniform(0, longest_s))
         return True
@@ -77,6 +78,7 @@ def retry(action: Callable[[], T], limit_s: float) -> T:
         except NOT_RETRIED:
             raise
         except FileNotFoundError:
+            # This failure is the one after those that are counted.
             if backoff.failures + 1 >= MISSING_TRIES or not backoff.pause():
                 raise
         except OSError:

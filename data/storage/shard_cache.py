@@ -124,6 +124,7 @@ class CachedCopy:
         """The bytes; the copy is not removed as long as they are open."""
         file = io.BufferedReader(CopyReader(self.content), LOCAL_BUFFER_BYTES)
         fcntl.flock(file, fcntl.LOCK_SH)
+        # The cache removes what was used least recently; access times are often switched off.
         os.utime(self.sidecar)
         return file
 
@@ -132,6 +133,7 @@ class CachedCopy:
         try:
             with self.locked(wait=False):
                 if self.content.exists():
+                    # A reader's shared lock makes this one fail, in this process or in any other.
                     with self.content.open("r+b") as file:
                         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                         self.content.unlink()
@@ -194,9 +196,11 @@ class ShardCache:
     @contextmanager
     def _locked_copy(self, shard: Shard) -> Iterator[CachedCopy]:
         """A shard's copy, locked, to be looked at, made or opened."""
+        # A shard that changes has another size or tag, and so another copy.
         key = xxh3_128_hexdigest(f"{shard.url}\n{shard.size}\n{shard.tag}".encode())
         copy = CachedCopy(self.folder, key)
         try:
+            # All ranks of a machine come here; the first one makes the copy, the others wait.
             self.folder.mkdir(parents=True, exist_ok=True)
             with copy.locked():
                 yield copy
@@ -243,6 +247,7 @@ class ShardCache:
 
     def _make_room(self, needed: int) -> None:
         """Remove the least recently used copies until `needed` more bytes fit within `max_gb`."""
+        # Only files with a name of this cache's kind: a user may point it at any folder.
         paths = self.folder.glob("?" * 32 + ".lock")
         copies = [CachedCopy(self.folder, path.stem) for path in paths]
         total = needed + sum(copy.bytes_used for copy in copies)

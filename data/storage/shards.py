@@ -71,6 +71,7 @@ def list_shards(
             f"{', '.join(COMPRESSED)}), nor a glob that matches any"
         )
         raise ConfigError([Problem(setting, pattern, expected, f"correct it{here}")])
+    # By name and not by URL: a corpus that is moved keeps its order, and its cursors.
     return sorted(found, key=lambda shard: shard.name)
 
 
@@ -85,6 +86,7 @@ def compression_of(name: str) -> str | None:
 
 def _find(root: str, suffixes: tuple[str, ...], remote: RemoteConfig) -> list[Shard]:
     store = store_of(root, remote.timeout_s)
+    # A path that exists is itself, even if its name holds the signs of a glob.
     if _is_glob(root) and not os.path.exists(root):
         folder, relative = _split(root)
         names = glob_translate(relative)
@@ -126,6 +128,7 @@ def _walk(
     store: Store, folder: str, depth: int, remote: RemoteConfig
 ) -> Iterator[tuple[str, Entry]]:
     """The files in a folder, down to some depth, with their paths from there."""
+    # Not the stores' own globs: these differ, and have no retries between two folders.
     for entry in retry(partial(store.ls, folder), remote.retry_s):
         if entry.name.startswith("."):
             continue

@@ -115,9 +115,11 @@ class LocalStore(Store):
         file = os.open(shard.url, os.O_RDONLY)
         try:
             status = os.fstat(file)
+            # It may be one that is being copied there, so this is worth another try.
             if status.st_size < shard.size:
                 raise OSError(f"only {status.st_size} of its {shard.size} bytes are there")
             check_same(shard, status.st_size, _local_tag(status))
+            # Straight into the caller's buffer, without a copy.
             count = os.preadv(file, [view], start)
         finally:
             os.close(file)

@@ -73,7 +73,9 @@ def _read_with_retries(
             for piece in read_from(start):
                 yield piece
                 start += len(piece)
+                # A slow server that sends a little each time never runs out of tries.
                 backoff.reset()
+        # The run stops, since the next try, and the next start, would end in the same way.
         except NOT_RETRIED as error:
             raise DataError(f"{shard.url}: cannot be read ({error})") from error
         except OSError as error:
@@ -101,6 +103,7 @@ class ShardReader(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         """Fill the buffer, or as much of it as there are bytes left."""
+        # BufferedReader asks for a whole buffer; a store may answer in several pieces.
         start, stop = self._position, min(self._position + len(buffer), self.shard.size)
         view = memoryview(buffer)[: max(0, stop - start)]
 

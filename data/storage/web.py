@@ -42,6 +42,7 @@ class WebStore(Store):
         try:
             # Not HEAD: a URL that is signed for GET refuses it.
             with self._answer(url, "bytes=0-0") as answer:
+                # A web server redirects a folder's URL to the same one with a slash at its end.
                 if urlsplit(answer.url).path.endswith("/") or not urlsplit(answer.url).path:
                     return Entry(answer.url, _name(answer.url), is_folder=True)
                 size = _size(answer)
@@ -49,6 +50,7 @@ class WebStore(Store):
                     raise PermanentError(f"{url}: its server does not tell its size")
                 return Entry(url, _name(url), False, size, _tag(answer))
         except PastEndError:
+            # An empty file has no byte 0, which is what was asked for.
             return Entry(url, _name(url), False, 0)
 
     def ls(self, url: str) -> list[Entry]:
@@ -60,6 +62,7 @@ class WebStore(Store):
         return [
             Entry(link, _name(link), link.endswith("/"))
             for link in found
+            # Pages of folders also link upwards, and to themselves in another order.
             if link.startswith(folder) and re.fullmatch("[^/?#]+/?", link.removeprefix(folder))
         ]
 
@@ -68,6 +71,7 @@ class WebStore(Store):
             with self._answer(shard.url, f"bytes={start}-{stop - 1}") as answer:
                 check_same(shard, _size(answer), _tag(answer))
                 if answer.status == 206:
+                    # A cache on the way may answer with another range than the one asked for.
                     if (first := _first(answer)) != start:
                         raise OSError(f"byte {first} came where {start} was asked for")
                 elif stop < shard.size or (start and not skip):
@@ -121,6 +125,7 @@ class _Links(HTMLParser):
 def _store_error(error: HTTPError) -> Exception:
     """The error of a `Store` that an HTTP status stands for."""
     said = f"HTTP {error.code} {error.reason}"
+    # 404 is tried again a few times; see MISSING_TRIES.
     if error.code == 404:
         return FileNotFoundError(said)
     if error.code == 416:

@@ -54,7 +54,7 @@ FORMS = (
 
 @dataclass(frozen=True)
 class Case:
-    """One drawn run: its data, and what remains free to change while it goes on."""
+    """One random run: its data and its shape. Ranks and workers may change while it goes on."""
 
     config: DataConfig
     texts: dict[str, list[str]]
@@ -230,7 +230,7 @@ def interrupted(case: Case, generator: Random, tokenizer: Tokenizer) -> Iterator
 
 
 def check_rows(case: Case, generator: Random, tokenizer: Tokenizer) -> None:
-    """The interrupted run's rows are those of one rank that nobody interrupts."""
+    """The interrupted run's rows are those of one rank without any interruption."""
     batches: list[Batch] = []
     ended = False
     try:

@@ -287,7 +287,7 @@ def test_a_missing_column_is_named_with_the_source(
         texts_of(corpus(tmp_path))
 
 
-def test_a_fault_tells_where_its_record_lies_in_the_unpacked_file(
+def test_a_bad_record_tells_where_it_lies_in_the_unpacked_file(
     tmp_path: Path, corpus: Callable[..., FileCorpus]
 ) -> None:
     lines = b'{"text": "a"}\nnot json\n{"text": "b"}\n'
@@ -467,7 +467,7 @@ def test_the_standard_library_is_a_corpus_of_some_megabytes_and_packages_add_to_
     assert 5e6 < sum(file.shard.size for file in library.files) < 5e7
 
 
-def test_the_standard_library_is_read_once_by_all_lanes_and_hardly_has_faults(
+def test_the_standard_library_is_read_once_by_all_lanes_and_hardly_has_bad_records(
     cache: ShardCache,
 ) -> None:
     library = python_corpus("code", packages=False, cache=cache)

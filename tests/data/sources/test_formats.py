@@ -31,7 +31,7 @@ from data.storage.transport import ShardUnavailableError
 LIMIT = 10_000
 JSONL = JsonLines("text", LIMIT)
 PARQUET = Parquet("text", "books")
-MARKS = (b"|", b"ab", b"aa", b"aba", b"aabaa", b"abab", b"aaa|")
+SEPARATORS = (b"|", b"ab", b"aa", b"aba", b"aabaa", b"abab", b"aaa|")
 
 
 def whole(content: bytes) -> ByteRange:
@@ -62,35 +62,35 @@ def test_ranges_side_by_side_have_each_unit_once_where_it_begins(
         assert part.units(size) == range(part.start, part.stop)
 
 
-def split(content: bytes, mark: bytes) -> list[tuple[int, bytes, int]]:
+def split(content: bytes, separator: bytes) -> list[tuple[int, bytes, int]]:
     """The slow twin: where `bytes.split` finds pieces of the whole, and what they are."""
     found, start = [], 0
-    for piece in content.split(mark):
-        found.append((start, piece, min(start + len(piece) + len(mark), len(content))))
-        start += len(piece) + len(mark)
+    for piece in content.split(separator):
+        found.append((start, piece, min(start + len(piece) + len(separator), len(content))))
+        start += len(piece) + len(separator)
     return found
 
 
 @given(
     content=st.text("ab|", max_size=60).map(str.encode),
-    mark=st.sampled_from(MARKS),
+    separator=st.sampled_from(SEPARATORS),
     cuts=st.lists(st.integers(0, 60), max_size=5),
     chunk=st.integers(1, 70),
     reach=st.integers(1, 70),
 )
 def test_pieces_from_any_byte_on_are_those_of_the_whole_file(
-    content: bytes, mark: bytes, cuts: list[int], chunk: int, reach: int
+    content: bytes, separator: bytes, cuts: list[int], chunk: int, reach: int
 ) -> None:
     borders = [0, *sorted(min(cut, len(content)) for cut in cuts), len(content)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(formats, "READ_BYTES", chunk)
         patch.setattr(formats, "SCAN_SEPARATORS", reach)
         found = [
-            list(pieces(io.BytesIO(content), mark, range(start, stop), limit=99))
+            list(pieces(io.BytesIO(content), separator, range(start, stop), limit=99))
             for start, stop in pairwise(borders)
         ]
     assert list(chain(*found)) == [
-        piece for piece in split(content, mark) if piece[0] < len(content)
+        piece for piece in split(content, separator) if piece[0] < len(content)
     ]
     for (start, stop), inside in zip(pairwise(borders), found, strict=True):
         assert all(start <= place < stop for place, _, _ in inside)
@@ -123,7 +123,7 @@ def test_a_long_row_of_overlapping_separators_is_cut_as_from_its_beginning() -> 
         assert found == [piece for piece in split(content, b"\n\n") if piece[0] >= start]
 
 
-@pytest.mark.parametrize(
+@pytest.separator.parametrize(
     ("line", "reason"),
     [
         (b'{"text": "a"', "not JSON: Expecting ',' delimiter: line 1 column 13 (char 12)"),
@@ -146,7 +146,7 @@ def test_a_long_row_of_overlapping_separators_is_cut_as_from_its_beginning() -> 
         (b'{"text": "%s"}' % (b"x" * LIMIT), f"too long: more than {LIMIT} bytes"),
     ],
 )
-def test_a_bad_line_is_a_fault_at_its_byte_and_its_neighbours_are_unharmed(
+def test_a_bad_line_is_a_bad_record_at_its_byte_and_its_neighbours_are_unharmed(
     line: bytes, reason: str
 ) -> None:
     before, after = '{"text": "é"}\r\n'.encode(), b'{"text": "z"}'
@@ -185,7 +185,7 @@ def test_text_is_read_byte_for_byte_and_blank_pieces_are_no_records() -> None:
     ]
 
 
-def test_bad_text_is_a_fault_at_its_byte_and_its_neighbours_are_unharmed() -> None:
+def test_bad_text_is_a_bad_record_at_its_byte_and_its_neighbours_are_unharmed() -> None:
     content = b"a--b\xff--" + b"c" * (LIMIT + 1) + b"--d"
     assert read(SeparatedText("--", LIMIT), content) == [
         Document("a", "u@0"),
@@ -211,15 +211,15 @@ def test_a_whole_text_file_is_one_record_of_the_range_that_it_begins_in() -> Non
     assert read(form, b"x" * (LIMIT + 1)) == [too_long]
 
 
-@pytest.mark.parametrize("mark", [b"\n", b"<|end|>"])
-def test_a_line_that_is_far_too_long_is_passed_in_bounded_memory(mark: bytes) -> None:
-    file = io.BytesIO(b"x" * 50_000_000 + mark + b"y")
+@pytest.separator.parametrize("separator", [b"\n", b"<|end|>"])
+def test_a_line_that_is_far_too_long_is_passed_in_bounded_memory(separator: bytes) -> None:
+    file = io.BytesIO(b"x" * 50_000_000 + separator + b"y")
     tracemalloc.start()
-    found = list(pieces(file, mark, range(51_000_000), LIMIT))
-    inside = list(pieces(file, mark, range(1_000_000, 51_000_000), LIMIT))
+    found = list(pieces(file, separator, range(51_000_000), LIMIT))
+    inside = list(pieces(file, separator, range(1_000_000, 51_000_000), LIMIT))
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert [start for start, _, _ in found] == [0, 50_000_000 + len(mark)]
+    assert [start for start, _, _ in found] == [0, 50_000_000 + len(separator)]
     assert inside == found[1:]
     assert peak < 2_000_000
 
@@ -236,7 +236,7 @@ def test_python_files_are_decoded_as_they_declare() -> None:
     assert read(PythonFile(), b"\xef\xbb\xbfs = '\xc3\xa9'\n") == [Document("s = 'é'\n", "u")]
 
 
-@pytest.mark.parametrize(
+@pytest.separator.parametrize(
     ("content", "details"),
     [
         (b"s = '\xe9'\n", "invalid or missing encoding declaration"),
@@ -246,7 +246,7 @@ def test_python_files_are_decoded_as_they_declare() -> None:
         (b"# coding: ascii\n'\xc3\xa9'\n", "'ascii' codec can't decode byte"),
     ],
 )
-def test_a_python_file_in_another_encoding_than_it_declares_is_a_fault(
+def test_a_python_file_in_another_encoding_than_it_declares_is_a_bad_record(
     content: bytes, details: str
 ) -> None:
     (bad_record,) = read(PythonFile(), content)
@@ -255,7 +255,7 @@ def test_a_python_file_in_another_encoding_than_it_declares_is_a_fault(
     assert bad_record[1:] == ("u", content.decode(errors="replace"))
 
 
-@pytest.mark.parametrize(
+@pytest.separator.parametrize(
     "kind", [*formats.TEXT_TYPES[:-1], pa.dictionary(pa.int32(), pa.string())], ids=str
 )
 def test_a_column_holds_text_in_any_of_arrows_types(kind: pa.DataType) -> None:
@@ -267,7 +267,7 @@ def test_a_column_holds_text_in_any_of_arrows_types(kind: pa.DataType) -> None:
     ]
 
 
-def test_a_bad_value_is_a_fault_at_its_row_and_its_neighbours_are_unharmed() -> None:
+def test_a_bad_value_is_a_bad_record_at_its_row_and_its_neighbours_are_unharmed() -> None:
     values = pa.array([b"a", b"b\xff", None, "\ufeffd".encode()]).view(pa.string())
     assert read(PARQUET, parquet({"text": values}, row_group_size=2)) == [
         Document("a", "u#0"),
@@ -296,7 +296,7 @@ def test_a_column_that_is_missing_or_holds_no_text_is_an_error_of_the_settings()
         read(PARQUET, parquet({"text": [["a"]]}))
 
 
-@pytest.mark.parametrize("byte", [5, 500, 1500, -6, -1])
+@pytest.separator.parametrize("byte", [5, 500, 1500, -6, -1])
 def test_a_damaged_table_is_an_error_that_names_it(byte: int) -> None:
     content = bytearray(parquet({"text": [str(i) for i in range(999)]}, write_page_checksum=True))
     content[byte] ^= 255
@@ -354,7 +354,7 @@ def test_a_row_group_is_decoded_once_for_all_lanes_that_are_in_it() -> None:
     assert sum(file.count for file in files) < sum(map(len, texts)) * 1.1 + 8 * (64 << 10)
     for lane in lanes:
         assert next(lane, None) is None
-    assert not form._groups._groups, "a row group that nobody reads is let go"
+    assert not form._groups._groups, "a row group is freed with its last reader"
 
 
 def test_threads_that_enter_a_row_group_together_decode_it_once() -> None:

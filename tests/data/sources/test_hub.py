@@ -134,7 +134,7 @@ def test_a_parquet_file_is_read_by_row_groups_where_there_are_too_few_files(
     one = parquet_corpus()
     assert one.stream.num_shards == 1
     origins = [record.origin for record, _ in one.documents(2, 6)]
-    # 13 row groups: 12 are dealt out in twos, all lanes take turns with the single row of the last.
+    # 13 row groups: each lane has two, and all share the last one, which has a single row.
     assert origins == [f"parquet[{group}/13]#{row}" for group in (4, 5) for row in range(5)]
     assert texts(one, 0, 1) == TEXTS
 
@@ -237,7 +237,7 @@ def test_threads_that_share_a_shard_read_what_each_would_alone(
     assert len(reads) == len(TEXTS)
 
 
-def test_a_record_without_text_is_a_fault_and_the_rest_goes_on(tmp_path: Path) -> None:
+def test_a_record_without_text_is_a_bad_one_and_the_rest_goes_on(tmp_path: Path) -> None:
     (file := tmp_path / "a.jsonl").write_text(lines([{"text": "a"}, {"text": None}, {"text": "b"}]))
     records = [record for record, _ in corpus("json", file).documents(0, 1)]
     reason = "field 'text' holds null, not text"
@@ -249,7 +249,7 @@ def test_a_record_without_text_is_a_fault_and_the_rest_goes_on(tmp_path: Path) -
     ]
 
 
-def test_records_of_another_type_are_faults(tmp_path: Path) -> None:
+def test_records_of_another_type_are_bad_ones(tmp_path: Path) -> None:
     (file := tmp_path / "a.jsonl").write_text(lines([{"text": 7}]))
     [(bad_record, _)] = corpus("json", file).documents(0, 1)
     assert bad_record == BadRecord(
@@ -269,7 +269,7 @@ def test_a_field_that_a_dataset_is_known_to_lack_is_refused_with_those_it_has(
         corpus("parquet", *map(Path, files), text_field="body")
 
 
-def test_a_field_that_only_reading_finds_missing_is_a_fault(
+def test_a_field_that_only_reading_finds_missing_is_a_bad_record(
     json_corpus: Callable[..., HubCorpus],
 ) -> None:
     one = json_corpus(1)
@@ -293,7 +293,7 @@ def test_a_damaged_table_is_no_failure_of_the_network(tmp_path: Path) -> None:
         list(corpus("parquet", path).documents(0, 1))
 
 
-def test_no_lane_takes_damage_for_the_end(json_corpus: Callable[..., HubCorpus]) -> None:
+def test_no_lane_takes_a_failure_for_the_end(json_corpus: Callable[..., HubCorpus]) -> None:
     def fail(row: dict[str, str]) -> dict[str, str]:
         if row["text"] == TEXTS[4]:
             raise ConnectionError("unreachable")

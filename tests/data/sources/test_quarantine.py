@@ -17,7 +17,7 @@ def lines(path: Path) -> list[dict[str, str]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_every_fault_is_written_once_with_its_place(tmp_path: Path) -> None:
+def test_every_bad_record_is_written_once_with_its_origin(tmp_path: Path) -> None:
     path = tmp_path / "run" / "quarantine.jsonl"
     quarantine = Quarantine(1.0)
     quarantine.add(bad_record(1))
@@ -29,7 +29,7 @@ def test_every_fault_is_written_once_with_its_place(tmp_path: Path) -> None:
     assert len(quarantine.bad_records) == 3
 
 
-def test_without_faults_there_is_no_file(tmp_path: Path) -> None:
+def test_without_bad_records_there_is_no_file(tmp_path: Path) -> None:
     quarantine = Quarantine(1.0)
     quarantine.write_to(tmp_path / "quarantine.jsonl")
     quarantine.count_valid(7)
@@ -77,7 +77,7 @@ def test_the_rate_is_that_of_all_records_and_a_place_counts_once() -> None:
         quarantine.add(bad_record(122))
 
 
-def test_what_an_earlier_start_found_stops_no_later_one(tmp_path: Path) -> None:
+def test_bad_records_of_an_earlier_start_stop_no_later_one(tmp_path: Path) -> None:
     path = tmp_path / "quarantine.jsonl"
     first = Quarantine(0.5)
     first.write_to(path)
@@ -130,7 +130,7 @@ def test_a_file_that_cannot_be_written_costs_its_lines_and_not_the_run(tmp_path:
     assert quarantine.write_error is None
 
 
-def test_lines_of_another_hand_are_passed_over(tmp_path: Path) -> None:
+def test_lines_that_were_not_written_here_are_skipped(tmp_path: Path) -> None:
     path = tmp_path / "quarantine.jsonl"
     path.write_text('not JSON\n{"origin": 3}\n[]\n' + json.dumps(bad_record(1)._asdict()) + "\n")
     quarantine = Quarantine(1.0)

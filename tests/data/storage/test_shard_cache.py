@@ -223,7 +223,7 @@ def test_a_damaged_copy_is_made_again(corpus: Path, folder: Path, damage: str) -
     assert cache.repaired == ([] if damage == "sidecar" else ["a.txt.gz"])
 
 
-def test_a_copy_is_repaired_even_while_somebody_reads_it(corpus: Path, folder: Path) -> None:
+def test_a_copy_is_repaired_even_while_it_is_read(corpus: Path, folder: Path) -> None:
     shard = listed(corpus / "a.txt.gz")
     with cache_in(folder).open(shard) as stream:
         assert stream.read(1) == CONTENT[:1]
