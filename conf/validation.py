@@ -343,7 +343,8 @@ def type_in_words(hint: Any) -> str:
             notes = [note for note in arguments[1:] if isinstance(note, str)]
             return notes[0] if notes else type_in_words(arguments[0])
         case origin if origin is Literal:
-            return f"one of {', '.join(map(str, arguments))}"
+            options = ", ".join(map(str, arguments))
+            return f"one of {options}" if len(arguments) > 1 else options
         case origin if origin is dict:
             return f"{type_in_words(arguments[1])} for each name"
         case origin if origin is tuple:

@@ -158,7 +158,7 @@ def _section(title: str, cls: Any, path: str) -> str:
         for s in settings_of(cls)
         if not s.sections
     ]
-    about = _markdown(summary(cls))
+    about = _markdown(summary(cls)).strip()
     return f"### {title}\n\n{about}\n\n" + _table(("key", "type", "default", "meaning"), rows)
 
 
