@@ -1,1 +1,4 @@
-"""Hydra configuration: groups of YAML files that hold differences from the dataclass defaults."""
+"""The YAML files of the configuration, and beside them what every package needs to read settings.
+
+The files hold differences from the defaults of the dataclasses, in one folder for each group.
+"""

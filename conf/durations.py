@@ -1,4 +1,4 @@
-"""A time in a configuration."""
+"""Durations in a configuration: seconds, or a number with a unit."""
 
 import re
 from typing import Annotated, Any
@@ -9,7 +9,7 @@ SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 def _in_seconds(value: Any) -> Any:
-    """Turns `90s`, `30m`, `2h` and `1.5d` into seconds and leaves anything else for the type check.
+    """Turns `90s`, `30m`, `2h` and `1.5d` into seconds; the type check judges everything else.
 
     >>> _in_seconds("30m")
     1800.0

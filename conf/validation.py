@@ -6,11 +6,21 @@ dataclasses' own `problems()` find in the values that are left, with defaults fo
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import MISSING, Field, fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import (
+    Annotated,
+    Any,
+    Literal,
+    NamedTuple,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -18,7 +28,42 @@ from conf.errors import ConfigError, Problem
 
 T = TypeVar("T")
 OMITTED = "???"  # OmegaConf's mark of a value that the user has to give
-REJECTED: Any = object()  # in place of a value that is not of the field's type
+REJECTED: Any = object()  # stands for a value that is not of the field's type
+
+
+class Setting(NamedTuple):
+    """A field of a configuration dataclass.
+
+    Attributes:
+        name: of the field.
+        hint: its type.
+        sections: the dataclasses that it holds one of, or several of by name; empty for a value.
+        named: whether it is a dict of sections under names of the user's choice.
+        default: its default; `MISSING` if it has none and has to be given.
+    """
+
+    name: str
+    hint: Any
+    sections: list[Any]
+    named: bool
+    default: Any
+
+    @property
+    def required(self) -> bool:
+        """Whether it has to be given."""
+        return self.default is MISSING
+
+
+def settings_of(cls: Any) -> list[Setting]:
+    """The fields of a dataclass in their order."""
+    hints = get_type_hints(cls, include_extras=True)
+    found = []
+    for field in fields(cls):
+        factory, hint = field.default_factory, hints[field.name]
+        default = field.default if factory is MISSING else factory()
+        sections, named = _sections(hint), _entries(hint) is not None
+        found.append(Setting(field.name, hint, sections, named, default))
+    return found
 
 
 def build(cls: type[T], values: Mapping[str, Any], place: str = "the configuration") -> T:
@@ -55,14 +100,14 @@ def as_dict(value: Any) -> Any:
 def defaults(cls: Any) -> dict[str, Any]:
     """The defaults of `cls` as plain values; of what has a `kind`, only that."""
     tree: dict[str, Any] = {}
-    for setting, hint in _settings(cls):
-        match _sections(hint):
-            case [section] if _entries(hint) is None:
+    for setting in settings_of(cls):
+        match setting.sections:
+            case [section] if not setting.named:
                 tree[setting.name] = defaults(section)
-            case [_, _, *_] if _entries(hint) is None:
-                tree[setting.name] = {"kind": _default(setting).kind}
-            case _ if not _required(setting):
-                tree[setting.name] = as_dict(_default(setting))
+            case [_, _, *_] if not setting.named:
+                tree[setting.name] = {"kind": setting.default.kind}
+            case _ if not setting.required:
+                tree[setting.name] = as_dict(setting.default)
     return tree
 
 
@@ -72,10 +117,10 @@ def keys(cls: Any, path: str = "") -> list[str]:
     A `*` stands for a name of the user's choice: `data.sources.*.weight`.
     """
     found: list[str] = []
-    for setting, hint in _settings(cls):
-        key, sections = path + setting.name, _sections(hint)
-        within = f"{key}.{'' if _entries(hint) is None else '*.'}"
-        found += [name for section in sections for name in keys(section, within)] or [key]
+    for setting in settings_of(cls):
+        key = path + setting.name
+        within = f"{key}.*." if setting.named else f"{key}."
+        found += [name for section in setting.sections for name in keys(section, within)] or [key]
     return list(dict.fromkeys(found))
 
 
@@ -108,38 +153,49 @@ def did_you_mean(guess: str | None) -> str:
 
 
 class _Reader:
-    """One pass over plain values that collects problems as it goes."""
+    """Reads plain values in one pass, and collects problems on the way.
+
+    A problem of one setting must not lead to others: a misspelt `train.max_steps` does not make the
+    warm-up too long. So a setting that cannot be used has its default from then on, its name is
+    noted, and problems that name it are left out.
+
+    Attributes:
+        known: the full names of all settings.
+        given: the full names of those that the user has set.
+        problems: what was found so far.
+        unusable: settings that have their default in place of what was given.
+    """
 
     def __init__(self, known: Sequence[str], given: Sequence[str]) -> None:
         self.known = known
         self.given = given
         self.problems: list[Problem] = []
-        self.unusable: set[str] = set()  # keys that have their default, not what was given
+        self.unusable: set[str] = set()
 
     def section(self, cls: type[T], values: Any, path: str) -> T:
         """Reads one dataclass; `path` is empty or ends with a dot."""
-        settings = _settings(cls)
+        settings = settings_of(cls)
         if not isinstance(values, Mapping):
-            self.reject(path[:-1], values, f"settings such as {path}{settings[0][0].name}")
+            self.reject(path[:-1], values, f"settings such as {path}{settings[0].name}")
             values = {}
-        names = [setting.name for setting, _ in settings]
+        names = [setting.name for setting in settings]
         for name in values:
             if name not in names:
                 for key in flatten_keys({name: values[name]}, path):
                     self.unknown(key, f"{path}{{{', '.join(names)}}}")
         given = {}
-        for setting, hint in settings:
+        for setting in settings:
             name, key = setting.name, path + setting.name
-            if name not in values and not _required(setting):
+            if name not in values and not setting.required:
                 continue
-            one = _sections(hint) and _entries(hint) is None
+            one = setting.sections and not setting.named
             value = values.get(name, {} if one else OMITTED)
-            if one and len(_sections(hint)) > 1 and isinstance(value, Mapping):
-                value = {"kind": _default(setting).kind, **value}
+            if one and len(setting.sections) > 1 and isinstance(value, Mapping):
+                value = {"kind": setting.default.kind, **value}
             if value == OMITTED:
                 self.unusable.add(key)
                 self.problems.append(Problem(key, expected="has to be given"))
-            elif (read := self.value(hint, value, key)) is not REJECTED:
+            elif (read := self.value(setting.hint, value, key)) is not REJECTED:
                 given[name] = read
         return self.construct(cls, given, path)
 
@@ -180,7 +236,7 @@ class _Reader:
     def construct(self, cls: type[T], given: dict[str, Any], path: str) -> T:
         """Makes the dataclass, or a draft of it with defaults for what cannot be used."""
         draft: Any = _draft(cls, given)
-        if any(_required(setting) and setting.name not in given for setting in fields(draft)):
+        if any(setting.required and setting.name not in given for setting in settings_of(cls)):
             return draft
         found = draft.problems()
         if not found:
@@ -234,12 +290,6 @@ def _known(keys: Iterable[str], given: Iterable[str]) -> list[str]:
     return known
 
 
-def _settings(cls: Any) -> list[tuple[Field[Any], Any]]:
-    """The fields of a dataclass, each with its type."""
-    hints = get_type_hints(cls, include_extras=True)
-    return [(setting, hints[setting.name]) for setting in fields(cls)]
-
-
 def _entries(hint: Any) -> Any:
     """What each name of a dict of dataclasses holds; None for other types."""
     if get_origin(hint) is dict and _sections(entry := get_args(hint)[1]):
@@ -258,24 +308,14 @@ def _sections(hint: Any) -> list[Any]:
     return [member for member in members if is_dataclass(member)]
 
 
-def _required(setting: Field[Any]) -> bool:
-    return setting.default is MISSING and setting.default_factory is MISSING
-
-
-def _default(setting: Field[Any]) -> Any:
-    if setting.default_factory is not MISSING:
-        return setting.default_factory()
-    return setting.default
-
-
 def _draft(cls: type[T], given: Mapping[str, Any]) -> T:
     """An instance that was never checked; without the required values that are not given."""
     draft = object.__new__(cls)
-    for setting in fields(cls):  # type: ignore[arg-type]
+    for setting in settings_of(cls):
         if setting.name in given:
             object.__setattr__(draft, setting.name, given[setting.name])
-        elif not _required(setting):
-            object.__setattr__(draft, setting.name, _default(setting))
+        elif not setting.required:
+            object.__setattr__(draft, setting.name, setting.default)
     return draft
 
 
@@ -303,7 +343,8 @@ def type_in_words(hint: Any) -> str:
             notes = [note for note in arguments[1:] if isinstance(note, str)]
             return notes[0] if notes else type_in_words(arguments[0])
         case origin if origin is Literal:
-            return f"one of {', '.join(map(str, arguments))}"
+            options = ", ".join(map(str, arguments))
+            return f"one of {options}" if len(arguments) > 1 else options
         case origin if origin is dict:
             return f"{type_in_words(arguments[1])} for each name"
         case origin if origin is tuple:

@@ -230,6 +230,8 @@ class DataConfig(Settings):
         workers: how many threads read and tokenize. 0: the training thread does it between two
             steps.
         prefetch: how many batches are prepared ahead of the training step.
+        remote: how long the loader waits for files on other machines.
+        cache: local copies of files.
     """
 
     sources: dict[str, Source]

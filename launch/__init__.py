@@ -1,1 +1,1 @@
-"""How processes start; knows no model."""
+"""Starts the processes of a run: torchrun's agent, SLURM, Kubernetes. Knows nothing of models."""

@@ -151,7 +151,7 @@ class Slurm(MultiNode):
         gres: the kind of the devices, such as gpu or gpu:a100, one for each process; null: none.
         cpus: the number of CPU cores of each process; null: SLURM's default.
         options: further options of sbatch, one on each line.
-        setup: shell lines that run before each start, such as: module load cuda
+        setup: shell lines that run before each start, such as `module load cuda`.
         python: the Python interpreter; null: the one that runs this command, or `python` in a
             container.
         container: an image for the Pyxis plugin; null: none.

@@ -28,7 +28,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from conf.arguments import parse, refuse, usage
 from conf.errors import USER_ERRORS, ConfigError, Problem, report
-from conf.validation import defaults, did_you_mean, keys, nearest
+from conf.validation import defaults, did_you_mean, flatten_keys, keys, nearest
 from train.config import Config
 from train.distributed.dist_env import DistEnv
 from train.engine_config import DeepSpeedConfig, FsdpConfig
@@ -254,6 +254,36 @@ def groups() -> list[str]:
 def choices(group: str) -> list[str]:
     """The files of a group, without their ending."""
     return sorted(file.stem for file in (CONF / group).glob("*.yaml"))
+
+
+class SizeRecipe(NamedTuple):
+    """What a size sets besides the model.
+
+    Attributes:
+        name: the file of conf/recipe/ that the size chooses.
+        settings: what this file and that of the size set, by full names.
+    """
+
+    name: str
+    settings: dict[str, Any]
+
+
+def recipe_of(size: str) -> SizeRecipe | None:
+    """The recipe that a file of conf/size/ chooses; None if there is no such file or recipe."""
+    if size not in choices("size"):
+        return None
+    own = _yaml(f"size/{size}.yaml")
+    names = [default.get("override /recipe") for default in own.pop("defaults", [])]
+    name = next(filter(None, names), None)
+    if name is None:
+        return None
+    both = {**flatten_keys(_yaml(f"recipe/{name}.yaml")), **flatten_keys(own)}
+    settings = {key: value for key, value in both.items() if not key.startswith("model.")}
+    return SizeRecipe(name, settings)
+
+
+def _yaml(file: str) -> dict[str, Any]:
+    return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(CONF / file)))
 
 
 def _chosen(override: Override) -> list[str]:

@@ -143,7 +143,8 @@ class OptimConfig(Settings):
         lr: the peak learning rate, which the schedule scales.
         betas: the decay rates of the running means of the gradient and of its square.
         eps: is added to the root of the mean square, so that nothing is divided by 0.
-        weight_decay: the decay of all parameters but the embedding, relative to the learning rate.
+        weight_decay: each step multiplies all parameters but the embedding by
+            1 - lr * weight_decay.
         grad_clip: the largest L2 norm of the gradient of all parameters; a longer gradient is
             scaled down to it. null: no clipping.
         z_loss: the weight in the loss of the mean squared log of the softmax's denominator.
@@ -218,8 +219,8 @@ class CheckpointConfig(Settings):
     Attributes:
         every: the steps between two checkpoints; 0: only at the end.
         keep: how many of the newest checkpoints are kept.
-        keep_every: the checkpoints of every multiple of this many steps are never deleted; 0: all
-            but the newest are.
+        keep_every: the checkpoints of every multiple of this many steps are kept, too; 0: only the
+            newest are kept.
     """
 
     every: int = 100

@@ -5,13 +5,14 @@ python train/plan.py model=phd_cswa size=550m train.max_tokens=10e9
 
 import os
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from conf.errors import ConfigError
+from conf.errors import ConfigError, spelled
+from conf.validation import flatten_keys
 from phd.config import ModelConfig
 from phd.flops import training_flops_per_token
 from phd.inference.cache import kv_bytes
@@ -140,6 +141,8 @@ def print_plan(plan: Plan, console: Console) -> None:
         f"{config.model.K} slots each, in {train.accumulation(plan.world_size)} forward passes"
         + (f" on each of {plan.world_size} ranks" if plan.world_size > 1 else ""),
     )
+    if recipe := describe_recipe(config):
+        table.add_row("recipe", recipe)
     if plan.tokens is None:
         table.add_row("length", f"{train.max_time:.0f} s")
     else:
@@ -162,6 +165,38 @@ def print_plan(plan: Plan, console: Console) -> None:
     console.print(table)
     for warning in plan.warnings:
         console.print(f"[yellow]warning: {warning}[/]", highlight=False)
+
+
+def describe_recipe(config: Config) -> str:
+    """What the run's size sets besides the model; empty if nothing.
+
+    A size from 151m on chooses a recipe, and with it the learning rate, the batch, the length and
+    more. Of these settings, the run may have replaced some.
+    """
+    recipe = compose.recipe_of(config.model.size)
+    if recipe is None:
+        return ""
+    now = flatten_keys(config.to_dict())
+    kept = [key for key, value in recipe.settings.items() if now[key] == value]
+    replaced = [
+        f"{key}={_short(now[key])} (recipe: {_short(value)})"
+        for key, value in recipe.settings.items()
+        if now[key] != value
+    ]
+    chosen = f"size={config.model.size} chose recipe={recipe.name}"
+    text = f"{chosen}; they set {', '.join(f'{key}={_short(now[key])}' for key in kept)}"
+    return text + (f"; this run replaces: {', '.join(replaced)}" if replaced else "")
+
+
+def _short(value: Any) -> str:
+    """A value as it could be typed; large integers with an exponent.
+
+    >>> _short(300_000_000_000), _short(1024), _short(3e-4), _short(None)
+    ('3e11', '1024', '0.0003', 'null')
+    """
+    if isinstance(value, int) and value >= 1_000_000:
+        return f"{float(value):g}".replace("e+0", "e").replace("e+", "e")
+    return spelled(value)
 
 
 def _shares(start: int, weights: dict[str, float]) -> str:

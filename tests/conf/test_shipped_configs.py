@@ -5,14 +5,15 @@ from typing import Any
 import pytest
 
 from conf.errors import ConfigError
+from conf.validation import flatten_keys
 from data.config import DataConfig, FilesSource, PythonSource
-from train.compose import CONF, check, load
+from train.compose import CONF, check, load, recipe_of
 from train.config import Config
 
 CHOICES = [
     (file.parent.name, file.stem)
     for file in sorted(CONF.glob("*/*.yaml"))
-    if file.parent.name not in ("sweep", "recipe")  # a recipe comes with a size
+    if file.parent.name != "sweep"
 ]
 SWEEPS = [file.stem for file in sorted(CONF.glob("sweep/*.yaml"))]
 
@@ -93,6 +94,28 @@ def test_a_size_brings_its_recipe_and_lets_everything_be_overridden(size: str) -
     config = load([f"size={size}", *small, "train.global_batch=256", "optim.lr=1e-3"])
     assert (config.train.total_steps, config.optim.lr) == (10, 1e-3)
     assert config.train.tokens_per_step == 256 * 128
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_size_names_the_recipe_that_it_chooses(size: str) -> None:
+    recipe = recipe_of(size)
+    assert recipe is not None
+    assert recipe.name == "olmo2"
+    values = flatten_keys(load([f"size={size}"]).to_dict())
+    assert recipe.settings == {key: values[key] for key in recipe.settings}
+    assert {"optim.lr", "train.global_batch", "train.max_tokens"} <= recipe.settings.keys()
+    others = flatten_keys(load([f"size={size}", "recipe=default"]).to_dict())
+    assert {key for key in values if values[key] != others[key]} == recipe.settings.keys() - (
+        {"train.max_tokens"} if size in ("1b2", "7b") else set()
+    )
+
+
+def test_the_size_tiny_chooses_no_recipe_but_may_have_one() -> None:
+    assert recipe_of("tiny") is None
+    assert recipe_of("smoke") is None
+    assert load(["recipe=default"]) == load()
+    config = load(["recipe=olmo2"])
+    assert (config.model, config.train.tokens_per_step) == (load().model, 1024 * 4096)
 
 
 PAPER: dict[str, dict[str, Any]] = {

@@ -17,7 +17,7 @@ CPU = "engine.device=cpu"
 
 def printed(*overrides: str) -> str:
     text = io.StringIO()
-    print_plan(make_plan(load([CPU, *overrides])), Console(file=text, width=300))
+    print_plan(make_plan(load([CPU, *overrides])), Console(file=text, width=600))
     return text.getvalue()
 
 
@@ -105,6 +105,19 @@ def test_the_plan_says_what_the_run_will_cost() -> None:
         "/some/where",
     ):
         assert expected in text
+
+
+def test_the_plan_says_what_a_size_sets_besides_the_model() -> None:
+    text = printed("size=550m", "optim.lr=1e-3")
+    for expected in (
+        "size=550m chose recipe=olmo2; they set data.lanes=256, train.max_tokens=3e11,",
+        "train.global_batch=1024,",
+        "this run replaces: optim.lr=0.001 (recipe: 0.0003)",
+    ):
+        assert expected in text
+    assert "train.max_tokens=5e11" in printed("size=1b2")  # which the size itself sets
+    assert "replaces" not in printed("size=151m")
+    assert "recipe" not in printed("size=tiny")
 
 
 def test_groups_without_parameters_are_not_shown() -> None:
