@@ -200,7 +200,7 @@ def test_rows_of_one_document_each_need_no_segments(config: ModelConfig, B: int,
     torch.testing.assert_close(*results, rtol=1e-11, atol=1e-11)
 
 
-def test_borders_are_counted_over_all_rows_and_positions_within_documents() -> None:
+def test_lengths_add_up_over_all_rows_and_positions_restart_with_documents() -> None:
     segments = Segments.of(torch.tensor([[0, 0, 2, 2, 2], [0, 1, 1, 3, 4]]))
     assert segments.cu_seqlens.tolist() == [0, 2, 5, 6, 8, 9, 10]
     assert segments.cu_seqlens.dtype == torch.int32
@@ -214,7 +214,7 @@ def test_repeating_every_token_lengthens_every_document_as_much(segments: Segmen
         [row.count(start) * K for start in sorted(set(row))] for row in segments.starts.tolist()
     ]
     found, expected = segments.repeated(K), rows_of(*lengths)
-    for name in ("starts", "borders", "host_borders"):
+    for name in ("starts", "cu_seqlens", "cu_seqlens_cpu"):
         assert torch.equal(getattr(found, name), getattr(expected, name))
 
 
