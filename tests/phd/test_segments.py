@@ -225,6 +225,32 @@ def test_what_the_host_must_know_stays_there_when_documents_move() -> None:
     assert segments.cu_seqlens_cpu.device.type == "cpu"
 
 
+def test_expanded_starts_are_made_contiguous_as_pinning_needs_it() -> None:
+    starts = torch.tensor([[0, 0, 2, 2, 2]]).expand(3, 5)
+    assert not starts.is_contiguous()
+    segments = Segments.of(starts)
+    for x in (segments, segments.repeated(2)):
+        assert x.starts.is_contiguous()
+        assert x.cu_seqlens_cpu.is_contiguous()
+    assert segments.starts.tolist() == starts.tolist()
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs an NVIDIA GPU and a CUDA build of torch"
+)
+def test_expanded_starts_move_to_the_gpu() -> None:
+    starts = torch.tensor([[0, 0, 2, 2, 2]]).expand(3, 5)
+    plain = Segments.of(starts)
+    # As a caller may build it, without `of`.
+    expanded = Segments(starts, plain.cu_seqlens, plain.cu_seqlens_cpu)
+    for segments in (plain, expanded):
+        moved = segments.to("cuda")
+        assert moved.starts.is_cuda
+        assert moved.cu_seqlens.is_cuda
+        assert moved.starts.tolist() == starts.tolist()
+        assert moved.cu_seqlens_cpu.device.type == "cpu"
+
+
 @pytest.mark.parametrize("starts", [[0, 0, 1, 1], [1, 1, 1, 1], [0, 1, 0, 3], [0, 0, 3, 3]])
 def test_starts_that_are_no_documents_are_refused(starts: list[int]) -> None:
     with pytest.raises(AssertionError):
