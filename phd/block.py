@@ -1,12 +1,30 @@
 """One transformer block: attention and SwiGLU, in the four wirings of norms."""
 
+from typing import Protocol
+
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from phd.attention.context import AttentionContext
 from phd.config import ModelConfig
 from phd.linear import Linear, project_all
 from phd.norm import RMSNorm
+
+
+class AttentionContext(Protocol):
+    """What one layer's attention works on: whole rows in training, a cache at inference."""
+
+    def select_queries(self, x: Tensor) -> Tensor:
+        """The slots of x (B, K or 1, T, D) that the layer computes, (B, K or 1, T', D).
+
+        All slots of x give keys and values. Returns x itself where all of them are computed.
+        """
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Rotate queries and keys by RoPE, and attend.
+
+        q (B, K or 1, N, T', H) of the selected slots, k and v (B, K or 1, G, T, H) of all slots;
+        returns (B, N, K or 1, T', H).
+        """
 
 
 class Block(nn.Module):
@@ -34,26 +52,33 @@ class Block(nn.Module):
             self.attention_norm = RMSNorm(config.dim, config.norm_eps)
         self.ffn_norm = RMSNorm(config.dim, config.norm_eps)
 
-    def forward(self, x: Tensor, view: AttentionContext) -> Tensor:
-        """Map the residual stream (B, K, T, D) to the next one, of the slots that the view asks.
+    def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
+        """Map the residual stream (B, K or 1, T, D) to the next one, (B, K or 1, T', D).
 
-        x may hold one copy for all K where they are still equal.
+        The result holds the slots that the context selects. x may hold one copy for all K where
+        they are still equal.
         """
-        stream = view.select_queries(x)
+        stream = context.select_queries(x)
         match self.wiring:
             case "reordered":
-                x = stream + self.attention_norm(self.attention(x, view))
+                x = stream + self.attention_norm(self._attention_of(x, context))
                 return x + self.ffn_norm(self.ffn(x))
             case "pre":
-                x = stream + self.attention(self.attention_norm(x), view)
+                x = stream + self._attention_of(self.attention_norm(x), context)
                 return x + self.ffn(self.ffn_norm(x))
             case _:
-                x = self.ffn_norm(stream + self.attention(x, view))
+                x = self.ffn_norm(stream + self._attention_of(x, context))
                 return x + self.ffn(x)
+
+    def _attention_of(self, x: Tensor, context: AttentionContext) -> Tensor:
+        # Selecting is a slice, so doing it twice costs nothing. With `pre`, attention reads another
+        # tensor than the stream; with the others, one slice for both would change the order in
+        # which gradients are summed, and so their last bits.
+        return self.attention(context.select_queries(x), x, context)
 
 
 class Attention(nn.Module):
-    """Projections around what a view makes of them; the same weights for every copy."""
+    """Projections to queries, keys and values, and back; the same weights for every copy."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -63,26 +88,35 @@ class Attention(nn.Module):
         self.k = Linear(config.dim, keys)
         self.v = Linear(config.dim, keys)
         self.o = Linear(queries, config.dim)
+        self.q_norm: RMSNorm | None = None
+        self.k_norm: RMSNorm | None = None
+        self.v_norm: RMSNorm | None = None
         if config.norm != "pre":
             self.q_norm = RMSNorm(queries, config.norm_eps)
             self.k_norm = RMSNorm(keys, config.norm_eps)
         if config.norm.startswith("hybrid"):
             self.v_norm = RMSNorm(keys, config.norm_eps)
 
-    def forward(self, x: Tensor, view: AttentionContext) -> Tensor:
-        """x (B, K or 1, T, D) -> the slots that the view asks, (B, K or 1, T', D)."""
-        selected = view.select_queries(x)
-        if selected is x:
+    def forward(self, x_queries: Tensor, x: Tensor, context: AttentionContext) -> Tensor:
+        """Queries of x_queries (B, K or 1, T', D), keys and values of x (B, K or 1, T, D).
+
+        Returns (B, K or 1, T', D). Where both are one tensor, so may be the three projections.
+        """
+        if x_queries is x:
             q, k, v = project_all(x, (self.q, self.k, self.v))
         else:
-            q, (k, v) = self.q(selected), project_all(x, (self.k, self.v))
-        out = view.attend(*(self._heads(y, name) for y, name in zip((q, k, v), "qkv", strict=True)))
+            q, (k, v) = self.q(x_queries), project_all(x, (self.k, self.v))
+        q, k, v = (
+            self._split_heads(y, norm)
+            for y, norm in ((q, self.q_norm), (k, self.k_norm), (v, self.v_norm))
+        )
+        out = context.attend(q, k, v)
         return self.o(out.permute(0, 2, 3, 1, 4).flatten(3))
 
-    def _heads(self, x: Tensor, name: str) -> Tensor:
+    def _split_heads(self, x: Tensor, norm: RMSNorm | None) -> Tensor:
         """Normalise a projection: (B, copies, T, heads * H) -> (B, copies, heads, T, H)."""
-        norm = self._modules.get(f"{name}_norm")
         if norm is not None:
+            # The norm computes in float32; attention runs in what autocast made of the projection.
             x = norm(x).to(x.dtype)
         return x.unflatten(-1, (-1, self.head_dim)).transpose(2, 3)
 

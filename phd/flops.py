@@ -1,4 +1,4 @@
-"""Floating-point operations of a model: what its pattern needs, once each."""
+"""Floating-point operations of a model, counting only what its pattern needs."""
 
 from collections import Counter
 from typing import NamedTuple
@@ -23,9 +23,9 @@ def forward_flops(config: ModelConfig, *documents: int) -> Flops:
 
     A matrix product of R rows by an (in, out) weight costs 2 R in out; a (query, key) pair costs
     4 H per head, for the score and for the weighted value. Norms, RoPE, softmax and the embedding
-    are not counted, as is customary (arXiv 2204.02311, appendix B). What the model leaves out is
-    left out here too: the last layer computes only keys and values for all copies but the last,
-    the first layer projects copies once where they are still equal, the LM head sees one copy.
+    are not counted, as is customary (arXiv 2204.02311, appendix B). Work that the model skips is
+    not counted either: the last layer computes only keys and values for all copies but the last,
+    the first layer projects copies once where they are still equal, the LM head runs on one copy.
     """
     pattern, tokens = Pattern.of(config), sum(documents)
     K, H, D = config.K, config.head_dim, config.dim

@@ -11,7 +11,7 @@ from phd.config import ModelConfig
 
 
 def initial_weights(model: nn.Module, seed: int) -> Iterator[tuple[str, Tensor]]:
-    """Each parameter's name in a `Transformer` on any device, and its value, drawn on the CPU.
+    """The name of each parameter of a `Transformer` on any device, and its value on the CPU.
 
         parameter                 standard deviation
         embed, head, q k v        1 / sqrt(2.5 D)                    truncated at 3 sigma
@@ -20,17 +20,17 @@ def initial_weights(model: nn.Module, seed: int) -> Iterator[tuple[str, Tensor]]
         norms                     1
         copy_embed                0: the model starts as the one without it
 
-    Each parameter has a generator of its own, keyed by (seed, name). So variants of one size and
-    seed start from the same weights, whatever K is, and a sharded model from those of a whole one;
-    one after the other, so that nobody has to hold them all.
+    Each parameter has a generator of its own, keyed by (seed, name). So all variants of one size
+    and seed start from the same weights, and a sharded model starts from those of a whole one.
+    Values come one by one, so that no process has to hold all of them.
     """
     config: ModelConfig = model.config  # type: ignore[assignment]
     std = 1 / sqrt(2.5 * config.dim)
     for name, parameter in model.named_parameters():
         if "norm" in name:
-            yield name, torch.ones(parameter.shape)
+            yield name, torch.ones(parameter.shape, device="cpu")
         elif name.startswith("copy_embed"):
-            yield name, torch.zeros(parameter.shape)
+            yield name, torch.zeros(parameter.shape, device="cpu")
         else:
             output = name.endswith(("attention.o.weight", "ffn.down.weight"))
             scaled = std / sqrt(2 * config.layers) if output else std
@@ -38,8 +38,12 @@ def initial_weights(model: nn.Module, seed: int) -> Iterator[tuple[str, Tensor]]
 
 
 def _truncated_normal(shape: torch.Size, std: float, key: str) -> Tensor:
-    """Normal values within 3 sigma, drawn on the CPU so that every device gets the same."""
+    """Normal values within 3 sigma.
+
+    The device is named because a CPU generator cannot draw for the tensors of another default
+    device (`torch.set_default_device`). The CPU gives the same values to models on any device.
+    """
     digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
-    values = torch.empty(shape)
+    generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest, "big") >> 1)
+    values = torch.empty(shape, device="cpu")
     return nn.init.trunc_normal_(values, std=std, a=-3 * std, b=3 * std, generator=generator)

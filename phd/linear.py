@@ -1,4 +1,4 @@
-"""Matrix products of a few rows, which decoding consists of."""
+"""Projections, with faster matrix products for the few rows of a decoded token."""
 
 import platform
 from collections.abc import Sequence
@@ -10,38 +10,39 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-# Values of a weight that fits into a core's cache, where reading it costs little.
-SMALL = 1 << 19
+# A weight of fewer values stays in a core's cache (2^19 in float32 are 2 MiB): reading it again
+# costs little, so other numbers of rows gain from the transposed product.
+LARGE_WEIGHT = 1 << 19
 
 
-class Rows(NamedTuple):
-    """For how many rows weight x^T is faster than x weight^T.
+class RowRange(NamedTuple):
+    """For how many rows of x the product (W x^T)^T is faster than x W^T.
 
     Attributes:
-        from_: from so many on, with any weight.
-        large_from: from so many on, with a weight of at least `SMALL` values.
-        to: up to so many.
+        first: the fewest rows, with any weight.
+        first_large: the fewest rows, with a weight of at least `LARGE_WEIGHT` values.
+        last: the most rows.
     """
 
-    from_: int
-    large_from: int
-    to: int
+    first: int
+    first_large: int
+    last: int
 
 
-# In float32 MKL 2024.2 takes other kernels for other processors: two or three rows of x weight^T
-# take up to 3 times as long as of weight x^T on an EPYC, 16 to 32 rows twice as long on a Cascade
-# Lake Xeon.
-LEFT = {"AuthenticAMD": Rows(2, 1, 3), "GenuineIntel": Rows(16, 12, 48)}
+# In float32, MKL 2024.2 has different kernels for different processors. On an EPYC, two or three
+# rows of x W^T take up to 3 times as long as of W x^T; on a Cascade Lake Xeon, 16 to 32 rows take
+# twice as long.
+TRANSPOSED_ROWS = {"AuthenticAMD": RowRange(2, 1, 3), "GenuineIntel": RowRange(16, 12, 48)}
 
 
 class Linear(nn.Linear):
     """A projection without bias that is also fast for one token.
 
     Attributes:
-        flat: `fuse_weights` has moved the weight.
+        fused: `fuse_weights` has moved the weight.
     """
 
-    flat = False
+    fused = False
 
     def __init__(self, fan_in: int, fan_out: int) -> None:
         super().__init__(fan_in, fan_out, bias=False)
@@ -52,38 +53,41 @@ class Linear(nn.Linear):
 
 
 def fuse_weights(layers: Sequence[Linear]) -> None:
-    """Move weights into one tensor, one after another, where `project_all` finds them.
+    """Move the weights into one tensor, one after another, for `project_all` to use.
 
-    They stay parameters of their own, as `torch.nn.RNN.flatten_parameters` leaves them.
+    They stay separate parameters, as with `torch.nn.RNN.flatten_parameters`.
     """
     whole = torch.cat([layer.weight.detach() for layer in layers])
     parts = whole.split([layer.out_features for layer in layers])
     for layer, part in zip(layers, parts, strict=True):
-        layer.weight.data, layer.flat = part, True
+        layer.weight.data, layer.fused = part, True
 
 
 def project_all(x: Tensor, layers: Sequence[Linear]) -> Sequence[Tensor]:
-    """What each of the layers makes of x (..., in): (..., out of that layer).
+    """The output (..., out of that layer) of each layer for x (..., in).
 
-    Where their weights lie end to end, by one larger product: for a few rows that is faster.
+    Fused weights are multiplied by one larger product, which is faster for a few rows.
     """
-    if not _end_to_end(x, layers):
+    if not _are_fused(x, layers):
         return [layer(x) for layer in layers]
     sizes, fan_in = [layer.out_features for layer in layers], layers[0].in_features
     whole = layers[0].weight.as_strided((sum(sizes), fan_in), (fan_in, 1))
     return project(x, whole).split(sizes, -1)
 
 
-def _end_to_end(x: Tensor, layers: Sequence[Linear]) -> bool:
-    """Whether one product will do. Weights are touched only where somebody has laid them so: those
-    of an engine may be elsewhere until their layer is called."""
+def _are_fused(x: Tensor, layers: Sequence[Linear]) -> bool:
+    """Whether the layers' weights still lie one after another, and one product may replace theirs.
+
+    Looks at weights only where `fuse_weights` has been called: an engine that shards a layer
+    gathers its weight when the layer itself is called, and not before.
+    """
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
-    if not all(type(layer) is Linear and layer.flat for layer in layers):
+    if not all(type(layer) is Linear and layer.fused for layer in layers):
         return False
     first, kind = layers[0].weight, x.device.type
     if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != first.dtype:
-        return False  # it would convert the whole anew for every call
+        return False  # autocast keeps converted parameters, but converts a view at every call
     storage, end = first.untyped_storage().data_ptr(), first.data_ptr()
     for weight in (layer.weight for layer in layers):
         if weight.data_ptr() != end or weight.untyped_storage().data_ptr() != storage:
@@ -93,36 +97,41 @@ def _end_to_end(x: Tensor, layers: Sequence[Linear]) -> bool:
 
 
 def project(x: Tensor, weight: Tensor) -> Tensor:
-    """x (..., in) times the transpose of weight (out, in); a few rows on the CPU from the left."""
+    """x (..., in) times the transpose of weight (out, in) -> (..., out).
+
+    Takes the transposed product for a few rows on the CPU, where that is faster.
+    """
     plain = torch.is_grad_enabled() or x.device.type != "cpu" or torch.compiler.is_compiling()
     single = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
     if plain or not single:
         return linear(x, weight)
-    left = left_on_this_processor()
-    if left is not None and favours_left(left, x.shape[:-1].numel(), weight.numel()):
-        return from_the_left(x, weight)
+    rows = transposed_rows()
+    if rows is not None and is_faster_transposed(rows, x.shape[:-1].numel(), weight.numel()):
+        return transposed_product(x, weight)
     return linear(x, weight)
 
 
-def favours_left(left: Rows, rows: int, values: int) -> bool:
-    """Whether so many rows times a weight of so many values are taken from the left."""
-    return (left.from_ if values < SMALL else left.large_from) <= rows <= left.to
+def is_faster_transposed(rows: RowRange, count: int, values: int) -> bool:
+    """Whether `count` rows times a weight of so many values are in the range."""
+    return (rows.first if values < LARGE_WEIGHT else rows.first_large) <= count <= rows.last
 
 
-def from_the_left(x: Tensor, weight: Tensor) -> Tensor:
-    """The same product as weight x^T; one row is taken as if it were two, which BLAS has a faster
-    kernel for."""
-    rows = x.shape[:-1].numel()
-    few = x.reshape(rows, -1)
-    few = torch.cat([few, few]) if rows == 1 else few.contiguous()
-    return (weight @ few.mT).mT[:rows].reshape(*x.shape[:-1], -1).contiguous()
+def transposed_product(x: Tensor, weight: Tensor) -> Tensor:
+    """x weight^T, computed as (weight x^T)^T.
+
+    A single row is computed twice: BLAS has a faster kernel for two columns than for one.
+    """
+    count = x.shape[:-1].numel()
+    rows = x.reshape(count, -1)
+    rows = torch.cat([rows, rows]) if count == 1 else rows.contiguous()
+    return (weight @ rows.mT).mT[:count].reshape(*x.shape[:-1], -1).contiguous()
 
 
 @cache
-def left_on_this_processor() -> Rows | None:
-    """The entry of `LEFT` for the processor at hand; None: nothing is known of it."""
+def transposed_rows() -> RowRange | None:
+    """The entry of `TRANSPOSED_ROWS` for this processor; None: it has not been measured."""
     try:
         known = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
         known = platform.processor()
-    return next((rows for vendor, rows in LEFT.items() if vendor in known), None)
+    return next((rows for vendor, rows in TRANSPOSED_ROWS.items() if vendor in known), None)

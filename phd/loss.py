@@ -5,17 +5,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
+
+from phd.torch_private import HAS_LINEAR_CROSS_ENTROPY, summed_linear_cross_entropy
 
 IGNORED = -100  # a target that never counts, as in torch's own losses
 
-# Logits held at a time: 2^24 in float32 are 64 MiB. More than 1024 rows make no product faster;
-# torch's own choice, 128 rows at V = 4096 and D = 256, makes the loss 7 % slower on two cores.
-LOGITS_AT_ONCE, ROWS_AT_ONCE = 1 << 24, 1024
+# The most logits that are held at a time: 2^24 in float32 are 64 MiB.
+LOGITS_AT_ONCE = 1 << 24
+# The most rows of logits at a time: more make no product faster. Torch's own choice of 128 rows (at
+# V = 4096 and D = 256) makes the loss 7 % slower on two cores.
+ROWS_AT_ONCE = 1024
 
 
 class Loss(NamedTuple):
-    """Sums over the counted targets, so that ranks and micro-batches simply add up.
+    """Sums over the counted targets: those of ranks and micro-batches add up to the whole's.
 
     Attributes:
         total: what to minimise: cross-entropy plus the weighted z-loss, nats; a scalar tensor.
@@ -34,21 +37,18 @@ def next_token_loss(hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: flo
     Args:
         hidden: (B, T, D).
         weight: (V, D), the LM head.
-        targets: int64 (B, T); `IGNORED` ones count nowhere.
+        targets: int64 (B, T); those that are `IGNORED` do not count.
         z_loss: weight of the squared log-partition (PaLM, arXiv 2204.02311, uses 1e-4).
     """
     hidden, targets = hidden.flatten(0, -2), targets.flatten()
     if torch.is_autocast_enabled(hidden.device.type):
         hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
     count = (targets != IGNORED).sum()
-    # Torch's own adds the sum up in the dtype of `hidden`: in bfloat16, three digits of it.
+    # Torch's own computes the sum in the dtype of `hidden`: in bfloat16 only three digits are left.
     exact = hidden.dtype == weight.dtype and hidden.dtype.itemsize >= 4
-    if z_loss == 0 and exact and hasattr(torch.nn, "LinearCrossEntropyOptions"):
-        options = torch.nn.LinearCrossEntropyOptions(
-            batch_chunk_size=rows_at_once(weight.shape[0]), chunking_method=None
-        )
-        total = F.linear_cross_entropy(
-            hidden, weight, targets, reduction="sum", ignore_index=IGNORED, options=options
+    if z_loss == 0 and exact and HAS_LINEAR_CROSS_ENTROPY:
+        total = summed_linear_cross_entropy(
+            hidden, weight, targets, IGNORED, rows_at_once(weight.shape[0])
         )
         return Loss(total, total.detach(), count)
     total, cross_entropy = chunked_cross_entropy(hidden, weight, targets, z_loss)
@@ -63,23 +63,26 @@ def rows_at_once(vocab_size: int) -> int:
 def chunked_cross_entropy(
     hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float
 ) -> tuple[Tensor, Tensor]:
-    """(total, cross-entropy) of rows (R, D), a chunk of rows at a time; shapes as above.
+    """(total, cross-entropy) of rows (R, D), a chunk of rows at a time.
 
-    The gradients are made while a chunk's logits are at hand, so they are never made twice.
+    The forward computes the gradients, too, while it holds the logits of a chunk. So logits are
+    computed once, and never all of them are held.
     """
     return _Chunked.apply(hidden, weight, targets, z_loss, torch.is_grad_enabled())
 
 
 class _Chunked(torch.autograd.Function):
+    """`chunked_cross_entropy`, whose backward only scales what the forward has computed."""
+
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float, learning: bool
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float, needs_grad: bool
     ) -> tuple[Tensor, Tensor]:
         exact = torch.promote_types(hidden.dtype, torch.float32)
-        # Not two views of one tensor: FSDP's hooks do not take those.
+        # Two tensors and not two views of one: FSDP's hooks refuse views of one tensor.
         total, cross_entropy = (hidden.new_zeros((), dtype=exact) for _ in range(2))
         d_hidden = torch.empty_like(hidden)
-        d_weight = torch.zeros_like(weight if learning else weight[:0], dtype=exact)
+        d_weight = torch.zeros_like(weight if needs_grad else weight[:0], dtype=exact)
         head = weight.to(hidden.dtype)
         step = rows_at_once(weight.shape[0])
         for h, d, y in zip(
@@ -92,14 +95,15 @@ class _Chunked(torch.autograd.Function):
             loss = (lse - logits.gather(1, y)).mul_(counted).sum()
             cross_entropy += loss
             total += loss + (z_loss * lse**2).mul_(counted).sum()
-            if not learning:
+            if not needs_grad:
                 continue
+            # d loss / d logits = p (1 + 2 z lse) - one_hot(target)
             p = logits.sub_(lse).exp_().mul_(1 + 2 * z_loss * lse)
             p.scatter_add_(1, y, -torch.ones_like(lse)).mul_(counted)
             p = p.to(h.dtype)
             d.copy_(p @ head)
             d_weight += p.T @ h
-        if learning:
+        if needs_grad:
             ctx.save_for_backward(d_hidden, d_weight.to(weight.dtype))
         ctx.mark_non_differentiable(cross_entropy)
         return total, cross_entropy

@@ -1,20 +1,50 @@
 """The PHD transformer: K copies of every token in, one prediction per token out."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from phd.attention.context import RowContext
+from phd.attention.attend import attend
 from phd.block import Block
-from phd.config import ModelConfig
+from phd.config import Backend, ModelConfig
 from phd.initialization import initial_weights
 from phd.linear import Linear, fuse_weights, project
 from phd.loss import Loss, next_token_loss
 from phd.norm import RMSNorm
 from phd.pattern import Pattern
-from phd.rope import Rope
+from phd.rope import Rope, rotate
 from phd.segments import Segments
+
+
+@dataclass(frozen=True)
+class RowContext:
+    """The `phd.block.AttentionContext` of whole rows, whose slots see what the pattern lets them.
+
+    Attributes:
+        rope: (cos, sin) of all copies.
+        last_copy_only: only the last copy is computed; the others give keys and values alone.
+        segments: documents that do not see each other; None: each row is one document.
+    """
+
+    pattern: Pattern
+    backend: Backend
+    rope: tuple[Tensor, Tensor]
+    last_copy_only: bool
+    segments: Segments | None
+
+    def select_queries(self, x: Tensor) -> Tensor:
+        return x[:, -1:] if self.last_copy_only else x
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        cos, sin = self.rope
+        K, Q = self.pattern.K, 1 if self.last_copy_only else self.pattern.K
+        q = rotate(q, cos[:, -Q:], sin[:, -Q:])
+        k, v = rotate(k, cos, sin), v.transpose(1, 2)
+        # Copies that are still equal were projected once.
+        q, k, v = (x.expand(-1, -1, copies, -1, -1) for x, copies in ((q, Q), (k, K), (v, K)))
+        return attend(q, k, v, self.pattern, self.backend, self.segments)
 
 
 class Transformer(nn.Module):
@@ -48,8 +78,11 @@ class Transformer(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        """The LM head's weight (V, D). A tied head is no parameter of its own: nothing can part it
-        from the embedding, neither a move to another device nor sharding."""
+        """The LM head's weight (V, D).
+
+        A tied head has no parameter of its own, so neither a move to another device nor sharding
+        can separate it from the embedding.
+        """
         return self.embed.weight if self.config.tied else self.head.weight
 
     @torch.no_grad()
@@ -70,12 +103,12 @@ class Transformer(nn.Module):
         self.rope.build(self.embed.weight.device)
         return self
 
-    def flatten(self) -> "Transformer":
-        """Lay weights that are multiplied with the same input end to end, which makes inference
-        faster; returns itself.
+    def fuse_projections(self) -> "Transformer":
+        """Multiply q, k, v and gate, up by one product each, which makes inference faster.
 
-        They keep their names. A move to another device or dtype undoes it, as does loading by
-        `assign`; `torch.compile` takes no notice. Hooks on q, k, v, gate and up do not run then.
+        The weights move into one tensor, and keep their names. A move to another device or dtype
+        undoes it, as does loading by `assign`; `torch.compile` ignores it. Hooks on q, k, v, gate
+        and up do not run while the weights are fused. Returns itself.
         """
         for block in self.blocks:
             assert isinstance(block, Block)
@@ -87,7 +120,7 @@ class Transformer(nn.Module):
     def forward(self, tokens: Tensor, segments: Segments | None = None) -> Tensor:
         """tokens, int (B, T) -> the last copy's normalised hidden states (B, T, D).
 
-        With segments, each document of a row gets what it would get in a row of its own.
+        With segments, each document gets the result that it would get in a row of its own.
 
         Raises:
             ValueError: if T is longer than RoPE's table (`model.max_seq_len`).

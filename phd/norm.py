@@ -7,11 +7,13 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import rms_norm
 
+from phd.torch_private import layer_norm_backward
+
 
 class RMSNorm(nn.RMSNorm):
     """weight * x / sqrt(mean(x^2) + eps) over the last dim (arXiv 1910.07467).
 
-    Computed in float32 at least, whatever autocast makes of x, or sharding of the weight.
+    Computed in float32 or wider, also where autocast has made x narrower, or sharding the weight.
     """
 
     eps: float
@@ -28,19 +30,23 @@ class RMSNorm(nn.RMSNorm):
 
 
 def _scale(x: Tensor, eps: float) -> Tensor:
-    """1 / sqrt(mean(x^2) + eps) over the last dim, in as few kernels as a single token wants."""
+    """1 / sqrt(mean(x^2) + eps) over the last dim.
+
+    In three kernels: for a single token, the time of a kernel is that of starting it.
+    """
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     return torch.addcmul(x.new_full((), eps), norm, norm, value=1 / x.shape[-1]).rsqrt_()
 
 
 class _RMSNorm(torch.autograd.Function):
-    """On the CPU `rms_norm` is a dozen passes over x, a third of a small model's step; here 5.
+    """RMSNorm in 5 passes over x.
 
-    With g = weight * dy and x^ = x / rms, LayerNorm's and RMSNorm's backward are
+    On the CPU torch's `rms_norm` takes a dozen passes, a third of a small model's step. With
+    g = weight * dy and x^ = x / rms, the backward of LayerNorm (for a mean of 0) and of RMSNorm are
 
-        dx_layer = (g - mean(g) - x^ mean(g x^)) / rms        dx = (g - x^ mean(g x^)) / rms
+        dx_layer = (g - mean(g) - x^ mean(g x^)) / rms        dx_rms = (g - x^ mean(g x^)) / rms
 
-    so LayerNorm's fused backward, told a mean of 0, does all but the term with mean(g).
+    so LayerNorm's fused backward computes all of it, and mean(g) / rms has to be added back.
     """
 
     @staticmethod
@@ -54,8 +60,6 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, scale = ctx.saved_tensors
         dy, D = grads[0].contiguous(), x.shape[-1]
-        dx, dweight, _ = torch.ops.aten.native_layer_norm_backward(
-            dy, x, [D], torch.zeros_like(scale), scale, weight, None, [True, True, False]
-        )
+        dx, dweight = layer_norm_backward(dy, x, torch.zeros_like(scale), scale, weight)
         mean = torch.mv(dy.reshape(-1, D), weight).view_as(scale).div_(D)
         return dx.add_(mean.mul_(scale)), dweight, None

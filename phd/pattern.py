@@ -36,12 +36,12 @@ class Pattern:
     4'   o  o  o  o  o  .  .  .  .  h  h  .
     5'   o  o  o  o  o  o  .  .  .  .  h  h
 
-    The upper left quadrant is the vanilla causal mask: originals never see a hidden copy, so
-    they compute what the vanilla model computes, and only they need a place in the KV cache.
+    The upper left quadrant is the vanilla causal mask: originals never see a hidden copy, so they
+    compute what the vanilla model computes, and only they have to stay in the KV cache.
 
     Attributes:
-        rule: `causal` (K = 1), `flat` (every slot sees every slot before it, token-major: naive
-            repetition), or `hidden` (PHD: originals remembered, hidden copies local).
+        rule: `causal` (K = 1), `flat` (naive repetition: every slot sees every slot before it,
+            token by token), or `hidden` (PHD: originals are remembered, hidden copies are local).
         K: copies of each token.
         window: W, the reach of hidden copies, itself included; None: no rule 3 (plain PHD).
         chunk_tokens: tokens in a chunk; None: one chunk for the whole row.
@@ -92,11 +92,11 @@ class Pattern:
     def visible_hidden_copies(self, position: Tensor) -> Tensor:
         """How many hidden copies each hidden copy sees, its own included.
 
-        Hidden copies are numbered h(n, s) = n*(K-1) + s-1. Rules 2 and 3 together let hidden copy
-        h see exactly the last so many up to h, which is what the packed backend masks by.
+        Hidden copies are numbered h(n, s) = n*(K-1) + s-1. By rules 2 and 3 together, hidden copy h
+        sees exactly the last so many up to h. The packed backend masks by this number.
 
         Args:
-            position: int64 (..., T), the place of each token in its document.
+            position: int64 (..., T), the position of each token in its document.
 
         Returns:
             int64 (..., K-1, T).
@@ -114,8 +114,8 @@ class Pattern:
     def visible_tokens(self, s: int, r: int, position: Tensor) -> tuple[Tensor, Tensor]:
         """The interval of tokens whose copy r is seen by copy s of each token.
 
-        Returns (low, high), int64 as `position` (..., T), all of them places in the document; both
-        ends are seen; empty where high < low.
+        Returns (low, high), int64 as `position` (..., T), positions in the document as well. Both
+        ends are seen; the interval is empty where high < low.
         """
         n = position
         low, high = torch.zeros_like(n), n if r <= s else n - 1
@@ -128,7 +128,7 @@ class Pattern:
 
     @property
     def span_tokens(self) -> int | None:
-        """How many tokens a hidden copy's view covers at most, its own included; None: all."""
+        """How many tokens have hidden copies that one sees at most, its own included; None: all."""
         if self.window is None:
             return 1
         if self.span_unit == "token":
@@ -136,30 +136,30 @@ class Pattern:
         return 1 + ceil((self.window - 1) / (self.K - 1))
 
     @property
-    def places(self) -> int:
-        """How many copies of a token are remembered: the original alone, or all of them."""
+    def cached_slots_per_token(self) -> int:
+        """How many copies of a token stay in the KV cache: the original, or all with `flat`."""
         return self.K if self.rule == "flat" else 1
 
-    def hidden_needed(self, first: int, layers: int) -> int:
-        """The first token whose hidden copies matter to those of token `first` and after it.
+    def first_influential_token(self, token: int, layers: int) -> int:
+        """The first token whose hidden copies influence those of `token` and of later ones.
 
-        A hidden copy sees `span_tokens` in a layer, and through `layers` of them so much further,
-        but nothing beyond the beginning of its chunk.
+        In each of `layers` layers a hidden copy sees `span_tokens` - 1 further back, but nothing
+        before its chunk.
 
-        >>> Pattern("hidden", K=2, window=3, chunk_tokens=100).hidden_needed(50, layers=4)
+        >>> Pattern("hidden", K=2, window=3, chunk_tokens=100).first_influential_token(50, layers=4)
         42
         """
         assert self.rule == "hidden"
         assert self.span_tokens is not None
-        needed = max(0, first - layers * (self.span_tokens - 1))
+        first = max(0, token - layers * (self.span_tokens - 1))
         if self.chunk_tokens is None:
-            return needed
-        return max(needed, first // self.chunk_tokens * self.chunk_tokens)
+            return first
+        return max(first, token // self.chunk_tokens * self.chunk_tokens)
 
     def pairs(self, tokens: int, copies: int | None = None) -> int:
-        """(query, key) pairs of one row, counting the queries of the last `copies` copies only.
+        """How many (query, key) pairs of a row the pattern allows; FLOP counts build on it.
 
-        This is the attention that the pattern needs, once each; FLOP counts build on it.
+        Counts the queries of the last `copies` copies only; None: of all.
         """
         copies = self.K if copies is None else copies
         triangle = tokens * (tokens + 1) // 2
@@ -168,23 +168,24 @@ class Pattern:
             return below + tokens * sum(range(self.K - copies + 1, self.K + 1))
         total = copies * triangle
         if self.rule == "hidden":
-            total += int(self.visible_hidden_copies(torch.arange(tokens))[-copies:].sum())
+            position = torch.arange(tokens, device="cpu")
+            total += int(self.visible_hidden_copies(position)[-copies:].sum())
         return total
 
     def cached_slots(self, tokens: int) -> tuple[int, int]:
-        """(remembered slots, hidden copies) of a row that a cache for `tokens` tokens has room for.
+        """(slots that stay, hidden copies in the ring) of one row in a cache for `tokens` tokens.
 
-        Hidden copies live in a ring of W, or of a chunk where that is shorter; with naive
-        repetition they are remembered.
+        The ring has room for W hidden copies, or for a chunk where that is shorter. With naive
+        repetition hidden copies stay, and there is no ring.
         """
         if self.rule != "hidden" or self.window is None:
-            return tokens * self.places, 0
+            return tokens * self.cached_slots_per_token, 0
         ring = self.window * (self.K - 1) if self.span_unit == "token" else self.window
         bound = tokens if self.chunk_tokens is None else min(tokens, self.chunk_tokens)
         return tokens, min(ring, bound * (self.K - 1))
 
     def draw(self, tokens: int) -> str:
-        """The mask as text, copy by copy: `o` an original is seen, `h` a hidden copy is."""
+        """The mask as text, a row for each query: `o` it sees an original, `h` a hidden copy."""
         slots = [(n, s) for s in range(self.K) for n in range(tokens)]
         names = [f"{n}{chr(39) * s}" for n, s in slots]
         width = max(map(len, names)) + 1

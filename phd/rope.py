@@ -11,12 +11,14 @@ from phd.segments import Segments
 
 
 class Rope(nn.Module):
-    """Turns each pair (x_i, x_{i + H/2}) of a head by position * theta^(-2i/H) (arXiv 2104.09864).
+    """The tables of RoPE (arXiv 2104.09864), for every copy of a token.
+
+    Each pair (x_i, x_{i + H/2}) of a head is rotated by the angle position * theta^(-2i/H).
 
         copies of token n      shared (default)     flattened, K = 3
         s = 0, 1, 2            n   n   n            3n  3n+1  3n+2
 
-    The paper does not say which; `shared` leaves the originals where vanilla puts them.
+    PHD's paper does not say which it uses; `shared` gives the originals vanilla's positions.
     """
 
     cos: Tensor
@@ -33,6 +35,8 @@ class Rope(nn.Module):
         """Make the tables, float32 (positions, H); again after a model leaves the meta device.
 
         cos  c_0 .. c_{H/2-1}  c_0 .. c_{H/2-1}      sin  -s_0 .. -s_{H/2-1}  s_0 .. s_{H/2-1}
+
+        Angles are computed in float64: in float32, position 4096 would already err by 2e-4 rad.
         """
         c = self.config
         exponent = torch.arange(0, c.head_dim, 2, device=device, dtype=torch.float64) / c.head_dim
@@ -44,7 +48,7 @@ class Rope(nn.Module):
     def tables(self, tokens: int, segments: Segments | None = None) -> tuple[Tensor, Tensor]:
         """(cos, sin) for all copies of rows of `tokens` tokens: (B or 1, K or 1, 1, T, H).
 
-        With segments, positions begin anew with each document.
+        With segments, positions restart with each document.
         """
         assert tokens <= self.config.max_seq_len, (tokens, self.config.max_seq_len)
         K = self.config.K if self.config.copy_positions == "flattened" else 1
@@ -59,32 +63,32 @@ class Rope(nn.Module):
     def at(self, tokens: Tensor, copies: Tensor) -> tuple[Tensor, Tensor]:
         """(cos, sin), each (B, T * copies, H), of these copies (copies,) of tokens (B, T), int64.
 
-        Tokens behind the end of the tables, which only fill a row, get the last one's.
+        Tokens past the end of the tables, which are padding, get the last token's.
         """
-        place = tokens.clamp(max=self.config.max_seq_len - 1)[..., None]
+        position = tokens.clamp(max=self.config.max_seq_len - 1)[..., None]
         if self.config.copy_positions == "flattened":
-            place = place * self.config.K + copies
-        place = place.expand(*tokens.shape, len(copies)).flatten(1)
-        return self.cos[place], self.sin[place]
+            position = position * self.config.K + copies
+        position = position.expand(*tokens.shape, len(copies)).flatten(1)
+        return self.cos[position], self.sin[position]
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn x (B, K, heads, T, H), any strides, by tables (B or 1, K or 1, 1, T, H).
+    """Rotate x (B, K or 1, heads, T, H), any strides, by tables (B or 1, K or 1, 1, T, H).
 
-    Returns (B, heads, K, T, H), contiguous: the layout that attention wants. Where x holds one
-    copy and the tables K, that copy is turned K ways.
+    Returns (B, heads, K, T, H), contiguous, which is attention's layout. Where x holds one copy and
+    the tables K, that copy is rotated in K ways.
     """
     x = x.expand(-1, max(x.shape[1], cos.shape[1]), -1, -1, -1)
-    return _Rotate.apply(x, cos, sin) if torch.is_grad_enabled() else _rotated(x, cos, sin)
+    return _Rotate.apply(x, cos, sin) if torch.is_grad_enabled() else _rotate(x, cos, sin)
 
 
 class _Rotate(torch.autograd.Function):
-    """Four kernels instead of seven, straight into attention's layout; backward turns back."""
+    """Four kernels instead of seven, which write attention's layout; the backward rotates back."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return _rotated(x, cos, sin)
+        return _rotate(x, cos, sin)
 
     @staticmethod
     @once_differentiable
@@ -93,17 +97,17 @@ class _Rotate(torch.autograd.Function):
         grad = grads[0].transpose(1, 2)
         B, K, heads, T, H = grad.shape
         out = grad.new_empty(B, K, T, heads, H).transpose(2, 3)
-        _turn(grad, cos, -sin, out)
+        _rotate_into(grad, cos, -sin, out)
         return out, None, None
 
 
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     B, K, heads, T, H = x.shape
     out = x.new_empty(B, heads, K, T, H)
-    _turn(x, cos, sin, out.transpose(1, 2))
+    _rotate_into(x, cos, sin, out.transpose(1, 2))
     return out
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
+def _rotate_into(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
     out.copy_(x * cos.to(x.dtype))
     out.addcmul_(x.roll(x.shape[-1] // 2, -1), sin.to(x.dtype))

@@ -102,7 +102,7 @@ class Writer:
         for part in self.model.modules():
             if isinstance(part, nn.Linear | nn.Embedding):
                 part.to(self.dtype)  # else autocast would convert them for every token
-        self.model.flatten()
+        self.model.fuse_projections()
 
     def stream(self, prompt: str) -> Iterator[str]:
         """The prompt and what follows it, as it comes."""

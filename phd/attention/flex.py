@@ -12,7 +12,7 @@ from torch.nn.functional import pad
 from phd.pattern import Pattern
 from phd.segments import Segments
 
-BLOCK = 128  # slots of a block of the mask, FlexAttention's default
+MASK_BLOCK_SIZE = 128  # slots in a block of the mask, FlexAttention's default
 
 
 def flex_attention(
@@ -41,12 +41,12 @@ def masked_flex(  # type: ignore[no-untyped-def]
 ) -> Tensor:
     """Run `kernel` (FlexAttention, compiled or eager) over slots in copy-major order.
 
-    Tokens are padded to whole blocks, so that a block belongs to one copy. Padded keys lie behind
-    every real query and so are never seen; padded queries are cut off.
+    Tokens are padded to whole blocks, so that a block belongs to one copy. Padded keys come after
+    every real query, so no query sees them; the outputs of padded queries are dropped.
     """
     Q, T = q.shape[2:4]
-    filler = (0, 0, 0, -T % BLOCK)
-    q, k, v = (pad(x, filler) for x in (q, k, v))
+    padding = (0, 0, 0, -T % MASK_BLOCK_SIZE)
+    q, k, v = (pad(x, padding) for x in (q, k, v))
     mask = flex_mask(pattern, q.shape[3], Q, q.device, segments)
     out = kernel(
         q.flatten(2, 3), k.flatten(2, 3), v.flatten(2, 3), block_mask=mask, enable_gqa=True
@@ -62,14 +62,15 @@ def flex_mask(
     device: torch.device,
     segments: Segments | None = None,
 ) -> BlockMask:
-    """The block mask of the last `copies` copies' queries; `tokens` is a multiple of `BLOCK`.
+    """The block mask of the last `copies` copies' queries; `tokens` is whole blocks.
 
-    Blocks are found from the interval of tokens that each query sees, in O(K^2 T^2 / BLOCK) work
-    and no dense mask. Blocks that are seen whole are listed apart: the kernel skips the predicate.
-    Tokens past the end of `segments` are a document of their own. All layers of a step share one
-    mask, because segments of the same tensors are equal.
+    Blocks are found from the interval of tokens that each query sees, which takes
+    O(K^2 T^2 / MASK_BLOCK_SIZE) work and no dense mask. Blocks that are seen whole are listed
+    apart: for them the kernel does not call the predicate. Tokens past the end of `segments` are a
+    document of their own. The cache gives all layers of a step one mask, because a step has one
+    `Segments` object.
     """
-    assert tokens % BLOCK == 0
+    assert tokens % MASK_BLOCK_SIZE == 0
     T, offset = tokens, (pattern.K - copies) * tokens
     starts = torch.zeros(1, T, dtype=torch.int64, device=device)
     if segments is not None:
@@ -87,11 +88,11 @@ def flex_mask(
         allowed = pattern.allows(n - start, q_slot // T, m - start, k_slot // T)
         return (start == starts[b, m]) & allowed
 
-    some, every = (x[:, -copies * T // BLOCK :] for x in block_table(pattern, starts))
+    some, every = (x[:, -copies * T // MASK_BLOCK_SIZE :] for x in block_table(pattern, starts))
     return BlockMask.from_kv_blocks(
-        *_listed(some & ~every),
-        *_listed(every),
-        BLOCK_SIZE=BLOCK,
+        *_block_lists(some & ~every),
+        *_block_lists(every),
+        BLOCK_SIZE=MASK_BLOCK_SIZE,
         mask_mod=in_row if segments is None else in_document,
         seq_lengths=(copies * T, pattern.K * T),
     )
@@ -103,22 +104,23 @@ def block_table(pattern: Pattern, starts: Tensor) -> tuple[Tensor, Tensor]:
     starts, int64 (B, T), says where each token's document begins.
     """
     position = torch.arange(starts.shape[1], device=starts.device) - starts
-    left = torch.arange(0, starts.shape[1], BLOCK, device=starts.device)
+    first = torch.arange(0, starts.shape[1], MASK_BLOCK_SIZE, device=starts.device)
+    last = first + MASK_BLOCK_SIZE - 1
     some, every = [], []
     for s in range(pattern.K):
         ranges = [pattern.visible_tokens(s, r, position) for r in range(pattern.K)]
         low, high = (
             (torch.stack(x, 2) + starts[..., None])[..., None] for x in zip(*ranges, strict=True)
         )  # (B, T, K, 1)
-        meets = torch.maximum(low, left) <= torch.minimum(high, left + BLOCK - 1)
-        covers = (low <= left) & (high >= left + BLOCK - 1)
-        some.append(meets.unflatten(1, (-1, BLOCK)).any(2).flatten(2))
-        every.append(covers.unflatten(1, (-1, BLOCK)).all(2).flatten(2))
+        meets = torch.maximum(low, first) <= torch.minimum(high, last)
+        covers = (low <= first) & (high >= last)
+        some.append(meets.unflatten(1, (-1, MASK_BLOCK_SIZE)).any(2).flatten(2))
+        every.append(covers.unflatten(1, (-1, MASK_BLOCK_SIZE)).all(2).flatten(2))
     return torch.cat(some, 1), torch.cat(every, 1)
 
 
-def _listed(table: Tensor) -> tuple[Tensor, Tensor]:
-    """A table of blocks as FlexAttention wants it: how many in each row, and which come first."""
+def _block_lists(table: Tensor) -> tuple[Tensor, Tensor]:
+    """A table of blocks in FlexAttention's form: how many each row has, and their indices first."""
     count = table.sum(-1, dtype=torch.int32)
     order = table.int().argsort(dim=-1, descending=True, stable=True).int()
     return count[:, None], order[:, None]

@@ -1,14 +1,14 @@
-"""The packed backend: PHD attention for little more than K times the price of vanilla's.
+"""The packed backend: PHD attention at little more than K times the cost of vanilla's.
 
     queries              keys: originals            keys: hidden copies
     originals  (s = 0)   causal over T    --.       -
-    hidden     (s >= 1)  causal over T    --'       blocks of a chunk or a window:
+    hidden     (s >= 1)  causal over T    --'       tiles of a chunk or a window:
                          one flash kernel with      small batched products
                          K*N query heads
 
 Rule 1 is the same causal attention for all copies, so the K copies are K times as many query heads
-of the same key/value head, and one stock kernel reads the keys for all of them. Rules 2 and 3 let
-a hidden copy see an interval of the hidden copies that ends with itself (`phd.attention.tiles`).
+of the same key/value head, and one stock kernel reads the keys for all of them. By rules 2 and 3
+a hidden copy sees an interval of the hidden copies that ends with itself (`phd.attention.tiles`).
 The two results merge by their log-sum-exps, and the backward runs both parts on the merged ones:
 
     lse = log(exp(lse_1) + exp(lse_2))        out = exp(lse_1 - lse) out_1 + exp(lse_2 - lse) out_2
@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import scaled_dot_product_attention
 
-from phd.attention.flash import merged
+from phd.attention.flash import merge
 from phd.attention.tiles import TileRange, Tiles
 from phd.attention.varlen import isolated_backward, isolated_forward
 from phd.pattern import Pattern
@@ -49,13 +49,16 @@ def packed_attention(
     return out.view(B, N, T, Q, H).transpose(2, 3)
 
 
-def _whole_copies(pattern: Pattern) -> range:
-    """Copies whose keys the queries see up to their own token: with `flat`, the last copy's all."""
+def _causal_copies(pattern: Pattern) -> range:
+    """The copies that the queries see causally, up to their own token.
+
+    With `flat` the queries are those of the last copy, which sees all copies of its token.
+    """
     return range(pattern.K if pattern.rule == "flat" else 1)
 
 
 class _Packed(torch.autograd.Function):
-    """Causal attention to whole copies, merged with blocked attention among hidden copies."""
+    """Causal attention to originals, merged with tiled attention among hidden copies."""
 
     @staticmethod
     def forward(
@@ -65,11 +68,12 @@ class _Packed(torch.autograd.Function):
         B, N, Q, T, H = q.shape
         heads = q.reshape(B, N * Q, T, H)
         out, lse = isolated_forward(heads, k[:, :, 0], v[:, :, 0], H**-0.5, segments)
-        for r in _whole_copies(pattern)[1:]:
-            part, part_lse = isolated_forward(heads, k[:, :, r], v[:, :, r], H**-0.5, segments)
-            out, lse = merged((out, lse), (part, part_lse))
+        for r in _causal_copies(pattern)[1:]:
+            part = isolated_forward(heads, k[:, :, r], v[:, :, r], H**-0.5, segments)
+            out, lse = merge((out, lse), part)
         out, lse = out.view(B, N, Q, T, H), lse.view(B, N, Q, T)
         if pattern.rule == "hidden":
+            # The products among hidden copies are in the precision of lse, float32 at least.
             with torch.autocast(q.device.type, enabled=False):
                 _merge_hidden((q, k, v), (out, lse), pattern, segments)
         ctx.save_for_backward(q, k, v, out, lse)
@@ -85,7 +89,7 @@ class _Packed(torch.autograd.Function):
         heads, merged = q.reshape(B, N * Q, T, H), (out.view(B, N * Q, T, H), lse.view(B, N * Q, T))
         dq = None
         dk, dv = torch.empty_like(k), torch.empty_like(v)
-        for r in _whole_copies(ctx.pattern):
+        for r in _causal_copies(ctx.pattern):
             share, dk[:, :, r], dv[:, :, r] = isolated_backward(
                 dout.view(B, N * Q, T, H),
                 (heads, k[:, :, r], v[:, :, r]),
@@ -115,15 +119,15 @@ def _merge_hidden(
     copies = min(q.shape[2], pattern.K - 1)
     q, out, lse = (x[:, :, -copies:] for x in (q, out, lse[..., None]))
     for part in _hidden_parts(q, k, pattern, segments, lse.dtype):
-        turn, scores = part.turn, part.scores
+        tiles, scores = part.tiles, part.scores
         peak = scores.amax(-1, keepdim=True)
         weights = scores.sub_(peak).exp_()
-        far, near = turn.queries(lse), weights.sum(-1, keepdim=True).log_().add_(peak)
-        total = torch.logaddexp(far, near)
-        share = (weights @ turn.keys(v[:, :, 1:]).to(lse.dtype)).mul_((peak - total).exp_())
-        rows, kept = out[..., turn.rows, :], turn.unblock((far - total).exp_())
-        rows.copy_(torch.addcmul(turn.unblock(share), rows, kept))
-        lse[..., turn.rows, :] = turn.unblock(total)
+        lse_1, lse_2 = tiles.cut_queries(lse), weights.sum(-1, keepdim=True).log_().add_(peak)
+        total = torch.logaddexp(lse_1, lse_2)
+        out_2 = (weights @ tiles.cut_keys(v[:, :, 1:]).to(lse.dtype)).mul_((peak - total).exp_())
+        out_1, share_1 = out[..., tiles.tokens, :], tiles.join_queries((lse_1 - total).exp_())
+        out_1.copy_(torch.addcmul(tiles.join_queries(out_2), out_1, share_1))
+        lse[..., tiles.tokens, :] = tiles.join_queries(total)
 
 
 def _add_hidden_gradients(
@@ -136,8 +140,8 @@ def _add_hidden_gradients(
     """Rules 2 and 3's share of the gradients.
 
     Args:
-        gradients: dq, dk, dv, in which rule 1's share is; the hidden queries' dq is added to, the
-            hidden copies' dk and dv, which only hidden queries see, are set.
+        gradients: dq, dk, dv, which hold rule 1's share. This adds to the dq of hidden queries,
+            and sets dk and dv of hidden copies, which only hidden queries see.
         inputs: q, k, v.
         result: the merged out and lse, and dout.
     """
@@ -145,27 +149,27 @@ def _add_hidden_gradients(
     copies, scale = min(q.shape[2], pattern.K - 1), q.shape[-1] ** -0.5
     dq, q, out, lse, dout = (x[:, :, -copies:] for x in (dq, q, out, lse[..., None], dout))
     delta = (dout.to(lse.dtype) * out).sum(-1, keepdim=True)
-    near_dk, near_dv = (torch.zeros_like(x[:, :, 1:], dtype=lse.dtype) for x in (k, v))
+    hidden_dk, hidden_dv = (torch.zeros_like(x[:, :, 1:], dtype=lse.dtype) for x in (k, v))
     for part in _hidden_parts(q, k, pattern, segments, lse.dtype):
-        turn = part.turn
-        p = part.scores.sub_(turn.queries(lse)).exp_()
-        dout_rows = turn.queries(dout).to(lse.dtype)
-        dp = dout_rows @ turn.keys(v[:, :, 1:]).to(lse.dtype).mT
-        ds = dp.sub_(turn.queries(delta)).mul_(p)
-        dq[..., turn.rows, :] += turn.unblock(ds @ part.k)
-        turn.add_to_keys(near_dk, ds.mT @ part.q)
-        turn.add_to_keys(near_dv, p.mT @ dout_rows)
-    dk[:, :, 1:], dv[:, :, 1:] = near_dk.mul_(scale), near_dv
+        tiles = part.tiles
+        p = part.scores.sub_(tiles.cut_queries(lse)).exp_()
+        tiled_dout = tiles.cut_queries(dout).to(lse.dtype)
+        dp = tiled_dout @ tiles.cut_keys(v[:, :, 1:]).to(lse.dtype).mT
+        ds = dp.sub_(tiles.cut_queries(delta)).mul_(p)
+        dq[..., tiles.tokens, :] += tiles.join_queries(ds @ part.k)
+        tiles.add_to_keys(hidden_dk, ds.mT @ part.q)
+        tiles.add_to_keys(hidden_dv, p.mT @ tiled_dout)
+    dk[:, :, 1:], dv[:, :, 1:] = hidden_dk.mul_(scale), hidden_dv
 
 
 class _HiddenPart(NamedTuple):
-    """Some blocks of hidden queries, the hidden keys they meet, times 1/sqrt(H), and the scores.
+    """Some tiles of hidden queries, the hidden keys they meet, times 1/sqrt(H), and the scores.
 
-    q (B, G, blocks, queries, H), k (B, G, blocks, keys, H), scores (B, G, blocks, queries, keys),
+    q (B, G, tiles, queries, H), k (B, G, tiles, keys, H), scores (B, G, tiles, queries, keys),
     -inf where the pattern does not allow them.
     """
 
-    turn: TileRange
+    tiles: TileRange
     q: Tensor
     k: Tensor
     scores: Tensor
@@ -174,13 +178,14 @@ class _HiddenPart(NamedTuple):
 def _hidden_parts(
     q: Tensor, k: Tensor, pattern: Pattern, segments: Segments | None, dtype: torch.dtype
 ) -> Iterator[_HiddenPart]:
-    """All blocks of the hidden queries q (B, N, copies, T, H), turn by turn."""
+    """The hidden queries q (B, N, copies, T, H) in ranges of tiles, with their keys and scores."""
     B, N, copies, T, H = q.shape
-    blocks = Tiles.of(pattern, T, one_document=segments is None)
+    tiles = Tiles.of(pattern, T, one_document=segments is None)
     position = torch.arange(T, device=q.device)[None] if segments is None else segments.position
-    for turn in blocks.turns(B, N, k.shape[1], copies):
-        rows, keys = turn.queries(q).to(dtype), turn.keys(k[:, :, 1:]).to(dtype) * H**-0.5
-        scores = rows @ keys.mT
-        masked = turn.masked(position)[:, None, :, None]
+    for tile_range in tiles.ranges(B, N, k.shape[1], copies):
+        queries = tile_range.cut_queries(q).to(dtype)
+        keys = tile_range.cut_keys(k[:, :, 1:]).to(dtype) * H**-0.5
+        scores = queries @ keys.mT
+        masked = tile_range.masked(position)[:, None, :, None]
         scores.unflatten(3, (-1, masked.shape[4])).masked_fill_(masked, -torch.inf)
-        yield _HiddenPart(turn, rows, keys, scores)
+        yield _HiddenPart(tile_range, queries, keys, scores)

@@ -5,8 +5,8 @@
     query b0            .  .  .  x  .       on CUDA in half precision one variable-length kernel,
     query b1            .  .  .  x  x       elsewhere `flash` on one document after another
 
-Both need to know on the host where documents begin. As operators of their own they hide that from
-`torch.compile`, which would otherwise make a graph for every new set of documents.
+Both read on the host where documents begin. They are custom operators, which `torch.compile` does
+not look into: otherwise it would compile a graph for every new set of documents.
 """
 
 from collections.abc import Iterator
@@ -28,7 +28,7 @@ from phd.segments import Segments
 def isolated_forward(
     q: Tensor, k: Tensor, v: Tensor, scale: float, segments: Segments | None
 ) -> tuple[Tensor, Tensor]:
-    """`causal_forward` within each document; within the row, where segments are None."""
+    """`causal_forward` within each document; segments None: each row is one document."""
     if segments is None:
         return causal_forward(q, k, v, scale)
     return _forward(q, k, v, scale, segments.cu_seqlens, segments.cu_seqlens_cpu)
@@ -101,14 +101,14 @@ def _longest(cu_seqlens_cpu: Tensor) -> int:
 
 
 def _documents(cu_seqlens_cpu: Tensor, tokens: int) -> Iterator[tuple[slice, slice, slice]]:
-    """What to index (B, heads, T, ...) by for each document."""
+    """For each document, the index of its row and tokens in (B, heads, T, ...)."""
     for start, stop in pairwise(cu_seqlens_cpu.tolist()):
         row, first = divmod(start, tokens)
         yield slice(row, row + 1), slice(None), slice(first, first + stop - start)
 
 
 def _token_major(x: Tensor) -> Tensor:
-    """New memory for (B, heads, T, H), the heads of a token side by side as the kernels do it."""
+    """New memory for (B, heads, T, H), token by token, which is the layout that kernels return."""
     B, heads, T, H = x.shape
     return x.new_empty(B, T, heads, H).transpose(1, 2)
 

@@ -12,7 +12,7 @@
     norm                       model.norm
     head                       lm_head                            untied; a tied one is embed
 
-Both sides turn the same pairs of a head by RoPE, so the numbers themselves are the same.
+RoPE rotates the same pairs of a head in both, so weights need no permutation.
 """
 
 from collections.abc import Mapping
@@ -30,7 +30,7 @@ MISFITS_SHOWN = 8
 
 
 class Family(NamedTuple):
-    """One of Hugging Face's model types, the wiring it has, and its names for the norms."""
+    """One of Hugging Face's model types, its wiring, and its names for the norms."""
 
     model_type: str
     architecture: str
@@ -84,8 +84,8 @@ def from_hugging_face(
 ) -> tuple[ModelConfig, State]:
     """The vanilla model that a Hugging Face config and state dict describe.
 
-    For the start of a PHD model, `dataclasses.replace` the config's variant, K and so on, and
-    give both to `starting_state`.
+    To start a PHD model from it, `dataclasses.replace` the config's variant, K and so on, and pass
+    both to `starting_state`.
 
     Args:
         hf_config: `config.json` of an `olmo2` or `llama`, by transformers 4 or 5.
@@ -100,7 +100,7 @@ def from_hugging_face(
     """
     config = _read_config(hf_config)
     names = _names(config)
-    # Old files hold RoPE's frequencies too, which follow from rope_theta.
+    # Old checkpoints hold RoPE's frequencies as well, which follow from rope_theta.
     weights = {
         name: weight.to(torch.promote_types(weight.dtype, torch.float32))
         for name, weight in hf_state.items()
@@ -139,9 +139,9 @@ def to_hugging_face(
 def starting_state(config: ModelConfig, state: Mapping[str, Tensor]) -> State:
     """The state dict with which a model of any variant starts from a vanilla model's weights.
 
-    Every copy goes through the same weights, so they are taken as they are; only copy embeddings
-    are new, and start at 0. The originals then compute what the vanilla model computes. An untied
-    head starts as a tied model's embedding.
+    Every copy goes through the same weights, so they stay what they are. Only copy embeddings are
+    new, and start at 0. So the originals compute what the vanilla model computes. An untied head
+    starts as the embedding of a tied model.
 
     Args:
         config: the vanilla model's, with any variant, K, window, chunk and copy settings.
@@ -159,7 +159,7 @@ def starting_state(config: ModelConfig, state: Mapping[str, Tensor]) -> State:
 
 
 def _names(config: ModelConfig) -> dict[str, str]:
-    """The names of a vanilla model's weights, here to there."""
+    """The names of a vanilla model's weights: ours, and Hugging Face's for each."""
     parts = PROJECTIONS | BY_NORM[config.norm].norms
     names = {f"{ours}.weight": f"{theirs}.weight" for ours, theirs in MODULES.items()}
     if config.tied:
@@ -177,7 +177,7 @@ def _shapes(config: ModelConfig) -> dict[str, torch.Size]:
 
 
 def _without_tied_head(hf_state: State) -> State:
-    """The weights less the head, which files of a tied model may hold a second time."""
+    """The weights without the head, which a tied model's checkpoint may hold a second time."""
     head, embed = hf_state.get(HEAD), hf_state.get(EMBED)
     if head is not None and embed is not None and not torch.equal(head, embed):
         raise ValueError(
@@ -188,7 +188,7 @@ def _without_tied_head(hf_state: State) -> State:
 
 
 def _fitting(state: Mapping[str, Tensor], shapes: dict[str, torch.Size]) -> State:
-    """The weights of `state`, if they are those of `shapes`, all of them and no more."""
+    """The weights of `state`, if their names and shapes are exactly those of `shapes`."""
     if misfits := _misfits(state, shapes):
         lines = [f"  {misfit}" for misfit in misfits[:MISFITS_SHOWN]]
         if (rest := len(misfits) - MISFITS_SHOWN) > 0:
@@ -282,7 +282,7 @@ def _read_config(hf: Mapping[str, Any]) -> ModelConfig:
 
 
 def _unreadable(hf: Mapping[str, Any]) -> list[str]:
-    """What a Hugging Face config asks for that our model does not compute, or does not say."""
+    """What a Hugging Face config lacks, or asks for and our model does not compute."""
     found = [
         f"{key}: missing; take the config.json that belongs to the weights"
         for key in KEYS.values()

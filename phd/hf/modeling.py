@@ -1,12 +1,16 @@
 """PHD in transformers: `import phd.hf.modeling`, then `AutoModelForCausalLM.from_pretrained(...)`.
 
-    input_ids         attention_mask      turned            put back
+    input_ids         attention_mask      left-aligned      output
     . . a b c         0 0 1 1 1           a b c . .         A A A B C
     d e f g h         1 1 1 1 1           d e f g h         D E F G H
 
-Rows may be padded on either side, or in between. Our model reads each row's tokens from its
-beginning, where the cache has them too; what it makes of a token (A of a) goes back to the token's
-column, and padding gets what the token before it got.
+Rows may be padded on either side, or in between. Our model and its cache want left-aligned rows, so
+the tokens are moved to the left first. The output for a token (A for a) goes back to the token's
+column. A column of padding gets the output of the last token before it, or of the first token.
+
+transformers is used through its public interface, and through what subclasses of `PreTrainedModel`
+are expected to override (`_is_stateful`, `_supports_default_dynamic_cache`, `initialize_weights`)
+or to read (`_is_hf_initialized`). tests/phd/hf/test_modeling.py checks what follows from each.
 """
 
 from collections.abc import Iterator
@@ -33,12 +37,13 @@ from phd.inference.prefill import extend, new_cache
 from phd.initialization import initial_weights
 from phd.model import Transformer
 
-# What a call may bring besides tokens and their cache; the last follows from the cache.
-UNDERSTOOD = {"labels", "attention_mask", "num_items_in_batch", "cache_position"}
+# The arguments of `forward` that have a meaning besides tokens and cache; `cache_position` follows
+# from the cache, and is ignored.
+SUPPORTED = {"labels", "attention_mask", "num_items_in_batch", "cache_position"}
 
 
 class PhdConfig(PreTrainedConfig):
-    """The fields of `phd.config.ModelConfig`, also by the names that transformers knows them by.
+    """The fields of `phd.config.ModelConfig`, also under transformers' names for them.
 
     Raises:
         ValueError: the values cannot make a model.
@@ -66,15 +71,15 @@ class PhdConfig(PreTrainedConfig):
 
     @property
     def model_config(self) -> ModelConfig:
-        """The same as our own config."""
+        """The same values as our own config."""
         return ModelConfig(**{f.name: getattr(self, f.name) for f in fields(ModelConfig)})
 
 
 class PhdCache(Cache):
-    """A `phd.inference.cache.KVCache` as `generate` handles it.
+    """A `phd.inference.cache.KVCache` with the interface that `generate` uses.
 
     Attributes:
-        kv: what the rows remember, without padding.
+        kv: the keys and values of each row's tokens, without padding.
         columns: columns of `input_ids` seen so far, with padding.
     """
 
@@ -106,23 +111,23 @@ class PhdCache(Cache):
         self.kv.select(indices)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Go on with these beams, each a row so far."""
+        """Keep the rows of these beams, in this order."""
         self.kv.select(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Every row several times, one after the other."""
+        """Repeat every row, each copy after the last."""
         rows = torch.arange(self.batch_size, device=self.kv.lengths.device)
         self.kv.select(rows.repeat_interleave(repeats))
 
     def crop(self, tokens_to_remove: int) -> None:  # noqa: ARG002
-        """Refuse: hidden copies that have left the ring cannot come back."""
+        """Refuse: hidden copies that the ring has overwritten cannot be restored."""
         raise ValueError(
             "a PHD cache cannot forget its last tokens; use neither assisted generation nor crop, "
             "or copy.deepcopy the cache before"
         )
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Make all rows empty."""
         self.columns = 0
         self.kv.host_lengths = [0] * self.batch_size
         self.kv.lengths.zero_()
@@ -151,8 +156,10 @@ class PhdForCausalLM(PreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
-        """Draw the weights that no checkpoint gave, as `phd.initialization` does, with a seed from
-        torch's generator; build RoPE's tables, which no checkpoint holds."""
+        """Draw the weights that the checkpoint lacks, and build RoPE's tables, which none has.
+
+        Weights are drawn as in `phd.initialization`, with a seed from torch's global generator.
+        """
         new = {
             name: weight
             for name, weight in self.model.named_parameters()
@@ -166,7 +173,7 @@ class PhdForCausalLM(PreTrainedModel, GenerationMixin):
         self.model.rope.build(self.device)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "PhdForCausalLM":
-        """Move or convert the weights; RoPE's tables are made anew, for they stay float32."""
+        """Move or convert the weights, and rebuild RoPE's tables, which stay float32."""
         super()._apply(fn, recurse)
         self.model.rope.build(self.device)
         return self
@@ -179,7 +186,7 @@ class PhdForCausalLM(PreTrainedModel, GenerationMixin):
         self.model.config = replace(self.model.config, vocab_size=len(value.weight))
 
     def get_output_embeddings(self) -> nn.Module | None:
-        """The LM head; None where it is the embedding, for that is no weight to be tied."""
+        """The LM head; None where it is the embedding, because then there is no weight to tie."""
         return None if self.config.tied else self.model.head
 
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
@@ -187,7 +194,7 @@ class PhdForCausalLM(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
-        """No: `forward` makes its own, which `generate` then hands back to it."""
+        """No: `forward` makes a `PhdCache`, which `generate` passes to the next call."""
         return False
 
     @can_return_tuple
@@ -205,15 +212,16 @@ class PhdForCausalLM(PreTrainedModel, GenerationMixin):
 
         Args:
             input_ids: int64 (B, T).
-            attention_mask: (B, columns so far and T), not 0 where there is a token; None: all are.
+            attention_mask: (B, columns so far + T), 0 where there is padding; None: there is none.
             past_key_values: what an earlier call with `use_cache` returned.
             labels: int64 (B, T), the tokens themselves, -100 where they do not count; column t is
                 predicted from the columns before it.
-            use_cache: return a cache to go on from. Nothing can be learned then.
-            logits_to_keep: of how many columns from the end, 0 for all, or of which ones.
+            use_cache: return a cache for later calls. There are no gradients then.
+            logits_to_keep: for how many columns from the end there are logits, 0 for all, or for
+                which columns.
 
         Raises:
-            ValueError: something is asked that this model does not do, a cache is not its own, or a
+            ValueError: the model does not support an argument, the cache is not a `PhdCache`, or a
                 row is longer than `max_seq_len`.
         """
         cached = bool(use_cache) or past_key_values is not None
@@ -222,7 +230,7 @@ class PhdForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError("; ".join(problems))
         assert input_ids is not None
         text = _Text.of(input_ids, attention_mask)
-        columns = torch.arange(input_ids.shape[1])
+        columns = torch.arange(input_ids.shape[1], device="cpu")
         if isinstance(logits_to_keep, int):
             columns = columns[-logits_to_keep:]
         else:
@@ -231,66 +239,66 @@ class PhdForCausalLM(PreTrainedModel, GenerationMixin):
             if cached:
                 if past_key_values is None:
                     past_key_values = PhdCache(new_cache(self.model, *input_ids.shape))
-                logits = self._extended(text, text.place[:, columns], past_key_values)
+                logits = self._extend(text, text.index[:, columns], past_key_values)
             else:
                 hidden = self.model(text.tokens)
-                logits = self.model.predict(_taken(hidden, text.place[:, columns]))
+                logits = self.model.predict(_gather_tokens(hidden, text.index[:, columns]))
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=logits.shape[-1], **others)
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
 
-    def _extended(self, text: "_Text", place: Tensor, cache: PhdCache) -> Tensor:
-        """The logits (B, columns, V) of the tokens at these places; the cache gets all of them."""
-        counts = torch.tensor(text.lengths)[:, None]
-        keep = int((counts - place).max())
+    def _extend(self, text: "_Text", index: Tensor, cache: PhdCache) -> Tensor:
+        """Add all tokens to the cache; the logits (B, columns, V) of those at `index`."""
+        counts = torch.tensor(text.lengths, device="cpu")[:, None]
+        keep = int((counts - index).max())
         logits = extend(self.model, text.tokens, cache.kv, text.lengths, keep=keep)
         cache.columns += text.tokens.shape[1]
         if keep == 0:  # nothing but padding
-            return logits.new_zeros(*place.shape, logits.shape[2])
-        return _taken(logits, (place - counts + keep).clamp(0, keep - 1))
+            return logits.new_zeros(*index.shape, logits.shape[2])
+        return _gather_tokens(logits, (index - counts + keep).clamp(0, keep - 1))
 
     def _precision(self) -> AbstractContextManager:
-        """Half-precision weights meet a residual stream in float32: autocast settles it."""
+        """Autocast for weights in half precision, as the residual stream is in float32."""
         if self.dtype.itemsize >= torch.float32.itemsize:
             return nullcontext()
         return torch.autocast(self.device.type, self.dtype)
 
 
 class _Text(NamedTuple):
-    """Rows that begin with their first token.
+    """Left-aligned rows.
 
-    tokens (B, T), with padding behind them; lengths, the tokens of each row; place (B, T) on the
+    tokens (B, T), with padding after them; lengths, the tokens of each row; index (B, T) on the
     host, which of its row's tokens belongs to each column.
     """
 
     tokens: Tensor
     lengths: list[int]
-    place: Tensor
+    index: Tensor
 
     @classmethod
     def of(cls, input_ids: Tensor, mask: Tensor | None) -> "_Text":
         B, T = input_ids.shape
         if mask is None or bool(mask[:, -T:].all()):
-            return cls(input_ids, [T] * B, torch.arange(T).expand(B, T))
-        seen = mask[:, -T:].cpu() != 0
-        order = seen.to(torch.int8).argsort(dim=1, descending=True, stable=True)
-        place = (seen.cumsum(1) - 1).clamp(min=0)
+            return cls(input_ids, [T] * B, torch.arange(T, device="cpu").expand(B, T))
+        is_token = mask[:, -T:].cpu() != 0
+        order = is_token.to(torch.int8).argsort(dim=1, descending=True, stable=True)
+        index = (is_token.cumsum(1) - 1).clamp(min=0)
         tokens = input_ids.gather(1, order.to(input_ids.device))
-        return cls(tokens, seen.sum(1).tolist(), place)
+        return cls(tokens, is_token.sum(1).tolist(), index)
 
 
-def _taken(x: Tensor, place: Tensor) -> Tensor:
-    """x (B, T, ...) at places (B, n), which are on the host."""
-    if torch.equal(place, torch.arange(x.shape[1]).expand(len(x), -1)):
+def _gather_tokens(x: Tensor, index: Tensor) -> Tensor:
+    """The tokens of x (B, T, ...) at `index` (B, n), which is on the host."""
+    if torch.equal(index, torch.arange(x.shape[1], device="cpu").expand(len(x), -1)):
         return x
-    return x.gather(1, place.to(x.device)[..., None].expand(-1, -1, x.shape[2]))
+    return x.gather(1, index.to(x.device)[..., None].expand(-1, -1, x.shape[2]))
 
 
 def _problems(
     input_ids: Tensor | None, cache: Any, cached: bool, given: dict[str, Any]
 ) -> Iterator[str]:
-    """What a call of `forward` asks that cannot be done, one sentence each."""
+    """Why a call of `forward` is refused, one sentence for each reason."""
     if input_ids is None:
         yield "input_ids=None: a PHD model reads tokens; pass input_ids (B, T)"
     elif not input_ids.numel():
@@ -302,23 +310,23 @@ def _problems(
         )
     if given["labels"] is not None and cached:
         yield (
-            "labels with use_cache or past_key_values: nothing can be learned through a cache; "
+            "labels with use_cache or past_key_values: a cache has no gradients; "
             "leave out one of them"
         )
     mask = given["attention_mask"]
     if mask is not None and mask.dim() != 2:
         yield (
-            f"attention_mask of shape {tuple(mask.shape)}: PHD has its own rule of who sees whom; "
-            "pass (B, columns), 0 where there is padding"
+            f"attention_mask of shape {tuple(mask.shape)}: PHD's pattern decides which slot sees "
+            "which; pass (B, columns), 0 where there is padding"
         )
     yield from (
         f"{name}: a PHD model does not support it; leave it out"
         for name, value in given.items()
-        if name not in UNDERSTOOD and value is not None and value is not False
+        if name not in SUPPORTED and value is not None and value is not False
     )
 
 
-# A copy of this file beside a checkpoint is found by the checkpoint's own `auto_map`.
+# A checkpoint with a copy of this file names its classes in `auto_map`, and needs no registration.
 if __name__ == "phd.hf.modeling":
     AutoConfig.register(PhdConfig.model_type, PhdConfig)
     AutoModelForCausalLM.register(PhdConfig, PhdForCausalLM)

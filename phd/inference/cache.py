@@ -1,6 +1,7 @@
-"""The key/value cache: originals for ever, hidden copies in a ring."""
+"""The key/value cache: originals stay, hidden copies pass through a ring."""
 
 from collections.abc import Sequence
+from math import ceil
 from typing import NamedTuple
 
 import torch
@@ -9,27 +10,27 @@ from torch import Tensor
 from phd.config import ModelConfig
 from phd.pattern import Pattern
 
-# Places that a cache grows by.
-BLOCK = 256
+# A cache grows to a multiple of so many tokens.
+CAPACITY_STEP = 256
 
 
 class KVCache:
-    """What a batch of rows remembers of the tokens so far, in every layer.
+    """The keys and values that a batch of rows keeps of its tokens so far, in every layer.
 
-        originals   token n at place n; with naive repetition, copy s of it at place n*K + s
-        ring        hidden copy h = n*(K-1) + s-1 at place h % R
+        originals   token n in slot n; with naive repetition, copy s of it in slot n*K + s
+        ring        hidden copy h = n*(K-1) + s-1 in slot h % R
 
         K = 2, W = 3, after token 4:     originals  0  1  2  3  4  .  .  .     ring  3' 4' 2'
 
-    Rows are left-aligned: each has a length of its own, and nothing behind it is seen.
+    Rows are left-aligned: each has a length of its own, and no query sees a slot beyond it.
 
     Attributes:
         pattern: which slot may attend to which.
-        originals: for each layer, keys and values (2, B, G, places, H).
+        originals: for each layer, keys and values (2, B, G, slots, H).
         ring: for each layer, keys and values (2, B, G, R, H); R = 0 where hidden copies are not
             kept, else W hidden copies, or those of W tokens, or of a chunk where that has fewer.
         lengths: int64 (B,) on the device, the tokens of each row.
-        host_lengths: the same on the host, so that nobody waits for the device to know them.
+        host_lengths: the same on the host, so that reading them does not wait for the device.
     """
 
     def __init__(
@@ -49,52 +50,119 @@ class KVCache:
         empty = torch.empty(shape, dtype=dtype, device=device)
         self.originals = [empty] * config.layers
         self.ring = [empty] * config.layers
-        self._hold(capacity)
+        self._resize(capacity)
 
     @property
     def capacity(self) -> int:
         """Tokens that there is room for in each row."""
-        return self.originals[0].shape[3] // self.pattern.places
+        return self.originals[0].shape[3] // self.pattern.cached_slots_per_token
+
+    @property
+    def ring_size(self) -> int:
+        """R, the hidden copies that there is room for in each row."""
+        return self.ring[0].shape[3]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all keys and values, as they are allocated."""
+        """Bytes that are allocated for keys and values."""
         return sum(x.nbytes for x in (*self.originals, *self.ring))
 
     def reserve(self, tokens: int) -> None:
-        """Make room for rows of so many tokens: by whole blocks, half as much again at least."""
-        if tokens > self.capacity:
-            blocks = -(-max(tokens, self.capacity * 3 // 2) // BLOCK)
-            self._hold(max(tokens, min(blocks * BLOCK, self.config.max_seq_len)))
+        """Make room for rows of so many tokens.
 
-    def _hold(self, capacity: int) -> None:
-        places, ring = self.pattern.cached_slots(capacity)
+        A cache that is too small grows by half at least, so that copying it takes linear time in
+        all, and to a multiple of `CAPACITY_STEP`.
+        """
+        if tokens > self.capacity:
+            wanted = max(tokens, self.capacity * 3 // 2)
+            capacity = ceil(wanted / CAPACITY_STEP) * CAPACITY_STEP
+            self._resize(max(tokens, min(capacity, self.config.max_seq_len)))
+
+    def _resize(self, capacity: int) -> None:
+        slots, ring = self.pattern.cached_slots(capacity)
         for i, (originals, hidden) in enumerate(zip(self.originals, self.ring, strict=True)):
-            self.originals[i] = _grown(originals, places)
-            # A ring that may still grow holds less than its places: it has not come round yet.
+            self.originals[i] = _grown(originals, slots)
+            # A ring grows only while the capacity is less than a window or a chunk. Until then it
+            # has never been full, so every hidden copy keeps its slot.
             self.ring[i] = _grown(hidden, ring)
 
     def select(self, rows: Tensor) -> None:
-        """Keep these rows, int64 (new B,), in this order; one may be taken several times."""
+        """Keep these rows, int64 (new B,), in this order; a row may be taken several times."""
         self.originals = [x.index_select(1, rows) for x in self.originals]
         self.ring = [x.index_select(1, rows) for x in self.ring]
         self.lengths = self.lengths.index_select(0, rows)
         self.host_lengths = [self.host_lengths[row] for row in rows.tolist()]
 
     def advance(self, tokens: Sequence[int]) -> None:
-        """Count the tokens that each row has got."""
+        """Add the number of new tokens of each row to its length."""
         self.host_lengths = [a + b for a, b in zip(self.host_lengths, tokens, strict=True)]
         if len(set(tokens)) == 1:
             self.lengths += tokens[0]
         else:
             self.lengths += torch.tensor(tokens, device=self.lengths.device)
 
+    def write_slice(self, layer: int, k: Tensor, v: Tensor, first: int) -> None:
+        """Write new cached slots (B, G, new, H) from slot `first` on, the same in all rows."""
+        written = self.originals[layer].narrow(3, first, k.shape[2])
+        written[0].copy_(k)
+        written[1].copy_(v)
 
-def _grown(x: Tensor, places: int) -> Tensor:
-    """The same keys and values with room for more: zeros, since 0 times what is unseen is 0."""
-    if x.shape[3] == places:
+    def write_rows(self, layer: int, k: Tensor, v: Tensor, first: Tensor) -> None:
+        """Write new cached slots (B, G, new, H) from slot `first` (B, 1) of each row on."""
+        row = torch.arange(len(k), device=k.device)[:, None]
+        slot = first + torch.arange(k.shape[2], device=k.device)
+        originals = self.originals[layer]
+        # Keys and values in one assignment: torch.compile does it in place. With two it would copy
+        # the whole cache.
+        new = torch.stack([k, v]).to(originals.dtype).permute(1, 3, 0, 2, 4)
+        originals[:, row, :, slot] = new
+
+    def ring_numbers(self, written: Tensor) -> Tensor:
+        """Which hidden copy each slot of a ring holds after so many (..., 1) have been written.
+
+        Hidden copies are numbered from the beginning of their row. Returns int64 (..., R), below 0
+        where the slot is empty.
+        """
+        last, slot = written - 1, torch.arange(self.ring_size, device=written.device)
+        return last - (last - slot) % max(self.ring_size, 1)  # without a ring there are no slots
+
+    def write_ring_slice(self, layer: int, k: Tensor, v: Tensor, written: int) -> None:
+        """Write new hidden copies (B, G, new, H) into the ring, of which only the last R stay.
+
+        `written` is how many hidden copies each row has then, the same in all rows.
+        """
+        count = min(k.shape[2], self.ring_size)
+        first = (written - count) % self.ring_size
+        to_end = min(count, self.ring_size - first)
+        for ring, x in zip(self.ring[layer], (k, v), strict=True):
+            x = x[:, :, x.shape[2] - count :]
+            ring[:, :, first : first + to_end].copy_(x[:, :, :to_end])
+            if to_end < count:  # the rest goes to the ring's beginning
+                ring[:, :, : count - to_end].copy_(x[:, :, to_end:])
+
+    def write_ring_rows(
+        self, layer: int, k: Tensor, v: Tensor, source: Tensor, is_new: Tensor
+    ) -> None:
+        """Write new hidden copies (B, G, new, H) into the ring, each row's in its own slots.
+
+        Args:
+            source: int64 (B, R), the new hidden copy that each slot gets.
+            is_new: bool (B, R), whether it gets one.
+        """
+        is_new = is_new[:, None, :, None]
+        index = source[:, None, :, None].expand(-1, k.shape[1], -1, k.shape[3])
+        for ring, x in zip(self.ring[layer], (k, v), strict=True):
+            ring.copy_(torch.where(is_new, x.gather(2, index).to(ring.dtype), ring))
+
+
+def _grown(x: Tensor, slots: int) -> Tensor:
+    """The same keys and values with room for more slots, which are 0.
+
+    Masked slots have a weight of 0, and 0 times what empty memory may hold need not be 0.
+    """
+    if x.shape[3] == slots:
         return x
-    grown = x.new_zeros(*x.shape[:3], places, x.shape[4])
+    grown = x.new_zeros(*x.shape[:3], slots, x.shape[4])
     grown[:, :, :, : x.shape[3]] = x
     return grown
 
@@ -107,9 +175,9 @@ class KVBytes(NamedTuple):
 
 
 def kv_bytes(config: ModelConfig, context: int, dtype: torch.dtype) -> KVBytes:
-    """What a cache of one sequence of `context` tokens allocates; here it allocates nothing.
+    """The bytes of a cache of one sequence of `context` tokens, without allocating it.
 
-    `hidden` is the share of hidden copies: the ring, or what naive repetition remembers of them.
+    `hidden` is the share of hidden copies: the ring, or those that naive repetition keeps.
     """
     total, originals = (
         KVCache(c, capacity=context, dtype=dtype, device="meta").nbytes

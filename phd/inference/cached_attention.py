@@ -1,28 +1,28 @@
-"""Attention of a few queries to a cache: what is remembered is read once for all copies."""
+"""Attention of a few queries to a cache, whose keys are read once for all copies."""
 
 import torch
 from torch import Tensor
 
-aten = torch.ops.aten
+from phd.attention.tiles import SCORES_AT_ONCE
+from phd.torch_private import cpu_flash_forward
 
-# Scores, or the bias that is added to them, that are held at a time: 64 MiB in float32.
-SCORES_AT_ONCE = 1 << 24
-# Up to so many queries a head, reading keys once is worth a mask for each of the heads.
+# With up to so many queries of a head, reading the keys once is faster, although each head of a
+# group then needs a copy of the mask.
 FEW_QUERIES = 16
 
 
-def attend_places(
-    q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None = None
+def attend_cached(
+    q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Attention to what a cache remembers, with its log-sum-exp.
+    """Attention to cached slots, with its log-sum-exp.
 
-    All queries of a key/value head, whatever their head and copy, are rows of one product, so that
-    each key is read once.
+    All queries of a key/value head, of all its heads and copies, are rows of one product, so each
+    key is read once.
 
     Args:
         q: (B, N, Q, H).
-        k, v: (B, G, places, H); query head i reads key/value head `i // (N // G)`.
-        seen: int64 (B, Q), each query sees so many places, from the first; None: all.
+        k, v: (B, G, slots, H); query head i reads key/value head `i // (N // G)`.
+        visible: int64 (B, Q), how many slots each query sees, from slot 0 on; None: all.
 
     Returns:
         out (B, N, Q, H), lse (B, N, Q) in float32 or wider.
@@ -32,26 +32,32 @@ def attend_places(
     if q.is_cuda:
         from phd.inference.split_kv import split_attention  # Triton comes with CUDA builds alone
 
-        seen = None if seen is None else seen.repeat(1, N // k.shape[1])  # (B, rows)
-        out, lse = split_attention(rows, k, v, seen)
-    elif seen is None:
+        visible = None if visible is None else visible.repeat(1, N // k.shape[1])  # (B, rows)
+        out, lse = split_attention(rows, k, v, visible)
+    elif visible is None:
         out, lse = _flash(rows, k, v, None)
     elif Q <= FEW_QUERIES:
-        bias = bias_of(torch.arange(k.shape[2]) < seen[:, None, :, None], k.dtype)
+        bias = _bias_of_first(visible, k)
         out, lse = _flash(rows, k, v, bias.repeat(1, 1, N // k.shape[1], 1))
     else:
-        return _attend_seen(q, k, v, seen)
+        return _attend_in_parts(q, k, v, visible)
     return out.reshape(B, N, Q, H), lse.reshape(B, N, Q)
 
 
-def _attend_seen(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
-    """`attend_places` on the CPU, of so many queries at a time that no mask takes much memory."""
-    place, at_once = torch.arange(k.shape[2]), max(1, SCORES_AT_ONCE // (len(q) * k.shape[2]))
+def _attend_in_parts(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
+    """`attend_cached` on the CPU, some queries at a time, so that masks take little memory."""
+    at_once = max(1, SCORES_AT_ONCE // (len(q) * k.shape[2]))
     parts = [
-        attend_near(part, k, v, bias_of(place < limit[:, None, :, None], k.dtype))
-        for part, limit in zip(q.split(at_once, 2), seen.split(at_once, 1), strict=True)
+        attend_masked(part, k, v, _bias_of_first(count, k))
+        for part, count in zip(q.split(at_once, 2), visible.split(at_once, 1), strict=True)
     ]
     return _joined(parts)
+
+
+def _bias_of_first(visible: Tensor, k: Tensor) -> Tensor:
+    """The bias (B, 1, Q, slots) of queries that see the first `visible` (B, Q) slots."""
+    slot = torch.arange(k.shape[2], device=k.device)
+    return bias_of(slot < visible[:, None, :, None], k.dtype)
 
 
 def _joined(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -59,13 +65,14 @@ def _joined(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
-def attend_near(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention to a few keys, with its log-sum-exp.
+def attend_masked(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention to a few keys through a mask, with its log-sum-exp.
 
     Args:
         q: (B, N, Q, H).
         k, v: (B, G, keys, H).
-        bias: (B, 1, Q, keys) as k: 0 where a key is seen, else -inf; each query sees one at least.
+        bias: (B or 1, 1, Q, keys), of the dtype of k: 0 where a key is seen, else -inf. Each query
+            sees at least one key.
 
     Returns:
         out (B, N, Q, H), lse (B, N, Q) in float32 or wider.
@@ -82,7 +89,7 @@ def attend_near(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, 
 
 
 def dense_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention as it is written, all queries of a key/value head as rows of one product."""
+    """Attention by its formula, with all queries of a key/value head as rows of one product."""
     B, N, Q, H = q.shape
     with torch.autocast(q.device.type, enabled=False):
         scores = (q.reshape(B, k.shape[1], -1, H) * H**-0.5) @ k.mT
@@ -92,13 +99,11 @@ def dense_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tens
         return (weights @ v).view(B, N, Q, H), lse
 
 
-def bias_of(seen: Tensor, dtype: torch.dtype) -> Tensor:
-    """What is added to scores: 0 where `seen`, else -inf."""
-    zeros = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
-    return zeros.masked_fill_(seen.logical_not(), -torch.inf)
+def bias_of(is_seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to scores: 0 where a key is seen, else -inf."""
+    zeros = torch.zeros(is_seen.shape, dtype=dtype, device=is_seen.device)
+    return zeros.masked_fill_(is_seen.logical_not(), -torch.inf)
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    return aten._scaled_dot_product_flash_attention_for_cpu(
-        q, k, v, 0.0, False, attn_mask=bias, scale=q.shape[-1] ** -0.5
-    )
+    return cpu_flash_forward(q, k, v, q.shape[-1] ** -0.5, causal=False, bias=bias)

@@ -1,41 +1,43 @@
-"""Decoding as one CUDA graph: the host starts a token's whole work with a single call."""
+"""Decoding as one CUDA graph: the host starts all work of a token with a single call."""
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from phd.inference.cache import KVCache
-from phd.inference.prefill import make_room, one_step
+from phd.inference.prefill import make_room, static_decode_step
 from phd.model import Transformer
+from phd.torch_private import with_recompile_limit
 
-WARM_UP = 3
-# How many models and shapes may be compiled, which all share one function; PyTorch's limit is 8.
-COMPILED = 256
+# Steps before the capture, in which libraries allocate what a graph must not; torch's own examples
+# take 3.
+WARM_UP_STEPS = 3
+# All models and shapes are compiled from one function, and torch's own limit is 8 for each.
+RECOMPILE_LIMIT = 256
 
 
 class Decoder:
     """`phd.inference.prefill.decode` for one model and one cache, captured once and then replayed.
 
-    Every shape follows from the cache's capacity, and lengths live on the device, so that one
-    graph serves all lengths; where the cache has grown, it is captured again. Reserve what will be
-    needed beforehand. On the CPU the same work is done without a graph.
+    Every shape follows from the cache's capacity, and lengths are read on the device, so one graph
+    serves all lengths. When the cache grows, the work is captured again: `reserve` the room before.
+    On the CPU the same work runs without a graph.
 
     Args:
-        compiled: fuse the work by `torch.compile` first, which takes a while.
+        compiled: fuse the work by `torch.compile` first, which takes about a minute.
     """
 
     def __init__(self, model: Transformer, cache: KVCache, *, compiled: bool = False) -> None:
         self.model, self.cache = model, cache
-        self._work: Callable[..., Tensor] = partial(one_step, static=True)
+        self._work: Callable[..., Tensor] = static_decode_step
         if compiled:
             work = torch.compile(self._work, fullgraph=True, dynamic=False)
-            self._work = torch._dynamo.config.patch(recompile_limit=COMPILED)(work)
+            self._work = with_recompile_limit(work, RECOMPILE_LIMIT)
         self._tokens = torch.zeros_like(cache.lengths)
         self._logits: Tensor | None = None
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._captured: list[int] = []
+        self._captured_addresses: list[int] = []
 
     @torch.no_grad()
     def __call__(self, tokens: Tensor) -> Tensor:
@@ -49,7 +51,7 @@ class Decoder:
         if not tokens.is_cuda:
             self._logits = self._step()
         else:
-            if self._captured != self._memory():
+            if self._captured_addresses != self._addresses():
                 self._capture()
             assert self._graph is not None
             self._graph.replay()
@@ -57,14 +59,14 @@ class Decoder:
         assert self._logits is not None
         return self._logits
 
-    def _memory(self) -> list[int]:
-        """Where the cache lies: a graph writes there, and nowhere else."""
+    def _addresses(self) -> list[int]:
+        """Where the cache's tensors are: a graph reads and writes these addresses alone."""
         tensors = (*self.cache.originals, *self.cache.ring, self.cache.lengths)
         return [x.data_ptr() for x in tensors]
 
     def _step(self) -> Tensor:
         kind = self._tokens.device.type
-        # Weights that autocast has converted and kept would be freed before a graph's next replay.
+        # Without autocast's cache: it would free converted weights, which a graph reads again.
         with torch.autocast(
             kind,
             dtype=torch.get_autocast_dtype(kind),
@@ -76,15 +78,15 @@ class Decoder:
         return logits
 
     def _capture(self) -> None:
-        """Record the work of one token; what the cache held stays as it was."""
+        """Record the work of one token, and leave the cache as it was."""
         lengths = self.cache.lengths.clone()
         ring = [x.clone() for x in self.cache.ring]
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            for _ in range(WARM_UP):
+            for _ in range(WARM_UP_STEPS):
                 self._step()
-                # The next token's place has been written to, which it will be again.
+                # The slot of the next token has been written; the first replay overwrites it.
                 self.cache.lengths.copy_(lengths)
         torch.cuda.current_stream().wait_stream(side)
         self._graph = torch.cuda.CUDAGraph()
@@ -93,4 +95,4 @@ class Decoder:
         for kept, x in zip(ring, self.cache.ring, strict=True):
             x.copy_(kept)
         self.cache.lengths.copy_(lengths)
-        self._captured = self._memory()
+        self._captured_addresses = self._addresses()

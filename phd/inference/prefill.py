@@ -1,8 +1,8 @@
-"""Prefill and decode: the logits of the full forward pass from a cache, and no more work than that.
+"""Prefill and decode: the logits of the full forward pass from a cache, with the least work.
 
 prefill   originals      o o o o o o o o o o o o     every token, once
-          hidden copies                  h h h h     only where the future can see them:
-                                                     in each layer further back
+          hidden copies                  h h h h     only those that influence a later token:
+                                                     the lower the layer, the more of them
 decode    all K copies of one token, together
 """
 
@@ -12,7 +12,10 @@ import torch
 from torch import Tensor
 
 from phd.inference.cache import KVCache
-from phd.inference.incremental import IncrementalContext, IncrementalForward
+from phd.inference.decode_step import EqualDecodeStep, RaggedDecodeStep
+from phd.inference.equal_rows import EqualRows
+from phd.inference.incremental import IncrementalForward, LayerContext
+from phd.inference.ragged_rows import RaggedPrompts, RaggedRows
 from phd.model import Transformer
 
 
@@ -25,10 +28,10 @@ def prefill(
     capacity: int | None = None,
     piece: int | None = None,
 ) -> tuple[Tensor, KVCache]:
-    """The logits after prompts, and the cache to go on from.
+    """The logits after prompts, and the cache from which `decode` and `extend` continue.
 
     Args:
-        tokens: int64 (B, T), each row's prompt from its beginning; padding behind it is not seen.
+        tokens: int64 (B, T), each row's prompt from the left; padding after it has no effect.
         lengths: tokens of each prompt, from 1 to T; None: T.
         capacity: tokens that the cache has room for at first; None: T.
         piece: how many tokens are computed at a time, to bound the memory; None: all.
@@ -49,12 +52,11 @@ def prefill(
     for start in range(0, max(lengths), piece):
         new = [min(max(length - start, 0), piece) for length in lengths]
         ends = [start < length <= start + piece for length in lengths]
-        found = extend(model, tokens[:, start : start + piece], cache, new, keep=int(any(ends)))
+        last = extend(model, tokens[:, start : start + piece], cache, new, keep=int(any(ends)))
         if not any(ends):
             continue
-        found = found[:, 0]
-        chosen = torch.tensor(ends, device=found.device)[:, None]
-        logits = found if logits is None else torch.where(chosen, found, logits)
+        last, is_end = last[:, 0], torch.tensor(ends, device=last.device)[:, None]
+        logits = last if logits is None else torch.where(is_end, last, logits)
     assert logits is not None
     return logits, cache
 
@@ -77,17 +79,17 @@ def extend(
     *,
     keep: int = 1,
 ) -> Tensor:
-    """Go on with several tokens at once.
+    """Add several tokens to each row at once.
 
     Args:
-        tokens: int64 (B, T), new tokens of each row from the left; padding behind is not seen.
-        cache: what the rows remember; gets the new tokens.
+        tokens: int64 (B, T), new tokens of each row from the left; padding after has no effect.
+        cache: what the rows remember; the new tokens are added to it.
         lengths: new tokens of each row, from 0 to T; None: T.
-        keep: for how many of each row's last tokens logits are wanted, at most the longest row's
-            new ones. Where a row has fewer, the logits before its own mean nothing.
+        keep: for how many of each row's last tokens logits are wanted, at most as many as the row
+            with the most new tokens has. A row with fewer gets undefined logits before its own.
 
     Returns:
-        (B, keep, V), row by row after its last `keep` tokens.
+        (B, keep, V): the logits after each row's last `keep` tokens.
 
     Raises:
         ValueError: a row would be longer than `model.max_seq_len`.
@@ -97,17 +99,36 @@ def extend(
     assert len(new) == len(cache.host_lengths) == B, (len(new), len(cache.host_lengths), B)
     assert all(0 <= n <= T for n in new), (new, T)
     assert keep <= max(new), (keep, new)
-    check_length(model, max(a + b for a, b in zip(cache.host_lengths, new, strict=True)))
-    cache.reserve(max(cache.host_lengths) + T)
-    extension = IncrementalForward(cache, model.rope, new, tokens=T, keep=keep)
-    logits = _logits(model, tokens, extension)
+    if max(new) == 0:
+        return model.predict(model.embed.weight.new_zeros(B, 0, model.config.dim))
+    longest = max(a + b for a, b in zip(cache.host_lengths, new, strict=True))
+    check_length(model, longest)
+    # The cache has room for the padding of shorter rows, too: it is written and later overwritten.
+    cache.reserve(max(cache.host_lengths) + max(new))
+    logits = _logits(model, tokens[:, : max(new)], _forward_of(model, cache, new, keep))
     cache.advance(new)
     return logits
 
 
+def _forward_of(
+    model: Transformer, cache: KVCache, new: Sequence[int], keep: int
+) -> IncrementalForward:
+    """The case of so many new tokens of each row; see `phd.inference.incremental`."""
+    rope, one_token = model.rope, set(new) == {1} and keep == 1
+    if len(set(cache.host_lengths)) == len(set(new)) == 1:
+        if one_token and cache.pattern.cached_slots_per_token == 1:
+            return EqualDecodeStep(cache, rope)
+        return EqualRows(cache, rope, new[0], keep)
+    if one_token:
+        return RaggedDecodeStep(cache, rope, reach=max(cache.host_lengths) + 1)
+    if max(cache.host_lengths) == 0:
+        return RaggedPrompts(cache, rope, new, keep)
+    return RaggedRows(cache, rope, new, keep)
+
+
 @torch.no_grad()
 def decode(model: Transformer, tokens: Tensor, cache: KVCache) -> Tensor:
-    """Go on with one token of each row, int64 (B,), and return the logits (B, V) after it.
+    """Add one token to each row, int64 (B,), and return the logits (B, V) after it.
 
     On CUDA the host waits for nothing, and every shape follows from the cache's capacity, so that
     the work can be captured (see `phd.inference.cuda_graph.Decoder`).
@@ -116,34 +137,38 @@ def decode(model: Transformer, tokens: Tensor, cache: KVCache) -> Tensor:
         ValueError: a row would be longer than `model.max_seq_len`.
     """
     make_room(model, cache)
-    logits = one_step(model, tokens, cache, static=tokens.is_cuda)
-    cache.advance([1] * len(tokens))
+    new = [1] * len(tokens)
+    if tokens.is_cuda:
+        logits = static_decode_step(model, tokens, cache)
+    else:
+        logits = _logits(model, tokens[:, None], _forward_of(model, cache, new, keep=1))[:, 0]
+    cache.advance(new)
     return logits
 
 
 def make_room(model: Transformer, cache: KVCache) -> None:
-    """Have room for one more token of each row, or refuse it."""
+    """Reserve room for one more token of each row, or refuse it."""
     longest = max(cache.host_lengths) + 1
     check_length(model, longest)
     cache.reserve(longest)
 
 
-def one_step(model: Transformer, tokens: Tensor, cache: KVCache, *, static: bool) -> Tensor:
-    """The work of `decode` alone; where it is `static`, nothing on the host decides about it."""
-    new = IncrementalForward(cache, model.rope, [1] * len(tokens), tokens=1, static=static)
-    return _logits(model, tokens[:, None], new)[:, 0]
+def static_decode_step(model: Transformer, tokens: Tensor, cache: KVCache) -> Tensor:
+    """The work of `decode` alone, in which nothing on the host depends on the rows' lengths."""
+    step = RaggedDecodeStep(cache, model.rope, reach=cache.capacity)
+    return _logits(model, tokens[:, None], step)[:, 0]
 
 
 def _logits(model: Transformer, tokens: Tensor, new: IncrementalForward) -> Tensor:
     """New tokens (B, T) -> logits (B, keep, V); the cache gets their keys and values."""
-    x = new.stream(model.embedded(tokens))
+    x = new.slots(model.embedded(tokens))
     for i, block in enumerate(model.blocks):
-        x = block(x, IncrementalContext(new, i))
+        x = block(x, LayerContext(new, i))
     return model.predict(model.norm(x[:, 0]))
 
 
 def check_length(model: Transformer, tokens: int) -> None:
-    """Refuse rows that RoPE has no positions for."""
+    """Refuse rows that are longer than RoPE's table."""
     if tokens > model.config.max_seq_len:
         raise ValueError(
             f"model.max_seq_len={model.config.max_seq_len}: a row of {tokens} tokens is longer; "

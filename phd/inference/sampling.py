@@ -1,4 +1,4 @@
-"""Drawing text from a model, token by token."""
+"""Sampling text from a model, token by token."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from conf.errors import Problem
 from conf.settings import Settings, at_least
-from phd.inference.cache import BLOCK, KVCache
+from phd.inference.cache import CAPACITY_STEP, KVCache
 from phd.inference.cuda_graph import Decoder
 from phd.inference.prefill import decode, prefill
 from phd.model import Transformer
@@ -19,13 +19,13 @@ from phd.model import Transformer
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling(Settings):
-    """How the next token is drawn.
+    """How the next token is sampled.
 
     Attributes:
         temperature: divides the logits; 0 always takes the most likely token.
-        top_k: only the k most likely tokens; None: all.
-        top_p: only the most likely tokens that together reach this probability (nucleus sampling,
-            arXiv 1904.09751); None: all.
+        top_k: sample from the k most likely tokens; None: all.
+        top_p: sample from the fewest most likely tokens that together reach this probability
+            (nucleus sampling, arXiv 1904.09751); None: all.
     """
 
     temperature: float = 0.8
@@ -45,10 +45,11 @@ class Sampling(Settings):
         return found
 
     def draw(self, logits: Tensor, generator: torch.Generator) -> Tensor:
-        """logits (B, V) -> token ids (B,), with the randomness of `generator` (on the CPU)."""
+        """logits (B, V) -> token ids (B,), drawn by `generator`, which is on the CPU."""
         if self.temperature == 0:
             return logits.argmax(-1)
         logits = logits.float().cpu()
+        # Less the largest first: a small temperature would make the others overflow.
         logits = (logits - logits.amax(-1, keepdim=True)) / self.temperature
         if self.top_k is not None:
             least = logits.topk(min(self.top_k, logits.shape[-1])).values[..., -1:]
@@ -66,20 +67,20 @@ def generate(
     model: Transformer,
     prompts: Sequence[Tensor],
     sampling: Sampling,
-    dice: Sequence[torch.Generator],
+    generators: Sequence[torch.Generator],
     max_tokens: int,
     *,
     compiled: bool = False,
 ) -> Iterator[Tensor]:
-    """Yield up to `max_tokens` new token ids (B,), one place at a time.
+    """Yield `max_tokens` times the new token ids (B,), one for each text.
 
-    Where a text has filled the model's context, its last half is read anew, and it goes on.
+    When a text fills the model's context, generation continues from a new prefill of its last half.
 
     Args:
         prompts: int64 (T,) each, T >= 1, of any lengths.
-        dice: each text's own randomness, so that it does not depend on the texts beside it.
-        compiled: decode by `torch.compile`, anew for each number of texts and of blocks of the
-            cache.
+        generators: one for each text, so that a text does not depend on the texts beside it.
+        compiled: decode by `torch.compile`, which compiles once for each number of texts and each
+            capacity of the cache.
     """
     limit = model.config.max_seq_len
     texts = [prompt if len(prompt) <= limit else _end(prompt, limit) for prompt in prompts]
@@ -87,15 +88,16 @@ def generate(
         longest = max(map(len, texts))
         capacity = min(limit, longest + max_tokens)
         if compiled:
-            capacity = min(limit, ceil(capacity / BLOCK) * BLOCK)
-        logits, cache = _read(model, texts, capacity)
+            # Few different capacities, so that little is compiled.
+            capacity = min(limit, ceil(capacity / CAPACITY_STEP) * CAPACITY_STEP)
+        logits, cache = _prefill_texts(model, texts, capacity)
         new: list[Tensor] = []
         step: Callable[[Tensor], Tensor] = partial(decode, model, cache=cache)
         if compiled or logits.is_cuda:
             step = Decoder(model, cache, compiled=compiled)
         while True:
-            rows = zip(logits, dice, strict=True)
-            new.append(torch.cat([sampling.draw(row[None], die) for row, die in rows]))
+            rows = zip(logits, generators, strict=True)
+            new.append(torch.cat([sampling.draw(row[None], generator) for row, generator in rows]))
             yield new[-1]
             max_tokens -= 1
             if not max_tokens or max(cache.host_lengths) == limit:
@@ -106,7 +108,9 @@ def generate(
         texts = [text if len(text) <= limit else _end(text, limit) for text in texts]
 
 
-def _read(model: Transformer, texts: list[Tensor], capacity: int) -> tuple[Tensor, KVCache]:
+def _prefill_texts(
+    model: Transformer, texts: list[Tensor], capacity: int
+) -> tuple[Tensor, KVCache]:
     return prefill(
         model,
         pad_sequence(texts, batch_first=True),
@@ -116,5 +120,5 @@ def _read(model: Transformer, texts: list[Tensor], capacity: int) -> tuple[Tenso
 
 
 def _end(text: Tensor, limit: int) -> Tensor:
-    """The last half of a context's length, of a text that has more than that."""
+    """The last tokens of a text, half as many as the context has room for."""
     return text[-max(1, limit // 2) :]

@@ -1,11 +1,11 @@
-"""Attention of a few queries to many keys on CUDA: the keys are dealt to programs, in one kernel.
+"""Attention of a few queries to many keys on CUDA: several programs share the keys of a head.
 
     keys of a head   |--- split 0 ---|--- split 1 ---|--- split 2 ---|   each a program of its own,
     queries          every row       every row       every row           a tile of rows at a time
 
 The splits' results merge by their log-sum-exps (flash decoding, arXiv 2311.01282, section 3). How
-many keys a row sees lies on the device, and the grid follows from shapes alone, so that a CUDA
-graph of it serves any length.
+many keys a row sees is read on the device, and the grid follows from shapes alone, so one CUDA
+graph serves all lengths.
 """
 
 from functools import cache
@@ -17,22 +17,24 @@ import triton.language as tl
 from torch import Tensor
 
 KEYS_AT_ONCE, ROWS_AT_ONCE = 64, 64
-# Programs for each multiprocessor: enough to hide that some of them have nothing to do.
+# Programs for each multiprocessor. Some have no keys, where rows are shorter than the cache, and
+# more programs than one keep the processor busy then.
 PROGRAMS_PER_PROCESSOR = 4
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
-@torch.library.custom_op("phd::split_attention", mutates_args=())  # whole to torch.compile
+# A custom operator, which torch.compile does not look into.
+@torch.library.custom_op("phd::split_attention", mutates_args=())
 def split_attention(
-    q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, splits: int | None = None
+    q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, splits: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """softmax(q k^T / sqrt(H)) v of each row over the first `seen` keys.
+    """softmax(q k^T / sqrt(H)) v of each row over the first `visible` keys.
 
     Args:
         q: (B, G, rows, H).
         k, v: (B, G, keys, H), the last dimension contiguous.
-        seen: int64 (B, rows), at least 1 each; None: all keys.
-        splits: into how many parts the keys are cut; None: as many as fill the device.
+        visible: int64 (B, rows), how many keys each row sees, at least 1; None: all.
+        splits: into how many parts the keys are cut; None: into as many as fill the device.
 
     Returns:
         out (B, G, rows, H) as q, and lse float32 (B, G, rows).
@@ -42,8 +44,8 @@ def split_attention(
     assert k.stride() == v.stride(), (k.stride(), v.stride())
     assert k.stride(3) == 1, k.stride()
     q = q.contiguous()
-    if seen is None:
-        seen = torch.full((B, R), keys, device=q.device)
+    if visible is None:
+        visible = torch.full((B, R), keys, device=q.device)
     tile = min(ROWS_AT_ONCE, max(16, triton.next_power_of_2(R)))
     tiles = ceil(R / tile)
     if splits is None:
@@ -52,7 +54,7 @@ def split_attention(
     parts = q.new_empty((B, G, splits, R, H), dtype=torch.float32)
     lses = q.new_empty((B, G, splits, R), dtype=torch.float32)
     _kernel[(B * G, splits, tiles)](
-        q, k, v, seen.contiguous(), parts, lses,
+        q, k, v, visible.contiguous(), parts, lses,
         G, R, H, splits, *k.stride()[:3], H**-0.5 * LOG2_E.value,
         ROWS=tile, KEYS=KEYS_AT_ONCE, WIDTH=max(16, triton.next_power_of_2(H)),
         PRECISION="tf32" if q.dtype != torch.float32 else "ieee",
@@ -76,7 +78,7 @@ def _programs(device: torch.device) -> int:
 
 @triton.jit
 def _kernel(  # type: ignore[no-untyped-def]
-    q, k, v, seen, parts, lses,
+    q, k, v, visible_counts, parts, lses,
     groups, rows, width, splits, stride_b, stride_g, stride_k, scale,
     ROWS: tl.constexpr, KEYS: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -86,9 +88,9 @@ def _kernel(  # type: ignore[no-untyped-def]
     row = tile * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, WIDTH)
     is_row = row < rows
-    visible = tl.load(seen + b * rows + row, mask=is_row, other=1)
+    visible = tl.load(visible_counts + b * rows + row, mask=is_row, other=1)
     most = tl.max(visible, 0)
-    # Each split takes as many whole blocks of what is seen, not of what there is room for.
+    # Splits share the keys that are visible, in whole steps of the loop, not the cache's capacity.
     per_split = tl.cdiv(tl.cdiv(most, KEYS), splits) * KEYS
     start = split * per_split
     stop = tl.minimum(start + per_split, most)
@@ -100,20 +102,20 @@ def _kernel(  # type: ignore[no-untyped-def]
     out = tl.zeros([ROWS, WIDTH], tl.float32)
     for first in range(start, stop, KEYS):
         key = first + tl.arange(0, KEYS)
-        place = base + key[:, None] * stride_k + column[None, :]
-        held = (key < stop)[:, None] & (column < width)[None, :]
-        block = tl.load(k + place, mask=held, other=0.0)
-        scores = tl.dot(queries, tl.trans(block), input_precision=PRECISION) * scale
+        address = base + key[:, None] * stride_k + column[None, :]
+        in_range = (key < stop)[:, None] & (column < width)[None, :]
+        keys = tl.load(k + address, mask=in_range, other=0.0)
+        scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale
         allowed = (key[None, :] < visible[:, None]) & (key < stop)[None, :]
         scores = tl.where(allowed, scores, -float("inf"))
         higher = tl.maximum(peak, tl.max(scores, 1))
-        # A row that has seen nothing yet: -inf less -inf would be no number.
+        # The peak of a row that has seen no key yet is -inf, and -inf - (-inf) would be NaN.
         safe = tl.where(higher == -float("inf"), 0.0, higher)
         weights = tl.exp2(scores - safe[:, None])
         kept = tl.exp2(peak - safe)
-        block = tl.load(v + place, mask=held, other=0.0)
+        values = tl.load(v + address, mask=in_range, other=0.0)
         out = out * kept[:, None] + tl.dot(
-            weights.to(block.dtype), block, input_precision=PRECISION
+            weights.to(values.dtype), values, input_precision=PRECISION
         )
         total = total * kept + tl.sum(weights, 1)
         peak = higher

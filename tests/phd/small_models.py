@@ -33,10 +33,10 @@ def of_variant(variant: Variant, **others: Any) -> ModelConfig:
 def model_of(config: ModelConfig = SMALL, dtype: torch.dtype = torch.float64) -> Transformer:
     """A model without norms of 1 and copy embeddings of 0."""
     model = Transformer(config).reset(0).to(dtype)
-    dice = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     for name, weight in model.named_parameters():
         if "norm" in name:
-            nn.init.uniform_(weight, 0.5, 1.5, generator=dice)
+            nn.init.uniform_(weight, 0.5, 1.5, generator=generator)
     if config.copy_embedding:
-        nn.init.normal_(model.copy_embed.weight, generator=dice)
+        nn.init.normal_(model.copy_embed.weight, generator=generator)
     return model

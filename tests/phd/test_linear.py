@@ -8,16 +8,16 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from phd.linear import (
-    LEFT,
-    SMALL,
+    LARGE_WEIGHT,
+    TRANSPOSED_ROWS,
     Linear,
-    Rows,
-    favours_left,
-    from_the_left,
+    RowRange,
     fuse_weights,
-    left_on_this_processor,
+    is_faster_transposed,
     project,
     project_all,
+    transposed_product,
+    transposed_rows,
 )
 
 FAN_IN, FAN_OUT = 24, 40
@@ -50,27 +50,27 @@ def test_any_number_of_rows_in_any_layout_is_the_product(
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 16])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_from_the_left_is_the_product_on_every_processor(rows: int, layout: str) -> None:
+def test_the_transposed_product_is_the_product_on_every_processor(rows: int, layout: str) -> None:
     weight = torch.randn(FAN_OUT, FAN_IN, dtype=torch.float64)
     x = laid_out(layout, rows, FAN_IN, torch.float64)
-    found = from_the_left(x, weight)
+    found = transposed_product(x, weight)
     assert found.is_contiguous()
     torch.testing.assert_close(found, linear(x, weight), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("rows", LEFT.values(), ids=LEFT)
-def test_which_rows_are_taken_from_the_left(rows: Rows) -> None:
-    taken = [n for n in range(100) if favours_left(rows, n, SMALL - 1)]
-    assert taken == list(range(rows.from_, rows.to + 1))
-    taken = [n for n in range(100) if favours_left(rows, n, SMALL)]
-    assert taken == list(range(rows.large_from, rows.to + 1))
+@pytest.mark.parametrize("rows", TRANSPOSED_ROWS.values(), ids=TRANSPOSED_ROWS)
+def test_which_rows_take_the_transposed_product(rows: RowRange) -> None:
+    taken = [n for n in range(100) if is_faster_transposed(rows, n, LARGE_WEIGHT - 1)]
+    assert taken == list(range(rows.first, rows.last + 1))
+    taken = [n for n in range(100) if is_faster_transposed(rows, n, LARGE_WEIGHT)]
+    assert taken == list(range(rows.first_large, rows.last + 1))
 
 
 def test_the_processor_at_hand_is_told_by_its_maker() -> None:
     if not (cpuinfo := Path("/proc/cpuinfo")).exists():
         pytest.skip("no /proc/cpuinfo here")
-    vendors = [vendor for vendor in LEFT if vendor in cpuinfo.read_text()]
-    assert left_on_this_processor() == (LEFT[vendors[0]] if vendors else None)
+    vendors = [vendor for vendor in TRANSPOSED_ROWS if vendor in cpuinfo.read_text()]
+    assert transposed_rows() == (TRANSPOSED_ROWS[vendors[0]] if vendors else None)
 
 
 def test_half_precision_and_gradients_go_the_usual_way() -> None:
@@ -95,7 +95,7 @@ def products(of: nn.ModuleList, x: Tensor) -> tuple[int, list[Tensor]]:
 
 
 @pytest.mark.parametrize("rows", [1, 5])
-def test_layers_whose_weights_lie_end_to_end_are_one_product(rows: int) -> None:
+def test_layers_with_fused_weights_are_one_product(rows: int) -> None:
     x, several = torch.randn(1, 1, rows, FAN_IN, dtype=torch.float64), layers()
     weights = {name: weight.clone() for name, weight in several.state_dict().items()}
     count, expected = products(several, x)
@@ -133,7 +133,7 @@ def test_layers_that_have_moved_are_multiplied_one_by_one() -> None:
     torch.testing.assert_close(found, [layer(x.float()) for layer in several])
 
 
-def test_layers_that_lie_end_to_end_still_learn_each_its_own() -> None:
+def test_fused_layers_still_get_a_gradient_each() -> None:
     x, several = torch.randn(2, FAN_IN, dtype=torch.float64), layers()
     fuse_weights(list(several))  # type: ignore[arg-type]
     sum(y.sum() * n for n, y in enumerate(project_all(x, list(several)), 1)).backward()  # type: ignore[arg-type,union-attr]

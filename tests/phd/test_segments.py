@@ -200,7 +200,7 @@ def test_rows_of_one_document_each_need_no_segments(config: ModelConfig, B: int,
     torch.testing.assert_close(*results, rtol=1e-11, atol=1e-11)
 
 
-def test_borders_are_counted_over_all_rows_and_positions_within_documents() -> None:
+def test_lengths_add_up_over_all_rows_and_positions_restart_with_documents() -> None:
     segments = Segments.of(torch.tensor([[0, 0, 2, 2, 2], [0, 1, 1, 3, 4]]))
     assert segments.cu_seqlens.tolist() == [0, 2, 5, 6, 8, 9, 10]
     assert segments.cu_seqlens.dtype == torch.int32
@@ -214,7 +214,7 @@ def test_repeating_every_token_lengthens_every_document_as_much(segments: Segmen
         [row.count(start) * K for start in sorted(set(row))] for row in segments.starts.tolist()
     ]
     found, expected = segments.repeated(K), rows_of(*lengths)
-    for name in ("starts", "borders", "host_borders"):
+    for name in ("starts", "cu_seqlens", "cu_seqlens_cpu"):
         assert torch.equal(getattr(found, name), getattr(expected, name))
 
 
@@ -223,6 +223,32 @@ def test_what_the_host_must_know_stays_there_when_documents_move() -> None:
     assert segments.starts.is_meta
     assert segments.cu_seqlens.is_meta
     assert segments.cu_seqlens_cpu.device.type == "cpu"
+
+
+def test_expanded_starts_are_made_contiguous_as_pinning_needs_it() -> None:
+    starts = torch.tensor([[0, 0, 2, 2, 2]]).expand(3, 5)
+    assert not starts.is_contiguous()
+    segments = Segments.of(starts)
+    for x in (segments, segments.repeated(2)):
+        assert x.starts.is_contiguous()
+        assert x.cu_seqlens_cpu.is_contiguous()
+    assert segments.starts.tolist() == starts.tolist()
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs an NVIDIA GPU and a CUDA build of torch"
+)
+def test_expanded_starts_move_to_the_gpu() -> None:
+    starts = torch.tensor([[0, 0, 2, 2, 2]]).expand(3, 5)
+    plain = Segments.of(starts)
+    # As a caller may build it, without `of`.
+    expanded = Segments(starts, plain.cu_seqlens, plain.cu_seqlens_cpu)
+    for segments in (plain, expanded):
+        moved = segments.to("cuda")
+        assert moved.starts.is_cuda
+        assert moved.cu_seqlens.is_cuda
+        assert moved.starts.tolist() == starts.tolist()
+        assert moved.cu_seqlens_cpu.device.type == "cpu"
 
 
 @pytest.mark.parametrize("starts", [[0, 0, 1, 1], [1, 1, 1, 1], [0, 1, 0, 3], [0, 0, 3, 3]])

@@ -102,7 +102,7 @@ class Models:
         self.size, self.device = size, device
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         vanilla = Transformer(size.vanilla_twin).reset(seed=0)
-        self.weights = vanilla.to(device, dtype).flatten().state_dict()
+        self.weights = vanilla.to(device, dtype).fuse_projections().state_dict()
 
     def of(self, variant: Variant, K: int) -> Transformer:
         """The model of a variant, without copying a weight."""

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import phd.attention.tiles
-from phd.attention.attend import attend
+from phd.attention.attend import attend, resolve_backend
 from phd.config import Backend
 from phd.pattern import Pattern
 
@@ -137,7 +137,14 @@ def test_autocast_does_not_reach_into_the_packed_backend() -> None:
         assert torch.equal(ours, expected)
 
 
-def test_auto_is_packed() -> None:
+@pytest.mark.parametrize("device", ["cpu", "cuda", "meta"])
+def test_a_named_backend_is_taken_and_auto_is_packed_on_every_device(device: str) -> None:
+    for backend in get_args(Backend):
+        expected = "packed" if backend == "auto" else backend
+        assert resolve_backend(backend, torch.device(device)) == expected
+
+
+def test_auto_computes_what_packed_computes() -> None:
     case = Case(Pattern("hidden", K=3, window=9), T=40, Q=3)
     qkv = leaves(case)
     for ours, expected in zip(solve(case, "auto", qkv), solve(case, "packed", qkv), strict=True):

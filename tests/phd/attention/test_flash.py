@@ -6,8 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-import phd.attention.flash
-from phd.attention.flash import causal_backward, causal_forward, varlen_backward, varlen_forward
+import phd.torch_private
+from phd.attention.flash import (
+    HALF_PRECISION,
+    causal_backward,
+    causal_forward,
+    varlen_backward,
+    varlen_forward,
+)
 from phd.attention.varlen import isolated_backward, isolated_forward
 from phd.segments import Segments
 
@@ -61,7 +67,7 @@ def test_the_kernels_of_cuda_take_our_arguments_and_return_our_shapes(dtype: tor
         assert (gradient.shape, gradient.dtype) == (x.shape, dtype)
 
 
-@pytest.mark.parametrize("dtype", phd.attention.flash.HALF_PRECISION)
+@pytest.mark.parametrize("dtype", HALF_PRECISION)
 def test_the_kernels_of_documents_take_our_arguments_and_return_our_shapes(
     dtype: torch.dtype,
 ) -> None:
@@ -85,9 +91,10 @@ class FlashAttention:
     """
 
     def _flash_attention_forward(  # type: ignore[no-untyped-def]
-        self, q, k, v, cu_seqlens, borders_k, longest, longest_k, dropout, causal, debug, *, scale
-    ) -> list[Tensor]:
-        self.check(cu_seqlens, borders_k, longest, longest_k, dropout, causal)
+        self, q, k, v, cu_seqlens, cu_seqlens_k, longest, longest_k, dropout, causal, debug, *,
+        scale,
+    ) -> list[Tensor]:  # fmt: skip
+        self.check(cu_seqlens, cu_seqlens_k, longest, longest_k, dropout, causal)
         assert debug is False
         parts = []
         for at in (slice(*ends) for ends in pairwise(cu_seqlens.tolist())):
@@ -97,10 +104,10 @@ class FlashAttention:
         return [torch.cat(outs, 2)[0].transpose(0, 1), torch.cat(lses, 2)[0]]
 
     def _flash_attention_backward(  # type: ignore[no-untyped-def]
-        self, dout, q, k, v, out, lse, cu_seqlens, borders_k, longest, longest_k, dropout, causal,
-        seed, offset, *, scale,
+        self, dout, q, k, v, out, lse, cu_seqlens, cu_seqlens_k, longest, longest_k, dropout,
+        causal, seed, offset, *, scale,
     ) -> list[Tensor]:  # fmt: skip
-        self.check(cu_seqlens, borders_k, longest, longest_k, dropout, causal)
+        self.check(cu_seqlens, cu_seqlens_k, longest, longest_k, dropout, causal)
         assert seed.shape == offset.shape == (2,)
         parts = []
         for at in (slice(*ends) for ends in pairwise(cu_seqlens.tolist())):
@@ -113,9 +120,9 @@ class FlashAttention:
         return [torch.cat(x, 2)[0].transpose(0, 1) for x in zip(*parts, strict=True)]
 
     def check(  # type: ignore[no-untyped-def]
-        self, cu_seqlens, borders_k, longest, longest_k, dropout, causal
+        self, cu_seqlens, cu_seqlens_k, longest, longest_k, dropout, causal
     ) -> None:
-        assert cu_seqlens is borders_k
+        assert cu_seqlens is cu_seqlens_k
         assert longest == longest_k == max(cu_seqlens.diff())
         assert (dropout, causal) == (0.0, True)
 
@@ -132,7 +139,7 @@ def test_one_kernel_for_all_documents_gives_what_a_kernel_for_each_gives(
     out, lse = isolated_forward(q, k, v, SCALE, SEGMENTS)
     merged = out + torch.randn_like(out), lse + torch.rand_like(lse)
     expected = isolated_backward(dout, (q, k, v), merged, SCALE, SEGMENTS)
-    monkeypatch.setattr(phd.attention.flash, "aten", FlashAttention())
+    monkeypatch.setattr(phd.torch_private, "aten", FlashAttention())
     found = varlen_forward(q, k, v, SCALE, SEGMENTS.cu_seqlens, 29)
     torch.testing.assert_close(found, (out, lse))
     found_gradients = varlen_backward(dout, q, k, v, *merged, SCALE, SEGMENTS.cu_seqlens, 29)

@@ -25,7 +25,7 @@ whole_blocks = st.integers(1, 5).map(lambda blocks: blocks * BLOCK)
 @pytest.fixture(autouse=True, scope="module")
 def small_blocks() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(phd.attention.flex, "BLOCK", BLOCK)
+        patch.setattr(phd.attention.flex, "MASK_BLOCK_SIZE", BLOCK)
         yield
 
 

@@ -57,6 +57,16 @@ def close(one: Tensor, other: Tensor) -> None:
     torch.testing.assert_close(one, other, rtol=0, atol=1e-9)
 
 
+def test_a_default_device_of_the_callers_own_moves_nothing() -> None:
+    model, rows = theirs(), padded_left([text(9), text(5)])
+    expected = model(**rows, use_cache=True)
+    with torch.device("meta"):
+        found = model(**rows, use_cache=True)
+        plain = model(**rows)
+    assert torch.equal(found.logits, expected.logits)
+    close(plain.logits, expected.logits)
+
+
 # The config
 
 

@@ -3,16 +3,16 @@
 import pytest
 import torch
 
-from phd.attention.flash import merged
-from phd.inference.cached_attention import attend_near, attend_places, bias_of, dense_attention
+from phd.attention.flash import merge
+from phd.inference.cached_attention import attend_cached, attend_masked, bias_of, dense_attention
 
 B, N, G, H, KEYS = 2, 4, 2, 8, 30
 
 
 def tensors(Q: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    dice = torch.Generator().manual_seed(Q)
+    generator = torch.Generator().manual_seed(Q)
     shapes = (B, N, Q, H), (B, G, KEYS, H), (B, G, KEYS, H)
-    q, k, v = (torch.randn(shape, generator=dice, dtype=torch.float64) for shape in shapes)
+    q, k, v = (torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes)
     return q, k, v
 
 
@@ -32,12 +32,12 @@ def test_each_query_sees_as_many_places_as_it_may(Q: int) -> None:
     q, k, v = tensors(Q)
     seen = torch.randint(1, KEYS + 1, (B, Q))
     mask = torch.arange(KEYS) < seen[:, None, :, None]
-    check(attend_places(q, k, v, seen), written_out(q, k, v, mask))
+    check(attend_cached(q, k, v, seen), written_out(q, k, v, mask))
     everything = torch.ones(B, 1, Q, KEYS, dtype=torch.bool)
-    check(attend_places(q, k, v), written_out(q, k, v, everything))
+    check(attend_cached(q, k, v), written_out(q, k, v, everything))
 
 
-@pytest.mark.parametrize("attention", [attend_near, dense_attention])
+@pytest.mark.parametrize("attention", [attend_masked, dense_attention])
 def test_each_query_sees_the_keys_that_its_bias_leaves(attention) -> None:
     q, k, v = tensors(5)
     mask = torch.rand(B, 1, 5, KEYS) < 0.5
@@ -51,6 +51,6 @@ def test_two_parts_of_the_keys_merge_to_the_whole() -> None:
     parts = []
     for keys in (slice(11), slice(11, None)):
         bias = bias_of(mask[..., keys], q.dtype)
-        parts.append(attend_near(q, k[:, :, keys], v[:, :, keys], bias))
-    check(merged(*parts), written_out(q, k, v, mask))
-    check(merged(*reversed(parts)), written_out(q, k, v, mask))
+        parts.append(attend_masked(q, k[:, :, keys], v[:, :, keys], bias))
+    check(merge(*parts), written_out(q, k, v, mask))
+    check(merge(*reversed(parts)), written_out(q, k, v, mask))

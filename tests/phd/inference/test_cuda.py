@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from phd.config import ModelConfig, Variant
-from phd.inference.cached_attention import attend_places
+from phd.inference.cached_attention import attend_cached
 from phd.inference.cuda_graph import Decoder
 from phd.inference.prefill import decode, extend, prefill
 from phd.model import Transformer
@@ -41,8 +41,8 @@ def model_of(variant: Variant, **others: Any) -> Transformer:
 
 
 def tokens_of(rows: int, tokens: int) -> torch.Tensor:
-    dice = torch.Generator().manual_seed(0)
-    return torch.randint(0, SMALL.vocab_size, (rows, tokens), generator=dice).cuda()
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, SMALL.vocab_size, (rows, tokens), generator=generator).cuda()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -52,7 +52,7 @@ def test_the_kernel_for_few_queries_equals_attention(dtype: torch.dtype, rows: i
     q, k, v = (x.to(dtype) for x in (q, k, v))
     seen = torch.randint(1, 1000, (2, rows), device="cuda")
     for limit in (seen, None):
-        out, lse = attend_places(q, k, v, limit)
+        out, lse = attend_cached(q, k, v, limit)
         scores = q.double() @ k.double().repeat_interleave(2, 1).mT * 96**-0.5
         if limit is not None:
             hidden = torch.arange(999, device="cuda") >= limit[:, None, :, None]

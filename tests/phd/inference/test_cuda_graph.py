@@ -1,6 +1,5 @@
 """A captured step decodes as the plain one does, whatever the lengths are."""
 
-from functools import partial
 from typing import get_args
 
 import pytest
@@ -10,7 +9,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from phd.config import Variant
 from phd.inference.cache import KVCache
 from phd.inference.cuda_graph import Decoder
-from phd.inference.prefill import one_step, prefill
+from phd.inference.prefill import prefill, static_decode_step
 from phd.model import Transformer
 from tests.phd.small_models import model_of, of_variant
 
@@ -53,9 +52,7 @@ def test_its_work_is_one_graph_for_all_lengths(variant: Variant) -> None:
     full = model.logits(TOKENS)
     _, cache = prefill(model, TOKENS[:, :9], capacity=40)
     counter = CompileCounterWithBackend("aot_eager")
-    work = torch.compile(
-        partial(one_step, static=True), backend=counter, fullgraph=True, dynamic=False
-    )
+    work = torch.compile(static_decode_step, backend=counter, fullgraph=True, dynamic=False)
     with torch.no_grad():
         for n in range(9, 15):
             logits = work(model, TOKENS[:, n], cache)

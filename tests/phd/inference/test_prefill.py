@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from phd.config import CopyPositions, ModelConfig, Norm, SpanUnit, Variant
-from phd.inference import incremental
+from phd.inference import equal_rows
 from phd.inference.cache import KVCache
 from phd.inference.prefill import decode, extend, new_cache, prefill
 from phd.model import Transformer
@@ -118,7 +118,7 @@ def test_logits_from_a_cache_are_those_of_the_full_forward(
 @given(config=configs(), cut=cuts())
 def test_hidden_copies_of_a_prompt_may_be_cut_into_blocks(config: ModelConfig, cut: Cuts) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(incremental, "QUERIES_OF_BLOCK", 1)
+        patch.setattr(equal_rows, "QUERIES_PER_BLOCK", 1)
         assert worst(model_of(config), cut) < 1e-9
 
 
@@ -146,18 +146,18 @@ def test_half_precision_is_as_near_as_the_full_forward_itself(variant: Variant) 
 
 
 @variants
-def test_weights_that_lie_end_to_end_give_the_same_logits(variant: Variant) -> None:
+def test_fused_projections_give_the_same_logits(variant: Variant) -> None:
     config = of_variant(variant)
     tokens = torch.randint(0, 17, (2, 30), generator=torch.Generator().manual_seed(0))
-    model, flat = (Transformer(config).reset(0).double() for _ in range(2))
-    flat.flatten()
-    torch.testing.assert_close(flat.logits(tokens), model.logits(tokens), rtol=0, atol=1e-12)
+    model, fused = (Transformer(config).reset(0).double() for _ in range(2))
+    fused.fuse_projections()
+    torch.testing.assert_close(fused.logits(tokens), model.logits(tokens), rtol=0, atol=1e-12)
     with torch.inference_mode():
-        assert worst(flat, Cuts(tokens, [9, 9], None, [([1, 1], 1)] * 5 + [([5, 5], 5)])) < 1e-9
+        assert worst(fused, Cuts(tokens, [9, 9], None, [([1, 1], 1)] * 5 + [([5, 5], 5)])) < 1e-9
 
 
 @variants
-def test_decoding_reads_what_is_remembered_once_for_all_copies(variant: Variant) -> None:
+def test_decoding_reads_cached_slots_once_for_all_copies(variant: Variant) -> None:
     model = model_of(of_variant(variant))
     tokens = torch.zeros(1, 61, dtype=torch.long)
     _, cache = prefill(model, tokens[:, :60])

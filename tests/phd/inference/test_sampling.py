@@ -81,15 +81,17 @@ def test_generation_is_a_full_forward_pass_and_a_draw_for_each_token(temperature
     config = ModelConfig(layers=2, dim=16, ffn_dim=24, head_dim=8, vocab_size=31, max_seq_len=9)
     model, sampling = Transformer(config).reset(0), Sampling(temperature=temperature)
     prompts = [torch.randint(0, 31, (n,)) for n in (3, 7, 1, 9, 12)]
-    dice = [torch.Generator().manual_seed(i) for i in range(5)]
-    found = torch.stack(list(generate(model, prompts, sampling, dice, max_tokens=20)), 1)
+    generators = [torch.Generator().manual_seed(i) for i in range(5)]
+    found = torch.stack(list(generate(model, prompts, sampling, generators, max_tokens=20)), 1)
     texts = [prompt if len(prompt) <= 9 else prompt[-4:] for prompt in prompts]
-    dice = [torch.Generator().manual_seed(i) for i in range(5)]
+    generators = [torch.Generator().manual_seed(i) for i in range(5)]
     expected = []
     for _ in range(20):
         texts = [text if len(text) <= 9 else text[-4:] for text in texts]
         rows = [model.logits(text[None])[:, -1] for text in texts]
-        new = [sampling.draw(row, die) for row, die in zip(rows, dice, strict=True)]
+        new = [
+            sampling.draw(row, generator) for row, generator in zip(rows, generators, strict=True)
+        ]
         texts = [torch.cat(pair) for pair in zip(texts, new, strict=True)]
         expected.append(torch.cat(new))
     assert torch.equal(found, torch.stack(expected, 1))
@@ -101,8 +103,8 @@ def test_a_text_does_not_depend_on_those_beside_it() -> None:
     prompts = [torch.randint(0, 31, (n,)) for n in (3, 7, 1)]
 
     def written(*chosen: int) -> list[list[int]]:
-        dice = [torch.Generator().manual_seed(i) for i in chosen]
-        texts = generate(model, [prompts[i] for i in chosen], sampling, dice, max_tokens=60)
+        generators = [torch.Generator().manual_seed(i) for i in chosen]
+        texts = generate(model, [prompts[i] for i in chosen], sampling, generators, max_tokens=60)
         return torch.stack(list(texts), 1).tolist()
 
     assert written(0, 1, 2) == [*written(0), *written(1), *written(2)]

@@ -14,13 +14,13 @@ SCRIPT = """
 import torch
 from phd.inference.split_kv import split_attention
 
-dice = torch.Generator().manual_seed(0)
+generator = torch.Generator().manual_seed(0)
 for B, G, rows, H, keys, splits in (
     (2, 2, 8, 16, 100, 3), (1, 2, 70, 24, 300, None), (2, 1, 1, 64, 64, 1), (1, 1, 5, 96, 130, 9)
 ):
-    q, k, v = (torch.randn(B, G, n, H, generator=dice) for n in (rows, keys + 7, keys + 7))
+    q, k, v = (torch.randn(B, G, n, H, generator=generator) for n in (rows, keys + 7, keys + 7))
     k, v = k[:, :, :keys], v[:, :, :keys]
-    seen = torch.randint(1, keys + 1, (B, rows), generator=dice)
+    seen = torch.randint(1, keys + 1, (B, rows), generator=generator)
     for limit in (seen, None):
         out, lse = split_attention(q, k, v, limit, splits)
         scores = q @ k.mT * H**-0.5

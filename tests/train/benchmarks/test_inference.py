@@ -192,7 +192,7 @@ def test_a_prompt_is_read_into_a_cache_of_its_size(variant: Variant) -> None:
 def test_every_turn_decodes_the_last_tokens_of_the_context(variant: Variant) -> None:
     work = Decode(models().of(variant, 1 if variant == "vanilla" else 3), 18, 4)
     before = [x.clone() for x in work.cache.originals]
-    written = 4 * work.cache.pattern.places
+    written = 4 * work.cache.pattern.cached_slots_per_token
     for _ in range(2):
         work()
         assert work.cache.host_lengths == work.cache.lengths.tolist() == [18]

@@ -1,0 +1,180 @@
+"""New tokens of rows that all have one length: the host knows every position, so all are slices."""
+
+from collections.abc import Iterator
+from functools import partial
+from math import ceil
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from phd.attention.flash import causal_forward, merge_outputs
+from phd.attention.tiles import SCORES_AT_ONCE
+from phd.inference.cache import KVCache
+from phd.inference.cached_attention import attend_cached, attend_masked, bias_of
+from phd.inference.incremental import (
+    IncrementalForward,
+    Pair,
+    hidden_spans,
+    rope_of_slots,
+    sees_hidden,
+)
+from phd.rope import Rope
+
+# A block has at least so many queries: with fewer, the CPU's flash kernel is slower.
+QUERIES_PER_BLOCK = 128
+# The most values of masks that are kept for all layers; 2^24 in float32 are 64 MiB.
+KEPT_MASKS = 1 << 24
+
+
+class TokenBlock(NamedTuple):
+    """Tokens `begin` to `stop`, whose hidden copies see hidden copies of tokens from `low` on."""
+
+    begin: int
+    stop: int
+    low: int
+
+
+class EqualRows(IncrementalForward):
+    """T new tokens of each row, which had one length before.
+
+        queries            keys: cached slots             hidden copies
+        cached slots       causal, old and new            -
+        hidden copies      in blocks of tokens: all before the block without a mask, and
+                           through one mask the block's own originals and the hidden copies near it
+
+    Args:
+        tokens: T.
+        keep: for how many of the last tokens there will be logits.
+    """
+
+    def __init__(self, cache: KVCache, rope: Rope, tokens: int, keep: int) -> None:
+        self.past, self.keep = cache.host_lengths[0], keep
+        self.end = self.past + tokens
+        spans = hidden_spans(cache.pattern, self.past, self.end, keep, len(cache.originals))
+        token = torch.arange(self.past, self.end, device=cache.lengths.device)[None]
+        tables = rope_of_slots(rope, cache.pattern, token, token[:, tokens - spans[0] :])
+        super().__init__(cache, tokens, spans, tables)
+        self._biases: dict[TokenBlock, Tensor] = {}
+
+    def slots(self, x: Tensor) -> Tensor:
+        x = x.expand(-1, self.cache.pattern.K, -1, -1)
+        parts = [x[:, : self.cached_per_token].transpose(1, 2).flatten(1, 2)]
+        if self.spans[0]:
+            hidden = x[:, self.cached_per_token :, x.shape[2] - self.spans[0] :]
+            parts.append(hidden.transpose(1, 2).flatten(1, 2))
+        return torch.cat(parts, 1)[:, None]
+
+    def last_queries(self, x: Tensor) -> Tensor:
+        # The last copy of the last tokens: a hidden copy, or with naive repetition a cached slot.
+        per_token = self.hidden_per_token or self.cached_per_token
+        first = x.shape[-2] - self.keep * per_token
+        return x[..., first + per_token - 1 :: per_token, :]
+
+    def write_cache(self, k: Tensor, v: Tensor, layer: int) -> Pair:
+        self.cache.write_slice(layer, k, v, self.past * self.cached_per_token)
+        keys, values = self.cache.originals[layer].narrow(3, 0, self.end * self.cached_per_token)
+        return keys, values
+
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, cached: Pair, layer: int) -> Tensor:
+        if not self.is_last(layer):
+            own = k[:, :, : self.cached], v[:, :, : self.cached]
+            out = self._attend_causally(q[:, :, : self.cached], own, cached)
+            if q.shape[2] == self.cached:
+                return out
+            hidden = self._attend_in_blocks(q[:, :, self.cached :], (k, v), cached, layer)
+            return torch.cat([out, hidden], 2)
+        if self.hidden_per_token:
+            return self._attend_in_blocks(q, (k, v), cached, layer)
+        # The last copy of each of the last tokens sees all cached slots up to itself.
+        past, device = self.end - self.keep, q.device
+        visible = torch.arange(past + 1, self.end + 1, device=device) * self.cached_per_token
+        return attend_cached(q, *cached, visible.expand(len(q), -1))[0]
+
+    def _attend_causally(self, q: Tensor, own: Pair, cached: Pair) -> Tensor:
+        """Queries of the new cached slots over each other, and over all that were there before."""
+        result = causal_forward(q, *own, q.shape[-1] ** -0.5)
+        if not self.past:
+            return result[0]
+        old = (x[:, :, : self.past * self.cached_per_token] for x in cached)
+        return merge_outputs(result, attend_cached(q, *old))
+
+    def _attend_in_blocks(self, q: Tensor, new: Pair, cached: Pair, layer: int) -> Tensor:
+        """Queries of hidden copies, a block of tokens at a time.
+
+        All queries of a block see every original before the block, so only the rest needs a mask.
+        """
+        per_token = 1 if self.is_last(layer) else self.hidden_per_token
+        first = self.end - q.shape[2] // per_token
+        outs = []
+        for block in self._blocks(first):
+            part = q[:, :, (block.begin - first) * per_token : (block.stop - first) * per_token]
+            bias = self._bias(block)
+            if self.is_last(layer):
+                bias = bias[:, :, self.hidden_per_token - 1 :: self.hidden_per_token]
+            result = attend_masked(part, *self._masked_keys(block, new, cached, layer), bias)
+            out = result[0]
+            if block.begin:
+                before = attend_cached(part, *(x[:, :, : block.begin] for x in cached))
+                out = merge_outputs(result, before)
+            outs.append(out.to(q.dtype))
+        return outs[0] if len(outs) == 1 else torch.cat(outs, 2)
+
+    def _blocks(self, first: int) -> Iterator[TokenBlock]:
+        """The tokens from `first` on, in blocks.
+
+        Blocks are cut from the end, so that all layers have the same ones but for the first block,
+        and share their masks.
+        """
+        pattern, hidden = self.cache.pattern, self.hidden_per_token
+        assert pattern.span_tokens is not None
+        span = min(pattern.span_tokens, pattern.chunk_tokens or pattern.span_tokens)
+        # A mask has at most 2 * span tokens of keys: the block's own, and as many as it sees back.
+        most = SCORES_AT_ONCE // (2 * span * hidden**2)
+        size = max(1, min(max(span, ceil(QUERIES_PER_BLOCK / hidden)), most))
+        begins = [first, *reversed(range(self.end - size, first, -size))]
+        for begin, stop in zip(begins, [*begins[1:], self.end], strict=True):
+            yield TokenBlock(begin, stop, pattern.first_influential_token(begin, layers=1))
+
+    def _masked_keys(self, block: TokenBlock, new: Pair, cached: Pair, layer: int) -> Pair:
+        """What a block sees through a mask: hidden copies, and the originals of its own tokens."""
+        ring, first = self.cache.ring[layer], self.end - self.spans[layer]
+        start, stop = (
+            self.cached + (token - first) * self.hidden_per_token
+            for token in (max(block.low, self.past), block.stop)
+        )
+        keys, values = (
+            torch.cat([
+                *([in_ring] if block.low < self.past else []),
+                x[:, :, start:stop].to(ring.dtype),
+                originals[:, :, block.begin : block.stop],
+            ], 2)
+            for in_ring, x, originals in zip(ring, new, cached, strict=True)
+        )  # fmt: skip
+        return keys, values
+
+    def _bias(self, block: TokenBlock) -> Tensor:
+        """The mask of `_masked_keys` for all hidden copies of a block, (1, 1, queries, keys).
+
+        It is made once for all layers, unless those that are kept already are `KEPT_MASKS` long.
+        """
+        bias = self._biases.get(block)
+        if bias is not None:
+            return bias
+        hidden, device = self.hidden_per_token, self.cache.lengths.device
+        numbers = partial(torch.arange, device=device)
+        token = numbers(block.begin, block.stop)
+        query = numbers(block.begin * hidden, block.stop * hidden)
+        key = numbers(max(block.low, self.past) * hidden, block.stop * hidden)
+        if block.low < self.past:
+            key = torch.cat([self.cache.ring_numbers(self.cache.lengths[:1] * hidden), key])
+        visible = self.cache.pattern.visible_hidden_copies(token).T.flatten()
+        originals = (query // hidden)[:, None] >= token
+        is_seen = torch.cat([sees_hidden(query, visible, key), originals], 1)
+        bias = bias_of(is_seen, self.cache.ring[0].dtype)[None, None]
+        if sum(kept.numel() for kept in self._biases.values()) < KEPT_MASKS:
+            self._biases[block] = bias
+        return bias
+
+    def write_ring(self, k: Tensor, v: Tensor, layer: int) -> None:
+        self.cache.write_ring_slice(layer, k, v, self.end * self.hidden_per_token)

@@ -1,0 +1,205 @@
+"""What `phd.torch_private` assumes of this version of torch."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from phd import torch_private
+from phd.loss import IGNORED
+
+needs_cuda = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs an NVIDIA GPU and a CUDA build of torch"
+)
+needs_fused_loss = pytest.mark.skipif(
+    not torch_private.HAS_LINEAR_CROSS_ENTROPY, reason="needs torch's linear_cross_entropy"
+)
+B, N, G, T, H = 2, 4, 2, 37, 8
+SCALE = 0.3
+
+
+def inputs(
+    dtype: torch.dtype = torch.float64, device: str = "cpu", groups: int = G
+) -> list[Tensor]:
+    """q, k, v, dout."""
+    shapes = [(B, heads, T, H) for heads in (N, groups, groups, N)]
+    return [torch.randn(shape, dtype=dtype, device=device) for shape in shapes]
+
+
+def dense(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, bias: Tensor | float = 0.0
+) -> list[Tensor]:
+    """out and lse by the formula."""
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    scores = (SCALE * q @ k.mT + bias).masked_fill(~mask, -torch.inf)
+    return [scores.softmax(-1) @ v, scores.logsumexp(-1)]
+
+
+def merged_with_another_key(q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> list[Tensor]:
+    """out, lse, dq, dk, dv where each query also sees a key with score 1 and value 1.
+
+    The gradients are those of q, k and v alone, which a kernel has to give for the merged result.
+    """
+    leaves = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    out, lse = dense(*leaves, torch.ones(T, T, dtype=torch.bool, device=q.device).tril())
+    share = torch.sigmoid(1 - lse)[..., None]
+    merged = torch.lerp(out, torch.ones_like(out), share)
+    gradients = torch.autograd.grad(merged, leaves, dout.double())
+    merged_lse = torch.logaddexp(lse, torch.ones_like(lse))
+    return [x.detach() for x in (merged, merged_lse, *gradients)]
+
+
+def check(found, expected, tolerance: float) -> None:
+    for ours, theirs in zip(found, expected, strict=True):
+        theirs = theirs.to(ours.dtype)
+        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+
+
+# The CPU's kernels
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_cpus_flash_kernel_returns_the_log_sum_exp_of_grouped_heads(causal: bool) -> None:
+    q, k, v, _ = inputs()
+    mask = torch.ones(T, T, dtype=torch.bool)
+    expected = dense(q, k, v, mask.tril() if causal else mask)
+    check(torch_private.cpu_flash_forward(q, k, v, SCALE, causal=causal), expected, 1e-12)
+
+
+@pytest.mark.parametrize("rows", [1, B])
+def test_the_cpus_flash_kernel_adds_a_bias_that_broadcasts(rows: int) -> None:
+    q, k, v, _ = inputs()
+    bias = torch.randn(rows, 1, T, T, dtype=torch.float64)
+    bias = bias.masked_fill(torch.rand(rows, 1, T, T) < 0.3, -torch.inf)
+    bias[..., 0] = 0.0
+    found = torch_private.cpu_flash_forward(q, k, v, SCALE, causal=False, bias=bias)
+    check(found, dense(q, k, v, torch.ones(T, T, dtype=torch.bool), bias), 1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_cpus_flash_kernel_holds_the_log_sum_exp_in_float32(dtype: torch.dtype) -> None:
+    q, k, v, _ = inputs(dtype)
+    out, lse = torch_private.cpu_flash_forward(q, k, v, SCALE, causal=True)
+    assert (out.dtype, lse.dtype) == (dtype, torch.float32)
+
+
+def test_the_cpus_flash_backward_accepts_a_merged_result() -> None:
+    q, k, v, dout = inputs()
+    out, lse, *gradients = merged_with_another_key(q, k, v, dout)
+    found = torch_private.cpu_flash_backward(dout, q, k, v, out, lse, SCALE)
+    check(found, gradients, 1e-10)
+
+
+def test_layer_norms_backward_accepts_any_mean_and_deviation() -> None:
+    x, dy = torch.randn(2, 5, 7, dtype=torch.float64)
+    weight = torch.rand(7, dtype=torch.float64)
+    mean, scale = torch.randn(2, 5, 1, dtype=torch.float64)
+    normalised, g = (x - mean) * scale, weight * dy
+    means = [y.mean(-1, keepdim=True) for y in (g, g * normalised)]
+    expected = (g - means[0] - normalised * means[1]) * scale, (dy * normalised).sum(0)
+    found = torch_private.layer_norm_backward(dy, x, mean, scale, weight)
+    check(found, expected, 1e-12)
+
+
+@needs_fused_loss
+@pytest.mark.parametrize("rows_at_once", [1, 3, 100])
+def test_the_fused_loss_is_the_sum_over_counted_targets(rows_at_once: int) -> None:
+    hidden, weight = (torch.randn(n, 8, dtype=torch.float64).requires_grad_() for n in (11, 13))
+    targets = torch.randint(0, 13, (11,))
+    targets[::4] = IGNORED
+    expected = F.cross_entropy(hidden @ weight.T, targets, reduction="sum", ignore_index=IGNORED)
+    found = torch_private.summed_linear_cross_entropy(
+        hidden, weight, targets, IGNORED, rows_at_once
+    )
+    for ours, theirs in zip(
+        (found, *torch.autograd.grad(found, (hidden, weight))),
+        (expected, *torch.autograd.grad(expected, (hidden, weight))),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+def test_the_recompile_limit_holds_during_a_call_alone() -> None:
+    limits = []
+
+    def function() -> None:
+        limits.append(torch._dynamo.config.recompile_limit)
+
+    before = torch._dynamo.config.recompile_limit
+    torch_private.with_recompile_limit(function, before + 5)()
+    assert (limits, torch._dynamo.config.recompile_limit) == ([before + 5], before)
+
+
+# CUDA's kernels
+
+
+CUDA_KERNELS = {
+    "flash": (torch_private.cuda_flash_forward, torch_private.cuda_flash_backward, torch.bfloat16),
+    "efficient": (
+        torch_private.cuda_efficient_forward,
+        torch_private.cuda_efficient_backward,
+        torch.float32,
+    ),
+}
+kernels = pytest.mark.parametrize(
+    ("forward", "backward", "dtype"), CUDA_KERNELS.values(), ids=CUDA_KERNELS
+)
+
+
+@kernels
+def test_cudas_kernels_take_our_arguments_and_return_our_shapes(forward, backward, dtype) -> None:
+    """On the meta device, which knows the operators' signatures and shapes."""
+    q, k, v, dout = inputs(dtype, "meta", groups=N)
+    out, lse = forward(q, k, v, SCALE)
+    assert (out.shape, out.dtype) == (q.shape, dtype)
+    assert (lse.shape, lse.dtype) == (q.shape[:3], torch.float32)
+    for gradient, x in zip(backward(dout, q, k, v, out, lse, SCALE), (q, k, v), strict=True):
+        assert (gradient.shape, gradient.dtype) == (x.shape, dtype)
+
+
+def test_cudas_varlen_kernel_takes_our_arguments_and_returns_our_shapes() -> None:
+    q, k, v, dout = (x.transpose(1, 2).flatten(0, 1) for x in inputs(torch.bfloat16, "meta"))
+    cu_seqlens = torch.empty(4, dtype=torch.int32, device="meta")
+    out, lse = torch_private.cuda_varlen_forward(q, k, v, SCALE, cu_seqlens, T)
+    assert out.shape == q.shape
+    assert (lse.shape, lse.dtype) == ((N, B * T), torch.float32)
+    gradients = torch_private.cuda_varlen_backward(dout, q, k, v, out, lse, SCALE, cu_seqlens, T)
+    assert [gradient.shape for gradient in gradients] == [x.shape for x in (q, k, v)]
+
+
+@needs_cuda
+@kernels
+def test_cudas_kernels_return_the_log_sum_exp_and_accept_a_merged_result(
+    forward, backward, dtype
+) -> None:
+    q, k, v, dout = inputs(dtype, "cuda", groups=N)
+    tolerance = 3e-2 if dtype == torch.bfloat16 else 1e-4
+    mask = torch.ones(T, T, dtype=torch.bool, device="cuda").tril()
+    check(forward(q, k, v, SCALE), dense(*(x.double() for x in (q, k, v)), mask), tolerance)
+    out, lse, *gradients = merged_with_another_key(q, k, v, dout)
+    found = backward(dout, q, k, v, out.to(dtype), lse.float(), SCALE)
+    check(found, gradients, 2 * tolerance)
+
+
+@needs_cuda
+def test_cudas_flash_kernel_groups_heads() -> None:
+    q, k, v, _ = inputs(torch.bfloat16, "cuda")
+    mask = torch.ones(T, T, dtype=torch.bool, device="cuda").tril()
+    expected = dense(*(x.double() for x in (q, k, v)), mask)
+    check(torch_private.cuda_flash_forward(q, k, v, SCALE), expected, 3e-2)
+
+
+@needs_cuda
+@pytest.mark.parametrize("lengths", [[5, 30, 2, T], [1] * (B * T)], ids=["mixed", "one token"])
+def test_cudas_varlen_kernel_keeps_documents_apart(lengths: list[int]) -> None:
+    q, k, v, _ = (x.transpose(1, 2).flatten(0, 1) for x in inputs(torch.bfloat16, "cuda"))
+    cu_seqlens = torch.tensor([0, *lengths], device="cuda").cumsum(0).int()
+    out, lse = torch_private.cuda_varlen_forward(q, k, v, SCALE, cu_seqlens, max(lengths))
+    for start, stop in pairwise(cu_seqlens.tolist()):
+        mask = torch.ones(stop - start, stop - start, dtype=torch.bool, device="cuda").tril()
+        document = (x[None, start:stop].transpose(1, 2).double() for x in (q, k, v))
+        expected_out, expected_lse = dense(*document, mask)
+        check([out[start:stop].transpose(0, 1)], [expected_out[0]], 3e-2)
+        check([lse[:, start:stop]], [expected_lse[0]], 3e-2)
