@@ -17,6 +17,8 @@ from conf.exit_codes import ExitCode
 from data.tokenizer_training import LOSSLESS, train
 from train.checkpoint.reader import flatten
 
+pytestmark = pytest.mark.process
+
 REPOSITORY = Path(__file__).parents[2]
 
 Process = subprocess.Popen[str]
