@@ -26,9 +26,8 @@ ALLOWED = {
 # What only some users of a module have: they import it where they need it.
 OPTIONAL = {"phd/inference/split_kv.py": {"triton"}, "phd/hf/modeling.py": {"transformers"}}
 
-# The launcher checks the settings of the training that it starts, as train/main.py does, and
-# knows what its exit codes mean.
-LAUNCH_IMPORTS = {"train.compose", "train.config", "conf.exit_codes"}
+# The launcher checks the settings of the training that it starts, as train/main.py does.
+LAUNCH_IMPORTS = {"train.compose", "train.config"}
 
 RUNS_WHEN_IMPORTED = "launch/__main__.py"
 
@@ -75,7 +74,7 @@ def test_a_package_imports_what_it_may_and_nothing_else(package: str) -> None:
     assert {name: extra for name, extra in found.items() if extra} == {}
 
 
-def test_only_the_launcher_imports_train_and_only_its_configuration_and_exit_codes() -> None:
+def test_only_the_launcher_imports_train_and_only_its_configuration() -> None:
     found = {
         name
         for path in modules("conf", "phd", "data", "launch")

@@ -242,7 +242,8 @@ class PhdForCausalLM(PreTrainedModel, GenerationMixin):
                 logits = self._extend(text, text.token_of_column[:, columns], past_key_values)
             else:
                 hidden = self.model(text.tokens)
-                logits = self.model.predict(_gather_tokens(hidden, text.token_of_column[:, columns]))
+                hidden = _gather_tokens(hidden, text.token_of_column[:, columns])
+                logits = self.model.predict(hidden)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=logits.shape[-1], **others)
@@ -268,8 +269,8 @@ class PhdForCausalLM(PreTrainedModel, GenerationMixin):
 class _Text(NamedTuple):
     """Left-aligned rows.
 
-    tokens (B, T), with padding after them; lengths, the tokens of each row; token_of_column (B, T) on the
-    host, which of its row's tokens belongs to each column.
+    tokens (B, T), with padding after them; lengths, the tokens of each row; token_of_column (B, T)
+    on the host, which of its row's tokens belongs to each column.
     """
 
     tokens: Tensor
