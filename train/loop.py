@@ -151,16 +151,20 @@ def end(
     """Save the last step, and do what else is due after the last step and has not been done."""
     if record is None:
         raise StoppedEarlyError
-    done: set[Hook] = set()
+    done: list[Hook] = []
     if ending is None:  # the signal came after the step had been measured as any other
         assert run.stop_sync.signal is not None
         ending = Ending.of_signal(run.stop_sync.signal)
-        done = {hook for hook in run.all_hooks if is_due(hook, record.step)}
+        done = [hook for hook in run.all_hooks if is_due(hook, record.step)]
     run.bad_step_policy.flush()
     record = replace(record, ending=ending, failure=_failure(run, loader, ending))
-    # A second save of the same step only waits for the first; a step has one line in each sink.
-    last = {run.save, *run.all_hooks} - (done - {run.save})
-    return record, measure_and_save(run, record, last.__contains__, log=not done)
+
+    def due(hook: Hook) -> bool:
+        # A second save of the same step writes nothing, and waits for the first one.
+        return hook is run.save or all(hook is not other for other in done)
+
+    # A step has one line in each sink.
+    return record, measure_and_save(run, record, due, log=not done)
 
 
 def rank_flags(run: Run, loader: Loader, train_s: float) -> RankFlags:
