@@ -1,11 +1,12 @@
 """What README and docs/ say exists: files, commands, settings, and `make`'s targets."""
 
+import ast
 import importlib
 import re
 import shlex
 from collections.abc import Iterator
-from dataclasses import is_dataclass
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import NamedTuple
 
 import pytest
@@ -18,7 +19,6 @@ from train import compose
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-SETTINGS = ROOT / "docs/settings.md"  # made by train/settings.py, whose own test looks at it
 MOST_LINES = 200
 
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
@@ -94,7 +94,7 @@ def test_links_and_named_files_exist(page: Path) -> None:
     paths = set(PATH.findall(re.sub(r"\]\([^)]*\)|https?://\S+", "", text_of(page))))
     for path in paths - THEIRS:
         parts = re.sub(r"<\w+>", "*", path)
-        if not any(ROOT.glob(parts.rstrip("/"))) and not is_output(path, page):
+        if not any(ROOT.glob(parts.rstrip("/"))) and not is_no_file(path, page):
             missing.append(path)
     assert missing == []
 
@@ -110,12 +110,13 @@ def leads_somewhere(page: Path, link: str) -> bool:
     return not anchor or anchor in slugs
 
 
-def is_output(path: str, page: Path) -> bool:
-    """Whether it only looks like a path of ours: a part of a longer one, such as a dataset's."""
-    return all(
-        f"datasets/{path}" in text or f"/{path}" in text
-        for text in re.findall(rf"\S*{re.escape(path)}", text_of(page))
-    )
+def is_no_file(path: str, page: Path) -> bool:
+    """Whether it only looks like a path of ours: a metric, or the end of a longer path."""
+    code = map(text_of, (ROOT / "train/metrics").glob("*.py"))
+    if any(f'"{path}"' in text for text in code):
+        return True
+    longer = re.findall(rf"\S*{re.escape(path)}", text_of(page))
+    return all(f"/{path}" in text for text in longer)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -123,6 +124,17 @@ def test_named_targets_of_make_exist(page: Path) -> None:
     targets = set(re.findall(r"^([a-z][\w-]*):", text_of(ROOT / "Makefile"), re.MULTILINE))
     typed = {words[1] for words in shell_lines(page) if words[:1] == ["make"] and len(words) > 1}
     assert typed - targets == set()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_named_modules_and_imports_exist(page: Path) -> None:
+    for name in re.findall(r"\bphd\.[\w.]*\w", " ".join(re.findall(r"`[^`]+`", text_of(page)))):
+        resolve_name(name)
+    for block in blocks(page, "python"):
+        for node in ast.parse(block).body:
+            if isinstance(node, ast.ImportFrom) and node.module:
+                module = importlib.import_module(node.module)
+                assert all(hasattr(module, alias.name) for alias in node.names), ast.unparse(node)
 
 
 def test_there_are_commands_to_look_at() -> None:
@@ -141,28 +153,22 @@ def test_a_command_exists_and_takes_its_settings(
             if name := re.match(r" *# (\w+\.yaml)\n", block):
                 (tmp_path / name[1]).write_text(block, encoding="utf-8")
     texts = [text for text in command.arguments if text != "--dry"]
-    if "--help" in texts or "--cfg" in texts:
+    assert command.program == "launch" or (ROOT / command.program).is_file()
+    if not texts or "--help" in texts or "--cfg" in texts:
         return
     if command.program == "launch":
         assert read(texts).config
         return
-    assert (ROOT / command.program).is_file()
     if is_refused_on_purpose(command):
         with pytest.raises(ConfigError):
             check_run(texts)
         return
-    module = importlib.import_module(command.program.removesuffix(".py").replace("/", "."))
-    own = [
-        value
-        for name, value in vars(module).items()
-        if name.endswith("Arguments")
-        and is_dataclass(value)
-        and value.__module__ == module.__name__
-    ]
-    if not own:
+    named = re.search(r"^class (\w+Arguments)\b", text_of(ROOT / command.program), re.MULTILINE)
+    if named is None:  # it takes a run's settings and nothing else
         check_run(texts)
         return
-    [cls] = own
+    module = importlib.import_module(command.program.removesuffix(".py").replace("/", "."))
+    cls = getattr(module, named[1])
     mine = [text for text in texts if "=" not in text or text.partition("=")[0] in keys(cls)]
     rest = [text for text in texts if text not in mine]
     parse(cls, mine, positional=["name"] if "name" in keys(cls) else [])
@@ -177,8 +183,7 @@ def check_run(texts: list[str]) -> None:
 
 
 def is_refused_on_purpose(command: Command) -> bool:
-    """Whether the page shows what the command answers, which is a refusal."""
-    return any(
-        block.startswith("$ ") and shlex.join(command.arguments) in block and " problem" in block
-        for block in blocks(ROOT / command.page, "console")
-    )
+    """Whether the page shows what the command answers, and the answer is a refusal."""
+    shown = [block.partition("\n") for block in blocks(ROOT / command.page, "console")]
+    words = ["$", "python", command.program, *command.arguments]
+    return any(shlex.split(line) == words and "problem" in answer for line, _, answer in shown)
