@@ -19,7 +19,7 @@ class Flops(NamedTuple):
 
 
 def forward_flops(config: ModelConfig, *documents: int) -> Flops:
-    """FLOPs of one forward pass over a row of isolated documents of so many tokens each.
+    """FLOPs of one forward pass over a row of isolated documents with these numbers of tokens.
 
     A matrix product of R rows by an (in, out) weight costs 2 R in out; a (query, key) pair costs
     4 H per head, for the score and for the weighted value. Norms, RoPE, softmax and the embedding

@@ -76,7 +76,7 @@ def project_all(x: Tensor, layers: Sequence[Linear]) -> Sequence[Tensor]:
 
 
 def _are_fused(x: Tensor, layers: Sequence[Linear]) -> bool:
-    """Whether the layers' weights still lie one after another, and one product may replace theirs.
+    """Whether the layers' weights are still one after another, so that one product is enough.
 
     Looks at weights only where `fuse_weights` has been called: an engine that shards a layer
     gathers its weight when the layer itself is called, and not before.
@@ -112,7 +112,7 @@ def project(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def is_faster_transposed(rows: RowRange, count: int, values: int) -> bool:
-    """Whether `count` rows times a weight of so many values are in the range."""
+    """Whether `count` rows are in the range, for a weight of `values` values."""
     return (rows.first if values < LARGE_WEIGHT else rows.first_large) <= count <= rows.last
 
 

@@ -80,8 +80,8 @@ class Transformer(nn.Module):
     def head_weight(self) -> Tensor:
         """The LM head's weight (V, D).
 
-        A tied head has no parameter of its own, so neither a move to another device nor sharding
-        can separate it from the embedding.
+        A tied head is not a second parameter, so moving or sharding the model cannot separate it
+        from the embedding.
         """
         return self.embed.weight if self.config.tied else self.head.weight
 

@@ -92,8 +92,9 @@ class Pattern:
     def visible_hidden_copies(self, position: Tensor) -> Tensor:
         """How many hidden copies each hidden copy sees, its own included.
 
-        Hidden copies are numbered h(n, s) = n*(K-1) + s-1. By rules 2 and 3 together, hidden copy h
-        sees exactly the last so many up to h. The packed backend masks by this number.
+        Hidden copies are numbered h(n, s) = n*(K-1) + s-1. By rules 2 and 3 together, the hidden
+        copies that copy h sees are an interval that ends with h itself; this is its length. The
+        packed backend masks by it.
 
         Args:
             position: int64 (..., T), the position of each token in its document.

@@ -38,11 +38,11 @@ class Segments:
         """The documents that `starts`, int (B, T) on the CPU, describes."""
         # Rows of one document may come expanded from one of them, and no such tensor can be pinned.
         starts = starts.long().contiguous()
-        place = torch.arange(starts.shape[1], device=starts.device)
-        opens = starts == place
-        assert torch.equal(starts, torch.where(opens, place, 0).cummax(1).values), starts
-        first = opens.flatten().nonzero().flatten()
-        cu_seqlens = torch.cat([first, first.new_tensor([opens.numel()])]).int()
+        index = torch.arange(starts.shape[1], device=starts.device)
+        is_first = starts == index
+        assert torch.equal(starts, torch.where(is_first, index, 0).cummax(1).values), starts
+        first = is_first.flatten().nonzero().flatten()
+        cu_seqlens = torch.cat([first, first.new_tensor([is_first.numel()])]).int()
         return cls(starts, cu_seqlens, cu_seqlens)
 
     def to(self, device: torch.device | str) -> "Segments":
@@ -52,7 +52,7 @@ class Segments:
 
     @property
     def position(self) -> Tensor:
-        """The place of each token in its document, int64 (B, T)."""
+        """The position of each token in its document, int64 (B, T)."""
         return torch.arange(self.starts.shape[1], device=self.starts.device) - self.starts
 
     def repeated(self, K: int) -> "Segments":

@@ -131,7 +131,7 @@ class TileRange:
         size, back = self.tiles.size, self.tiles.back
         x = x.view(B, G, self.count, hidden, back + 1, size, H).permute(0, 1, 3, 4, 2, 5, 6)
         x = x.reshape(B, G, hidden, back + 1, self.count * size, H)
-        # A key belongs to up to `back` + 1 tiles. One addition for each place that it has in them.
+        # A key is in up to `back` + 1 tiles. One addition for each of them.
         for i in range(back + 1):
             start = (self.start - back + i) * size
             skip, stop = max(-start, 0), min(start + self.count * size, T)
@@ -142,7 +142,7 @@ class TileRange:
         """Which hidden keys the hidden queries must not see.
 
         Args:
-            position: int64 (B or 1, T), the place of each token in its document.
+            position: int64 (B or 1, T), the position of each token in its document.
 
         Returns:
             bool (B or 1, tiles or 1, Q * size, keys). Queries past the row's end, which only fill

@@ -239,11 +239,10 @@ class PhdForCausalLM(PreTrainedModel, GenerationMixin):
             if cached:
                 if past_key_values is None:
                     past_key_values = PhdCache(new_cache(self.model, *input_ids.shape))
-                logits = self._extend(text, text.token_of_column[:, columns], past_key_values)
+                logits = self._extend(text, text.token_index[:, columns], past_key_values)
             else:
                 hidden = self.model(text.tokens)
-                hidden = _gather_tokens(hidden, text.token_of_column[:, columns])
-                logits = self.model.predict(hidden)
+                logits = self.model.predict(_gather_tokens(hidden, text.token_index[:, columns]))
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=logits.shape[-1], **others)
@@ -269,13 +268,13 @@ class PhdForCausalLM(PreTrainedModel, GenerationMixin):
 class _Text(NamedTuple):
     """Left-aligned rows.
 
-    tokens (B, T), with padding after them; lengths, the tokens of each row; token_of_column (B, T)
-    on the host, which of its row's tokens belongs to each column.
+    tokens (B, T), with padding after them; lengths, the tokens of each row; token_index (B, T) on
+    the host, which of its row's tokens belongs to each column.
     """
 
     tokens: Tensor
     lengths: list[int]
-    token_of_column: Tensor
+    token_index: Tensor
 
     @classmethod
     def of(cls, input_ids: Tensor, mask: Tensor | None) -> "_Text":

@@ -10,7 +10,7 @@ from torch import Tensor
 from phd.config import ModelConfig
 from phd.pattern import Pattern
 
-# A cache grows to a multiple of so many tokens.
+# The capacity of a cache that grows is a multiple of this number of tokens.
 CAPACITY_STEP = 256
 
 
@@ -22,7 +22,7 @@ class KVCache:
 
         K = 2, W = 3, after token 4:     originals  0  1  2  3  4  .  .  .     ring  3' 4' 2'
 
-    Rows are left-aligned: each has a length of its own, and no query sees a slot beyond it.
+    Rows are left-aligned: each has its own length, and no query sees a slot beyond it.
 
     Attributes:
         pattern: which slot may attend to which.
@@ -68,7 +68,7 @@ class KVCache:
         return sum(x.nbytes for x in (*self.originals, *self.ring))
 
     def reserve(self, tokens: int) -> None:
-        """Make room for rows of so many tokens.
+        """Make room for rows of `tokens` tokens.
 
         A cache that is too small grows by half at least, so that copying it takes linear time in
         all, and to a multiple of `CAPACITY_STEP`.
@@ -118,7 +118,7 @@ class KVCache:
         originals[:, row, :, slot] = new
 
     def ring_numbers(self, written: Tensor) -> Tensor:
-        """Which hidden copy each slot of a ring holds after so many (..., 1) have been written.
+        """Which hidden copy each slot of the ring holds when `written` (..., 1) have been written.
 
         Hidden copies are numbered from the beginning of their row. Returns int64 (..., R), below 0
         where the slot is empty.

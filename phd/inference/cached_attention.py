@@ -6,8 +6,8 @@ from torch import Tensor
 from phd.attention.tiles import SCORES_AT_ONCE
 from phd.torch_private import cpu_flash_forward
 
-# With up to so many queries of a head, reading the keys once is faster, although each head of a
-# group then needs a copy of the mask.
+# Up to this number of queries per head it is faster to read the keys once for all heads of a group,
+# although each head then needs a copy of the mask.
 FEW_QUERIES = 16
 
 

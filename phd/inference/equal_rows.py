@@ -1,4 +1,4 @@
-"""New tokens of rows that all have one length: the host knows every position, so all are slices."""
+"""New tokens of rows of one length: the host knows every position, so all reads are slices."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -21,13 +21,13 @@ from phd.inference.incremental import (
 )
 from phd.rope import Rope
 
-# A block has at least so many queries: with fewer, the CPU's flash kernel is slower.
-QUERIES_PER_BLOCK = 128
+# A tile has at least this number of queries: with fewer, the CPU's flash kernel is slower.
+QUERIES_PER_TILE = 128
 # The most values of masks that are kept for all layers; 2^24 in float32 are 64 MiB.
 KEPT_MASKS = 1 << 24
 
 
-class TokenBlock(NamedTuple):
+class TokenTile(NamedTuple):
     """Tokens `begin` to `stop`, whose hidden copies see hidden copies of tokens from `low` on."""
 
     begin: int
@@ -38,10 +38,9 @@ class TokenBlock(NamedTuple):
 class EqualRows(IncrementalForward):
     """T new tokens of each row, which had one length before.
 
-        queries            keys: cached slots             hidden copies
-        cached slots       causal, old and new            -
-        hidden copies      in blocks of tokens: all before the block without a mask, and
-                           through one mask the block's own originals and the hidden copies near it
+        queries                  keys without a mask           keys through a mask
+        cached slots             cached before, new (causal)   -
+        a tile's hidden copies   originals before the tile     the tile's originals, hidden copies
 
     Args:
         tokens: T.
@@ -55,7 +54,7 @@ class EqualRows(IncrementalForward):
         token = torch.arange(self.past, self.end, device=cache.lengths.device)[None]
         tables = rope_of_slots(rope, cache.pattern, token, token[:, tokens - spans[0] :])
         super().__init__(cache, tokens, spans, tables)
-        self._biases: dict[TokenBlock, Tensor] = {}
+        self._biases: dict[TokenTile, Tensor] = {}
 
     def slots(self, x: Tensor) -> Tensor:
         x = x.expand(-1, self.cache.pattern.K, -1, -1)
@@ -82,10 +81,10 @@ class EqualRows(IncrementalForward):
             out = self._attend_causally(q[:, :, : self.cached], own, cached)
             if q.shape[2] == self.cached:
                 return out
-            hidden = self._attend_in_blocks(q[:, :, self.cached :], (k, v), cached, layer)
+            hidden = self._attend_in_tiles(q[:, :, self.cached :], (k, v), cached, layer)
             return torch.cat([out, hidden], 2)
         if self.hidden_per_token:
-            return self._attend_in_blocks(q, (k, v), cached, layer)
+            return self._attend_in_tiles(q, (k, v), cached, layer)
         # The last copy of each of the last tokens sees all cached slots up to itself.
         past, device = self.end - self.keep, q.device
         visible = torch.arange(past + 1, self.end + 1, device=device) * self.cached_per_token
@@ -99,81 +98,81 @@ class EqualRows(IncrementalForward):
         old = (x[:, :, : self.past * self.cached_per_token] for x in cached)
         return merge_outputs(result, attend_cached(q, *old))
 
-    def _attend_in_blocks(self, q: Tensor, new: Pair, cached: Pair, layer: int) -> Tensor:
-        """Queries of hidden copies, a block of tokens at a time.
+    def _attend_in_tiles(self, q: Tensor, new: Pair, cached: Pair, layer: int) -> Tensor:
+        """Queries of hidden copies, a tile of tokens at a time.
 
-        All queries of a block see every original before the block, so only the rest needs a mask.
+        All queries of a tile see every original before the tile, so only the rest needs a mask.
         """
         per_token = 1 if self.is_last(layer) else self.hidden_per_token
         first = self.end - q.shape[2] // per_token
         outs = []
-        for block in self._blocks(first):
-            part = q[:, :, (block.begin - first) * per_token : (block.stop - first) * per_token]
-            bias = self._bias(block)
+        for tile in self._tiles(first):
+            part = q[:, :, (tile.begin - first) * per_token : (tile.stop - first) * per_token]
+            bias = self._bias(tile)
             if self.is_last(layer):
                 bias = bias[:, :, self.hidden_per_token - 1 :: self.hidden_per_token]
-            result = attend_masked(part, *self._masked_keys(block, new, cached, layer), bias)
+            result = attend_masked(part, *self._masked_keys(tile, new, cached, layer), bias)
             out = result[0]
-            if block.begin:
-                before = attend_cached(part, *(x[:, :, : block.begin] for x in cached))
+            if tile.begin:
+                before = attend_cached(part, *(x[:, :, : tile.begin] for x in cached))
                 out = merge_outputs(result, before)
             outs.append(out.to(q.dtype))
         return outs[0] if len(outs) == 1 else torch.cat(outs, 2)
 
-    def _blocks(self, first: int) -> Iterator[TokenBlock]:
-        """The tokens from `first` on, in blocks.
+    def _tiles(self, first: int) -> Iterator[TokenTile]:
+        """The tokens from `first` on, in tiles.
 
-        Blocks are cut from the end, so that all layers have the same ones but for the first block,
-        and share their masks.
+        Tiles are cut from the end, so that all layers have the same tiles except the first, and
+        share their masks.
         """
         pattern, hidden = self.cache.pattern, self.hidden_per_token
         assert pattern.span_tokens is not None
         span = min(pattern.span_tokens, pattern.chunk_tokens or pattern.span_tokens)
-        # A mask has at most 2 * span tokens of keys: the block's own, and as many as it sees back.
+        # A tile as long as the span has 2 * span tokens of keys: its own, and those that it sees back.
         most = SCORES_AT_ONCE // (2 * span * hidden**2)
-        size = max(1, min(max(span, ceil(QUERIES_PER_BLOCK / hidden)), most))
+        size = max(1, min(max(span, ceil(QUERIES_PER_TILE / hidden)), most))
         begins = [first, *reversed(range(self.end - size, first, -size))]
         for begin, stop in zip(begins, [*begins[1:], self.end], strict=True):
-            yield TokenBlock(begin, stop, pattern.first_influential_token(begin, layers=1))
+            yield TokenTile(begin, stop, pattern.first_influential_token(begin, layers=1))
 
-    def _masked_keys(self, block: TokenBlock, new: Pair, cached: Pair, layer: int) -> Pair:
-        """What a block sees through a mask: hidden copies, and the originals of its own tokens."""
+    def _masked_keys(self, tile: TokenTile, new: Pair, cached: Pair, layer: int) -> Pair:
+        """What a tile sees through a mask: hidden copies, and the originals of its own tokens."""
         ring, first = self.cache.ring[layer], self.end - self.spans[layer]
         start, stop = (
             self.cached + (token - first) * self.hidden_per_token
-            for token in (max(block.low, self.past), block.stop)
+            for token in (max(tile.low, self.past), tile.stop)
         )
         keys, values = (
             torch.cat([
-                *([in_ring] if block.low < self.past else []),
+                *([in_ring] if tile.low < self.past else []),
                 x[:, :, start:stop].to(ring.dtype),
-                originals[:, :, block.begin : block.stop],
+                originals[:, :, tile.begin : tile.stop],
             ], 2)
             for in_ring, x, originals in zip(ring, new, cached, strict=True)
         )  # fmt: skip
         return keys, values
 
-    def _bias(self, block: TokenBlock) -> Tensor:
-        """The mask of `_masked_keys` for all hidden copies of a block, (1, 1, queries, keys).
+    def _bias(self, tile: TokenTile) -> Tensor:
+        """The mask of `_masked_keys` for all hidden copies of a tile, (1, 1, queries, keys).
 
-        It is made once for all layers, unless those that are kept already are `KEPT_MASKS` long.
+        It is made once for all layers, until the masks that are kept reach `KEPT_MASKS` values.
         """
-        bias = self._biases.get(block)
+        bias = self._biases.get(tile)
         if bias is not None:
             return bias
         hidden, device = self.hidden_per_token, self.cache.lengths.device
         numbers = partial(torch.arange, device=device)
-        token = numbers(block.begin, block.stop)
-        query = numbers(block.begin * hidden, block.stop * hidden)
-        key = numbers(max(block.low, self.past) * hidden, block.stop * hidden)
-        if block.low < self.past:
+        token = numbers(tile.begin, tile.stop)
+        query = numbers(tile.begin * hidden, tile.stop * hidden)
+        key = numbers(max(tile.low, self.past) * hidden, tile.stop * hidden)
+        if tile.low < self.past:
             key = torch.cat([self.cache.ring_numbers(self.cache.lengths[:1] * hidden), key])
         visible = self.cache.pattern.visible_hidden_copies(token).T.flatten()
         originals = (query // hidden)[:, None] >= token
         is_seen = torch.cat([sees_hidden(query, visible, key), originals], 1)
         bias = bias_of(is_seen, self.cache.ring[0].dtype)[None, None]
         if sum(kept.numel() for kept in self._biases.values()) < KEPT_MASKS:
-            self._biases[block] = bias
+            self._biases[tile] = bias
         return bias
 
     def write_ring(self, k: Tensor, v: Tensor, layer: int) -> None:

@@ -9,7 +9,7 @@ The cached slots of a new token are those whose keys and values stay in the cach
 with naive repetition all K copies. Hidden copies are computed only for the last new tokens of a
 row: in each layer for those that influence a logit or a later token.
 
-Each case is a class of its own, which can be read alone:
+Each case is one class, which can be read alone:
 
     EqualRows           equal_rows     any number of tokens, the same in rows of one length
     RaggedRows          ragged_rows    any numbers of tokens, in rows of any lengths
@@ -41,8 +41,8 @@ class IncrementalForward(ABC):
 
     Args:
         tokens: T, the new tokens of the row that has the most.
-        spans: for how many tokens at the end of each row a layer computes hidden copies; a layer
-            has no more than the one before it.
+        spans: for how many tokens at the end of each row a layer computes hidden copies; never more
+            than in the layer before it.
         rope: (cos, sin) of the first layer's slots, (B or 1, 1, 1, M, H).
 
     Attributes:

@@ -1,8 +1,8 @@
 """Prefill and decode: the logits of the full forward pass from a cache, with the least work.
 
 prefill   originals      o o o o o o o o o o o o     every token, once
-          hidden copies                  h h h h     only those that influence a later token:
-                                                     the lower the layer, the more of them
+          hidden copies                  h h h h     only those that influence a later token,
+                                                     which are more in lower layers
 decode    all K copies of one token, together
 """
 
@@ -113,7 +113,7 @@ def extend(
 def _forward_of(
     model: Transformer, cache: KVCache, new: Sequence[int], keep: int
 ) -> IncrementalForward:
-    """The case of so many new tokens of each row; see `phd.inference.incremental`."""
+    """The case of `phd.inference.incremental` for `new` tokens of each row."""
     rope, one_token = model.rope, set(new) == {1} and keep == 1
     if len(set(cache.host_lengths)) == len(set(new)) == 1:
         if one_token and cache.pattern.cached_slots_per_token == 1:

@@ -1,4 +1,4 @@
-"""New tokens of rows of unequal lengths: every query sees the cache through a mask of its own."""
+"""New tokens of rows of unequal lengths: every query sees the cache through its own mask."""
 
 from collections.abc import Sequence
 
@@ -151,8 +151,8 @@ class RaggedRows(IncrementalForward):
 class RaggedPrompts(RaggedRows):
     """`RaggedRows` of rows that are empty before.
 
-    All rows begin with their first token and padding comes last, so causal attention among the new
-    cached slots is right whatever the lengths are, and needs no mask.
+    All rows begin with their first token, and padding comes last. So causal attention among the new
+    cached slots is right for rows of any length, and needs no mask.
     """
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, cached: Pair, layer: int) -> Tensor:

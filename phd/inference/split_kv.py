@@ -1,6 +1,6 @@
 """Attention of a few queries to many keys on CUDA: several programs share the keys of a head.
 
-    keys of a head   |--- split 0 ---|--- split 1 ---|--- split 2 ---|   each a program of its own,
+    keys of a head   |--- split 0 ---|--- split 1 ---|--- split 2 ---|   one program each, with
     queries          every row       every row       every row           a tile of rows at a time
 
 The splits' results merge by their log-sum-exps (flash decoding, arXiv 2311.01282, section 3). How

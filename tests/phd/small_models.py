@@ -1,4 +1,4 @@
-"""Models so small that the slow twin is quick, with no weight that hides a mistake."""
+"""Models small enough for slow comparisons, with no weight that hides a mistake."""
 
 from dataclasses import replace
 from typing import Any

@@ -1,4 +1,4 @@
-"""A default device of the caller's own moves nothing: tensors follow the model and its inputs."""
+"""The default device has no effect: tensors are made on the device of the model and its inputs."""
 
 from collections.abc import Iterator
 from typing import get_args
@@ -22,7 +22,7 @@ needs_cuda = pytest.mark.skipif(
 )
 TOKENS = torch.randint(0, 17, (2, 30), generator=torch.Generator().manual_seed(0))
 STARTS = torch.tensor([[0] * 10 + [10] * 20, [0] * 30])
-# On the meta device a tensor has no values: whatever falls on it cannot come out right.
+# Tensors on the meta device have no values, so a result that depends on one cannot be right.
 ELSEWHERE = "meta"
 
 

@@ -1,4 +1,4 @@
-"""A few rows, and several layers, are multiplied another way, to the same result."""
+"""Transposed and fused products give the same result as plain ones."""
 
 from pathlib import Path
 
@@ -66,7 +66,7 @@ def test_which_rows_take_the_transposed_product(rows: RowRange) -> None:
     assert taken == list(range(rows.first_large, rows.last + 1))
 
 
-def test_the_processor_at_hand_is_told_by_its_maker() -> None:
+def test_the_processor_is_known_by_its_vendor() -> None:
     if not (cpuinfo := Path("/proc/cpuinfo")).exists():
         pytest.skip("no /proc/cpuinfo here")
     vendors = [vendor for vendor in TRANSPOSED_ROWS if vendor in cpuinfo.read_text()]
@@ -106,7 +106,7 @@ def test_layers_with_fused_weights_are_one_product(rows: int) -> None:
     count, found = products(several, x)
     assert count == 1
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
-    # In another order they are not one after the other.
+    # A part that begins later is fused as well; with a gap it is not.
     assert products(several[1:], x)[0] == 1
     assert products(several[::2], x)[0] == 2
 

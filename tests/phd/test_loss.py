@@ -98,7 +98,7 @@ def test_a_row_without_targets_costs_nothing(z_loss: float) -> None:
     assert all((gradient == 0).all() for gradient in gradients)
 
 
-def test_cross_entropy_is_told_apart_from_the_z_loss() -> None:
+def test_cross_entropy_is_reported_without_the_z_loss() -> None:
     b = batch()
     found = next_token_loss(*b, z_loss=0.3)
     torch.testing.assert_close(found.cross_entropy, textbook(*b).detach())

@@ -1,4 +1,4 @@
-"""The whole model equals a slow twin, and the facts that follow from the three rules hold in it."""
+"""The model equals a slow implementation, and has the properties that the three rules imply."""
 
 from dataclasses import replace
 from functools import partial
@@ -84,7 +84,7 @@ class SlowTwin:
         if c.norm in ("hybrid", "hybrid_star"):
             v = self.normalised(f"{name}.v_norm", v)
         q, k, v = (y.unflatten(-1, (-1, c.head_dim)) for y in (q, k, v))  # (B, K, T, heads, H)
-        q, k = self.turned(q), self.turned(k)
+        q, k = self.rotated(q), self.rotated(k)
         mask = Pattern.of(c).mask(x.shape[2])
         heads = []
         for i in range(c.heads):
@@ -95,7 +95,7 @@ class SlowTwin:
             heads.append(torch.einsum("bsnrm,brmh->bsnh", p, v[..., g, :]))
         return self.linear(f"{name}.o", torch.cat(heads, -1))
 
-    def turned(self, x: Tensor) -> Tensor:
+    def rotated(self, x: Tensor) -> Tensor:
         c, (K, tokens) = self.config, x.shape[1:3]
         n, s = torch.arange(tokens), torch.arange(K)[:, None]
         position = n.expand(K, tokens) if c.copy_positions == "shared" else n * K + s

@@ -1,4 +1,4 @@
-"""RMSNorm on the CPU is the textbook's, in value and gradient, whatever the layout."""
+"""RMSNorm on the CPU is the textbook's, in value and gradient, for all layouts."""
 
 from collections.abc import Callable
 
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from phd.norm import RMSNorm
 
-EPS = 0.1  # large enough to be seen
+EPS = 0.1  # large enough to matter
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": lambda x: x,
     "last copy": lambda x: x[:, -1:],

@@ -16,7 +16,7 @@ lengths = st.integers(1, 12)
 
 
 def remembered(n: int, m: int, r: int) -> bool:
-    """Rule 1: originals are remembered, by everybody."""
+    """Rule 1: every slot sees the originals up to its own token."""
     return r == 0 and m <= n
 
 

@@ -1,4 +1,4 @@
-"""RoPE turns pairs of a head as complex numbers turn, at the positions that the copies have."""
+"""RoPE rotates pairs of a head as complex numbers, by the positions that the copies have."""
 
 from typing import get_args
 
@@ -17,7 +17,7 @@ def rope_of(positions: CopyPositions) -> Rope:
     return Rope(config).double()
 
 
-def turned(x: Tensor, positions: Tensor, theta: float = 500_000.0) -> Tensor:
+def rotated(x: Tensor, positions: Tensor, theta: float = 500_000.0) -> Tensor:
     """The textbook: x (B, K, heads, T, H), positions (K, T) -> (B, heads, K, T, H)."""
     frequency = theta ** (-torch.arange(0, H, 2, dtype=torch.float64) / H)
     angle = positions[:, None, :, None] * frequency
@@ -40,7 +40,7 @@ def test_rotation_and_its_gradient_are_the_complex_ones(copies: CopyPositions, g
     positions = positions_of(copies)
     if copies == "shared":
         positions = positions[:given]
-    expected = turned(x.transpose(2, 3).expand(-1, len(positions), -1, -1, -1), positions)
+    expected = rotated(x.transpose(2, 3).expand(-1, len(positions), -1, -1, -1), positions)
     assert ours.is_contiguous()
     # The tables are kept in float32.
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-6)

@@ -1,4 +1,4 @@
-"""Documents packed into rows are computed as if each were alone, and never meet."""
+"""Documents packed into rows are computed as if each were alone, and never see each other."""
 
 from itertools import product
 from typing import Any, get_args
@@ -36,11 +36,11 @@ def rows_of(*rows: list[int]) -> Segments:
     )
 
 
-# With chunks of 4 tokens: borders on and off them, documents of one token, one of the whole row.
+# With chunks of 4 tokens: documents that begin at a chunk or within one, of one token, of a row.
 ROWS = rows_of([1, 1, 8, 4, 3, 20, 2], [39], [12, 26, 1])
 
 
-def places(segments: Segments) -> list[tuple[int, slice]]:
+def documents_of(segments: Segments) -> list[tuple[int, slice]]:
     """(row, tokens) of every document."""
     return [
         (b, slice(start, start + row.count(start)))
@@ -64,7 +64,7 @@ def check_alone(config: ModelConfig, segments: Segments) -> None:
     """Every document's hidden states in the packed rows are those that it has alone."""
     model, tokens = float64_model(config), random_tokens(config, segments)
     packed = model(tokens, segments)
-    for b, where in places(segments):
+    for b, where in documents_of(segments):
         alone = model(tokens[b : b + 1, where])[0]
         torch.testing.assert_close(packed[b, where], alone, rtol=1e-9, atol=1e-9)
 
@@ -105,7 +105,7 @@ def test_changing_a_token_changes_no_output_of_another_document(
     config: ModelConfig, segments: Segments, data: st.DataObject
 ) -> None:
     model, tokens = float64_model(config), random_tokens(config, segments)
-    b, where = data.draw(st.sampled_from(places(segments)))
+    b, where = data.draw(st.sampled_from(documents_of(segments)))
     t = data.draw(st.integers(where.start, where.stop - 1))
     changed = tokens.clone()
     changed[b, t] = (tokens[b, t] + 1) % config.vocab_size
@@ -127,7 +127,7 @@ def test_a_document_gives_no_gradient_to_another(
 
     model.embed.register_forward_hook(keep)
     hidden = model(random_tokens(config, segments), segments)
-    b, where = data.draw(st.sampled_from(places(segments)))
+    b, where = data.draw(st.sampled_from(documents_of(segments)))
     queries = hidden[b, where]
     (gradient,) = torch.autograd.grad((queries * torch.randn_like(queries)).sum(), embedded)
     reached = (gradient != 0).any(-1)

@@ -144,7 +144,7 @@ def test_one_kernel_for_all_documents_gives_what_a_kernel_for_each_gives(
     torch.testing.assert_close(found, (out, lse))
     found_gradients = varlen_backward(dout, q, k, v, *merged, SCALE, SEGMENTS.cu_seqlens, 29)
     torch.testing.assert_close(found_gradients, expected)
-    # Tracing is told of one layout for both.
+    # The fake kernels, which tracing uses, declare one layout for both.
     for ours, theirs in zip((*found, *found_gradients), (out, lse, *expected), strict=True):
         assert ours.stride() == theirs.stride()
 

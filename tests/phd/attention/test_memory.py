@@ -75,7 +75,7 @@ def test_nor_does_it_when_the_row_holds_documents(settings: dict[str, Any]) -> N
 
 
 @pytest.mark.parametrize("variant", ["phd_swa", "phd_cswa"])
-def test_scores_of_a_window_longer_than_the_row_take_turns(
+def test_scores_of_a_window_longer_than_the_row_are_computed_in_parts(
     variant: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     T = 2048

@@ -128,7 +128,7 @@ def test_logits_are_ours_wherever_the_padding_is_and_however_the_text_is_cut(
 
 
 @pytest.mark.parametrize("use_cache", [False, True])
-def test_only_the_logits_that_are_asked_for_are_made(use_cache: bool) -> None:
+def test_only_the_logits_to_keep_are_computed(use_cache: bool) -> None:
     model, ids = theirs(), text(2, 9)
     mask = torch.ones(2, 9)
     mask[0, :3] = 0
@@ -146,7 +146,7 @@ def test_padding_gets_what_the_token_before_it_got() -> None:
         close(last, model.model.logits(ids[:, :4])[0, -1])
 
 
-def test_a_tuple_comes_where_one_is_asked_for() -> None:
+def test_return_dict_false_gives_a_tuple() -> None:
     model, ids = theirs(), text(1, 5)
     [logits] = model(ids, return_dict=False)
     close(logits, model.model.logits(ids))

@@ -87,3 +87,24 @@ def test_rows_are_chosen_with_all_that_they_remember() -> None:
     assert cache.host_lengths == cache.lengths.tolist() == [2, 4, 2, 1]
     for x in (*cache.originals, *cache.ring):
         assert x[0, :, 0, 0, 0].tolist() == x[1, :, 1, -1, -1].tolist() == [2, 0, 2, 1]
+
+
+@pytest.mark.parametrize("cuts", [[1] * 9, [2, 1, 5], [7, 3], [30]])
+def test_each_slot_of_the_ring_holds_the_hidden_copy_of_its_number(cuts: list[int]) -> None:
+    sliced, by_row = (cache_of(2, variant="phd_swa", K=2, window=4) for _ in range(2))
+    layer, written = 1, 0
+    G, H = SHAPE["kv_heads"], SHAPE["head_dim"]
+    for new in cuts:
+        number = torch.arange(written, written + new, dtype=torch.float32)
+        k = number[None, None, :, None].expand(2, G, -1, H)
+        sliced.write_ring_slice(layer, k, -k, written + new)
+        numbers = by_row.ring_numbers(torch.full((2, 1), written + new))
+        source, is_new = (numbers - written).clamp(min=0), numbers >= written
+        by_row.write_ring_rows(layer, k, -k, source, is_new)
+        written += new
+        for cache in (sliced, by_row):
+            keys, values = cache.ring[layer]
+            held = numbers >= 0
+            assert torch.equal(keys[:, 0, :, 0][held], numbers[held].float())
+            assert torch.equal(values, -keys)
+            assert not cache.ring[0].any()

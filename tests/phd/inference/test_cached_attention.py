@@ -1,4 +1,4 @@
-"""Attention of a few queries equals attention as it is written, and parts of it merge."""
+"""Attention of a few queries equals the formula, and parts of it merge."""
 
 import pytest
 import torch
@@ -16,9 +16,9 @@ def tensors(Q: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return q, k, v
 
 
-def written_out(q, k, v, seen) -> tuple[torch.Tensor, torch.Tensor]:
+def by_formula(q, k, v, mask) -> tuple[torch.Tensor, torch.Tensor]:
     k, v = (x.repeat_interleave(N // G, 1) for x in (k, v))
-    scores = (q @ k.mT * H**-0.5).masked_fill(~seen, -torch.inf)
+    scores = (q @ k.mT * H**-0.5).masked_fill(~mask, -torch.inf)
     return scores.softmax(-1) @ v, scores.logsumexp(-1)
 
 
@@ -28,20 +28,20 @@ def check(found: tuple[torch.Tensor, torch.Tensor], expected) -> None:
 
 
 @pytest.mark.parametrize("Q", [1, 3, 20])
-def test_each_query_sees_as_many_places_as_it_may(Q: int) -> None:
+def test_each_query_sees_its_number_of_slots(Q: int) -> None:
     q, k, v = tensors(Q)
-    seen = torch.randint(1, KEYS + 1, (B, Q))
-    mask = torch.arange(KEYS) < seen[:, None, :, None]
-    check(attend_cached(q, k, v, seen), written_out(q, k, v, mask))
+    visible = torch.randint(1, KEYS + 1, (B, Q))
+    mask = torch.arange(KEYS) < visible[:, None, :, None]
+    check(attend_cached(q, k, v, visible), by_formula(q, k, v, mask))
     everything = torch.ones(B, 1, Q, KEYS, dtype=torch.bool)
-    check(attend_cached(q, k, v), written_out(q, k, v, everything))
+    check(attend_cached(q, k, v), by_formula(q, k, v, everything))
 
 
 @pytest.mark.parametrize("attention", [attend_masked, dense_attention])
 def test_each_query_sees_the_keys_that_its_bias_leaves(attention) -> None:
     q, k, v = tensors(5)
     mask = torch.rand(B, 1, 5, KEYS) < 0.5
-    check(attention(q, k, v, bias_of(mask, q.dtype)), written_out(q, k, v, mask))
+    check(attention(q, k, v, bias_of(mask, q.dtype)), by_formula(q, k, v, mask))
 
 
 def test_two_parts_of_the_keys_merge_to_the_whole() -> None:
@@ -52,5 +52,5 @@ def test_two_parts_of_the_keys_merge_to_the_whole() -> None:
     for keys in (slice(11), slice(11, None)):
         bias = bias_of(mask[..., keys], q.dtype)
         parts.append(attend_masked(q, k[:, :, keys], v[:, :, keys], bias))
-    check(merge(*parts), written_out(q, k, v, mask))
-    check(merge(*reversed(parts)), written_out(q, k, v, mask))
+    check(merge(*parts), by_formula(q, k, v, mask))
+    check(merge(*reversed(parts)), by_formula(q, k, v, mask))

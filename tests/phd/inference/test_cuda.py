@@ -50,8 +50,8 @@ def tokens_of(rows: int, tokens: int) -> torch.Tensor:
 def test_the_kernel_for_few_queries_equals_attention(dtype: torch.dtype, rows: int) -> None:
     q, k, v = (torch.randn(2, n, m, 96, device="cuda") for n, m in ((4, rows), (2, 999), (2, 999)))
     q, k, v = (x.to(dtype) for x in (q, k, v))
-    seen = torch.randint(1, 1000, (2, rows), device="cuda")
-    for limit in (seen, None):
+    visible = torch.randint(1, 1000, (2, rows), device="cuda")
+    for limit in (visible, None):
         out, lse = attend_cached(q, k, v, limit)
         scores = q.double() @ k.double().repeat_interleave(2, 1).mT * 96**-0.5
         if limit is not None:

@@ -1,4 +1,4 @@
-"""A captured step decodes as the plain one does, whatever the lengths are."""
+"""A captured step decodes what the full forward gives, at all lengths."""
 
 from typing import get_args
 

@@ -41,8 +41,8 @@ def configs(draw: st.DrawFn) -> ModelConfig:
 class Cuts:
     """How some rows are read: prompts, in pieces or not, and then so many tokens of each row.
 
-    `read` gives new tokens of each row and for how many of them logits are asked; at (1, 1, ...)
-    one token is decoded.
+    `read` gives the new tokens of each row, and for how many of them there are logits; where each
+    row has one new token, it is decoded.
     """
 
     tokens: Tensor
@@ -116,9 +116,9 @@ def test_logits_from_a_cache_are_those_of_the_full_forward(
 
 @settings(derandomize=True, deadline=None, max_examples=150)
 @given(config=configs(), cut=cuts())
-def test_hidden_copies_of_a_prompt_may_be_cut_into_blocks(config: ModelConfig, cut: Cuts) -> None:
+def test_hidden_copies_of_a_prompt_may_be_cut_into_tiles(config: ModelConfig, cut: Cuts) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(equal_rows, "QUERIES_PER_BLOCK", 1)
+        patch.setattr(equal_rows, "QUERIES_PER_TILE", 1)
         assert worst(model_of(config), cut) < 1e-9
 
 

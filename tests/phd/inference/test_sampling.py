@@ -110,7 +110,7 @@ def test_a_text_does_not_depend_on_those_beside_it() -> None:
     assert written(0, 1, 2) == [*written(0), *written(1), *written(2)]
 
 
-def test_impossible_settings_are_all_told_at_once() -> None:
+def test_all_impossible_settings_are_reported_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
         Sampling(temperature=-1.0, top_k=0, top_p=1.5)
     assert list(map(str, caught.value.problems)) == [

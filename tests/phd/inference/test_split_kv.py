@@ -1,4 +1,4 @@
-"""The Triton kernel, run by Triton's interpreter, equals attention as it is written."""
+"""The Triton kernel, run by Triton's interpreter, equals attention by its formula."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ pytestmark = pytest.mark.process
 
 pytest.importorskip("triton", reason="needs triton, which comes with CUDA builds of torch")
 
-# In a process of its own: Triton asks when it is imported whether it is to interpret.
+# In another process, because Triton reads TRITON_INTERPRET when it is imported.
 SCRIPT = """
 import torch
 from phd.inference.split_kv import split_attention
@@ -22,8 +22,8 @@ for B, G, rows, H, keys, splits in (
 ):
     q, k, v = (torch.randn(B, G, n, H, generator=generator) for n in (rows, keys + 7, keys + 7))
     k, v = k[:, :, :keys], v[:, :, :keys]
-    seen = torch.randint(1, keys + 1, (B, rows), generator=generator)
-    for limit in (seen, None):
+    visible = torch.randint(1, keys + 1, (B, rows), generator=generator)
+    for limit in (visible, None):
         out, lse = split_attention(q, k, v, limit, splits)
         scores = q @ k.mT * H**-0.5
         if limit is not None:
@@ -34,7 +34,7 @@ for B, G, rows, H, keys, splits in (
 """
 
 
-def test_the_kernel_equals_attention_as_it_is_written() -> None:
+def test_the_kernel_equals_attention_by_its_formula() -> None:
     root = Path(__file__).parents[3]
     path = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": path}
