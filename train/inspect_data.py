@@ -138,6 +138,8 @@ def main(config: Config) -> int:
         shape = BatchShape(global_batch=config.train.global_batch, seq_len=config.train.seq_len)
         stream = TokenStream(documents, tokenizer, shape, seed=config.seed)
         speed, batch = loading_speed(stream, config, MEASURE_S)
+    except ConfigError:
+        raise
     except ValueError as error:
         raise ConfigError([str(error)]) from error
     console.print(

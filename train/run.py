@@ -154,6 +154,8 @@ def open_run(
     on_all_ranks = (groups or ProcessGroups(), stop_signal or StopSignal())
     try:
         return _open(config, console, *on_all_ranks, skip_batches)
+    except ConfigError:
+        raise
     except ValueError as error:
         raise ConfigError([str(error)]) from error
 

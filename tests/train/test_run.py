@@ -59,7 +59,7 @@ def refusal(config: Config) -> str:
     with pytest.raises(ConfigError) as error:
         open_run(config, Console(file=io.StringIO()))
     [problem] = error.value.problems
-    return problem
+    return str(problem)
 
 
 def cut(path: Path) -> None:
@@ -193,11 +193,11 @@ def test_a_new_run_starts_from_given_weights_and_a_resumed_one_from_its_own(
         ("seed=1", "seed was 0 and is now 1"),
         ("train.seq_len=16", "train.seq_len was 32 and is now 16"),
         ("train.global_batch=8", "train.global_batch was 4 and is now 8"),
-        ("data.lanes=4", "data.lanes was 2 and is now 4"),
-        ("data.lanes=1", "data.lanes was 2 and is now 1"),
-        ("data.shuffle=false", "data.shuffle was True and is now False"),
-        ("data.holdout=0.3", "data.holdout was 0.2 and is now 0.3"),
-        ("tokenizer.vocab_size=300", "tokenizer was '"),
+        ("data.lanes=4", "data.lanes=4: was 2 when this run began"),
+        ("data.lanes=1", "data.lanes=1: was 2 when this run began"),
+        ("data.shuffle=false", "data.shuffle=false: was true when this run began"),
+        ("data.holdout=0.3", "data.holdout=0.3: was 0.2 when this run began"),
+        ("tokenizer.vocab_size=300", "': was '"),
     ],
 )
 def test_a_checkpoint_of_other_settings_is_refused_and_left_alone(
@@ -217,8 +217,8 @@ def test_a_corpus_that_has_grown_is_refused(config, trained, corpus: Path, tmp_p
     trained(config(f"data.sources.files.paths={text}"))
     text.write_bytes(corpus.read_bytes() + b'{"text": "more"}\n')
     problem = refusal(config(f"data.sources.files.paths={text}", "train.max_steps=9"))
-    assert "this run cannot go on with other data: data.sources.files was '1 files" in problem
-    assert "and is now '1 files" in problem
+    assert problem.startswith("data.sources.files='1 files ")
+    assert ": was '1 files " in problem
 
 
 def test_a_corpus_may_move(config, trained, corpus: Path, tmp_path: Path) -> None:
