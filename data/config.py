@@ -65,7 +65,7 @@ class FilesSource(AnySource):
     separator: str | None = None
 
     @property
-    def mark(self) -> str | None:
+    def unescaped_separator(self) -> str | None:
         """`separator`, with its line ends and tabs."""
         return self.separator and self.separator.replace("\\n", "\n").replace("\\t", "\t")
 
