@@ -73,7 +73,7 @@ class FilesSource(AnySource):
     separator: str | None = None
 
     @property
-    def mark(self) -> str | None:
+    def unescaped_separator(self) -> str | None:
         """`separator` with real line breaks and tabs."""
         return self.separator and self.separator.replace("\\n", "\n").replace("\\t", "\t")
 

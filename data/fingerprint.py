@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from conf.errors import ConfigError, Problem
+from conf.errors import ConfigError, Problem, spelled
 
 
 def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
@@ -29,7 +29,7 @@ def check_fingerprint(saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         Problem(
             key,
             now.get(key),
-            f"was {saved.get(key)!r} when this run began",
+            f"was {spelled(saved.get(key))} when this run began",
             "restore it, or start a new run with another run.name",
         )
         for key in changed_settings(saved, now)

@@ -153,8 +153,8 @@ def file_corpus(
 def _format(name: str, source: FilesSource, file: str, limit: int) -> Format:
     plain = os.path.splitext(file)[0] if compression_of(file) else file
     match os.path.splitext(plain)[1]:
-        case ".txt" if source.mark:
-            return SeparatedText(source.mark, limit)
+        case ".txt" if source.unescaped_separator:
+            return SeparatedText(source.unescaped_separator, limit)
         case ".txt":
             return TextFile(limit)
         case ".jsonl" | ".json":

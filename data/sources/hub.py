@@ -28,6 +28,7 @@ from weakref import WeakSet
 from conf.errors import ConfigError, DataError, TransientError
 from data.config import DatasetsSource
 from data.source import BadRecord, Document, Position, no_such_field
+from data.storage.retry import http_status, is_temporary
 
 if TYPE_CHECKING:
     from datasets import IterableDataset
@@ -47,9 +48,6 @@ EXCERPT_CHARACTERS = 200
 
 NETWORK_LIBRARIES = {"aiohttp", "fsspec", "httpcore", "httpx", "requests", "urllib3"}
 """The libraries below `datasets` whose errors are about the way to a server."""
-
-TEMPORARY_STATUS = (408, 425, 429)
-"""Answers of the HTTP 4xx kind that may be another one later."""
 
 
 class ShardPosition(NamedTuple):
@@ -219,7 +217,7 @@ class HubCorpus:
                 if (value := getattr(self.source, key)) is not None
             )
             found = f"{settings}: `datasets` cannot read it ({error})"
-            if _is_temporary(error, opening=kind is ConfigError):
+            if _may_pass(error, opening=kind is ConfigError):
                 advice = "check the network, and start the run again"
                 raise TransientError(f"{found}; {advice}") from error
             advice = (
@@ -231,16 +229,15 @@ class HubCorpus:
             raise DataError(f"{found}; {advice}") from error
 
 
-def _is_temporary(error: BaseException, *, opening: bool) -> bool:
+def _may_pass(error: BaseException, *, opening: bool) -> bool:
     """Whether an error of `datasets`, or one that caused it, is about a server or a disk.
 
     An OSError without a number is one of Arrow's, which says that a file is damaged.
     """
     if opening and isinstance(error, FileNotFoundError | PermissionError):
         return False
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    if status is not None:
-        return status >= 500 or status in TEMPORARY_STATUS
+    if (status := http_status(error)) is not None:
+        return is_temporary(status)
     if isinstance(error, ConnectionError | TimeoutError):
         return True
     if isinstance(error, OSError) and error.errno is not None:
@@ -248,7 +245,7 @@ def _is_temporary(error: BaseException, *, opening: bool) -> bool:
     if type(error).__module__.partition(".")[0] in NETWORK_LIBRARIES:
         return True
     cause = error.__cause__ or error.__context__
-    return cause is not None and _is_temporary(cause, opening=opening)
+    return cause is not None and _may_pass(cause, opening=opening)
 
 
 class SharedReading:

@@ -12,6 +12,10 @@ MISSING_TRIES = 3
 """Tries after which a file counts as missing. One is too few: a listing of an object store can lag
 behind, and a web server that is restarted answers 404 for a moment."""
 
+TEMPORARY_STATUS = (408, 425, 429)
+"""HTTP answers of the 4xx kind that may be another one later: timeout, too early, too many
+requests. 404 is treated as a missing file."""
+
 T = TypeVar("T")
 
 
@@ -20,6 +24,20 @@ class PermanentError(Exception):
 
 
 NOT_RETRIED = (PermanentError, PermissionError)
+
+
+def http_status(error: BaseException) -> int | None:
+    """The HTTP status that an error of `requests`, `httpx` or the like is about, if it is."""
+    return getattr(getattr(error, "response", None), "status_code", None)
+
+
+def is_temporary(status: int) -> bool:
+    """Whether the same request may have another answer later.
+
+    >>> is_temporary(503), is_temporary(429), is_temporary(403)
+    (True, True, False)
+    """
+    return status >= 500 or status in TEMPORARY_STATUS
 
 
 class Backoff:

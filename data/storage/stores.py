@@ -11,7 +11,7 @@ from fsspec.asyn import AsyncFileSystem
 from fsspec.core import url_to_fs
 
 from conf.errors import DataError
-from data.storage.retry import PermanentError
+from data.storage.retry import PermanentError, http_status, is_temporary
 
 READ_BYTES = 1 << 20
 """Bytes that one read of a local file asks for."""
@@ -224,8 +224,13 @@ def _translated() -> Iterator[None]:
     """Turns the errors of any file system into those of a `Store`."""
     try:
         yield
-    except (OSError, PermanentError):
+    except PermanentError:
         raise
+    except OSError as error:
+        status = http_status(error)
+        if status in (None, 404) or is_temporary(status):
+            raise
+        raise PermanentError(str(error)) from error
     except (ImportError, ValueError) as error:  # no such protocol, or its package is missing
         raise PermanentError(str(error)) from error
     except Exception as error:  # the libraries behind fsspec have errors of their own

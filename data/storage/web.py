@@ -8,20 +8,17 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from html.parser import HTMLParser
-from http.client import HTTPException, HTTPResponse
+from http.client import HTTPException, HTTPResponse, InvalidURL
 from urllib.error import HTTPError
 from urllib.parse import unquote, urljoin, urlsplit
 from urllib.request import Request, urlopen
 
 from conf.errors import ConfigError, Problem
-from data.storage.retry import PermanentError
+from data.storage.retry import PermanentError, is_temporary
 from data.storage.stores import Entry, Shard, Store, changed, check_same
 
 READ_BYTES = 1 << 20
 """Most bytes of an answer that are handed on at a time."""
-
-TEMPORARY_STATUS = (408, 425, 429)
-"""Answers of the 4xx kind that may be another one later: timeout, too early, too many requests."""
 
 
 class PastEndError(PermanentError):
@@ -98,6 +95,8 @@ class WebStore(Store):
         except HTTPError as error:
             error.close()
             raise _store_error(error) from None
+        except InvalidURL as error:
+            raise PermanentError(str(error)) from error
         except HTTPException as error:
             raise OSError(f"{type(error).__name__}: {error}") from error
 
@@ -130,7 +129,7 @@ def _store_error(error: HTTPError) -> Exception:
         return FileNotFoundError(said)
     if error.code == 416:
         return PastEndError(said)
-    if error.code >= 500 or error.code in TEMPORARY_STATUS:
+    if is_temporary(error.code):
         return OSError(said)
     return PermanentError(f"{said}; make sure that it may be read from here")
 

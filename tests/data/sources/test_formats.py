@@ -123,7 +123,7 @@ def test_a_long_row_of_overlapping_separators_is_cut_as_from_its_beginning() -> 
         assert found == [piece for piece in split(content, b"\n\n") if piece[0] >= start]
 
 
-@pytest.separator.parametrize(
+@pytest.mark.parametrize(
     ("line", "reason"),
     [
         (b'{"text": "a"', "not JSON: Expecting ',' delimiter: line 1 column 13 (char 12)"),
@@ -211,7 +211,7 @@ def test_a_whole_text_file_is_one_record_of_the_range_that_it_begins_in() -> Non
     assert read(form, b"x" * (LIMIT + 1)) == [too_long]
 
 
-@pytest.separator.parametrize("separator", [b"\n", b"<|end|>"])
+@pytest.mark.parametrize("separator", [b"\n", b"<|end|>"])
 def test_a_line_that_is_far_too_long_is_passed_in_bounded_memory(separator: bytes) -> None:
     file = io.BytesIO(b"x" * 50_000_000 + separator + b"y")
     tracemalloc.start()
@@ -236,7 +236,7 @@ def test_python_files_are_decoded_as_they_declare() -> None:
     assert read(PythonFile(), b"\xef\xbb\xbfs = '\xc3\xa9'\n") == [Document("s = 'é'\n", "u")]
 
 
-@pytest.separator.parametrize(
+@pytest.mark.parametrize(
     ("content", "details"),
     [
         (b"s = '\xe9'\n", "invalid or missing encoding declaration"),
@@ -255,7 +255,7 @@ def test_a_python_file_in_another_encoding_than_it_declares_is_a_bad_record(
     assert bad_record[1:] == ("u", content.decode(errors="replace"))
 
 
-@pytest.separator.parametrize(
+@pytest.mark.parametrize(
     "kind", [*formats.TEXT_TYPES[:-1], pa.dictionary(pa.int32(), pa.string())], ids=str
 )
 def test_a_column_holds_text_in_any_of_arrows_types(kind: pa.DataType) -> None:
@@ -296,7 +296,7 @@ def test_a_column_that_is_missing_or_holds_no_text_is_an_error_of_the_settings()
         read(PARQUET, parquet({"text": [["a"]]}))
 
 
-@pytest.separator.parametrize("byte", [5, 500, 1500, -6, -1])
+@pytest.mark.parametrize("byte", [5, 500, 1500, -6, -1])
 def test_a_damaged_table_is_an_error_that_names_it(byte: int) -> None:
     content = bytearray(parquet({"text": [str(i) for i in range(999)]}, write_page_checksum=True))
     content[byte] ^= 255

@@ -201,6 +201,11 @@ def test_a_server_that_refuses_is_an_error_of_the_settings_at_once(
     assert server.faults.total() == 1
 
 
+def test_a_url_that_cannot_be_one_is_an_error_of_the_settings_at_once() -> None:
+    with pytest.raises(ConfigError, match="control characters"):
+        list_shards("http://127.0.0.1:9/a b.txt", SUFFIXES)
+
+
 @pytest.mark.parametrize("path", ["file.txt/inside", "a" * 300, "loop"])
 def test_a_path_that_cannot_exist_is_an_error_of_the_settings(path: str, tmp_path: Path) -> None:
     (tmp_path / "file.txt").touch()

@@ -7,6 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from random import Random
 from threading import Timer
+from types import SimpleNamespace
 
 import fsspec
 import pytest
@@ -329,6 +330,40 @@ def test_requests_to_other_stores_are_given_up_in_time(
     monkeypatch.setattr(Distant, "delay_s", 20.0)
     with pytest.raises(TimeoutError):
         next(store.read(shard, 0, 9, skip=False))
+
+
+class HttpError(OSError):
+    """An error as those of the libraries below fsspec: with the answer that it is about."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(f"HTTP {status}")
+        self.response = SimpleNamespace(status_code=status)
+
+
+class Refusing(Distant):
+    """A store that answers with an HTTP status."""
+
+    protocol = "refusing"
+    statuses: list[int] = []  # noqa: RUF012 - filled by the test
+
+    async def _info(self, path: str, **_: object) -> dict[str, object]:
+        if self.statuses:
+            raise HttpError(self.statuses.pop(0))
+        return await super()._info(path)
+
+
+def test_an_answer_that_time_does_not_change_is_not_asked_for_again_in_other_stores(
+    content: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsspec.register_implementation("refusing", Refusing, clobber=True)
+    monkeypatch.setattr(Distant, "content", content)
+    shard = Shard("refusing://a.txt", "a.txt", len(content), "")
+    Refusing.statuses = [503, 429, 404]
+    assert b"".join(shard_bytes(shard, 0, 9, PATIENT)) == content[:9]
+    Refusing.statuses = [403, 403]
+    with pytest.raises(DataError, match="HTTP 403"):
+        next(shard_bytes(shard, 0, 9, PATIENT))
+    assert Refusing.statuses == [403]
 
 
 def test_a_parquet_file_is_read_through_a_faulty_server(
