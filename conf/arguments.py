@@ -10,7 +10,7 @@ from conf.errors import ConfigError
 from conf.validation import build, defaults, keys
 
 T = TypeVar("T")
-USAGE_ERROR = 2
+USAGE_ERROR = 2  # train.exit_codes.ExitCode.MISUSED, which this package cannot import
 
 
 def run(cls: type[T], task: Callable[[T], int], *, positional: Sequence[str] = ()) -> NoReturn:
