@@ -96,22 +96,22 @@ class ConfigError(ValueError):
     """Everything that is wrong with what the user asked for, one line each.
 
     Attributes:
-        problems: each a `Problem`, or a sentence where there is no setting to name. Those that
-            read alike are kept once.
-        place: where the problems are, for the title.
+        problems: each a `Problem`, or a sentence where there is no setting to name. Of those
+            with the same text one is kept.
+        where: the words of the title that say where the problems are.
     """
 
-    def __init__(self, problems: Iterable[Problem | str], place: str = "the configuration") -> None:
+    def __init__(self, problems: Iterable[Problem | str], where: str = "the configuration") -> None:
         self.problems = tuple({str(problem): problem for problem in problems}.values())
-        self.place = place
+        self.where = where
         count = len(self.problems)
-        title = f"{count} problem{'s' if count > 1 else ''} in {place}:"
+        title = f"{count} problem{'s' if count > 1 else ''} in {where}:"
         super().__init__("\n  ".join([title, *map(str, self.problems)]))
 
     def __reduce__(self) -> tuple[Any, ...]:
         # An exception is otherwise rebuilt from its message alone, whose letters would become the
         # problems. A rank that refuses a configuration sends its error to all others.
-        return ConfigError, (self.problems, self.place)
+        return ConfigError, (self.problems, self.where)
 
 
 class DataError(ValueError):

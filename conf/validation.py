@@ -66,14 +66,14 @@ def settings_of(cls: Any) -> list[Setting]:
     return found
 
 
-def build(cls: type[T], values: Mapping[str, Any], place: str = "the configuration") -> T:
+def build(cls: type[T], values: Mapping[str, Any], where: str = "the configuration") -> T:
     """The `cls` that `values` describe, with defaults for what they leave out.
 
     Args:
         cls: a dataclass with `problems()`, or a tree of them; a union of them is told apart by
             the literal `kind` of each, and a dict of them has names of the user's choice.
         values: what was given, unknown keys and all.
-        place: where the problems are, for the error's title.
+        where: where the problems are, in words for the error's title.
 
     Raises:
         ConfigError: with every problem.
@@ -82,7 +82,7 @@ def build(cls: type[T], values: Mapping[str, Any], place: str = "the configurati
     reader = _Reader(_known(keys(cls), given), list(given))
     built = reader.section(cls, values, "")
     if reader.problems:
-        raise ConfigError(reader.problems, place)
+        raise ConfigError(reader.problems, where)
     return built
 
 
@@ -134,6 +134,7 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
     """
     section, _, end = name.lower().rpartition(".")
     known = list(known)
+    # Names are compared without their section: with it, any two keys of a section look alike.
     for among in ([k for k in known if k.rpartition(".")[0] == section], known):
         ends = {key: key.lower().rpartition(".")[2] for key in among}
         for match in get_close_matches(end, ends.values(), n=1):
@@ -184,6 +185,7 @@ class _Reader:
                 for key in flatten_keys({name: values[name]}, path):
                     self.unknown(key, f"{path}{{{', '.join(names)}}}")
         given = {}
+        # All settings are read, also after a problem, so that all problems are reported at once.
         for setting in settings:
             name, key = setting.name, path + setting.name
             if name not in values and not setting.required:
@@ -191,6 +193,7 @@ class _Reader:
             one = setting.sections and not setting.named
             value = values.get(name, {} if one else OMITTED)
             if one and len(setting.sections) > 1 and isinstance(value, Mapping):
+                # `engine.threads=2` alone has no kind, and means the default engine.
                 value = {"kind": setting.default.kind, **value}
             if value == OMITTED:
                 self.unusable.add(key)
@@ -241,6 +244,7 @@ class _Reader:
         found = draft.problems()
         if not found:
             return cls(**given)
+        # `problems()` of the whole looks at values of its sections, which may be drafts by now.
         before = set(self.unusable)
         for problem in found:
             named = problem.named(path[:-1])
@@ -309,8 +313,8 @@ def _sections(hint: Any) -> list[Any]:
 
 
 def _draft(cls: type[T], given: Mapping[str, Any]) -> T:
-    """An instance that was never checked; without the required values that are not given."""
-    draft = object.__new__(cls)
+    """An instance that was not checked; required values that are not given are missing in it."""
+    draft = object.__new__(cls)  # `__init__` would raise an error with the first problems
     for setting in settings_of(cls):
         if setting.name in given:
             object.__setattr__(draft, setting.name, given[setting.name])

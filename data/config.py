@@ -236,7 +236,7 @@ class DataConfig(Settings):
 
     sources: dict[str, Source]
     phases: dict[str, Phase] = field(default_factory=dict)
-    lanes: int = 8
+    lanes: int = 8  # for 1, 2, 4 or 8 ranks; recipe=olmo2 has 256
     shuffle: bool = True
     block_documents: int = 256
     holdout: float = 0.02
@@ -279,6 +279,7 @@ class DataConfig(Settings):
             for name in self.sources
             if not name.replace("_", "").replace("-", "").isalnum()
         ]
+        # A typing error in a phase would otherwise silently leave a weight as it was.
         names = ", ".join(self.sources)
         found += [
             Problem(
@@ -289,11 +290,13 @@ class DataConfig(Settings):
             for name in settings.weights
             if name not in self.sources
         ]
+        # Of two phases with the same start, which one applies would depend on their names.
         starts = [phase.after_tokens for phase in self.phases.values()]
         if len(starts) > len(set(starts)):
             reason = "two phases cannot begin together"
             keys = tuple(f"data.phases.{name}.after_tokens" for name in self.phases)
             found.append(Problem("data.phases.*.after_tokens", starts, reason, others=keys))
+        # The mixture exists only if the phases are right.
         return found or self._zero_weight_problems()
 
     def _zero_weight_problems(self) -> list[Problem]:
@@ -315,6 +318,7 @@ class DataConfig(Settings):
     def batch_problems(self, global_batch: int, world_size: int = 1) -> list[Problem]:
         """Why `world_size` ranks cannot read batches of `global_batch` rows from the lanes."""
         found = []
+        # Row i of every batch comes from lane i % lanes, so each lane must have as many rows.
         if global_batch % self.lanes:
             found.append(
                 Problem(
@@ -326,6 +330,7 @@ class DataConfig(Settings):
                     others=("data.lanes",),
                 )
             )
+        # A rank reads whole lanes, so that its cursors are its own.
         if self.lanes % world_size:
             found.append(
                 Problem(

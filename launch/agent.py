@@ -50,7 +50,7 @@ CONNECTION_ERRORS = (
 )
 POLL_S = 0.1
 AFTER_CRASH_S = 15  # in which the processes beside one that crashed write their stacks to files
-EXIT_BARRIER_S = 300  # that a machine whose processes are done waits for the others, and `grace_s`
+EXIT_BARRIER_S = 300  # that a machine whose processes are done waits for others, beyond `grace_s`
 
 
 class SignalForwarder:
@@ -75,7 +75,7 @@ class SignalForwarder:
     def _handle(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
         if self.first is None:
             self.first = signal.Signals(number)
-            # Training processes know no SIGHUP, which a closed terminal sends.
+            # A closed terminal sends SIGHUP, which training processes do not handle.
             forwarded = signal.SIGTERM if number == signal.SIGHUP else self.first
             raise SignalException(f"received {self.first.name}", forwarded)
         if number == signal.SIGINT and self.agent is not None:

@@ -62,7 +62,7 @@ class ModelConfig(Settings):
     attention: Backend = "auto"
 
     size: str = "tiny"
-    layers: int = 3
+    layers: int = 3  # these shapes are the size `tiny`; conf/size/ has those of the papers
     dim: int = 256
     ffn_dim: int = 768
     heads: int = 4
@@ -70,7 +70,7 @@ class ModelConfig(Settings):
     head_dim: int = 64
     vocab_size: int = 4096
     max_seq_len: int = 4096
-    rope_theta: float = 500_000.0
+    rope_theta: float = 500_000.0  # as in OLMo 2
     norm: Norm = "reordered"
     norm_eps: float = 1e-6
     tied: bool = True
@@ -82,6 +82,7 @@ class ModelConfig(Settings):
             for f in fields(self)
             if get_args(f.type) and (value := getattr(self, f.name)) not in get_args(f.type)
         ]
+        # A Hugging Face config reaches this class without `conf.validation`, which checks types.
         integers = [f.name for f in fields(self) if f.type is int]
         return [
             *found,

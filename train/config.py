@@ -19,7 +19,7 @@ from data.config import DataConfig, TokenizerConfig
 from phd.config import ModelConfig
 from train.engine_config import DeepSpeedConfig, FsdpConfig
 
-DEFAULT_STEPS = 450
+DEFAULT_STEPS = 450  # 0.9 M tokens with the default batch: minutes on two CPU cores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +95,8 @@ class TrainConfig(Settings):
     def problems_on(self, world_size: int) -> list[Problem]:
         """Why `world_size` ranks cannot cut a global batch into equal micro-batches."""
         rows = self.micro_batch_on(world_size)
+        # All ranks must do the same number of equal passes: a rank that did one more would wait for
+        # the others in its gradient sums for ever.
         if self.global_batch < 1 or self.global_batch % (world_size * rows) == 0:
             return []
         others = ("train.global_batch", "train.micro_batch")
@@ -115,6 +117,7 @@ class TrainConfig(Settings):
         bounds = [] if self.max_steps is None else [self.max_steps]
         if self.max_tokens is not None:
             bounds.append(self.max_tokens // self.tokens_per_step)
+        # Not the field's default, or `train.max_tokens=1e9` would still end after 450 steps.
         if not bounds and self.max_time is None:
             bounds = [DEFAULT_STEPS]
         return min(bounds, default=None)
@@ -151,8 +154,8 @@ class OptimConfig(Settings):
     """
 
     kind: Literal["adamw"] = "adamw"
-    lr: float = 5e-3
-    betas: tuple[float, float] = (0.9, 0.95)
+    lr: float = 5e-3  # for the size tiny; arXiv 2504.14992 and recipe=olmo2 have 3e-4
+    betas: tuple[float, float] = (0.9, 0.95)  # this and what follows as in the paper
     eps: float = 1e-8
     weight_decay: float = 0.1
     grad_clip: float | None = 1.0
@@ -262,7 +265,7 @@ class FaultsConfig(Settings):
     window: int = 128
     most_in_a_row: int = 10
     step_timeout: Seconds = 1800.0
-    exit_timeout: Seconds = 100.0
+    exit_timeout: Seconds = 100.0  # less than the launcher's default grace_s=120
 
     def problems(self) -> list[Problem]:
         return [
@@ -462,6 +465,7 @@ class Config(Settings):
         if self.train.total_steps is None:
             return self._unbounded_problems()
         total, schedule = self.train.total_steps, self.schedule
+        # The decay of the other kinds begins where the warm-up ends, and has no length of its own.
         decay = self.decay_steps if schedule.kind == "wsd" else 0
         if self.warmup_steps + decay <= total:
             return []

@@ -27,7 +27,7 @@ def test_an_error_survives_pickling() -> None:
     )
     again = pickle.loads(pickle.dumps(error))
     assert isinstance(again, ConfigError)
-    assert (str(again), again.problems, again.place) == (str(error), error.problems, error.place)
+    assert (str(again), again.problems, again.where) == (str(error), error.problems, error.where)
     assert again.problems[1].value is UNSET
 
 

@@ -1,15 +1,15 @@
-"""A workshop for each test."""
+"""Machines on loopback for each test."""
 
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.launch.workshop import Workshop
+from tests.launch.machines import Machines
 
 
 @pytest.fixture
-def workshop(tmp_path: Path) -> Iterator[Workshop]:
-    shop = Workshop(tmp_path)
-    yield shop
-    shop.close()
+def machines(tmp_path: Path) -> Iterator[Machines]:
+    started = Machines(tmp_path)
+    yield started
+    started.close()

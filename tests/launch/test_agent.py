@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from launch.config import Local
-from tests.launch.workshop import Workshop, runs, wait_for
+from tests.launch.machines import Machines, runs, wait_for
 
 pytestmark = pytest.mark.process
 
@@ -28,96 +28,96 @@ def kill(pid: str) -> None:
 
 
 def test_a_killed_process_is_replaced_on_both_machines_and_saving_ends_both(
-    workshop: Workshop,
+    machines: Machines,
 ) -> None:
-    workshop.pair(nodes=2, max_restarts=1)
-    first = workshop.until("./2 started (.*)", 2)
+    machines.pair(nodes=2, max_restarts=1)
+    first = machines.wait_for_log("./2 started (.*)", 2)
     assert {line[0][0] for line in first} == {"0", "1"}
     kill(first[0][1])
-    second = workshop.until("./2 started (.*)", 4)[2:]
+    second = machines.wait_for_log("./2 started (.*)", 4)[2:]
     assert {line[0][0] for line in second} == {"0", "1"}
     assert not any(runs(int(line[1])) for line in first)
-    workshop.order(75)
-    assert [workshop.code(0), workshop.code(1)] == [75, 75]
-    assert len(workshop.told(".* started .*")) == 4
+    machines.make_exit(75)
+    assert [machines.exit_code(0), machines.exit_code(1)] == [75, 75]
+    assert len(machines.log_lines(".* started .*")) == 4
 
 
 def test_when_a_machine_dies_its_processes_do_too_and_the_other_goes_on_alone(
-    workshop: Workshop,
+    machines: Machines,
 ) -> None:
-    workshop.pair(nodes="1:2")
-    first = workshop.until("./2 started (.*)", 2)
-    before = len(workshop.told("0/1 started .*"))  # the first machine may not have waited
-    workshop.signal("SIGKILL", agent=1)
-    alone = workshop.until("0/1 started (.*)", before + 1)[-1]
+    machines.pair(nodes="1:2")
+    first = machines.wait_for_log("./2 started (.*)", 2)
+    before = len(machines.log_lines("0/1 started .*"))  # the first machine may not have waited
+    machines.signal("SIGKILL", agent=1)
+    alone = machines.wait_for_log("0/1 started (.*)", before + 1)[-1]
     assert not any(runs(int(line[1])) for line in first)
-    workshop.signal("SIGTERM")
-    assert workshop.code() == 75
-    assert len(workshop.told("0/1 saved SIGTERM")) == 1
+    machines.signal("SIGTERM")
+    assert machines.exit_code() == 75
+    assert len(machines.log_lines("0/1 saved SIGTERM")) == 1
     assert not runs(int(alone[1]))
 
 
-def test_a_machine_that_comes_later_is_taken_in(workshop: Workshop) -> None:
-    workshop.pair(nodes="1:2", each=({},))
-    workshop.until("0/1 started .*")
-    workshop.pair(nodes="1:2", each=({},))
-    workshop.until("./2 started .*", 2)
-    assert len(workshop.told("0/1 saved SIGTERM")) == 1
-    workshop.order(0)
-    assert [workshop.code(0), workshop.code(1)] == [0, 0]
+def test_a_machine_that_comes_later_is_taken_in(machines: Machines) -> None:
+    machines.pair(nodes="1:2", each=({},))
+    machines.wait_for_log("0/1 started .*")
+    machines.pair(nodes="1:2", each=({},))
+    machines.wait_for_log("./2 started .*", 2)
+    assert len(machines.log_lines("0/1 saved SIGTERM")) == 1
+    machines.make_exit(0)
+    assert [machines.exit_code(0), machines.exit_code(1)] == [0, 0]
 
 
 def test_when_the_machine_that_keeps_the_list_dies_the_others_may_be_queued_again(
-    workshop: Workshop,
+    machines: Machines,
 ) -> None:
-    workshop.pair(nodes=2)
-    started = workshop.until("./2 started (.*)", 2)
-    workshop.signal("SIGKILL")
-    assert workshop.code(1) == 75
-    assert "the other machines are gone" in workshop.errors(1)
+    machines.pair(nodes=2)
+    started = machines.wait_for_log("./2 started (.*)", 2)
+    machines.signal("SIGKILL")
+    assert machines.exit_code(1) == 75
+    assert "the other machines are gone" in machines.stderr(1)
     assert not any(runs(int(line[1])) for line in started)
 
 
-def test_the_machine_that_keeps_the_list_stays_until_all_are_done(workshop: Workshop) -> None:
-    workshop.pair(nodes=2)
-    for line in workshop.until("(.)/2 started (.*)", 2):
+def test_the_machine_that_keeps_the_list_stays_until_all_are_done(machines: Machines) -> None:
+    machines.pair(nodes=2)
+    for line in machines.wait_for_log("(.)/2 started (.*)", 2):
         parent = Path(f"/proc/{line[2]}/stat").read_text().rpartition(")")[2].split()[1]
-        if int(parent) == workshop.agents[0].pid:
-            workshop.order(75, rank=line[1])
+        if int(parent) == machines.agents[0].pid:
+            machines.make_exit(75, rank=line[1])
     time.sleep(3)  # the other machine looks at the list every second
-    workshop.order(75)
-    assert [workshop.code(0), workshop.code(1)] == [75, 75]
-    assert "gone" not in workshop.errors(1)
+    machines.make_exit(75)
+    assert [machines.exit_code(0), machines.exit_code(1)] == [75, 75]
+    assert "gone" not in machines.stderr(1)
 
 
-def test_a_machine_that_finds_no_other_has_failed(workshop: Workshop) -> None:
-    workshop.pair(nodes=2, join_s=2, each=({},))
-    assert workshop.code() == 1
-    assert "too few machines came" in workshop.errors()
+def test_a_machine_that_finds_no_other_has_failed(machines: Machines) -> None:
+    machines.pair(nodes=2, join_s=2, each=({},))
+    assert machines.exit_code() == 1
+    assert "too few machines came" in machines.stderr()
 
 
 def test_a_signal_to_one_machine_ends_both_and_repeating_it_hurts_nobody(
-    workshop: Workshop,
+    machines: Machines,
 ) -> None:
-    workshop.pair("save=0.5", **STATIC)
-    workshop.until("./2 started .*", 2)
-    workshop.signal("SIGUSR1", agent=1)
-    workshop.until("1/2 asked SIGUSR1")
-    workshop.signal("SIGUSR1", agent=1)
-    workshop.signal("SIGTERM", agent=1)
-    assert [workshop.code(0), workshop.code(1)] == [75, 75]
-    assert len(workshop.told("1/2 saved SIGUSR1")) == 1  # rank 1 is that of node_rank=1
-    assert len(workshop.told("0/2 saved")) == 1
-    assert len(workshop.told(".* started .*")) == 2
+    machines.pair("save=0.5", **STATIC)
+    machines.wait_for_log("./2 started .*", 2)
+    machines.signal("SIGUSR1", agent=1)
+    machines.wait_for_log("1/2 received SIGUSR1")
+    machines.signal("SIGUSR1", agent=1)
+    machines.signal("SIGTERM", agent=1)
+    assert [machines.exit_code(0), machines.exit_code(1)] == [75, 75]
+    assert len(machines.log_lines("1/2 saved SIGUSR1")) == 1  # rank 1 is that of node_rank=1
+    assert len(machines.log_lines("0/2 saved")) == 1
+    assert len(machines.log_lines(".* started .*")) == 2
 
 
-def test_static_machines_start_again_together(workshop: Workshop) -> None:
-    workshop.pair(**STATIC)
-    groups = {line[1]: line[2] for line in workshop.until("(.)/2 started (.*)", 2)}
+def test_static_machines_start_again_together(machines: Machines) -> None:
+    machines.pair(**STATIC)
+    groups = {line[1]: line[2] for line in machines.wait_for_log("(.)/2 started (.*)", 2)}
     kill(groups["1"])
-    workshop.until("./2 started .*", 4)
-    workshop.order(0)
-    assert [workshop.code(0), workshop.code(1)] == [0, 0]
+    machines.wait_for_log("./2 started .*", 4)
+    machines.make_exit(0)
+    assert [machines.exit_code(0), machines.exit_code(1)] == [0, 0]
 
 
 @pytest.mark.parametrize(
@@ -125,71 +125,71 @@ def test_static_machines_start_again_together(workshop: Workshop) -> None:
     [("TERM", "TERM", 75), ("USR2", "USR2", 75), ("HUP", "TERM", 75)],
 )
 def test_a_signal_is_passed_on_and_the_code_is_that_of_who_heard_it(
-    workshop: Workshop, sent: str, heard: str, code: int
+    machines: Machines, sent: str, heard: str, code: int
 ) -> None:
-    workshop.start(Local(processes=1))
-    workshop.until("0/1 started .*")
-    workshop.signal(f"SIG{sent}")
-    assert workshop.code() == code
-    assert len(workshop.told(f"0/1 saved SIG{heard}")) == 1
+    machines.start(Local(processes=1))
+    machines.wait_for_log("0/1 started .*")
+    machines.signal(f"SIG{sent}")
+    assert machines.exit_code() == code
+    assert len(machines.log_lines(f"0/1 saved SIG{heard}")) == 1
 
 
-def test_a_second_ctrl_c_is_passed_on_too(workshop: Workshop) -> None:
-    workshop.start(Local(processes=1), "save=0.5")
-    workshop.until("0/1 started .*")
-    workshop.signal("SIGINT")
-    workshop.until("0/1 asked SIGINT")
-    workshop.signal("SIGINT")
-    assert workshop.code() == 130
-    assert len(workshop.told("0/1 saved SIGINT SIGINT")) == 1
+def test_a_second_ctrl_c_is_passed_on_too(machines: Machines) -> None:
+    machines.start(Local(processes=1), "save=0.5")
+    machines.wait_for_log("0/1 started .*")
+    machines.signal("SIGINT")
+    machines.wait_for_log("0/1 received SIGINT")
+    machines.signal("SIGINT")
+    assert machines.exit_code() == 130
+    assert len(machines.log_lines("0/1 saved SIGINT SIGINT")) == 1
 
 
-def test_who_does_not_end_in_time_is_killed(workshop: Workshop) -> None:
-    workshop.start(Local(processes=1, grace_s=1), "deaf")
-    [started] = workshop.until("0/1 started (.*)")
-    told = time.monotonic()
-    workshop.signal("SIGTERM")
-    assert workshop.code() == 75
-    assert time.monotonic() - told < 15  # PyTorch's own grace is 30 s
+def test_who_does_not_end_in_time_is_killed(machines: Machines) -> None:
+    machines.start(Local(processes=1, grace_s=1), "deaf")
+    [started] = machines.wait_for_log("0/1 started (.*)")
+    sent = time.monotonic()
+    machines.signal("SIGTERM")
+    assert machines.exit_code() == 75
+    assert time.monotonic() - sent < 15  # PyTorch's own grace is 30 s
     assert not runs(int(started[1]))
 
 
-def test_who_is_done_does_not_disturb_who_still_saves(workshop: Workshop) -> None:
-    workshop.start(Local(processes=2), "save_1=1")
-    groups = {line[1]: line[2] for line in workshop.until("(.)/2 started (.*)", 2)}
+def test_who_is_done_does_not_disturb_who_still_saves(machines: Machines) -> None:
+    machines.start(Local(processes=2), "save_1=1")
+    groups = {line[1]: line[2] for line in machines.wait_for_log("(.)/2 started (.*)", 2)}
     os.kill(int(groups["1"]), signal.SIGUSR1)
-    workshop.until("0/2 saved")
-    assert workshop.told("1/2 saved .*") == []
-    assert workshop.code() == 75
-    assert len(workshop.told("1/2 saved SIGUSR1")) == 1  # and no SIGTERM
+    machines.wait_for_log("0/2 saved")
+    assert machines.log_lines("1/2 saved .*") == []
+    assert machines.exit_code() == 75
+    assert len(machines.log_lines("1/2 saved SIGUSR1")) == 1  # and no SIGTERM
 
 
 @pytest.mark.parametrize(("code", "starts"), [(0, 1), (1, 2), (2, 1), (75, 1)])
-def test_only_a_crash_is_tried_again(workshop: Workshop, code: int, starts: int) -> None:
-    workshop.order(code)
-    workshop.start(Local(processes=1, max_restarts=1))
-    assert workshop.code() == code
-    assert len(workshop.told(".* started .*")) == starts
+def test_only_a_crash_is_tried_again(machines: Machines, code: int, starts: int) -> None:
+    machines.make_exit(code)
+    machines.start(Local(processes=1, max_restarts=1))
+    assert machines.exit_code() == code
+    assert len(machines.log_lines(".* started .*")) == starts
 
 
-def test_a_crash_beside_processes_that_then_save_is_a_crash(workshop: Workshop) -> None:
-    workshop.start(Local(processes=2, max_restarts=1))
-    workshop.until("./2 started .*", 2)
-    workshop.order(3, rank="0")
-    assert workshop.code() == 1
-    assert len(workshop.told("0/2 started .*")) == 2
-    assert workshop.errors().count("launch: rank 0 (process ") == 2
-    assert "ended with exit code 3" in workshop.errors()
+def test_a_crash_beside_processes_that_then_save_is_a_crash(machines: Machines) -> None:
+    machines.start(Local(processes=2, max_restarts=1))
+    machines.wait_for_log("./2 started .*", 2)
+    machines.make_exit(3, rank="0")
+    assert machines.exit_code() == 1
+    assert len(machines.log_lines("0/2 started .*")) == 2
+    assert machines.stderr().count("launch: rank 0 (process ") == 2
+    assert "ended with exit code 3" in machines.stderr()
 
 
-def test_the_code_for_saved_can_be_another(workshop: Workshop) -> None:
-    workshop.order(75)
-    workshop.pair(nodes=1, saved_code=143, each=({},))
-    assert workshop.code() == 143
+def test_the_code_for_saved_can_be_another(machines: Machines) -> None:
+    machines.make_exit(75)
+    machines.pair(nodes=1, saved_code=143, each=({},))
+    assert machines.exit_code() == 143
 
 
-def test_nobody_outlives_an_agent_that_is_killed(workshop: Workshop) -> None:
-    workshop.start(Local(processes=2), "deaf")
-    started = workshop.until("./2 started (.*)", 2)
-    workshop.signal("SIGKILL")
+def test_nobody_outlives_an_agent_that_is_killed(machines: Machines) -> None:
+    machines.start(Local(processes=2), "deaf")
+    started = machines.wait_for_log("./2 started (.*)", 2)
+    machines.signal("SIGKILL")
     wait_for(lambda: not any(runs(int(line[1])) for line in started), "the end of the workers")

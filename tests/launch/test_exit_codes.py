@@ -15,9 +15,8 @@ CODES = st.sampled_from([0, 1, 2, 3, 75, 130, -2, -6, -9, -10, -11, -15])
 def test_all_finished_is_finished_and_none_is_a_crash() -> None:
     assert combine_exit_codes([0, 0]) == ExitCode.FINISHED
     assert combine_exit_codes([]) == ExitCode.CRASHED
-    assert (
-        combine_exit_codes([], signalled=True) == ExitCode.REQUEUE
-    )  # told to end before anything had begun
+    # A signal may come before any process has started.
+    assert combine_exit_codes([], signalled=True) == ExitCode.REQUEUE
 
 
 def test_saved_is_only_said_if_nobody_crashed() -> None:
@@ -27,7 +26,7 @@ def test_saved_is_only_said_if_nobody_crashed() -> None:
         assert combine_exit_codes([ExitCode.REQUEUE, crash]) == ExitCode.CRASHED
 
 
-def test_a_killed_process_is_a_crash_unless_it_was_asked_to_end() -> None:
+def test_a_killed_process_is_a_crash_unless_it_was_sent_a_signal() -> None:
     for death in (-SIGKILL, -SIGTERM):
         assert combine_exit_codes([death]) == ExitCode.CRASHED
         assert combine_exit_codes([death], signalled=True) == ExitCode.REQUEUE

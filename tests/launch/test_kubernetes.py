@@ -79,10 +79,10 @@ def test_a_manifest_fits_the_operators_schema(kind: str, settings: dict[str, Any
 )
 def test_the_schema_notices_what_an_operator_would_refuse(path: list[str], value: Any) -> None:
     [document] = documents("PyTorchJob")
-    place = document
+    parent = document
     for key in path[:-1]:
-        place = place[key]
-    place[path[-1]] = value
+        parent = parent[key]
+    parent[path[-1]] = value
     schema = {**SCHEMAS["PyTorchJob"], "$defs": SCHEMAS["$defs"]}
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate(document, schema)

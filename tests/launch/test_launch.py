@@ -13,7 +13,7 @@ import yaml
 from conf.errors import ConfigError
 from launch.__main__ import describe, main, read_command
 from launch.config import Kubernetes, Nodes, Slurm, passed_on
-from tests.launch.workshop import WORKER, free_port
+from tests.launch.machines import WORKER, free_port
 from train.compose import check
 
 ROOT = Path(__file__).parents[2]
@@ -27,7 +27,7 @@ def problems(*texts: str) -> str:
     return "\n".join(map(str, refusal.value.problems))
 
 
-def test_settings_of_the_start_and_of_the_training_are_told_apart() -> None:
+def test_settings_of_launcher_and_training_are_told_apart() -> None:
     command = read_command([*NODES, "nodes=1:2", "model=phd", "processes=4", "+optim.lr=1e-3"])
     assert command.config == Nodes(address="node1:29500", nodes="1:2", processes=4)
     assert command.arguments == ["model=phd", "+optim.lr=1e-3"]

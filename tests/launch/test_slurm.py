@@ -14,7 +14,7 @@ import pytest
 
 from launch.config import Slurm
 from launch.slurm import render
-from tests.launch.workshop import WORKER, wait_for
+from tests.launch.machines import WORKER, wait_for
 
 HOSTILE = [
     "optim.lr=1e-3,3e-3",
@@ -59,15 +59,15 @@ esac
 class Cluster:
     """A machine with one job, whose command is a stand-in unless `agent` is called."""
 
-    def __init__(self, place: Path) -> None:
-        self.place = place
-        (place / "bin").mkdir()
-        (place / "logs").mkdir()
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        (directory / "bin").mkdir()
+        (directory / "logs").mkdir()
         self.tool("srun", SRUN)
         self.tool("scontrol", SCONTROL)
 
     def tool(self, name: str, text: str) -> Path:
-        tool = self.place / "bin" / name
+        tool = self.directory / "bin" / name
         tool.write_text(text)
         tool.chmod(0o755)
         return tool
@@ -75,15 +75,17 @@ class Cluster:
     def job(self, script: str, state: str = "RUNNING") -> "subprocess.Popen[str]":
         """Starts the job; signals go to all of its processes, as they do under SLURM."""
         environment = {
-            "PATH": f"{self.place / 'bin'}:{os.environ['PATH']}",
+            "PATH": f"{self.directory / 'bin'}:{os.environ['PATH']}",
             "PYTHONPATH": str(WORKER.parents[2]),
             "OMP_NUM_THREADS": "1",
-            "CALLS": str(self.place / "calls"),
+            "CALLS": str(self.directory / "calls"),
             "JOB_STATE": state,
             "SLURM_JOB_ID": "7",
             "SLURM_JOB_NODELIST": "node[0-1]",
         }
-        return subprocess.Popen(["bash", "-c", script], cwd=self.place, env=environment, text=True)
+        return subprocess.Popen(
+            ["bash", "-c", script], cwd=self.directory, env=environment, text=True
+        )
 
     def run(self, command: str, state: str = "RUNNING", **settings: int) -> int:
         """Runs a job to its end, with a shell command in place of the agent."""
@@ -93,7 +95,7 @@ class Cluster:
 
     @property
     def requeued(self) -> int:
-        calls = self.place / "calls"
+        calls = self.directory / "calls"
         return calls.read_text().count("requeue 7") if calls.exists() else 0
 
 
@@ -154,7 +156,7 @@ def test_arguments_arrive_as_they_were_given(cluster: Cluster) -> None:
     python = cluster.tool("python", f"#!/bin/bash\n{tell}\n")
     settings = Slurm(python=str(python), nodes=2, max_restarts=5, processes=4)
     assert cluster.job(render(settings, HOSTILE, [])).wait(30) == 0
-    assert (cluster.place / "told").read_text().splitlines() == [
+    assert (cluster.directory / "told").read_text().splitlines() == [
         *("-m", "launch", "nodes", "address=127.0.0.1:20007", "id=7"),
         *("processes=4", "max_restarts=5", "nodes=2"),
         *HOSTILE,
@@ -202,10 +204,10 @@ def test_a_signal_reaches_the_processes_which_save_and_the_job_goes_on(
     cluster: Cluster, sent: str
 ) -> None:
     config = Slurm(python=sys.executable, script=str(WORKER), processes=1, checkpoints="saves")
-    job = cluster.job(render(config, [str(cluster.place)], []))
-    log = cluster.place / "log"
+    job = cluster.job(render(config, [str(cluster.directory)], []))
+    log = cluster.directory / "log"
     wait_for(lambda: log.exists() and "0/1 started" in log.read_text(), "the start of the worker")
-    (cluster.place / "saves" / "step_1").mkdir(parents=True)
+    (cluster.directory / "saves" / "step_1").mkdir(parents=True)
     job.send_signal(signal.Signals[sent])
     assert job.wait(60) == 75
     assert f"0/1 saved {sent}" in log.read_text()

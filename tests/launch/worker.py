@@ -1,10 +1,15 @@
-"""A stand-in for a training process: it tells what happens to it, and ends as it is told.
+"""A stand-in for a training process: it logs what happens to it, and ends as a test says.
 
     worker.py DIRECTORY [save=SECONDS] [save_RANK=SECONDS] [deaf]
 
-It runs until DIRECTORY holds `exit` (the exit code is in it) or `exit_RANK`, until a signal comes,
-after which all ranks save and end with 75, or until another rank has gone without ending.
-Everything it does is a line of DIRECTORY/log. With `deaf` it ignores signals.
+It runs until one of these happens:
+
+- DIRECTORY holds the file `exit` or `exit_RANK`, which contains the exit code;
+- a signal comes: all ranks save, which takes SECONDS, and end with 75, or 130 after Ctrl-C. With
+  `deaf`, signals are ignored;
+- another rank has died, which is a crash: exit code 1.
+
+Everything that it does is a line of DIRECTORY/log.
 """
 
 import os
@@ -13,27 +18,28 @@ import sys
 import time
 from pathlib import Path
 
-DEAD_S = 1.0  # a rank that has given no sign of life for so long fails the others' collectives
+DEAD_S = 1.0  # without a sign of life, after which a rank counts as dead
 
 
-def main(place: Path, options: list[str]) -> None:
+def main(directory: Path, options: list[str]) -> None:
     rank, world_size = os.environ["RANK"], int(os.environ["WORLD_SIZE"])
     keys = ("save", f"save_{rank}")
     seconds = [float(o.partition("=")[2]) for o in options if o.partition("=")[0] in keys]
-    is_set: list[signal.Signals] = []
+    received: list[signal.Signals] = []
 
-    def tell(text: str) -> None:
-        with (place / "log").open("a") as log:
+    def log_line(text: str) -> None:
+        with (directory / "log").open("a") as log:
             log.write(f"{rank}/{world_size} {text}\n")
 
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT):
-        signal.signal(number, lambda n, _: is_set.append(signal.Signals(n)))
-    tell(f"started {os.getpid()}")
-    life = place / f"life_{os.environ['MASTER_PORT']}"  # of one round of processes
+        signal.signal(number, lambda n, _: received.append(signal.Signals(n)))
+    log_line(f"started {os.getpid()}")
+    # Every start has a port of its own, so the signs of life of an earlier start are not seen.
+    life = directory / f"life_{os.environ['MASTER_PORT']}"
     life.mkdir(exist_ok=True)
 
     def leave(code: int) -> None:
-        (life / rank).unlink()  # nobody takes it for dead
+        (life / rank).unlink()  # so that it does not count as dead
         sys.exit(code)
 
     while True:
@@ -42,15 +48,15 @@ def main(place: Path, options: list[str]) -> None:
         alive = [file for file in life.iterdir() if file.name != "stop"]
         if len(alive) == world_size and any(now - f.stat().st_mtime > DEAD_S for f in alive):
             sys.exit(1)
-        for order in (place / "exit", place / f"exit_{rank}"):
-            if order.exists() and (code := order.read_text()):
+        for file in (directory / "exit", directory / f"exit_{rank}"):
+            if file.exists() and (code := file.read_text()):
                 leave(int(code))
-        if "deaf" not in options and (is_set or (life / "stop").exists()):
+        if "deaf" not in options and (received or (life / "stop").exists()):
             (life / "stop").mkdir(exist_ok=True)
-            tell(f"asked {' '.join(each.name for each in is_set)}".strip())
+            log_line(f"received {' '.join(each.name for each in received)}".strip())
             time.sleep(sum(seconds))
-            tell(f"saved {' '.join(each.name for each in is_set)}".strip())
-            leave(130 if signal.SIGINT in is_set else 75)
+            log_line(f"saved {' '.join(each.name for each in received)}".strip())
+            leave(130 if signal.SIGINT in received else 75)
         time.sleep(0.02)
 
 

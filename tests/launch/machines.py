@@ -1,4 +1,4 @@
-"""Agents that run for real, with `worker.py` in place of the training."""
+"""Agents that run for real and stand for machines, with `worker.py` in place of the training."""
 
 import os
 import re
@@ -17,37 +17,37 @@ from launch import agent
 from launch.config import Local, Nodes
 
 WORKER = Path(__file__).with_name("worker.py")
-PATIENCE_S = 60.0  # only a broken agent takes so long
+TIMEOUT_S = 60.0  # only a broken agent takes longer
 QUICK = {"last_call_s": 1, "heartbeat_s": 1, "join_s": 30, "grace_s": 8}
 
 
-class Workshop:
+class Machines:
     """A directory in which workers run, and the agents that started them.
 
     An agent is a process of its own, forked from one that has imported PyTorch, which takes 2 s.
     """
 
-    def __init__(self, place: Path) -> None:
-        self.place = place
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
         self.agents: list[ForkServerProcess] = []
         self.port = free_port()
 
     def start(self, config: Local, *options: str) -> None:
         """Runs an agent."""
-        command = [sys.executable, "-S", str(WORKER), str(self.place), *options]
+        command = [sys.executable, "-S", str(WORKER), str(self.directory), *options]
         config = replace(config, script=str(WORKER))
         context = get_context("forkserver")
         context.set_forkserver_preload(["launch.agent"])
-        errors = self.place / f"errors_{len(self.agents)}"
+        errors = self.directory / f"errors_{len(self.agents)}"
         self.agents.append(context.Process(target=_run, args=(config, command, errors)))
         self.agents[-1].start()
 
     def pair(self, *options: str, each: tuple[dict[str, Any], ...] = ({}, {}), **both: Any) -> None:
-        """Two agents that stand for two machines, one process each; the first keeps the list."""
+        """Starts two agents with a process each; the first one serves the rendezvous."""
         address = {"address": f"127.0.0.1:{self.port}", "local_address": "127.0.0.1"}
         for own in each:
             self.start(Nodes(**{"processes": 1, **address, **QUICK, **both, **own}), *options)
-            wait_for(lambda: listens(self.port), "an agent that keeps the list")
+            wait_for(lambda: listens(self.port), "an agent that serves the rendezvous")
 
     def signal(self, name: str, agent: int = 0) -> None:
         """Sends a signal to an agent."""
@@ -55,32 +55,32 @@ class Workshop:
         assert pid is not None
         os.kill(pid, signal.Signals[name])
 
-    def order(self, code: int, rank: str = "") -> None:
-        """Makes all processes, or one rank, end with an exit code."""
-        (self.place / (f"exit_{rank}" if rank else "exit")).write_text(str(code))
+    def make_exit(self, code: int, rank: str = "") -> None:
+        """Makes all processes, or those of one rank, end with an exit code."""
+        (self.directory / (f"exit_{rank}" if rank else "exit")).write_text(str(code))
 
-    def told(self, pattern: str) -> list[re.Match[str]]:
+    def log_lines(self, pattern: str) -> list[re.Match[str]]:
         """The lines of the workers' log that match."""
-        log = self.place / "log"
+        log = self.directory / "log"
         lines = log.read_text().splitlines() if log.exists() else []
         return [found for line in lines if (found := re.fullmatch(pattern, line))]
 
-    def until(self, pattern: str, count: int = 1) -> list[re.Match[str]]:
-        """Waits until so many lines of the log match."""
-        wait_for(lambda: len(self.told(pattern)) >= count, pattern)
-        return self.told(pattern)
+    def wait_for_log(self, pattern: str, count: int = 1) -> list[re.Match[str]]:
+        """Waits until at least `count` lines of the log match; returns those that do."""
+        wait_for(lambda: len(self.log_lines(pattern)) >= count, pattern)
+        return self.log_lines(pattern)
 
-    def code(self, agent: int = 0) -> int | None:
+    def exit_code(self, agent: int = 0) -> int | None:
         """Waits for an agent's exit code."""
-        self.agents[agent].join(PATIENCE_S)
+        self.agents[agent].join(TIMEOUT_S)
         return self.agents[agent].exitcode
 
-    def errors(self, agent: int = 0) -> str:
+    def stderr(self, agent: int = 0) -> str:
         """What an agent and its processes wrote to stderr."""
-        return (self.place / f"errors_{agent}").read_text()
+        return (self.directory / f"errors_{agent}").read_text()
 
     def close(self) -> None:
-        """Ends all agents; their processes die with them."""
+        """Kills all agents; their processes die with them."""
         for process in self.agents:
             process.kill()
             process.join()
@@ -94,7 +94,7 @@ def _run(config: Local, command: list[str], errors: Path) -> None:
 
 
 def free_port() -> int:
-    """A port of this machine that nobody serves."""
+    """A port of this machine that is not in use."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return int(free.getsockname()[1])
@@ -102,20 +102,20 @@ def free_port() -> int:
 
 def wait_for(true: Callable[[], bool], what: str) -> None:
     """Waits until something is true."""
-    deadline = time.monotonic() + PATIENCE_S
+    deadline = time.monotonic() + TIMEOUT_S
     while not true():
         assert time.monotonic() < deadline, f"never: {what}"
         time.sleep(0.02)
 
 
 def runs(pid: int) -> bool:
-    """Whether a process is there and no zombie."""
+    """Whether a process runs; a zombie does not."""
     status = Path(f"/proc/{pid}/status")
     return status.exists() and "State:\tZ" not in status.read_text()
 
 
 def listens(port: int) -> bool:
-    """Whether somebody serves a port of this machine."""
+    """Whether a process listens at a port of this machine."""
     tables = [Path("/proc/net/tcp"), Path("/proc/net/tcp6")]
     rows = [row.split() for table in tables for row in table.read_text().splitlines()[1:]]
     return any(row[1].endswith(f":{port:04X}") and row[3] == "0A" for row in rows)
