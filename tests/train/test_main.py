@@ -161,7 +161,8 @@ def test_what_a_run_cannot_be_made_of_is_refused_on_one_screen(
     assert run.returncode == 2, errors
     assert "Traceback" not in output + errors
     title, problem = errors.splitlines()
-    assert title == "1 problem in the configuration:"
+    kind = "data" if case == "empty corpus" else "configuration"
+    assert title == f"1 problem in the {kind}:"
     assert problem.startswith(f"  {told}")
     assert remedy in problem
     assert not (tmp_path / "run").exists()

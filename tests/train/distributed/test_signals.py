@@ -62,7 +62,7 @@ def test_the_first_signal_alone_is_told_to_another_thread() -> None:
         told.append(get_ident())
         heard.set()
 
-    with StopSignal(hear):
+    with StopSignal() as stop_signal, stop_signal.on_first(hear):
         assert not heard.wait(0.05)
         send(signal.SIGUSR1)
         assert heard.wait(5)
@@ -75,7 +75,7 @@ def test_signals_of_others_are_theirs() -> None:
     told, others = Event(), Event()
     before = signal.signal(signal.SIGALRM, lambda *_: others.set())
     try:
-        with StopSignal(told.set) as stop_signal:
+        with StopSignal() as stop_signal, stop_signal.on_first(told.set):
             send(signal.SIGALRM)
             assert others.wait(5)
             assert not told.wait(0.05)
@@ -128,7 +128,8 @@ guarded = watchdog.Watchdog(Path(sys.argv[1]), 0, 60)
 mutex = ctypes.create_string_buffer(128)
 library = ctypes.CDLL(None)
 library.pthread_mutex_lock(mutex)
-with guarded, StopSignal(lambda: guarded.exit_within(0.5)):
+stop_signal = StopSignal()
+with guarded, stop_signal, stop_signal.on_first(lambda: guarded.exit_within(0.5)):
     print("ready", flush=True)
     library.pthread_mutex_lock(mutex)  # waits for itself, and no signal wakes it
 """

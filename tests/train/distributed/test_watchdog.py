@@ -39,17 +39,17 @@ with guarded:
 
 LEAVE = """
 with guarded:
-    guarded.leave_within(0.5)
-    guarded.leave_within(60)
+    guarded.exit_within(0.5)
+    guarded.exit_within(60)
     while True:
-        guarded.pet()
+        guarded.heartbeat()
         sleep(0.1)
 """
 
 ON_TIME = """
 with guarded:
     for _ in range(6):
-        guarded.pet()
+        guarded.heartbeat()
         sleep(0.25)
 sleep(1.7)
 print("done")
@@ -58,7 +58,7 @@ print("done")
 LATE = """
 with guarded:
     sleep(0.7)
-    guarded.pet()
+    guarded.heartbeat()
     sleep(60)
 """
 
@@ -147,7 +147,7 @@ def exchange():
     dist.all_reduce(torch.ones(1))
 with watchdog.Watchdog(directory, rank, 1.5 + 0.3 * rank) as guarded:
     exchange()
-    guarded.pet()
+    guarded.heartbeat()
     print("ready", flush=True)
     sleep(0.5)
     exchange()
