@@ -214,7 +214,7 @@ class DeepSpeedEngine(Engine):
                 yield self.model
             finally:
                 for parameter in read:
-                    parameter.ds_active_sub_modules.drop_gradients(id(self))  # type: ignore[attr-defined]
+                    parameter.ds_active_sub_modules.discard(id(self))  # type: ignore[attr-defined]
 
     def close(self) -> None:
         """Leave no process group, hook or replaced function behind."""
