@@ -198,7 +198,9 @@ def in_processes(jobs: Sequence[Callable[[], T]], workers: int) -> Iterator[list
 
 def _end_with_parent() -> None:
     """Makes a worker end when its parent does, even by SIGKILL: else it would write on unseen."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # Ctrl-C reaches the workers, too. If one died of it, the parent might see that first, and tell
+    # of a lack of memory instead of the interruption. So the parent alone ends them.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None, "not a worker"
 

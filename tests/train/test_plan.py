@@ -10,20 +10,24 @@ from phd.flops import training_flops_per_token
 from phd.inference.cache import kv_bytes
 from phd.model import count_parameters
 from train.compose import load
-from train.plan import kv_rows, make_plan, print_plan
+from train.plan import Plan, kv_rows, make_plan, print_plan
 
 CPU = "engine.device=cpu"
 
 
-def printed(*overrides: str) -> str:
+def plan_of(*overrides: str) -> Plan:
+    return make_plan(load([CPU, *overrides]))
+
+
+def printed(plan: Plan) -> str:
     text = io.StringIO()
-    print_plan(make_plan(load([CPU, *overrides])), Console(file=text, width=300))
+    print_plan(plan, Console(file=text, width=300))
     return text.getvalue()
 
 
 # What a setting should draw a warning of, and one that should not.
 WARNINGS = {
-    "model.dim=16384 model.ffn_dim=65536 model.layers=64 train.max_tokens=1e13": (
+    "model.dim=65536 model.ffn_dim=262144 model.layers=2 train.max_tokens=1e13": (
         "needs about",
         "the device has",
         "lower train.micro_batch",
@@ -42,9 +46,10 @@ WARNINGS = {
 
 @pytest.mark.parametrize("overrides", WARNINGS)
 def test_nonsense_is_warned_of_once_by_its_key(overrides: str) -> None:
-    [warning] = make_plan(load([CPU, *overrides.split()])).warnings
+    plan = plan_of(*overrides.split())
+    [warning] = plan.warnings
     assert all(part in warning for part in WARNINGS[overrides])
-    assert printed(*overrides.split()).count(f"warning: {warning}\n") == 1
+    assert printed(plan).count(f"warning: {warning}\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -60,8 +65,9 @@ def test_nonsense_is_warned_of_once_by_its_key(overrides: str) -> None:
     ids=" ".join,
 )
 def test_what_makes_sense_draws_no_warning(overrides: list[str]) -> None:
-    assert make_plan(load([CPU, *overrides])).warnings == ()
-    assert "warning" not in printed(*overrides)
+    plan = plan_of(*overrides)
+    assert plan.warnings == ()
+    assert "warning" not in printed(plan)
 
 
 @pytest.mark.parametrize("variant", ["vanilla", "phd", "phd_cswa"])
@@ -76,21 +82,21 @@ def test_flops_are_counted_for_this_variant_and_for_vanilla(variant: str) -> Non
 
 def test_a_run_of_tokens_has_whole_steps_of_them() -> None:
     step = ["train.global_batch=16", "train.seq_len=256"]
-    plan = make_plan(load([CPU, *step, f"train.max_tokens={100 * 4096 + 4095}"]))
+    plan = plan_of(*step, f"train.max_tokens={100 * 4096 + 4095}")
     assert plan.tokens == 100 * 4096
 
 
 def test_a_run_that_only_time_ends_has_no_tokens_to_tell() -> None:
-    overrides = ["train.max_time=90s", "schedule=constant"]
-    assert make_plan(load([CPU, *overrides])).tokens is None
-    assert "90 s" in printed(*overrides)
+    plan = plan_of("train.max_time=90s", "schedule=constant")
+    assert plan.tokens is None
+    assert "90 s" in printed(plan)
 
 
 def test_the_plan_says_what_the_run_will_cost() -> None:
     overrides = ["model.K=3", "train.max_steps=1000", "run.dir=/some/where"]
     overrides += ["train.global_batch=16", "train.micro_batch=4", "train.seq_len=256"]
-    config = load([CPU, *overrides])
-    plan, text = make_plan(config), printed(*overrides)
+    plan = plan_of(*overrides)
+    text = printed(plan)
     parameters = sum(plan.parameters.values())
     ratio = plan.flops_per_token / plan.vanilla_flops_per_token
     for expected in (
@@ -108,8 +114,8 @@ def test_the_plan_says_what_the_run_will_cost() -> None:
 
 
 def test_groups_without_parameters_are_not_shown() -> None:
-    assert "head" not in printed()
-    assert "head 1.05M" in printed("model.tied=false")
+    assert "head" not in printed(plan_of())
+    assert "head 1.05M" in printed(plan_of("model.tied=false"))
 
 
 @pytest.mark.parametrize("variant", ["vanilla", "phd", "phd_swa", "phd_cswa", "naive_repeat"])

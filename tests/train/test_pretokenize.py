@@ -323,7 +323,7 @@ def wait_for_end(process: Process) -> None:
     """Returns when no process that the command started lives on; that takes no time."""
     begun = monotonic()
     while living(process.pid):
-        assert monotonic() - begun < 10, "a worker outlives the command"
+        assert monotonic() - begun < 100, "a worker outlives the command"
         sleep(0.01)
 
 
@@ -335,10 +335,12 @@ def test_a_killed_command_goes_on_to_the_same_files(
     assert (whole.returncode, errors) == (0, "")
 
     killed = command("killed", "processes=1")
-    index = wait_for_shards(tmp_path / "killed/files", 2, killed)
+    wait_for_shards(tmp_path / "killed/files", 2, killed)
     killed.kill()
     killed.wait()
     wait_for_end(killed)
+    # It may have written more between the look and the kill.
+    index = TokenIndex.load(tmp_path / "killed/files/unfinished.json")
     assert index.missing
     kept = {shard.name: (tmp_path / f"killed/files/{shard.name}.tokens") for shard in index.shards}
     times = {name: path.stat().st_mtime_ns for name, path in kept.items()}
