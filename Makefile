@@ -1,7 +1,4 @@
-# make train   create .venv, install, pretrain the default model (ARGS="model=phd_swa" overrides)
-# make test    create .venv, install, lint, type check, test
-# make soak-data CASES=500 SEED=0   random corpora, kills and changes of ranks: the same rows always
-# make soak-faults KILLS=20 SIGNALS=50 SEED=0   killed ranks and machines: the same run always
+# `make` alone, or `make help`, prints the targets.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -12,15 +9,31 @@ KILLS ?= 20
 SIGNALS ?= 50
 SEED ?= 0
 
-.PHONY: train test check soak-data soak-faults install clean
+# Two test processes of one thread each: more would wait for each other on two cores. The tests of a
+# file run in one process, because they look at runs that they share.
+PYTEST := OMP_NUM_THREADS=1 PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest \
+	-n 2 --dist loadfile --no-loadscope-reorder
+
+.PHONY: help train test fast check soak-data soak-faults install clean
+
+help:
+	@echo "make train        create $(VENV), install, pretrain the default model (ARGS=\"model=phd_swa\" overrides)"
+	@echo "make test         create $(VENV), install, lint, check types, run all tests (TESTS=tests/phd: some of them)"
+	@echo "make fast         the same, without the tests that start processes or compile: two minutes"
+	@echo "make check        create $(VENV), install, lint, check types"
+	@echo "make soak-data    CASES=500 SEED=0: random corpora, kills and changes of ranks: the same rows always"
+	@echo "make soak-faults  KILLS=20 SIGNALS=50 SEED=0: killed ranks and machines: the same run always"
+	@echo "make install      create $(VENV), install"
+	@echo "make clean        remove $(VENV), runs and bench"
 
 train: $(VENV)/.installed
 	$(BIN)/python train/main.py $(ARGS)
 
-# Two test processes of one thread each: more would wait for each other on two cores. A file is one's
-# own: its tests look at runs that they share.
 test: check
-	OMP_NUM_THREADS=1 PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(TESTS)
+	$(PYTEST) $(TESTS)
+
+fast: check
+	$(PYTEST) -m "not process and not compile" $(TESTS)
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .

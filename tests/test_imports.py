@@ -151,6 +151,7 @@ print(json.dumps([seen, before == after, torch.distributed.is_initialized()]))
 """
 
 
+@pytest.mark.process
 def test_importing_a_package_does_no_work() -> None:
     names = [
         name.removesuffix(".py").replace("/", ".")
@@ -167,6 +168,7 @@ def test_importing_a_package_does_no_work() -> None:
     assert json.loads(done.stdout) == [[], True, False]
 
 
+@pytest.mark.process
 def test_a_model_needs_nothing_but_torch() -> None:
     """`phd` is imported without any package that other parts need, installed or not."""
     hidden = [

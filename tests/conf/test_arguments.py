@@ -98,6 +98,7 @@ def test_the_usage_shows_every_key_with_its_default() -> None:
     ]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("arguments", "code", "out", "error"),
     [

@@ -14,6 +14,8 @@ import pytest
 from launch.config import Local
 from tests.launch.workshop import Workshop, runs, wait_for
 
+pytestmark = pytest.mark.process
+
 STATIC: dict[str, Any] = {
     "nodes": 2,
     "rendezvous": "static",

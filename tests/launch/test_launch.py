@@ -159,6 +159,7 @@ def test_help_names_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(f"  {key}=" in shown for key in ("address", "nodes", "processes", "grace_s"))
 
 
+@pytest.mark.process
 def test_what_only_queues_jobs_needs_no_torch() -> None:
     script = (
         "import sys; from launch.__main__ import main; "
@@ -167,6 +168,7 @@ def test_what_only_queues_jobs_needs_no_torch() -> None:
     subprocess.run([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
 
 
+@pytest.mark.process
 def test_the_command_line_runs_and_ends_as_its_processes_do(tmp_path: Path) -> None:
     (tmp_path / "exit").write_text("75")
     address = f"address=127.0.0.1:{free_port()}"

@@ -108,11 +108,13 @@ SCRIPTS = {
 }
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_bash_can_read_the_script(name: str) -> None:
     subprocess.run(["bash", "-n"], input=SCRIPTS[name], text=True, check=True)
 
 
+@pytest.mark.process
 @pytest.mark.skipif(not shutil.which("shellcheck"), reason="needs shellcheck (in the dev extra)")
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_shellcheck_has_no_objection(name: str) -> None:
@@ -146,6 +148,7 @@ def test_sbatch_is_told_what_was_configured() -> None:
     assert lines.index("module load cuda") + 1 == lines.index("export NCCL_DEBUG=WARN")
 
 
+@pytest.mark.process
 def test_arguments_arrive_as_they_were_given(cluster: Cluster) -> None:
     tell = 'printf "%s\\n" "$@" >told'
     python = cluster.tool("python", f"#!/bin/bash\n{tell}\n")
@@ -158,36 +161,42 @@ def test_arguments_arrive_as_they_were_given(cluster: Cluster) -> None:
     ]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("code", [0, 1, 2, 130])
 def test_a_job_that_is_over_is_not_queued_again(cluster: Cluster, code: int) -> None:
     assert cluster.run(f"mkdir -p run/checkpoints/step_1; exit {code}") == code
     assert cluster.requeued == 0
 
 
+@pytest.mark.process
 def test_a_job_that_saved_is_queued_again_as_long_as_it_gets_on(cluster: Cluster) -> None:
     for step in range(5):
         assert cluster.run(f"mkdir -p run/checkpoints/step_{step}; exit 75", stalls=2) == 75
     assert cluster.requeued == 5
 
 
+@pytest.mark.process
 def test_a_job_that_gets_nowhere_is_queued_again_a_few_times_only(cluster: Cluster) -> None:
     codes = [cluster.run("mkdir -p run/checkpoints/.step_9; exit 75", stalls=3) for _ in range(4)]
     assert codes == [75] * 4
     assert cluster.requeued == 2
 
 
+@pytest.mark.process
 def test_progress_makes_up_for_starts_without(cluster: Cluster) -> None:
     for command in ("true", "mkdir -p run/checkpoints/step_1", "true", "true"):
         cluster.run(f"{command}; exit 75", stalls=2)
     assert cluster.requeued == 3
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("state", ["CANCELLED", "COMPLETING", "PREEMPTED"])
 def test_a_job_that_somebody_else_ended_is_left_alone(cluster: Cluster, state: str) -> None:
     assert cluster.run("mkdir -p run/checkpoints/step_1; exit 75", state) == 75
     assert cluster.requeued == 0
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("sent", ["SIGUSR1", "SIGTERM"])
 def test_a_signal_reaches_the_processes_which_save_and_the_job_goes_on(
     cluster: Cluster, sent: str

@@ -180,6 +180,7 @@ def test_jobs_of_a_sweep_never_share_a_directory(override: str) -> None:
     assert "2 jobs of this sweep would share it" in problem
 
 
+@pytest.mark.process
 def test_a_wrong_command_ends_with_one_screen_and_code_2(tmp_path: Path) -> None:
     done = script(tmp_path, "modle=phd", "model.K=0")
     assert (done.returncode, done.stdout) == (2, "")
@@ -191,6 +192,7 @@ def test_a_wrong_command_ends_with_one_screen_and_code_2(tmp_path: Path) -> None
     assert files(tmp_path) == ["demo.py"]
 
 
+@pytest.mark.process
 def test_a_job_gets_its_config_and_hydra_leaves_nothing_behind(tmp_path: Path) -> None:
     done = script(tmp_path, "model.K=3", "run.dir=here")
     assert (done.returncode, done.stderr) == (0, "")
@@ -198,6 +200,7 @@ def test_a_job_gets_its_config_and_hydra_leaves_nothing_behind(tmp_path: Path) -
     assert files(tmp_path) == ["demo.py"]
 
 
+@pytest.mark.process
 def test_a_sweep_runs_its_jobs_one_after_another_until_one_fails(tmp_path: Path) -> None:
     done = script(tmp_path, "optim.lr=1e-3", "-m", "model.K=1,2", "seed=0,3")
     names = [line.split()[0] for line in done.stdout.splitlines()]
@@ -205,6 +208,7 @@ def test_a_sweep_runs_its_jobs_one_after_another_until_one_fails(tmp_path: Path)
     assert (done.returncode, done.stderr) == (3, "")
 
 
+@pytest.mark.process
 def test_cfg_job_shows_every_setting(tmp_path: Path) -> None:
     done = script(tmp_path, "--cfg", "job", "model.K=3")
     assert (done.returncode, done.stderr) == (0, "")
@@ -213,6 +217,7 @@ def test_cfg_job_shows_every_setting(tmp_path: Path) -> None:
     assert shown | {"data": {}} == load(["model.K=3"]).to_dict() | {"data": {}}
 
 
+@pytest.mark.process
 def test_a_command_has_arguments_beside_the_configuration(tmp_path: Path) -> None:
     done = script(tmp_path, "model=phd", "out=a=b", "parts=0x2", "model.K=3", code=OWN)
     assert (done.returncode, done.stdout) == (2, "")
@@ -220,6 +225,7 @@ def test_a_command_has_arguments_beside_the_configuration(tmp_path: Path) -> Non
     assert (done.returncode, done.stdout, done.stderr) == (5, "a=b 5 phd-3-tiny\n", "")
 
 
+@pytest.mark.process
 def test_what_is_wrong_with_both_is_told_at_once(tmp_path: Path) -> None:
     done = script(tmp_path, "parts=0", "out=x", "model.K=0", "ouut=y", code=OWN)
     assert (done.returncode, done.stdout) == (2, "")
@@ -230,6 +236,7 @@ def test_what_is_wrong_with_both_is_told_at_once(tmp_path: Path) -> None:
     assert "out: has to be given" in script(tmp_path, code=OWN).stderr
 
 
+@pytest.mark.process
 def test_help_shows_a_commands_own_arguments(tmp_path: Path) -> None:
     done = script(tmp_path, "--help", code=OWN)
     assert (done.returncode, done.stderr) == (0, "")

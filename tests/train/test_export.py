@@ -114,6 +114,7 @@ print(json.dumps({{
 # A model of our own
 
 
+@pytest.mark.process
 def test_an_export_needs_nothing_of_ours(run_of: Callable[..., Path], tmp_path: Path) -> None:
     run = run_of("model.K=3")
     out = exported(run, tmp_path / "my-model.v1")
@@ -172,6 +173,7 @@ def test_from_the_hub_no_package_is_demanded_that_only_gpus_need(tmp_path: Path)
 # A model that transformers has
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("norm", "name"), [("reordered", "Olmo2ForCausalLM"), ("pre", "LlamaForCausalLM")]
 )

@@ -59,6 +59,7 @@ def test_embeddings_that_no_piece_belongs_to_mean_nothing(config, opened, capsys
     assert written(capsys, **given) == "ak\n"
 
 
+@pytest.mark.compile
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, of its compiler
 def test_compiled_decoding_writes_the_same_text(config, trained, capsys) -> None:
     torch.compiler.reset()

@@ -17,6 +17,8 @@ from data.tokenizer_training import LOSSLESS, train
 from train.checkpoint.store import flatten
 from train.exit_codes import ExitCode
 
+pytestmark = pytest.mark.process
+
 REPOSITORY = Path(__file__).parents[2]
 
 Process = subprocess.Popen[str]

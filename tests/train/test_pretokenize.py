@@ -327,6 +327,7 @@ def wait_for_end(process: Process) -> None:
         sleep(0.01)
 
 
+@pytest.mark.process
 def test_a_killed_command_goes_on_to_the_same_files(
     command: Callable[..., Process], tmp_path: Path
 ) -> None:
@@ -368,6 +369,7 @@ def test_a_killed_command_goes_on_to_the_same_files(
     )
 
 
+@pytest.mark.process
 def test_a_wrong_command_is_refused_on_one_screen(command: Callable[..., Process]) -> None:
     process = command("out", "processes=0", "data.lanes=0")
     output, errors = process.communicate()

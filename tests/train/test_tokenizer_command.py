@@ -98,6 +98,7 @@ def test_a_given_tokenizer_is_not_trained_again(config: Callable[..., Config]) -
         make_tokenizer(config("tokenizer.path=a.model"))
 
 
+@pytest.mark.process
 def test_a_run_takes_what_the_command_wrote(
     small: Callable[..., list[str]], tmp_path: Path
 ) -> None:
@@ -122,6 +123,7 @@ def test_nothing_is_overwritten(small: Callable[..., list[str]], tmp_path: Path)
         split(TokenizerArguments, small("out="))
 
 
+@pytest.mark.process
 def test_data_without_text_is_one_screen_and_code_2(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").touch()
     out = tmp_path / "a.model"

@@ -176,6 +176,7 @@ def test_threads_that_want_the_same_shard_make_it_once(
     assert server.requests("/a.txt.gz") == 1
 
 
+@pytest.mark.process
 def test_processes_that_want_the_same_shard_make_it_once(
     corpus: Path, folder: Path, fault_server: Callable[..., FaultServer]
 ) -> None:
@@ -303,6 +304,7 @@ ShardCache(CacheConfig(dir=folder), remote).open(Shard(url, "a.txt.gz", int(size
 """
 
 
+@pytest.mark.process
 def test_killing_it_in_the_making_leaves_nothing_that_looks_whole(
     tmp_path: Path, folder: Path, fault_server: Callable[..., FaultServer]
 ) -> None:
@@ -343,6 +345,7 @@ except ValueError as error:
 """
 
 
+@pytest.mark.process
 def test_a_disk_that_takes_no_more_is_an_error_that_names_the_setting(
     corpus: Path, folder: Path
 ) -> None:

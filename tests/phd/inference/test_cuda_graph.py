@@ -45,6 +45,7 @@ def test_it_decodes_what_the_full_forward_gives(variant: Variant, capacity: int)
         decoder(TOKENS[:, 0])
 
 
+@pytest.mark.compile
 @variants
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_its_work_is_one_graph_for_all_lengths(variant: Variant) -> None:
@@ -64,6 +65,7 @@ def test_its_work_is_one_graph_for_all_lengths(variant: Variant) -> None:
     assert counter.frame_count == 1
 
 
+@pytest.mark.compile
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, of its compiler
 def test_more_models_and_shapes_are_compiled_than_torch_would() -> None:
     torch.compiler.reset()

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.process
+
 pytest.importorskip("triton", reason="needs triton, which comes with CUDA builds of torch")
 
 # In a process of its own: Triton asks when it is imported whether it is to interpret.

@@ -287,6 +287,7 @@ def on_two_ranks(groups: ProcessGroups, kinds: list[list[str]]) -> list[Any]:
     return found
 
 
+@pytest.mark.process
 def test_ranks_report_on_their_own_rows_and_on_whole_weights(small: Any) -> None:
     groups = run_ranks(2, on_two_ranks, [small("engine=fsdp"), small("engine=ddp")])
     ((alone, expected),) = on_two_ranks(ProcessGroups(), [small()])

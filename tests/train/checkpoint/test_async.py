@@ -203,6 +203,7 @@ def dead_process() -> int:
     return child.pid
 
 
+@pytest.mark.process
 def test_unfinished_directories_are_deleted_unless_their_process_may_be_alive(
     store: CheckpointStore, leave
 ) -> None:

@@ -13,6 +13,8 @@ from tests.train.many_ranks import run_ranks
 from train.checkpoint.store import CheckpointStore
 from train.distributed.process_groups import ProcessGroups
 
+pytestmark = pytest.mark.process
+
 STEPS = (3, 2, 1)
 CASES = 200
 

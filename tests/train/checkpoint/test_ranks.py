@@ -23,6 +23,8 @@ from train.checkpoint.manifest import damage
 from train.checkpoint.store import Checkpoint, CheckpointError, CheckpointStore
 from train.distributed.process_groups import ProcessGroups
 
+pytestmark = pytest.mark.process
+
 SHAPES = {"long": (10, 3), "uneven": (5,), "short": (2, 4), "one": (1, 6), "empty": (0, 2)}
 """Of sharded tensors: over four ranks some get less than others, or nothing."""
 

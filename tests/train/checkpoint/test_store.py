@@ -429,6 +429,7 @@ print(json.dumps(seen))
 """
 
 
+@pytest.mark.process
 def test_on_a_full_disk_the_last_checkpoint_stays_and_the_next_that_fits_is_saved(
     tmp_path: Path,
 ) -> None:
@@ -500,6 +501,7 @@ print(json.dumps(outcomes))
 """
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("third", ["absent", "damaged"])
 def test_a_crash_before_any_touch_of_the_disk_leaves_a_whole_checkpoint(
     tmp_path: Path, third: str
@@ -539,6 +541,7 @@ print(json.dumps(seen))
 """
 
 
+@pytest.mark.process
 def test_a_kill_at_a_random_moment_never_leaves_something_that_loads_wrongly(
     tmp_path: Path,
 ) -> None:

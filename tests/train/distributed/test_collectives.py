@@ -1,7 +1,11 @@
 """Ranks that work together succeed together, or all learn what failed, and where."""
 
+import pytest
+
 from tests.train.many_ranks import run_ranks
 from train.distributed.process_groups import ProcessGroups, on_all_ranks, on_rank_zero
+
+pytestmark = pytest.mark.process
 
 
 def squares(groups: ProcessGroups) -> tuple[int, str]:

@@ -26,6 +26,8 @@ from train.loop import train
 from train.main import train_to_the_end
 from train.run import Run, open_run
 
+pytestmark = pytest.mark.process
+
 FOUR = ("data.lanes=4", "train.global_batch=8", "model=phd_cswa", "eval.rows=16", "seed=3")
 
 

@@ -20,6 +20,8 @@ from train.loop import train
 from train.metrics.record import Metrics
 from train.run import open_run
 
+pytestmark = pytest.mark.process
+
 ROOT = Path(__file__).parents[3]
 FOUR = ("data.lanes=4", "train.global_batch=8", "model=phd_cswa", "model.K=3", "eval.rows=5")
 

@@ -134,6 +134,7 @@ with guarded, StopSignal(lambda: guarded.exit_within(0.5)):
 """
 
 
+@pytest.mark.process
 def test_a_process_that_never_comes_back_from_c_has_left_by_its_deadline(tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", STUCK, str(tmp_path)],

@@ -14,6 +14,7 @@ from pathlib import Path
 from random import Random
 from time import monotonic, sleep
 
+import pytest
 import torch
 from rich.console import Console
 from rich.progress import Progress
@@ -24,6 +25,8 @@ from train.compose import load
 from train.distributed.process_groups import ProcessGroups
 from train.loop import train
 from train.run import open_run
+
+pytestmark = pytest.mark.process
 
 KILLS = int(os.environ.get("KILLS", "2"))
 SIGNALS = int(os.environ.get("SIGNALS", "1"))

@@ -10,6 +10,8 @@ from time import monotonic
 
 import pytest
 
+pytestmark = pytest.mark.process
+
 ROOT = Path(__file__).parents[3]
 
 START = """

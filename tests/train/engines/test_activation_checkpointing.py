@@ -135,6 +135,7 @@ def test_parameters_keep_their_names(mode: str) -> None:
     assert dict(model_of(mode).named_parameters()).keys() == expected.keys()
 
 
+@pytest.mark.compile
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not:UserWarning")
 @pytest.mark.parametrize("mode", MODES)
@@ -187,6 +188,7 @@ def all_steps(groups: ProcessGroups, configs: list[Config]) -> list[list[np.ndar
     return [two_steps(groups, config) for config in configs]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("cut", ["fsdp", "ddp"])
 def test_sharded_and_compiled_the_steps_stay_the_same(cut: str) -> None:
     configs = [load([*SMALL, f"engine={cut}", *others]) for others in ((), *SETTINGS.values())]

@@ -102,6 +102,7 @@ def test_the_peak_of_memory_is_the_kernels_high_water_mark() -> None:
     assert peak_memory_gib(CPU) == pytest.approx(kib / 2**20, rel=0.01)
 
 
+@pytest.mark.process
 @pytest.mark.skipif(sys.platform != "linux", reason="page faults are counted on Linux")
 def test_freed_memory_is_used_again_without_page_faults() -> None:
     # In a process of its own: glibc's settings concern the heap of the main thread.

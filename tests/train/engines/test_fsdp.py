@@ -73,6 +73,7 @@ def initial(groups: ProcessGroups, config: Config) -> tuple[dict[str, np.ndarray
     return whole_weights(engine), shared, sum(x.numel() for x in engine.shards.values())
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("cut", "world_size"), [("ddp", 2), ("fsdp", 3), ("hsdp", 2), ("hsdp", 4)])
 def test_initial_weights_are_the_single_processs_bit_for_bit(cut: str, world_size: int) -> None:
     config = config_of(*CUTS[cut], "model.tied=false", "train.global_batch=12")
@@ -93,6 +94,7 @@ def taken(groups: ProcessGroups, config: Config) -> dict[str, np.ndarray]:
     return whole_weights(engine)
 
 
+@pytest.mark.process
 @every_cut
 def test_whole_weights_can_be_taken_over(cut: str) -> None:
     config = config_of(*CUTS[cut])
@@ -101,6 +103,7 @@ def test_whole_weights_can_be_taken_over(cut: str) -> None:
         assert all(np.array_equal(weights[name], expected[name]) for name in expected)
 
 
+@pytest.mark.process
 def test_the_number_of_replicas_must_divide_the_number_of_ranks() -> None:
     told = (
         "engine.replicate=2: must divide the number of ranks, 3; choose another, or start another"
@@ -147,6 +150,7 @@ def bad_steps(groups: ProcessGroups, config: Config) -> list[str]:
     return found if equal(digest(engine), digest(twin)) else [*found, "after"]
 
 
+@pytest.mark.process
 @every_cut
 def test_a_bad_step_changes_no_bit_of_weights_moments_and_counts(cut: str) -> None:
     assert run_ranks(2, bad_steps, config_of(*CUTS[cut])) == [[], []]
@@ -173,6 +177,7 @@ def given_up(groups: ProcessGroups, config: Config) -> list[bool]:
     return [equal(digest(engine), digest(twin))]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("cut", "precision"), [("ddp", "fp32"), ("fsdp", "fp32"), ("fsdp", "bf16")]
 )
@@ -198,6 +203,7 @@ def between(groups: ProcessGroups, config: Config) -> tuple[bool, float, np.ndar
     return equal(digest(engine), digest(twin)), (total / targets).item(), logits.numpy()
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("policy", ["auto", "always", "never"])
 def test_evaluating_and_generating_see_the_newest_weights_and_change_nothing(policy: str) -> None:
     settings = f"engine.reshard_after_forward={policy}"
@@ -229,6 +235,7 @@ def restored(groups: ProcessGroups, config: Config, root: Path) -> list[bool]:
     return same
 
 
+@pytest.mark.process
 @every_cut
 def test_a_restored_engine_goes_on_bitwise_on_many_ranks(cut: str, tmp_path: Path) -> None:
     for same in run_ranks(2, restored, config_of(*CUTS[cut]), tmp_path):
@@ -240,6 +247,7 @@ def written(groups: ProcessGroups, config: Config) -> dict[str, tuple[bool, torc
     return {name: (isinstance(x, DTensor), x.shape) for name, x in state.items()}
 
 
+@pytest.mark.process
 @every_cut
 def test_whole_tensors_of_a_checkpoint_are_written_by_one_rank_each(cut: str) -> None:
     config = config_of(*CUTS[cut])
@@ -258,6 +266,7 @@ def test_whole_tensors_of_a_checkpoint_are_written_by_one_rank_each(cut: str) ->
 # Other uses of the model
 
 
+@pytest.mark.compile
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not:UserWarning")
 def test_compiled_blocks_write_without_being_compiled_again(monkeypatch) -> None:

@@ -114,6 +114,7 @@ print(status("VmHWM") - before, predict_memory(config, parameters, torch.float32
 """
 
 
+@pytest.mark.process
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's own figures")
 def test_a_step_takes_about_what_was_predicted() -> None:
     settings = ["train.global_batch=8", "train.seq_len=256", "model.vocab_size=512"]

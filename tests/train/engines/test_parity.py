@@ -142,6 +142,7 @@ def test_one_process_takes_the_same_steps_in_two_micro_batches(model: str) -> No
     check_equal(alone(model, accumulation=2), alone(model))
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("accumulation", MICRO_BATCH)
 @pytest.mark.parametrize("model", MODELS)
 @everywhere
@@ -151,6 +152,7 @@ def test_four_ranks_train_what_one_does(
     check_equal(trained(family)[Case(engine, model, accumulation)], alone(model))
 
 
+@pytest.mark.process
 @everywhere
 def test_gradients_have_the_same_scale_in_half_precision(family: str, engine: str) -> None:
     cases = {c: t for c, t in trained(family).items() if c.settings and c.engine == engine}

@@ -284,6 +284,7 @@ def close(ours: list[Seen], theirs: list[Seen], rel: float = 1e-5) -> None:
         assert one == pytest.approx(other, rel=rel)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_rank_sees_the_steps_of_plain_pytorch(stage: int, answers, twin) -> None:
     clip = configured().optim.grad_clip
@@ -293,6 +294,7 @@ def test_every_rank_sees_the_steps_of_plain_pytorch(stage: int, answers, twin) -
         close([*resumption["before"], *resumption["after"]], twin)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_run_starts_from_the_drawn_weights_and_no_moments(stage: int, answers) -> None:
     names = [name for name, _ in Transformer(configured().model).named_parameters()]
@@ -307,12 +309,14 @@ def test_a_run_starts_from_the_drawn_weights_and_no_moments(stage: int, answers)
         assert seen["written twice"] == 0
 
 
+@pytest.mark.process
 def test_at_stage_3_a_rank_holds_no_whole_weight_between_steps(answers) -> None:
     total = sum(p.numel() for p in Transformer(configured().model).parameters())
     for answer in answers:
         assert [seen["held"] for seen in answer["begun"]] == [total, total, total, 0]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_restored_run_goes_on_bitwise(stage: int, answers) -> None:
     for answer in answers:
@@ -323,6 +327,7 @@ def test_a_restored_run_goes_on_bitwise(stage: int, answers) -> None:
         assert seen["same random numbers"]
 
 
+@pytest.mark.process
 def test_evaluation_counts_every_row_once(answers) -> None:
     [total, count] = answers[0]["resumed"][0]["evaluation"]
     assert count == (batch(9).targets != IGNORED).sum()
@@ -331,12 +336,14 @@ def test_evaluation_counts_every_row_once(answers) -> None:
             assert seen["evaluation"] == pytest.approx([total, count], rel=1e-5)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_checkpoint_of_one_stage_goes_on_in_another(stage: int, answers, twin) -> None:
     for answer in answers:
         close(answer["exchanged"][stage], twin[3:])
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_bad_step_costs_itself_alone_on_all_ranks(stage: int, answers) -> None:
     for answer in answers:
@@ -352,6 +359,7 @@ def test_a_bad_step_costs_itself_alone_on_all_ranks(stage: int, answers) -> None
         assert not torch.tensor(seen["loss of a rank"][0].loss).isfinite()
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_step_that_is_given_up_leaves_no_trace(stage: int, answers) -> None:
     for answer in answers:
@@ -361,6 +369,7 @@ def test_a_step_that_is_given_up_leaves_no_trace(stage: int, answers) -> None:
         assert seen["after"] == answer["resumed"][stage]["before"][1]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_model_can_be_used_between_steps_and_after_new_weights(stage: int, answers) -> None:
     for answer in answers:
@@ -373,6 +382,7 @@ def test_the_model_can_be_used_between_steps_and_after_new_weights(stage: int, a
         assert seen["difference after loading"] < 1e-5
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("stage", STAGES)
 def test_bf16_scales_gradients_as_fp32_and_keeps_weights_exact(stage: int, answers, twin) -> None:
     for answer in answers:
@@ -382,6 +392,7 @@ def test_bf16_scales_gradients_as_fp32_and_keeps_weights_exact(stage: int, answe
         assert seen["dtypes"] == seen["tables"] == {torch.float32}
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("stage", STAGES)
 def test_recomputing_and_offloading_change_nothing(stage: int, answers, twin) -> None:
     for answer in answers:
@@ -390,6 +401,7 @@ def test_recomputing_and_offloading_change_nothing(stage: int, answers, twin) ->
             close(steps, twin[:3])
 
 
+@pytest.mark.process
 def test_deepspeed_prints_nothing(answers) -> None:
     assert [answer["printed"] for answer in answers] == [[""]] * WORLD
 
@@ -425,6 +437,7 @@ def test_a_checkpoint_of_another_shape_is_refused_and_nothing_changed(tmp_path) 
 
 
 # Both are raised within torch.compile, about what DeepSpeed does.
+@pytest.mark.compile
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_compiled_blocks_train_as_plain_ones(twin) -> None:

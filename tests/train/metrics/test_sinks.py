@@ -317,6 +317,7 @@ def server() -> Iterator[Server]:
     server.stop()
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("trouble", "told"),
     [
@@ -396,6 +397,7 @@ for steps in (2, 4):
 """
 
 
+@pytest.mark.process
 def test_a_resumed_run_is_one_offline_run_on_wandb(small, tmp_path: Path) -> None:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")}
     environment |= {"HOME": str(tmp_path / "home"), "PYTHONPATH": str(REPOSITORY)}
