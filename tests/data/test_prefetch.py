@@ -76,10 +76,9 @@ def test_whoever_is_told_to_wait_no_longer_stops_waiting_and_closing_takes_no_lo
     ahead = Prefetch(items(), depth=2, give_up=told.is_set)
     assert next(ahead) == 1
     threading.Timer(0.1, told.set).start()
-    start = time.monotonic()
     with pytest.raises(WaitEndedError):
-        next(ahead)
-    assert 0.1 <= time.monotonic() - start < 2
+        next(ahead)  # would wait for ever
+    assert told.is_set()
     stalled.set()
     ahead.close()
 

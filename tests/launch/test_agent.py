@@ -150,7 +150,7 @@ def test_who_does_not_end_in_time_is_killed(workshop: Workshop) -> None:
     told = time.monotonic()
     workshop.signal("SIGTERM")
     assert workshop.code() == 75
-    assert time.monotonic() - told < 15  # PyTorch's own grace is 30 s
+    assert time.monotonic() - told < 29  # PyTorch's own grace is 30 s
     assert not runs(int(started[1]))
 
 
