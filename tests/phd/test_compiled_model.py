@@ -8,10 +8,10 @@ from phd.config import ModelConfig
 from phd.model import Transformer
 from phd.segments import Segments
 
-pytestmark = pytest.mark.compile
 
 # Dynamo's own: it instantiates autograd functions and reads `.grad` of what it traces.
 pytestmark = [
+    pytest.mark.compile,
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not:UserWarning"),
 ]
