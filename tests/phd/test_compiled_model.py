@@ -8,7 +8,6 @@ from phd.config import ModelConfig
 from phd.model import Transformer
 from phd.segments import Segments
 
-
 # Dynamo's own: it instantiates autograd functions and reads `.grad` of what it traces.
 pytestmark = [
     pytest.mark.compile,
