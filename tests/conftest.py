@@ -1,5 +1,5 @@
 """The order of the suite: its longest files come first, so that no process is left with one at the
-end while the others have nothing to do."""
+end while the others have nothing to do. `make fast` leaves them out."""
 
 from pathlib import Path
 
@@ -33,13 +33,22 @@ LONGEST_FIRST = (
     "phd/attention/test_flex.py",
     "train/distributed/test_watchdog.py",
     "phd/test_segments.py",
+    "conf/test_shipped_configs.py",
+    "phd/test_compiled_model.py",
+    "train/engines/test_engine.py",
+    "phd/inference/test_prefill.py",
+    "train/benchmarks/test_inference.py",
 )
-"""By their time on two idle cores, from 75 s down to 10 s; `pytest --durations=0` tells it."""
+"""By their time on two idle cores, down to 10 s; `pytest --durations=0` tells it."""
 
 collect_ignore = ["train/preloaded.py"]  # a look for doctests would import seconds of DeepSpeed
 
 RANK = {Path(__file__).parent / name: rank for rank, name in enumerate(LONGEST_FIRST)}
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m chooses by the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path in RANK:
+            item.add_marker("slow")
     items.sort(key=lambda item: RANK.get(item.path, len(RANK)))

@@ -76,10 +76,9 @@ def test_a_stop_ends_the_wait_and_closing_takes_no_longer() -> None:
     ahead = Prefetch(items(), depth=2, stop_requested=told.is_set)
     assert next(ahead) == 1
     threading.Timer(0.1, told.set).start()
-    start = time.monotonic()
     with pytest.raises(WaitEndedError):
-        next(ahead)
-    assert 0.1 <= time.monotonic() - start < 2
+        next(ahead)  # would wait for ever
+    assert told.is_set()
     stalled.set()
     ahead.close()
 

@@ -150,7 +150,7 @@ def test_who_does_not_end_in_time_is_killed(machines: Machines) -> None:
     sent = time.monotonic()
     machines.signal("SIGTERM")
     assert machines.exit_code() == 75
-    assert time.monotonic() - sent < 15  # PyTorch's own grace is 30 s
+    assert time.monotonic() - sent < 29  # PyTorch's own grace is 30 s
     assert not runs(int(started[1]))
 
 

@@ -12,6 +12,7 @@ pytestmark = pytest.mark.compile
 
 # Dynamo's own: it instantiates autograd functions and reads `.grad` of what it traces.
 pytestmark = [
+    pytest.mark.compile,
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not:UserWarning"),
 ]

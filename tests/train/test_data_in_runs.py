@@ -186,7 +186,7 @@ def test_a_signal_ends_a_run_that_waits_for_a_stalled_server(
     assert 2 < done.record.step < 5000
     newest = done.run.store.newest()
     assert newest.step == done.record.step
-    assert monotonic() - start < 20
+    assert monotonic() - start < 55  # one stall takes 60 s
 
 
 def test_a_resumed_run_keeps_its_own_tokenizer(

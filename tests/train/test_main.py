@@ -13,9 +13,13 @@ from time import monotonic, sleep
 import pytest
 import torch
 
+from conf.arguments import refuse
+from conf.errors import USER_ERRORS
 from conf.exit_codes import ExitCode
 from data.tokenizer_training import LOSSLESS, train
 from train.checkpoint.reader import flatten
+from train.compose import load
+from train.main import main
 
 pytestmark = pytest.mark.process
 
@@ -54,7 +58,7 @@ def wait_for_lines(path: Path, number: int, process: Process) -> None:
 def test_a_terminated_run_continues_bitwise_with_the_same_command(
     config, small, start, trained, opened, logged, tmp_path: Path
 ) -> None:
-    settings = ["train.max_steps=250", "model.K=3", "train.micro_batch=2", "data.prefetch=5"]
+    settings = ["train.max_steps=100", "model.K=3", "train.micro_batch=2", "data.prefetch=5"]
     command = ["main.py", *small(*settings, "hooks.console=true", "hooks.log_every=5")]
 
     first = start(*command)
@@ -63,14 +67,14 @@ def test_a_terminated_run_continues_bitwise_with_the_same_command(
     output, errors = first.communicate()
     assert (first.returncode, errors) == (ExitCode.REQUEUE, "")
     *_, last = logged(tmp_path / "run")
-    assert 10 <= last["step"] < 250
+    assert 10 <= last["step"] < 100
     assert output.splitlines()[-1] == f"SIGTERM: saved after step {last['step']}"
 
     second = start(*command)
     output, errors = second.communicate()
     assert (second.returncode, errors) == (0, "")
     assert f"going on from {tmp_path}/run/checkpoints/step_{last['step']:08d}\n" in output
-    assert "step 250/250  loss " in output
+    assert "step 100/100  loss " in output
     for part in ("the plan: ", "heldout: ", "a sample", "KV cache of one sequence", "next"):
         assert output.count(part) == 1, part
 
@@ -136,7 +140,7 @@ def test_wrong_settings_are_refused_on_one_screen(small, start, tmp_path: Path) 
 
 @pytest.mark.parametrize("case", ["missing path", "empty corpus", "large tokenizer"])
 def test_what_a_run_cannot_be_made_of_is_refused_on_one_screen(
-    case: str, small, start, large_tokenizer: Path, tmp_path: Path
+    case: str, small, start, large_tokenizer: Path, capsys, tmp_path: Path
 ) -> None:
     (tmp_path / "empty.jsonl").write_text('{"text": " "}\n')
     setting, told, remedy = {
@@ -156,9 +160,17 @@ def test_what_a_run_cannot_be_made_of_is_refused_on_one_screen(
             "set model.vocab_size to that or more",
         ),
     }[case]
-    run = start("main.py", *small(setting))
-    output, errors = run.communicate()
-    assert run.returncode == 2, errors
+    if case == "missing path":
+        run = start("main.py", *small(setting))
+        output, errors = run.communicate()
+        code: object = run.returncode
+    else:  # only what is said differs: no process of its own for each
+        with pytest.raises(USER_ERRORS) as problems:
+            main(load(small(setting)))
+        with pytest.raises(SystemExit) as end:
+            refuse(problems.value)
+        code, (output, errors) = end.value.code, capsys.readouterr()
+    assert code == 2, errors
     assert "Traceback" not in output + errors
     title, problem = errors.splitlines()
     kind = "data" if case == "empty corpus" else "configuration"

@@ -6,7 +6,7 @@ from dataclasses import replace
 from itertools import count, product
 from pathlib import Path
 from statistics import median
-from time import perf_counter
+from time import process_time
 from typing import Any, get_args
 
 import pytest
@@ -278,10 +278,10 @@ def test_what_is_missing_is_told_before_anything_is_measured(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(bench, "find_spec", lambda name: None if name == "matplotlib" else name)
-    start = perf_counter()
+    start = process_time()
     with pytest.raises(ConfigError, match=r"needs matplotlib; pip install .*\[bench\]"):
         bench.main(BenchArguments(name="inference", device="cpu"))
-    assert perf_counter() - start < 1
+    assert process_time() - start < 1  # of work, however busy the machine is
 
 
 def test_what_is_asked_takes_the_place_of_what_is_usual() -> None:

@@ -7,7 +7,7 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
-from time import monotonic, sleep
+from time import sleep
 from typing import Any
 
 import pytest
@@ -302,10 +302,9 @@ def test_a_hung_rank_ends_all_and_everybody_writes_down_where_it_was(
 ) -> None:
     run = tmp_path / "run"
     overrides = small_at(run, *FOUR, "faults.step_timeout=5s", "checkpoint.every=1")
-    begun = monotonic()
-    with pytest.raises(RanksFailedError, match="2 of 2 ranks failed"):
-        run_ranks(2, hanging, overrides, 1000.0)
-    assert monotonic() - begun < 50
+    with pytest.raises(RanksFailedError) as error:
+        run_ranks(2, hanging, overrides, 1000.0, deadline_s=300)
+    assert error.value.outcomes == ["the process died"] * 2  # none had to be killed
     hung, waiting = ((run / "stacks" / f"rank_{r}.txt").read_text() for r in (1, 0))
     assert "in before" in hung  # where it sleeps
     assert "in step" in waiting

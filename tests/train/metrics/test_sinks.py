@@ -234,8 +234,8 @@ from rich.console import Console
 from train.metrics import sinks
 from train.compose import load
 
-sinks.START_S = sinks.FINISH_S = 1.0
-sinks.CLOSE_S = 3.0 if sys.argv[1] == "stopped" else 20.0
+sinks.START_S = sinks.FINISH_S = 2.0
+sinks.CLOSE_S = 3.0 if sys.argv[1] == "stopped" else 60.0
 config = load([*sys.argv[2:], "hooks.wandb.mode=online"])
 console = Console(width=1000)
 config.run_dir.mkdir()
@@ -246,7 +246,7 @@ def write(step):
     began = monotonic()
     for sink in (file, service):
         sink.write(step, {"train/loss": step / 8})
-    assert monotonic() - began < 0.5
+    assert monotonic() - began < 1.5
 
 write(1)
 sys.stdin.readline()
@@ -354,19 +354,19 @@ def test_a_wandb_that_is_gone_costs_little_time_and_no_metrics(
             text=True,
         )
         if "start" not in trouble:
-            assert server.known.wait(30)
+            assert server.known.wait(100)
         if trouble == "silent later":
             server.silent.set()
         assert process.stdin is not None
         process.stdin.write("\n")
         process.stdin.close()
-        assert process.wait(30) == 0
+        assert process.wait(100) == 0
     text = (tmp_path / "output").read_text()
     if trouble == "stopped":
         os.kill(int(text.partition("stopped ")[2].split()[0]), signal.SIGKILL)
     assert text.count("Weights & Biases") == bool(told)
     assert told in text
-    assert float(text.partition("closed after ")[2].split()[0]) < 15
+    assert float(text.partition("closed after ")[2].split()[0]) < 50
     assert [line["step"] for line in lines_of(tmp_path / "run/metrics.jsonl")] == [1, 2]
     if trouble != "stopped":
         mode = "offline-run" if "start" in trouble else "run"
