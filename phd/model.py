@@ -134,6 +134,7 @@ class Transformer(nn.Module):
         x = self.embedded(tokens)
         rope = self.rope.tables(T, segments)
         for i, block in enumerate(self.blocks):
+            # The loss reads the last copy; the others give keys and values, also in the last layer.
             last = i == self.config.layers - 1
             x = block(x, RowContext(self.pattern, self.config.attention, rope, last, segments))
         return self.norm(x).squeeze(1)

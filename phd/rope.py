@@ -109,5 +109,6 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _rotate_into(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
+    # The table holds the sign of the sine, so the other half of a head needs no negation.
     out.copy_(x * cos.to(x.dtype))
     out.addcmul_(x.roll(x.shape[-1] // 2, -1), sin.to(x.dtype))

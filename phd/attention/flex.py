@@ -33,6 +33,7 @@ def flex_attention(
 
 @lru_cache
 def _compiled() -> Any:
+    # At the first call, because importing must do no work.
     return torch.compile(torch_flex_attention, dynamic=False, fullgraph=True)
 
 

@@ -120,6 +120,7 @@ def _merge_hidden(
     q, out, lse = (x[:, :, -copies:] for x in (q, out, lse[..., None]))
     for part in _hidden_parts(q, k, pattern, segments, lse.dtype):
         tiles, scores = part.tiles, part.scores
+        # Finite, because each hidden copy sees itself.
         peak = scores.amax(-1, keepdim=True)
         weights = scores.sub_(peak).exp_()
         lse_1, lse_2 = tiles.cut_queries(lse), weights.sum(-1, keepdim=True).log_().add_(peak)
@@ -148,6 +149,7 @@ def _add_hidden_gradients(
     (dq, dk, dv), (q, k, v), (out, lse, dout) = gradients, inputs, result
     copies, scale = min(q.shape[2], pattern.K - 1), q.shape[-1] ** -0.5
     dq, q, out, lse, dout = (x[:, :, -copies:] for x in (dq, q, out, lse[..., None], dout))
+    # dout_i . out_i, which is the mean of dp_ij under p_ij over all keys, those of rule 1 included.
     delta = (dout.to(lse.dtype) * out).sum(-1, keepdim=True)
     hidden_dk, hidden_dv = (torch.zeros_like(x[:, :, 1:], dtype=lse.dtype) for x in (k, v))
     for part in _hidden_parts(q, k, pattern, segments, lse.dtype):

@@ -34,6 +34,7 @@ class Decoder:
         if compiled:
             work = torch.compile(self._work, fullgraph=True, dynamic=False)
             self._work = with_recompile_limit(work, RECOMPILE_LIMIT)
+        # A graph reads its input from a fixed address, to which each call copies its tokens.
         self._tokens = torch.zeros_like(cache.lengths)
         self._logits: Tensor | None = None
         self._graph: torch.cuda.CUDAGraph | None = None

@@ -128,7 +128,7 @@ class EqualRows(IncrementalForward):
         pattern, hidden = self.cache.pattern, self.hidden_per_token
         assert pattern.span_tokens is not None
         span = min(pattern.span_tokens, pattern.chunk_tokens or pattern.span_tokens)
-        # A tile as long as the span meets the keys of 2 * span tokens: its own, and those before.
+        # A tile as long as the span has 2 * span tokens of keys: its own, and those further back.
         most = SCORES_AT_ONCE // (2 * span * hidden**2)
         size = max(1, min(max(span, ceil(QUERIES_PER_TILE / hidden)), most))
         begins = [first, *reversed(range(self.end - size, first, -size))]

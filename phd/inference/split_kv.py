@@ -20,6 +20,7 @@ KEYS_AT_ONCE, ROWS_AT_ONCE = 64, 64
 # Programs for each multiprocessor. Some have no keys, where rows are shorter than the cache, and
 # more programs than one keep the processor busy then.
 PROGRAMS_PER_PROCESSOR = 4
+# exp(x) = 2^(x log2 e): the hardware has an instruction for powers of 2.
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
