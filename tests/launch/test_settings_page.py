@@ -9,9 +9,9 @@ import pytest
 from conf.descriptions import descriptions
 from conf.validation import keys, settings_of
 from launch.config import LAUNCHERS
+from launch.settings_page import COMMAND_ARGUMENTS, SettingsArguments, main, page
 from train.compose import choices, groups
 from train.config import Config
-from train.settings import COMMAND_ARGUMENTS, SettingsArguments, main, page
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "settings.md"
 
@@ -39,7 +39,7 @@ def test_every_setting_has_a_description_and_every_description_a_setting(cls: An
 def test_the_page_is_what_the_command_writes(tmp_path: Path) -> None:
     assert main(SettingsArguments(out=str(tmp_path / "docs" / "settings.md"))) == 0
     written = (tmp_path / "docs" / "settings.md").read_text(encoding="utf-8")
-    assert written == PAGE.read_text(encoding="utf-8"), "run: python train/settings.py"
+    assert written == PAGE.read_text(encoding="utf-8"), "run: python -m launch.settings_page"
 
 
 def test_the_page_has_every_setting_and_every_choice() -> None:

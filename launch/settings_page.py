@@ -1,6 +1,6 @@
 """Write the page of all settings, from the docstrings of the dataclasses that define them.
 
-python train/settings.py out=docs/settings.md
+python -m launch.settings_page out=docs/settings.md
 """
 
 import train  # noqa: F401  # first: how threads wait is settled before torch is loaded
@@ -31,8 +31,8 @@ from train.tokenizer import TokenizerArguments
 INTRODUCTION = """\
 # Settings
 
-This page is written by `python train/settings.py`, from the docstrings of the dataclasses that
-define the settings. A test checks that it is up to date.
+This page is written by `python -m launch.settings_page`, from the docstrings of the dataclasses
+that define the settings. A test checks that it is up to date.
 
 `key=value` sets one setting (`model.K=3`), and `group=choice` takes all that a file in `conf/` sets
 (`size=550m`). A single setting has precedence over a file. `null` means that there is no value; the
@@ -69,7 +69,7 @@ COMMANDS = """\
 
 @dataclass(frozen=True, kw_only=True)
 class SettingsArguments(Settings):
-    """Arguments of `python train/settings.py`, each as key=value.
+    """Arguments of `python -m launch.settings_page`, each as key=value.
 
     Attributes:
         out: the Markdown file that is written.
@@ -79,12 +79,12 @@ class SettingsArguments(Settings):
 
 
 COMMAND_ARGUMENTS: dict[str, Any] = {
-    "generate": GenerateArguments,
-    "export": ExportArguments,
-    "tokenizer": TokenizerArguments,
-    "pretokenize": PretokenizeArguments,
-    "bench": BenchArguments,
-    "settings": SettingsArguments,
+    "python train/generate.py": GenerateArguments,
+    "python train/export.py": ExportArguments,
+    "python train/tokenizer.py": TokenizerArguments,
+    "python train/pretokenize.py": PretokenizeArguments,
+    "python train/bench.py": BenchArguments,
+    "python -m launch.settings_page": SettingsArguments,
 }
 
 
@@ -100,7 +100,7 @@ def page() -> str:
         LAUNCHING,
         *(_section(f"python -m launch {name}", cls, "") for name, cls in LAUNCHERS.items()),
         COMMANDS,
-        *(_section(f"python train/{name}.py", cls, "") for name, cls in commands),
+        *(_section(command, cls, "") for command, cls in commands),
     ]
     return "\n".join(parts)
 
