@@ -173,7 +173,7 @@ def given_up(groups: ProcessGroups, config: Config) -> list[bool]:
     for passes in range(1, 4):
         asked = count(1)
         stop = partial(lambda asked, passes: next(asked) == passes, asked, passes)
-        stopped = train_step(engine, share(groups, ROWS.flip(0)), 0.01, stop=stop)
+        stopped = train_step(engine, share(groups, ROWS.flip(0)), 0.01, stop_requested=stop)
         if stopped is not None or next(asked) != passes + 1:
             return [False]
     for each in (engine, twin):

@@ -73,9 +73,7 @@ def train(groups: ProcessGroups, config: Config) -> Training:
     engine = open_engine(config, groups)
     results = []
     for step in range(config.train.max_steps):
-        rows = batch_of(
-            *(None if x is None else x[groups.rank :: groups.world_size] for x in batch(step))
-        )
+        rows = batch(step).shard(groups.rank, groups.world_size)
         results.append(train_step(engine, rows, lr=0.01))
     losses, norms, applied = ([x.item() for x in column] for column in zip(*results, strict=True))
     weights = {

@@ -184,7 +184,9 @@ def given_up(groups: ProcessGroups, stage: int, _: Path) -> dict[str, Any]:
     with opened(groups, f"engine.stage={stage}") as engine:
         step(engine, 0)
         state = whole_state(engine)
-        result = train_step(engine, batch(1).share(groups.rank, WORLD), LR, stop=lambda: True)
+        result = train_step(
+            engine, batch(1).shard(groups.rank, WORLD), LR, stop_requested=lambda: True
+        )
         unchanged = same(whole_state(engine), state)
         after = step(engine, 1)
         return {"result": result, "unchanged": unchanged, "after": after}
@@ -271,8 +273,8 @@ def plain_steps(config: Config, steps: int) -> list[Seen]:
     optimizer = build_optimizer(model, config.optim)
     seen = []
     for number in range(steps):
-        rows = batch(number)
-        loss = model.loss(rows.tokens[:, :-1], rows.targets, config.optim.z_loss)
+        tokens, targets = map(torch.from_numpy, (batch(number).inputs, batch(number).targets))
+        loss = model.loss(tokens, targets, config.optim.z_loss)
         (loss.total / loss.targets).backward()
         norm = nn.utils.clip_grad_norm_(model.parameters(), config.optim.grad_clip or torch.inf)
         for group in optimizer.param_groups:
