@@ -9,8 +9,9 @@ import torch
 
 from conf.arguments import parse
 from conf.errors import ConfigError
-from train.bench import BENCHMARKS, BenchArguments, interleaved, main
+from train.bench import BENCHMARKS, BenchArguments, main
 from train.benchmarks import loader as loader_benchmark
+from train.benchmarks.timing import interleaved
 
 CPU = torch.device("cpu")
 pytest.importorskip("transformers")
@@ -89,7 +90,7 @@ def test_impossible_arguments_are_all_told_at_once() -> None:
     assert list(error.value.problems) == [
         "repeat=0: expected an integer of at least 1",
         f"name=speed: expected one of {', '.join(BENCHMARKS)}",
-        "device=tpu: expected auto, cpu or cuda",
+        "device='tpu': expected auto, cpu or cuda",
     ]
 
 
