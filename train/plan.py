@@ -1,4 +1,4 @@
-"""What a run will cost and whether it makes sense, before anything is spent on it.
+"""Plan a run: its parameters, FLOPs, memory and length, and warnings, before it is started.
 
 python train/plan.py model=phd_cswa size=550m train.max_tokens=10e9
 """
@@ -21,21 +21,23 @@ from train.config import Config
 from train.engines.device import precision
 from train.engines.memory import Memory, predict_memory
 
-CHINCHILLA = 20  # tokens per parameter that spend compute best (arXiv 2203.15556)
+CHINCHILLA = 20
+"""Tokens per parameter that are optimal for a compute budget (arXiv 2203.15556)."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A run in numbers.
+    """The costs of a run.
 
     Attributes:
-        world_size: ranks that train together.
-        parameters: by group; a tied head is the embedding.
-        flops_per_token, vanilla_flops_per_token: a training step's, of this variant and of the
-            plain transformer of the same size.
-        memory: bytes on one device.
-        available_memory: bytes that the device has.
-        warnings: what is probably not meant.
+        config: of the run.
+        world_size: number of ranks.
+        parameters: numbers of parameters by group. A tied LM head counts as the embedding.
+        flops_per_token: training FLOPs per token of this variant.
+        vanilla_flops_per_token: the same for the vanilla transformer of this size.
+        memory: predicted bytes on one device.
+        available_memory: bytes of memory that the device has.
+        warnings: settings that are probably not intended.
     """
 
     config: Config
@@ -49,19 +51,20 @@ class Plan:
 
     @property
     def tokens(self) -> int | None:
-        """Tokens of text in the whole run; None if only time ends it."""
+        """Tokens of the whole run; None if only `train.max_time` ends it."""
         steps = self.config.train.total_steps
         return None if steps is None else steps * self.config.train.tokens_per_step
 
 
 def make_plan(config: Config, world_size: int = 1) -> Plan:
-    """Count and predict for `world_size` ranks; allocates nothing of the model's size.
+    """Make the plan of a run on `world_size` ranks, without allocating the model.
 
     Raises:
-        ConfigError: the batch cannot be dealt to them.
+        ConfigError: the batch cannot be divided among the ranks.
     """
     if problems := config.problems_on(world_size):
         raise ConfigError(problems)
+    # Not `choose_device`: a machine without a GPU may plan a run for one.
     device = torch.device(
         "cuda" if torch.cuda.is_available() and config.engine.device != "cpu" else "cpu"
     )
@@ -91,6 +94,7 @@ def _available_memory(device: torch.device) -> int:
 def _warnings(plan: Plan) -> list[str]:
     config, model, train = plan.config, plan.config.model, plan.config.train
     found = []
+    # Memory without the scratch space of kernels: where this is too much, the run certainly is.
     if plan.memory.total > plan.available_memory:
         found.append(
             f"needs about {_size(plan.memory.total)}, the device has "
@@ -127,7 +131,7 @@ def _warnings(plan: Plan) -> list[str]:
 
 
 def print_plan(plan: Plan, console: Console) -> None:
-    """The plan as a table, and its warnings."""
+    """Print the plan as a table, and its warnings."""
     config, train = plan.config, plan.config.train
     parameters = sum(plan.parameters.values())
     groups = ", ".join(f"{name} {_count(n)}" for name, n in plan.parameters.items() if n)
@@ -165,7 +169,7 @@ def print_plan(plan: Plan, console: Console) -> None:
 
 
 def _shares(start: int, weights: dict[str, float]) -> str:
-    """What the tokens are drawn from.
+    """The fractions of the tokens that come from each source.
 
     >>> _shares(1_000_000, {"web": 3, "books": 1})
     'from 1M tokens on web 75%, books 25%'
@@ -175,7 +179,7 @@ def _shares(start: int, weights: dict[str, float]) -> str:
 
 
 class KVRow(NamedTuple):
-    """The KV cache of one variant."""
+    """The bytes of one sequence in the KV cache of a variant."""
 
     name: str
     total: int
@@ -184,7 +188,7 @@ class KVRow(NamedTuple):
 
 
 def kv_rows(model: ModelConfig, context: int, dtype: torch.dtype) -> list[KVRow]:
-    """This variant, vanilla and naive repetition of the same size, at `context` tokens."""
+    """The KV bytes of this variant, vanilla and naive repetition, at `context` tokens."""
     vanilla = model.vanilla_twin
     variants = [model, vanilla, replace(model, variant="naive_repeat")]
     base = kv_bytes(vanilla, context, dtype).total
@@ -196,7 +200,7 @@ def kv_rows(model: ModelConfig, context: int, dtype: torch.dtype) -> list[KVRow]
 
 
 def _count(number: float) -> str:
-    """A number with three digits and its magnitude.
+    """A number with three digits and a letter for its magnitude.
 
     >>> _count(2_621_440)
     '2.62M'
@@ -208,7 +212,7 @@ def _count(number: float) -> str:
 
 
 def _size(size: float) -> str:
-    """Bytes with three digits and their unit.
+    """A number of bytes with three digits and a unit.
 
     >>> _size(90_000_000)
     '85.8 MiB'

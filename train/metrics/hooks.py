@@ -1,7 +1,7 @@
-"""What happens beside the training: measuring, evaluating, sampling, saving.
+"""The hooks of a run: metrics, evaluation, samples and checkpoints.
 
-A hook is called with the record of a step, every `every` steps and at the run's end, and returns
-what is to be logged. It holds what it needs, but no reference to whoever calls it.
+A hook is called with the record of a step, every `every` steps and after the last step, and returns
+metrics to log. It has no reference to the training loop. How to add one: train/metrics/record.py.
 """
 
 from collections.abc import Callable
@@ -26,16 +26,18 @@ from train.engines.engine import Engine, Rows
 from train.metrics.record import Metrics, StepRecord
 
 COUNTED_DOCUMENTS = 64
+"""Documents whose lengths the FLOPs of isolated documents are estimated from."""
 
 MUCH_WAITING = 0.1
-"""The fraction of the time that waits for data from which on something should be done."""
+"""The fraction of the time spent waiting for data that causes a warning."""
 
 
 class TrainingMetrics:
-    """Loss, optimizer and progress, of the step at hand.
+    """Loss, learning rate, gradient norm and progress.
 
-    `train/loss` is the cross-entropy per target in nats over the global batch;
-    `train/bits_per_byte` the same text's price in bits per byte, which no tokenizer can change.
+    `train/loss` is this step's cross-entropy per target in nats, over the global batch.
+    `train/bits_per_byte` is the same loss per byte of text, so that runs with different tokenizers
+    can be compared.
     """
 
     def __init__(self, config: Config) -> None:
@@ -59,9 +61,9 @@ class TrainingMetrics:
 
 
 class DataProgress:
-    """What was read of each source so far, in tokens and complete passes, and what was wrong.
+    """Tokens and epochs of each source so far, padding, and quarantined records.
 
-    `progress/epoch` is of the source that is least far, of those that have a weight at first.
+    `progress/epoch` is the smallest epoch of the sources that have a weight from the start.
     """
 
     def __init__(self, config: Config, quarantine: Quarantine, groups: ProcessGroups) -> None:
@@ -88,12 +90,11 @@ class DataProgress:
 
 
 class Throughput:
-    """Speed since the last call, hooks and evaluation left out, and the memory's peak.
+    """Speed since the last call, without hooks and evaluation, and peak memory.
 
-    `throughput/mfu` is the FLOPs that the pattern needs over the device's bf16 peak; it is absent
-    where the peak is not known. The wait for data is that of the rank that waited most. Where
-    documents are isolated, their lengths are those of the first `COUNTED_DOCUMENTS` of this
-    rank's last step.
+    `throughput/mfu` (model FLOPs utilization, arXiv 2204.02311) is the FLOPs that the pattern needs
+    over the device's bf16 peak. It is absent if the peak is not known. The wait for data is that of
+    the rank that waited most, because the other ranks wait for it.
     """
 
     def __init__(
@@ -127,11 +128,14 @@ class Throughput:
             "memory/peak_gib": max(self.groups.gather(peak_memory_gib(self.device))),
         }
         if peak := peak_flops(self.device):
+            # Isolated documents need fewer FLOPs, depending on their lengths. A sample of this
+            # rank's last step will do.
             documents = record.batch.document_lengths[:COUNTED_DOCUMENTS]
             flops_per_token = training_flops_per_token(self.model, *documents)
             flops_per_s = tokens_per_s * flops_per_token / self.groups.world_size
             metrics["throughput/mfu"] = flops_per_s / peak
-        # The first interval waits for files to open; later waits will go on.
+        # The first interval includes opening the files. The warning is given once, because the
+        # fraction is logged anyway.
         if waited > MUCH_WAITING * seconds and self.calls and not self.warned:
             self.warned = True
             metrics["throughput/warning"] = self._advice(waited / seconds, rank)
@@ -150,7 +154,7 @@ class Throughput:
 
 
 class KVCost:
-    """What one sequence of `hooks.kv.context` tokens would keep in the KV cache at inference."""
+    """Bytes of the KV cache of one sequence of `hooks.kv.context` tokens at inference."""
 
     def __init__(self, config: Config, dtype: torch.dtype) -> None:
         self.every = config.hooks.log_every
@@ -171,7 +175,7 @@ class KVCost:
 
 
 class Evaluation:
-    """The loss on held-out documents; nothing where `stop` ends it early."""
+    """The loss on the held-out documents of a source; `{}` if `stop` ends it early."""
 
     def __init__(
         self, config: Config, engine: Engine, name: str, text: HeldOut, stop: Callable[[], bool]
@@ -198,7 +202,7 @@ class Evaluation:
 
 
 class Sample:
-    """A text that the model writes: the same prompt and the same dice every time."""
+    """A text that the model writes, with the same prompt and the same seed every time."""
 
     def __init__(
         self, config: Config, engine: Engine, tokenizer: Tokenizer, stop: Callable[[], bool]
@@ -213,20 +217,21 @@ class Sample:
         return {} if record.ending and record.ending.by_signal else self.measure()
 
     def measure(self) -> Metrics:
-        """The sample as a metric; nothing where `stop` ends it early."""
+        """The sample as a metric; `{}` if `stop` ends it early."""
         text = self.write()
         return {} if text is None else {"sample/text": text}
 
     def write(self) -> str | None:
-        """The prompt and what follows it, until the document ends. Every rank writes the same."""
+        """The prompt and its continuation until the end of the document, equal on every rank."""
         settings = self.config.hooks.sample
         prompt = [self.tokenizer.eos_id, *self.tokenizer.encode(settings.prompt).tolist()]
         tokens = torch.tensor(prompt, device=self.engine.device)
-        dice = torch.Generator().manual_seed(self.config.seed)
+        generator = torch.Generator().manual_seed(self.config.seed)
         new: list[int] = []
         with self.engine.summon_full_params() as model:
-            # To the end also where the document ends before it: no rank may ask less often.
-            for token in generate(model, [tokens], Sampling(), [dice], settings.tokens):
+            # This goes on after the end of the document. `stop` is collective and weights may be
+            # sharded, so all ranks must take the same number of steps.
+            for token in generate(model, [tokens], Sampling(), [generator], settings.tokens):
                 if self.stop():
                     return None
                 new.append(int(token.item()))
@@ -235,14 +240,18 @@ class Sample:
 
 
 class SaveCheckpoint:
-    """Writes checkpoints behind the training; after the last step it waits for the disk.
+    """Saves checkpoints while training goes on; after the last step it waits for the save.
 
-    A disk that refuses costs the checkpoint, not the run. `checkpoint/stall_s` is how long the
-    training stood still, `checkpoint/step` the last step whose save is known to be complete, and
-    `checkpoint/save_s` how long that save took.
+    A disk error costs a checkpoint, not the run.
+
+        checkpoint/stall_s    how long training stood still for this save
+        checkpoint/step       the last step whose save has completed
+        checkpoint/save_s     how long that save took
+        checkpoint/error      why the save before this one failed
 
     Attributes:
-        saved_step: the last step whose checkpoint is complete, as far as is known; None: none is.
+        saved_step: the last step whose save has completed; None if none has. A pending save is not
+            counted until the next save, or the end of the run, waits for it.
         error: why the last save failed; None if it did not.
     """
 
@@ -292,7 +301,11 @@ class SaveCheckpoint:
 
 
 def bits_per_byte(nats: float, size: int) -> float:
-    """A text's information in bits per byte of its UTF-8.
+    """Convert the cross-entropy of a text to bits per byte.
+
+    Args:
+        nats: summed over the text.
+        size: bytes of the text in UTF-8.
 
     >>> bits_per_byte(log(2) * 24, 8)
     3.0

@@ -76,7 +76,7 @@ def initial(groups: ProcessGroups, config: Config) -> tuple[dict[str, np.ndarray
     return whole_weights(engine), shared, sum(x.numel() for x in engine.shards.values())
 
 
-@pytest.mark.parametrize(("cut", "world"), [("ddp", 2), ("fsdp", 3), ("hsdp", 2), ("hsdp", 4)])
+@pytest.mark.parametrize(("cut", "world_size"), [("ddp", 2), ("fsdp", 3), ("hsdp", 2), ("hsdp", 4)])
 def test_initial_weights_are_the_single_processs_bit_for_bit(cut: str, world_size: int) -> None:
     config = config_of(*CUTS[cut], "model.tied=false", "train.global_batch=12")
     expected = Transformer(config.model).reset(config.seed).state_dict()
