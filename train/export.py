@@ -75,7 +75,7 @@ class ExportArguments:
 
 def main(args: ExportArguments) -> int:
     """Write the directory, and print how to load it; return the exit code."""
-    _transformers()
+    _transformers()  # fails now, and not after the model has been loaded
     out, dtype = Path(args.out).resolve(), DTYPES[args.dtype]
     model, tokenizer, step, config = load_run(Path(args.run), torch.device("cpu"))
     facts = {"trained on": f"{step * config.train.tokens_per_step:,} tokens"}
@@ -95,6 +95,7 @@ def main(args: ExportArguments) -> int:
 @contextmanager
 def new_directory(path: Path) -> Iterator[Path]:
     """A directory to fill. It is renamed to `path` at the end, and deleted after an error."""
+    # Beside its final place, because a rename works within one file system only.
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     partial.mkdir(parents=True)
     try:
@@ -127,6 +128,7 @@ def write_model(directory: Path, model: Transformer, tokenizer: Tokenizer) -> No
     hf_model.config.auto_map = CLASSES
     hf_model.generation_config = generation
     hf_model.save_pretrained(directory)
+    # With its modules, an export runs where this project is not installed.
     for name, source in own_modules().items():
         (directory / f"{name}.py").write_text(source, encoding="utf-8")
 
@@ -203,6 +205,7 @@ def model_card(
     """The README.md of an exported model."""
     rows = {**_shape(config), **_memory(config, dtype), **facts}
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
+    # Without a tokenizer.json `AutoTokenizer` has nothing to read.
     tokenizer = loading("AutoTokenizer", name, config)
     if notes:
         tokenizer = f'sentencepiece.SentencePieceProcessor(model_file="{name}/tokenizer.model")'

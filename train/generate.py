@@ -108,7 +108,7 @@ class Writer:
 
     def stream(self, prompt: str) -> Iterator[str]:
         """Yield the prompt, and then its continuation piece by piece."""
-        yield prompt
+        yield prompt  # shown at once, before the prefill
         text = self._detokenizer(prompt)
         for token in self._tokens([text], [(0, 0)]):
             yield text.add(int(token[0]))
@@ -122,6 +122,7 @@ class Writer:
         for begin in range(0, len(jobs), self.args.batch):
             batch = jobs[begin : begin + self.args.batch]
             texts = [self._detokenizer(prompt) for (_, prompt), _ in batch]
+            # A text that has ended stays in the batch until all have ended; its tokens are ignored.
             for tokens in self._tokens(texts, [(index, sample) for (index, _), sample in batch]):
                 for text, token in zip(texts, tokens.tolist(), strict=True):
                     if not text.ending:
@@ -167,6 +168,7 @@ def main(args: GenerateArguments) -> int:
     if args.file:
         for prompt, text in writer.write(prompts):
             line = {"prompt": prompt, "text": text.text, "ending": text.ending}
+            # Flushed, so that what is done is in the file if the command is interrupted.
             print(json.dumps(line, ensure_ascii=False), flush=True)
     elif args.prompt is not None:
         show(writer, args.prompt)
@@ -207,6 +209,7 @@ def read_prompts(path: Path) -> list[str]:
     Raises:
         ConfigError: the file cannot be read, a line has no prompt, or there is none at all.
     """
+    # Not `splitlines`: it also splits at characters such as U+2028, which a prompt may contain.
     try:
         lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
         prompts = [_prompt(line) for line in lines] if path.suffix == ".jsonl" else lines

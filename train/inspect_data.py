@@ -93,6 +93,7 @@ def shown_row(batch: Batch, tokenizer: Tokenizer) -> str:
     index = int((batch.rows == tokenizer.eos_id).sum(axis=1).argmax())
     row = batch.rows[index]
     end = len(row) if batch.mask is None else 1 + int(batch.mask[index].sum())
+    # Separators are cut out first: the tokenizer would decode a separator to an empty text.
     cu_seqlens = np.flatnonzero(row[:end] == tokenizer.eos_id)
     parts = np.split(row[:end], np.stack([cu_seqlens, cu_seqlens + 1], axis=1).ravel())
     text = "".join(
@@ -134,6 +135,7 @@ def main(config: Config) -> int:
         tokenizer = prepare_tokenizer(
             config.tokenizer, documents, vocab_size=config.model.vocab_size
         )
+        # The mixture may change by phases; the first phase is shown.
         _, weights = config.data.mixture[0]
         for name, weight in weights.items():
             found = count(documents, tokenizer, name, READ_S)
@@ -142,6 +144,7 @@ def main(config: Config) -> int:
         records, bad = quarantine.records, len(quarantine.bad_records)
         shape = BatchShape(global_batch=config.train.global_batch, seq_len=config.train.seq_len)
         stream = TokenStream(documents, tokenizer, shape, seed=config.seed)
+        # The quarantine was counted before: the loader reads the same records again.
         speed, batch = loading_speed(stream, config, MEASURE_S)
     except ValueError as error:
         raise ConfigError([str(error)]) from error

@@ -102,19 +102,19 @@ def _warnings(plan: Plan) -> list[str]:
             "a smaller size"
         )
     parameters = sum(plan.parameters.values())
+    # A tenth of a token per parameter is 200 times less than optimal; probably a setting is wrong.
     if plan.tokens is not None and plan.tokens < 0.1 * parameters:
         found.append(
             f"{plan.tokens / parameters:.2f} tokens per parameter: the model will hardly have "
-            f"begun to learn; about {CHINCHILLA} spend compute best"
+            f"begun to learn; about {CHINCHILLA} are compute-optimal"
         )
     if model.variant == "phd_cswa" and model.window > model.chunk:
         found.append(
-            f"model.window={model.window} reaches past model.chunk={model.chunk}: the chunk decides"
+            f"model.window={model.window} reaches past model.chunk={model.chunk}: "
+            "the chunk limits it"
         )
     if model.chunk_tokens is not None and model.chunk_tokens >= train.seq_len:
-        found.append(
-            f"model.chunk={model.chunk} covers the whole row: this is phd_swa by another name"
-        )
+        found.append(f"model.chunk={model.chunk} covers the whole row: this is the same as phd_swa")
     if model.K == 1 and model.variant != "vanilla":
         found.append(f"model.K=1: {model.variant} with one copy is vanilla")
     found += [
@@ -123,6 +123,7 @@ def _warnings(plan: Plan) -> list[str]:
         for name, phase in config.data.phases.items()
         if plan.tokens is not None and phase.after_tokens >= plan.tokens
     ]
+    # The default run of the tiny size trains at 0.005; common peak rates are below 0.003.
     if config.optim.lr > 0.02:
         found.append(f"optim.lr={config.optim.lr}: AdamW diverges at such rates")
     if config.checkpoint.every == 0:
@@ -190,6 +191,7 @@ class KVRow(NamedTuple):
 def kv_rows(model: ModelConfig, context: int, dtype: torch.dtype) -> list[KVRow]:
     """The KV bytes of this variant, vanilla and naive repetition, at `context` tokens."""
     vanilla = model.vanilla_twin
+    # The same variant is shown once, if the model is vanilla or naive repetition itself.
     variants = [model, vanilla, replace(model, variant="naive_repeat")]
     base = kv_bytes(vanilla, context, dtype).total
     rows = []

@@ -144,6 +144,7 @@ def write_source(
     jobs = [partial(write_part, data, directory, number) for number in missing]
     for shards in in_processes(jobs, workers):
         for shard in shards:
+            # It is saved after each shard, so that an interruption loses the running shards only.
             index = index.with_shard(shard)
             index.save(directory / UNFINISHED)
         # The index has complete shards only; the files' sizes also show those being written.
@@ -165,6 +166,7 @@ def write_part(data: DataConfig, directory: Path, number: int) -> TokenShard:
     index = TokenIndex.load(directory / UNFINISHED)
     documents = Documents(data)
     [name] = data.sources
+    # Workers read the source themselves. It may have changed since the parent looked at it.
     if made_from(documents, name) != index.made_from:
         raise ValueError(
             f"data.sources.{name}: has changed since {directory} was begun; delete that directory "
@@ -234,6 +236,7 @@ def training_arguments(data: DataConfig, directory: Callable[[str], Path]) -> li
     }
     wanted = replace(data, sources=sources, phases={} if single else data.phases)
     default = TokensSource(kind="tokens", path=OMITTED)
+    # Settings that equal the default are left out, so that the printed command stays short.
     standard = flatten_keys(as_dict(DataConfig(sources=dict.fromkeys(sources, default))), "data.")
     return [
         "data=tokens",
@@ -273,12 +276,12 @@ def main(args: PretokenizeArguments, config: Config) -> int:
         raise ConfigError([str(error)]) from error
     except BrokenProcessPool as error:
         killed = (
-            f"processes={args.workers}: one was killed, perhaps for want of memory; lower it, and "
-            "the same command goes on"
+            f"processes={args.workers}: one was killed, perhaps because memory ran out; lower it, "
+            "and the same command goes on"
         )
         raise ConfigError([killed]) from error
     except KeyboardInterrupt:
-        console.print("interrupted: the same command goes on with the shards that are missing")
+        console.print("interrupted: the same command goes on with the missing shards")
         return ExitCode.INTERRUPTED
     print_written(written, console)
     command = ["python", "train/main.py", *training_arguments(config.data, args.directory)]

@@ -44,6 +44,7 @@ def print_report(run: Run, metrics: Metrics, console: Console, *, complete: bool
 
 
 def _checkpoint(run: Run) -> str:
+    # Read from the disk: what counts is what a resume would find.
     try:
         newest = run.store.newest()
     except ValueError as error:
@@ -68,7 +69,7 @@ def next_commands(run: Run, *, complete: bool) -> list[str]:
         "generate.py", f"run={run.directory}", f"prompt={run.config.hooks.sample.prompt}"
     )
     if not complete:
-        return ["the same command again goes on with the training", generate]
+        return ["run the same command again to continue the training", generate]
     return [
         generate,
         _command("main.py", "model=vanilla", *_own_data()),
@@ -79,6 +80,7 @@ def next_commands(run: Run, *, complete: bool) -> list[str]:
 
 def _own_data() -> list[str]:
     """The arguments of this command line that a comparable run needs, too."""
+    # `+` is Hydra's mark for a key to add, and `~` for one to delete.
     settings = (argument.lstrip("+") for argument in sys.argv[1:] if "=" in argument)
     return [
         a for a in settings if a.lstrip("~").startswith(("data", "tokenizer", "size=", "train."))
@@ -87,6 +89,8 @@ def _own_data() -> list[str]:
 
 def _command(script: str, *arguments: str) -> str:
     """The shell command that runs a script of this folder with this interpreter."""
+    # `python` where that is this interpreter; otherwise the path, as in a virtual environment that
+    # is not activated.
     python = shutil.which("python")
     same = python is not None and os.path.samefile(python, sys.executable)
     interpreter = "python" if same else os.path.relpath(sys.executable)

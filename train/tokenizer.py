@@ -97,6 +97,7 @@ def make_tokenizer(config: Config) -> Report:
             "or tokenizer=unigram to train another one"
         )
     documents = Documents(config.data)
+    # The list keeps reading out of the time of training.
     sample = list(documents.sample(config.tokenizer.sample_bytes))
     start = perf_counter()
     tokenizer = train(iter(sample), training_options(config.tokenizer, config.model.vocab_size))
@@ -177,6 +178,7 @@ def main(args: TokenizerArguments, config: Config) -> int:
     print_report(report, console)
     path = shlex.quote(str(args.path))
     rounded = -(-report.tokenizer.vocab_size // ROUND) * ROUND
+    # The model's vocabulary may be larger than the tokenizer's; the rest is never used.
     use = f"tokenizer=file tokenizer.path={path} model.vocab_size={rounded}"
     console.print(f"written: {path}\nuse it: {use}", markup=False)
     return 0

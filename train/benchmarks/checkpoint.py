@@ -42,6 +42,7 @@ def bench_saving(config: Config, repeat: int, folder: Path, device: torch.device
             "DCP's save": _saving_with_dcp(Path(name, "dcp"), tensors),
         }
         seconds = interleaved(works, repeat, device)
+    # Turn by turn, so that the ratios are those within a turn.
     seconds["synchronous"] = [
         sum(parts) for parts in zip(seconds["stall"], seconds["behind it"], strict=True)
     ]

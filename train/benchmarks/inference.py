@@ -102,6 +102,7 @@ def grid_of(
 class Models:
     """Models of one size that share their weights: float32 on the CPU, bfloat16 on CUDA."""
 
+    # Sharing saves memory: the grid for CUDA has 34 models.
     def __init__(self, size: ModelConfig, device: torch.device) -> None:
         self.size, self.device = size, device
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -178,11 +179,13 @@ class Decode(InferenceWork):
         self.kv_bytes = self.cache.nbytes
         self.first = random_tokens(model, 1)[0]
         self.decode: Callable[[Tensor], Tensor] = partial(decode, model, cache=self.cache)
+        # `Decoder` replays a CUDA graph. On the CPU it pays off only if it is compiled.
         if compiled or self.first.is_cuda:
             self.decode = Decoder(model, self.cache, compiled=compiled)
 
     @torch.inference_mode()
     def __call__(self) -> None:
+        # The cache is set back, so that every turn does the same work.
         begin = self.tokens - self.steps
         self.cache.host_lengths = [begin]
         self.cache.lengths.fill_(begin)

@@ -64,6 +64,7 @@ def latency_over_cache(rows: list[Measurement], subject: str) -> Figure:
     """Figure 1c: decode latency over KV bytes. Each point is a K."""
     figure, axes = _chart(f"Decoding at {rows[0]['tokens']} tokens\n{subject}")
     _lines(axes, _from_vanilla(rows), x=_mebibytes, y=_milliseconds)
+    # Labels on all variants would overlap: their points lie close together.
     for row in rows:
         if row["variant"] in ("naive_repeat", "phd_cswa"):
             point = (_mebibytes(row), _milliseconds(row))
@@ -99,6 +100,7 @@ def times_over_copies(
         ("prefill time (ms)", "decode latency (ms per token)"),
         strict=True,
     ):
+        # Naive repetition would stretch the y axis to several times the height of the others.
         rows = [row for row in rows if row["variant"] != "naive_repeat"]
         [vanilla] = [row for row in rows if row["variant"] == "vanilla"]
         _lines(axes, _from_vanilla(rows), x=_copies, y=_milliseconds)
@@ -181,6 +183,7 @@ def _copies_axis(axes: Axes, rows: list[Measurement]) -> None:
 
 def _powers_of_two(axes: Axes) -> None:
     """Scale x in powers of two, and label it with plain numbers."""
+    # K goes up to 256. On a linear axis its small values would fall together.
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.xaxis.set_minor_formatter(NullFormatter())

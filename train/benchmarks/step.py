@@ -39,11 +39,12 @@ def bench_step(config: Config, repeat: int, device: torch.device) -> Result:
     generator = torch.Generator().manual_seed(0)
     batch = torch.randint(0, model.vocab_size, (rows, seq_len + 1), generator=generator)
     works = {name: _step_work(replace(config, model=m), batch) for name, m in models.items()}
+    # A slow vanilla step would flatter PHD's ratios. Transformers' step shows that it is not slow.
     works["transformers"] = _transformers_work(config, batch)
     seconds = interleaved(works, repeat, device)
     typical = {name: median(values) for name, values in seconds.items()}
     flops = {name: training_flops_per_token(m, seq_len) for name, m in models.items()}
-    flops["transformers"] = flops["vanilla"]
+    flops["transformers"] = flops["vanilla"]  # the same shape
     table = [
         {
             "work": name,
@@ -78,6 +79,7 @@ def _transformers_work(config: Config, batch: Tensor) -> Work:
             "the arguments",
         ) from None
     vanilla = replace(config, model=config.model.vanilla_twin)
+    # The engine draws the weights, so that both start from the same ones.
     engine = FsdpEngine(vanilla, ProcessGroups())
     hf_config, weights = to_hugging_face(vanilla.model, engine.model.state_dict())
     model = Olmo2ForCausalLM(Olmo2Config(**hf_config, use_cache=False))

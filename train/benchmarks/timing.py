@@ -33,6 +33,7 @@ def interleaved(
     seconds: dict[str, list[float]] = {name: [] for name in works}
     for turn in range(repeat + 1):
         for name, work in works.items():
+            # CUDA runs asynchronously: without these, only the launches would be timed.
             _synchronize(device)
             start = perf_counter()
             work()
@@ -44,6 +45,7 @@ def interleaved(
 
 def ratio(seconds: dict[str, list[float]], work: str, base: str) -> float:
     """The median over the turns of the time of `work` over the time of `base`."""
+    # Not the ratio of the medians: within one turn both ran in the same state of the machine.
     return median(a / b for a, b in zip(seconds[work], seconds[base], strict=True))
 
 

@@ -42,6 +42,7 @@ def load_run(directory: Path, device: torch.device) -> LoadedRun:
         raise ConfigError([problem], "the arguments")
     for path, reason in checkpoint.rejected:
         print(f"skipped the checkpoint {path}: {reason}", file=sys.stderr)
+    # The settings of the run itself: today's defaults may differ from those that it began with.
     settings = OmegaConf.to_container(OmegaConf.load(directory / "config.yaml"))
     config = Config.from_dict(settings)  # type: ignore[arg-type]
     # On the meta device no weights are drawn, only to be overwritten.

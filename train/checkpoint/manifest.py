@@ -72,6 +72,7 @@ def new_file(path: Path, entries: Entries) -> Iterator[HashedFile]:
     Raises:
         OSError: the disk refuses, or the file exists.
     """
+    # "x": a file that exists belongs to another save, and must not be overwritten.
     with path.open("xb") as file:
         hashed = HashedFile(file)
         yield hashed
@@ -91,6 +92,7 @@ def seal(directory: Path, entries: Entries) -> None:
         entries: sizes and hashes of all its files.
     """
     manifest = json.dumps(dict(sorted(entries.items())), indent=1)
+    # The marker is written only when the manifest is on the disk: without it nothing counts.
     _write_durably(directory / MANIFEST, manifest)
     _write_durably(directory / MARKER, _marker_of(manifest.encode()))
     flush_directory(directory)
@@ -117,6 +119,7 @@ def damage(
 
 def remove(directory: Path) -> None:
     """Delete a sealed directory. After a crash half-way it does not look complete."""
+    # The disk may delete the files in any order, so the marker's removal is flushed first.
     (directory / MARKER).unlink(missing_ok=True)
     flush_directory(directory)
     shutil.rmtree(directory)

@@ -89,6 +89,7 @@ class Checkpoint:
             ConfigError: lists the tensors that do not fit. None has been changed.
         """
         self.check(tensors)
+        # A checkpoint of a CPU run has no generator state for CUDA, and the other way round.
         wanted = flatten(tensors).items()
         self._read({name: tensor for name, tensor in wanted if name in self.specs})
 
@@ -127,6 +128,7 @@ def read_index(directory: Path) -> Metadata:
     index = json.loads((directory / INDEX).read_text(encoding="utf-8"))
     tensors, storage = {}, {}
     for name, entry in index.items():
+        # Each piece is found by its offset within the tensor, its number, and the tensor's name.
         chunks = []
         for number, piece in enumerate(entry["pieces"]):
             start, shape = torch.Size(piece["start"]), torch.Size(piece["shape"])
@@ -178,6 +180,7 @@ def read_state(path: Path) -> dict[str, Any]:
 
 def _mismatches(saved: dict[str, TensorSpec], wanted: dict[str, Tensor]) -> list[str]:
     needed = {name: TensorSpec(tensor.dtype, tensor.shape) for name, tensor in wanted.items()}
+    # Generator states: a run on another kind of device has others.
     optional = {name for name in saved.keys() ^ needed.keys() if name.startswith("random.")}
     return [
         f"{name}: {saved.get(name, 'nothing')} in the checkpoint, "

@@ -54,6 +54,7 @@ class TensorWriter(FileSystemWriter):
 
     def write_pieces(self, plan: SavePlan, planner: StagedPlanner) -> list[WriteResult]:
         """Write this rank's part of the global plan; return where it is."""
+        # DCP would write an empty file.
         if not plan.items:
             return []
         return self.write_data(planner.finish_plan(plan), planner).value()
@@ -88,6 +89,8 @@ class _HashedFiles(FileSystem):
         self.entries[Path(new_path).name] = self.entries.pop(Path(path).name)
 
 
+# `start` and `shape` describe a piece as a box within its tensor. `offset` and `bytes` say where in
+# `file` its `torch.save` is.
 def _to_json(metadata: Metadata) -> dict[str, Any]:
     tensors = cast(dict[str, TensorStorageMetadata], metadata.state_dict_metadata)
     return {

@@ -110,6 +110,7 @@ class Engine(ABC):
         self.config, self.groups = config, groups
         self.device = choose_device(config.engine)
         self.dtype = precision(config.engine, self.device)
+        # Only the engine knows which part of the weights this rank will hold.
         with torch.device("meta"):
             self.model = Transformer(config.model)
         self.model_with_loss = ModelWithLoss(self.model, config.optim.z_loss)
@@ -137,6 +138,8 @@ class Engine(ABC):
         # A sum in float32 would lose the small terms of long evaluations.
         total = torch.zeros((), device=self.device, dtype=torch.float64)
         for number, part in enumerate(share.split(self.micro_batch)):
+            # `stop_requested` is collective. The ranks have equally many micro-batches, so all of
+            # them call it equally often.
             if number and stop_requested():
                 return None
             total += self.forward(part).cross_entropy
@@ -144,6 +147,7 @@ class Engine(ABC):
 
     def count_targets(self, rows: Rows) -> Tensor:
         """The number of targets on all ranks; at least 1, because the loss is divided by it."""
+        # Ranks may have different numbers of targets. A mean of the ranks' means would be wrong.
         count = self._to_device((rows.targets != IGNORED).sum())
         return self.groups.sum(count).clamp(min=1)
 

@@ -48,6 +48,7 @@ class FsdpEngine(Engine):
             dtype=self.dtype,
         )
         self.parameters = dict(self.model.named_parameters())
+        # These share their memory with the parameters: an update of the one is one of the other.
         self.shards = {name: _local(p.detach()) for name, p in self.parameters.items()}
         self.optimizer = adamw(self.shards, config.optim)
         add_moments(self.optimizer)
@@ -55,6 +56,8 @@ class FsdpEngine(Engine):
 
     def grad_sync(self, last: bool) -> AbstractContextManager[object]:
         """Reduce gradients over ranks with the last micro-batch only."""
+        # One reduction per step costs memory: until then each rank has whole gradients, up to 4
+        # bytes per parameter. ZeRO-2 and ZeRO-3 reduce with every micro-batch instead.
         if isinstance(self.model_with_loss, FSDPModule):
             self.model_with_loss.set_requires_gradient_sync(last)
         if isinstance(self.model_with_loss, DistributedDataParallel) and not last:
@@ -80,6 +83,7 @@ class FsdpEngine(Engine):
             group["lr"] = lr
         set_clip_and_skip(self.optimizer, grad_norm, self.config.optim.grad_clip, applied)
         self.optimizer.step()
+        # Both: the shards' gradients are references to those of the parameters.
         self.optimizer.zero_grad()
         self.model_with_loss.zero_grad()
         return grad_norm, applied
@@ -121,6 +125,8 @@ class FsdpEngine(Engine):
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Load weights, moments and rank 0's random number generators."""
+        # A checkpoint that was written on the CPU has no state of the CUDA generator. Such a state
+        # keeps the value that it has now.
         random = self.random_state()
         tensors = {name: x for group in self._checkpoint_tensors() for name, x in group.items()}
         checkpoint.load({**tensors, "random": random})

@@ -96,6 +96,7 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
     safetensors = _safetensors()
     names = [WEIGHTS]
     if (path / INDEX).is_file():
+        # Large models are stored as shards; the index has the shard of each tensor.
         names = sorted(set(_read_json(path / INDEX)["weight_map"].values()))
     if missing := [name for name in names if not (path / name).is_file()]:
         raise DataError(

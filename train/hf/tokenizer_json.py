@@ -24,6 +24,7 @@ def write_tokenizer(directory: Path, tokenizer: Tokenizer, max_seq_len: int) -> 
     tokenizer.save(directory / "tokenizer.model")
     if not_converted(tokenizer):
         return
+    # Imported here, because transformers takes seconds to import and is optional.
     from transformers import PreTrainedTokenizerFast
 
     fast = converted(tokenizer)
@@ -32,8 +33,8 @@ def write_tokenizer(directory: Path, tokenizer: Tokenizer, max_seq_len: int) -> 
         tokenizer_object=fast,
         **dict.fromkeys(("bos_token", "eos_token", "pad_token"), separator),
         unk_token=unknown,
-        padding_side="left",
-        split_special_tokens=True,
+        padding_side="left",  # a batch of prompts is continued at its right end
+        split_special_tokens=True,  # `</s>` in a text is no separator
         clean_up_tokenization_spaces=False,
         model_max_length=max_seq_len,
         model_input_names=["input_ids", "attention_mask"],
@@ -70,6 +71,7 @@ def converted(tokenizer: Tokenizer) -> Any:
     import tokenizers
     from tokenizers import decoders, models, processors
 
+    # Byte pieces keep their names, <0x00> to <0xFF>, by which `ByteFallback` finds them.
     proto = _proto(tokenizer)
     is_text = [piece.type == NORMAL for piece in proto.pieces]
     names = [
@@ -81,6 +83,7 @@ def converted(tokenizer: Tokenizer) -> Any:
     model: Any
     if proto.trainer_spec.model_type == BPE:
         texts = {n: s for n, s, text in zip(names, scores, is_text, strict=True) if text}
+        # Bytes stand for characters that have no piece, as in SentencePiece.
         model = models.BPE(
             vocab={name: i for i, name in enumerate(names)},
             merges=merges(texts),

@@ -45,6 +45,7 @@ class TrainingMetrics:
         self.flops_per_token = training_flops_per_token(config.model, config.train.seq_len)
 
     def __call__(self, record: StepRecord) -> Metrics:
+        # This waits for the device. Steps that are not logged never do.
         loss = record.loss.item()
         targets, size = record.stats.targets, record.stats.target_bytes
         metrics: Metrics = {
@@ -82,6 +83,7 @@ class DataProgress:
             metrics[f"progress/{source}/epoch"] = stats.epoch(source)
         if stats.targets < stats.positions or record.batch.mask is not None:
             metrics["data/padding_fraction"] = 1 - stats.targets / stats.positions
+        # Each rank reads other lanes, and so finds other bad records.
         found = self.groups.gather((self.quarantine.new, self.quarantine.trouble))
         metrics["data/quarantined"] = self.quarantine.known + sum(new for new, _ in found)
         for trouble in filter(None, (trouble for _, trouble in found)):
@@ -161,7 +163,9 @@ class KVCost:
         context, model = config.hooks.kv.context, config.model
         cost = kv_bytes(model, context, dtype)
         vanilla = kv_bytes(model.vanilla_twin, context, dtype)
+        # Naive repetition computes as much per token, and is what PHD has to be compared with.
         naive = replace(model, variant="naive_repeat")
+        # The sizes do not change during a run. They are logged so that runs can be plotted by them.
         self.metrics: Metrics = {
             "kv/bytes_per_sequence": cost.total,
             "kv/hidden_bytes_per_sequence": cost.hidden,
@@ -273,6 +277,8 @@ class SaveCheckpoint:
             "bad_steps": record.bad_steps,
             "cursors": record.stats.cursors,
         }
+        # `save` reports the save before this one, which has had `every` steps of time. So the
+        # metrics of a save are logged one save later.
         metrics: Metrics = {}
         self.error = None
         start = perf_counter()
@@ -282,6 +288,7 @@ class SaveCheckpoint:
             self._fail(metrics, f"{error}; training goes on", error.saved)
         metrics["checkpoint/stall_s"] = perf_counter() - start
         if record.ending:
+            # The process is about to exit, and a daemon thread would not keep it from that.
             try:
                 self._note(metrics, self.store.wait())
             except CheckpointError as error:

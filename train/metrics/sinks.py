@@ -58,6 +58,7 @@ class MetricsFile:
         plain = {
             k: None if isinstance(v, float) and not isfinite(v) else v for k, v in metrics.items()
         }
+        # `allow_nan=False`: Python would write NaN, which other JSON readers refuse.
         line = json.dumps({"step": step, "time": time(), **plain}, allow_nan=False) + "\n"
         try:
             _append(self.path, line.encode())
@@ -160,6 +161,7 @@ class Wandb:
         self.config, self.run_dir, self.console = config, run_dir, console
         self._calls: SimpleQueue[tuple[int, Metrics] | None] = SimpleQueue()
         self._given_up = False
+        # A daemon thread does not keep the process alive if the service hangs.
         self._thread = Thread(target=self._serve, name="wandb", daemon=True)
         self._thread.start()
 
@@ -219,6 +221,7 @@ class Wandb:
         return wandb.init(
             project=self.config.hooks.wandb.project,
             name=self.config.name,
+            # The same id after a resume continues the same curves.
             id=run_id(self.run_dir),
             resume="allow",
             dir=self.run_dir,
@@ -228,6 +231,7 @@ class Wandb:
                 silent=True,
                 init_timeout=START_S,
                 finish_timeout=FINISH_S,
+                # Otherwise the timeout only prints a message, and this thread would not know.
                 finish_timeout_raises=True,
             ),
         )
@@ -251,6 +255,7 @@ def _mode(config: Config) -> Any:
     mode = config.hooks.wandb.mode
     if mode != "auto":
         return mode
+    # `verify=False` reads the stored key without asking the server, which may be unreachable.
     import wandb
 
     return os.environ.get("WANDB_MODE") or (

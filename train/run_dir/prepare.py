@@ -64,8 +64,10 @@ def _describe(config: Config, directory: Path, tokenizer: Tokenizer) -> None:
     write_snapshot(directory, revision)
     settings = OmegaConf.to_yaml(OmegaConf.create(config.to_dict()))
     write_whole(directory / "config.yaml", settings)
+    # A copy, so that the run can be resumed and used when the tokenizer's cache is gone.
     tokenizer.save(directory / "tokenizer.model")
     path = directory / "environment.json"
+    # One entry per start: a run may be resumed on another machine, or with other versions.
     starts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     write_whole(path, json.dumps([*starts, environment(revision)], indent=1))
 

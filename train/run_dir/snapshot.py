@@ -67,6 +67,7 @@ def write_snapshot(directory: Path, revision: Revision, root: Path = ROOT) -> Pa
     path = directory / "source" / name
     if path.exists():
         return path
+    # A run that is started a hundred times from one source has one snapshot of it.
     partial = path.with_name(f".{name}.partial")
     if partial.exists():
         shutil.rmtree(partial)
@@ -86,6 +87,7 @@ def read_revision(root: Path = ROOT) -> Revision:
         commit = _git(root, "rev-parse", "HEAD").strip()
         branch = _git(root, "branch", "--show-current").strip() or None
         changes = _git(root, "diff", *PLAIN, "HEAD")
+        # `git diff HEAD` leaves out new files; each is compared with an empty one.
         listed = _git(root, "ls-files", "-z", "--others", "--exclude-standard", *PACKAGES)
         for name in filter(None, listed.split("\0")):
             changes += _git(root, "diff", *PLAIN, "--no-index", os.devnull, name, differs=True)
