@@ -62,7 +62,7 @@ class Checkpoint:
             DataError: it is damaged.
         """
         if flaw := manifest.damage(path):
-            raise DataError(f"{path} is not a whole checkpoint: {flaw}. Choose another one.")
+            raise DataError(f"{path} is not a complete checkpoint: {flaw}. Choose another one.")
         return cls(path, read_state(path))
 
     @property

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from conf.errors import ConfigError
 from data.heldout import HeldOut
 from data.prefetch import never
 from data.stream import Batch
@@ -116,7 +117,7 @@ class Engine(ABC):
         self.model_with_loss = ModelWithLoss(self.model, config.optim.z_loss)
         config.train.accumulation(groups.world_size)  # raises if the batch is not divisible
         if problems := config.engine.problems_on(groups.world_size):
-            raise ValueError("; ".join(problems))
+            raise ConfigError(problems)
         self.micro_batch = (
             config.train.micro_batch or config.train.global_batch // groups.world_size
         )

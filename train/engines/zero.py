@@ -56,9 +56,11 @@ class DeepSpeedEngine(Engine):
         assert isinstance(settings, DeepSpeedConfig)
         self.stage = settings.stage
         if self.stage == 3 and settings.compile:
-            why = "at engine.stage=3 weights come and go within a block, which torch.compile cannot"
+            why = (
+                "not possible at engine.stage=3, which gathers and releases weights within a block"
+            )
             hint = "choose engine.stage=2 or less, or engine=fsdp"
-            raise ConfigError([Problem("engine.compile", True, f"{why} follow", hint)])
+            raise ConfigError([Problem("engine.compile", True, why, hint)])
         # Stage 3 replaces this function for the whole process; `close` puts it back.
         self.linear = nn.functional.linear
         self.deepspeed = import_deepspeed(self.device)

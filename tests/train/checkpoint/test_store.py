@@ -184,7 +184,7 @@ def test_a_damaged_file_sends_us_to_the_checkpoint_before_and_is_named(
     loaded = tensors_of(0)
     found.load(loaded)
     assert torch.equal(loaded["model"]["embed.weight"], torch.full((4, 3), 100.0))
-    with pytest.raises(ValueError, match=f"step_00000200 is not a whole checkpoint.*{file}"):
+    with pytest.raises(ValueError, match=f"step_00000200 is not a complete checkpoint.*{file}"):
         Checkpoint.open(damaged)
 
 
