@@ -19,6 +19,7 @@ from phd.flops import training_flops_per_token
 from phd.inference.cache import kv_bytes
 from train.checkpoint.store import CheckpointStore
 from train.distributed.process_groups import ProcessGroups
+from train.ending import Ending
 from train.engines.fsdp import FsdpEngine
 from train.metrics.hooks import (
     DataProgress,
@@ -254,14 +255,14 @@ def test_measuring_changes_nothing(config, opened) -> None:
         assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("signal", ["SIGINT", "SIGTERM"])
-def test_whoever_waits_for_the_end_is_not_kept_waiting(signal: str, config, opened) -> None:
+@pytest.mark.parametrize("signal", [Ending.SIGINT, Ending.SIGTERM])
+def test_whoever_waits_for_the_end_is_not_kept_waiting(signal: Ending, config, opened) -> None:
     run = opened(config())
     measuring = [*run.evaluations, run.sample]
     assert len(measuring) == 2
     for hook in measuring:
         assert hook(record_of(ending=signal)) == {}
-        assert hook(record_of(ending="finished")) != {}
+        assert hook(record_of(ending=Ending.FINISHED)) != {}
 
 
 # The sample
@@ -302,7 +303,7 @@ def test_a_checkpoint_holds_what_the_run_goes_on_from(config, opened) -> None:
 def test_the_end_waits_for_the_disk(config, opened) -> None:
     run = opened(config())
     saving = SaveCheckpoint(run.config, run.engine, run.store, {})
-    told = saving(record_of(ending="finished"))
+    told = saving(record_of(ending=Ending.FINISHED))
     assert 0 < told["checkpoint/stall_s"] <= told["checkpoint/save_s"]
     assert (run.store.root / "step_00000010" / "COMPLETE").exists()
 
@@ -314,7 +315,7 @@ def test_a_disk_that_refuses_costs_the_checkpoint_and_is_told(config, opened) ->
     store = CheckpointStore(blocked, keep=1)
     saving = SaveCheckpoint(run.config, run.engine, store, {})
     assert "checkpoint/error" not in saving(record_of())  # not known yet
-    for later in (record_of(step=20), record_of(step=30, ending="finished")):
+    for later in (record_of(step=20), record_of(step=30, ending=Ending.FINISHED)):
         message = saving(later)["checkpoint/error"]
         assert f"could not be written to {blocked}" in message
         assert message.endswith("training goes on") == (later.ending is None)
