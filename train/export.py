@@ -1,16 +1,16 @@
-"""Write a trained model as a directory for Hugging Face's transformers.
+"""Export a trained model as a directory for Hugging Face's transformers.
 
 python train/export.py run=runs/phd_cswa-2-16-32-tiny out=exported dtype=bfloat16
 
 exported/
     config.json, generation_config.json, model.safetensors
-    tokenizer.json, tokenizer_config.json    the same tokens without SentencePiece
-    tokenizer.model                          the tokenizer itself
+    tokenizer.json, tokenizer_config.json    the tokenizer for `AutoTokenizer`
+    tokenizer.model                          the SentencePiece model that it was converted from
     README.md                                the model card
-    modeling.py, model.py, ...               our code, unless transformers has a class of its own
+    modeling.py, model.py, ...               this project's code, if transformers has no such class
 """
 
-import train  # noqa: F401  # first: how threads wait is settled before torch is loaded
+import train  # noqa: F401  # must come first: it sets how OpenMP's threads wait
 
 # isort: split
 import json
@@ -37,8 +37,8 @@ from train.hf.tokenizer_json import not_converted, write_tokenizer
 from train.run_dir.snapshot import ROOT
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-START, MODEL = "phd.hf.modeling", "AutoModelForCausalLM"
-CLASSES = {"AutoConfig": "modeling.PhdConfig", MODEL: "modeling.PhdForCausalLM"}
+ROOT_MODULE, AUTO_MODEL = "phd.hf.modeling", "AutoModelForCausalLM"
+CLASSES = {"AutoConfig": "modeling.PhdConfig", AUTO_MODEL: "modeling.PhdForCausalLM"}
 OWN_IMPORT = re.compile(r"^(\s*)from ((?:phd|conf)\.(?:\w+\.)*(\w+)) import", re.MULTILINE)
 OPTIONAL_IMPORTS = re.compile(r"^(import triton\b.*\n)+", re.MULTILINE)
 
@@ -72,13 +72,13 @@ class ExportArguments:
         return found
 
 
-def main(given: ExportArguments) -> int:
-    """Write the directory, and say how it is loaded."""
-    _transformers()
-    out, dtype = Path(given.out).resolve(), DTYPES[given.dtype]
-    model, tokenizer, step, config = load_run(Path(given.run), torch.device("cpu"))
+def main(args: ExportArguments) -> int:
+    """Write the directory, and print how to load it; return the exit code."""
+    _transformers()  # fails now, and not after the model has been loaded
+    out, dtype = Path(args.out).resolve(), DTYPES[args.dtype]
+    model, tokenizer, step, config = load_run(Path(args.run), torch.device("cpu"))
     facts = {"trained on": f"{step * config.train.tokens_per_step:,} tokens"}
-    facts |= evaluations(Path(given.run) / "metrics.jsonl", step)
+    facts |= evaluations(Path(args.run) / "metrics.jsonl", step)
     notes = not_converted(tokenizer)
     with new_directory(out) as directory:
         write_model(directory, model.to(dtype), tokenizer)
@@ -87,7 +87,7 @@ def main(given: ExportArguments) -> int:
         (directory / "README.md").write_text(card, encoding="utf-8")
     for note in notes:
         print(f"no tokenizer.json: {note}; tokenizer.model is there", file=sys.stderr)
-    print(f"{out}: {loading(MODEL, str(out), model.config)}")
+    print(f"{out}: {loading(AUTO_MODEL, str(out), model.config)}")
     return 0
 
 
@@ -95,12 +95,12 @@ def main(given: ExportArguments) -> int:
 
 
 def is_plain(config: ModelConfig) -> bool:
-    """Whether a class of transformers computes the same."""
+    """Whether a class of transformers computes the same as this model."""
     return config.K == 1 and not config.copy_embedding and config.norm in BY_NORM
 
 
 def write_model(directory: Path, model: Transformer, tokenizer: Tokenizer) -> None:
-    """Write weights, configs, and our code where it is needed."""
+    """Write the weights and configs, and this project's code if the model needs it."""
     ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eos_id)
     generation = _transformers().GenerationConfig(**ids)
     if is_plain(model.config):
@@ -109,22 +109,25 @@ def write_model(directory: Path, model: Transformer, tokenizer: Tokenizer) -> No
         return
     from phd.hf.modeling import PhdForCausalLM
 
-    theirs = PhdForCausalLM.of(model)
-    theirs.config.auto_map = CLASSES
-    theirs.generation_config = generation
-    theirs.save_pretrained(directory)
+    hf_model = PhdForCausalLM.of(model)
+    hf_model.config.auto_map = CLASSES
+    hf_model.generation_config = generation
+    hf_model.save_pretrained(directory)
+    # With its modules, an export runs where this project is not installed.
     for name, source in own_modules().items():
         (directory / f"{name}.py").write_text(source, encoding="utf-8")
 
 
 def own_modules() -> dict[str, str]:
-    """The modules that `phd.hf.modeling` needs, by the names that they have in one flat folder.
+    """The source of `phd.hf.modeling` and of all modules that it imports, by file name.
 
-    transformers copies what relative imports name, without folders below, and of a model from the
-    Hub it demands every package that is imported outside of a `try`.
+    transformers loads such code from one flat folder: it follows relative imports, but not into
+    subfolders. So absolute imports become relative, and the folders disappear. It also refuses to
+    load a model unless every package that is imported outside of a `try` is installed; triton is
+    needed on CUDA only, so its import is put into a `try`.
     """
     found: dict[str, str] = {}
-    names = [START]
+    names = [ROOT_MODULE]
     while names:
         name = names.pop()
         flat = name.rpartition(".")[2]
@@ -132,18 +135,18 @@ def own_modules() -> dict[str, str]:
             continue
         source = (ROOT / f"{name.replace('.', '/')}.py").read_text(encoding="utf-8")
         names += [match[2] for match in OWN_IMPORT.finditer(source)]
-        source = OPTIONAL_IMPORTS.sub(_tried, source)
+        source = OPTIONAL_IMPORTS.sub(_in_try, source)
         found[flat] = OWN_IMPORT.sub(r"\1from .\3 import", source)
     return found
 
 
-def _tried(imports: re.Match[str]) -> str:
+def _in_try(imports: re.Match[str]) -> str:
     lines = "".join(f"    {line}\n" for line in imports[0].splitlines())
     return f"try:\n{lines}except ImportError:\n    raise\n"
 
 
 def _transformers() -> ModuleType:
-    """The package that reads what is written, which nothing else needs."""
+    """Import transformers, which is optional: only exports need it."""
     try:
         import transformers
     except ImportError:
@@ -159,22 +162,22 @@ def _transformers() -> ModuleType:
 
 
 def evaluations(metrics: Path, step: int) -> dict[str, str]:
-    """What a run's `metrics.jsonl` says of its model at a step; nothing where it was not asked."""
+    """The evaluations of a step in a run's `metrics.jsonl`; `{}` if there were none."""
     if not metrics.is_file():
         return {}
     lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
-    told = [item for line in lines if line["step"] == step for item in line.items()]
+    metrics_of_step = [item for line in lines if line["step"] == step for item in line.items()]
     return {
         name: f"{value:.4f}"
-        for name, value in told
+        for name, value in metrics_of_step
         if name.startswith("eval/") and value is not None
     }
 
 
-def loading(what: str, directory: str, config: ModelConfig) -> str:
-    """The call that loads something of an exported directory."""
+def loading(auto_class: str, directory: str, config: ModelConfig) -> str:
+    """The Python call that loads an exported directory by a class of transformers."""
     trusted = "" if is_plain(config) else ", trust_remote_code=True"
-    return f'{what}.from_pretrained("{directory}"{trusted})'
+    return f'{auto_class}.from_pretrained("{directory}"{trusted})'
 
 
 def model_card(
@@ -187,6 +190,7 @@ def model_card(
     """The README.md of an exported model."""
     rows = {**_shape(config), **_memory(config, dtype), **facts}
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
+    # Without a tokenizer.json `AutoTokenizer` has nothing to read.
     tokenizer = loading("AutoTokenizer", name, config)
     if notes:
         tokenizer = f'sentencepiece.SentencePieceProcessor(model_file="{name}/tokenizer.model")'
@@ -195,7 +199,7 @@ def model_card(
         model=config.name,
         table=table,
         tokenizer=tokenizer,
-        loading=loading(MODEL, name, config),
+        loading=loading(AUTO_MODEL, name, config),
     )
 
 
@@ -219,8 +223,8 @@ def _shape(config: ModelConfig) -> dict[str, Any]:
 def _memory(config: ModelConfig, dtype: torch.dtype) -> dict[str, str]:
     context = config.max_seq_len
     ours, vanilla = (kv_bytes(c, context, dtype).total for c in (config, config.vanilla_twin))
-    what = f"KV cache of {context:,} tokens"
-    return {what: f"{ours:,} bytes, {ours / vanilla:.3f} x that of a plain transformer"}
+    key = f"KV cache of {context:,} tokens"
+    return {key: f"{ours:,} bytes, {ours / vanilla:.3f} x that of a plain transformer"}
 
 
 CARD = """\

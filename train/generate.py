@@ -1,4 +1,4 @@
-"""Write text with a trained model.
+"""Generate text with a trained model.
 
 python train/generate.py run=runs/phd_cswa-2-16-32-tiny prompt="def main("
 python train/generate.py run=runs/phd_cswa-2-16-32-tiny prompt="class " n=4 temperature=1 top_p=0.9
@@ -6,7 +6,7 @@ python train/generate.py run=runs/phd_cswa-2-16-32-tiny file=prompts.txt stop="d
 python train/generate.py run=runs/phd_cswa-2-16-32-tiny
 """
 
-import train  # noqa: F401  # first: how threads wait is settled before torch is loaded
+import train  # noqa: F401  # must come first: it sets how OpenMP's threads wait
 
 # isort: split
 import json
@@ -27,7 +27,13 @@ from data.detokenizer import IncrementalDetokenizer
 from phd.inference.sampling import Sampling, generate
 from train.checkpoint.load_run import load_run
 from train.engine_config import EngineConfig
-from train.engines.device import autocast, choose_device, device_problems, precision
+from train.engines.device import (
+    autocast,
+    choose_device,
+    configure_process,
+    device_problems,
+    precision,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,23 +97,24 @@ class GenerateArguments:
 
 
 class Writer:
-    """A loaded model, and what it writes."""
+    """Generates text with the model of a run."""
 
-    def __init__(self, given: GenerateArguments) -> None:
-        self.given = given
-        config = EngineConfig(device=given.device)  # type: ignore[arg-type]
+    def __init__(self, args: GenerateArguments) -> None:
+        self.args = args
+        config = EngineConfig(device=args.device)  # type: ignore[arg-type]
         self.device = choose_device(config)
+        configure_process(config, self.device)
         self.dtype = precision(config, self.device)
-        self.model, self.tokenizer, *_ = load_run(Path(given.run), self.device)
+        self.model, self.tokenizer, *_ = load_run(Path(args.run), self.device)
         for part in self.model.modules():
             if isinstance(part, nn.Linear | nn.Embedding):
-                part.to(self.dtype)  # else autocast would convert them for every token
+                part.to(self.dtype)  # otherwise autocast would convert the weights for each token
         self.model.fuse_projections()
 
     def stream(self, prompt: str) -> Iterator[str]:
-        """The prompt and what follows it, as it comes."""
-        yield prompt
-        text = self._begun(prompt)
+        """Yield the prompt, and then its continuation piece by piece."""
+        yield prompt  # shown at once, before the prefill
+        text = self._detokenizer(prompt)
         for token in self._tokens([text], [(0, 0)]):
             yield text.add(int(token[0]))
             if text.ending:
@@ -115,56 +122,61 @@ class Writer:
         yield text.finish()
 
     def write(self, prompts: Sequence[str]) -> Iterator[tuple[str, IncrementalDetokenizer]]:
-        """`n` texts for each prompt, in this order, a batch of them at a time."""
-        jobs = list(product(enumerate(prompts), range(self.given.n)))
-        for begin in range(0, len(jobs), self.given.batch):
-            some = jobs[begin : begin + self.given.batch]
-            texts = [
-                IncrementalDetokenizer(self.tokenizer, prompt, self.given.stop)
-                for (_, prompt), _ in some
-            ]
-            for tokens in self._tokens(texts, [(place, sample) for (place, _), sample in some]):
+        """Yield `n` texts for each prompt, in order. They are generated in batches."""
+        jobs = list(product(enumerate(prompts), range(self.args.n)))
+        for begin in range(0, len(jobs), self.args.batch):
+            batch = jobs[begin : begin + self.args.batch]
+            texts = [self._detokenizer(prompt) for (_, prompt), _ in batch]
+            # A text that has ended stays in the batch until all have ended; its tokens are ignored.
+            for tokens in self._tokens(texts, [(index, sample) for (index, _), sample in batch]):
                 for text, token in zip(texts, tokens.tolist(), strict=True):
                     if not text.ending:
                         text.add(token)
                 if all(text.ending for text in texts):
                     break
-            for ((_, prompt), _), text in zip(some, texts, strict=True):
+            for ((_, prompt), _), text in zip(batch, texts, strict=True):
                 text.finish()
                 yield prompt, text
 
-    def _begun(self, prompt: str) -> IncrementalDetokenizer:
-        return IncrementalDetokenizer(self.tokenizer, prompt, self.given.stop)
+    def _detokenizer(self, prompt: str) -> IncrementalDetokenizer:
+        return IncrementalDetokenizer(self.tokenizer, prompt, self.args.stop)
 
-    @torch.inference_mode()  # less work than no_grad for each operation
+    @torch.inference_mode()  # less overhead per operation than no_grad
     def _tokens(
-        self, texts: Sequence[IncrementalDetokenizer], places: Sequence[tuple[int, int]]
+        self, texts: Sequence[IncrementalDetokenizer], keys: Sequence[tuple[int, int]]
     ) -> Iterator[torch.Tensor]:
-        """The texts' next tokens; each text's randomness is its place's alone."""
+        """Yield the next token of each text, int64 (texts,).
+
+        Args:
+            texts: hold the prompts.
+            keys: (prompt's index, sample's index) of each text. With the seed it keys its own
+                generator. So a text does not depend on the texts beside it in the batch.
+        """
         prompts = [torch.tensor(text.ids, device=self.device) for text in texts]
-        seeds = [np.random.SeedSequence([self.given.seed, *place]) for place in places]
-        dice = [torch.Generator().manual_seed(int(s.generate_state(1)[0])) for s in seeds]
+        seeds = [np.random.SeedSequence([self.args.seed, *key]) for key in keys]
+        generators = [torch.Generator().manual_seed(int(s.generate_state(1)[0])) for s in seeds]
         with autocast(self.device, self.dtype):
             yield from generate(
                 self.model,
                 prompts,
-                self.given.sampling(),
-                dice,
-                self.given.max_tokens,
-                compiled=self.given.compile,
+                self.args.sampling(),
+                generators,
+                self.args.max_tokens,
+                compiled=self.args.compile,
             )
 
 
-def main(given: GenerateArguments) -> int:
-    """Write what the arguments ask for to the standard output."""
-    prompts = read_prompts(Path(given.file)) if given.file else []
-    writer = Writer(given)
-    if given.file:
+def main(args: GenerateArguments) -> int:
+    """Write the texts to the standard output; return the exit code."""
+    prompts = read_prompts(Path(args.file)) if args.file else []
+    writer = Writer(args)
+    if args.file:
         for prompt, text in writer.write(prompts):
             line = {"prompt": prompt, "text": text.text, "ending": text.ending}
+            # Flushed, so that what is done is in the file if the command is interrupted.
             print(json.dumps(line, ensure_ascii=False), flush=True)
-    elif given.prompt is not None:
-        show(writer, given.prompt)
+    elif args.prompt is not None:
+        show(writer, args.prompt)
     elif sys.stdin.isatty():
         _converse(writer)
     else:
@@ -173,19 +185,19 @@ def main(given: GenerateArguments) -> int:
 
 
 def show(writer: Writer, prompt: str) -> None:
-    """Print one text as it comes, or several one after the other."""
-    if writer.given.n == 1:
+    """Print a single text piece by piece, or several texts one by one."""
+    if writer.args.n == 1:
         for piece in writer.stream(prompt):
             print(piece, end="", flush=True)
         print()
         return
     for number, (_, text) in enumerate(writer.write([prompt]), 1):
-        print(f"--- {number} of {writer.given.n}, ended by {text.ending}")
+        print(f"--- {number} of {writer.args.n}, ended by {text.ending}")
         print(prompt + text.text, flush=True)
 
 
 def _converse(writer: Writer) -> None:
-    """Go on from each line that is typed, until the input ends."""
+    """Continue each line that is typed, until the input ends."""
     print("a prompt and Enter; Ctrl-D ends", file=sys.stderr)
     while True:
         try:
@@ -197,11 +209,12 @@ def _converse(writer: Writer) -> None:
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The prompts in a file: its lines that are not empty, or the `prompt` of each in `.jsonl`.
+    """The prompts in a file: its non-empty lines, or the `prompt` of each line of `.jsonl`.
 
     Raises:
-        ConfigError: it cannot be read, or has a line without a prompt, or none at all.
+        ConfigError: the file cannot be read, a line has no prompt, or there is none at all.
     """
+    # Not `splitlines`: it also splits at characters such as U+2028, which a prompt may contain.
     try:
         lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
         prompts = [_prompt(line) for line in lines] if path.suffix == ".jsonl" else lines
@@ -218,7 +231,7 @@ def _prompt(line: str) -> str:
     record = json.loads(line)
     prompt = record.get("prompt") if isinstance(record, dict) else None
     if isinstance(prompt, str):
-        prompt.encode()  # half a character is no text: UnicodeEncodeError
+        prompt.encode()  # raises at half a surrogate pair, which JSON can hold and UTF-8 cannot
     else:
         raise ValueError(f"no text named `prompt` in {line[:80]}")
     return prompt

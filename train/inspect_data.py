@@ -1,4 +1,4 @@
-"""What a configuration will feed to the model, before anything is trained on it.
+"""Inspect the data of a configuration: its sources, a row of the first batch, the loader's speed.
 
 python train/inspect_data.py data=python
 """
@@ -23,23 +23,24 @@ from train import compose
 from train.config import Config
 
 READ_S = 10.0
-"""Seconds for which each source is read to count what is in it."""
+"""Seconds for which each source is read to count its documents."""
 
 MEASURE_S = 5.0
-"""Seconds for which the loader is timed."""
+"""Seconds for which the loader's speed is measured."""
 
 EXCERPT = 3
-"""Documents of each source that are shown."""
+"""Number of documents of each source that are shown."""
 
 
-class Counted(NamedTuple):
-    """What was read of a source.
+class SourceCounts(NamedTuple):
+    """The counts of a source, as far as it was read.
 
     Attributes:
-        documents, held_out: how many there were, and how many of them are held out.
-        size: UTF-8 bytes of text, as the tokens spell them.
-        tokens: separators included.
-        whole: whether that is all there is.
+        documents: number of documents.
+        held_out: number of those documents that are held out for evaluation.
+        size: bytes of text in UTF-8, computed from the tokens.
+        tokens: number of tokens, including separators.
+        complete: whether the source was read to its end.
         first: the first documents.
     """
 
@@ -47,16 +48,19 @@ class Counted(NamedTuple):
     held_out: int
     size: int
     tokens: int
-    whole: bool
+    complete: bool
     first: list[Document | TokenDocument]
 
 
-def count(documents: Documents, tokenizer: Tokenizer, name: str, seconds: float) -> Counted:
-    """Read a source, at all its lanes' places in turn, until it ends or the time is over."""
+def count(documents: Documents, tokenizer: Tokenizer, name: str, seconds: float) -> SourceCounts:
+    """Read a source until it ends or the time is over.
+
+    Its lanes take turns. They start at different places, so what is read is a fair sample.
+    """
     config = documents.config
     totals = Counter(documents=0, held_out=0, size=0, tokens=0)
     first: list[Document | TokenDocument] = []
-    whole, deadline = True, perf_counter() + seconds
+    complete, deadline = True, perf_counter() + seconds
     for document, digest in documents.round_robin(name, config.lanes):
         tokens = tokenizer.document_tokens(document)
         totals["documents"] += 1
@@ -66,15 +70,15 @@ def count(documents: Documents, tokenizer: Tokenizer, name: str, seconds: float)
         if len(first) < EXCERPT:
             first.append(document)
         if perf_counter() > deadline:
-            whole = False
+            complete = False
             break
-    return Counted(**totals, whole=whole, first=first)
+    return SourceCounts(**totals, complete=complete, first=first)
 
 
 def loading_speed(stream: TokenStream, config: Config, seconds: float) -> tuple[float, Batch]:
-    """(tokens/s of the loader alone, the first batch)."""
+    """(tokens/s of the loader without training, the first batch)."""
     with Loader(stream, workers=config.data.workers, depth=config.data.prefetch) as loader:
-        first = next(loader)
+        first = next(loader)  # not timed: it includes opening the files
         start, targets = perf_counter(), 0
         while (spent := perf_counter() - start) < seconds and loader.failure is None:
             stats = next(loader).stats
@@ -84,10 +88,14 @@ def loading_speed(stream: TokenStream, config: Config, seconds: float) -> tuple[
 
 
 def shown_row(batch: Batch, tokenizer: Tokenizer) -> str:
-    """The row with the most documents as text: `⟨/⟩` is a separator, `⟨·n⟩` n tokens of padding."""
-    number = int((batch.rows == tokenizer.eos_id).sum(axis=1).argmax())
-    row = batch.rows[number]
-    end = len(row) if batch.mask is None else 1 + int(batch.mask[number].sum())
+    """The row with the most documents, as text.
+
+    `⟨/⟩` stands for a separator and `⟨·n⟩` for n tokens of padding.
+    """
+    index = int((batch.rows == tokenizer.eos_id).sum(axis=1).argmax())
+    row = batch.rows[index]
+    end = len(row) if batch.mask is None else 1 + int(batch.mask[index].sum())
+    # Separators are cut out first: the tokenizer would decode a separator to an empty text.
     cu_seqlens = np.flatnonzero(row[:end] == tokenizer.eos_id)
     parts = np.split(row[:end], np.stack([cu_seqlens, cu_seqlens + 1], axis=1).ravel())
     text = "".join(
@@ -97,20 +105,21 @@ def shown_row(batch: Batch, tokenizer: Tokenizer) -> str:
 
 
 def print_source(
-    name: str, found: Counted, weight: float, tokenizer: Tokenizer, console: Console
+    name: str, found: SourceCounts, weight: float, tokenizer: Tokenizer, console: Console
 ) -> None:
-    """One source's documents, and a few of them."""
-    known = "" if found.whole else "the first "
+    """Print the counts of a source, and a few of its documents."""
+    # What is printed after "the first" was counted in a part of the source.
+    first = "" if found.complete else "the first "
     epoch = found.tokens * (found.documents - found.held_out) // max(1, found.documents)
     table = Table(title=f"data.sources.{name}", title_justify="left", show_header=False)
     table.add_row("share of the tokens", f"{weight:.1%}")
-    table.add_row("documents", f"{known}{found.documents:,}, {found.held_out:,} of them held out")
-    table.add_row("text", f"{known}{found.size:,} bytes")
+    table.add_row("documents", f"{first}{found.documents:,}, {found.held_out:,} of them held out")
+    table.add_row("text", f"{first}{found.size:,} bytes")
     table.add_row(
-        "tokens", f"{known}{found.tokens:,}, {found.size / max(1, found.tokens):.2f} bytes each"
+        "tokens", f"{first}{found.tokens:,}, {found.size / max(1, found.tokens):.2f} bytes each"
     )
-    whole = f"about {epoch:,}" if found.whole else f"not known: read for {READ_S:.0f} s only"
-    table.add_row("tokens of an epoch", whole)
+    estimate = f"about {epoch:,}" if found.complete else f"not known: read for {READ_S:.0f} s only"
+    table.add_row("tokens of an epoch", estimate)
     console.print(table)
     for document in found.first:
         if isinstance(document, Document):
@@ -121,18 +130,20 @@ def print_source(
 
 
 def main(config: Config) -> int:
-    """Read, count, show a row, and time the loader."""
+    """Count each source, show a row of the first batch, and measure the loader's speed."""
     console = Console(soft_wrap=True, highlight=False)
     documents = Documents(config.data)
     tokenizer = prepare_tokenizer(config.tokenizer, documents, vocab_size=config.model.vocab_size)
+    # The mixture may change by phases; the first phase is shown.
     _, weights = config.data.mixture[0]
     for name, weight in weights.items():
         found = count(documents, tokenizer, name, READ_S)
         print_source(name, found, weight / sum(weights.values()), tokenizer, console)
     quarantine = documents.quarantine
-    records, faults = quarantine.records, len(quarantine.bad_records)
+    records, bad = quarantine.records, len(quarantine.bad_records)
     shape = BatchShape(global_batch=config.train.global_batch, seq_len=config.train.seq_len)
     stream = TokenStream(documents, tokenizer, shape, seed=config.seed)
+    # The quarantine was counted before: the loader reads the same records again.
     speed, batch = loading_speed(stream, config, MEASURE_S)
     console.print(
         f"\n[bold]a row[/] of the first batch, {config.train.seq_len} tokens; ⟨/⟩ ends a document"
@@ -142,11 +153,11 @@ def main(config: Config) -> int:
         stats = batch.stats
         assert stats is not None
         console.print(f"padding: {1 - stats.targets / stats.positions:.1%} of the first batch")
-    console.print(f"\nquarantined: {faults} of {records:,} records")
-    if faults:
+    console.print(f"\nquarantined: {bad} of {records:,} records")
+    if bad:
         console.print(f"  {quarantine.summary()}; for example", markup=False)
-    for fault in islice(quarantine.bad_records.values(), EXCERPT):
-        console.print(f"  {fault.origin}: {fault.reason}", markup=False)
+    for record in islice(quarantine.bad_records.values(), EXCERPT):
+        console.print(f"  {record.origin}: {record.reason}", markup=False)
     console.print(
         f"the loader alone: {speed:,.0f} tokens/s with data.workers={config.data.workers}"
     )

@@ -1,4 +1,4 @@
-"""What a run will cost and whether it makes sense, before anything is spent on it.
+"""Plan a run: its parameters, FLOPs, memory and length, and warnings, before it is started.
 
 python train/plan.py model=phd_cswa size=550m train.max_tokens=10e9
 """
@@ -22,21 +22,23 @@ from train.config import Config
 from train.engines.device import precision
 from train.engines.memory import Memory, predict_memory
 
-CHINCHILLA = 20  # tokens per parameter that spend compute best (arXiv 2203.15556)
+CHINCHILLA = 20
+"""Tokens per parameter that are optimal for a compute budget (arXiv 2203.15556)."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A run in numbers.
+    """The costs of a run.
 
     Attributes:
-        world_size: ranks that train together.
-        parameters: by group; a tied head is the embedding.
-        flops_per_token, vanilla_flops_per_token: a training step's, of this variant and of the
-            plain transformer of the same size.
-        memory: bytes on one device.
-        available_memory: bytes that the device has.
-        warnings: what is probably not meant.
+        config: of the run.
+        world_size: number of ranks.
+        parameters: numbers of parameters by group. A tied LM head counts as the embedding.
+        flops_per_token: training FLOPs per token of this variant.
+        vanilla_flops_per_token: the same for the vanilla transformer of this size.
+        memory: predicted bytes on one device.
+        available_memory: bytes of memory that the device has.
+        warnings: settings that are probably not intended.
     """
 
     config: Config
@@ -50,19 +52,20 @@ class Plan:
 
     @property
     def tokens(self) -> int | None:
-        """Tokens of text in the whole run; None if only time ends it."""
+        """Tokens of the whole run; None if only `train.max_time` ends it."""
         steps = self.config.train.total_steps
         return None if steps is None else steps * self.config.train.tokens_per_step
 
 
 def make_plan(config: Config, world_size: int = 1) -> Plan:
-    """Count and predict for `world_size` ranks; allocates nothing of the model's size.
+    """Make the plan of a run on `world_size` ranks, without allocating the model.
 
     Raises:
-        ConfigError: the batch cannot be dealt to them.
+        ConfigError: the batch cannot be divided among the ranks.
     """
     if problems := config.problems_on(world_size):
         raise ConfigError(problems)
+    # Not `choose_device`: a machine without a GPU may plan a run for one.
     device = torch.device(
         "cuda" if torch.cuda.is_available() and config.engine.device != "cpu" else "cpu"
     )
@@ -92,6 +95,7 @@ def _available_memory(device: torch.device) -> int:
 def _warnings(plan: Plan) -> list[str]:
     config, model, train = plan.config, plan.config.model, plan.config.train
     found = []
+    # Memory without the scratch space of kernels: where this is too much, the run certainly is.
     if plan.memory.total > plan.available_memory:
         found.append(
             f"needs about {_size(plan.memory.total)}, the device has "
@@ -99,19 +103,19 @@ def _warnings(plan: Plan) -> list[str]:
             "a smaller size"
         )
     parameters = sum(plan.parameters.values())
+    # A tenth of a token per parameter is 200 times less than optimal; probably a setting is wrong.
     if plan.tokens is not None and plan.tokens < 0.1 * parameters:
         found.append(
             f"{plan.tokens / parameters:.2f} tokens per parameter: the model will hardly have "
-            f"begun to learn; about {CHINCHILLA} spend compute best"
+            f"begun to learn; about {CHINCHILLA} are compute-optimal"
         )
     if model.variant == "phd_cswa" and model.window > model.chunk:
         found.append(
-            f"model.window={model.window} reaches past model.chunk={model.chunk}: the chunk decides"
+            f"model.window={model.window} reaches past model.chunk={model.chunk}: "
+            "the chunk limits it"
         )
     if model.chunk_tokens is not None and model.chunk_tokens >= train.seq_len:
-        found.append(
-            f"model.chunk={model.chunk} covers the whole row: this is phd_swa by another name"
-        )
+        found.append(f"model.chunk={model.chunk} covers the whole row: this is the same as phd_swa")
     if model.K == 1 and model.variant != "vanilla":
         found.append(f"model.K=1: {model.variant} with one copy is vanilla")
     found += [
@@ -120,6 +124,7 @@ def _warnings(plan: Plan) -> list[str]:
         for name, phase in config.data.phases.items()
         if plan.tokens is not None and phase.after_tokens >= plan.tokens
     ]
+    # The default run of the tiny size trains at 0.005; common peak rates are below 0.003.
     if config.optim.lr > 0.02:
         found.append(f"optim.lr={config.optim.lr}: AdamW diverges at such rates")
     if config.checkpoint.every == 0:
@@ -128,7 +133,7 @@ def _warnings(plan: Plan) -> list[str]:
 
 
 def print_plan(plan: Plan, console: Console) -> None:
-    """The plan as a table, and its warnings."""
+    """Print the plan as a table, and its warnings."""
     config, train = plan.config, plan.config.train
     parameters = sum(plan.parameters.values())
     groups = ", ".join(f"{name} {_count(n)}" for name, n in plan.parameters.items() if n)
@@ -200,7 +205,7 @@ def _short(value: Any) -> str:
 
 
 def _shares(start: int, weights: dict[str, float]) -> str:
-    """What the tokens are drawn from.
+    """The fractions of the tokens that come from each source.
 
     >>> _shares(1_000_000, {"web": 3, "books": 1})
     'from 1M tokens on web 75%, books 25%'
@@ -210,7 +215,7 @@ def _shares(start: int, weights: dict[str, float]) -> str:
 
 
 class KVRow(NamedTuple):
-    """The KV cache of one variant."""
+    """The bytes of one sequence in the KV cache of a variant."""
 
     name: str
     total: int
@@ -219,8 +224,9 @@ class KVRow(NamedTuple):
 
 
 def kv_rows(model: ModelConfig, context: int, dtype: torch.dtype) -> list[KVRow]:
-    """This variant, vanilla and naive repetition of the same size, at `context` tokens."""
+    """The KV bytes of this variant, vanilla and naive repetition, at `context` tokens."""
     vanilla = model.vanilla_twin
+    # The same variant is shown once, if the model is vanilla or naive repetition itself.
     variants = [model, vanilla, replace(model, variant="naive_repeat")]
     base = kv_bytes(vanilla, context, dtype).total
     rows = []
@@ -231,7 +237,7 @@ def kv_rows(model: ModelConfig, context: int, dtype: torch.dtype) -> list[KVRow]
 
 
 def _count(number: float) -> str:
-    """A number with three digits and its magnitude.
+    """A number with three digits and a letter for its magnitude.
 
     >>> _count(2_621_440)
     '2.62M'
@@ -243,7 +249,7 @@ def _count(number: float) -> str:
 
 
 def _size(size: float) -> str:
-    """Bytes with three digits and their unit.
+    """A number of bytes with three digits and a unit.
 
     >>> _size(90_000_000)
     '85.8 MiB'

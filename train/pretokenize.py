@@ -1,10 +1,10 @@
-"""Make tokens of text once, for runs that read them in place of it.
+"""Tokenize the data once, for runs that read tokens instead of text.
 
 python train/pretokenize.py data=python out=tokens
 
-writes a directory for each source, here `tokens/python` (drawn in
-data/sources/token_files.py), and says how to train on it. After an interruption the same command
-goes on.
+This writes a directory for each source, here `tokens/python` (its layout is drawn in
+data/sources/token_files.py), and prints how to train on it. After an interruption the same command
+resumes.
 """
 
 import json
@@ -52,7 +52,8 @@ from train.config import Config
 from train.console import progress_bar
 
 T = TypeVar("T")
-REFRESH_S = 0.5  # between two looks at how much is written
+REFRESH_S = 0.5
+"""Seconds between two updates of the progress bar."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,24 +89,23 @@ class PretokenizeArguments:
 
 @dataclass(frozen=True)
 class Written:
-    """What has become of a source.
+    """The token files of a source.
 
     Attributes:
-        tokens_per_s: of all processes together; None where nothing was left to write.
+        index: of the files.
+        tokens_per_s: speed of all processes together; None if all files existed already.
     """
 
     index: TokenIndex
     tokens_per_s: float | None
 
 
-def pretokenize(
-    given: PretokenizeArguments, config: Config, console: Console
-) -> dict[str, Written]:
-    """Writes the token files of every source, by its name.
+def pretokenize(args: PretokenizeArguments, config: Config, console: Console) -> dict[str, Written]:
+    """Write the token files of every source; return them by the source's name.
 
     Raises:
-        ValueError: a source has no text, has too much in it that is none, or has changed since the
-            writing began.
+        ValueError: a source has no text, too many bad records, or has changed since the first
+            shard was written.
     """
     for name, source in config.data.sources.items():
         if isinstance(source, TokensSource):
@@ -115,17 +115,18 @@ def pretokenize(
     tokenizer = prepare_tokenizer(config.tokenizer, documents, vocab_size=vocab_size)
     written = {}
     for name, source in config.data.sources.items():
+        # The shards do not depend on the mixture, so each source is read alone, at weight 1.
         alone = replace(config.data, sources={name: replace(source, weight=1.0)}, phases={})
-        directory = given.directory(name)
-        wanted = new_index(tokenizer, made_from(documents, name), given.parts)
+        directory = args.directory(name)
+        wanted = new_index(tokenizer, made_from(documents, name), args.parts)
         index = begin(directory, wanted, tokenizer)
         with progress_bar(console, "shards, {task.fields[tokens]:,} tokens") as progress:
-            written[name] = write_source(alone, directory, index, given.workers, progress)
+            written[name] = write_source(alone, directory, index, args.workers, progress)
     return written
 
 
 def made_from(documents: Documents, name: str) -> dict[str, Any]:
-    """What decides which texts of a source are tokenised, by setting."""
+    """The settings that decide which texts of a source are tokenized, with their values."""
     longest = documents.config.max_document_bytes
     return {**documents.corpora[name].fingerprint, "data.max_document_bytes": longest}
 
@@ -133,7 +134,7 @@ def made_from(documents: Documents, name: str) -> dict[str, Any]:
 def write_source(
     data: DataConfig, directory: Path, index: TokenIndex, workers: int, progress: Progress
 ) -> Written:
-    """Writes the shards that `index` lacks of the only source of `data`."""
+    """Write the missing shards of the only source of `data`."""
     [name] = data.sources
     size = np.dtype(index.dtype).itemsize
     missing, before, started = index.missing, index.tokens, perf_counter()
@@ -141,8 +142,10 @@ def write_source(
     jobs = [partial(write_part, data, directory, number) for number in missing]
     for shards in in_processes(jobs, workers):
         for shard in shards:
+            # It is saved after each shard, so that an interruption loses the running shards only.
             index = index.with_shard(shard)
             index.save(directory / UNFINISHED)
+        # The index has complete shards only; the files' sizes also show those being written.
         tokens = sum(path.stat().st_size for path in directory.glob("*.tokens")) // size
         progress.update(bar, completed=len(index.shards), tokens=tokens)
     if not index.documents:
@@ -153,14 +156,15 @@ def write_source(
 
 
 def write_part(data: DataConfig, directory: Path, number: int) -> TokenShard:
-    """Writes one shard: an equal share of the documents of the only source of `data`.
+    """Write one shard: one of `index.parts` equal parts of the only source of `data`.
 
     Raises:
-        ValueError: the source has changed, or has too much in it that is no document.
+        ValueError: the source has changed, or has too many bad records.
     """
     index = TokenIndex.load(directory / UNFINISHED)
     documents = Documents(data)
     [name] = data.sources
+    # Workers read the source themselves. It may have changed since the parent looked at it.
     if made_from(documents, name) != index.made_from:
         raise ValueError(
             f"data.sources.{name}: has changed since {directory} was begun; delete that directory "
@@ -177,11 +181,12 @@ def write_part(data: DataConfig, directory: Path, number: int) -> TokenShard:
 
 
 def in_processes(jobs: Sequence[Callable[[], T]], workers: int) -> Iterator[list[T]]:
-    """Does jobs in processes of their own; yields, twice a second or more, what has been done.
+    """Run jobs in processes; yield the results of finished ones, at least every `REFRESH_S`.
 
     Raises:
         BrokenProcessPool: a process was killed.
     """
+    # Forking a process that has threads can deadlock, so workers are spawned.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, initializer=_end_with_parent) as pool:
         running = {pool.submit(job) for job in jobs}
@@ -190,13 +195,14 @@ def in_processes(jobs: Sequence[Callable[[], T]], workers: int) -> Iterator[list
                 done, running = wait(running, timeout=REFRESH_S, return_when=FIRST_COMPLETED)
                 yield [future.result() for future in done]
         except BaseException:
+            # Otherwise leaving the pool would wait until the running jobs have ended.
             for process in multiprocessing.active_children():
                 process.terminate()
             raise
 
 
 def _end_with_parent() -> None:
-    """Makes a worker end when its parent does, even by SIGKILL: else it would write on unseen."""
+    """End this worker when its parent ends, also by SIGKILL; otherwise it would go on writing."""
     # Ctrl-C reaches the workers, too. If one died of it, the parent might see that first, and tell
     # of a lack of memory instead of the interruption. So the parent alone ends them.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -211,10 +217,14 @@ def _end_with_parent() -> None:
 
 
 def training_arguments(data: DataConfig, directory: Callable[[str], Path]) -> list[str]:
-    """The arguments of `python train/main.py` that read the tokens in `directory(name)` in place
-    of each source's text; the other settings under `data` stay.
+    """The arguments of `python train/main.py` that train on the tokens instead of the text.
 
-    A single source is then called `tokens`, as in `data=tokens`, and needs no phases.
+    The other settings under `data` stay. A single source is called `tokens` then, as in
+    `data=tokens`, and needs no phases.
+
+    Args:
+        data: the configuration that was tokenized.
+        directory: gives the directory of a source's tokens by its name.
     """
     single = len(data.sources) == 1
     sources: dict[str, Source] = {
@@ -225,6 +235,7 @@ def training_arguments(data: DataConfig, directory: Callable[[str], Path]) -> li
     }
     wanted = replace(data, sources=sources, phases={} if single else data.phases)
     default = TokensSource(kind="tokens", path=OMITTED)
+    # Settings that equal the default are left out, so that the printed command stays short.
     standard = flatten_keys(as_dict(DataConfig(sources=dict.fromkeys(sources, default))), "data.")
     return [
         "data=tokens",
@@ -238,13 +249,13 @@ def training_arguments(data: DataConfig, directory: Callable[[str], Path]) -> li
 
 
 def _spelled(value: Any) -> str:
-    """A value as Hydra reads it; text with special characters has quotes."""
+    """A value in Hydra's syntax. Text with special characters is quoted."""
     plain = isinstance(value, str) and re.fullmatch(r"[\w./-]+", value)
     return value if plain else json.dumps(value, ensure_ascii=False)
 
 
 def print_written(written: Mapping[str, Written], console: Console) -> None:
-    """What each source has become, one line each."""
+    """Print a line for each source."""
     for name, source in written.items():
         index, speed = source.index, source.tokens_per_s
         console.print(
@@ -255,24 +266,24 @@ def print_written(written: Mapping[str, Written], console: Console) -> None:
         )
 
 
-def main(given: PretokenizeArguments, config: Config) -> int:
-    """Write the tokens and say what they are; returns the exit code."""
+def main(args: PretokenizeArguments, config: Config) -> int:
+    """Write the tokens and print how to train on them; return the exit code."""
     console = Console(soft_wrap=True, highlight=False)
     try:
-        written = pretokenize(given, config, console)
+        written = pretokenize(args, config, console)
     except OSError as error:
-        raise ConfigError([Problem("out", given.out, f"cannot be written ({error})")]) from error
+        raise ConfigError([Problem("out", args.out, f"cannot be written ({error})")]) from error
     except BrokenProcessPool as error:
         killed = (
-            f"processes={given.workers}: one was killed, perhaps for want of memory; lower it, and "
-            "the same command goes on"
+            f"processes={args.workers}: one was killed, perhaps because memory ran out; lower it, "
+            "and the same command goes on"
         )
         raise ConfigError([killed]) from error
     except KeyboardInterrupt:
-        console.print("interrupted: the same command goes on with the shards that are missing")
+        console.print("interrupted: the same command goes on with the missing shards")
         return ExitCode.INTERRUPTED
     print_written(written, console)
-    command = ["python", "train/main.py", *training_arguments(config.data, given.directory)]
+    command = ["python", "train/main.py", *training_arguments(config.data, args.directory)]
     console.print(f"train on it: {shlex.join(command)}")
     return 0
 

@@ -1,4 +1,4 @@
-"""What a run says when it ends."""
+"""The report that a run prints at its end."""
 
 import os
 import shlex
@@ -16,9 +16,13 @@ from train.run import Run
 
 
 def print_report(run: Run, metrics: Metrics, console: Console, *, complete: bool) -> None:
-    """The held-out result, a sample, the price of the KV cache, and what to do next.
+    """Print the held-out loss, a sample, the size of the KV cache, and commands to run next.
 
-    A run is `complete` if the same command would not go on with it.
+    Args:
+        run: the run that has ended.
+        metrics: of its last step.
+        console: to print on.
+        complete: whether the run has reached its last step. If not, the same command resumes it.
     """
     for key, value in metrics.items():
         if key.startswith("eval/") and key.endswith("/loss"):
@@ -41,6 +45,7 @@ def print_report(run: Run, metrics: Metrics, console: Console, *, complete: bool
 
 
 def _checkpoint(run: Run) -> str:
+    # Read from the disk: what counts is what a resume would find.
     try:
         newest = run.store.newest()
     except DataError as error:
@@ -49,7 +54,7 @@ def _checkpoint(run: Run) -> str:
 
 
 def kv_table(run: Run) -> Table:
-    """Bytes of one sequence in the KV cache, for this variant and its rivals."""
+    """A table of the KV bytes of one sequence, for this variant, vanilla and naive repetition."""
     context = run.config.hooks.kv.context
     table = Table(title=f"KV cache of one sequence of {context} tokens", title_justify="left")
     for column in ("variant", "bytes", "of hidden copies", "x vanilla"):
@@ -60,12 +65,12 @@ def kv_table(run: Run) -> Table:
 
 
 def next_commands(run: Run, *, complete: bool) -> list[str]:
-    """Commands that go on from here, as they can be pasted into this shell."""
+    """Commands to run next, quoted so that they can be pasted into a shell."""
     generate = _command(
         "generate.py", f"run={run.directory}", f"prompt={run.config.hooks.sample.prompt}"
     )
     if not complete:
-        return ["the same command again goes on with the training", generate]
+        return ["run the same command again to continue the training", generate]
     return [
         generate,
         _command("main.py", "model=vanilla", *_own_data()),
@@ -75,14 +80,18 @@ def next_commands(run: Run, *, complete: bool) -> list[str]:
 
 
 def _own_data() -> list[str]:
-    """What this command line says of the text, which another run should share to compare."""
-    said = (argument for argument in sys.argv[1:] if "=" in argument)
-    plain = (argument.lstrip("+") for argument in said)
-    return [a for a in plain if a.lstrip("~").startswith(("data", "tokenizer", "size=", "train."))]
+    """The arguments of this command line that a comparable run needs, too."""
+    # `+` is Hydra's mark for a key to add, and `~` for one to delete.
+    settings = (argument.lstrip("+") for argument in sys.argv[1:] if "=" in argument)
+    return [
+        a for a in settings if a.lstrip("~").startswith(("data", "tokenizer", "size=", "train."))
+    ]
 
 
 def _command(script: str, *arguments: str) -> str:
-    """A command of this folder, by the interpreter that runs now."""
+    """The shell command that runs a script of this folder with this interpreter."""
+    # `python` where that is this interpreter; otherwise the path, as in a virtual environment that
+    # is not activated.
     python = shutil.which("python")
     same = python is not None and os.path.samefile(python, sys.executable)
     interpreter = "python" if same else os.path.relpath(sys.executable)

@@ -1,4 +1,4 @@
-"""Train a tokenizer for runs that come later, and tell how good and how fast it is.
+"""Train a tokenizer for later runs, and report its compression and its speed.
 
 python train/tokenizer.py data=python tokenizer=unigram model.vocab_size=8192 out=python.model
 """
@@ -22,7 +22,7 @@ from train import compose
 from train.config import Config
 
 MEASURED = 8_000_000
-"""Bytes of the sample, and an eighth as many of held-out text, on which a tokenizer is measured."""
+"""Bytes of the sample that are encoded to measure a tokenizer; of held-out text an eighth of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,28 +53,29 @@ class TokenizerArguments:
 
 
 ROUND = 64
-"""Embeddings in such multiples suit every kind of hardware."""
+"""The vocabulary size is rounded up to a multiple of this, which suits the tiles of GPU kernels."""
 
 
 class Encoded(NamedTuple):
-    """What encoding some texts has come to."""
+    """The result of encoding some texts."""
 
     documents: int
-    size: int  # UTF-8 bytes
+    size: int  # bytes in UTF-8
     tokens: int
     seconds: float
 
 
 @dataclass(frozen=True)
 class Report:
-    """A tokenizer in numbers.
+    """A tokenizer and its measurements.
 
     Attributes:
-        documents: in the sample that it was trained on.
-        size: of the sample, in UTF-8 bytes.
-        training_s: seconds of training, reading not included.
-        sample: the sample's beginning, encoded by one thread.
-        held_out: texts that it has not seen, the same; None where none is held out.
+        tokenizer: the trained tokenizer.
+        documents: number of documents in the sample that it was trained on.
+        size: bytes of the sample in UTF-8.
+        training_s: seconds of training, without reading the sample.
+        sample: the result of encoding the beginning of the sample in one thread.
+        held_out: the result of encoding held-out text; None if no text is held out.
     """
 
     tokenizer: Tokenizer
@@ -86,7 +87,7 @@ class Report:
 
 
 def make_tokenizer(config: Config) -> Report:
-    """Train on a sample of the data, exactly as a run without a tokenizer would, and measure.
+    """Train a tokenizer on a sample of the data, as a run without a tokenizer does, and measure it.
 
     Raises:
         ValueError: there is no text, or the vocabulary is too small for it.
@@ -97,6 +98,7 @@ def make_tokenizer(config: Config) -> Report:
             "or tokenizer=unigram to train another one"
         )
     documents = Documents(config.data)
+    # The list keeps reading out of the time of training.
     sample = list(documents.sample(config.tokenizer.sample_bytes))
     start = perf_counter()
     tokenizer = train(iter(sample), training_options(config.tokenizer, config.model.vocab_size))
@@ -113,7 +115,7 @@ def make_tokenizer(config: Config) -> Report:
 
 
 def encode(tokenizer: Tokenizer, texts: Iterable[str]) -> Encoded:
-    """Encodes texts one after another."""
+    """Encode texts one by one, in this thread. Only encoding itself is timed."""
     documents = size = tokens = 0
     seconds = 0.0
     for text in texts:
@@ -125,9 +127,10 @@ def encode(tokenizer: Tokenizer, texts: Iterable[str]) -> Encoded:
 
 
 def _held_out(documents: Documents, size: int) -> Iterator[str]:
-    """About `size` bytes of held-out text, of each source by its weight."""
+    """About `size` bytes of held-out text, divided among the sources by their weights."""
     config = documents.config
     _, weights = config.mixture[0]
+    # Sources of tokens are skipped: their text is not known.
     texts = {n: w for n, w in weights.items() if not isinstance(config.sources[n], TokensSource)}
     for name, weight in texts.items() if config.holdout else ():
         found = (document.text for document in documents.held_out(name))  # type: ignore[union-attr]
@@ -135,7 +138,7 @@ def _held_out(documents: Documents, size: int) -> Iterator[str]:
 
 
 def _beginning(texts: Iterable[str], size: float) -> Iterator[str]:
-    """The first texts, whole, until they have `size` bytes."""
+    """The first texts, until they have `size` bytes; the last one is not cut."""
     for text in texts if size else ():
         yield text
         size -= len(text.encode())
@@ -144,14 +147,14 @@ def _beginning(texts: Iterable[str], size: float) -> Iterator[str]:
 
 
 def print_report(report: Report, console: Console) -> None:
-    """The report as a table."""
+    """Print the report as a table."""
     tokenizer, sample = report.tokenizer, report.sample
     table = Table(title="the tokenizer", title_justify="left", show_header=False)
     table.add_row("pieces", f"{tokenizer.vocab_size:,}")
     table.add_row("trained on", f"{report.documents:,} documents, {report.size / 1e6:,.1f} MB")
     table.add_row("training", f"{report.training_s:.1f} s")
-    table.add_row("bytes per token", f"{_fineness(report.held_out)} of held-out text")
-    table.add_row("", f"{_fineness(sample)} of the sample")
+    table.add_row("bytes per token", f"{_bytes_per_token(report.held_out)} of held-out text")
+    table.add_row("", f"{_bytes_per_token(sample)} of the sample")
     table.add_row(
         "speed, one thread",
         f"{sample.size / sample.seconds / 1e6:.1f} MB/s, "
@@ -161,22 +164,23 @@ def print_report(report: Report, console: Console) -> None:
     console.print(table)
 
 
-def _fineness(encoded: Encoded | None) -> str:
+def _bytes_per_token(encoded: Encoded | None) -> str:
     return "none" if encoded is None else f"{encoded.size / encoded.tokens:.3f}"
 
 
-def main(given: TokenizerArguments, config: Config) -> int:
-    """Train, write, and tell."""
+def main(args: TokenizerArguments, config: Config) -> int:
+    """Train the tokenizer, write it, and print the report."""
     console = Console(soft_wrap=True, highlight=False)
     try:
         report = make_tokenizer(config)
-        report.tokenizer.save(given.path)
+        report.tokenizer.save(args.path)
     except OSError as error:
-        raise ConfigError([Problem("out", given.out, f"cannot be written ({error})")]) from error
+        raise ConfigError([Problem("out", args.out, f"cannot be written ({error})")]) from error
     print_report(report, console)
-    path = shlex.quote(str(given.path))
-    room = -(-report.tokenizer.vocab_size // ROUND) * ROUND
-    use = f"tokenizer=file tokenizer.path={path} model.vocab_size={room}"
+    path = shlex.quote(str(args.path))
+    rounded = -(-report.tokenizer.vocab_size // ROUND) * ROUND
+    # The model's vocabulary may be larger than the tokenizer's; the rest is never used.
+    use = f"tokenizer=file tokenizer.path={path} model.vocab_size={rounded}"
     console.print(f"written: {path}\nuse it: {use}", markup=False)
     return 0
 

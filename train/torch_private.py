@@ -1,7 +1,8 @@
-"""Every private name of torch that `train` uses, each with what is assumed of it.
+"""Every private name of torch that `train` uses, and what each use assumes.
 
-pyproject.toml allows the versions of torch that these were tested with; tests/train/
-test_torch_private.py tests the assumptions, so that an upgrade fails in one place.
+pyproject.toml allows the versions of torch that these were tested with. The tests in
+tests/train/test_torch_private.py check one assumption each, so that an upgrade that breaks one
+fails in one place.
 """
 
 from collections.abc import Sequence
@@ -17,21 +18,45 @@ from torch.utils._pytree import tree_map_only
 
 __all__ = ["FakeTensorMode", "StorageInfo", "TorchDispatchMode", "tree_map_only"]
 
+aten = torch.ops.aten
+
+SDPA_KERNELS = (
+    aten._scaled_dot_product_flash_attention_for_cpu.default,
+    aten._scaled_dot_product_flash_attention.default,
+    aten._scaled_dot_product_efficient_attention.default,
+    aten._scaled_dot_product_cudnn_attention.default,
+)
+"""The operators that `scaled_dot_product_attention` dispatches to, on the CPU and on CUDA."""
+
+
+class KernelDispatchMode(TorchDispatchMode):
+    """A dispatch mode that sees every operator of an eager forward pass.
+
+    `supports_higher_order_operators` also passes it FlexAttention, which is no ordinary operator.
+    `ignore_compile_internals` keeps it from operators that torch.compile runs while it compiles.
+    """
+
+    supports_higher_order_operators = True
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True
+
 
 def init_fsdp_root(module: FSDPModule) -> None:
-    """Tell FSDP2 now that `module` is the root, which it else finds out at its first call.
+    """Make `module` the root of its FSDP2 modules now, and not at its first forward pass.
 
-    Else a block that is called before the root would become a root of its own, and would not be
-    gathered as part of the whole.
+    Otherwise a block that is called before the root becomes a root itself, and the root's first
+    forward pass fails.
     """
     module._get_fsdp_state()._lazy_init()
 
 
 def drop_accumulated_gradients(modules: Sequence[FSDPModule]) -> None:
-    """Drop the gradients that FSDP2 keeps, unsharded, of micro-batches it has not reduced yet.
+    """Drop the gradients that FSDP2 has accumulated, unsharded, and not reduced yet.
 
-    Its parameter group holds them in `unsharded_accumulated_grad` (in the precision of the sum)
-    or as `.grad` of the unsharded parameter.
+    FSDP2 keeps them in its parameter group: in `unsharded_accumulated_grad` if they are reduced in
+    another precision than they are computed in, else in `.grad` of the unsharded parameter.
     """
     for module in modules:
         group = module._get_fsdp_state()._fsdp_param_group
@@ -41,14 +66,15 @@ def drop_accumulated_gradients(modules: Sequence[FSDPModule]) -> None:
 
 
 def ignore_in_ddp(module: nn.Module, names: Sequence[str]) -> None:
-    """Have DDP neither broadcast nor reduce the buffers and parameters of these names."""
+    """Have DDP neither broadcast nor reduce the buffers and parameters with these names."""
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, list(names))
 
 
 def storage_key(tensor: Tensor) -> int:
-    """A number that two tensors share exactly if they share their storage, also fake ones.
+    """A number that is equal for two tensors if and only if they share their storage.
 
-    `data_ptr()` of a fake tensor says nothing; `_cdata` is the address of the storage's C object.
+    `_cdata` is the address of the storage's C++ object. `data_ptr()` would not do, because it is 0
+    for every fake tensor.
     """
     return tensor.untyped_storage()._cdata
 
@@ -56,8 +82,13 @@ def storage_key(tensor: Tensor) -> int:
 def fuse_clip_and_skip(optimizer: torch.optim.Optimizer, scale: Tensor, skip: Tensor) -> None:
     """Have the next step of a fused optimizer divide gradients by `scale`, or skip the update.
 
-    The fused AdamW kernel reads `grad_scale` and `found_inf` of its optimizer, as
-    `torch.amp.GradScaler` sets them, on the device of the parameters.
+    The fused AdamW kernel reads `grad_scale` and `found_inf` of its optimizer, which
+    `torch.amp.GradScaler` sets in the same way.
+
+    Args:
+        optimizer: with `fused=True`.
+        scale: float scalar on the device of the parameters.
+        skip: float scalar on the same device; the step is skipped if it is 1, and not if it is 0.
     """
     optimizer.grad_scale = scale  # type: ignore[attr-defined]
     optimizer.found_inf = skip  # type: ignore[attr-defined]

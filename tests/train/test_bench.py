@@ -9,8 +9,9 @@ import torch
 
 from conf.arguments import parse
 from conf.errors import ConfigError
-from train.bench import BENCHMARKS, BenchArguments, interleaved, main
+from train.bench import BENCHMARKS, BenchArguments, main
 from train.benchmarks import loader as loader_benchmark
+from train.benchmarks.timing import interleaved
 
 CPU = torch.device("cpu")
 pytest.importorskip("transformers")

@@ -33,7 +33,7 @@ WARNINGS = {
         "lower train.micro_batch",
     ),
     "train.max_steps=1": ("tokens per parameter", "the model will hardly have begun to learn"),
-    "model.window=33": ("model.window=33 reaches past model.chunk=32", "the chunk decides"),
+    "model.window=33": ("model.window=33 reaches past model.chunk=32", "the chunk limits it"),
     "model.chunk=256 model.window=1": ("model.chunk=256 covers the whole row", "phd_swa"),
     "model.K=1 model.window=1": ("model.K=1: phd_cswa with one copy is vanilla",),
     "optim.lr=0.03": ("optim.lr=0.03", "diverges"),

@@ -56,7 +56,8 @@ def test_the_report_does_without_what_was_not_measured(config, opened) -> None:
 def test_a_run_that_is_not_at_its_end_is_told_how_it_goes_on(config, opened) -> None:
     run = opened(config())
     assert (
-        next_commands(run, complete=False)[0] == "the same command again goes on with the training"
+        next_commands(run, complete=False)[0]
+        == "run the same command again to continue the training"
     )
     assert "the same command" not in " ".join(next_commands(run, complete=True))
 

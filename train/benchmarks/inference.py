@@ -1,9 +1,10 @@
-"""What PHD costs at inference: prefill, decode and the bytes of the KV cache, beside vanilla."""
+"""The costs of PHD at inference: prefill time, decode latency and KV bytes, beside vanilla."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from math import ceil
+from pathlib import Path
 from statistics import median
 from time import perf_counter
 from typing import Any
@@ -13,35 +14,38 @@ from torch import Tensor
 from transformers import Olmo2Config, Olmo2ForCausalLM
 from transformers.generation.streamers import BaseStreamer
 
+from conf.errors import ConfigError
 from phd.config import ModelConfig, Variant
 from phd.hf.convert import to_hugging_face
 from phd.inference.cuda_graph import Decoder
 from phd.inference.prefill import decode, new_cache, prefill
 from phd.model import Transformer
+from train.benchmarks.inference_plots import draw
 from train.benchmarks.timing import Result, Work, interleaved, ratio
 from train.engines.device import autocast
 
-Row = dict[str, Any]
+Measurement = dict[str, Any]
+"""One row of the table: the work, the variant, K, its length, its times and its bytes."""
 
 PHD: tuple[Variant, ...] = ("phd", "phd_swa", "phd_cswa")
 SHORT = {"naive_repeat": "_naive", "phd": "_phd", "phd_swa": "_swa", "phd_cswa": "_cswa"}
 
-# Of the copy that measures the memory's bandwidth: more than any cache of a processor holds.
 COPIED_BYTES = 1 << 28
+"""Size of the copy that measures the memory's bandwidth: 256 MiB, more than any CPU cache."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """What is measured.
+    """The lengths and copies that are measured.
 
     Attributes:
-        prompts: tokens of the prompts that are read.
-        prefill_copies: K of PHD's variants, where a prompt is read.
-        contexts: tokens up to which is decoded.
-        decode_copies: K of PHD's variants, where is decoded.
-        naive_copies: K of naive repetition, which soon costs too much.
-        steps: tokens that are decoded in a turn, the last ones of the context.
-        compiled: decode by `torch.compile`.
+        prompts: lengths of the prompts for prefill, in tokens.
+        prefill_copies: K of PHD's variants in prefill.
+        contexts: lengths of the contexts for decode, in tokens.
+        decode_copies: K of PHD's variants in decode.
+        naive_copies: K of naive repetition. They are few, because its cost grows as K^2.
+        steps: tokens that are decoded in a turn. They are the last ones of the context.
+        compiled: whether decode uses `torch.compile`.
     """
 
     prompts: tuple[int, ...]
@@ -81,7 +85,7 @@ def grid_of(
     *,
     compiled: bool = False,
 ) -> Grid:
-    """What is measured on a device, or what is asked instead."""
+    """The usual grid of a device, with the lengths and copies that are given in their place."""
     usual = GRIDS[device.type]
     prompts, contexts, copies = (tuple(dict.fromkeys(x)) for x in (prompts, contexts, copies))
     return replace(
@@ -96,8 +100,9 @@ def grid_of(
 
 
 class Models:
-    """Models of one size, which share their weights: float32 on the CPU, bfloat16 on CUDA."""
+    """Models of one size that share their weights: float32 on the CPU, bfloat16 on CUDA."""
 
+    # Sharing saves memory: the grid for CUDA has 34 models.
     def __init__(self, size: ModelConfig, device: torch.device) -> None:
         self.size, self.device = size, device
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -105,7 +110,7 @@ class Models:
         self.weights = vanilla.to(device, dtype).fuse_projections().state_dict()
 
     def of(self, variant: Variant, K: int) -> Transformer:
-        """The model of a variant, without copying a weight."""
+        """Return the model of a variant. It holds the shared weights, not a copy of them."""
         with torch.device("meta"):
             model = Transformer(replace(self.size, variant=variant, K=K))
         model.load_state_dict(self.weights, assign=True)
@@ -113,14 +118,14 @@ class Models:
         return model.eval()
 
 
-class Measured:
-    """A piece of work of one model, one row of the table.
+class InferenceWork:
+    """A piece of work of one model, which becomes one row of the table.
 
     Attributes:
-        kind: what is done.
-        tokens: T of the prompt, or of the context.
-        steps: how often it is done in a turn.
-        kv_bytes: of the cache that was allocated for so many tokens.
+        kind: `prefill` or `decode`.
+        tokens: length of the prompt or of the context.
+        steps: how many tokens are decoded in a turn; 1 for prefill.
+        kv_bytes: bytes of the KV cache that was allocated for `tokens`.
     """
 
     kind: str
@@ -133,12 +138,12 @@ class Measured:
 
     @property
     def name(self) -> str:
-        """Of the work, for the turns."""
+        """The key of this work among all that are timed in turn."""
         return f"{self.config.variant} {self.config.K} {self.tokens}"
 
 
-class Prefill(Measured):
-    """Reads a prompt into a new cache, which is a part of the price."""
+class Prefill(InferenceWork):
+    """Prefill of a prompt into a new KV cache. Allocating the cache is part of the time."""
 
     kind = "prefill"
 
@@ -153,11 +158,12 @@ class Prefill(Measured):
         self.kv_bytes = cache.nbytes
 
 
-class Decode(Measured):
-    """Greedily decodes the last `steps` tokens of a context, the same ones in every turn.
+class Decode(InferenceWork):
+    """Greedy decoding of the last `steps` tokens of a context, the same tokens in every turn.
 
-    The keys and values before them are random numbers, which takes as long as any others. In a
-    ring there are those of the turn before, in the places of those that were there before them.
+    The keys and values of earlier tokens are random numbers: their values do not change the time,
+    and filling the cache by a prefill would take minutes at 8192 tokens and K = 256. A ring of
+    hidden copies still holds those of the turn before.
     """
 
     kind = "decode"
@@ -173,11 +179,13 @@ class Decode(Measured):
         self.kv_bytes = self.cache.nbytes
         self.first = random_tokens(model, 1)[0]
         self.decode: Callable[[Tensor], Tensor] = partial(decode, model, cache=self.cache)
+        # `Decoder` replays a CUDA graph. On the CPU it pays off only if it is compiled.
         if compiled or self.first.is_cuda:
             self.decode = Decoder(model, self.cache, compiled=compiled)
 
     @torch.inference_mode()
     def __call__(self) -> None:
+        # The cache is set back, so that every turn does the same work.
         begin = self.tokens - self.steps
         self.cache.host_lengths = [begin]
         self.cache.lengths.fill_(begin)
@@ -188,13 +196,14 @@ class Decode(Measured):
 
     @property
     def bytes_read(self) -> int:
-        """By a step at the end of the context: all weights once, and the whole cache."""
+        """Bytes that a step at the end of the context reads: each weight once, and the cache."""
+        # An untied embedding is a table: a token reads one row of it.
         unread = 0 if self.config.tied else self.model.embed.weight.nbytes
         return sum(p.nbytes for p in self.model.parameters()) - unread + self.kv_bytes
 
 
-class Ticks(BaseStreamer):
-    """When each token came."""
+class TokenTimes(BaseStreamer):
+    """A streamer of transformers that notes the time at which each token arrives."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -206,11 +215,12 @@ class Ticks(BaseStreamer):
         pass
 
 
-class Generate:
-    """The same tokens by `transformers`: `generate`, greedily, with its static cache.
+class TransformersDecode:
+    """The same decoding by transformers: greedy `generate` with its static cache.
 
     Attributes:
-        seconds: a token took in each turn; the clock runs from the token that the prompt gives.
+        seconds: time per token of each turn. The clock starts when the prompt has given the first
+            token, so that prefill does not count.
     """
 
     def __init__(self, vanilla: Transformer, tokens: int, steps: int) -> None:
@@ -223,58 +233,77 @@ class Generate:
         self.seconds: list[float] = []
 
     def __call__(self) -> None:
-        ticks = Ticks()
+        arrivals = TokenTimes()
         self.model.generate(
             self.prompt,
             attention_mask=torch.ones_like(self.prompt),
             max_new_tokens=self.steps + 1,
             do_sample=False,
             cache_implementation="static",
-            streamer=ticks,
+            streamer=arrivals,
         )
-        _prompt, first, *_, last = ticks.times
+        # The streamer is also called with the prompt.
+        _prompt, first, *_, last = arrivals.times
         self.seconds.append((last - first) / self.steps)
 
 
 def random_tokens(model: Transformer, tokens: int) -> Tensor:
-    """int64 (1, tokens) on the model's device, equal in every model of a size."""
-    dice = torch.Generator().manual_seed(0)
-    drawn = torch.randint(model.config.vocab_size, (1, tokens), generator=dice)
+    """int64 (1, tokens) on the model's device; the same tokens for every model of a size."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(model.config.vocab_size, (1, tokens), generator=generator)
     return drawn.to(model.embed.weight.device)
 
 
-def bench_inferring(size: ModelConfig, grid: Grid, repeat: int, device: torch.device) -> Result:
-    """Vanilla, naive repetition, PHD, PHD-SWA and PHD-CSWA of one size, all of the same weights.
+def bench_inference(
+    model: ModelConfig, grid: Grid, repeat: int, device: torch.device, *, charts: Path
+) -> Result:
+    """Measure every variant beside transformers, and draw the paper's charts into `charts`.
 
-    Naive repetition takes K times as long and more, so where prompts are read it has turns of its
-    own beside vanilla, a quarter as many.
+    Raises:
+        ConfigError: a context is too short for the tokens that are decoded in it.
+    """
+    if short := [tokens for tokens in grid.contexts if tokens <= grid.steps]:
+        problem = f"contexts={short}: expected more than the {grid.steps} tokens that are decoded"
+        raise ConfigError([problem], "the arguments")
+    result = measure_inference(model, grid, repeat, device)
+    subject = f"{model.size}: {model.layers} layers, D = {model.dim}, on {device.type}"
+    draw(result.rows, subject, charts)
+    return result
+
+
+def measure_inference(size: ModelConfig, grid: Grid, repeat: int, device: torch.device) -> Result:
+    """Measure vanilla, naive repetition, PHD, PHD-SWA and PHD-CSWA of one size at batch 1.
+
+    All of them have the same weights. Prefill of naive repetition takes more than K times as long
+    as vanilla's (2.3 times at K = 2, 2048 tokens, two CPU cores). So it has turns of its own beside
+    vanilla, a quarter as many as the others.
     """
     models = Models(replace(size, max_seq_len=max(*grid.prompts, *grid.contexts)), device)
     vanilla = models.of("vanilla", 1)
     naive = [models.of("naive_repeat", K) for K in grid.naive_copies]
-    read = [models.of(variant, K) for K in grid.prefill_copies for variant in PHD]
-    written = [models.of(variant, K) for K in grid.decode_copies for variant in PHD]
-    rows = _prefill_rows([vanilla, *read], grid, repeat, device)
+    prefilled = [models.of(variant, K) for K in grid.prefill_copies for variant in PHD]
+    decoded = [models.of(variant, K) for K in grid.decode_copies for variant in PHD]
+    rows = _prefill_rows([vanilla, *prefilled], grid, repeat, device)
     if naive:
         slow = _prefill_rows([vanilla, *naive], grid, ceil(repeat / 4), device)
         rows += [row for row in slow if row["variant"] != "vanilla"]
-    decoded, copied = _decode_rows([vanilla, *naive, *written], grid, repeat, device)
-    rows += decoded
-    return Result(rows, _ratios(rows) | {"copy_gb_per_s": copied / 1e9})
+    decode_rows, copy_speed = _decode_rows([vanilla, *naive, *decoded], grid, repeat, device)
+    rows += decode_rows
+    return Result(rows, _ratios(rows) | {"copy_gb_per_s": copy_speed / 1e9})
 
 
 def _prefill_rows(
     models: list[Transformer], grid: Grid, repeat: int, device: torch.device
-) -> list[Row]:
+) -> list[Measurement]:
     works = [Prefill(model, tokens) for tokens in grid.prompts for model in models]
     seconds = interleaved({work.name: work for work in works}, repeat, device)
-    return [_row(work, seconds) for work in works]
+    return [_measurement(work, seconds) for work in works]
 
 
 def _decode_rows(
     models: list[Transformer], grid: Grid, repeat: int, device: torch.device
-) -> tuple[list[Row], float]:
-    """The rows, and the bandwidth of a copy in bytes read and written per second."""
+) -> tuple[list[Measurement], float]:
+    """(the measurements, the memory's bandwidth in bytes read plus written per second)."""
     works = [
         Decode(model, tokens, grid.steps, compiled=grid.compiled)
         for tokens in grid.contexts
@@ -283,27 +312,30 @@ def _decode_rows(
     source = torch.zeros(COPIED_BYTES, dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
     turns: dict[str, Work] = {"copy": lambda: target.copy_(source)}
-    theirs = Generate(models[0], max(grid.contexts), grid.steps)
-    turns["transformers"] = theirs
-    # The longest context first, so that vanilla's follows transformers' of the same length.
+    transformers = TransformersDecode(models[0], max(grid.contexts), grid.steps)
+    turns["transformers"] = transformers
+    # The longest context comes first. So vanilla directly follows transformers at the same length,
+    # and a change of the machine's speed touches both.
     turns |= {work.name: work for work in sorted(works, key=lambda work: -work.tokens)}
     seconds = interleaved(turns, repeat, device)
     for work in works:
         seconds[work.name] = [spent / grid.steps for spent in seconds[work.name]]
-    seconds["transformers"] = theirs.seconds[1:]
+    seconds["transformers"] = transformers.seconds[1:]  # without the warm-up turn
     rows = []
     for work in works:
-        # Bytes per second of the one over bytes per second of the other.
+        # Bytes per second of decoding over bytes per second of the copy, which reads and writes.
         used = work.bytes_read / (2 * COPIED_BYTES) * ratio(seconds, "copy", work.name)
-        rows.append(_row(work, seconds) | {"bandwidth_used": used})
+        rows.append(_measurement(work, seconds) | {"bandwidth_used": used})
     longest = next(work for work in works if work.tokens == max(grid.contexts))
-    row = _row(longest, seconds, "transformers")
+    row = _measurement(longest, seconds, "transformers")
     rows.append(row | {"variant": "transformers", "kv_bytes": None})
     return rows, 2 * COPIED_BYTES / median(seconds["copy"])
 
 
-def _row(work: Prefill | Decode, seconds: dict[str, list[float]], name: str | None = None) -> Row:
-    """What is told of a piece of work, or of another of that name which does the same."""
+def _measurement(
+    work: Prefill | Decode, seconds: dict[str, list[float]], name: str | None = None
+) -> Measurement:
+    """The row of a piece of work, with the times of `name` where another program did the same."""
     name = name or work.name
     return {
         "work": work.kind,
@@ -318,8 +350,8 @@ def _row(work: Prefill | Decode, seconds: dict[str, list[float]], name: str | No
     }
 
 
-def _ratios(rows: list[Row]) -> dict[str, float]:
-    """Of the longest prompt and the longest context; `decode_K2` is PHD-CSWA's."""
+def _ratios(rows: list[Measurement]) -> dict[str, float]:
+    """The ratios to vanilla at the longest prompt and context; `decode_K2` is PHD-CSWA's."""
     ratios = {}
     for kind in ("prefill", "decode"):
         tokens = max(row["tokens"] for row in rows if row["work"] == kind)

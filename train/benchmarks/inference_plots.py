@@ -1,4 +1,4 @@
-"""The charts of the inference benchmark, in the manner of arXiv 2504.14992's figures."""
+"""The charts of the inference benchmark: Figures 1c, 1d and 9 of arXiv 2504.14992."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,12 +8,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter, ScalarFormatter
 
-Row = dict[str, Any]
-DistEnv = Callable[[Row], float]
+Measurement = dict[str, Any]
+"""A row of `train.benchmarks.inference`."""
+
+Coordinate = Callable[[Measurement], float]
+"""What a chart shows of a measurement along one of its axes."""
 
 
 class Style(NamedTuple):
-    """How a variant looks in every chart; what may lie beneath another has the larger marker."""
+    """The look of a variant in every chart. Lines that others may cover have larger markers."""
 
     label: str
     color: str
@@ -30,41 +33,42 @@ VARIANTS = {
 }
 
 
-def draw(rows: list[Row], subject: str, folder: Path) -> None:
-    """Writes `figure_1c.png`, `figure_1d.png`, `figure_9.png` and `kv_bytes.png`.
+def draw(rows: list[Measurement], subject: str, folder: Path) -> None:
+    """Write `figure_1c.png`, `figure_1d.png`, `figure_9.png` and `kv_bytes.png`.
 
     Args:
-        rows: of `train.benchmarks.inference.bench_inferring`.
-        subject: what was measured, for the titles.
-        folder: is made where there is none.
+        rows: the rows of `train.benchmarks.inference.measure_inference`.
+        subject: the model and device that were measured, for the titles.
+        folder: the directory for the files; it is made if it is missing.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    stats, writing = longest(rows, "prefill"), longest(rows, "decode")
+    prefills, decodes = longest(rows, "prefill"), longest(rows, "decode")
     charts = {
-        "figure_1c": latency_over_cache(writing, subject),
-        "figure_1d": prefill_over_copies(stats, subject),
-        "figure_9": times_over_copies(stats, writing, subject),
+        "figure_1c": latency_over_cache(decodes, subject),
+        "figure_1d": prefill_over_copies(prefills, subject),
+        "figure_9": times_over_copies(prefills, decodes, subject),
         "kv_bytes": cache_over_context(rows, subject),
     }
     for name, figure in charts.items():
         figure.savefig(folder / f"{name}.png", dpi=150)
 
 
-def longest(rows: list[Row], work: str) -> list[Row]:
-    """The rows of one kind of work at the most tokens."""
+def longest(rows: list[Measurement], work: str) -> list[Measurement]:
+    """The rows of `prefill` or `decode` at the longest length."""
     found = [row for row in rows if row["work"] == work and row["variant"] in VARIANTS]
     most = max(row["tokens"] for row in found)
     return [row for row in found if row["tokens"] == most]
 
 
-def latency_over_cache(rows: list[Row], subject: str) -> Figure:
-    """Figure 1c: what a copy costs in time and in memory; each point is a K."""
+def latency_over_cache(rows: list[Measurement], subject: str) -> Figure:
+    """Figure 1c: decode latency over KV bytes. Each point is a K."""
     figure, axes = _chart(f"Decoding at {rows[0]['tokens']} tokens\n{subject}")
     _lines(axes, _from_vanilla(rows), x=_mebibytes, y=_milliseconds)
+    # Labels on all variants would overlap: their points lie close together.
     for row in rows:
         if row["variant"] in ("naive_repeat", "phd_cswa"):
-            place = (_mebibytes(row), _milliseconds(row))
-            axes.annotate(f"K={row['K']}", place, (7, -11), textcoords="offset points", fontsize=8)
+            point = (_mebibytes(row), _milliseconds(row))
+            axes.annotate(f"K={row['K']}", point, (7, -11), textcoords="offset points", fontsize=8)
     _powers_of_two(axes)
     axes.set(xlabel="KV cache of a sequence (MiB)", ylabel="decode latency (ms per token)", ylim=0)
     axes.margins(x=0.12)
@@ -72,8 +76,8 @@ def latency_over_cache(rows: list[Row], subject: str) -> Figure:
     return figure
 
 
-def prefill_over_copies(rows: list[Row], subject: str) -> Figure:
-    """Figure 1d: how many times as long as vanilla a prompt takes."""
+def prefill_over_copies(rows: list[Measurement], subject: str) -> Figure:
+    """Figure 1d: prefill time over vanilla's, as K grows."""
     figure, axes = _chart(f"Reading a prompt of {rows[0]['tokens']} tokens\n{subject}")
     _lines(axes, _from_vanilla(rows), x=_copies, y=lambda row: row["x_vanilla"])
     _copies_axis(axes, rows)
@@ -83,17 +87,20 @@ def prefill_over_copies(rows: list[Row], subject: str) -> Figure:
     return figure
 
 
-def times_over_copies(stats: list[Row], writing: list[Row], subject: str) -> Figure:
-    """Figure 9: the times of PHD, PHD-SWA and PHD-CSWA as K grows."""
+def times_over_copies(
+    prefills: list[Measurement], decodes: list[Measurement], subject: str
+) -> Figure:
+    """Figure 9: prefill and decode times of PHD, PHD-SWA and PHD-CSWA as K grows."""
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     figure.suptitle(subject)
     for axes, rows, what, unit in zip(
         figure.subplots(1, 2),
-        (stats, writing),
+        (prefills, decodes),
         ("Prefill", "Decode"),
         ("prefill time (ms)", "decode latency (ms per token)"),
         strict=True,
     ):
+        # Naive repetition would stretch the y axis to several times the height of the others.
         rows = [row for row in rows if row["variant"] != "naive_repeat"]
         [vanilla] = [row for row in rows if row["variant"] == "vanilla"]
         _lines(axes, _from_vanilla(rows), x=_copies, y=_milliseconds)
@@ -105,9 +112,12 @@ def times_over_copies(stats: list[Row], writing: list[Row], subject: str) -> Fig
     return figure
 
 
-def cache_over_context(rows: list[Row], subject: str) -> Figure:
-    """The bytes of caches that were allocated, at the most copies that naive repetition has, or
-    PHD's variants where it is left out."""
+def cache_over_context(rows: list[Measurement], subject: str) -> Figure:
+    """KV bytes that were allocated, as the context grows.
+
+    All variants have the largest K of naive repetition, or of PHD's variants if naive repetition
+    was not measured.
+    """
     naive = [row["K"] for row in rows if row["variant"] == "naive_repeat"]
     most = max(naive or [row["K"] for row in rows])
     found = [row for row in rows if row["variant"] in VARIANTS and row["K"] in (1, most)]
@@ -134,45 +144,46 @@ def _chart(title: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _from_vanilla(rows: list[Row]) -> list[Row]:
-    """With one copy every variant is vanilla, so each line begins there."""
+def _from_vanilla(rows: list[Measurement]) -> list[Measurement]:
+    """Add vanilla as the point K = 1 of every variant, which it is."""
     [vanilla] = [row for row in rows if row["variant"] == "vanilla"]
     variants = dict.fromkeys(row["variant"] for row in rows)
     return [*rows, *(vanilla | {"variant": variant} for variant in variants)]
 
 
-def _lines(axes: Axes, rows: list[Row], x: DistEnv, y: DistEnv) -> None:
-    """A line for each variant, through its rows from left to right; vanilla's above the others."""
+def _lines(axes: Axes, rows: list[Measurement], x: Coordinate, y: Coordinate) -> None:
+    """Draw a line for each variant, from left to right. Vanilla's lies above the others."""
     for variant, style in VARIANTS.items():
         points = sorted({(x(row), y(row)) for row in rows if row["variant"] == variant})
         above = 3 if variant == "vanilla" else 2
         axes.plot(*zip(*points, strict=True), **style._asdict(), zorder=above)
 
 
-def _copies(row: Row) -> float:
+def _copies(row: Measurement) -> float:
     return row["K"]
 
 
-def _tokens(row: Row) -> float:
+def _tokens(row: Measurement) -> float:
     return row["tokens"]
 
 
-def _milliseconds(row: Row) -> float:
+def _milliseconds(row: Measurement) -> float:
     return row["median_ms"]
 
 
-def _mebibytes(row: Row) -> float:
+def _mebibytes(row: Measurement) -> float:
     return row["kv_bytes"] / 2**20
 
 
-def _copies_axis(axes: Axes, rows: list[Row]) -> None:
+def _copies_axis(axes: Axes, rows: list[Measurement]) -> None:
     _powers_of_two(axes)
     axes.set_xticks(sorted({row["K"] for row in rows}))
     axes.set_xlabel("K, copies of each token")
 
 
 def _powers_of_two(axes: Axes) -> None:
-    """A scale of x in powers of two, written as plain numbers."""
+    """Scale x in powers of two, and label it with plain numbers."""
+    # K goes up to 256. On a linear axis its small values would fall together.
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(ScalarFormatter())
     axes.xaxis.set_minor_formatter(NullFormatter())

@@ -1,7 +1,7 @@
-"""Timing pieces of work against each other on a machine that others use, too.
+"""Timing pieces of work against each other on a machine that is shared with other programs.
 
-Every measurement is repeated in turn with the others (A B C A B C ...), so that a machine that
-slows down slows all of them; a ratio is the median over the turns of the ratio within a turn.
+The pieces take turns (A B C A B C ...). A machine that slows down for a while then slows all of
+them. A ratio is the median over the turns of the ratio within a turn.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ Work = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Result:
-    """What a benchmark measured: a row for each piece of work, and what they mean together."""
+    """A benchmark's measurements: a row for each piece of work, and the ratios between them."""
 
     rows: list[dict[str, Any]]
     ratios: dict[str, float]
@@ -26,10 +26,14 @@ class Result:
 def interleaved(
     works: dict[str, Work], repeat: int, device: torch.device
 ) -> dict[str, list[float]]:
-    """Seconds of each piece of work, `repeat` times in turn, after one that is not counted."""
+    """Seconds of each piece of work in each of `repeat` turns.
+
+    A first turn is not counted: it compiles, allocates and fills caches.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in works}
     for turn in range(repeat + 1):
         for name, work in works.items():
+            # CUDA runs asynchronously: without these, only the launches would be timed.
             _synchronize(device)
             start = perf_counter()
             work()
@@ -40,7 +44,8 @@ def interleaved(
 
 
 def ratio(seconds: dict[str, list[float]], work: str, base: str) -> float:
-    """How many times as long `work` took as `base`: the median over the turns."""
+    """The median over the turns of the time of `work` over the time of `base`."""
+    # Not the ratio of the medians: within one turn both ran in the same state of the machine.
     return median(a / b for a, b in zip(seconds[work], seconds[base], strict=True))
 
 

@@ -1,1 +1,1 @@
-"""Checkpoints: written whole or not at all, and read back by any engine."""
+"""Checkpoints: written completely or not at all, and the same for every engine."""

@@ -1,4 +1,4 @@
-"""What the files of a checkpoint are called, and how its index describes tensors."""
+"""The names of a checkpoint's files, and the dtypes and shapes in its index."""
 
 from typing import NamedTuple
 
@@ -7,10 +7,10 @@ import torch
 from conf.errors import DataError
 
 INDEX = "tensors.json"
-"""Where each tensor's pieces are: `{name: {dtype, shape, pieces: [{start, shape, file, ...}]}}`."""
+"""The index of the tensors: `{name: {dtype, shape, pieces: [{start, shape, file, ...}]}}`."""
 
 STATE = "state.json"
-"""Everything that is not a tensor: step, cursors, config, ..."""
+"""Everything that is not a tensor: the step, the cursors, the config, ..."""
 
 
 class TensorSpec(NamedTuple):
@@ -33,10 +33,10 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def dtype_named(name: str) -> torch.dtype:
-    """The inverse of `dtype_name`.
+    """The dtype of this name; the inverse of `dtype_name`.
 
     Raises:
-        DataError: this version of torch does not know it.
+        DataError: this version of torch has no such dtype.
     """
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype):

@@ -1,4 +1,4 @@
-"""The model that a run has trained."""
+"""Loading the model that a run has trained."""
 
 import sys
 from pathlib import Path
@@ -15,7 +15,7 @@ from train.config import Config
 
 
 class LoadedRun(NamedTuple):
-    """A model, its tokenizer, the optimizer steps that it has taken, and its run's settings."""
+    """A trained model, its tokenizer, its number of optimizer steps, and its run's config."""
 
     model: Transformer
     tokenizer: Tokenizer
@@ -24,10 +24,10 @@ class LoadedRun(NamedTuple):
 
 
 def load_run(directory: Path, device: torch.device) -> LoadedRun:
-    """The model of a run's newest whole checkpoint.
+    """Load the newest complete checkpoint of a run; the model is in evaluation mode.
 
     Raises:
-        ConfigError: there is no such run, or it has no whole checkpoint.
+        ConfigError: there is no such run, or it has no complete checkpoint.
     """
     for name in ("config.yaml", "tokenizer.model"):
         if not (directory / name).is_file():
@@ -42,8 +42,10 @@ def load_run(directory: Path, device: torch.device) -> LoadedRun:
         raise ConfigError([problem], "the arguments")
     for path, reason in checkpoint.rejected:
         print(f"rejected the checkpoint {path}: {reason}", file=sys.stderr)
+    # The settings of the run itself: today's defaults may differ from those that it began with.
     settings = OmegaConf.to_container(OmegaConf.load(directory / "config.yaml"))
     config = Config.from_dict(settings)  # type: ignore[arg-type]
+    # On the meta device no weights are drawn, only to be overwritten.
     with torch.device("meta"):
         model = Transformer(config.model)
     model.to_empty(device=device).load(checkpoint.load_weights())

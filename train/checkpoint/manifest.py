@@ -1,12 +1,12 @@
-"""A directory that proves it is whole: every file's hash in a manifest, the manifest's in a marker.
+"""A sealed directory: a manifest has the hash of every file, and a marker that of the manifest.
 
     COMPLETE       the hash of manifest.json; written last, removed first
     manifest.json  {file name: {"bytes": size, "xxh3_128": hash}} of every other file
 
-A cut, changed or lost file, the manifest and the marker included, no longer fits the others. The
-hashes are taken of what is written, on its way to the disk, so they also tell of a disk that keeps
-something else. They find damage, not malice: whoever can write the directory can also write a
-fitting manifest.
+So a truncated, changed or missing file is found, also if it is the manifest or the marker. The
+hashes are computed from the bytes in memory before they are written. So they also reveal a disk
+that stores other bytes. They protect from damage and not from an attacker, who could write a
+matching manifest; xxh3 is no cryptographic hash, but it is as fast as memory.
 """
 
 import json
@@ -34,11 +34,11 @@ class Entry(TypedDict):
 
 
 Entries = dict[str, Entry]
-"""By the file's name."""
+"""The entries of a directory, by file name."""
 
 
 class HashedFile:
-    """A file that is being written, and its entry so far."""
+    """A file that hashes the bytes that are written to it."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file = file
@@ -50,54 +50,68 @@ class HashedFile:
         return self.file.write(data)
 
     def tell(self) -> int:
-        """How many bytes have been written."""
+        """The number of bytes written so far."""
         return self.file.tell()
 
     def flush(self) -> None:
-        """Hand everything to the operating system."""
+        """Flush Python's buffer to the operating system."""
         self.file.flush()
 
     def close(self) -> None:
-        """Nothing, for DCP calls it: what opened the file makes sure of it and closes it."""
+        """Do nothing. DCP calls this, but `new_file` still has to fsync the file, and closes it."""
 
     @property
     def entry(self) -> Entry:
-        """The entry of what has been written."""
+        """Size and hash of the bytes written so far."""
         return {"bytes": self.tell(), "xxh3_128": self.hash.hexdigest()}
 
 
 @contextmanager
 def new_file(path: Path, entries: Entries) -> Iterator[HashedFile]:
-    """Write a new file, which at the end is on the disk, out of the cache, and in `entries`."""
+    """A new file to write. At the end it is fsynced, dropped from the page cache, and in `entries`.
+
+    Raises:
+        OSError: the disk refuses, or the file exists.
+    """
+    # "x": a file that exists belongs to another save, and must not be overwritten.
     with path.open("xb") as file:
         hashed = HashedFile(file)
         yield hashed
         _to_disk(file)
-        if sys.platform == "linux":  # or what is read back would not come from the disk
+        # The file is read back and hashed before the checkpoint is published. Without this, the
+        # page cache would answer, and a damaged disk would go unnoticed.
+        if sys.platform == "linux":
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         entries[path.name] = hashed.entry
 
 
 def seal(directory: Path, entries: Entries) -> None:
-    """Write the manifest and then the marker of a flat `directory` whose files are on the disk."""
+    """Write the manifest of a directory, and then its marker.
+
+    Args:
+        directory: a directory without subdirectories, whose files have been fsynced.
+        entries: sizes and hashes of all its files.
+    """
     manifest = json.dumps(dict(sorted(entries.items())), indent=1)
+    # The marker is written only when the manifest is on the disk: without it nothing counts.
     _write_durably(directory / MANIFEST, manifest)
     _write_durably(directory / MARKER, _marker_of(manifest.encode()))
     flush_directory(directory)
 
 
 def damage(
-    directory: Path, *, contents: bool = True, share: tuple[int, int] = (0, 1)
+    directory: Path, *, contents: bool = True, shard: tuple[int, int] = (0, 1)
 ) -> str | None:
-    """Return what is wrong with a sealed `directory`, or None if it is whole.
+    """Return what is wrong with a sealed directory, or None if it is complete.
 
     Args:
-        directory: what `seal` has sealed.
-        contents: whether hashes are compared; else sizes alone, which reads two small files.
-        share: (r, n) looks at the r-th of n equal shares of the files.
+        directory: a directory that `seal` was called on.
+        contents: whether hashes are compared. If not, only sizes are, and only the manifest and
+            the marker are read.
+        shard: (rank, world size): check every world-size-th file, beginning with the rank-th.
     """
     try:
-        return _first_flaw(directory, contents, share)
+        return _first_flaw(directory, contents, shard)
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
     except OSError as error:
@@ -105,14 +119,19 @@ def damage(
 
 
 def remove(directory: Path) -> None:
-    """Delete a sealed `directory` so that a crash half-way leaves nothing that looks whole."""
+    """Delete a sealed directory. After a crash half-way it does not look complete."""
+    # The disk may delete the files in any order, so the marker's removal is flushed first.
     (directory / MARKER).unlink(missing_ok=True)
     flush_directory(directory)
     shutil.rmtree(directory)
 
 
 def flush_directory(directory: Path) -> None:
-    """Return once the disk has the names in `directory`: a file's own fsync does not cover them."""
+    """Wait until the disk has the directory's list of names. A file's own fsync does not do that.
+
+    See fsync(2): it "does not necessarily ensure that the entry in the directory has also reached
+    disk".
+    """
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -120,12 +139,12 @@ def flush_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
-def _first_flaw(directory: Path, contents: bool, share: tuple[int, int]) -> str | None:
+def _first_flaw(directory: Path, contents: bool, shard: tuple[int, int]) -> str | None:
     marker = (directory / MARKER).read_bytes()
     manifest = (directory / MANIFEST).read_bytes()
     if marker != _marker_of(manifest).encode():
         return f"{MARKER} does not fit {MANIFEST}"
-    first, step = share
+    first, step = shard
     for name, entry in [*json.loads(manifest).items()][first::step]:
         size = (directory / name).stat().st_size
         if size != entry["bytes"]:

@@ -1,6 +1,6 @@
-"""Reading a checkpoint: verified, by name, into whatever shape this run needs.
+"""Reading a checkpoint: verified, by name, into tensors that may be sharded in any way.
 
-Nothing that is read can run code: the index is JSON, and the tensors pass through
+A checkpoint cannot run code when it is read: the index is JSON, and DCP reads the tensors by
 `torch.load(weights_only=True)`.
 """
 
@@ -30,10 +30,11 @@ from train.torch_private import StorageInfo
 TensorTree: TypeAlias = "Mapping[str, Tensor | TensorTree]"
 
 MISMATCHES_SHOWN = 8
+"""Tensors that an error lists; a wrong model can have thousands."""
 
 
 class RejectedCheckpoint(NamedTuple):
-    """A checkpoint that is not whole, and what is wrong with it."""
+    """A damaged checkpoint, and what is wrong with it."""
 
     path: Path
     reason: str
@@ -41,12 +42,12 @@ class RejectedCheckpoint(NamedTuple):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint on disk, every byte of which has been verified.
+    """A checkpoint on disk. Every byte of it has been verified.
 
     Attributes:
         path: its directory.
-        state: the JSON that was saved with it, and its `step`.
-        rejected: newer checkpoints that are damaged, newest first.
+        state: the JSON that was saved with it, including its `step`.
+        rejected: damaged checkpoints that are newer than this one, newest first.
     """
 
     path: Path
@@ -55,40 +56,53 @@ class Checkpoint:
 
     @classmethod
     def open(cls, path: Path) -> "Checkpoint":
-        """Verify the checkpoint at `path`; a DataError says what is wrong with it."""
+        """Verify the checkpoint at `path`.
+
+        Raises:
+            DataError: it is damaged.
+        """
         if flaw := manifest.damage(path):
-            raise DataError(f"{path} is not a whole checkpoint: {flaw}. Choose another one.")
+            raise DataError(f"{path} is not a complete checkpoint: {flaw}. Choose another one.")
         return cls(path, read_state(path))
 
     @property
     def step(self) -> int:
-        """The number of optimizer steps taken."""
+        """The number of optimizer steps that the model has taken."""
         return self.state["step"]
 
     @cached_property
     def specs(self) -> dict[str, TensorSpec]:
-        """The dtype and shape of every tensor in it, by name."""
+        """The dtype and shape of every tensor in the checkpoint, by name."""
         return specs_in(self._index)
 
     def load(self, tensors: TensorTree) -> None:
-        """Fill `tensors` in place with the saved ones, bit for bit.
+        """Overwrite `tensors` in place with the saved ones, bit for bit.
 
-        They are whole tensors or DTensors, sharded as they may be: each rank reads for itself, and
-        only the saved pieces that overlap with its own. Names, shapes and dtypes must all be the
-        saved ones, but that either side may lack `random` ones, which are left as they are; a
-        ConfigError lists those that are not, and then nothing has been changed.
+        Each rank reads for itself, and reads only the saved pieces that overlap with its shards.
+
+        Args:
+            tensors: whole tensors or DTensors of any placement. Their names, shapes and dtypes must
+                be the saved ones. Only `random` tensors may be missing on either side; they keep
+                their values then.
+
+        Raises:
+            ConfigError: lists the tensors that do not fit. None has been changed.
         """
         self.check(tensors)
+        # A checkpoint of a CPU run has no generator state for CUDA, and the other way round.
         wanted = flatten(tensors).items()
         self._read({name: tensor for name, tensor in wanted if name in self.specs})
 
     def check(self, tensors: TensorTree) -> None:
-        """Raise the ConfigError of `load` if `tensors` do not fit, which may be on `meta`."""
+        """Raise the ConfigError of `load` if `tensors` do not fit; they may be meta tensors."""
         if mismatches := _mismatches(self.specs, flatten(tensors)):
             raise ConfigError([_mismatch_message(self.path, mismatches)])
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Read whole tensors into new ones on the CPU; one name at a time takes little memory."""
+        """Read whole tensors into new tensors on the CPU.
+
+        One name at a time needs the memory of one tensor only.
+        """
         tensors = {
             name: torch.empty(self.specs[name].shape, dtype=self.specs[name].dtype)
             for name in names
@@ -97,7 +111,7 @@ class Checkpoint:
         return tensors
 
     def load_weights(self) -> dict[str, Tensor]:
-        """Read what was saved under `model`, and nothing else, into new tensors on the CPU."""
+        """Read the weights, without the optimizer's state, into new tensors on the CPU."""
         weights = self.read(name for name in self.specs if name.startswith("model."))
         return {name.removeprefix("model."): tensor for name, tensor in weights.items()}
 
@@ -110,30 +124,33 @@ class Checkpoint:
 
 
 def read_index(directory: Path) -> Metadata:
-    """Read where the tensors of a verified directory are."""
+    """Read the index of a verified directory, as the metadata that DCP uses."""
     index = json.loads((directory / INDEX).read_text(encoding="utf-8"))
     tensors, storage = {}, {}
     for name, entry in index.items():
+        # Each piece is found by its offset within the tensor, its number, and the tensor's name.
         chunks = []
         for number, piece in enumerate(entry["pieces"]):
             start, shape = torch.Size(piece["start"]), torch.Size(piece["shape"])
             chunks.append(ChunkStorageMetadata(start, shape))
-            place = StorageInfo(piece["file"], piece["offset"], piece["bytes"])
-            storage[MetadataIndex(name, start, number)] = place
+            location = StorageInfo(piece["file"], piece["offset"], piece["bytes"])
+            storage[MetadataIndex(name, start, number)] = location
         properties = TensorProperties(dtype_named(entry["dtype"]))
         tensors[name] = TensorStorageMetadata(properties, torch.Size(entry["shape"]), chunks)
     return Metadata(cast(Any, tensors), storage_data=storage)
 
 
 def specs_in(metadata: Metadata) -> dict[str, TensorSpec]:
-    """What the tensors are, by name."""
+    """The dtypes and shapes of the tensors, by name."""
     tensors = cast(dict[str, TensorStorageMetadata], metadata.state_dict_metadata)
     return {name: TensorSpec(t.properties.dtype, t.size) for name, t in tensors.items()}
 
 
 def read_tensors(directory: Path, metadata: Metadata, tensors: dict[str, Tensor]) -> None:
-    """Fill tensors in place, from the pieces that overlap with what this rank holds of them."""
+    """Overwrite tensors in place, from the saved pieces that overlap with this rank's shards."""
     planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    # Every rank plans alone, as if it were the coordinator: `dcp.load` would gather all plans, and
+    # reading needs no agreement.
     planner.set_up_planner(dict(tensors), metadata, is_coordinator=True)
     reader = FileSystemReader(directory)
     reader.set_up_storage_reader(metadata, is_coordinator=True)
@@ -157,11 +174,13 @@ def flatten(tree: TensorTree) -> dict[str, Tensor]:
 
 
 def read_state(path: Path) -> dict[str, Any]:
+    """Read the JSON of a verified checkpoint."""
     return json.loads((path / STATE).read_text(encoding="utf-8"))
 
 
 def _mismatches(saved: dict[str, TensorSpec], wanted: dict[str, Tensor]) -> list[str]:
     needed = {name: TensorSpec(tensor.dtype, tensor.shape) for name, tensor in wanted.items()}
+    # Generator states: a run on another kind of device has others.
     optional = {name for name in saved.keys() ^ needed.keys() if name.startswith("random.")}
     return [
         f"{name}: {saved.get(name, 'nothing')} in the checkpoint, "

@@ -1,4 +1,4 @@
-"""Copies of a rank's tensors on the host, from which a checkpoint is written behind training."""
+"""Staging: copies of a rank's tensors on the host, which are written while training goes on."""
 
 from collections.abc import Iterator
 
@@ -11,16 +11,17 @@ from torch.distributed.tensor import DTensor
 
 
 class HostMemory:
-    """Memory of the host that every save uses again: as much as this rank writes.
+    """Staging buffers on the host. Every save uses the same ones, as large as this rank's part.
 
-    It is pinned where the tensors are on a CUDA device, so that they are copied at the bus's speed.
+    Allocating them anew would cost page faults (CPU) or page locking (CUDA) in every save. Buffers
+    for CUDA tensors are pinned: only then is the copy asynchronous and at full PCIe speed.
     """
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[MetadataIndex, torch.Size, torch.dtype], Tensor] = {}
 
     def copy(self, index: MetadataIndex, tensor: Tensor) -> Tensor:
-        """Begin a copy of a piece; `synchronize` before it is read."""
+        """Begin to copy a tensor to the host. Call `synchronize` before the copy is read."""
         key = index, tensor.shape, tensor.dtype
         if key not in self._buffers:
             shape, dtype = tensor.shape, tensor.dtype
@@ -28,34 +29,38 @@ class HostMemory:
         return self._buffers[key].copy_(tensor.detach(), non_blocking=True)
 
     def synchronize(self) -> None:
-        """Wait until every copy that was begun is complete."""
+        """Wait until all copies are complete."""
         if torch.cuda.is_initialized():
             torch.cuda.current_stream().synchronize()
 
 
 class StagedPlanner(DefaultSavePlanner):
-    """DCP's plan to write what this rank has of some tensors, from copies made at once.
+    """DCP's plan of what this rank writes, and the host copies of it.
 
-    The tensors may change as soon as this exists. Whole tensors that several ranks give are
-    written by one of them; sharded ones by the ranks that hold the shards.
+    The constructor makes the copies, so the tensors may change afterwards. If several ranks have
+    the same whole tensor, DCP has one of them write it. Shards are written by ranks that hold them.
     """
 
     def __init__(self, tensors: dict[str, Tensor], memory: HostMemory) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self.set_up_planner(dict(_shared_out(tensors)))
+        self.set_up_planner(dict(_this_ranks_part(tensors)))
         self.local_plan: SavePlan = self.create_local_plan()
-        original = super().lookup_object
+        find_tensor = super().lookup_object  # the original tensor, or this rank's shard of it
         indices = [item.index for item in self.local_plan.items]
-        self._copies = {index: memory.copy(index, original(index)) for index in indices}
+        self._copies = {index: memory.copy(index, find_tensor(index)) for index in indices}
         memory.synchronize()
 
     def lookup_object(self, index: MetadataIndex) -> Tensor:
-        """The copy that is written in the tensor's place."""
+        """The host copy. DCP calls this to get what it writes."""
         return self._copies[index]
 
 
-def _shared_out(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """What this rank writes: of a DTensor's replicas each takes its turn, tensor by tensor."""
+def _this_ranks_part(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors that this rank writes.
+
+    Under HSDP every shard has replicas, which take turns here, tensor by tensor. DCP removes
+    replicas only from the global plan, when every rank would have staged all of its shards already.
+    """
     turn = 0
     for name, tensor in tensors.items():
         if isinstance(tensor, DTensor):
@@ -68,12 +73,12 @@ def _shared_out(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
 
 
 def _replica(tensor: DTensor) -> tuple[int, int]:
-    """Which of how many replicas of its shard this rank holds."""
+    """(index of this rank among the replicas of its shard, number of the replicas)."""
     mesh = tensor.device_mesh
     coordinate = mesh.get_coordinate()
     assert coordinate is not None, "a rank holds tensors of its own mesh only"
     replica, replicas = 0, 1
-    for placement, place, size in zip(tensor.placements, coordinate, mesh.shape, strict=True):
+    for placement, index, size in zip(tensor.placements, coordinate, mesh.shape, strict=True):
         if placement.is_replicate():
-            replica, replicas = replica * size + place, replicas * size
+            replica, replicas = replica * size + index, replicas * size
     return replica, replicas

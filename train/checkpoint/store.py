@@ -1,12 +1,12 @@
-"""Checkpoints: one directory per step, whole or not there, the same from every engine.
+"""The checkpoints of a run: one directory per step, complete or absent.
 
 checkpoints/
     step_00000100/
-        __0_0.distcp, __1_0.distcp, ...  tensors by canonical name, a file for each rank that wrote
-        tensors.json, .metadata          where they are; see `tensor_files`
+        __0_0.distcp, __1_0.distcp, ...  tensors by canonical name, one file per rank
+        tensors.json, .metadata          the index of the tensors; see writer.py
         state.json                       everything else: step, cursors, config, ...
-        manifest.json, COMPLETE          sizes and hashes of the above; see `manifest`
-    .step_00000200.*.partial/            being written, or left by a crash; see `partial`
+        manifest.json, COMPLETE          sizes and hashes of the files above; see manifest.py
+    .step_00000200.*.partial/            is being written, or was left by a crash
 """
 
 import json
@@ -37,26 +37,26 @@ from train.distributed.process_groups import ProcessGroups, on_all_ranks, on_ran
 
 T = TypeVar("T")
 LIVE_S = 3600.0
-"""Seconds after its last file for which an unfinished directory may belong to a live process."""
+"""Seconds after its last change from which an unfinished directory is deleted in any case."""
 
 
 class CheckpointError(RuntimeError):
-    """The disk refused a checkpoint; earlier ones are untouched, and training can go on.
+    """The disk refused a checkpoint. Earlier ones are intact, and training can go on.
 
     Attributes:
-        saved: the step that is saved nevertheless, where only older ones were not deleted.
+        saved: the step of the save if it is complete, and only deleting older ones failed.
     """
 
     saved: int | None = None
 
 
 class Saved(NamedTuple):
-    """A save that is complete.
+    """A complete save.
 
     Attributes:
         step: the step that was saved.
         path: the checkpoint's directory.
-        save_s: seconds from the call of `save` until it could be relied on.
+        save_s: seconds from the call of `save` until the checkpoint was complete on the disk.
     """
 
     step: int
@@ -65,13 +65,14 @@ class Saved(NamedTuple):
 
 
 class CheckpointStore:
-    """The checkpoints of one run, in the directory `root` that all its ranks share.
+    """The checkpoints of one run, in a directory `root` that all its ranks share.
 
-    The newest `keep` stay, and for ever those of steps that are multiples of `keep_every`; while
-    one is being written the disk holds one more. Methods are called by all ranks alike.
+    It keeps the newest `keep` checkpoints, and those of all steps that are multiples of
+    `keep_every`. While one is written, the disk holds one more. Every method is collective: all
+    ranks call it in the same order.
 
         training   --| copy |---------- trains on ----------| copy |--
-        behind it           | write, fsync, read back, publish, delete old |
+        thread              | write, fsync, read back, rename, delete old |
     """
 
     def __init__(
@@ -83,68 +84,71 @@ class CheckpointStore:
         self.keep_every = keep_every
         self.groups = groups or ProcessGroups()
         self._memory = HostMemory()
-        self._under_way: Future[Saved] | None = None
+        self._pending: Future[Saved] | None = None
         self._thread: Thread | None = None
 
     def save(self, step: int, tensors: TensorTree, state: Mapping[str, Any]) -> Saved | None:
         """Begin to save `tensors` and the JSON `state` as the checkpoint of `step`.
 
-        It waits for an earlier save that is still under way, copies this rank's tensors to the
-        host, and returns; they may change from then on. The rest happens in a thread.
+        This waits until the save before it is complete, copies this rank's tensors to the host,
+        and returns. The tensors may change then. A thread does the rest.
 
-        A checkpoint appears whole, in one rename, after its files have been read back; only then
-        are older ones deleted. A whole checkpoint of the same step is kept as it is (a run reaches
-        a step in one state only); a damaged one is replaced.
+        The files are written to a hidden directory and read back; one rename makes the checkpoint
+        visible; only then are older ones deleted. If a complete checkpoint of this step exists, it
+        stays, because a run reaches a step in one state only. A damaged one is replaced.
 
         Args:
             step: optimizer steps taken.
-            tensors: what this rank writes: whole tensors, and its DTensors.
-            state: the same on all ranks; the first one's is written.
+            tensors: whole tensors of this rank, and its shards as DTensors.
+            state: the same on all ranks; rank 0 writes it.
 
         Returns:
-            The save before this one, unless `wait` has told of it.
+            The save before this one, unless `wait` has returned it already.
 
         Raises:
-            CheckpointError: on all ranks, if that one failed; this one has begun nevertheless.
-            RuntimeError: a rank has died, or something else that is not the disk's; none has begun.
+            CheckpointError: on all ranks, if the save before failed. This one has begun.
+            RuntimeError: a rank has died, or the save before failed for a reason other than the
+                disk. This one has not begun.
         """
         start = perf_counter()
         self._finish()
-        if self._under_way and not isinstance(self._under_way.exception(), CheckpointError | None):
-            return self.wait()  # which raises: another save would wait for a dead rank
+        if self._pending and not isinstance(self._pending.exception(), CheckpointError | None):
+            return self.wait()  # raises; a new save would wait for the dead rank
         planner = StagedPlanner(flatten(tensors), self._memory)
         text = json.dumps({**state, "step": step}, indent=1)
-        earlier = self._under_way
-        self._under_way, self._thread = _in_background(
+        before = self._pending
+        self._pending, self._thread = _in_background(
             lambda: self._write(step, planner, text, start)
         )
-        return earlier.result() if earlier else None
+        return before.result() if before else None
 
     def wait(self) -> Saved | None:
-        """Wait for the save under way; None if all that were begun have been told of.
+        """Wait for the pending save and return it; None if there is none.
 
         Raises:
             CheckpointError: on all ranks, if it failed.
         """
         self._finish()
-        ended, self._under_way = self._under_way, None
+        ended, self._pending = self._pending, None
         return ended.result() if ended else None
 
     def close(self) -> None:
-        """Wait until nothing is written any more; only `wait` and `save` tell how it ended."""
+        """Wait until nothing is being written. `wait` and `save` report how the save ended."""
         self._finish()
 
     def newest(self) -> Checkpoint | None:
-        """Find the newest whole checkpoint, the same on all ranks; None if there are none at all.
+        """Find the newest complete checkpoint, the same on all ranks; None without any.
 
-        Each rank reads its share of the files. Raises DataError if there are some but all are
-        damaged.
+        The files are divided among the ranks, so that each verifies an equal number of them.
+
+        Raises:
+            DataError: there are checkpoints, but all are damaged.
         """
         self._finish()
         rejected: tuple[RejectedCheckpoint, ...] = ()
         for path in self.groups.broadcast([path for _, path in self._newest_first()]):
             flaws = self.groups.gather(self._damage(path))
-            flaw = next((_seen_by(rank, flaw) for rank, flaw in enumerate(flaws) if flaw), None)
+            flaw = next((_flaw_on(rank, flaw) for rank, flaw in enumerate(flaws) if flaw), None)
             if flaw is None:
                 return Checkpoint(path, read_state(path), rejected)
             rejected += (RejectedCheckpoint(path, flaw),)
@@ -157,45 +161,47 @@ class CheckpointStore:
         return None
 
     def _finish(self) -> None:
-        """Wait for the save under way, whatever becomes of it.
-
-        And for its thread, which lets go of tensors at its end: Python would stop it amid that if
-        the process ended then, and C++ would abort the process.
-        """
+        """Wait for the pending save, also if it fails."""
+        # The thread is joined, because it frees tensors after its last result. If the process ended
+        # in that moment, Python would stop the daemon thread and C++ would abort the process:
+        # "terminate called without an active exception", seen twice in tests under load.
         if self._thread:
             self._thread.join()
             self._thread = None
 
     def _damage(self, path: Path) -> str | None:
-        """What is wrong with this rank's share of a checkpoint."""
-        return manifest.damage(path, share=(self.groups.rank, self.groups.world_size))
+        """Check this rank's part of the files; return what is wrong with them, or None."""
+        return manifest.damage(path, shard=(self.groups.rank, self.groups.world_size))
 
     def _path(self, step: int) -> Path:
         return self.root / f"step_{step:08d}"
 
     def _newest_first(self) -> list[tuple[int, Path]]:
-        """All checkpoints, whole or not, and their steps."""
+        """The steps and directories of all checkpoints, complete or damaged."""
         names = ((re.fullmatch(r"step_(\d{8,})", path.name), path) for path in self.root.glob("*"))
         return sorted(((int(match[1]), path) for match, path in names if match), reverse=True)
 
-    # Below: in the background, on all ranks together
+    # The methods below run in the background thread, on all ranks together.
 
     def _write(self, step: int, planner: StagedPlanner, state: str, start: float) -> Saved:
-        """What becomes of a checkpoint once its tensors are on the host."""
+        """Publish a checkpoint whose tensors are on the host, and delete old ones."""
         path, groups = self._path(step), self.groups
-        with _told(f"the checkpoint of step {step} could not be written to {self.root}"):
+        with _as_checkpoint_error(
+            f"the checkpoint of step {step} could not be written to {self.root}"
+        ):
+            # A missing checkpoint is damaged, too: its marker is missing.
             flaws = on_all_ranks(
                 groups, lambda: self._damage(path), lambda flaws: [flaws] * groups.world_size
             )
             if any(flaws):
                 self._publish(path, planner, state)
         kept = f"step {step} is saved, but older checkpoints in {self.root} were not deleted"
-        with _told(kept, saved=step):
+        with _as_checkpoint_error(kept, saved=step):
             on_rank_zero(groups, lambda: self._prune(step))
         return Saved(step, path, perf_counter() - start)
 
     def _publish(self, path: Path, planner: StagedPlanner, state: str) -> None:
-        """Write beside, read back, and rename; what fails on a rank leaves nothing behind."""
+        """Write a hidden directory, read it back, and rename it; delete it if any rank fails."""
         partial = on_rank_zero(self.groups, lambda: new_partial(path))
         try:
             self._write_files(partial, planner, state)
@@ -209,25 +215,25 @@ class CheckpointStore:
     def _write_files(self, partial: Path, planner: StagedPlanner, state: str) -> None:
         writer = TensorWriter(partial)
 
-        def divide(plans: list[SavePlan]) -> list[SavePlan]:
+        def make_global_plan(plans: list[SavePlan]) -> list[SavePlan]:
             return writer.prepare_global_plan(planner.create_global_plan(plans)[0])
 
-        plan = on_all_ranks(self.groups, lambda: planner.local_plan, divide)
+        plan = on_all_ranks(self.groups, lambda: planner.local_plan, make_global_plan)
 
-        def seal(shares: list[tuple[list[WriteResult], Entries]]) -> list[None]:
-            writer.write_index(planner.metadata, [results for results, _ in shares])
+        def seal(written: list[tuple[list[WriteResult], Entries]]) -> list[None]:
+            writer.write_index(planner.metadata, [results for results, _ in written])
             writer.write_text(STATE, state)
-            for _, entries in shares:
+            for _, entries in written:
                 writer.entries.update(entries)
             manifest.seal(partial, writer.entries)
-            return [None] * len(shares)
+            return [None] * len(written)
 
         on_all_ranks(
             self.groups, lambda: (writer.write_pieces(plan, planner), writer.entries), seal
         )
 
     def _read_back(self, partial: Path) -> None:
-        """Make sure that the disk gives back what it was given, each rank a share of it."""
+        """Compare what is on the disk with the hashes; the files are divided among the ranks."""
 
         def check() -> None:
             if flaw := self._damage(partial):
@@ -242,39 +248,42 @@ class CheckpointStore:
         manifest.flush_directory(self.root)
 
     def _prune(self, step: int) -> None:
-        """Of the checkpoints up to `step` leave the whole ones that are to be kept.
+        """Delete the checkpoints up to `step` that are damaged or need not be kept.
 
-        Later ones are damaged, or the run would have gone on from them; training replaces them
-        when it reaches them. Hashes are not compared here: that would read everything each time,
-        and the newest has just been verified.
+        Checkpoints of later steps are damaged; otherwise the run would have resumed from them.
+        Training replaces them when it reaches their steps.
         """
+        # Only sizes are compared: comparing hashes would read all checkpoints after every save, and
+        # the newest has just been read back.
         kept = 0
-        for its_step, path in self._newest_first():
-            if its_step > step:
+        for saved, path in self._newest_first():
+            if saved > step:
                 continue
-            whole = manifest.damage(path, contents=False) is None
-            for_ever = self.keep_every and its_step % self.keep_every == 0
-            if not whole or (kept >= self.keep and not for_ever):
+            complete = manifest.damage(path, contents=False) is None
+            permanent = self.keep_every and saved % self.keep_every == 0
+            if not complete or (kept >= self.keep and not permanent):
                 manifest.remove(path)
-            kept += whole
+            kept += complete
 
 
 @contextmanager
-def _told(problem: str, saved: int | None = None) -> Iterator[None]:
+def _as_checkpoint_error(problem: str, saved: int | None = None) -> Iterator[None]:
+    """Raise an OSError as a CheckpointError. Other errors pass: they are not the disk's."""
     try:
         yield
     except OSError as error:
-        told = CheckpointError(f"{problem}: {error}")
-        told.saved = saved
-        raise told from error
+        failure = CheckpointError(f"{problem}: {error}")
+        failure.saved = saved
+        raise failure from error
 
 
-def _seen_by(rank: int, flaw: str) -> str:
+def _flaw_on(rank: int, flaw: str) -> str:
+    """A flaw with the rank that found it; rank 0 is left out, as most runs have one rank."""
     return f"{flaw} (for rank {rank})" if rank else flaw
 
 
 def _in_background(work: Callable[[], T]) -> tuple[Future[T], Thread]:
-    """Do `work` in a thread that does not keep the process from ending."""
+    """Run `work` in a daemon thread, which does not keep the process from ending."""
     future: Future[T] = Future()
 
     def run() -> None:
@@ -288,16 +297,17 @@ def _in_background(work: Callable[[], T]) -> tuple[Future[T], Thread]:
     return future, thread
 
 
-# Directories that are being written: .step_00000200.<host>.<process>.<token>.partial. A name is
-# used once, so that a rank of a job that is thought dead cannot write into a later job's files.
+# Unfinished directories are called .step_00000200.<host>.<process>.<token>.partial. The token makes
+# a name unique. So a rank of an earlier job that seems dead, but only hangs, cannot write into the
+# files of a later job.
 
 
 def new_partial(path: Path) -> Path:
-    """Make the directory that will become `path`, after deleting what crashes have left there."""
+    """Make the directory that will be renamed to `path`; delete those that crashes have left."""
     owner = f"{gethostname()}.{os.getpid()}.{secrets.token_hex(4)}"
     partial = path.with_name(f".{path.name}.{owner}.partial")
     partial.mkdir(parents=True)
-    now = partial.stat().st_mtime  # by the file system's clock
+    now = partial.stat().st_mtime  # the file server's clock may differ from this machine's
     for other in path.parent.glob(".step_*.partial"):
         if other != partial and not _may_live(other, now):
             shutil.rmtree(other)
@@ -305,7 +315,7 @@ def new_partial(path: Path) -> Path:
 
 
 def _may_live(partial: Path, now: float) -> bool:
-    """Whether the process that writes a directory may still be alive."""
+    """Whether the process that wrote an unfinished directory may still be alive."""
     owner = re.fullmatch(r"\.step_\d+\.(.+)\.(\d+)\.\w+\.partial", partial.name)
     if owner is None or partial.stat().st_mtime < now - LIVE_S:
         return False
@@ -319,5 +329,5 @@ def _runs(process: int) -> bool:
     except ProcessLookupError:
         return False
     except PermissionError:
-        pass  # it is another user's
+        pass  # the process exists and belongs to another user
     return True

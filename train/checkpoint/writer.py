@@ -1,11 +1,10 @@
-"""A checkpoint's tensors as files, in the format of torch.distributed.checkpoint (DCP).
+"""Writing a checkpoint's tensors, in the format of torch.distributed.checkpoint (DCP).
 
     __<rank>_0.distcp  the pieces that a rank wrote
-    tensors.json       where each tensor's pieces are; what we read
-    .metadata          the same as DCP pickles it, for DCP's own tools; we never open it
+    tensors.json       the index: where each tensor's pieces are
+    .metadata          the same index as DCP pickles it, for DCP's own tools
 
-Nothing that is read can run code: the one is JSON, and the pieces pass through
-`torch.load(weights_only=True)`.
+This project reads only tensors.json, because unpickling .metadata could run code.
 """
 
 import json
@@ -35,55 +34,63 @@ from train.checkpoint.staging import StagedPlanner
 
 
 class TensorWriter(FileSystemWriter):
-    """Writes tensors into a directory that exists, and tells of its files in `entries`."""
+    """Writes tensors into an existing directory, and collects the files' hashes in `entries`."""
 
     def __init__(self, directory: Path) -> None:
-        # Neither is anything copied ahead, for it is on the host, nor synced: our files do that.
+        # DCP copies tensors ahead to overlap with writing, but these are on the host already. It
+        # need not sync the files, because `new_file` does.
         super().__init__(directory, sync_files=False, per_thread_copy_ahead=0)
         self.directory = directory
         self.entries: Entries = {}
         self.fs = _HashedFiles(self.entries)
 
     def storage_meta(self) -> StorageMeta:
-        """Nothing: not the directory, which will be renamed, and no random identifiers."""
+        """Return empty metadata.
+
+        DCP's own has the directory, which is renamed later, and a random id, which would make two
+        checkpoints of the same state differ.
+        """
         return StorageMeta()
 
     def write_pieces(self, plan: SavePlan, planner: StagedPlanner) -> list[WriteResult]:
-        """Write this rank's part of the global plan."""
+        """Write this rank's part of the global plan; return where it is."""
+        # DCP would write an empty file.
         if not plan.items:
             return []
         return self.write_data(planner.finish_plan(plan), planner).value()
 
     def write_index(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """Write down where all ranks' pieces are."""
+        """Write the index of the pieces of all ranks."""
         self.finish(metadata, results)
         self.write_text(INDEX, json.dumps(_to_json(metadata)))
 
     def write_text(self, name: str, text: str) -> None:
-        """Write another file."""
+        """Write a text file."""
         with new_file(self.directory / name, self.entries) as file:
             file.write(text.encode())
 
 
 class _HashedFiles(FileSystem):
-    """DCP's way to the disk, past `manifest.new_file`."""
+    """The file system that DCP writes through. It opens files by `manifest.new_file`."""
 
     def __init__(self, entries: Entries) -> None:
         self.entries = entries
 
     @contextmanager
     def create_stream(self, path: str | PathLike, mode: str) -> Iterator[HashedFile]:  # type: ignore[override]
-        """A file that DCP writes, or rather what it needs of one."""
+        """A file for DCP. `HashedFile` has the methods of a file that DCP calls."""
         assert mode == "wb", mode
         with new_file(Path(path), self.entries) as file:
             yield file
 
     def rename(self, path: str | PathLike, new_path: str | PathLike) -> None:
-        """Give a file its name, in the entries too."""
+        """Rename a file, also in the entries."""
         super().rename(path, new_path)
         self.entries[Path(new_path).name] = self.entries.pop(Path(path).name)
 
 
+# `start` and `shape` describe a piece as a box within its tensor. `offset` and `bytes` say where in
+# `file` its `torch.save` is.
 def _to_json(metadata: Metadata) -> dict[str, Any]:
     tensors = cast(dict[str, TensorStorageMetadata], metadata.state_dict_metadata)
     return {
@@ -97,11 +104,11 @@ def _to_json(metadata: Metadata) -> dict[str, Any]:
 
 
 def _piece(metadata: Metadata, name: str, chunk: ChunkStorageMetadata) -> dict[str, Any]:
-    place = metadata.storage_data[MetadataIndex(name, chunk.offsets)]
+    location = metadata.storage_data[MetadataIndex(name, chunk.offsets)]
     return {
         "start": list(chunk.offsets),
         "shape": list(chunk.sizes),
-        "file": place.relative_path,
-        "offset": place.offset,
-        "bytes": place.length,
+        "file": location.relative_path,
+        "offset": location.offset,
+        "bytes": location.length,
     }

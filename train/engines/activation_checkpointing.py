@@ -1,9 +1,9 @@
-"""Activation checkpointing: what a block's forward pass does not keep, its backward makes again.
+"""Activation checkpointing: recompute parts of a block's forward pass in its backward pass.
 
-none          keeps everything
-selective     keeps its input and the results of matrix products and of causal attention; makes
-              again norms, RoPE, SiLU, and the little of attention that only hidden copies see
-full          keeps its input
+none          keeps every activation
+selective     keeps a block's input and the results of matrix products and of causal attention;
+              recomputes norms, RoPE, SiLU, and the small attention among hidden copies
+full          keeps a block's input and recomputes everything
 """
 
 from collections.abc import Callable
@@ -15,30 +15,28 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from phd.model import Transformer
 from train.engine_config import EngineConfig
-from train.torch_private import TorchDispatchMode, tree_map_only
+from train.torch_private import SDPA_KERNELS, KernelDispatchMode, TorchDispatchMode, tree_map_only
 
-aten = torch.ops.aten
-
-MATRIX_PRODUCTS = [aten.mm.default, aten.addmm.default]
-ATTENTION = [
-    aten._scaled_dot_product_flash_attention_for_cpu.default,
-    aten._scaled_dot_product_flash_attention.default,
-    aten._scaled_dot_product_efficient_attention.default,
-    aten._scaled_dot_product_cudnn_attention.default,
+MATRIX_PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+# Of packed attention only rule 1 is in this list: its FLOPs grow with T^2, those of rules 2 and 3
+# with T * W.
+ATTENTION = (
+    *SDPA_KERNELS,
     torch.ops.phd.isolated_forward.default,
     torch.ops.higher_order.flex_attention,
-]
+)
 
 
 def checkpoint_activations(model: Transformer, config: EngineConfig) -> None:
-    """Have every `checkpoint_every_block`th block recompute as configured; to be called once.
+    """Checkpoint every `checkpoint_every_block`th block as configured; call it once per model.
 
-    Gradients stay the same to the last bit. A block's parameters keep their names, because only
-    its `forward` is replaced; so hooks on it, as those that gather its weights, are not run twice.
+    Gradients stay the same to the last bit. Only a block's `forward` is replaced, so its parameters
+    keep their names. Hooks on the block, such as FSDP2's all-gather, are outside of `forward` and
+    do not run again in the recomputation.
     """
     if config.activation_checkpointing == "none":
         return
-    # Nothing in a block is random, so there is no generator to put back.
+    # A block has no dropout or other randomness, so the generators' states need not be saved.
     settings: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
     if config.activation_checkpointing == "selective":
         settings["context_fn"] = _selective if config.compile else _selective_in_place
@@ -49,7 +47,8 @@ def checkpoint_activations(model: Transformer, config: EngineConfig) -> None:
 def _checkpointed(
     forward: Callable[..., Tensor], settings: dict[str, Any]
 ) -> Callable[..., Tensor]:
-    # A function, no `partial`: torch.compile finds `checkpoint` only where it is called in one.
+    # This is a function and not a `partial`, because torch.compile recognizes `checkpoint` only
+    # where a traced function calls it.
     def checkpointed(*args: Any) -> Tensor:
         return checkpoint(forward, *args, **settings)
 
@@ -62,23 +61,21 @@ def _selective() -> tuple[TorchDispatchMode, TorchDispatchMode]:
 
 
 def _selective_in_place() -> tuple[TorchDispatchMode, TorchDispatchMode]:
-    """The same where tensors are really changed in place: torch.compile does away with that."""
+    """The same contexts for eager execution, where attention's results are changed in place.
+
+    Packed attention merges rules 2 and 3 into the result of rule 1. The kept tensor must not
+    change with it. torch.compile makes every operation functional, so it needs no copy.
+    """
     keeping, recomputing = _selective()
     return _CopiedAttention(keeping), _CopiedAttention(recomputing)
 
 
-class _CopiedAttention(TorchDispatchMode):
-    """Gives the block copies of attention that is kept, since it merges other results into it."""
-
-    supports_higher_order_operators = True
+class _CopiedAttention(KernelDispatchMode):
+    """Passes each operator to another mode, and copies the results of attention."""
 
     def __init__(self, inner: TorchDispatchMode) -> None:
         super().__init__()
         self.inner = inner
-
-    @classmethod
-    def ignore_compile_internals(cls) -> bool:
-        return True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = self.inner.__torch_dispatch__(func, types, args, kwargs)

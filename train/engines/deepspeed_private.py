@@ -1,8 +1,9 @@
-"""Every private name of DeepSpeed that `train` uses, each with what is assumed of it.
+"""Every private name of DeepSpeed that `train` uses, and what each use assumes.
 
-pyproject.toml allows the versions of DeepSpeed that these were tested with;
-tests/train/engines/test_deepspeed_private.py tests the assumptions, so that an upgrade fails in
-one place. Nothing here imports DeepSpeed by itself: that takes seconds.
+pyproject.toml allows the versions of DeepSpeed that these were tested with. The tests in
+tests/train/engines/test_deepspeed_private.py check one assumption each, so that an upgrade that
+breaks one fails in one place. This module does not import DeepSpeed at its top, because that takes
+seconds and only engine=deepspeed needs it.
 """
 
 from collections.abc import Iterator, Mapping
@@ -17,23 +18,25 @@ from conf.errors import ConfigError, Problem
 
 
 def global_grad_norm(optimizer: Any) -> Any:
-    """The L2 norm of the whole gradient, a number or a tensor, within the step of a ZeRO optimizer.
+    """The L2 norm of the whole gradient, a number or a tensor, within a ZeRO optimizer's step.
 
-    For stages 1 to 3; the engine's `get_global_grad_norm` tells it only after the step.
+    Stages 1 to 3 set it before they call AdamW. The engine's own `get_global_grad_norm` returns
+    the norm of this step only after the step, when it is too late to clip.
     """
     return optimizer._global_grad_norm
 
 
 def shard_size(parameter: nn.Parameter) -> int:
-    """How many elements of a parameter each rank holds at stage 3, padding included."""
+    """The number of a parameter's elements on each rank at stage 3, padding included."""
     return parameter.ds_tensor.numel()  # type: ignore[attr-defined]
 
 
 @contextmanager
 def kept_gathered(parameters: list[nn.Parameter], owner: object) -> Iterator[None]:
-    """Within this context, gathered parameters (stage 3) are not released by their modules.
+    """Within this context, modules do not release these gathered parameters (stage 3).
 
-    A parameter is released when the set of modules that use it is empty; `owner` joins that set.
+    DeepSpeed releases a parameter when its `ds_active_sub_modules`, the ids of the modules that use
+    it, is empty. This adds the id of `owner`.
     """
     for parameter in parameters:
         parameter.ds_active_sub_modules.add(id(owner))  # type: ignore[attr-defined]
@@ -45,15 +48,19 @@ def kept_gathered(parameters: list[nn.Parameter], owner: object) -> Iterator[Non
 
 
 def disable_shared_memory_comm(deepspeed: ModuleType) -> None:
-    """Keep DeepSpeed from compiling C++ on the CPU, for sums over ranks of one machine."""
+    """Keep DeepSpeed from compiling its C++ all-reduce over shared memory, on the CPU.
+
+    It would compile when the process group is made, which takes a C++ compiler and most of a
+    minute. `deepspeed.comm` asks this table whether the operator can be built.
+    """
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def check_json(json: Mapping[str, Any]) -> None:
-    """Check DeepSpeed's own configuration, which it would else refuse amid initialization.
+    """Check DeepSpeed's own configuration, before the initialization that would refuse it.
 
     Raises:
-        ConfigError: with everything that DeepSpeed finds wrong.
+        ConfigError: names everything that DeepSpeed finds wrong.
     """
     from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
 

@@ -1,4 +1,4 @@
-"""The device of a run: its choice, its precision, its memory and its peak speed."""
+"""The device of a run: choice, settings of the process, precision, memory and peak FLOP/s."""
 
 import ctypes
 import re
@@ -12,7 +12,8 @@ from torch import Tensor
 from conf.errors import ConfigError, Problem
 from train.engine_config import EngineConfig
 
-# Dense bf16 peak of one device, FLOP/s, from the makers' data sheets.
+# Dense bf16 peak of one device in FLOP/s, from the data sheets, which often state twice as much
+# for sparse matrices.
 PEAK_FLOPS = {
     "A100": 312e12,
     "H100 PCIe": 756e12,
@@ -24,14 +25,14 @@ PEAK_FLOPS = {
     "MI300X": 1307e12,
 }
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # from malloc.h
 
 
 def choose_device(config: EngineConfig) -> torch.device:
-    """The device that `engine.device` names.
+    """The device that `engine.device` names; `auto` is CUDA where there is a device.
 
     Raises:
-        ConfigError: it is CUDA and there is none.
+        ConfigError: `cuda` is set, and there is no CUDA device.
     """
     available = torch.cuda.is_available()
     if config.device == "cuda" and not available:
@@ -42,17 +43,18 @@ def choose_device(config: EngineConfig) -> torch.device:
 
 
 def configure_process(config: EngineConfig, device: torch.device) -> None:
-    """Set what holds for the whole process: threads, the allocator, precision; once per process."""
+    """Set the threads, the allocator and TF32 of this process. Call it once."""
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     keep_freed_memory()
     if device.type == "cuda":
-        # TF32 where a matrix product is float32: 8 times as fast on an A100, 10 bits of mantissa.
+        # Float32 matrix products use TF32: on an A100 156 instead of 19.5 TFLOP/s, with 10 bits of
+        # mantissa as in float16.
         torch.set_float32_matmul_precision("high")
 
 
 def device_problems(device: str) -> list[Problem]:
-    """What is wrong with a command's argument `device`."""
+    """The problems of a command's argument `device`."""
     if device not in ("auto", "cpu", "cuda"):
         return [Problem("device", device, "expected auto, cpu or cuda")]
     if device == "cuda" and not torch.cuda.is_available():
@@ -67,39 +69,40 @@ def _no_cuda(key: str) -> Problem:
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc to reuse the memory of freed tensors instead of giving it back to the system.
+    """Have glibc reuse the memory of freed tensors instead of returning it to the system.
 
-    By default every tensor above 32 MiB, and above 128 KiB at first, is mapped anew, and the page
-    faults of its first touch cost a training step on the CPU up to a third of its time. Other C
-    libraries are left alone.
+    By default glibc maps a large tensor anew each time: above 128 KiB at first, above 32 MiB always
+    (mallopt(3), M_MMAP_THRESHOLD). The page faults of the first touch took up to a third of a
+    training step on the CPU. Other C libraries are not changed.
     """
     if sys.platform != "linux":
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
-        # Old glibc takes no more than 32 MiB here.
+        # Some versions of glibc refuse a threshold of more than 32 MiB.
         _ = mallopt(_M_MMAP_THRESHOLD, 1 << 30) or mallopt(_M_MMAP_THRESHOLD, 1 << 25)
-        mallopt(_M_TRIM_THRESHOLD, -1)  # never
+        mallopt(_M_TRIM_THRESHOLD, -1)  # -1: never shrink the heap
 
 
 def precision(config: EngineConfig, device: torch.device) -> torch.dtype:
-    """What the matrix products are computed in; weights and optimizer stay float32."""
+    """The dtype of matrix products. Weights and the optimizer's state are always float32."""
     if config.precision == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return torch.bfloat16 if config.precision == "bf16" else torch.float32
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:
-    """The context of a forward pass in `dtype`."""
+    """The context of a forward pass whose matrix products have `dtype`."""
     if dtype == torch.float32:
         return nullcontext()
     return torch.autocast(device.type, dtype=dtype)
 
 
 class AsyncScalars:
-    """Scalars that are copied from the device in the background; reading them waits for them alone.
+    """Scalars that are copied to the host asynchronously.
 
-    `item()` would also wait for everything that was queued after them.
+    Reading them waits for the work that was queued before them. `item()` would also wait for
+    everything that has been queued since, such as the next step.
     """
 
     def __init__(self, *scalars: Tensor) -> None:
@@ -114,26 +117,27 @@ class AsyncScalars:
             self._values = values
 
     def values(self) -> list[float]:
-        """The scalars as numbers."""
+        """Wait for the copy, and return the scalars."""
         if self._event is not None:
             self._event.synchronize()
         return self._values.tolist()
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """The device's dense bf16 peak, FLOP/s; None where it is not known, never a guess."""
+    """The device's dense bf16 peak in FLOP/s; None if it is not in the table."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
     for model, peak in PEAK_FLOPS.items():
+        # Laptop, D and NVL variants have other peaks than the model that they are named after.
         if re.search(rf"\b{model}\b(?! (Laptop|D\b|NVL))", name):
             return peak
     return None
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """The most memory the process has held so far: on the device, or resident on the CPU."""
+    """Peak memory of this process in GiB: allocated on CUDA, or resident on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return kib / 2**20 if sys.platform == "linux" else kib / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "linux" else peak / 2**30  # KiB on Linux, bytes on macOS

@@ -1,4 +1,7 @@
-"""How a model is trained on the hardware at hand; the model itself knows nothing of it."""
+"""The interface of engines: how a model is trained on one or many devices.
+
+The model itself knows nothing of ranks and devices.
+"""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -22,14 +25,14 @@ from train.engines.limits import Limits
 
 
 class StepResult(NamedTuple):
-    """What an optimizer step computed, still on the device: reading it waits for the device.
+    """The results of an optimizer step, as scalars on the device. All ranks have the same values.
 
-    All ranks have the same values.
+    Reading one waits for the device.
 
     Attributes:
-        loss: cross-entropy per target, nats, over all rows of the step.
+        loss: cross-entropy per target in nats, over all rows of the step.
         grad_norm: L2 norm of the gradient before clipping.
-        applied: bool; false if the step was bad (see `Limits`), and then changed nothing.
+        applied: bool; false if the step was bad (see `Limits`) and its update was skipped.
     """
 
     loss: Tensor
@@ -40,19 +43,20 @@ class StepResult(NamedTuple):
 class Engine(ABC):
     """One model on all ranks, with the verbs of a training step (see `train.loop.train_step`).
 
-        forward(micro_batch)            loss sums                          here, for all engines
-        backward(loss)                  gradients, added up                }
-        optimizer_step(lr, ...)         summed over ranks, clipped,        } in a subclass
-                                        weights and moments updated        }
+        forward(micro_batch)            sums the loss                      in this class
+        backward(loss)                  accumulates gradients              }
+        optimizer_step(lr, ...)         reduces gradients over ranks,      } in a subclass
+                                        clips, updates weights and moments }
 
-    A subclass prepares `self.model_with_loss` around `self.model`, which the base makes on the meta
-    device, and says how gradients are made, how weights are updated, and what a checkpoint holds.
+    This class makes `self.model` on the meta device. A subclass wraps it as `self.model_with_loss`,
+    and implements gradients, updates and checkpoints.
 
     Attributes:
-        model: its parameters have their canonical names, whatever they are cut into.
+        model: its parameters have their canonical names, also where they are sharded.
         device: of this rank.
         dtype: of the matrix products.
-        model_with_loss: the model and its loss, as an engine has wrapped it.
+        model_with_loss: the model and its loss, wrapped by the engine.
+        micro_batch: rows of a micro-batch on one rank.
     """
 
     model_with_loss: nn.Module
@@ -61,6 +65,7 @@ class Engine(ABC):
         self.config, self.groups = config, groups
         self.device = choose_device(config.engine)
         self.dtype = precision(config.engine, self.device)
+        # Only the engine knows which part of the weights this rank will hold.
         with torch.device("meta"):
             self.model = Transformer(config.model)
         self.model_with_loss = ModelWithLoss(self.model, config.optim.z_loss)
@@ -76,14 +81,21 @@ class Engine(ABC):
     def evaluate(
         self, batch: Batch, stop_requested: Callable[[], bool] = never
     ) -> tuple[Tensor, Tensor] | None:
-        """(summed cross-entropy in nats, number of targets) of a batch that all ranks have alike.
+        """Compute the loss of a batch of held-out rows, which are divided among the ranks.
 
-        Each rank computes its share. None if `stop_requested`, asked between micro-batches, says
-        so.
+        Args:
+            rows: the same on all ranks.
+            stop_requested: is called between micro-batches; true ends the evaluation.
+
+        Returns:
+            (summed cross-entropy in nats, number of targets), or None if it was ended.
         """
         shard = batch.shard(self.groups.rank, self.groups.world_size)
+        # A sum in float32 would lose the small terms of long evaluations.
         total = torch.zeros((), device=self.device, dtype=torch.float64)
         for number, micro_batch in enumerate(shard.split(self.micro_batch)):
+            # `stop_requested` is collective. The ranks have equally many micro-batches, so all of
+            # them call it equally often.
             if number and stop_requested():
                 return None
             total += self.forward(micro_batch).cross_entropy
@@ -107,23 +119,23 @@ class Engine(ABC):
 
     def _to_device(self, x: Tensor) -> Tensor:
         if self.device.type == "cuda":
-            x = x.pin_memory()  # or the copy would wait for the device
+            x = x.pin_memory()  # a copy from pageable memory would block the host
         return x.to(self.device, non_blocking=True)
 
     def synchronize(self) -> None:
-        """Wait until the device has done everything that is queued."""
+        """Wait until the device has finished all queued work."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
     def random_state(self) -> dict[str, Tensor]:
-        """The states of the random number generators, by device; copies."""
+        """Copies of the states of the random number generators, by device type."""
         random = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             random["cuda"] = torch.cuda.get_rng_state(self.device)
         return random
 
     def set_random_state(self, random: dict[str, Tensor]) -> None:
-        """Put the generators back into these states."""
+        """Set the states of the random number generators."""
         torch.set_rng_state(random["cpu"])
         if "cuda" in random:
             torch.cuda.set_rng_state(random["cuda"], self.device)
@@ -132,19 +144,21 @@ class Engine(ABC):
     def grad_sync(self, last: bool) -> AbstractContextManager[object]:
         """The context of a micro-batch's forward and backward pass.
 
-        Gradients add up over micro-batches; with the last one they are summed over ranks.
+        Gradients are accumulated over micro-batches. They are reduced over ranks with the last one.
         """
 
     @abstractmethod
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of a scalar to what is there."""
+        """Add the gradient of a scalar to the accumulated gradients."""
 
     @abstractmethod
     def optimizer_step(self, lr: float, loss: Tensor, limits: Limits) -> tuple[Tensor, Tensor]:
         """Clip the gradient, update the weights unless the step is bad, and drop the gradient.
 
         Args:
-            loss: the step's, the same on all ranks.
+            lr: learning rate of this step.
+            loss: of this step, the same on all ranks.
+            limits: decide, from the loss and the gradient's norm, whether the step is bad.
 
         Returns:
             (gradient norm before clipping, whether the update was applied), scalars on the device.
@@ -152,31 +166,38 @@ class Engine(ABC):
 
     @abstractmethod
     def drop_gradients(self) -> None:
-        """Drop the gradients of a step that is given up."""
+        """Drop the accumulated gradients of a step that is abandoned."""
 
     @abstractmethod
     def state(self) -> TensorTree:
-        """What this rank writes of a checkpoint, under the names that every engine uses.
+        """This rank's part of a checkpoint, under the names that every engine uses.
 
-        The union over ranks is everything: `model.<parameter>`, `optimizer.<parameter>.exp_avg`,
-        `.exp_avg_sq` and `.step`, `random.<device>`. Each is a whole Tensor, of one rank alone, or
-        a DTensor of all. Every rank calls it.
+            model.<parameter>                                       float32 weights
+            optimizer.<parameter>.exp_avg, .exp_avg_sq, .step       AdamW's state
+            random.<device>                                         generators of rank 0
+
+        Each is a plain tensor, which one rank returns, or a DTensor, which all ranks return. Every
+        rank calls this.
         """
 
     @abstractmethod
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Take over a checkpoint of any engine; raises ValueError where it does not fit.
+        """Load a checkpoint of any engine. Every rank calls this.
 
-        Every rank calls it.
+        Raises:
+            ConfigError: its tensors do not fit this model.
         """
 
     @abstractmethod
     def load(self, weights: dict[str, Tensor]) -> None:
-        """Take whole weights by parameter name; the optimizer stays as new. Every rank calls it."""
+        """Load whole weights by parameter name; moments stay zero. Every rank calls this."""
 
     @abstractmethod
     def summon_full_params(self) -> AbstractContextManager[Transformer]:
-        """The model, for calls other than the loss; every rank makes the same ones."""
+        """The model with usable weights, for calls other than the loss.
 
-    def close(self) -> None:  # noqa: B027  # most have nothing
-        """Let go of what would outlive the engine."""
+        Every rank makes the same calls, because each call may gather weights.
+        """
+
+    def close(self) -> None:  # noqa: B027  # optional to override
+        """Release what would outlive the engine."""

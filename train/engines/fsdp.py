@@ -1,4 +1,4 @@
-"""PyTorch's own parallelism: one process, DDP, FSDP2 (arXiv 2304.11277) and HSDP."""
+"""PyTorch's own parallelism: one process, DDP, FSDP2 (arXiv 2304.11277) or HSDP."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -26,16 +26,15 @@ from train.engines.parallelize import drop_unreduced_gradients, parallelize, sha
 
 
 class FsdpEngine(Engine):
-    """Every rank holds the whole model, or a shard of each of its parameters.
+    """An engine whose ranks hold the whole model, or a shard of each of its parameters.
 
         engine.shard   engine.replicate   on n ranks
-        true           1                  FSDP2: weights, gradients and moments are cut over all
-        true           m                  HSDP: cut over n / m ranks, and that m times
-        false          1                  DDP: every rank has all of them
-                                          on one rank, each of these is a plain model
+        true           1                  FSDP2: n shards of weights, gradients and moments
+        true           m                  HSDP: m replicas, each of n / m shards
+        false          1                  DDP: n replicas
 
-    The optimizer works on what this rank holds, as on tensors that have nothing to do with others:
-    AdamW treats each element alone.
+    On one rank each of these is a plain model. AdamW treats each element alone, so the optimizer
+    works on this rank's shards as plain tensors: DTensors would dispatch each operation in Python.
     """
 
     def __init__(self, config: Config, groups: ProcessGroups) -> None:
@@ -50,13 +49,16 @@ class FsdpEngine(Engine):
             dtype=self.dtype,
         )
         self.parameters = dict(self.model.named_parameters())
+        # These share their memory with the parameters: an update of the one is one of the other.
         self.shards = {name: _local(p.detach()) for name, p in self.parameters.items()}
         self.optimizer = adamw(self.shards, config.optim)
         add_moments(self.optimizer)
-        self._take(initial_weights(self.model, config.seed))
+        self._fill(initial_weights(self.model, config.seed))
 
     def grad_sync(self, last: bool) -> AbstractContextManager[object]:
-        """Gradients stay on their rank until the last micro-batch."""
+        """Reduce gradients over ranks with the last micro-batch only."""
+        # One reduction per step costs memory: until then each rank has whole gradients, up to 4
+        # bytes per parameter. ZeRO-2 and ZeRO-3 reduce with every micro-batch instead.
         if isinstance(self.model_with_loss, FSDPModule):
             self.model_with_loss.set_requires_gradient_sync(last)
         if isinstance(self.model_with_loss, DistributedDataParallel) and not last:
@@ -64,115 +66,122 @@ class FsdpEngine(Engine):
         return nullcontext()
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient to the parameters'."""
+        """Add the gradient of the loss to the parameters' gradients."""
         loss.backward()
 
     @torch.no_grad()
     def optimizer_step(self, lr: float, loss: Tensor, limits: Limits) -> tuple[Tensor, Tensor]:
-        """Clip by the norm over all shards, and step unless the step is bad."""
+        """Clip by the norm of the whole gradient, and update the weights unless the step is bad."""
         gradients = []
         for shard, parameter in zip(self.shards.values(), self.parameters.values(), strict=True):
             assert parameter.grad is not None
             gradients.append(parameter.grad)
             shard.grad = _local(parameter.grad)
-        grad_norm = _whole(get_total_norm(gradients))
+        # On DTensors this reduces the squared norms of the shards over the ranks.
+        grad_norm = _full(get_total_norm(gradients))
         applied = limits.allow(loss, grad_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         set_clip_and_skip(self.optimizer, grad_norm, self.config.optim.grad_clip, applied)
         self.optimizer.step()
+        # Both: the shards' gradients are references to those of the parameters.
         self.optimizer.zero_grad()
         self.model_with_loss.zero_grad()
         return grad_norm, applied
 
     def drop_gradients(self) -> None:
-        """Drop the gradients of the micro-batches so far."""
+        """Drop the gradients of the micro-batches so far, reduced or not."""
         self.model_with_loss.zero_grad()
         drop_unreduced_gradients(self.model_with_loss)
 
     def evaluate(
         self, batch: Batch, stop_requested: Callable[[], bool] = never
     ) -> tuple[Tensor, Tensor] | None:
-        """As for all engines; then gathered weights are freed, which a backward pass would do."""
+        """As in `Engine`; then free the gathered weights, as a backward pass would."""
         found = super().evaluate(batch, stop_requested)
         self._reshard()
         return found
 
     @contextmanager
     def summon_full_params(self) -> Iterator[Transformer]:
-        """The model; where it is cut, blocks gather when called, and the rest is gathered here."""
+        """The model. Its blocks gather their weights when called; this gathers the others."""
         if isinstance(self.model_with_loss, FSDPModule):
             self.model_with_loss.unshard()
         try:
-            # Every length would be compiled anew.
+            # Compiled blocks would be compiled again for each length of the text.
             with autocast(self.device, self.dtype), torch.compiler.set_stance("force_eager"):
                 yield self.model
         finally:
             self._reshard()
 
     def state(self) -> TensorTree:
-        """Shards as DTensors of all ranks; what every rank has is dealt out among them."""
-        mine = {
+        """Shards as DTensors. Whole tensors are dealt to the ranks, parameter by parameter."""
+        written = {
             name: tensor
-            for number, tensors in enumerate(self._tensors())
+            for number, tensors in enumerate(self._checkpoint_tensors())
             for name, tensor in tensors.items()
             if isinstance(tensor, DTensor) or number % self.groups.world_size == self.groups.rank
         }
-        return {**mine, "random": self.random_state()} if self.groups.is_rank_zero else mine
+        return {**written, "random": self.random_state()} if self.groups.is_rank_zero else written
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Take over weights, moments and the first rank's random numbers."""
+        """Load weights, moments and rank 0's random number generators."""
+        # A checkpoint that was written on the CPU has no state of the CUDA generator. Such a state
+        # keeps the value that it has now.
         random = self.random_state()
-        tensors = {name: x for group in self._tensors() for name, x in group.items()}
+        tensors = {name: x for group in self._checkpoint_tensors() for name, x in group.items()}
         checkpoint.load({**tensors, "random": random})
         self.set_random_state(random)
 
     def load(self, weights: dict[str, Tensor]) -> None:
-        """Take whole weights, each rank its shards."""
+        """Load whole weights; each rank copies its shards."""
         assert weights.keys() == self.parameters.keys(), weights.keys() ^ self.parameters.keys()
-        self._take(weights.items())
+        self._fill(weights.items())
 
     @torch.no_grad()
-    def _take(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+    def _fill(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Copy whole weights into this rank's shards, and compute RoPE's tables."""
         for name, weight in weights:
-            self.shards[name].copy_(_local(_cut_like(self.parameters[name], weight)))
+            self.shards[name].copy_(_local(_sharded_like(self.parameters[name], weight)))
         self.model.rope.build(self.device)
 
-    def _tensors(self) -> Iterator[dict[str, Tensor]]:
-        """Of each parameter, what a checkpoint keeps, under canonical names."""
+    def _checkpoint_tensors(self) -> Iterator[dict[str, Tensor]]:
+        """For each parameter the tensors of a checkpoint, by canonical name."""
         for name, parameter in self.parameters.items():
             moments = self.optimizer.state[self.shards[name]]
             yield {
                 f"model.{name}": parameter.detach(),
-                f"optimizer.{name}.exp_avg": _as_cut(parameter, moments["exp_avg"]),
-                f"optimizer.{name}.exp_avg_sq": _as_cut(parameter, moments["exp_avg_sq"]),
+                f"optimizer.{name}.exp_avg": _as_dtensor(parameter, moments["exp_avg"]),
+                f"optimizer.{name}.exp_avg_sq": _as_dtensor(parameter, moments["exp_avg_sq"]),
                 f"optimizer.{name}.step": moments["step"],
             }
 
     def _reshard(self) -> None:
+        """Free the gathered weights; each rank keeps its shards."""
         for module in sharded_modules(self.model_with_loss):
             module.reshard()
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor that is cut; any other as it is."""
+    """This rank's shard of a DTensor; a plain tensor is returned as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _whole(tensor: Tensor) -> Tensor:
+def _full(tensor: Tensor) -> Tensor:
+    """The whole value of a DTensor, on every rank; a plain tensor is returned as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def _cut_like(parameter: Tensor, whole: Tensor) -> Tensor:
-    """A tensor that every rank has, cut as a parameter is; nothing is sent."""
+def _sharded_like(parameter: Tensor, whole: Tensor) -> Tensor:
+    """A whole tensor, sharded as a parameter is. Every rank has it, so nothing is sent."""
     if not isinstance(parameter, DTensor):
         return whole
     mesh, placements = parameter.device_mesh, parameter.placements
     return distribute_tensor(whole, mesh, placements, src_data_rank=None)
 
 
-def _as_cut(parameter: Tensor, shard: Tensor) -> Tensor:
-    """This rank's part of a tensor that is cut as a parameter is, as one of all ranks."""
+def _as_dtensor(parameter: Tensor, shard: Tensor) -> Tensor:
+    """A DTensor made of this rank's shard, placed as a parameter is."""
     if not isinstance(parameter, DTensor):
         return shard
     return DTensor.from_local(

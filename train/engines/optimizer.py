@@ -1,4 +1,4 @@
-"""AdamW over a model's parameters, and its state under their names."""
+"""AdamW (arXiv 1711.05101) with fused clipping and skipping of bad steps."""
 
 from collections.abc import Mapping
 
@@ -9,32 +9,37 @@ from train.config import OptimConfig
 from train.torch_private import fuse_clip_and_skip
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+"""AdamW's state of a parameter besides its step: running means of the gradient and its square."""
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over all parameters of a model, moments included."""
+    """AdamW over all parameters of a model, with its moments allocated."""
     optimizer = adamw(dict(model.named_parameters()), config)
     add_moments(optimizer)
     return optimizer
 
 
 def adamw(parameters: Mapping[str, Tensor], config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW as OLMo 2 uses it: weight decay on everything but embeddings, which names tell.
+    """AdamW with weight decay on everything except embeddings.
 
-    It works on each element alone, so it may be given the shards of parameters that are cut over
-    ranks.
+    OLMo 2 leaves them out (arXiv 2501.00656), because decay shrinks their norms, and small
+    embeddings give the first layers large gradients.
+
+    Args:
+        parameters: by canonical name. They may be shards, because AdamW treats each element alone.
+        config: learning rate, betas, eps and weight decay.
     """
     decayed = [p for name, p in parameters.items() if not is_embedding(name)]
-    kept = [p for name, p in parameters.items() if is_embedding(name)]
+    embeddings = [p for name, p in parameters.items() if is_embedding(name)]
     groups = [
         {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": kept, "weight_decay": 0.0},
+        {"params": embeddings, "weight_decay": 0.0},
     ]
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
 
 def add_moments(optimizer: torch.optim.Optimizer) -> None:
-    """Make AdamW's state before its first step, so that a checkpoint can be loaded into it."""
+    """Allocate AdamW's state before its first step, so that a checkpoint can be loaded into it."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             optimizer.state[parameter] = {
@@ -46,23 +51,26 @@ def add_moments(optimizer: torch.optim.Optimizer) -> None:
 def set_clip_and_skip(
     optimizer: torch.optim.Optimizer, grad_norm: Tensor, grad_clip: float | None, applied: Tensor
 ) -> None:
-    """Have a fused optimizer clip the gradient in its next step, and skip it unless `applied`.
+    """Have the next step of a fused optimizer clip the gradient, and skip the update if it is bad.
 
-    Its kernel does both, as for `torch.amp.GradScaler`: no pass over the gradients, and nobody
-    waits for the device, which alone knows the norm and whether the step is applied.
+    The AdamW kernel does both, as it does for `torch.amp.GradScaler`. So clipping needs no pass of
+    its own over the gradients, and the host need not wait for the device to know the norm.
 
     Args:
-        grad_norm: of the whole gradient, a scalar.
-        grad_clip: what its norm is to be at most; None: it is not clipped.
-        applied: a bool.
+        optimizer: with `fused=True`.
+        grad_norm: L2 norm of the whole gradient, a scalar on the device.
+        grad_clip: the largest norm; None: no clipping.
+        applied: bool scalar on the device; the update is skipped if it is false.
     """
-    # Where weights are offloaded, AdamW would send these there itself, but not wait for them.
+    # With offloaded weights the device differs. AdamW would copy the two scalars there itself, but
+    # without waiting for the copy.
     parts = (part for group in optimizer.param_groups for part in group["params"])
     device = next(parts, grad_norm).device
-    scale = ((grad_norm + 1e-6) / (grad_clip or torch.inf)).clamp(min=1)  # divides the gradient
+    # The kernel divides the gradient by this; 1e-6 is that of `clip_grad_norm_`.
+    scale = ((grad_norm + 1e-6) / (grad_clip or torch.inf)).clamp(min=1)
     fuse_clip_and_skip(optimizer, scale.to(device), applied.logical_not().float().to(device))
 
 
 def is_embedding(name: str) -> bool:
-    """Whether a parameter is an embedding: a tied head is one, under its name."""
+    """Whether a parameter is an embedding. A tied LM head is one, too: it has the same name."""
     return name.startswith(("embed.", "copy_embed."))

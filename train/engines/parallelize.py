@@ -1,4 +1,4 @@
-"""Parallelism, applied to a model from outside: one function, in the order that matters."""
+"""PyTorch's parallelism, applied to a model from outside, in the one order that works."""
 
 from functools import partial
 from typing import Any
@@ -27,18 +27,24 @@ def parallelize(
     device: torch.device,
     dtype: torch.dtype,
 ) -> nn.Module:
-    """Make of an objective on the meta device one of many ranks, with memory but without values.
+    """Parallelize a model on the meta device, and allocate its weights without values.
 
-        checkpointing    inside, so that it is compiled with its block, and does not gather again
-        compiling        block by block: all of them share what is compiled
+        checkpointing    first, so that it is compiled with its block, and the recomputation does
+                         not all-gather the weights again
+        compiling        block by block: all blocks share one compiled graph
         sharding         around compiled blocks, whose weights are gathered before they are called
-        memory           after sharding, so that no rank ever holds the whole model
-        replication      last, because it makes its buffers from the weights
+        allocation       after sharding, so that no rank ever holds the whole model
+        replication      last, because DDP makes its gradient buckets from the weights
 
     Args:
+        model_with_loss: on the meta device; it is changed in place.
+        config: of the engine.
         world_size: ranks.
         device: of this rank.
         dtype: of the matrix products.
+
+    Returns:
+        The model and its loss, wrapped by DDP where weights are replicated.
     """
     checkpoint_activations(model_with_loss.model, config)
     if config.compile:
@@ -55,9 +61,17 @@ def parallelize(
 
 
 def mesh_of(config: FsdpConfig, world_size: int, device: torch.device) -> DeviceMesh:
-    """All ranks in a row, or for HSDP in `replicate` rows, each of which holds the whole model.
+    """A mesh of one axis for FSDP, or of two axes for HSDP.
 
-    Neighbours, which share a machine, share a row: gathering weights is most of the traffic.
+        HSDP of 8 ranks with replicate = 2
+
+                      shard
+        replicate   0  1  2  3
+                    4  5  6  7
+
+    Each row has the whole model. Neighbouring ranks share a machine, and so they share a row: the
+    all-gathers and reduce-scatters of a row are most of the traffic. A column only all-reduces
+    gradients, once per step.
     """
     if config.replicate == 1:
         return init_device_mesh(device.type, (world_size,), mesh_dim_names=("shard",))
@@ -68,9 +82,10 @@ def mesh_of(config: FsdpConfig, world_size: int, device: torch.device) -> Device
 def shard(
     model_with_loss: ModelWithLoss, config: FsdpConfig, mesh: DeviceMesh, dtype: torch.dtype
 ) -> None:
-    """FSDP2, or HSDP on a mesh of two axes: each block, and what is left, is gathered as one.
+    """Apply FSDP2, or HSDP on a mesh of two axes.
 
-    Gradients are summed over ranks.
+    Each block is one unit of all-gathers and reduce-scatters; all other parameters (embeddings,
+    final norm, LM head) are another unit. Gradients are summed over ranks, not averaged.
     """
     policy = MixedPrecisionPolicy(
         param_dtype=None if dtype == torch.float32 else dtype,
@@ -81,35 +96,41 @@ def shard(
     always = config.reshard_after_forward == "always"
     blocks = model_with_loss.model.blocks
     for block in blocks:
-        # The last block's backward comes right after its forward.
-        freed = always or (config.reshard_after_forward == "auto" and block is not blocks[-1])
-        fully_shard(block, reshard_after_forward=freed, **settings)
+        # The last block's backward pass directly follows its forward pass, so `auto` does not free
+        # its weights between them.
+        reshard = always or (config.reshard_after_forward == "auto" and block is not blocks[-1])
+        fully_shard(block, reshard_after_forward=reshard, **settings)
     fully_shard(model_with_loss, reshard_after_forward=always, **settings)
     for module in sharded_modules(model_with_loss):
+        # FSDP2 averages by default. The loss is divided by the targets of all ranks already.
         module.set_gradient_divide_factor(1.0)
-        # Else a factor becomes an operation that only NCCL has.
+        # Otherwise FSDP2 asks for a reduction with a factor, which only NCCL has, and not gloo.
         module.set_force_sum_reduction_for_comms(True)
 
 
 def make_root(model_with_loss: nn.Module) -> None:
-    """Make the whole the root of its blocks, or a block that is called first becomes its own."""
+    """Make the whole model FSDP2's root, also if a block is called before it, as in sampling."""
     assert isinstance(model_with_loss, FSDPModule)
     init_fsdp_root(model_with_loss)
 
 
 def drop_unreduced_gradients(model_with_loss: nn.Module) -> None:
-    """Drop the gradients that FSDP keeps of micro-batches that it has not reduced."""
+    """Drop the accumulated gradients of micro-batches that FSDP2 has not reduced yet."""
     drop_accumulated_gradients(sharded_modules(model_with_loss))
 
 
 def sharded_modules(model_with_loss: nn.Module) -> list[FSDPModule]:
-    """The modules that are gathered as one; none where weights are not cut."""
+    """The units of FSDP2's all-gathers; none where weights are not sharded."""
     return [module for module in model_with_loss.modules() if isinstance(module, FSDPModule)]
 
 
 def replicate(model_with_loss: ModelWithLoss, config: FsdpConfig) -> DistributedDataParallel:
-    """DDP, with gradients summed over ranks; every rank has to fill in the same weights."""
-    # RoPE's tables are the same everywhere, and not to be sent with every forward pass.
+    """Apply DDP, with gradients summed over ranks. Every rank must fill in the same weights.
+
+    `init_sync=False` saves DDP's broadcast of rank 0's weights: all ranks draw them by one seed.
+    """
+    # The buffers are RoPE's tables, which are constant. DDP would broadcast them before every
+    # forward pass.
     tables = [name for name, _ in model_with_loss.named_buffers()]
     ignore_in_ddp(model_with_loss, tables)
     replicated = DistributedDataParallel(
@@ -120,12 +141,13 @@ def replicate(model_with_loss: ModelWithLoss, config: FsdpConfig) -> Distributed
 
 
 def _sum(dtype: torch.dtype, bucket: dist.GradBucket) -> Future[Tensor]:
-    """The sum over ranks of a bucket of gradients, in a precision; DDP itself averages."""
+    """All-reduce a bucket of gradients in `dtype`, as a sum. DDP itself would average."""
     gradients = bucket.buffer()
     work = dist.all_reduce(gradients.to(dtype), async_op=True)
     assert work is not None
-    return work.get_future().then(partial(_back, gradients))
+    return work.get_future().then(partial(_copy_back, gradients))
 
 
-def _back(gradients: Tensor, summed: Future[list[Tensor]]) -> Tensor:
+def _copy_back(gradients: Tensor, summed: Future[list[Tensor]]) -> Tensor:
+    """Write the sums into the bucket, whose memory the parameters' `.grad` share."""
     return gradients.copy_(summed.value()[0])

@@ -1,14 +1,14 @@
-"""DeepSpeed's ZeRO (arXiv 1910.02054), stages 0 to 3, as one of the engines.
+"""DeepSpeed's ZeRO (arXiv 1910.02054), stages 0 to 3.
 
-    stage     cut over the ranks         gradients are summed over ranks
-    0         nothing                    once a step
-    1         moments                    once a step
-    2         ... and gradients          with every micro-batch
-    3         ... and weights            with every micro-batch
+    stage     sharded                          gradients are reduced over ranks
+    0         nothing                          once per step
+    1         moments                          once per step
+    2         moments, gradients               with every micro-batch
+    3         moments, gradients, weights      with every micro-batch
 
-DeepSpeed moves weights and gradients between ranks, and between device and host. AdamW itself is
-told to clip the gradient, and to skip a bad step, just before it runs: the same at every stage. As
-in every engine weights are float32, and `engine.precision` is that of matrix products.
+DeepSpeed moves weights and gradients between ranks, and between device and host. The optimizer is
+torch's AdamW. At every stage it clips the gradient and skips bad steps in its own kernel, as in the
+other engine. Weights are float32, and `engine.precision` is that of matrix products.
 """
 
 import importlib
@@ -50,7 +50,7 @@ from train.engines.optimizer import MOMENTS, adamw, add_moments, is_embedding, s
 
 
 class DeepSpeedEngine(Engine):
-    """ZeRO over all ranks; `engine.stage` says what is cut."""
+    """ZeRO over all ranks. `engine.stage` says what is sharded."""
 
     def __init__(self, config: Config, groups: ProcessGroups) -> None:
         super().__init__(config, groups)
@@ -58,13 +58,17 @@ class DeepSpeedEngine(Engine):
         assert isinstance(settings, DeepSpeedConfig)
         self.stage = settings.stage
         if self.stage == 3 and settings.compile:
-            why = "at engine.stage=3 weights come and go within a block, which torch.compile cannot"
+            why = (
+                "not possible at engine.stage=3, which gathers and releases weights within a block"
+            )
             hint = "choose engine.stage=2 or less, or engine=fsdp"
-            raise ConfigError([Problem("engine.compile", True, f"{why} follow", hint)])
-        self.linear = nn.functional.linear  # stage 3 replaces it, for the whole process
+            raise ConfigError([Problem("engine.compile", True, why, hint)])
+        # Stage 3 replaces this function for the whole process; `close` puts it back.
+        self.linear = nn.functional.linear
         self.deepspeed = import_deepspeed(self.device)
-        self.alone = _join(groups, self.device)
-        self.shapes = list(self.model.named_parameters())  # on `meta`: DeepSpeed hides them
+        self.owns_process_group = _init_process_group(groups, self.device)
+        # Meta tensors keep the shapes, which DeepSpeed's parameters do not show at stage 3.
+        self.shapes = list(self.model.named_parameters())
         json = deepspeed_json(config, groups.world_size, self.dtype)
         check_json(json)
         self._make_weights(json)
@@ -72,7 +76,7 @@ class DeepSpeedEngine(Engine):
         if settings.compile:
             for block in self.model.blocks:
                 block.compile()
-        # Its moments come later: DeepSpeed updates other tensors than these.
+        # Its moments are made later, because DeepSpeed replaces the tensors that it updates.
         self.adamw = adamw(dict(self.model.named_parameters()), config.optim)
         self.adamw.register_step_pre_hook(self._before_adamw)
         self.engine, *_ = self.deepspeed.initialize(
@@ -82,7 +86,7 @@ class DeepSpeedEngine(Engine):
         self._make_moments()
 
     def _make_weights(self, json: dict[str, Any]) -> None:
-        """Draw one weight after the other; at stage 3 a rank keeps its part of each, no more."""
+        """Draw the weights one by one. At stage 3 each is sharded before the next is drawn."""
         for name, value in initial_weights(self.model, self.config.seed):
             module = self.model.get_submodule(name.rpartition(".")[0])
             module.to_empty(device=self.device, recurse=False)
@@ -92,35 +96,37 @@ class DeepSpeedEngine(Engine):
         self.model.rope.build(self.device)
 
     def _make_moments(self) -> None:
-        """Have moments from the start, so that a checkpoint can be loaded into them.
+        """Allocate the moments before the first step, so that a checkpoint can be loaded into them.
 
-        At stages 1 and 2, DeepSpeed would find only those of the first group after the first step;
-        at stage 3 it shows AdamW what it updates only in a step, where AdamW makes them itself.
+        At stages 1 and 2 DeepSpeed would link only the moments of the first parameter group after
+        the first step. At stage 3 AdamW sees the tensors that it updates only within a step, and
+        allocates the moments itself then.
         """
         add_moments(self.adamw)
-        self._idle_step()
+        self._skipped_step()
 
     def grad_sync(self, last: bool) -> AbstractContextManager[object]:
         self.engine.set_gradient_accumulation_boundary(last)
         return nullcontext()
 
     def backward(self, loss: Tensor) -> None:
-        # DeepSpeed takes the mean over ranks, at stage 3 with no choice.
+        # DeepSpeed averages over ranks, and stage 3 has no setting against it. The factor makes the
+        # average a sum.
         self.engine.backward(loss * self.groups.world_size, scale_wrt_gas=False)
 
     def optimizer_step(self, lr: float, loss: Tensor, limits: Limits) -> tuple[Tensor, Tensor]:
         for group in self.adamw.param_groups:
             group["lr"] = lr
         self.step_loss, self.limits = loss, limits
-        # Stages 1 to 3 do not call AdamW for a gradient that is not finite.
+        # Stages 1 to 3 do not call AdamW if the gradient is not finite. Then this value remains.
         self.grad_norm = torch.tensor(torch.inf, device=self.device)
         self.engine.step()
         return self.grad_norm, self._applied
 
     def _before_adamw(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
-        """Tell AdamW's kernel to clip the gradient, and to do nothing in a bad step.
+        """Have AdamW's kernel clip the gradient, and skip a bad step.
 
-        Stages 1 to 3 call AdamW once for each group of parameters.
+        Stages 1 to 3 call AdamW, and so this, once for each parameter group.
         """
         if self.stage == 0:
             norm = get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
@@ -134,13 +140,13 @@ class DeepSpeedEngine(Engine):
         return self.limits.allow(self.step_loss, self.grad_norm)
 
     def drop_gradients(self) -> None:
-        self._idle_step()
+        self._skipped_step()
 
-    def _idle_step(self) -> None:
-        """Take a step that is not applied.
+    def _skipped_step(self) -> None:
+        """Take a step whose update is skipped.
 
-        With it DeepSpeed drops the gradients of earlier micro-batches, and fills the weights that
-        the model computes with from those that AdamW updates.
+        Two effects are wanted: DeepSpeed drops the gradients of earlier micro-batches, and copies
+        the weights that AdamW updates into those that the model computes with.
         """
         row = Batch(np.zeros((1, 2), dtype=np.int64))
         with torch.compiler.set_stance("force_eager"), self.grad_sync(last=True):
@@ -148,11 +154,15 @@ class DeepSpeedEngine(Engine):
         self.optimizer_step(0.0, torch.zeros((), device=self.device), Limits(loss=-torch.inf))
 
     def state(self) -> TensorTree:
-        """What this rank is dealt of weights and moments, on the CPU if they are cut."""
+        """This rank's part of the weights and moments: whole tensors, dealt parameter by parameter.
+
+        Where they are sharded, they are gathered one by one and moved to the CPU, so that the
+        device holds one of them at a time.
+        """
         weights, optimizer = {}, {}
         step = next(iter(self.adamw.state.values()))["step"]
         for number, (name, parameter) in enumerate(self.model.named_parameters()):
-            whole = [self._gathered(parameter, key) for key in (None, *MOMENTS)]
+            whole = [self._full_tensor(parameter, key) for key in (None, *MOMENTS)]
             if number % self.groups.world_size == self.groups.rank:
                 weights[name], *moments = whole if self.stage == 0 else (x.cpu() for x in whole)
                 optimizer[name] = {"step": step, **dict(zip(MOMENTS, moments, strict=True))}
@@ -167,8 +177,8 @@ class DeepSpeedEngine(Engine):
             keys = [f"model.{name}", *(f"optimizer.{name}.{key}" for key in (*MOMENTS, "step"))]
             *values, step = checkpoint.read(keys).values()
             for key, value in zip((None, *MOMENTS), values, strict=True):
-                self._put(parameter, key, value)
-        self._idle_step()
+                self._set_tensor(parameter, key, value)
+        self._skipped_step()
         for state in self.adamw.state.values():
             state["step"].copy_(step)
         random = self.random_state()
@@ -177,24 +187,26 @@ class DeepSpeedEngine(Engine):
 
     def load(self, weights: dict[str, Tensor]) -> None:
         for name, parameter in self.model.named_parameters():
-            self._put(parameter, None, weights[name])
-        self._idle_step()
+            self._set_tensor(parameter, None, weights[name])
+        self._skipped_step()
 
-    def _gathered(self, parameter: nn.Parameter, key: str | None) -> Tensor:
-        """A whole float32 weight, or a moment of it; every rank calls this."""
+    def _full_tensor(self, parameter: nn.Parameter, key: str | None) -> Tensor:
+        """All-gather a float32 weight (`key` None) or a moment of it. Every rank calls this."""
         if self.stage == 0:
             return parameter.detach() if key is None else self.adamw.state[parameter][key]
         if key is None:
             return self.deepspeed.utils.safe_get_full_fp32_param(parameter)
         return self.deepspeed.utils.safe_get_full_optimizer_state(parameter, key)
 
-    def _put(self, parameter: nn.Parameter, key: str | None, value: Tensor) -> None:
-        """Take this rank's part of a whole weight or moment; `_idle_step` is to follow."""
+    def _set_tensor(self, parameter: nn.Parameter, key: str | None, value: Tensor) -> None:
+        """Load this rank's shard of a whole weight or moment. `_skipped_step` has to follow."""
         if self.stage == 0:
-            self._gathered(parameter, key).copy_(value)
+            self._full_tensor(parameter, key).copy_(value)
             return
         scope = "full"
-        if self.stage == 3:  # whose own setter takes no weight that the ranks cannot divide
+        # DeepSpeed's setter of whole tensors fails at stage 3 where the number of elements is not
+        # divisible by the ranks. So this pads and shards as DeepSpeed does.
+        if self.stage == 3:
             scope, size = "local", shard_size(parameter)
             value = pad(value.flatten(), (0, size * self.groups.world_size - value.numel()))
             value = value.narrow(0, size * self.groups.rank, size)
@@ -207,34 +219,35 @@ class DeepSpeedEngine(Engine):
     @contextmanager
     def summon_full_params(self) -> Iterator[Transformer]:
         if self.stage < 3:
-            # Every length would be compiled anew.
+            # Compiled blocks would be compiled again for each length of the text.
             with autocast(self.device, self.dtype), torch.compiler.set_stance("force_eager"):
                 yield self.model
             return
-        # A module gathers its weights when it is called; these are also read without a call, so
-        # they must not be released with the module whose they are.
-        read = [
+        # A module gathers its weights when it is called, and releases them afterwards. Inference
+        # also reads these weights without calling their modules, so they stay gathered.
+        kept = [
             p for n, p in self.model.named_parameters() if is_embedding(n) or n == "head.weight"
         ]
-        with self.deepspeed.zero.GatheredParameters(read), kept_gathered(read, owner=self):
+        with self.deepspeed.zero.GatheredParameters(kept), kept_gathered(kept, owner=self):
             yield self.model
 
     def close(self) -> None:
-        """Leave no process group, hook or replaced function behind."""
+        """Remove the process groups, hooks and replaced functions."""
         self.engine.destroy()
         self.deepspeed.comm.destroy_process_group(self.engine.data_parallel_group)
         nn.functional.linear = self.linear
-        if self.alone:
+        if self.owns_process_group:
             dist.destroy_process_group()
 
 
 def import_deepspeed(device: torch.device) -> ModuleType:
-    """The package, which takes its time to import, made quiet.
+    """Import DeepSpeed, which takes seconds, and silence it.
 
     Raises:
-        ConfigError: it is not installed, or works on another device in this process.
+        ConfigError: it is not installed, or it uses another device in this process already.
     """
-    os.environ["DS_ACCELERATOR"] = device.type  # else it guesses, and prints what
+    # Without this variable DeepSpeed guesses the device and prints its guess.
+    os.environ["DS_ACCELERATOR"] = device.type
     try:
         deepspeed = importlib.import_module("deepspeed")
     except ModuleNotFoundError as error:
@@ -252,14 +265,14 @@ def import_deepspeed(device: torch.device) -> ModuleType:
     disable_shared_memory_comm(deepspeed)
     for category, old in (
         (FutureWarning, r"`torch\.distributed\.\w+` is deprecated"),
-        (DeprecationWarning, r"`torch\.jit\.script_method` is deprecated"),  # it imports inductor
+        (DeprecationWarning, r"`torch\.jit\.script_method` is deprecated"),  # by torch's inductor
     ):
         warnings.filterwarnings("ignore", old, category)
     return deepspeed
 
 
 def deepspeed_json(config: Config, world_size: int, dtype: torch.dtype) -> dict[str, Any]:
-    """DeepSpeed's own configuration; the user's `engine.deepspeed` goes over it."""
+    """DeepSpeed's own configuration. The user's `engine.deepspeed` overrides it."""
     settings = config.engine
     assert isinstance(settings, DeepSpeedConfig)
     zero: dict[str, Any] = {"stage": settings.stage}
@@ -270,34 +283,39 @@ def deepspeed_json(config: Config, world_size: int, dtype: torch.dtype) -> dict[
     json = {
         "train_micro_batch_size_per_gpu": config.train.micro_batch_on(world_size),
         "gradient_accumulation_steps": config.train.accumulation(world_size),
-        "gradient_clipping": 0.0,  # its default is 1; AdamW clips, see `_before_adamw`
+        "gradient_clipping": 0.0,  # the default is 1.0; AdamW clips, see `_before_adamw`
         "zero_optimization": zero,
-        "zero_force_ds_cpu_optimizer": False,  # torch's AdamW is as fast, and knows `found_inf`
-        # Without `bf16`, which makes weights bfloat16: as in other engines only products are.
+        # DeepSpeed's CPU AdamW is no faster than torch's fused one, and has no `found_inf`.
+        "zero_force_ds_cpu_optimizer": False,
+        # DeepSpeed's `bf16` would store weights in bfloat16. Here only matrix products have it.
         "torch_autocast": {
             "enabled": dtype != torch.float32,
             "dtype": "bfloat16",
-            "lower_precision_safe_modules": [],  # whose gradients would be summed in it, too
+            # Gradients of modules in this list would be reduced in bfloat16.
+            "lower_precision_safe_modules": [],
         },
     }
     return merged(json, settings.deepspeed)
 
 
-def merged(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Both, and of what is in both that of `above`, however deep.
+def merged(base: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Merge two nested dicts; `overrides` wins.
 
     >>> merged({"zero": {"stage": 2, "size": 5}}, {"zero": {"size": 7}, "log": True})
     {'zero': {'stage': 2, 'size': 7}, 'log': True}
     """
-    both = {**below, **above}
-    for key in below.keys() & above.keys():
-        if isinstance(below[key], dict) and isinstance(above[key], Mapping):
-            both[key] = merged(below[key], above[key])
-    return both
+    result = {**base, **overrides}
+    for key in base.keys() & overrides.keys():
+        if isinstance(base[key], dict) and isinstance(overrides[key], Mapping):
+            result[key] = merged(base[key], overrides[key])
+    return result
 
 
-def _join(groups: ProcessGroups, device: torch.device) -> bool:
-    """Make the process group that DeepSpeed wants even of a lone process; return whether."""
+def _init_process_group(groups: ProcessGroups, device: torch.device) -> bool:
+    """Make a process group if there is none, as in a single process; return whether it was made.
+
+    DeepSpeed needs one even there.
+    """
     os.environ["LOCAL_RANK"] = str(groups.dist_env.local_rank)
     if dist.is_initialized():
         return False

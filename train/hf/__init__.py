@@ -1,1 +1,1 @@
-"""Hugging Face model directories and tokenizers, read and written."""
+"""Reading and writing Hugging Face model directories and tokenizers."""

@@ -1,4 +1,4 @@
-"""Hugging Face model directories: read as the start of a model, written for others to read."""
+"""Hugging Face model directories: reading one to start a model from it, and writing one."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,7 @@ from phd.hf.convert import from_hugging_face, starting_state, to_hugging_face
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-# What makes two models compute the same from the same weights.
+# The settings that must be equal for two models to compute the same from the same weights.
 SHAPE = (
     *("layers", "dim", "ffn_dim", "heads", "kv_heads", "head_dim", "vocab_size"),
     *("rope_theta", "norm", "norm_eps"),
@@ -26,11 +26,11 @@ def load_pretrained(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     """Read an OLMo 2 or Llama directory as a vanilla model: its config and float32 state dict.
 
     Args:
-        path: a directory with `config.json` and `model.safetensors`, or shards and their index.
+        path: a directory with `config.json`, and `model.safetensors` or its shards and their index.
 
     Raises:
-        DataError: a file is missing or damaged, or the model does what ours does not; see
-            `phd.hf.convert.from_hugging_face`.
+        DataError: a file is missing or damaged, or the model has features that
+            `phd.hf.convert.from_hugging_face` does not support.
     """
     if not path.is_dir():
         raise DataError(
@@ -46,12 +46,13 @@ def load_pretrained(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
 
 
 def pretrained_start(path: Path, config: ModelConfig) -> dict[str, Tensor]:
-    """The weights of an OLMo 2 or Llama directory as the start of a model of any variant.
+    """The weights of an OLMo 2 or Llama directory as the initial weights of any variant.
+
+    The originals of a PHD model attend to originals only, so they compute what that model computes.
 
     Raises:
         DataError: the directory cannot be read.
-        ConfigError: its model computes something else than the originals of `config` would; it
-            names the settings that have to be changed.
+        ConfigError: settings of `config` differ from that model's; the message names them.
     """
     pretrained, state = load_pretrained(path)
     differences = [
@@ -70,12 +71,14 @@ def save_pretrained(path: Path, config: ModelConfig, state: dict[str, Tensor]) -
     """Write a model into a new directory that transformers' `from_pretrained` reads.
 
     Args:
-        path: the directory, not there yet or empty.
-        config, state: of a model that `phd.hf.convert.to_hugging_face` can express.
+        path: the directory. It must be empty, or not exist.
+        config: of the model.
+        state: its weights, by parameter name.
 
     Raises:
-        DataError: the directory holds something.
-        ValueError: the model cannot be expressed.
+        DataError: the directory is not empty.
+        ValueError: transformers has no class that computes the same; see
+            `phd.hf.convert.to_hugging_face`.
     """
     hf_config, hf_state = to_hugging_face(config, state)
     safetensors = _safetensors()
@@ -89,10 +92,11 @@ def save_pretrained(path: Path, config: ModelConfig, state: dict[str, Tensor]) -
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
-    """All tensors of the directory's weight file, or of its shards."""
+    """Read all tensors of the weight file, or of its shards."""
     safetensors = _safetensors()
     names = [WEIGHTS]
     if (path / INDEX).is_file():
+        # Large models are stored as shards; the index has the shard of each tensor.
         names = sorted(set(_read_json(path / INDEX)["weight_map"].values()))
     if missing := [name for name in names if not (path / name).is_file()]:
         raise DataError(
@@ -119,7 +123,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _safetensors() -> ModuleType:
-    """The package that reads and writes weight files, which nothing else needs."""
+    """Import safetensors, which is optional: only Hugging Face directories need it."""
     try:
         import safetensors.torch
     except ImportError:

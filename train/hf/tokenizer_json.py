@@ -1,4 +1,4 @@
-"""A SentencePiece model as transformers' `tokenizer.json`, which gives the same ids."""
+"""Converting a SentencePiece model to transformers' `tokenizer.json`, with the same ids."""
 
 from pathlib import Path
 from typing import Any
@@ -7,19 +7,24 @@ from sentencepiece import sentencepiece_model_pb2 as protocol
 
 from data.tokenizer import SPACE, Tokenizer
 
-BPE = 2  # SentencePiece's number for it; 1 is unigram
-NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6  # kinds of pieces
+# Values of SentencePiece's enums; see sentencepiece_model.proto.
+UNIGRAM, BPE = 1, 2
+NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6
+
 UNLIKELY = 1000.0
+"""How much lower than any other the score of a special piece is, so that no text has one."""
 
 
 def write_tokenizer(directory: Path, tokenizer: Tokenizer, max_seq_len: int) -> None:
-    """Write the SentencePiece model and, where it can be converted, what `AutoTokenizer` reads.
+    """Write the SentencePiece model and, if it can be converted, the files for `AutoTokenizer`.
 
-    As in training, a text follows the separator. It never becomes one: `</s>` is four characters.
+    The tokenizer puts the separator before each text, as in training. A text that contains `</s>`
+    does not become a separator: it stays four characters.
     """
     tokenizer.save(directory / "tokenizer.model")
     if not_converted(tokenizer):
         return
+    # Imported here, because transformers takes seconds to import and is optional.
     from transformers import PreTrainedTokenizerFast
 
     fast = converted(tokenizer)
@@ -28,8 +33,8 @@ def write_tokenizer(directory: Path, tokenizer: Tokenizer, max_seq_len: int) -> 
         tokenizer_object=fast,
         **dict.fromkeys(("bos_token", "eos_token", "pad_token"), separator),
         unk_token=unknown,
-        padding_side="left",
-        split_special_tokens=True,
+        padding_side="left",  # a batch of prompts is continued at its right end
+        split_special_tokens=True,  # `</s>` in a text is no separator
         clean_up_tokenization_spaces=False,
         model_max_length=max_seq_len,
         model_input_names=["input_ids", "attention_mask"],
@@ -38,7 +43,7 @@ def write_tokenizer(directory: Path, tokenizer: Tokenizer, max_seq_len: int) -> 
 
 
 def not_converted(tokenizer: Tokenizer) -> list[str]:
-    """Why a tokenizer has no equal in `tokenizers` that we know of; those trained here have one."""
+    """Reasons why a tokenizer cannot be converted; `[]` for all that this project trains."""
     model = _proto(tokenizer)
     normalizer, kinds = model.normalizer_spec, {piece.type for piece in model.pieces}
     reasons = {
@@ -48,7 +53,7 @@ def not_converted(tokenizer: Tokenizer) -> list[str]:
         "it writes spaces behind words": model.trainer_spec.treat_whitespace_as_suffix,
         "it has no pieces for bytes": BYTE not in kinds,
         "it has pieces of the user's": not kinds <= {NORMAL, UNKNOWN, CONTROL, BYTE},
-        "it is neither BPE nor unigram": model.trainer_spec.model_type not in (1, BPE),
+        "it is neither BPE nor unigram": model.trainer_spec.model_type not in (UNIGRAM, BPE),
     }
     return [f"tokenizer.model: {reason}" for reason, holds in reasons.items() if holds]
 
@@ -56,16 +61,17 @@ def not_converted(tokenizer: Tokenizer) -> list[str]:
 def converted(tokenizer: Tokenizer) -> Any:
     """The `tokenizers.Tokenizer` that gives the same ids and texts.
 
-    Pieces have real spaces here, so that the character that SentencePiece writes for a space is
-    like any other. Special pieces and those of bytes stand for no text: no merge makes one, and no
-    path of a unigram model chooses one.
+    Pieces have real spaces here. So U+2581, which SentencePiece writes for a space, is a character
+    like any other. Special pieces and bytes do not stand for text: no BPE merge makes one, and
+    unigram gives them a score that is never the best.
 
-    With `unigram`, SentencePiece adds up the scores of a whole text in float32; where two ways to
-    cut it differ by less than that resolves, the other one may be taken here.
+    Unigram may differ in rare cases. SentencePiece adds up the scores of a text in float32; two
+    segmentations whose scores are equal to this precision may be chosen differently.
     """
     import tokenizers
     from tokenizers import decoders, models, processors
 
+    # Byte pieces keep their names, <0x00> to <0xFF>, by which `ByteFallback` finds them.
     proto = _proto(tokenizer)
     is_text = [piece.type == NORMAL for piece in proto.pieces]
     names = [
@@ -77,6 +83,7 @@ def converted(tokenizer: Tokenizer) -> Any:
     model: Any
     if proto.trainer_spec.model_type == BPE:
         texts = {n: s for n, s, text in zip(names, scores, is_text, strict=True) if text}
+        # Bytes stand for characters that have no piece, as in SentencePiece.
         model = models.BPE(
             vocab={name: i for i, name in enumerate(names)},
             merges=merges(texts),
@@ -85,9 +92,9 @@ def converted(tokenizer: Tokenizer) -> Any:
             byte_fallback=True,
         )
     else:
-        least = min(scores) - UNLIKELY
+        lowest = min(scores) - UNLIKELY
         vocab = [
-            (n, s if text else least) for n, s, text in zip(names, scores, is_text, strict=True)
+            (n, s if text else lowest) for n, s, text in zip(names, scores, is_text, strict=True)
         ]
         model = models.Unigram(vocab, unk_id=unknown, byte_fallback=True)
     fast = tokenizers.Tokenizer(model)
@@ -102,16 +109,18 @@ def converted(tokenizer: Tokenizer) -> Any:
 
 
 def merges(pieces: dict[str, float]) -> list[tuple[str, str]]:
-    """Every way to make a piece of two others, in the order in which SentencePiece makes them.
+    """All pairs of pieces that make another piece, in the order in which SentencePiece merges.
+
+    It merges the pair with the best score first, and does not store the pairs themselves.
 
     >>> merges({"ab": -1.0, "a": -3.0, "b": -4.0, "aba": -2.0})
     [('a', 'b'), ('ab', 'a')]
     """
     return [
-        (piece[:cut], piece[cut:])
+        (piece[:i], piece[i:])
         for piece in sorted(pieces, key=lambda piece: -pieces[piece])
-        for cut in range(1, len(piece))
-        if piece[:cut] in pieces and piece[cut:] in pieces
+        for i in range(1, len(piece))
+        if piece[:i] in pieces and piece[i:] in pieces
     ]
 
 

@@ -1,7 +1,7 @@
-"""What happens beside the training: measuring, evaluating, sampling, saving.
+"""The hooks of a run: metrics, evaluation, samples and checkpoints.
 
-A hook is called with the record of a step, every `every` steps and at the run's end, and returns
-what is to be logged. It holds what it needs, but no reference to whoever calls it.
+A hook is called with the record of a step, every `every` steps and after the last step, and returns
+metrics to log. It has no reference to the training loop. How to add one: train/metrics/record.py.
 """
 
 from collections.abc import Callable
@@ -26,16 +26,18 @@ from train.engines.engine import Engine
 from train.metrics.record import Metrics, StepRecord
 
 COUNTED_DOCUMENTS = 64
+"""Documents whose lengths the FLOPs of isolated documents are estimated from."""
 
 MUCH_WAITING = 0.1
-"""The fraction of the time that waits for data from which on something should be done."""
+"""The fraction of the time spent waiting for data that causes a warning."""
 
 
 class TrainingMetrics:
-    """Loss, optimizer and progress, of the step at hand.
+    """Loss, learning rate, gradient norm and progress.
 
-    `train/loss` is the cross-entropy per target in nats over the global batch;
-    `train/bits_per_byte` the same text's price in bits per byte, which no tokenizer can change.
+    `train/loss` is this step's cross-entropy per target in nats, over the global batch.
+    `train/bits_per_byte` is the same loss per byte of text, so that runs with different tokenizers
+    can be compared.
     """
 
     def __init__(self, config: Config) -> None:
@@ -43,6 +45,7 @@ class TrainingMetrics:
         self.flops_per_token = training_flops_per_token(config.model, config.train.seq_len)
 
     def __call__(self, record: StepRecord) -> Metrics:
+        # This waits for the device. Steps that are not logged never do.
         loss = record.loss.item()
         targets, size = record.stats.targets, record.stats.target_bytes
         metrics: Metrics = {
@@ -59,9 +62,9 @@ class TrainingMetrics:
 
 
 class DataProgress:
-    """What was read of each source so far, in tokens and complete passes, and what was wrong.
+    """Tokens and epochs of each source so far, padding, and quarantined records.
 
-    `progress/epoch` is of the source that is least far, of those that have a weight at first.
+    `progress/epoch` is the smallest epoch of the sources that have a weight from the start.
     """
 
     def __init__(self, config: Config, quarantine: Quarantine, groups: ProcessGroups) -> None:
@@ -80,6 +83,7 @@ class DataProgress:
             metrics[f"progress/{source}/epoch"] = stats.epoch(source)
         if stats.targets < stats.positions or record.batch.mask is not None:
             metrics["data/padding_fraction"] = 1 - stats.targets / stats.positions
+        # Each rank reads other lanes, and so finds other bad records.
         found = self.groups.gather((self.quarantine.new_count, self.quarantine.write_error))
         metrics["data/quarantined"] = self.quarantine.earlier_count + sum(new for new, _ in found)
         for write_error in filter(None, (error for _, error in found)):
@@ -88,12 +92,11 @@ class DataProgress:
 
 
 class Throughput:
-    """Speed since the last call, hooks and evaluation left out, and the memory's peak.
+    """Speed since the last call, without hooks and evaluation, and peak memory.
 
-    `throughput/mfu` is the FLOPs that the pattern needs over the device's bf16 peak; it is absent
-    where the peak is not known. The wait for data is that of the rank that waited most. Where
-    documents are isolated, their lengths are those of the first `COUNTED_DOCUMENTS` of this
-    rank's last step.
+    `throughput/mfu` (model FLOPs utilization, arXiv 2204.02311) is the FLOPs that the pattern needs
+    over the device's bf16 peak. It is absent if the peak is not known. The wait for data is that of
+    the rank that waited most, because the other ranks wait for it.
     """
 
     def __init__(
@@ -127,11 +130,14 @@ class Throughput:
             "memory/peak_gib": max(self.groups.gather(peak_memory_gib(self.device))),
         }
         if peak := peak_flops(self.device):
+            # Isolated documents need fewer FLOPs, depending on their lengths. A sample of this
+            # rank's last step will do.
             documents = record.batch.document_lengths[:COUNTED_DOCUMENTS]
             flops_per_token = training_flops_per_token(self.model, *documents)
             flops_per_s = tokens_per_s * flops_per_token / self.groups.world_size
             metrics["throughput/mfu"] = flops_per_s / peak
-        # The first interval waits for files to open; later waits will go on.
+        # The first interval includes opening the files. The warning is given once, because the
+        # fraction is logged anyway.
         if waited > MUCH_WAITING * seconds and self.calls and not self.warned:
             self.warned = True
             metrics["throughput/warning"] = self._advice(waited / seconds, rank)
@@ -150,14 +156,16 @@ class Throughput:
 
 
 class KVCost:
-    """What one sequence of `hooks.kv.context` tokens would keep in the KV cache at inference."""
+    """Bytes of the KV cache of one sequence of `hooks.kv.context` tokens at inference."""
 
     def __init__(self, config: Config, dtype: torch.dtype) -> None:
         self.every = config.hooks.log_every
         context, model = config.hooks.kv.context, config.model
         cost = kv_bytes(model, context, dtype)
         vanilla = kv_bytes(model.vanilla_twin, context, dtype)
+        # Naive repetition computes as much per token, and is what PHD has to be compared with.
         naive = replace(model, variant="naive_repeat")
+        # The sizes do not change during a run. They are logged so that runs can be plotted by them.
         self.metrics: Metrics = {
             "kv/bytes_per_sequence": cost.total,
             "kv/hidden_bytes_per_sequence": cost.hidden,
@@ -171,7 +179,7 @@ class KVCost:
 
 
 class Evaluation:
-    """The loss on held-out documents; nothing where `stop` ends it early."""
+    """The loss on the held-out documents of a source; `{}` if `stop` ends it early."""
 
     def __init__(
         self, config: Config, engine: Engine, name: str, text: Batch, stop: Callable[[], bool]
@@ -200,7 +208,7 @@ class Evaluation:
 
 
 class Sample:
-    """A text that the model writes: the same prompt and the same dice every time."""
+    """A text that the model writes, with the same prompt and the same seed every time."""
 
     def __init__(
         self, config: Config, engine: Engine, tokenizer: Tokenizer, stop: Callable[[], bool]
@@ -215,20 +223,21 @@ class Sample:
         return {} if record.ending and record.ending.by_signal else self.measure()
 
     def measure(self) -> Metrics:
-        """The sample as a metric; nothing where `stop` ends it early."""
+        """The sample as a metric; `{}` if `stop` ends it early."""
         text = self.write()
         return {} if text is None else {"sample/text": text}
 
     def write(self) -> str | None:
-        """The prompt and what follows it, until the document ends. Every rank writes the same."""
+        """The prompt and its continuation until the end of the document, equal on every rank."""
         settings = self.config.hooks.sample
         prompt = [self.tokenizer.eos_id, *self.tokenizer.encode(settings.prompt).tolist()]
         tokens = torch.tensor(prompt, device=self.engine.device)
-        dice = torch.Generator().manual_seed(self.config.seed)
+        generator = torch.Generator().manual_seed(self.config.seed)
         new: list[int] = []
         with self.engine.summon_full_params() as model:
-            # To the end also where the document ends before it: no rank may ask less often.
-            for token in generate(model, [tokens], Sampling(), [dice], settings.tokens):
+            # This goes on after the end of the document. `stop` is collective and weights may be
+            # sharded, so all ranks must take the same number of steps.
+            for token in generate(model, [tokens], Sampling(), [generator], settings.tokens):
                 if self.stop():
                     return None
                 new.append(int(token.item()))
@@ -237,14 +246,18 @@ class Sample:
 
 
 class SaveCheckpoint:
-    """Writes checkpoints behind the training; after the last step it waits for the disk.
+    """Saves checkpoints while training goes on; after the last step it waits for the save.
 
-    A disk that refuses costs the checkpoint, not the run. `checkpoint/stall_s` is how long the
-    training stood still, `checkpoint/step` the last step whose save is known to be complete, and
-    `checkpoint/save_s` how long that save took.
+    A disk error costs a checkpoint, not the run.
+
+        checkpoint/stall_s    how long training stood still for this save
+        checkpoint/step       the last step whose save has completed
+        checkpoint/save_s     how long that save took
+        checkpoint/error      why the save before this one failed
 
     Attributes:
-        saved_step: the last step whose checkpoint is complete, as far as is known; None: none is.
+        saved_step: the last step whose save has completed; None if none has. A pending save is not
+            counted until the next save, or the end of the run, waits for it.
         error: why the last save failed; None if it did not.
     """
 
@@ -266,6 +279,8 @@ class SaveCheckpoint:
             "bad_steps": record.bad_steps,
             "cursors": record.stats.cursors,
         }
+        # `save` reports the save before this one, which has had `every` steps of time. So the
+        # metrics of a save are logged one save later.
         metrics: Metrics = {}
         self.error = None
         start = perf_counter()
@@ -275,6 +290,7 @@ class SaveCheckpoint:
             self._fail(metrics, f"{error}; training goes on", error.saved)
         metrics["checkpoint/stall_s"] = perf_counter() - start
         if record.ending:
+            # The process is about to exit, and a daemon thread would not keep it from that.
             try:
                 self._note(metrics, self.store.wait())
             except CheckpointError as error:
@@ -294,7 +310,11 @@ class SaveCheckpoint:
 
 
 def bits_per_byte(nats: float, size: int) -> float:
-    """A text's information in bits per byte of its UTF-8.
+    """Convert the cross-entropy of a text to bits per byte.
+
+    Args:
+        nats: summed over the text.
+        size: bytes of the text in UTF-8.
 
     >>> bits_per_byte(log(2) * 24, 8)
     3.0

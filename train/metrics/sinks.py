@@ -1,6 +1,6 @@
-"""Where metrics go: a file that is always written, Weights & Biases, the console.
+"""Sinks for metrics: a JSON lines file, Weights & Biases, and the console.
 
-A sink that fails costs its own output, never the run, and says so once.
+A sink that fails warns once and loses its own output. It never stops the run.
 """
 
 import json
@@ -21,19 +21,20 @@ from train.console import warn
 from train.metrics.record import Metrics
 
 START_S = 20.0
-"""Seconds in which the W&B server has to answer at the start."""
+"""Seconds that the W&B server may take to answer at the start."""
 
 FINISH_S = 20.0
-"""Seconds in which it has to take what is left at the end."""
+"""Seconds that the W&B server may take for the rest of the metrics at the end."""
 
 CLOSE_S = 30.0
-"""Seconds in which W&B's own service has to do that; it is a process on this machine."""
+"""Seconds that W&B's service, a process on this machine, may take to finish the run."""
 
 TEAR_DOWN_S = 1.0
+"""Seconds that stopping a service that does not answer may take."""
 
 
 class Sink(Protocol):
-    """Takes the metrics of a step."""
+    """A place that metrics are written to."""
 
     def write(self, step: int, metrics: Metrics) -> None: ...
 
@@ -41,22 +42,24 @@ class Sink(Protocol):
 
 
 class MetricsFile:
-    """`metrics.jsonl`: one JSON object a line, with `step`, the Unix `time`, and the metrics.
+    """`metrics.jsonl`: one JSON object per line, with `step`, the Unix `time`, and the metrics.
 
-    A loss that is no finite number, which JSON does not have, is null.
+    NaN and infinity become null, because JSON has neither.
     """
 
     def __init__(self, path: Path, resumed_step: int, console: Console) -> None:
+        # A run that crashed after its last checkpoint repeats the steps since, and logs them again.
         cut_back(path, resumed_step)
         self.path = path
         self.console = console
         self.full = False
 
     def write(self, step: int, metrics: Metrics) -> None:
-        """Append a line. A full disk loses lines, and is told once until there is room again."""
+        """Append a line. If the disk refuses, the line is lost; the first time it warns."""
         plain = {
             k: None if isinstance(v, float) and not isfinite(v) else v for k, v in metrics.items()
         }
+        # `allow_nan=False`: Python would write NaN, which other JSON readers refuse.
         line = json.dumps({"step": step, "time": time(), **plain}, allow_nan=False) + "\n"
         try:
             _append(self.path, line.encode())
@@ -71,11 +74,12 @@ class MetricsFile:
 
 
 def _append(path: Path, line: bytes) -> None:
-    """Add a whole line to a file or, with an OSError, nothing of it."""
+    """Append a complete line to a file. On an OSError nothing of it remains."""
     with path.open("ab", buffering=0) as file:
         size = file.tell()
         try:
-            while line:  # what the disk has room for is written before it refuses
+            # A nearly full disk takes the first bytes of a line, and refuses the rest then.
+            while line:
                 line = line[file.write(line) :]
         except OSError:
             file.truncate(size)
@@ -83,7 +87,7 @@ def _append(path: Path, line: bytes) -> None:
 
 
 def cut_back(path: Path, step: int) -> None:
-    """Drop the lines of later steps than `step`, and a last line that a crash left incomplete."""
+    """Delete the lines of steps after `step`, and lines that a crash left incomplete."""
     if not path.exists():
         return
     kept = []
@@ -97,7 +101,7 @@ def cut_back(path: Path, step: int) -> None:
 
 
 class ConsoleLine:
-    """One line per logging step, above the progress bar."""
+    """Prints one line per logging step, above the progress bar."""
 
     def __init__(self, console: Console, total_steps: int | None) -> None:
         self.console = console
@@ -112,7 +116,7 @@ class ConsoleLine:
 
 
 def console_lines(metrics: Metrics) -> list[str]:
-    """The metrics that a person follows, in words.
+    """The metrics that a person follows, as text.
 
     >>> console_lines({"train/loss": 3.21, "throughput/tokens_per_s": 5123.4, "optim/lr": 3e-4})
     ['loss 3.210  lr 3.00e-04  5,123 tokens/s']
@@ -140,33 +144,34 @@ def console_lines(metrics: Metrics) -> list[str]:
 
 
 class Wandb:
-    """The run on Weights & Biases; offline unless logged in, under one id however often resumed.
+    """The run on Weights & Biases: offline unless logged in, with the same id after a resume.
 
-    Everything there is done by a thread of its own, so a server that is slow or gone takes no time
-    from the training. If it cannot be reached at the start, the run is kept offline; if it stops
-    answering later, what it has not got is still in the run's directory. `wandb sync` uploads
-    either. Whatever goes wrong is told once.
+    A thread makes all calls, so that a slow or unreachable server does not slow the training. If
+    the server cannot be reached at the start, the run is logged offline. If it fails later, the
+    metrics are still in the run's directory. `wandb sync` uploads both. A failure is reported once.
     """
 
     def __init__(self, config: Config, run_dir: Path, console: Console) -> None:
         self.config, self.run_dir, self.console = config, run_dir, console
         self._calls: SimpleQueue[tuple[int, Metrics] | None] = SimpleQueue()
         self._given_up = False
+        # A daemon thread does not keep the process alive if the service hangs.
         self._thread = Thread(target=self._serve, name="wandb", daemon=True)
         self._thread.start()
 
     def write(self, step: int, metrics: Metrics) -> None:
-        """Log the metrics, sooner or later."""
+        """Queue the metrics for the thread."""
         self._calls.put((step, metrics))
 
     def close(self) -> None:
-        """Finish the run there within `CLOSE_S`; afterwards none of its processes is awaited."""
+        """Finish the run within `CLOSE_S`, or give up and stop W&B's service."""
         self._calls.put(None)
         self._thread.join(CLOSE_S)
         if self._thread.is_alive():
             self._given_up = True
             self._failed(f"its service has not answered for {CLOSE_S:g} s")
-            # Its exit hook would wait for the service; tearing it down begins with removing that.
+            # W&B registers an exit hook that waits for the service without a limit. The first thing
+            # that a teardown does is to remove this hook.
             tearing = Thread(target=_tear_down, daemon=True)
             tearing.start()
             tearing.join(TEAR_DOWN_S)
@@ -191,7 +196,7 @@ class Wandb:
             if mode != "online" or self._given_up:
                 raise
             warn(self.console, f"Weights & Biases is not reached, {self._kept}: {error}")
-            _tear_down()  # or the run would be in use
+            _tear_down()  # otherwise the same id cannot be initialized again in this process
             return self._init("offline")
 
     def _failed(self, problem: str) -> None:
@@ -210,6 +215,7 @@ class Wandb:
         return wandb.init(
             project=self.config.hooks.wandb.project,
             name=self.config.name,
+            # The same id after a resume continues the same curves.
             id=run_id(self.run_dir),
             resume="allow",
             dir=self.run_dir,
@@ -219,6 +225,7 @@ class Wandb:
                 silent=True,
                 init_timeout=START_S,
                 finish_timeout=FINISH_S,
+                # Otherwise the timeout only prints a message, and this thread would not know.
                 finish_timeout_raises=True,
             ),
         )
@@ -231,7 +238,7 @@ def _tear_down() -> None:
 
 
 def run_id(run_dir: Path) -> str:
-    """The W&B id of the run in this directory, made at the first call."""
+    """The W&B id of the run in this directory. The first call makes it."""
     path = run_dir / "wandb_id.txt"
     if not path.exists():
         path.write_text(uuid4().hex[:16], encoding="utf-8")
@@ -242,6 +249,7 @@ def _mode(config: Config) -> Any:
     mode = config.hooks.wandb.mode
     if mode != "auto":
         return mode
+    # `verify=False` reads the stored key without asking the server, which may be unreachable.
     import wandb
 
     return os.environ.get("WANDB_MODE") or (

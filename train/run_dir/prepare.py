@@ -1,13 +1,13 @@
-"""A run's directory, and what it says of the run.
+"""Preparing the directory of a run.
 
 runs/phd_cswa-2-16-32-tiny/
     config.yaml        the whole configuration, every default included
-    environment.json   versions, machine, source revision; one entry for each start
+    environment.json   versions, machine and source revision; one entry per start
     source/            this project's source code and its git revision; see snapshot.py
-    metrics.jsonl      one line for each logging step
-    quarantine.jsonl   what was found that is no document, and where; absent if nothing was
+    metrics.jsonl      one line per logging step
+    quarantine.jsonl   records that are no documents, and where they are; absent if there are none
     bad_steps/         the batches of bad steps; see train/anomalies/report.py
-    stacks/            what the ranks were doing when a step took too long
+    stacks/            stack traces of the ranks when a step took too long
     tokenizer.model    the SentencePiece model
     wandb_id.txt, wandb/
     checkpoints/       see train/checkpoint/store.py
@@ -34,7 +34,11 @@ from train.run_dir.snapshot import Revision, read_revision, write_snapshot
 
 
 def prepare_run_dir(config: Config, tokenizer: Tokenizer, console: Console) -> None:
-    """Make the run's directory this run's, and write down what this start of it is made of."""
+    """Make the run's directory, and write the configuration and the environment of this start.
+
+    Raises:
+        ConfigError: the directory cannot be written.
+    """
     directory = config.run_dir
     if config.run.resume == "never" and (moved := archive_run_dir(directory)):
         console.print(f"run.resume=never: the earlier run is now in {moved}", markup=False)
@@ -47,7 +51,7 @@ def prepare_run_dir(config: Config, tokenizer: Tokenizer, console: Console) -> N
 
 
 def archive_run_dir(directory: Path) -> Path | None:
-    """Rename an earlier run's directory to `<directory>.old-<n>`; None if there is none."""
+    """Rename the directory of an earlier run to `<directory>.old-<n>`; None if there is none."""
     if not directory.exists():
         return None
     names = (directory.with_name(f"{directory.name}.old-{n}") for n in count(1))
@@ -60,14 +64,16 @@ def _describe(config: Config, directory: Path, tokenizer: Tokenizer) -> None:
     write_snapshot(directory, revision)
     settings = OmegaConf.to_yaml(OmegaConf.create(config.to_dict()))
     write_atomic(directory / "config.yaml", settings)
+    # A copy, so that the run can be resumed and used when the tokenizer's cache is gone.
     tokenizer.save(directory / "tokenizer.model")
     path = directory / "environment.json"
+    # One entry per start: a run may be resumed on another machine, or with other versions.
     starts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     write_atomic(path, json.dumps([*starts, environment(revision)], indent=1))
 
 
 def environment(revision: Revision) -> dict[str, Any]:
-    """The machine, the versions and the source revision of this process."""
+    """The machine, the versions of packages, and the source revision of this process."""
     packages = ("torch", "numpy", "sentencepiece", "datasets", "hydra-core", "wandb", "deepspeed")
     return {
         "time": strftime("%Y-%m-%d %H:%M:%S %z"),
@@ -77,13 +83,13 @@ def environment(revision: Revision) -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "threads": torch.get_num_threads(),
         "revision": revision.commit,
-        "changed": revision.dirty,  # since then; see source/
+        "changed": revision.dirty,  # uncommitted changes; they are in source/
         "packages": {name: _version(name) for name in packages},
     }
 
 
 def _version(package: str) -> str | None:
-    """None where it is not installed, as DeepSpeed need not be."""
+    """The version of a package; None if it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -1,9 +1,9 @@
-"""The source that a run is made with, kept in its directory.
+"""A snapshot of the source code in a run's directory.
 
 runs/<name>/source/<hash>/
-    revision.json    the commit and branch, and whether there are changes since
-    changes.patch    those changes, with the packages' new files; empty if there are none
-    source.tar.gz    the packages as they are
+    revision.json    the commit, the branch, and whether there are uncommitted changes
+    changes.patch    the uncommitted changes, including new files; empty if there are none
+    source.tar.gz    the packages' files
 """
 
 import gzip
@@ -25,13 +25,14 @@ PACKAGES = ("phd", "data", "train", "launch", "conf")
 
 
 class Revision(NamedTuple):
-    """What git says of the source.
+    """The git revision of the source.
 
     Attributes:
-        commit, branch: None where they are not known, or there is no branch.
-        dirty: whether the source is another than the commit's; None where it is not known.
-        unknown: why nothing is known; None if it is.
-        changes: the difference as a patch.
+        commit: None if it is not known.
+        branch: None if it is not known, or if no branch is checked out.
+        dirty: whether there are uncommitted changes; None if it is not known.
+        unknown: why nothing is known; None if the revision is known.
+        changes: the uncommitted changes as a patch.
     """
 
     commit: str | None = None
@@ -42,14 +43,18 @@ class Revision(NamedTuple):
 
 
 def write_snapshot(directory: Path, revision: Revision, root: Path = ROOT) -> Path:
-    """Keep the source in `<directory>/source/`, unless it is there; return where it is.
+    """Write the source into `<directory>/source/`, unless it is there already.
 
     Args:
-        revision: what git says of it.
-        root: where the packages are.
+        directory: of the run.
+        revision: of the source.
+        root: the directory that has the packages.
+
+    Returns:
+        The snapshot's directory.
 
     Raises:
-        OSError: the disk refuses.
+        OSError: it cannot be written.
     """
     archive = _archive(root)
     described = revision._asdict()
@@ -59,11 +64,12 @@ def write_snapshot(directory: Path, revision: Revision, root: Path = ROOT) -> Pa
         "changes.patch": changes.encode(errors="surrogateescape"),
         "source.tar.gz": gzip.compress(archive, mtime=0),
     }
-    # Of what is in the archive: another version of zlib must not make it another source.
+    # The hash is that of the uncompressed archive, because versions of zlib compress differently.
     name = xxh3_128_hexdigest(files["revision.json"] + files["changes.patch"] + archive)[:12]
     path = directory / "source" / name
     if path.exists():
         return path
+    # A run that is started a hundred times from one source has one snapshot of it.
     with new_directory(path) as partial:
         for file, content in files.items():
             (partial / file).write_bytes(content)
@@ -71,7 +77,7 @@ def write_snapshot(directory: Path, revision: Revision, root: Path = ROOT) -> Pa
 
 
 def read_revision(root: Path = ROOT) -> Revision:
-    """What git says of the packages in `root`."""
+    """Ask git for the revision of the packages in `root`."""
     if shutil.which("git") is None:
         return Revision(unknown="git is not installed")
     try:
@@ -80,6 +86,7 @@ def read_revision(root: Path = ROOT) -> Revision:
         commit = _git(root, "rev-parse", "HEAD").strip()
         branch = _git(root, "branch", "--show-current").strip() or None
         changes = _git(root, "diff", *PLAIN, "HEAD")
+        # `git diff HEAD` leaves out new files; each is compared with an empty one.
         listed = _git(root, "ls-files", "-z", "--others", "--exclude-standard", *PACKAGES)
         for name in filter(None, listed.split("\0")):
             changes += _git(root, "diff", *PLAIN, "--no-index", os.devnull, name, differs=True)
@@ -89,15 +96,17 @@ def read_revision(root: Path = ROOT) -> Revision:
 
 
 PLAIN = ("--no-color", "--no-ext-diff", "--no-textconv")
+"""Options of `git diff` that turn off a user's settings, which can make an unusable patch."""
 
 
 def _git(root: Path, *arguments: str, differs: bool = False) -> str:
-    """What git prints; `differs` is for commands that end with 1 where they find a difference."""
-    own = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    """The output of a git command. `differs`: it exits with 1, as `git diff --no-index` does."""
+    # A git hook sets GIT_DIR and the like, which would select another repository.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     done = subprocess.run(
         ["git", *arguments],
         cwd=root,
-        env=own | {"GIT_OPTIONAL_LOCKS": "0", "LC_ALL": "C"},
+        env=environment | {"GIT_OPTIONAL_LOCKS": "0", "LC_ALL": "C"},
         capture_output=True,
         encoding="utf-8",
         errors="surrogateescape",
@@ -108,7 +117,7 @@ def _git(root: Path, *arguments: str, differs: bool = False) -> str:
 
 
 def _archive(root: Path) -> bytes:
-    """The packages' files as a tar, the same bytes whenever and by whomever it is made."""
+    """The packages' files as a tar. It has no times and owners, so equal files give equal bytes."""
     written = io.BytesIO()
     with tarfile.open(fileobj=written, mode="w", format=tarfile.PAX_FORMAT) as archive:
         for path in sorted(path for name in PACKAGES for path in (root / name).rglob("*")):

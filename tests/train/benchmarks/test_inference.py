@@ -33,12 +33,12 @@ from train.benchmarks.inference import (
     GRIDS,
     PHD,
     Decode,
-    Generate,
     Grid,
     Models,
     Prefill,
-    bench_inferring,
+    TransformersDecode,
     grid_of,
+    measure_inference,
 )
 
 CPU = torch.device("cpu")
@@ -62,7 +62,7 @@ def little_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def measured() -> Result:
-    return bench_inferring(SIZE, GRID, TURNS, CPU)
+    return measure_inference(SIZE, GRID, TURNS, CPU)
 
 
 def config_of(row: dict[str, Any]) -> ModelConfig:
@@ -108,7 +108,7 @@ def test_each_row_tells_the_median_of_its_turns(measured: Result) -> None:
 
 def test_a_token_takes_its_share_of_a_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "perf_counter", count(0, 6).__next__)  # all work takes 6 s
-    for row in bench_inferring(SIZE, GRID, 2, CPU).rows:
+    for row in measure_inference(SIZE, GRID, 2, CPU).rows:
         if row["variant"] != "transformers":
             assert row["median_ms"] == 6000 / (GRID.steps if row["work"] == "decode" else 1)
             assert row["x_vanilla"] == 1
@@ -153,7 +153,7 @@ def test_the_kv_bytes_are_those_of_the_caches_that_were_allocated(measured: Resu
 
 
 def test_the_bandwidth_is_what_is_read_over_what_a_copy_reads_and_writes() -> None:
-    result = bench_inferring(SIZE, GRID, 1, CPU)
+    result = measure_inference(SIZE, GRID, 1, CPU)
     matrices = 64 * 32 + 2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 48 * 32)
     norms = 2 * (32 + 16 + 32 + 32) + 32
     for row in result.rows:
@@ -204,7 +204,7 @@ def test_every_turn_decodes_the_last_tokens_of_the_context(variant: Variant) -> 
 
 def test_transformers_decodes_the_same_tokens() -> None:
     vanilla = models().of("vanilla", 1)
-    theirs = Generate(vanilla, tokens=18, steps=6)
+    theirs = TransformersDecode(vanilla, tokens=18, steps=6)
     logits, cache = prefill(vanilla, theirs.prompt, capacity=18)
     ours = [logits.argmax(-1)]
     for _ in range(6):
@@ -218,7 +218,7 @@ def test_the_clock_of_transformers_stands_still_while_the_prompt_is_read(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     now = iter(range(100))
-    theirs = Generate(models().of("vanilla", 1), tokens=18, steps=6)
+    theirs = TransformersDecode(models().of("vanilla", 1), tokens=18, steps=6)
     monkeypatch.setattr(inference_benchmark, "perf_counter", lambda: next(now) ** 2)
     theirs()
     # The prompt comes at 0, the first token at 1, and the last of six others at 7 * 7.

@@ -184,7 +184,7 @@ def test_a_damaged_file_sends_us_to_the_checkpoint_before_and_is_named(
     loaded = tensors_of(0)
     found.load(loaded)
     assert torch.equal(loaded["model"]["embed.weight"], torch.full((4, 3), 100.0))
-    with pytest.raises(ValueError, match=f"step_00000200 is not a whole checkpoint.*{file}"):
+    with pytest.raises(ValueError, match=f"step_00000200 is not a complete checkpoint.*{file}"):
         Checkpoint.open(damaged)
 
 
@@ -266,7 +266,7 @@ def test_tensors_that_do_not_fit_are_all_named_and_nothing_is_changed(
     with pytest.raises(ValueError, match="step_00000001 is of another model; 4 of") as error:
         store.newest().load(other)
     message = str(error.value)
-    assert message.splitlines()[1:-1] == [
+    assert message.splitlines()[2:-1] == [  # after the title and the sentence
         "  model.embed.weight: float32 [4, 3] in the checkpoint, float32 [4, 5] in this run",
         "  model.head.weight: nothing in the checkpoint, float32 [2] in this run",
         "  model.norm.weight: float32 [3] in the checkpoint, bfloat16 [3] in this run",
@@ -281,8 +281,9 @@ def test_of_many_tensors_that_do_not_fit_the_first_are_named(store: CheckpointSt
     with pytest.raises(ValueError, match="20 of its tensors") as error:
         store.newest().load({"model": {f"layer{n:02}": torch.zeros(3) for n in range(20)}})
     lines = str(error.value).splitlines()
-    assert [line.split(":")[0] for line in lines[1:9]] == [f"  model.layer{n:02}" for n in range(8)]
-    assert lines[9] == "  and 12 more"
+    shown = [line.split(":")[0] for line in lines[2:10]]
+    assert shown == [f"  model.layer{n:02}" for n in range(8)]
+    assert lines[10] == "  and 12 more"
 
 
 # Retention and saving again

@@ -12,6 +12,7 @@ from train.engines.device import (
     PEAK_FLOPS,
     autocast,
     choose_device,
+    configure_process,
     peak_flops,
     peak_memory_gib,
     precision,
@@ -32,15 +33,15 @@ def test_cuda_that_is_not_there_is_refused_with_the_way_out(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match=r"engine\.device=cuda: .* choose engine\.device=cpu or"):
+    with pytest.raises(ValueError, match=r"engine\.device='cuda': .* choose engine\.device=cpu or"):
         choose_device(EngineConfig(device="cuda"))
 
 
 def test_threads_are_those_asked_for_or_left_alone() -> None:
     torch.set_num_threads(2)
-    choose_device(EngineConfig(device="cpu"))
+    configure_process(EngineConfig(device="cpu"), CPU)
     assert torch.get_num_threads() == 2
-    choose_device(EngineConfig(device="cpu", threads=1))
+    configure_process(EngineConfig(device="cpu", threads=1), CPU)
     assert torch.get_num_threads() == 1
 
 
@@ -119,8 +120,8 @@ def faults():
 faults()
 given_back = faults()
 keep_freed_memory()
-faults(), faults(), faults()  # one may leave a gap whose alignment makes it too small for the next
-print(given_back, faults())
+# One tensor may leave a gap whose alignment makes it too small for the next, a few times.
+print(given_back, min(faults() for _ in range(12)))
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     given_back, kept = map(int, run.stdout.split())

@@ -94,6 +94,7 @@ from train.compose import load
 from train.engines.fsdp import FsdpEngine
 from train.distributed.process_groups import ProcessGroups
 from train.engines.memory import predict_memory
+from train.loop import train_step
 from phd.model import count_parameters
 
 def status(name):

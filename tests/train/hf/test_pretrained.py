@@ -180,7 +180,8 @@ def test_without_safetensors_the_extra_is_named(
 ) -> None:
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     message = (
-        "safetensors is not installed; Hugging Face models need it: "
+        "1 problem in the configuration:\n"
+        "  safetensors is not installed; Hugging Face models need it: "
         'pip install "phd-transformer[hf]"'
     )
     with refusal(message):

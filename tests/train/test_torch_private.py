@@ -1,0 +1,231 @@
+"""What train/torch_private.py assumes of torch, one test for each assumption."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.nn.attention.flex_attention import flex_attention
+from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.parallel import DistributedDataParallel
+
+from train.torch_private import (
+    SDPA_KERNELS,
+    FakeTensorMode,
+    KernelDispatchMode,
+    StorageInfo,
+    drop_accumulated_gradients,
+    fuse_clip_and_skip,
+    ignore_in_ddp,
+    init_fsdp_root,
+    storage_key,
+    tree_map_only,
+)
+
+
+@pytest.fixture(scope="module")
+def mesh() -> Iterator[DeviceMesh]:
+    """A process group of this process alone."""
+    assert not dist.is_initialized()
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+class Blocks(nn.Module):
+    """Two blocks, of which the first can be called alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.blocks = nn.ModuleList(nn.Linear(3, 3, bias=False) for _ in range(2))
+        for block in self.blocks:
+            nn.init.normal_(block.weight, generator=generator)  # type: ignore[arg-type]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks[1](self.blocks[0](x))
+
+
+def sharded(mesh: DeviceMesh, policy: MixedPrecisionPolicy = MixedPrecisionPolicy()) -> Blocks:  # noqa: B008
+    model = Blocks()
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    return model
+
+
+def test_a_block_that_is_called_before_the_root_becomes_one_unless_there_is_a_root(
+    mesh: DeviceMesh,
+) -> None:
+    x = torch.ones(1, 3)
+    without, with_root = sharded(mesh), sharded(mesh)
+    without.blocks[0](x)
+    with pytest.raises(RuntimeError, match="lazily initialized"):
+        without(x)
+    assert isinstance(with_root, FSDPModule)
+    init_fsdp_root(with_root)
+    first = with_root.blocks[0](x)
+    assert torch.equal(with_root(x), with_root.blocks[1](first))
+
+
+@pytest.mark.parametrize("reduce_dtype", [None, torch.float32])
+def test_gradients_that_were_not_reduced_can_be_dropped(
+    mesh: DeviceMesh, reduce_dtype: torch.dtype | None
+) -> None:
+    param_dtype = None if reduce_dtype is None else torch.bfloat16
+    policy = MixedPrecisionPolicy(param_dtype=param_dtype, reduce_dtype=reduce_dtype)
+    model, twin = sharded(mesh, policy), sharded(mesh, policy)
+    assert isinstance(model, FSDPModule)
+    modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    model.set_requires_gradient_sync(False)
+    model(torch.ones(2, 3)).sum().backward()
+    assert any(accumulated(module) for module in modules)
+    drop_accumulated_gradients(modules)
+    assert not any(accumulated(module) for module in modules)
+    model.set_requires_gradient_sync(True)
+    for each in (model, twin):
+        each(torch.full((2, 3), 0.5)).sum().backward()
+    for (name, ours), other in zip(model.named_parameters(), twin.parameters(), strict=True):
+        assert torch.equal(whole(ours.grad), whole(other.grad)), name
+
+
+def accumulated(module: Any) -> list[Tensor]:
+    """The gradients that a module has not reduced, wherever FSDP2 keeps them."""
+    group = module._get_fsdp_state()._fsdp_param_group
+    parameters = group.fsdp_params if group else []
+    places = [(p.unsharded_accumulated_grad, p._unsharded_param.grad) for p in parameters]
+    return [gradient for place in places for gradient in place if gradient is not None]
+
+
+def whole(gradient: Any) -> Tensor:
+    assert gradient is not None
+    return gradient.full_tensor()
+
+
+@pytest.mark.usefixtures("mesh")
+def test_ddp_leaves_out_the_names_that_it_is_given() -> None:
+    norm = nn.BatchNorm1d(3)
+    module = nn.Sequential(norm)
+    ignore_in_ddp(module, ["0.running_mean", "0.bias"])
+    replicated = DistributedDataParallel(module)
+    synchronized = {id(buffer) for buffer in replicated.modules_buffers}
+    assert id(norm.running_mean) not in synchronized
+    assert id(norm.running_var) in synchronized
+    reduced: list[Tensor] = []
+
+    def note(_: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        reduced.extend(bucket.parameters())
+        future: torch.futures.Future[Tensor] = torch.futures.Future()
+        future.set_result(bucket.buffer())
+        return future
+
+    replicated.register_comm_hook(None, note)
+    replicated(torch.rand(4, 3)).sum().backward()
+    assert [id(parameter) for parameter in reduced] == [id(norm.weight)]
+
+
+@pytest.mark.parametrize("fake", [False, True])
+def test_the_storage_key_is_that_of_the_storage(fake: bool) -> None:
+    def check() -> None:
+        first, second = torch.zeros(4, 4), torch.zeros(4, 4)
+        assert storage_key(first) == storage_key(first[1:]) == storage_key(first.mT)
+        assert storage_key(first) != storage_key(second)
+
+    if fake:
+        with FakeTensorMode():
+            check()
+    else:
+        check()
+
+
+def test_a_fake_tensor_has_the_size_of_a_real_one_and_no_memory() -> None:
+    with FakeTensorMode():
+        huge = torch.zeros(1 << 20, 1 << 20) + 1
+    assert huge.untyped_storage().nbytes() == 4 << 40
+
+
+def stepped(gradient: Tensor, scale: float, skip: float) -> dict[str, Tensor]:
+    """A parameter and its state after two steps of fused AdamW, the second of them scaled."""
+    parameter = nn.Parameter(torch.linspace(-1, 1, 8))
+    optimizer = torch.optim.AdamW([parameter], lr=0.1, fused=True)
+    parameter.grad = torch.ones(8)
+    optimizer.step()
+    parameter.grad = gradient.clone()
+    fuse_clip_and_skip(optimizer, torch.tensor(scale), torch.tensor(skip))
+    optimizer.step()
+    return {"parameter": parameter.detach(), **optimizer.state[parameter]}
+
+
+def test_fused_adamw_divides_gradients_by_the_scale() -> None:
+    gradient = torch.linspace(-2, 3, 8)
+    plain, scaled = stepped(gradient, 1.0, 0.0), stepped(4 * gradient, 4.0, 0.0)
+    assert plain.keys() == scaled.keys() == {"parameter", "step", "exp_avg", "exp_avg_sq"}
+    assert all(torch.equal(plain[name], scaled[name]) for name in plain)
+
+
+def test_fused_adamw_changes_nothing_in_a_step_that_is_skipped() -> None:
+    gradient = torch.full((8,), torch.nan)
+    skipped = stepped(gradient, 1.0, 1.0)
+    parameter = nn.Parameter(torch.linspace(-1, 1, 8))
+    optimizer = torch.optim.AdamW([parameter], lr=0.1, fused=True)
+    parameter.grad = torch.ones(8)
+    optimizer.step()
+    once = {"parameter": parameter.detach(), **optimizer.state[parameter]}
+    assert all(torch.equal(once[name], skipped[name]) for name in once)
+
+
+def test_dcp_tells_where_it_wrote_a_tensor(tmp_path: Path) -> None:
+    info = StorageInfo("file", 3, 5)
+    assert (info.relative_path, info.offset, info.length) == ("file", 3, 5)
+    planner, writer = DefaultSavePlanner(), FileSystemWriter(tmp_path, sync_files=False)
+    planner.set_up_planner({"x": torch.arange(5)}, is_coordinator=True)
+    plan = writer.prepare_local_plan(planner.create_local_plan())
+    [plan], metadata = planner.create_global_plan([plan])
+    [plan] = writer.prepare_global_plan([plan])
+    results = writer.write_data(planner.finish_plan(plan), planner).value()
+    writer.finish(metadata, [results])
+    [written] = metadata.storage_data.values()
+    assert isinstance(written, StorageInfo)
+    size = (tmp_path / written.relative_path).stat().st_size
+    assert 0 <= written.offset < written.offset + written.length <= size
+
+
+class Seen(KernelDispatchMode):
+    """Notes the operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operators: list[Any] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.operators.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_dispatch_mode_sees_the_kernel_of_attention() -> None:
+    q = torch.rand(1, 2, 8, 4)
+    with Seen() as seen:
+        scaled_dot_product_attention(q, q, q, is_causal=True)
+    assert set(seen.operators) & set(SDPA_KERNELS) == {SDPA_KERNELS[0]}
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_a_dispatch_mode_sees_flex_attention() -> None:
+    q = torch.rand(1, 2, 8, 4)
+    with torch.no_grad(), Seen() as seen:
+        flex_attention(q, q, q)
+    assert torch.ops.higher_order.flex_attention in seen.operators
+
+
+def test_a_tree_is_mapped_at_its_tensors_alone() -> None:
+    tree = (torch.ones(2), [3, None, {"x": torch.ones(1)}])
+    first, [number, nothing, inner] = tree_map_only(Tensor, lambda x: x + 1, tree)
+    assert first.tolist() == [2, 2]
+    assert (number, nothing) == (3, None)
+    assert inner["x"].tolist() == [2]
