@@ -123,7 +123,7 @@ class TransientError(RuntimeError):
 
 
 USER_ERRORS = (ConfigError, DataError, TransientError)
-"""What is told on one screen, without a traceback: nothing is wrong with the program."""
+"""Errors that are printed without a traceback, because nothing is wrong with the program."""
 
 
 def report(error: Exception) -> tuple[str, ExitCode]:

@@ -17,9 +17,12 @@ from torch import Tensor
 from conf.errors import ConfigError, DataError
 from data.tokenizer import Tokenizer
 from train.checkpoint.reader import flatten
+from train.checkpoint.store import CheckpointStore
 from train.config import Config
+from train.engines.fsdp import FsdpEngine
 from train.hf.pretrained import save_pretrained
 from train.metrics.record import Metrics, StepRecord
+from train.metrics.sinks import MetricsFile
 from train.run import open_run
 from train.run_dir.prepare import archive_run_dir
 
@@ -344,3 +347,40 @@ def test_flex_attention_off_cuda_is_refused_before_anything_is_built(
     settings = config("model.attention=flex", "engine.device=auto")
     assert refusal(settings).startswith("model.attention='flex': ")
     assert not settings.run_dir.exists()
+
+
+class Unclosable:
+    """A sink that fails at its end."""
+
+    def write(self, step: int, metrics: Metrics) -> None:
+        pass
+
+    def close(self) -> None:
+        raise ConnectionError("the server is gone")
+
+
+def test_a_sink_that_fails_on_closing_keeps_nothing_else_open(
+    config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[str] = []
+    for owner in (CheckpointStore, FsdpEngine, MetricsFile):
+        monkeypatch.setattr(owner, "close", lambda _, name=owner.__name__: closed.append(name))
+    monkeypatch.setattr("train.run.Wandb", lambda *_: Unclosable())
+    settings = config("hooks.wandb.mode=offline")
+    with pytest.raises(ConnectionError), open_run(settings, Console(file=io.StringIO())):
+        pass
+    assert closed == ["CheckpointStore", "MetricsFile", "FsdpEngine"]
+    assert not (settings.run_dir / "stacks").exists()  # the watchdog has been left, too
+
+
+def test_what_fails_while_a_run_is_opened_closes_the_engine(
+    config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[str] = []
+    monkeypatch.setattr(FsdpEngine, "close", lambda _: closed.append("engine"))
+    with (
+        pytest.raises(ConfigError, match=r"data\.holdout="),
+        open_run(config("data.holdout=1e-9"), Console(file=io.StringIO())),
+    ):
+        pass
+    assert closed == ["engine"]

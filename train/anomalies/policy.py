@@ -34,10 +34,10 @@ class BadStepError(Exception):
 
 
 class RollBackError(Exception):
-    """The run is to be opened again from its last checkpoint.
+    """The run has to be opened again from its last checkpoint.
 
     Attributes:
-        batch: the number of the batch to pass over then.
+        batch: the number of the batch that is skipped then.
     """
 
     def __init__(self, message: str, batch: int) -> None:
@@ -125,14 +125,14 @@ class BadStepPolicy:
             path = write_bad_step(
                 self.directory, bad, last.batch, self.tokenizer, layers, self.engine.groups
             )
-            told = f"{bad}; its batch is in {path.parent}"
+            report = f"{bad}; its batch is in {path.parent}"
         except OSError as error:
-            told = f"{bad}; its batch could not be written ({error})"
+            report = f"{bad}; its batch could not be written ({error})"
         if self.policy == "rollback":
-            raise RollBackError(told, last.number)
+            raise RollBackError(report, last.number)
         if self.policy == "abort":
-            raise BadStepError(f"{told}. faults.policy=abort ends the run")
-        warn(self.console, f"{told}; it was not applied")
+            raise BadStepError(f"{report}. faults.policy=abort ends the run")
+        warn(self.console, f"{report}; it was not applied")
         if self.detector.too_many:
             raise BadStepError(
                 f"faults.most_in_a_row={self.detector.config.most_in_a_row}: so many steps in a "
@@ -141,7 +141,7 @@ class BadStepPolicy:
 
 
 class _Size:
-    """Sums over the elements of some tensors; what is not finite is counted, and else left out."""
+    """Norm and maximum of some tensors; values that are not finite are counted and left out."""
 
     def __init__(self) -> None:
         self.squares = self.largest = 0.0
@@ -161,10 +161,10 @@ class _Size:
 
 
 def layer_report(engine: Engine, batch: Batch) -> Layers:
-    """The sizes of each layer's weights, outputs and gradients of the outputs, on a rank's rows.
+    """Norm and maximum of each layer's weights, outputs and output gradients, on a rank's rows.
 
-    They are those of the model as it is now. The gradient is that of the rows' mean loss. The
-    model stays as it is. Every rank calls it, with as many rows; each gets its own report.
+    They come from a forward and a backward pass of the present weights, with the mean loss of
+    these rows; no weight changes. Every rank calls it with as many rows, and gets its own report.
     """
     sizes: defaultdict[str, defaultdict[str, _Size]]
     sizes = defaultdict(lambda: defaultdict(_Size))
@@ -186,9 +186,9 @@ def layer_report(engine: Engine, batch: Batch) -> Layers:
 def _watched(
     engine: Engine, sizes: defaultdict[str, defaultdict[str, _Size]], weights: bool
 ) -> Iterator[None]:
-    """Measure what a forward pass within this context sees, and what its backward pass will.
+    """Within this context, measure what the forward pass computes, and later its backward pass.
 
-    Weights are measured right before they are used: that is when a sharded one is whole.
+    Weights are measured right before they are used, because only then a sharded one is whole.
     """
     model = engine.model
     layers: dict[str, nn.Module] = {"embed": model.embed}

@@ -1,4 +1,4 @@
-"""What is written down of a bad step."""
+"""The record of a bad step, as a file for each rank."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -52,9 +52,9 @@ def write_bad_step(
 ) -> Path:
     """Write this rank's part of a bad step to `bad_steps/step_<step>/rank_<rank>.json`.
 
-    Of each row: its number in the global batch, its lane, the targets that count, its tokens, and
-    the text that they spell. Of each lane, where it goes on after the batch, and the document that
-    it had reached, by its place in its source. Numbers that are not finite are written as text.
+    For each row: its number in the global batch, its lane, how many targets count, its tokens and
+    their text. For each lane: the cursor after the batch, and the cursor of the document that it
+    had reached. Numbers that are not finite are written as text, because JSON has none.
 
     Raises:
         OSError: the disk refuses.

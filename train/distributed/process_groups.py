@@ -166,9 +166,9 @@ def shared_error(groups: ProcessGroups, own: Exception | None) -> Exception | No
     """
     if groups.world_size == 1:
         return own
-    told = [error for error in groups.gather(_Told.of(groups.rank, own)) if error is not None]
+    errors = [e for e in groups.gather(_RankError.of(groups.rank, own)) if e is not None]
     for kind in (RuntimeError, TransientError, DataError, ConfigError):
-        found = [error for error in told if error.kind is kind]
+        found = [error for error in errors if error.kind is kind]
         if not found:
             continue
         if kind is ConfigError:
@@ -180,15 +180,15 @@ def shared_error(groups: ProcessGroups, own: Exception | None) -> Exception | No
     return None
 
 
-class _Told(NamedTuple):
-    """An error as other ranks are told of it: not every exception can be pickled."""
+class _RankError(NamedTuple):
+    """An error as it is sent to other ranks: not every exception can be pickled."""
 
     kind: type[Exception]
     text: str
     problems: tuple[Problem | str, ...] = ()
 
     @classmethod
-    def of(cls, rank: int, error: Exception | None) -> "_Told | None":
+    def of(cls, rank: int, error: Exception | None) -> "_RankError | None":
         match error:
             case None:
                 return None
@@ -240,7 +240,7 @@ def on_rank_zero(groups: ProcessGroups, work: Callable[[], R]) -> R:
 
 
 class _Failure(NamedTuple):
-    """An exception as others are told of it."""
+    """An exception of the saving thread, as it is sent to other ranks."""
 
     rank: int
     refused: bool  # by the operating system: a full disk, a missing right

@@ -119,7 +119,8 @@ class Engine(ABC):
 
     def _to_device(self, x: Tensor) -> Tensor:
         if self.device.type == "cuda":
-            x = x.pin_memory()  # a copy from pageable memory would block the host
+            # A copy from pageable memory would block the host; an expanded tensor cannot be pinned.
+            x = x.contiguous().pin_memory()
         return x.to(self.device, non_blocking=True)
 
     def synchronize(self) -> None:
