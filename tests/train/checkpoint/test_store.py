@@ -283,8 +283,6 @@ def test_of_many_tensors_that_do_not_fit_the_first_are_named(store: CheckpointSt
     lines = str(error.value).splitlines()
     shown = [line.split(":")[0] for line in lines[2:10]]
     assert shown == [f"  model.layer{n:02}" for n in range(8)]
-        f"  model.layer{n:02}" for n in range(8)
-    ]
     assert lines[10] == "  and 12 more"
 
 
