@@ -139,7 +139,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_if_it_is_the_last_refused(
     model = load_run(directory, torch.device("cpu")).model
     assert not torch.equal(model.embed.weight, done.run.engine.model.embed.weight)
     told = capsys.readouterr().err
-    assert told.startswith("rejected the checkpoint ")
+    assert told.startswith("skipped the checkpoint ")
     assert "step_00000006: __0_0.distcp has 100 bytes" in told
     os.truncate(directory / "checkpoints/step_00000003/__0_0.distcp", 100)
     problem = refusal(directory)
@@ -157,7 +157,7 @@ def test_impossible_arguments_are_all_told_at_once(monkeypatch: pytest.MonkeyPat
         "top_k=0",
         "top_p=2.0",
     ]
-    with pytest.raises(ConfigError, match=r"\n  device=cuda: this machine has no usable CUDA"):
+    with pytest.raises(ConfigError, match=r"\n  device='cuda': this machine has no usable CUDA"):
         parse(GenerateArguments, ["run=x", "device=cuda"])
 
 

@@ -81,7 +81,7 @@ def test_each_part_is_its_share_of_all_documents_held_out_or_not(
     expected = [
         tokenizer.encode_document(document.text).tolist()
         for part in range(3)
-        for document, _, _ in documents.summon_full_params(name, part, 3)
+        for document, _, _ in documents.valid_records(name, part, 3)
         if isinstance(document, Document)
     ]
     assert len(expected) == result.index.documents == 53

@@ -50,7 +50,7 @@ def digest(engine: FsdpEngine) -> dict[str, np.ndarray]:
     """All that a checkpoint keeps of this rank's parameters, as bytes that can be compared."""
     return {
         name: (x.to_local() if isinstance(x, DTensor) else x).numpy(force=True).copy()
-        for tensors in engine._tensors()
+        for tensors in engine._checkpoint_tensors()
         for name, x in tensors.items()
     }
 
@@ -168,7 +168,7 @@ def given_up(groups: ProcessGroups, config: Config) -> list[bool]:
     for passes in range(1, 4):
         asked = count(1)
         stop = partial(lambda asked, passes: next(asked) == passes, asked, passes)
-        stopped = train_step(engine, share(groups, ROWS.flip(0)), 0.01, stop=stop)
+        stopped = train_step(engine, share(groups, ROWS.flip(0)), 0.01, stop_requested=stop)
         if stopped is not None or next(asked) != passes + 1:
             return [False]
     for each in (engine, twin):
@@ -219,8 +219,8 @@ def restored(groups: ProcessGroups, config: Config, root: Path) -> list[bool]:
     store.save(1, first.state(), {})
     store.wait()
     drawn = torch.rand(3)
-    second.step(share(groups, ROWS.flip(0)), 0.02)
-    second.loss(Rows(ROWS))
+    train_step(second, share(groups, ROWS.flip(0)), 0.02)
+    second.evaluate(Rows(ROWS))
     checkpoint = store.newest()
     assert checkpoint is not None
     second.restore(checkpoint)
