@@ -47,7 +47,7 @@ def test_a_source_that_is_not_read_to_its_end_is_not_called_known(config: Config
     tokenizer = prepare_tokenizer(settings.tokenizer, documents, vocab_size=320)
     whole = count(documents, tokenizer, "files", seconds=60)
     part = count(documents, tokenizer, "files", seconds=0)
-    assert (whole.whole, whole.documents, part.whole, part.documents) == (True, 53, False, 1)
+    assert (whole.complete, whole.documents, part.complete, part.documents) == (True, 53, False, 1)
     assert 0 < whole.held_out < whole.documents
     assert len(whole.first) == 3
 

@@ -55,7 +55,7 @@ def test_a_step_does_not_make_the_host_wait() -> None:
 def test_a_bad_step_changes_no_bit() -> None:
     engine = FsdpEngine(config_on("cuda"), ProcessGroups())
     train_step(engine, batch_of(ROWS), 1e-3)
-    held = [(x, x.clone()) for tensors in engine._tensors() for x in tensors.values()]
+    held = [(x, x.clone()) for tensors in engine._checkpoint_tensors() for x in tensors.values()]
     for limits in (Limits(loss=0.1), Limits(grad_norm=1e-6)):
         assert not train_step(engine, batch_of(ROWS), 1e-3, limits).applied
         assert all(torch.equal(x, before) for x, before in held)

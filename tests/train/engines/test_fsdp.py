@@ -51,7 +51,7 @@ def digest(engine: FsdpEngine) -> dict[str, np.ndarray]:
     """All that a checkpoint keeps of this rank's parameters, as bytes that can be compared."""
     return {
         name: (x.to_local() if isinstance(x, DTensor) else x).numpy(force=True).copy()
-        for tensors in engine._tensors()
+        for tensors in engine._checkpoint_tensors()
         for name, x in tensors.items()
     }
 
@@ -226,7 +226,7 @@ def restored(groups: ProcessGroups, config: Config, root: Path) -> list[bool]:
     store.save(1, first.state(), {})
     store.wait()
     drawn = torch.rand(3)
-    second.step(share(groups, ROWS.flip(0)), 0.02)
+    train_step(second, share(groups, ROWS.flip(0)), 0.02)
     second.evaluate(batch_of(ROWS))
     checkpoint = store.newest()
     assert checkpoint is not None

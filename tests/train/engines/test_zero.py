@@ -1,6 +1,7 @@
 """DeepSpeed's ZeRO: every stage trains alike, and nothing of it shows in state or behaviour."""
 
 import io
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from conf.errors import ConfigError
 from data.batch import Batch
 from phd.block import Block
 from phd.inference.sampling import Sampling, generate
@@ -464,7 +466,7 @@ def test_compiled_blocks_train_as_plain_ones(backend: str, layers: int, monkeypa
 
 
 def test_compiling_weights_that_come_and_go_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"engine\.compile=true: at engine\.stage=3"):
+    with pytest.raises(ValueError, match=r"engine\.compile=true: .* at engine\.stage=3"):
         DeepSpeedEngine(configured("engine.stage=3", "engine.compile=true"), ProcessGroups())
 
 
@@ -477,7 +479,7 @@ def test_a_process_without_deepspeed_is_told_how_to_get_it(monkeypatch) -> None:
 def test_a_process_cannot_change_deepspeeds_device(monkeypatch) -> None:
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     import_deepspeed(torch.device("cpu"))
-    with pytest.raises(ValueError, match=r"engine\.device=cuda: .* already works on cpu"):
+    with pytest.raises(ValueError, match=r"engine\.device='cuda': .* already works on cpu"):
         import_deepspeed(torch.device("cuda"))
 
 
@@ -529,6 +531,8 @@ def test_merging_leaves_both_as_they_were() -> None:
 )
 def test_what_deepspeed_refuses_is_told_in_one_line(override: str, told: str) -> None:
     import_deepspeed(torch.device("cpu"))
-    with pytest.raises(ValueError, match=f"^engine.deepspeed: .*{told}") as error:
+    with pytest.raises(ConfigError) as error:
         check_json(json(f"engine.deepspeed.{override}"))
-    assert "\n" not in str(error.value)
+    [line] = map(str, error.value.problems)
+    assert re.match(rf"engine\.deepspeed\.(.*\.)?{told}", line), line
+    assert "\n" not in line
