@@ -140,7 +140,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_if_it_is_the_last_refused(
     model = load_run(directory, torch.device("cpu")).model
     assert not torch.equal(model.embed.weight, done.run.engine.model.embed.weight)
     told = capsys.readouterr().err
-    assert told.startswith("skipped the checkpoint ")
+    assert told.startswith("rejected the checkpoint ")
     assert "step_00000006: __0_0.distcp has 100 bytes" in told
     os.truncate(directory / "checkpoints/step_00000003/__0_0.distcp", 100)
     problem = refusal(directory)
