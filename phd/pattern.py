@@ -40,7 +40,7 @@ class Pattern:
     compute what the vanilla model computes, and only they have to stay in the KV cache.
 
     Attributes:
-        rule: `causal` (K = 1), `flat` (naive repetition: every slot sees every slot before it,
+        rule: `causal` (K = 1), `flat` (naive repetition: every slot sees itself and all before it,
             token by token), or `hidden` (PHD: originals are remembered, hidden copies are local).
         K: copies of each token.
         window: W, the reach of hidden copies, itself included; None: no rule 3 (plain PHD).

@@ -138,12 +138,14 @@ def print_plan(plan: Plan, console: Console) -> None:
     parameters = sum(plan.parameters.values())
     groups = ", ".join(f"{name} {_count(n)}" for name, n in plan.parameters.items() if n)
     ratio = plan.flops_per_token / plan.vanilla_flops_per_token
+    passes = train.accumulation(plan.world_size)
     table = Table(title=f"the plan: {config.name}", title_justify="left", show_header=False)
     table.add_row("parameters", f"{_count(parameters)}: {groups}")
     table.add_row(
         "a step",
         f"{train.tokens_per_step:,} tokens = {train.global_batch} rows x {train.seq_len}, "
-        f"{config.model.K} slots each, in {train.accumulation(plan.world_size)} forward passes"
+        f"{config.model.K} {'slot' if config.model.K == 1 else 'slots'} each, in {passes} "
+        f"forward pass{'' if passes == 1 else 'es'}"
         + (f" on each of {plan.world_size} ranks" if plan.world_size > 1 else ""),
     )
     if recipe := describe_recipe(config):
