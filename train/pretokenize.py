@@ -27,7 +27,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
-from conf.errors import ConfigError, Problem
+from conf.errors import ConfigError, DataError, Problem
 from conf.exit_codes import ExitCode
 from conf.settings import at_least
 from conf.validation import OMITTED, as_dict, flatten_keys
@@ -104,12 +104,14 @@ def pretokenize(args: PretokenizeArguments, config: Config, console: Console) ->
     """Write the token files of every source; return them by the source's name.
 
     Raises:
-        ValueError: a source has no text, too many bad records, or has changed since the first
+        ConfigError: a source is tokens already; or `prepare_tokenizer` refuses the tokenizer.
+        DataError: a source has no text, too many bad records, or has changed since the first
             shard was written.
     """
     for name, source in config.data.sources.items():
         if isinstance(source, TokensSource):
-            raise ValueError(f"data.sources.{name}.kind=tokens: is tokens already; leave it out")
+            key = f"data.sources.{name}.kind"
+            raise ConfigError([Problem(key, "tokens", "is tokens already", "leave it out")])
     documents = Documents(config.data)
     vocab_size = config.model.vocab_size
     tokenizer = prepare_tokenizer(config.tokenizer, documents, vocab_size=vocab_size)
@@ -149,7 +151,7 @@ def write_source(
         tokens = sum(path.stat().st_size for path in directory.glob("*.tokens")) // size
         progress.update(bar, completed=len(index.shards), tokens=tokens)
     if not index.documents:
-        raise ValueError(f"data.sources.{name}: no text in it; choose a source with documents")
+        raise DataError(f"data.sources.{name}: no text in it; choose a source with documents")
     finish(directory)
     seconds = perf_counter() - started
     return Written(index, (index.tokens - before) / seconds if missing else None)
@@ -159,14 +161,14 @@ def write_part(data: DataConfig, directory: Path, number: int) -> TokenShard:
     """Write one shard: one of `index.parts` equal parts of the only source of `data`.
 
     Raises:
-        ValueError: the source has changed, or has too many bad records.
+        DataError: the source has changed, or has too many bad records.
     """
     index = TokenIndex.load(directory / UNFINISHED)
     documents = Documents(data)
     [name] = data.sources
     # Workers read the source themselves. It may have changed since the parent looked at it.
     if made_from(documents, name) != index.made_from:
-        raise ValueError(
+        raise DataError(
             f"data.sources.{name}: has changed since {directory} was begun; delete that directory "
             "and write it anew"
         )

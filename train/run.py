@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from conf.errors import ConfigError, Problem
+from conf.errors import USER_ERRORS, ConfigError, Problem
 from conf.validation import as_dict, flatten_keys
 from data.batch import Batch
 from data.config import TokenizerConfig
@@ -149,8 +149,8 @@ def open_run(
 ) -> Iterator[Run]:
     """Open a run's directory, data and engine, and take up its newest whole checkpoint.
 
-    What was opened is closed in the reverse order, whatever fails on the way: the store first,
-    which may still be writing, then the sinks, then the engine.
+    What was opened is closed, whatever fails on the way: first the store, which may still be
+    writing, then the sinks, then the engine.
 
     Args:
         console: of rank 0; the others' are quiet.
@@ -166,8 +166,10 @@ def open_run(
         TransientError: a server or a disk does not answer for now.
     """
     groups, stop_signal = groups or ProcessGroups(), stop_signal or StopSignal()
+    with ExitStack() as on_error:
+        run = _open(config, console, groups, stop_signal, skip_batches, on_error)
+        on_error.pop_all()
     with ExitStack() as stack:
-        run = _open(config, console, groups, stop_signal, skip_batches)
         stack.enter_context(run.watchdog)
         stack.enter_context(run.stop_signal)
         stack.enter_context(run.stop_signal.on_first(run.watchdog.begin_exit))
@@ -185,7 +187,9 @@ def _open(
     groups: ProcessGroups,
     stop_signal: StopSignal,
     skip_batches: frozenset[int],
+    on_error: ExitStack,
 ) -> Run:
+    """Open everything in its order; what has to be closed after a failure goes to `on_error`."""
     torch.manual_seed(config.seed)  # else the generators would start from a random state
     device = raise_on_all_ranks(groups, lambda: _device(config))
     configure_process(config.engine, device)
@@ -199,20 +203,19 @@ def _open(
     documents = raise_on_all_ranks(groups, lambda: Documents(config.data))
     tokenizer = _tokenizer(config, checkpoint, documents, groups)
     stream = _stream(config, checkpoint, documents, tokenizer, groups)
-    engine = raise_on_all_ranks(groups, lambda: open_engine(config, groups))
+    # Engines talk to other ranks after they have checked the configuration.
+    engine = raise_on_all_ranks(groups, lambda: open_engine(config, groups), USER_ERRORS)
+    on_error.callback(engine.close)
     watchdog = Watchdog(
         config.run_dir, groups.rank, config.faults.step_timeout, config.faults.exit_timeout
     )
     stop_sync = StopSync(groups, stop_signal, watchdog)
-    with ExitStack() as on_error:
-        on_error.callback(engine.close)
-        evaluations = _evaluations(config, documents, tokenizer, engine, stop_sync, console)
-        _restore(config, engine, checkpoint)
-        raise_on_all_ranks(
-            groups,
-            lambda: prepare_run_dir(config, tokenizer, console) if groups.is_rank_zero else None,
-        )
-        on_error.pop_all()
+    evaluations = _evaluations(config, documents, tokenizer, engine, stop_sync, console)
+    _restore(config, engine, checkpoint)
+    raise_on_all_ranks(
+        groups,
+        lambda: prepare_run_dir(config, tokenizer, console) if groups.is_rank_zero else None,
+    )
     _write_quarantine(documents, config.run_dir, groups)
     state = checkpoint.state if checkpoint else {}
     step = checkpoint.step if checkpoint else 0
@@ -239,7 +242,7 @@ def _open(
         save=SaveCheckpoint(config, engine, store, saved),
         evaluations=tuple(evaluations),
         sample=Sample(config, engine, tokenizer, stop_sync.stop_requested),
-        sinks=_open_sinks(config, step, console) if groups.is_rank_zero else (),
+        sinks=_open_sinks(config, step, console, on_error) if groups.is_rank_zero else (),
         step=step,
         batches=state.get("batches", 0),
         skip_batches=skip_batches,
@@ -406,8 +409,12 @@ def _changes(saved: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def _open_sinks(config: Config, step: int, console: Console) -> tuple[Sink, ...]:
-    sinks: list[Sink] = [MetricsFile(config.run_dir / "metrics.jsonl", step, console)]
+def _open_sinks(
+    config: Config, step: int, console: Console, on_error: ExitStack
+) -> tuple[Sink, ...]:
+    file = MetricsFile(config.run_dir / "metrics.jsonl", step, console)
+    on_error.callback(file.close)
+    sinks: list[Sink] = [file]
     if config.hooks.console:
         sinks.append(ConsoleLine(console, config.train.total_steps))
     if config.hooks.wandb.mode != "disabled":

@@ -93,10 +93,9 @@ def make_tokenizer(config: Config) -> Report:
         ValueError: there is no text, or the vocabulary is too small for it.
     """
     if config.tokenizer.path is not None:
-        raise ValueError(
-            f"tokenizer.path={config.tokenizer.path!r}: is trained already; choose tokenizer=bpe "
-            "or tokenizer=unigram to train another one"
-        )
+        hint = "choose tokenizer=bpe or tokenizer=unigram to train another one"
+        path = config.tokenizer.path
+        raise ConfigError([Problem("tokenizer.path", path, "is trained already", hint)])
     documents = Documents(config.data)
     # The list keeps reading out of the time of training.
     sample = list(documents.sample(config.tokenizer.sample_bytes))

@@ -16,6 +16,7 @@ from time import monotonic, sleep
 import pytest
 from rich.console import Console
 
+from conf.errors import ConfigError, DataError
 from data.config import TokensSource
 from data.source import Document
 from data.sources.documents import Documents
@@ -177,14 +178,14 @@ def test_text_that_changes_while_it_is_tokenised_is_refused(
     assert write_part(settings.data, directory, 1).name == "00001"
     with text.open("a") as file:
         file.write('{"text": "one more"}\n')
-    with pytest.raises(ValueError, match=r"data\.sources\.files: has changed since .* was begun"):
+    with pytest.raises(DataError, match=r"data\.sources\.files: has changed since .* was begun"):
         write_part(settings.data, directory, 1)
     assert contents(directory) == before
 
 
 def test_tokens_are_not_made_of_tokens(written: Callable[..., dict[str, Written]]) -> None:
     tokens = ["data=tokens", "data.sources.tokens.path=somewhere"]
-    with pytest.raises(ValueError, match=r"data\.sources\.tokens\.kind=tokens: is tokens already"):
+    with pytest.raises(ConfigError, match=r"sources\.tokens\.kind='tokens': is tokens already"):
         written(load(tokens))
 
 
@@ -195,7 +196,7 @@ def test_a_source_without_text_is_refused(
     tmp_path: Path,
 ) -> None:
     path = write_lines(tmp_path / "empty.jsonl", ["", " "])
-    with pytest.raises(ValueError, match=r"data\.sources\.files: no text in it; choose"):
+    with pytest.raises(DataError, match=r"data\.sources\.files: no text in it; choose"):
         written(config(f"data.sources.files.paths={path}", model))
     assert not (tmp_path / "tokens/files/index.json").exists()
 

@@ -94,7 +94,7 @@ def test_a_mixture_is_measured_on_held_out_text_of_each_source_by_weight(
 
 
 def test_a_given_tokenizer_is_not_trained_again(config: Callable[..., Config]) -> None:
-    with pytest.raises(ValueError, match=r"tokenizer\.path='a\.model': is trained already"):
+    with pytest.raises(ConfigError, match=r"tokenizer\.path='a\.model': is trained already"):
         make_tokenizer(config("tokenizer.path=a.model"))
 
 

@@ -139,22 +139,31 @@ def _too_many_processes(device: str, dist_env: DistEnv) -> Problem:
 # that rank until something kills them
 
 
-def raise_on_all_ranks(groups: ProcessGroups, make: Callable[[], T]) -> T:
+def raise_on_all_ranks(
+    groups: ProcessGroups,
+    make: Callable[[], T],
+    kinds: tuple[type[Exception], ...] = (Exception,),
+) -> T:
     """What `make` returns; if it raises on any rank, every rank raises (see `shared_error`).
 
-    `make` must not talk to other ranks.
+    Args:
+        make: raises errors of `kinds` only while no other rank waits for it.
+        kinds: errors that are shared; others end this rank at once, which frees the ranks that
+            wait for it within `make`.
     """
     value, own = None, None
     try:
         value = make()
-    except Exception as error:
+    except kinds as error:
         if groups.world_size == 1:
             raise
         own = error
     shared = shared_error(groups, own)
-    if shared is not None:
-        raise shared from (own if shared is not own else None)
-    return cast(T, value)
+    if shared is None:
+        return cast(T, value)
+    if shared is own:
+        raise shared
+    raise shared from own
 
 
 def shared_error(groups: ProcessGroups, own: Exception | None) -> Exception | None:
@@ -166,15 +175,15 @@ def shared_error(groups: ProcessGroups, own: Exception | None) -> Exception | No
     """
     if groups.world_size == 1:
         return own
-    errors = [e for e in groups.gather(_RankError.of(groups.rank, own)) if e is not None]
+    mine = _RankError.of(groups.rank, own)
+    errors = [error for error in groups.gather(mine) if error is not None]
     for kind in (RuntimeError, TransientError, DataError, ConfigError):
         found = [error for error in errors if error.kind is kind]
         if not found:
             continue
         if kind is ConfigError:
-            problems = (problem for error in found for problem in error.problems)
-            return ConfigError(dict.fromkeys(problems))
-        if kind is RuntimeError and own is not None:
+            return ConfigError([problem for error in found for problem in error.problems])
+        if kind is RuntimeError and mine is not None and mine.kind is RuntimeError:
             return own
         return kind("; ".join(dict.fromkeys(error.text for error in found)))
     return None

@@ -1,1 +1,1 @@
-"""How a model is trained on the hardware at hand: FSDP2, DDP, HSDP and DeepSpeed's ZeRO."""
+"""How a model is trained on one device or many: FSDP2, DDP, HSDP and DeepSpeed's ZeRO."""

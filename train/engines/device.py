@@ -43,7 +43,7 @@ def choose_device(config: EngineConfig) -> torch.device:
 
 
 def configure_process(config: EngineConfig, device: torch.device) -> None:
-    """Set the threads, the allocator and TF32 of this process. Call it once."""
+    """Set the threads, the allocator and TF32 of this process, for all engines in it."""
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     keep_freed_memory()

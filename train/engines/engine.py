@@ -84,7 +84,7 @@ class Engine(ABC):
         """Compute the loss of a batch of held-out rows, which are divided among the ranks.
 
         Args:
-            rows: the same on all ranks.
+            batch: the same on all ranks.
             stop_requested: is called between micro-batches; true ends the evaluation.
 
         Returns:

@@ -70,6 +70,8 @@ def write_snapshot(directory: Path, revision: Revision, root: Path = ROOT) -> Pa
     if path.exists():
         return path
     # A run that is started a hundred times from one source has one snapshot of it.
+    for unfinished in path.parent.glob(f".{name}.*.partial"):  # a killed start left it
+        shutil.rmtree(unfinished)
     with new_directory(path) as partial:
         for file, content in files.items():
             (partial / file).write_bytes(content)

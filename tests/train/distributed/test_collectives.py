@@ -1,9 +1,17 @@
 """Ranks that work together succeed together, or all learn what failed, and where."""
 
+from collections.abc import Sequence
+
 import pytest
 
-from tests.train.many_ranks import run_ranks
-from train.distributed.process_groups import ProcessGroups, on_all_ranks, on_rank_zero
+from conf.errors import USER_ERRORS, ConfigError, DataError, Problem, TransientError
+from tests.train.many_ranks import RanksFailedError, run_ranks
+from train.distributed.process_groups import (
+    ProcessGroups,
+    on_all_ranks,
+    on_rank_zero,
+    raise_on_all_ranks,
+)
 
 pytestmark = pytest.mark.process
 
@@ -62,3 +70,65 @@ def buried(groups: ProcessGroups) -> str:
 
 def test_a_refusal_by_the_system_is_found_under_what_it_caused() -> None:
     assert run_ranks(2, buried) == ["rank 1: [Errno 28] No space left on device"] * 2
+
+
+def opening(groups: ProcessGroups, errors: Sequence[Exception | None]) -> str:
+    """What a rank raises if each rank has its own of these errors."""
+    own = errors[groups.rank]
+
+    def make() -> str:
+        if own is not None:
+            raise own
+        return "made"
+
+    try:
+        return raise_on_all_ranks(groups, make)
+    except Exception as error:
+        if error is not own and error.__cause__ is not own:
+            return f"{own!r} is lost in {error!r}"
+        return f"{type(error).__name__}: {error}"
+
+
+DEPTH = ConfigError([Problem("model.depth", [2], "expected a number")])
+WIDTH = ConfigError([Problem("model.dim", 0, "too narrow")])
+SHARD = DataError("a.jsonl is damaged")
+BUSY = TransientError("the server is busy")
+FAULT = KeyError("weight")
+JOINED = ConfigError([*DEPTH.problems, *WIDTH.problems])
+
+
+@pytest.mark.parametrize(
+    ("errors", "told"),
+    [
+        ([None, None], ["made", "made"]),
+        ([DEPTH, DEPTH], [f"ConfigError: {DEPTH}"] * 2),
+        ([DEPTH, WIDTH], [f"ConfigError: {JOINED}"] * 2),
+        ([WIDTH, SHARD], ["DataError: a.jsonl is damaged"] * 2),
+        ([BUSY, SHARD], ["TransientError: the server is busy"] * 2),
+        ([FAULT, BUSY], ["KeyError: 'weight'", "RuntimeError: rank 0: KeyError: 'weight'"]),
+        ([None, FAULT], ["RuntimeError: rank 1: KeyError: 'weight'", "KeyError: 'weight'"]),
+    ],
+    ids=["none", "same", "joined", "data-first", "transient-first", "fault-first", "fault-alone"],
+)
+def test_all_ranks_raise_the_same_kind_of_error(
+    errors: list[Exception | None], told: list[str]
+) -> None:
+    assert run_ranks(2, opening, errors) == told
+
+
+def failing_alone(groups: ProcessGroups) -> None:
+    """Rank 0 fails where rank 1 waits for it."""
+
+    def make() -> None:
+        if groups.is_rank_zero:
+            raise FAULT
+        groups.barrier()
+
+    raise_on_all_ranks(groups, make, USER_ERRORS)
+
+
+def test_an_error_that_is_not_shared_frees_those_who_wait() -> None:
+    with pytest.raises(RanksFailedError) as caught:
+        run_ranks(2, failing_alone)
+    assert "KeyError: 'weight'" in caught.value.outcomes[0]
+    assert "Connection closed by peer" in caught.value.outcomes[1]

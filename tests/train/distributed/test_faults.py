@@ -307,7 +307,7 @@ def test_a_hung_rank_ends_all_and_everybody_writes_down_where_it_was(
     assert error.value.outcomes == ["the process died"] * 2  # none had to be killed
     hung, waiting = ((run / "stacks" / f"rank_{r}.txt").read_text() for r in (1, 0))
     assert "in before" in hung  # where it sleeps
-    assert "in step" in waiting
+    assert "in train_step" in waiting
     assert "no step for 5 s" in hung + waiting
     assert run_ranks(2, whole, overrides)[0][0] == ExitCode.FINISHED
 

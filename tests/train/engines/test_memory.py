@@ -90,6 +90,7 @@ def test_a_model_beyond_this_machine_is_predicted_in_seconds() -> None:
 PEAK = """
 import sys, torch
 from dataclasses import replace
+from data.batch import Batch
 from train.compose import load
 from train.engines.fsdp import FsdpEngine
 from train.distributed.process_groups import ProcessGroups
@@ -104,7 +105,7 @@ def status(name):
 def step(config, rows):
     engine = FsdpEngine(config, ProcessGroups())
     tokens = torch.zeros(rows, config.train.seq_len + 1, dtype=torch.int64)
-    train_step(engine, batch_of(tokens), 1e-3)
+    train_step(engine, Batch(tokens.numpy()), 1e-3)
 
 config = load(sys.argv[1:])
 step(replace(config, train=replace(config.train, seq_len=16)), 1)

@@ -98,7 +98,7 @@ def test_it_is_written_anew_only_when_the_source_has_changed(root: Path, tmp_pat
 
 def test_what_a_crash_left_half_written_is_replaced(root: Path, tmp_path: Path) -> None:
     path = snapshot(tmp_path / "run", root)
-    half = path.rename(path.with_name(f".{path.name}.partial"))
+    half = path.rename(path.with_name(f".{path.name}.0a1b2c3d.partial"))
     (half / "changes.patch").unlink()
     assert snapshot(tmp_path / "run", root) == path
     assert (path / "changes.patch").exists()
