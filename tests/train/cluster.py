@@ -124,18 +124,18 @@ def final_weights(run: Path, step: int) -> Checkpoint:
     return Checkpoint.open(run / "checkpoints" / f"step_{step:08d}")
 
 
-def random_moment(cluster: Cluster, run: Path, dice: Random) -> str:
+def random_moment(cluster: Cluster, run: Path, rng: Random) -> str:
     """Wait for a moment in which something is lost if anything is; return what it is called."""
-    kind = dice.choice(["training", "training", "saving", "starting"])
+    kind = rng.choice(["training", "training", "saving", "starting"])
     if kind == "starting":
         cluster.wait_for(lambda: len(cluster.groups()) == 4)
-        sleep(dice.uniform(0, 10))
+        sleep(rng.uniform(0, 10))
         return kind
     reached = newest_step(run)
     cluster.wait_for(lambda: newest_step(run) > reached)
     if kind == "saving":
         cluster.wait_for(lambda: any((run / "checkpoints").glob(".step_*.partial")))
-        sleep(dice.uniform(0, 0.1))
+        sleep(rng.uniform(0, 0.1))
     else:
-        sleep(dice.uniform(0, 1))
+        sleep(rng.uniform(0, 1))
     return kind

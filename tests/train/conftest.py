@@ -86,8 +86,8 @@ def torch_as_it_was() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """53 different documents of 5 to 60 words."""
-    dice, words = Random(0), PHRASE.split(" ")
-    texts = [f"{i} " + " ".join(dice.choices(words, k=dice.randint(5, 60))) for i in range(53)]
+    rng, words = Random(0), PHRASE.split(" ")
+    texts = [f"{i} " + " ".join(rng.choices(words, k=rng.randint(5, 60))) for i in range(53)]
     path = tmp_path_factory.mktemp("corpus") / "text.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return path

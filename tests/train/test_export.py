@@ -251,9 +251,9 @@ def test_tokens_are_the_same_as_ours_after_the_separator(tokenizer: Tokenizer, f
 
 
 def test_texts_are_the_same_as_ours(tokenizer: Tokenizer, fast: Any) -> None:
-    dice = torch.Generator().manual_seed(0)
+    rng = torch.Generator().manual_seed(0)
     whole = [i for i in range(3, tokenizer.vocab_size) if i > 259]  # no bytes
-    for ids in torch.randint(len(whole), (50, 20), generator=dice).tolist():
+    for ids in torch.randint(len(whole), (50, 20), generator=rng).tolist():
         ids = [whole[i] for i in ids] + [tokenizer.eos_id, tokenizer.vocab_size + 3]
         assert fast.decode(ids, skip_special_tokens=True) == tokenizer.decode(ids)
 

@@ -116,8 +116,8 @@ def test_a_run_lives_under_the_folder_it_is_started_from(small, start, tmp_path:
 @pytest.fixture
 def large_tokenizer(tmp_path: Path) -> Path:
     path = tmp_path / "large.model"
-    dice = Random(0)
-    texts = ("".join(dice.choices(ascii_letters, k=9)) for _ in range(999))
+    rng = Random(0)
+    texts = ("".join(rng.choices(ascii_letters, k=9)) for _ in range(999))
     train(texts, {**LOSSLESS, "model_type": "bpe", "vocab_size": 350}).save(path)
     return path
 

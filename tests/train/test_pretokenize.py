@@ -264,8 +264,8 @@ Process = subprocess.Popen[str]
 def command(tmp_path: Path) -> Iterator[Callable[..., Process]]:
     """Starts the command as a user does, on text that takes it a few seconds."""
     started: list[Process] = []
-    dice, words = Random(1), [f"word{i}" for i in range(500)]
-    texts = [" ".join(dice.choices(words, k=2000)) for _ in range(240)]
+    rng, words = Random(1), [f"word{i}" for i in range(500)]
+    texts = [" ".join(rng.choices(words, k=2000)) for _ in range(960)]
     path = write_lines(tmp_path / "long.jsonl", texts)
 
     def start(out: str, *others: str) -> Process:
@@ -276,7 +276,7 @@ def command(tmp_path: Path) -> Iterator[Callable[..., Process]]:
         ]
         script = str(REPOSITORY / "train/pretokenize.py")
         process = subprocess.Popen(
-            [sys.executable, "-W", "error", script, *overrides, f"out={out}", "parts=8", *others],
+            [sys.executable, "-W", "error", script, *overrides, f"out={out}", "parts=32", *others],
             cwd=tmp_path,
             env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
             stdout=subprocess.PIPE,
@@ -362,7 +362,7 @@ def test_a_killed_command_goes_on_to_the_same_files(
     assert {name: path.stat().st_mtime_ns for name, path in kept.items()} == times
 
     first, advice = output.splitlines()
-    assert first.startswith("files: 240 documents, ")
+    assert first.startswith("files: 960 documents, ")
     assert " bytes per token), 0 records quarantined, " in first
     assert last.splitlines()[0].split(" quarantined")[0] == first.split(" quarantined")[0]
     assert advice == (

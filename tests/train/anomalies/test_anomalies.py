@@ -47,8 +47,8 @@ def fed(bad_steps: SpikeDetector, losses: list[float], first: int = 1) -> list[b
 
 
 def noise(count: int, around: float = 4.0, seed: int = 0) -> list[float]:
-    dice = Random(seed)
-    return [around + dice.gauss(0, 0.1) for _ in range(count)]
+    rng = Random(seed)
+    return [around + rng.gauss(0, 0.1) for _ in range(count)]
 
 
 def test_limits_are_robust_deviations_above_the_median() -> None:

@@ -36,17 +36,17 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def flip(path: Path, dice: Random) -> None:
+def flip(path: Path, rng: Random) -> None:
     content = bytearray(path.read_bytes())
-    content[dice.randrange(len(content))] ^= 1 << dice.randrange(8)
+    content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
     path.write_bytes(content)
 
 
-def truncate(path: Path, dice: Random) -> None:
-    os.truncate(path, dice.randrange(path.stat().st_size))
+def truncate(path: Path, rng: Random) -> None:
+    os.truncate(path, rng.randrange(path.stat().st_size))
 
 
-def delete(path: Path, dice: Random) -> None:  # noqa: ARG001
+def delete(path: Path, rng: Random) -> None:  # noqa: ARG001
     path.unlink()
 
 
@@ -66,12 +66,12 @@ def test_every_corruption_is_noticed_and_the_newest_good_one_is_loaded(
 ) -> None:
     loaded = []
     for seed in range(CASES):
-        dice, root = Random(seed), tmp_path / str(seed)
+        rng, root = Random(seed), tmp_path / str(seed)
         shutil.copytree(whole, root)
         hurt = {}
-        for step in STEPS[: dice.choice((1, 1, 2, 3))]:
+        for step in STEPS[: rng.choice((1, 1, 2, 3))]:
             hurt[step] = FILES[(seed + step) % len(FILES)]
-            HURTS[seed % len(HURTS)](root / f"step_{step:08d}" / hurt[step], dice)
+            HURTS[seed % len(HURTS)](root / f"step_{step:08d}" / hurt[step], rng)
         store = CheckpointStore(root, keep=1)
         if len(hurt) == len(STEPS):
             with pytest.raises(ValueError, match=r"every checkpoint in .* is damaged") as error:

@@ -242,8 +242,8 @@ def test_a_rank_killed_at_any_moment_leaves_nothing_that_looks_whole_and_is_not(
 ) -> None:
     steps, noticed = [0], 0
     for seed in range(KILLS):
-        dice = Random(seed)
-        unlucky, saves = seed % 2, dice.uniform(0, 3)
+        rng = Random(seed)
+        unlucky, saves = seed % 2, rng.uniform(0, 3)
         with pytest.raises(RanksFailedError) as error:
             run_ranks(2, train_until_killed, tmp_path, unlucky, saves, deadline_s=30)
         assert error.value.outcomes[unlucky] == "the process died"

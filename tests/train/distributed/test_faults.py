@@ -99,11 +99,11 @@ def test_one_nan_on_one_rank_costs_one_step_on_all(
 @pytest.fixture(scope="module")
 def outlier(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Plain text, and in its middle a document of noise."""
-    dice = Random(0)
+    rng = Random(0)
     phrase = "original copies stay in the cache and hidden ones do not"
     words = phrase.split()
-    texts = [" ".join(dice.choices(words, k=25)) for _ in range(600)]
-    texts[370] = "".join(dice.choices("QWXZ[]{}#@!?;:<>|~^$%&*0123456789", k=45))
+    texts = [" ".join(rng.choices(words, k=25)) for _ in range(600)]
+    texts[370] = "".join(rng.choices("QWXZ[]{}#@!?;:<>|~^$%&*0123456789", k=45))
     path = tmp_path_factory.mktemp("outlier") / "text.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return path

@@ -52,15 +52,15 @@ def calm(groups: ProcessGroups, overrides: list[str]) -> str | None:
     return record.ending
 
 
-def send_signals(cluster: Cluster, run: Path, dice: Random) -> None:
+def send_signals(cluster: Cluster, run: Path, rng: Random) -> None:
     """`SIGNALS` times a random rank gets a signal: all save, end in time, and are started again."""
     for number in range(1, SIGNALS + 1):
         sent = False
         while not sent:
-            random_moment(cluster, run, dice)
+            random_moment(cluster, run, rng)
             reached, groups = newest_step(run), cluster.groups()
-            how = dice.choice([signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
-            sent = len(groups) == 4 and kill(dice.choice(groups), how)
+            how = rng.choice([signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2])
+            sent = len(groups) == 4 and kill(rng.choice(groups), how)
             assert cluster.agents(), "the run was too short for all signals"
         start = monotonic()
         while cluster.ended() is None and monotonic() < start + DEADLINE_S:
@@ -71,16 +71,16 @@ def send_signals(cluster: Cluster, run: Path, dice: Random) -> None:
         cluster.replace_the_dead()
 
 
-def send_kills(cluster: Cluster, run: Path, dice: Random) -> None:
+def send_kills(cluster: Cluster, run: Path, rng: Random) -> None:
     """`KILLS` times a random rank, or an agent with its ranks, is killed and started again."""
     killed = 0
     while killed < KILLS:
-        moment = random_moment(cluster, run, dice)
+        moment = random_moment(cluster, run, rng)
         # Of the suite's few kills one is of each kind.
-        kind = ("agent", "rank")[killed] if killed < 2 else dice.choice(["rank", "rank", "agent"])
+        kind = ("agent", "rank")[killed] if killed < 2 else rng.choice(["rank", "rank", "agent"])
         victims = cluster.groups() if kind == "rank" else cluster.agents()
         assert cluster.agents(), "the run was too short for all kills"
-        if victims and kill(dice.choice(victims), signal.SIGKILL):
+        if victims and kill(rng.choice(victims), signal.SIGKILL):
             killed += 1
             print(f"{kind} killed while {moment}, after step {newest_step(run)}")
 
@@ -88,13 +88,13 @@ def send_kills(cluster: Cluster, run: Path, dice: Random) -> None:
 def test_signals_and_kills_at_random_moments_leave_no_trace(
     small_at: Callable[..., list[str]], logged: Callable[..., list[dict]], tmp_path: Path
 ) -> None:
-    dice, steps = Random(SEED), 40 + 20 * (KILLS + SIGNALS)
+    rng, steps = Random(SEED), 40 + 20 * (KILLS + SIGNALS)
     run, undisturbed = tmp_path / "run", tmp_path / "undisturbed"
     overrides = small_at(run, *FOUR_RANKS, f"train.max_steps={steps}")
     with Cluster(overrides, tmp_path / "log").at_work() as cluster:
         # Signals come first: after a kill it takes time until no rank of before is left.
-        send_signals(cluster, run, dice)
-        send_kills(cluster, run, dice)
+        send_signals(cluster, run, rng)
+        send_kills(cluster, run, rng)
         cluster.wait_for(lambda: cluster.ended() == [0, 0], patience_s=600)
     overrides = small_at(undisturbed, *FOUR_RANKS, f"train.max_steps={steps}")
     assert run_ranks(4, calm, overrides, deadline_s=600) == ["finished"] * 4

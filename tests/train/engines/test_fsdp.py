@@ -277,7 +277,7 @@ def test_compiled_blocks_write_without_being_compiled_again(monkeypatch) -> None
     torch.compiler.reset()
     counter = CompileCounterWithBackend("aot_eager")
     monkeypatch.setattr(Block, "compile", partialmethod(nn.Module.compile, backend=counter))
-    dice, prompt = torch.Generator(), torch.tensor([5, 7, 11])
+    rng, prompt = torch.Generator(), torch.tensor([5, 7, 11])
     written = []
     for compiled in ("true", "false"):
         engine = FsdpEngine(config_of(f"engine.compile={compiled}"), ProcessGroups())
@@ -285,7 +285,7 @@ def test_compiled_blocks_write_without_being_compiled_again(monkeypatch) -> None
         compilations = counter.frame_count
         assert compilations > 0
         with engine.summon_full_params() as model:
-            tokens = generate(model, [prompt], Sampling(temperature=0), [dice], 12)
+            tokens = generate(model, [prompt], Sampling(temperature=0), [rng], 12)
             written.append([int(token) for token in tokens])
         assert counter.frame_count == compilations
         train_step(engine, batch_of(ROWS), 0.01)

@@ -196,8 +196,8 @@ def given_up(groups: ProcessGroups, stage: int, _: Path) -> dict[str, Any]:
 
 def greedy(model: Transformer) -> list[int]:
     """What a model writes through its cache."""
-    dice = [torch.Generator()]
-    return [int(x) for x in generate(model, [TOKENS[0, :5]], Sampling(temperature=0), dice, 6)]
+    rng = [torch.Generator()]
+    return [int(x) for x in generate(model, [TOKENS[0, :5]], Sampling(temperature=0), rng, 6)]
 
 
 def used(groups: ProcessGroups, stage: int, _: Path) -> dict[str, Any]:
