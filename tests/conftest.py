@@ -1,6 +1,7 @@
 """The order of the suite: its longest files come first, so that no process is left with one at the
 end while the others have nothing to do. `make fast` leaves them out."""
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -52,3 +53,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if item.path in RANK:
             item.add_marker("slow")
     items.sort(key=lambda item: RANK.get(item.path, len(RANK)))
+
+
+def pytest_configure() -> None:
+    """Let Ctrl-C reach the processes of the tests, also when the suite runs in the background.
+
+    A shell starts background jobs with SIGINT ignored, which all their children inherit.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
