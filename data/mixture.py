@@ -16,7 +16,7 @@ of the next document is counted, too, which is fixed for each lane, phase and so
 the source is chosen when its next document would begin, in another when it would end.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -61,22 +61,35 @@ class LaneCursor(NamedTuple):
         phase: number of the weights that apply.
         skip: what has been read already of the documents that follow: tokens of the first one or,
             with best-fit packing, rows of the group that is packed together.
+        ahead: with best-fit packing, the tokens of that group. They were read beyond the cursor.
     """
 
     sources: dict[str, SourceState]
     phase: int = 0
     skip: int = 0
+    ahead: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all sources before the next document."""
+        return sum(state.tokens for state in self.sources.values())
+
+    def of_sources(self, names: Iterable[str]) -> "LaneCursor":
+        """The cursor with these sources: new ones at their beginning, and no others."""
+        sources = {name: self.sources.get(name, SourceState()) for name in names}
+        return self._replace(sources=sources)
 
     def to_json(self) -> dict[str, Any]:
         """As plain values."""
         sources = {name: state.to_json() for name, state in self.sources.items()}
-        return {"sources": sources, "phase": self.phase, "skip": self.skip}
+        values = {"sources": sources, "phase": self.phase, "skip": self.skip}
+        return {**values, "ahead": self.ahead} if self.ahead else values
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "LaneCursor":
         """The inverse of `to_json`."""
         sources = {name: SourceState.from_json(state) for name, state in values["sources"].items()}
-        return cls(sources, values["phase"], values["skip"])
+        return cls(sources, values["phase"], values["skip"], values.get("ahead", 0))
 
 
 @dataclass(frozen=True)
@@ -95,13 +108,13 @@ class Lane:
         last document is an empty one, with the cursor of the end.
         """
         config = self.documents.config
-        cursor = start or LaneCursor(dict.fromkeys(config.sources, SourceState()))
+        cursor = (start or LaneCursor({})).of_sources(config.sources)
         readers = {name: self._source(name, state.cursor) for name, state in cursor.sources.items()}
         # The next document of each source is read before it is chosen, since its length counts.
         ahead: dict[str, tuple[np.ndarray, Cursor]] = {}
         mixture = config.mixture
         starts = [after_tokens for after_tokens, _ in mixture]
-        total = sum(state.tokens for state in cursor.sources.values())
+        total = cursor.tokens
         while True:
             cursor = _in_phase(cursor, starts, total * config.lanes)
             weights = mixture[cursor.phase][1]

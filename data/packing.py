@@ -21,11 +21,13 @@ class Row(NamedTuple):
         tokens: [T+1] int64.
         targets: how many of its T targets count, the first ones.
         progress: the cursor of the last document that was read for it; with best fit, about.
+        ahead: with best fit, the tokens of all documents that were packed together.
     """
 
     tokens: np.ndarray
     targets: int
     progress: Any
+    ahead: int = 0
 
 
 def pack(
@@ -118,10 +120,11 @@ def pack_best_fit(
     while taken := list(islice(following, group)):
         rows = _fit([tokens for tokens, _ in taken], seq_len, separator)
         cursors = [cursor for _, cursor in taken]
+        ahead = sum(len(tokens) for tokens, _ in taken)
         for number in range(skip, len(rows)):
             # The first n of N rows hold about n/N of the documents, because of the rows' order.
             progress = cursors[max(0, (number + 1) * len(cursors) // len(rows) - 1)]
-            yield Row(*rows[number], progress), cursors[0], number + 1
+            yield Row(*rows[number], progress, ahead), cursors[0], number + 1
         skip = 0
 
 

@@ -8,18 +8,21 @@ rank owns the lanes rank::world_size. So the same rows are read however many ran
                                    rank   0 1 0 1 0 1 0 1    of world_size = 2
 """
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import cycle, repeat
+from math import inf
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from conf.errors import ConfigError, DataError
 from data.batch import Cursors
-from data.mixture import Lane, LaneCursor, SourceState
+from data.fingerprint import MIXTURE, check_fingerprint
+from data.mixture import Lane, LaneCursor
 from data.packing import PADDING, Row, pack, pack_best_fit
-from data.sources.documents import Documents
+from data.sources.documents import Documents, NoTrainingDocumentsError
 from data.tokenizer import Tokenizer
 
 
@@ -88,7 +91,7 @@ class TokenStream:
         config = self.documents.config
         return {
             **self.documents.fingerprint,
-            "data.sources.*.weight and data.phases": [list(part) for part in config.mixture],
+            MIXTURE: [list(part) for part in config.mixture],
             "data.lanes": config.lanes,
             "data.shuffle": config.shuffle,
             "data.block_documents": config.block_documents,
@@ -97,6 +100,66 @@ class TokenStream:
             "seed": self.seed,
             "tokenizer": self.tokenizer.fingerprint,
         }
+
+    def check_resumes(self, saved: Mapping[str, Any]) -> list[str]:
+        """Make sure that the cursors mean the same as where they were saved.
+
+        What has decided nothing so far may change: phases that have not begun, and sources that
+        have had no weight.
+
+        Args:
+            saved: the fingerprint of the stream that gave the cursors.
+
+        Returns:
+            a sentence for each of those changes.
+
+        Raises:
+            ConfigError: something else has changed.
+        """
+        return check_fingerprint(saved, self.fingerprint, self._tokens_read())
+
+    def _tokens_read(self) -> float:
+        """The token of the run up to which the cursors' lanes have read; inf if it is not known."""
+        cursors = [LaneCursor.from_json(values) for values in (self._start or {}).values()]
+        best_fit = self.documents.config.packing == "best_fit"
+        if best_fit and any(cursor.skip and not cursor.ahead for cursor in cursors):
+            return inf  # checkpoints of the first versions do not say how far a group reaches
+        tokens = max((cursor.tokens + cursor.ahead for cursor in cursors), default=0)
+        return tokens * self.documents.config.lanes
+
+    def check_later_phases(self) -> None:
+        """Make sure that this rank's lanes have text of the sources that only later phases read.
+
+        The sources of the present phase are read for the first batch.
+
+        Raises:
+            DataError: a lane has none, or a source is damaged.
+            TransientError: a source cannot be read at present.
+        """
+        for lane in sorted(set(self.lanes)):
+            cursor = self._start_of(lane)
+            now, *later = (weights for _, weights in self.documents.config.mixture[cursor.phase :])
+            for name, state in cursor.sources.items():
+                if not now[name] and any(phase[name] for phase in later) and not state.tokens:
+                    self._check_has_text(name, lane)
+
+    def _check_has_text(self, name: str, lane: int) -> None:
+        training = self.documents.training(name, lane)
+        try:
+            with closing(training):
+                next(training)
+        except NoTrainingDocumentsError as error:
+            # A run that goes on cannot change its lanes.
+            lanes = "" if self._start else "lower data.lanes, "
+            raise DataError(
+                f"data.phases give data.sources.{name} a weight later in the run, but {error.why}. "
+                f"Now {lanes}add documents to it, or leave it out of data.phases"
+            ) from error
+
+    def _start_of(self, lane: int) -> LaneCursor:
+        # Cursors of all lanes are in the checkpoint; this rank takes those of its own.
+        start = LaneCursor.from_json(self._start[str(lane)]) if self._start else LaneCursor({})
+        return start.of_sources(self.documents.config.sources)
 
     @property
     def _packing(self) -> str:
@@ -120,20 +183,18 @@ class TokenStream:
 
     def _lane(self, lane: int) -> Iterator[LaneRow]:
         config, T = self.documents.config, self.shape.seq_len
-        # Cursors of all lanes are in the checkpoint; this rank takes those of its own.
-        start = None if self._start is None else LaneCursor.from_json(self._start[str(lane)])
-        skip = start.skip if start else 0
+        start = self._start_of(lane)
+        skip = start.skip
         documents = Lane(self.documents, self.tokenizer, self.seed, lane).read(start)
         if config.packing == "sequential":
             rows = pack(documents, T, skip)
         else:
             group, separator = config.block_documents, self.tokenizer.eos_id
             rows = pack_best_fit(documents, T, skip, group=group, separator=separator)
-        after = start or LaneCursor(dict.fromkeys(config.sources, SourceState()))
-        progress = after
+        after = progress = start
         # `used` says how much of the next documents this row and those before it took.
-        for row, (sources, phase, _), used in rows:
-            after, progress = LaneCursor(sources, phase, used), row.progress
+        for row, cursor, used in rows:
+            after, progress = cursor._replace(skip=used, ahead=row.ahead), row.progress
             yield LaneRow(lane, row, after)
         padding = Row(np.full(T + 1, PADDING, dtype=np.int64), 0, progress)
         # The other lanes may have text left, and a batch needs a row of every lane.

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from data.batch import Batch
+from data.config import DataConfig, Phase, PythonSource
 from data.loader import Loader
 from data.source import Document, TokenDocument
 from data.sources.documents import Documents, is_held_out
@@ -104,15 +105,29 @@ def shown_row(batch: Batch, tokenizer: Tokenizer) -> str:
     return text + (f"⟨·{len(row) - end}⟩" if end < len(row) else "")
 
 
+def shares(config: DataConfig, name: str) -> str:
+    """A source's part of the tokens, and what it is from each phase on.
+
+    >>> source = PythonSource(kind="python")
+    >>> anneal = Phase(after_tokens=9000, weights={"b": 3})
+    >>> shares(DataConfig(sources={"a": source, "b": source}, phases={"anneal": anneal}), "b")
+    '50.0%; from token 9,000 on 75.0%'
+    """
+    return "; ".join(
+        f"{f'from token {start:,} on ' if start else ''}{weights[name] / sum(weights.values()):.1%}"
+        for start, weights in config.mixture
+    )
+
+
 def print_source(
-    name: str, found: SourceCounts, weight: float, tokenizer: Tokenizer, console: Console
+    name: str, found: SourceCounts, share: str, tokenizer: Tokenizer, console: Console
 ) -> None:
-    """Print the counts of a source, and a few of its documents."""
+    """Print the counts of a source and its `share` of the tokens, and a few of its documents."""
     # What is printed after "the first" was counted in a part of the source.
     first = "" if found.complete else "the first "
     epoch = found.tokens * (found.documents - found.held_out) // max(1, found.documents)
     table = Table(title=f"data.sources.{name}", title_justify="left", show_header=False)
-    table.add_row("share of the tokens", f"{weight:.1%}")
+    table.add_row("share of the tokens", share)
     table.add_row("documents", f"{first}{found.documents:,}, {found.held_out:,} of them held out")
     table.add_row("text", f"{first}{found.size:,} bytes")
     table.add_row(
@@ -134,15 +149,14 @@ def main(config: Config) -> int:
     console = Console(soft_wrap=True, highlight=False)
     documents = Documents(config.data)
     tokenizer = prepare_tokenizer(config.tokenizer, documents, vocab_size=config.model.vocab_size)
-    # The mixture may change by phases; the first phase is shown.
-    _, weights = config.data.mixture[0]
-    for name, weight in weights.items():
+    for name in config.data.sources:
         found = count(documents, tokenizer, name, READ_S)
-        print_source(name, found, weight / sum(weights.values()), tokenizer, console)
+        print_source(name, found, shares(config.data, name), tokenizer, console)
     quarantine = documents.quarantine
     records, bad = quarantine.records, len(quarantine.bad_records)
     shape = BatchShape(global_batch=config.train.global_batch, seq_len=config.train.seq_len)
     stream = TokenStream(documents, tokenizer, shape, seed=config.seed)
+    stream.check_later_phases()
     # The quarantine was counted before: the loader reads the same records again.
     speed, batch = loading_speed(stream, config, MEASURE_S)
     console.print(

@@ -16,7 +16,7 @@ from conf.errors import USER_ERRORS, ConfigError, Problem
 from conf.validation import as_dict, flatten_keys
 from data.batch import Batch
 from data.config import TokenizerConfig
-from data.fingerprint import changed_settings, check_fingerprint
+from data.fingerprint import changed_settings
 from data.heldout import heldout_rows
 from data.loader import Loader
 from data.sources.documents import Documents
@@ -202,7 +202,7 @@ def _open(
     checkpoint = _newest(config, store, console)
     documents = raise_on_all_ranks(groups, lambda: Documents(config.data))
     tokenizer = _tokenizer(config, checkpoint, documents, groups)
-    stream = _stream(config, checkpoint, documents, tokenizer, groups)
+    stream = _stream(config, checkpoint, documents, tokenizer, groups, console)
     # Engines talk to other ranks after they have checked the configuration.
     engine = raise_on_all_ranks(groups, lambda: open_engine(config, groups), USER_ERRORS)
     on_error.callback(engine.close)
@@ -298,6 +298,7 @@ def _stream(
     documents: Documents,
     tokenizer: Tokenizer,
     groups: ProcessGroups,
+    console: Console,
 ) -> TokenStream:
     """This rank's part of the stream, from where the checkpoint has left it."""
     shape = BatchShape(
@@ -312,7 +313,9 @@ def _stream(
         lambda: TokenStream(documents, tokenizer, shape, seed=config.seed, cursors=cursors),
     )
     if checkpoint:
-        check_fingerprint(checkpoint.state["stream"], stream.fingerprint)
+        for line in stream.check_resumes(checkpoint.state["stream"]):
+            warn(console, f"changed since then: {line}")
+    raise_on_all_ranks(groups, stream.check_later_phases)
     return stream
 
 

@@ -1,6 +1,6 @@
 """The documents of a run: those that lanes train on, and those held out."""
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,6 +32,14 @@ COUNT_EVERY = 100
 
 EXPLANATION_DOCUMENTS = 1000
 """Documents that are read to explain why a lane has none."""
+
+
+class NoTrainingDocumentsError(DataError):
+    """A lane finds no document to train on: `why`, and a sentence that says what to do."""
+
+    def __init__(self, why: str, remedy: str) -> None:
+        super().__init__(f"{why}. {remedy}")
+        self.why = why
 
 
 class ValidRecord(NamedTuple):
@@ -148,12 +156,12 @@ class Documents:
 
     def training(
         self, name: str, lane: int, position: Position = None
-    ) -> Iterator[tuple[Document | TokenDocument, Position]]:
+    ) -> Generator[tuple[Document | TokenDocument, Position]]:
         """One pass over a lane's training documents of a source, each with the position after it.
 
         Raises:
-            DataError: a whole pass finds none; and as `valid_records`.
-            TransientError: as `valid_records`.
+            NoTrainingDocumentsError: a whole pass finds none.
+            DataError, TransientError: as `valid_records`.
         """
         # Without this error, `shuffle.epochs` would begin pass after pass without end.
         # A pass from the middle may find nothing, if the documents before were the last ones.
@@ -209,25 +217,26 @@ class Documents:
     def _source(self, name: str) -> Source:
         return self.config.sources[name]
 
-    def _no_training_documents(self, name: str) -> DataError:
+    def _no_training_documents(self, name: str) -> NoTrainingDocumentsError:
         """The error for a lane that finds nothing to train on, which says why."""
         documents = islice(self.valid_records(name, 0, 1), EXPLANATION_DOCUMENTS)
         digests = [digest for _, digest, _ in documents]
         bad_records = self.quarantine.bad_records
         bad = f"; not documents: {self.quarantine.summary()}" if bad_records else ""
         if not digests:
-            return DataError(
-                f"data.sources.{name}: no text in it ({_location(self._source(name))}{bad}); "
-                "choose a source with documents"
+            location = _location(self._source(name))
+            return NoTrainingDocumentsError(
+                f"data.sources.{name}: no text in it ({location}{bad})",
+                "Choose a source with documents",
             )
         held_out = sum(is_held_out(digest, self.config.holdout) for digest in digests)
         or_more = " or more" if len(digests) == EXPLANATION_DOCUMENTS else ""
-        return DataError(
+        return NoTrainingDocumentsError(
             f"data.lanes={self.config.lanes}: a lane found no document to train on, because "
             f"data.sources.{name} has {len(digests)}{or_more} and "
-            f"data.holdout={self.config.holdout} holds out {held_out} of them{bad}. Lower "
-            "data.lanes, or add documents: a long one can fill the parts of several lanes, and a "
-            ".txt file is one document unless a separator cuts it"
+            f"data.holdout={self.config.holdout} holds out {held_out} of them{bad}",
+            "Lower data.lanes, or add documents: a long one can fill the parts of several lanes, "
+            "and a .txt file is one document unless a separator cuts it",
         )
 
 

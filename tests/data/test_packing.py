@@ -66,7 +66,7 @@ def test_best_fit_makes_every_token_a_target_once_after_the_token_before_it(
     lengths: list[int], seq_len: int, group: int
 ) -> None:
     seen: Counter[tuple[int, int]] = Counter()
-    for (tokens, targets, _), _, _ in best_fit(lengths, seq_len, group):
+    for (tokens, targets, _, _), _, _ in best_fit(lengths, seq_len, group):
         assert tokens.shape == (seq_len + 1,)
         assert (tokens[targets + 1 :] == PADDING).all()
         seen.update(zip(tokens[:targets].tolist(), tokens[1 : targets + 1].tolist(), strict=True))

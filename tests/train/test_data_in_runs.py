@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from conf.errors import ConfigError
+from conf.errors import ConfigError, DataError
 from data.source import Document
 from data.tokenizer import Tokenizer
 from tests.data.storage.fault_server import FaultServer, serving
@@ -89,6 +89,28 @@ def test_changed_weights_are_refused_on_resume(config, mixed, trained, opened) -
     trained(config(*mixed("train.max_steps=2")))
     with pytest.raises(ConfigError, match=r"weight and data\.phases=.*: was .* when this run"):
         opened(config(*mixed("train.max_steps=4", "data.sources.b.weight=4")))
+
+
+def test_a_phase_that_has_not_begun_may_change_on_resume(config, mixed, trained) -> None:
+    far = "data.phases.later.after_tokens=100000"
+    trained(config(*mixed("train.max_steps=2", far)))
+    other = mixed("train.max_steps=4", far, "data.phases.later.weights.a=2")
+    done = trained(config(*other))
+    assert done.record.step == 4
+    assert "changed since then: data.sources.*.weight and data.phases was" in done.output
+
+
+def test_text_that_a_later_phase_lacks_is_told_before_the_run_has_a_directory(
+    config, mixed, opened, tmp_path: Path
+) -> None:
+    (tmp_path / "few.jsonl").write_text(json.dumps({"text": "only one"}) + "\n")
+    settings = mixed(
+        f"data.sources.few={{kind:files,paths:{tmp_path}/few.jsonl,weight:0}}",
+        "data.phases.later.weights.few=1",
+    )
+    with pytest.raises(DataError, match=r"data\.phases give data\.sources\.few a weight later"):
+        opened(config(*settings))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_ends_well_with_its_text(
