@@ -15,6 +15,7 @@ are left the exit code is 1. Here:
 - every restart has a TCPStore of its own (see `launch.torchelastic`).
 """
 
+import json
 import os
 import signal
 import sys
@@ -154,6 +155,7 @@ def _run(config: Local, command: Sequence[str]) -> int:
     if processes > 1:  # each would otherwise start a thread for every core
         threads = max(1, torch.get_num_threads() // processes)
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    os.environ["LAUNCHED_BY"] = json.dumps(sys.orig_argv)  # for a run's environment.json
     quiet_logs()
     with SignalForwarder() as forwarder, tempfile.TemporaryDirectory(prefix="launch-") as scratch:
         try:

@@ -35,7 +35,7 @@ from train.benchmarks.timing import Result
 from train.compose import load
 from train.engine_config import EngineConfig
 from train.engines.device import choose_device, configure_process, device_problems
-from train.run_dir.prepare import environment
+from train.run_dir.environment import environment
 from train.run_dir.snapshot import read_revision
 
 

@@ -2,7 +2,8 @@
 
 runs/phd_cswa-2-16-32-tiny/
     config.yaml        the whole configuration, every default included
-    environment.json   versions, machine and source revision; one entry per start
+    environment.json   command, machine, versions and source revision; see environment.py;
+                       one entry per start
     source/            this project's source code and its git revision; see snapshot.py
     metrics.jsonl      one line per logging step
     quarantine.jsonl   records that are no documents, and where they are; absent if there are none
@@ -14,15 +15,9 @@ runs/phd_cswa-2-16-32-tiny/
 """
 
 import json
-import platform
-import sys
-from importlib import metadata
 from itertools import count
 from pathlib import Path
-from time import strftime
-from typing import Any
 
-import torch
 from omegaconf import OmegaConf
 from rich.console import Console
 
@@ -30,7 +25,8 @@ from conf.errors import ConfigError, Problem
 from data.storage.atomic import write_atomic
 from data.tokenizer import Tokenizer
 from train.config import Config
-from train.run_dir.snapshot import Revision, read_revision, write_snapshot
+from train.run_dir.environment import environment
+from train.run_dir.snapshot import read_revision, write_snapshot
 
 
 def prepare_run_dir(config: Config, tokenizer: Tokenizer, console: Console) -> None:
@@ -70,27 +66,3 @@ def _describe(config: Config, directory: Path, tokenizer: Tokenizer) -> None:
     # One entry per start: a run may be resumed on another machine, or with other versions.
     starts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
     write_atomic(path, json.dumps([*starts, environment(revision)], indent=1))
-
-
-def environment(revision: Revision) -> dict[str, Any]:
-    """The machine, the versions of packages, and the source revision of this process."""
-    packages = ("torch", "numpy", "sentencepiece", "datasets", "hydra-core", "wandb", "deepspeed")
-    return {
-        "time": strftime("%Y-%m-%d %H:%M:%S %z"),
-        "command": sys.argv,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "threads": torch.get_num_threads(),
-        "revision": revision.commit,
-        "changed": revision.dirty,  # uncommitted changes; they are in source/
-        "packages": {name: _version(name) for name in packages},
-    }
-
-
-def _version(package: str) -> str | None:
-    """The version of a package; None if it is not installed."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
