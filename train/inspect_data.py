@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from data.batch import Batch
-from data.config import DataConfig, Phase, PythonSource
+from data.config import DataConfig
 from data.loader import Loader
 from data.source import Document, TokenDocument
 from data.sources.documents import Documents, is_held_out
@@ -108,6 +108,7 @@ def shown_row(batch: Batch, tokenizer: Tokenizer) -> str:
 def shares(config: DataConfig, name: str) -> str:
     """A source's part of the tokens, and what it is from each phase on.
 
+    >>> from data.config import Phase, PythonSource
     >>> source = PythonSource(kind="python")
     >>> anneal = Phase(after_tokens=9000, weights={"b": 3})
     >>> shares(DataConfig(sources={"a": source, "b": source}, phases={"anneal": anneal}), "b")

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable
 from itertools import islice
-from pathlib import Path
 from random import Random
 
 import numpy as np
