@@ -9,6 +9,7 @@ anything else     a fault of the program, with its traceback         exit code 1
 
 """
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -120,6 +121,24 @@ class DataError(ValueError):
 
 class TransientError(RuntimeError):
     """Something around the program fails, and may work the next time; says what, and what to do."""
+
+
+def reason_of(error: BaseException) -> str:
+    """What an error says, on one line; the name of its type where it says nothing.
+
+    Every message that tells why something failed takes the reason from here. Many errors of
+    sockets, locks and libraries have no text, and would leave empty brackets.
+
+    >>> errors = ValueError("no\\n  such thing"), TimeoutError(), KeyError("text")
+    >>> [reason_of(error) for error in errors]
+    ['no such thing', 'TimeoutError', "KeyError: 'text'"]
+    """
+    said = " ".join(str(error).split())
+    if isinstance(error, OSError) and len(error.args) > 1 and not error.strerror:
+        number = error.errno  # which Python would spell as "[Errno 5] " alone
+        said = f"[Errno {number}] {os.strerror(number)}" if isinstance(number, int) else ""
+    name = type(error).__name__
+    return f"{name}: {said}" if isinstance(error, KeyError) and said else said or name
 
 
 USER_ERRORS = (ConfigError, DataError, TransientError)

@@ -14,6 +14,9 @@ from data.storage.atomic import write_atomic
 
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece writes a space in its pieces
 
+LFS_POINTER = b"version https://git-lfs"
+"""How the file begins that a clone without Git LFS has in place of a large one."""
+
 # The settings in a model file that decide how it encodes and decodes. All the others tell how it
 # was trained, or follow from the pieces, as byte fallback does.
 SYMBOLS = ("unk_piece", "bos_piece", "eos_piece", "pad_piece", "unk_surface")
@@ -60,10 +63,14 @@ class Tokenizer:
             DataError: it is no model, or has no control symbol that could end a document.
             OSError: it cannot be read.
         """
+        model = path.read_bytes()
+        # Of no bytes at all, SentencePiece makes a processor that fails when it is used.
+        if not model:
+            raise _no_model(path, model)
         try:
-            tokenizer = cls(path.read_bytes())
+            tokenizer = cls(model)
         except RuntimeError as error:
-            raise DataError(f"{path}: not a SentencePiece model ({error})") from error
+            raise _no_model(path, model) from error
         if tokenizer.eos_id < 0:
             raise DataError(
                 f"{path}: has no end-of-sentence control symbol to stand between documents; train "
@@ -102,6 +109,23 @@ class Tokenizer:
         """
         ids = np.asarray(ids, dtype=np.int64)
         return self._processor.decode(ids[ids < self.vocab_size].tolist())
+
+
+def _no_model(path: Path, content: bytes) -> DataError:
+    """The error for a file that is no SentencePiece model, which says what it is instead."""
+    beginning = content.lstrip()[:1]
+    if not content:
+        what = "it is empty"
+    elif content.startswith(LFS_POINTER):
+        what = "it is a pointer of Git LFS; get the file itself with git lfs pull"
+    elif beginning == b"{":
+        what = (
+            "it is JSON, as Hugging Face's tokenizer.json is; SentencePiece's own file is often "
+            "called tokenizer.model"
+        )
+    else:
+        what = "it is another kind of file, or damaged"
+    return DataError(f"{path}: not a SentencePiece model: {what}")
 
 
 def _fingerprint(model: bytes) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import sentencepiece
 from xxhash import xxh3_128_hexdigest
 
-from conf.errors import ConfigError, DataError, Problem
+from conf.errors import ConfigError, DataError, Problem, reason_of
 from data.config import TokenizerConfig
 from data.sources.documents import Documents
 from data.sources.token_files import TokenCorpus
@@ -78,13 +78,17 @@ def training_options(config: TokenizerConfig, vocab_size: int) -> dict[str, Any]
 
 def _given(path: str) -> Tokenizer:
     file = Path(path).expanduser()
-    if not file.is_file():
-        hint = "give a SentencePiece .model, or null to train one on the data"
-        raise ConfigError([Problem("tokenizer.path", path, "no such file", hint)])
+    hint = "give a SentencePiece .model, or null to train one on the data"
     try:
         return Tokenizer.load(file)
-    except DataError as error:
-        raise ConfigError([Problem("tokenizer.path", path, f"cannot be used ({error})")]) from error
+    except (FileNotFoundError, NotADirectoryError):
+        wrong = "no such file"
+    except IsADirectoryError:
+        models = ", ".join(sorted(model.name for model in file.glob("*.model")))
+        wrong = f"is a folder; in it: {models or 'no .model'}"
+    except (DataError, OSError) as error:
+        wrong = f"cannot be used ({reason_of(error)})"
+    raise ConfigError([Problem("tokenizer.path", path, wrong, hint)])
 
 
 def _check_made_by(
@@ -150,7 +154,9 @@ def train(texts: Iterator[str], options: dict[str, Any]) -> Tokenizer:
         if failures:
             raise failures[0] from error
         key, value = "tokenizer.vocab_size", options["vocab_size"]
-        expected = f"SentencePiece cannot make so small a vocabulary of this text ({error})"
+        expected = (
+            f"SentencePiece cannot make so small a vocabulary of this text ({reason_of(error)})"
+        )
         hint = "raise it, or give a tokenizer.path"
         raise ConfigError([Problem(key, value, expected, hint)]) from error
     if failures:

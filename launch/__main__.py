@@ -36,7 +36,7 @@ from typing import Any, NoReturn
 import yaml
 
 from conf.arguments import parse, refuse, usage
-from conf.errors import ConfigError, Problem
+from conf.errors import ConfigError, Problem, reason_of
 from conf.validation import did_you_mean, keys, nearest
 from launch import kubernetes, slurm
 from launch.config import LAUNCHERS, Kubernetes, Local, MultiNode, Nodes, Slurm
@@ -183,7 +183,9 @@ def _read_site(path: str) -> list[str]:
     try:
         found: Any = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
-        raise ConfigError([Problem("site", path, f"cannot be read ({error})")]) from error
+        raise ConfigError(
+            [Problem("site", path, f"cannot be read ({reason_of(error)})")]
+        ) from error
     if not isinstance(found, dict):
         expected = "expected settings, one on each line, such as partition: gpu"
         raise ConfigError([Problem("site", path, expected)])

@@ -35,6 +35,7 @@ from torch.distributed.elastic.rendezvous import (
     RendezvousTimeoutError,
 )
 
+from conf.errors import reason_of
 from conf.exit_codes import ExitCode
 from launch import parent_death
 from launch.config import Local, Nodes
@@ -163,7 +164,7 @@ def _run(config: Local, command: Sequence[str]) -> int:
         except SignalException:
             return _code_after_signal(forwarder, [])
         except CONNECTION_ERRORS as error:
-            _log(f"the machine that serves the rendezvous cannot be reached ({error})")
+            _log(f"the machine that serves the rendezvous cannot be reached ({reason_of(error)})")
             return ExitCode.CRASHED
         # train/main.py unblocks the signals when it can handle them; other scripts may not.
         signals = "hold" if config.script is None else "deliver"

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from conf import arguments
-from conf.errors import ConfigError, Problem
+from conf.errors import ConfigError, Problem, reason_of
 from conf.settings import at_least
 from data.detokenizer import IncrementalDetokenizer
 from phd.inference.sampling import Sampling, generate
@@ -219,7 +219,9 @@ def read_prompts(path: Path) -> list[str]:
         lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
         prompts = [_prompt(line) for line in lines] if path.suffix == ".jsonl" else lines
     except (OSError, UnicodeDecodeError, ValueError) as error:
-        problem = f"file={path}: cannot be read ({error}); give a file of prompts, one a line"
+        problem = (
+            f"file={path}: cannot be read ({reason_of(error)}); give a file of prompts, one a line"
+        )
         raise ConfigError([problem], "the arguments") from error
     if not prompts:
         raise ConfigError([f"file={path}: no prompt in it; write one a line"], "the arguments")

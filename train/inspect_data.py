@@ -17,6 +17,7 @@ from data.config import DataConfig
 from data.loader import Loader
 from data.source import Document, TokenDocument
 from data.sources.documents import Documents, is_held_out
+from data.sources.quarantine import Quarantine
 from data.stream import BatchShape, TokenStream
 from data.tokenizer import Tokenizer
 from data.tokenizer_training import prepare_tokenizer
@@ -150,10 +151,11 @@ def main(config: Config) -> int:
     console = Console(soft_wrap=True, highlight=False)
     documents = Documents(config.data)
     tokenizer = prepare_tokenizer(config.tokenizer, documents, vocab_size=config.model.vocab_size)
+    # The tokenizer may have been trained on some of the records, which are counted from here on.
+    quarantine = documents.quarantine = Quarantine(config.data.max_quarantined)
     for name in config.data.sources:
         found = count(documents, tokenizer, name, READ_S)
         print_source(name, found, shares(config.data, name), tokenizer, console)
-    quarantine = documents.quarantine
     records, bad = quarantine.records, len(quarantine.bad_records)
     shape = BatchShape(global_batch=config.train.global_batch, seq_len=config.train.seq_len)
     stream = TokenStream(documents, tokenizer, shape, seed=config.seed)

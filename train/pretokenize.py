@@ -27,7 +27,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
-from conf.errors import ConfigError, DataError, Problem
+from conf.errors import ConfigError, DataError, Problem, reason_of
 from conf.exit_codes import ExitCode
 from conf.settings import at_least
 from conf.validation import OMITTED, as_dict, flatten_keys
@@ -274,7 +274,9 @@ def main(args: PretokenizeArguments, config: Config) -> int:
     try:
         written = pretokenize(args, config, console)
     except OSError as error:
-        raise ConfigError([Problem("out", args.out, f"cannot be written ({error})")]) from error
+        raise ConfigError(
+            [Problem("out", args.out, f"cannot be written ({reason_of(error)})")]
+        ) from error
     except BrokenProcessPool as error:
         killed = (
             f"processes={args.workers}: one was killed, perhaps because memory ran out; lower it, "

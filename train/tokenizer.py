@@ -13,7 +13,7 @@ from typing import NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from conf.errors import ConfigError, Problem
+from conf.errors import ConfigError, Problem, reason_of
 from data.config import TokensSource
 from data.sources.documents import Documents
 from data.tokenizer import Tokenizer
@@ -174,7 +174,9 @@ def main(args: TokenizerArguments, config: Config) -> int:
         report = make_tokenizer(config)
         report.tokenizer.save(args.path)
     except OSError as error:
-        raise ConfigError([Problem("out", args.out, f"cannot be written ({error})")]) from error
+        raise ConfigError(
+            [Problem("out", args.out, f"cannot be written ({reason_of(error)})")]
+        ) from error
     print_report(report, console)
     path = shlex.quote(str(args.path))
     rounded = -(-report.tokenizer.vocab_size // ROUND) * ROUND

@@ -19,7 +19,7 @@ from weakref import WeakValueDictionary
 import pyarrow as pa
 from pyarrow.parquet import ParquetFile
 
-from conf.errors import DataError
+from conf.errors import DataError, reason_of
 from data.source import BadRecord, Document, Record, no_such_field
 
 BOM = "\ufeff"
@@ -125,7 +125,7 @@ class PythonFile:
             encoding, _ = tokenize.detect_encoding(io.BytesIO(content).readline)
             return content.decode(encoding)
         except (SyntaxError, LookupError, UnicodeError) as error:
-            raise RecordError(f"not in the encoding that it declares: {error}") from None
+            raise RecordError(f"not in the encoding that it declares: {reason_of(error)}") from None
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ class JsonLines:
             value = json.loads(_decoded(line))
         # Brackets nested 1000 deep exhaust the parser; such a line must not end the run.
         except (ValueError, RecursionError) as error:
-            raise RecordError(f"not JSON: {error}") from None
+            raise RecordError(f"not JSON: {reason_of(error)}") from None
         if not isinstance(value, dict):
             raise RecordError(f"not a JSON object but {_kind(value)}")
         if self.text_field not in value:
@@ -378,7 +378,7 @@ def _naming_damage(url: str) -> Iterator[None]:
     try:
         yield
     except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
-        said = " ".join(str(error).split())
+        said = reason_of(error)
         raise DataError(
             f"{url}: damaged, Parquet cannot be read ({said}); mend it or leave it out"
         ) from error

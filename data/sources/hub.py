@@ -25,7 +25,7 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakSet
 
-from conf.errors import ConfigError, DataError, TransientError
+from conf.errors import ConfigError, DataError, TransientError, reason_of
 from data.config import DatasetsSource
 from data.source import BadRecord, Document, Position, no_such_field
 from data.storage.retry import http_status, is_temporary
@@ -216,7 +216,7 @@ class HubCorpus:
                 for key in ("path", "name", "split", "revision", "data_files")
                 if (value := getattr(self.source, key)) is not None
             )
-            found = f"{settings}: `datasets` cannot read it ({error})"
+            found = f"{settings}: `datasets` cannot read it ({reason_of(error)})"
             if _may_pass(error, opening=kind is ConfigError):
                 advice = "check the network, and start the run again"
                 raise TransientError(f"{found}; {advice}") from error

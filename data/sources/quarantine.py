@@ -6,7 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 from threading import Lock
 
-from conf.errors import DataError
+from conf.errors import DataError, reason_of
 from data.source import BadRecord
 from data.storage.atomic import write_atomic
 
@@ -93,7 +93,7 @@ class Quarantine:
                 file.write(lines)
             self.write_error = None
         except OSError as error:
-            self.write_error = f"{self._path} is not written: {error}"
+            self.write_error = f"{self._path} is not written: {reason_of(error)}"
 
     def _too_many(self, last: BadRecord) -> DataError:
         listed = f" (all in {self._path})" if self._path else ""

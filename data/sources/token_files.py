@@ -29,7 +29,7 @@ import numpy as np
 import xxhash
 from pydantic import TypeAdapter, ValidationError
 
-from conf.errors import ConfigError, DataError, Problem, TransientError
+from conf.errors import ConfigError, DataError, Problem, TransientError, reason_of
 from data.fingerprint import changed_settings
 from data.source import Position, TokenDocument
 from data.storage.atomic import file_xxh3_128, flush_to_disk, write_atomic
@@ -275,7 +275,7 @@ class TokenCorpus:
             # A mapping needs no open file, so a directory may have thousands of shards.
             return np.asarray(np.memmap(self.path / file, dtype, mode="r"))
         except ValueError as error:
-            raise self._damaged(f"{file} cannot be mapped ({error})") from error
+            raise self._damaged(f"{file} cannot be mapped ({reason_of(error)})") from error
         except OSError as error:
             raise self._unreadable(file, error) from error
 
@@ -287,7 +287,7 @@ class TokenCorpus:
         except OSError as error:
             raise self._unreadable(INDEX, error) from error
         except DataError as error:
-            raise self._damaged(str(error)) from None
+            raise self._damaged(reason_of(error)) from None
 
     def _no_index(self) -> ConfigError | DataError:
         """The error for a directory without an index; it says what to do."""
@@ -335,8 +335,8 @@ class TokenCorpus:
         if isinstance(error, FileNotFoundError):
             return self._damaged(f"{file} is missing")
         return TransientError(
-            f"{self._setting}={str(self.path)!r}: {file} cannot be read ({error}); make sure that "
-            "its disk can be reached, and start the run again"
+            f"{self._setting}={str(self.path)!r}: {file} cannot be read ({reason_of(error)}); "
+            "make sure that its disk can be reached, and start the run again"
         )
 
 

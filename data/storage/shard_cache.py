@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, NamedTuple
 import pyarrow
 from xxhash import xxh3_128, xxh3_128_hexdigest
 
-from conf.errors import ConfigError, DataError, Problem
+from conf.errors import ConfigError, DataError, Problem, reason_of
 from data.config import CacheConfig, RemoteConfig
 from data.storage.atomic import file_xxh3_128, open_atomic, write_atomic
 from data.storage.shards import compression_of
@@ -68,8 +68,8 @@ class CopyReader(io.FileIO):
 
     def _unavailable(self, error: OSError) -> ShardUnavailableError:
         return ShardUnavailableError(
-            f"{self.name}: a copy of a shard cannot be read ({error}); make sure that its disk "
-            "works, and start the run again"
+            f"{self.name}: a copy of a shard cannot be read ({reason_of(error)}); "
+            "make sure that its disk works, and start the run again"
         )
 
 
@@ -205,7 +205,7 @@ class ShardCache:
             with copy.locked():
                 yield copy
         except OSError as error:
-            found = f"cannot hold a copy of {shard.url} ({error.strerror})"
+            found = f"cannot hold a copy of {shard.url} ({reason_of(error)})"
             if error.errno in WRONG_DIRECTORY:
                 hint = "choose a directory that can be written"
                 problem = Problem("data.cache.dir", str(self.folder), found, hint)
@@ -293,7 +293,8 @@ def _unpacked(shard: Shard, remote: RemoteConfig) -> Iterator[bytes]:
                     yield block
         except (OSError, pyarrow.ArrowException) as error:
             raise DataError(
-                f"{shard.url}: damaged or truncated ({error}); get it again, or leave it out"
+                f"{shard.url}: damaged or truncated ({reason_of(error)}); get it again, or leave "
+                "it out"
             ) from error
 
 

@@ -9,7 +9,7 @@ from functools import partial
 
 from fsspec.utils import glob_translate
 
-from conf.errors import ConfigError, Problem, TransientError
+from conf.errors import ConfigError, Problem, TransientError, reason_of
 from data.config import RemoteConfig
 from data.storage.retry import PermanentError, retry
 from data.storage.stores import Entry, Shard, Store
@@ -59,11 +59,11 @@ def list_shards(
         found = _find(root, suffixes, remote)
     except (PermanentError, OSError) as error:
         if isinstance(error, WRONG_PATH) or getattr(error, "errno", None) in WRONG_PATH_ERRNO:
-            expected = f"cannot be listed ({error})"
+            expected = f"cannot be listed ({reason_of(error)})"
             raise ConfigError([Problem(setting, pattern, expected, f"correct it{here}")]) from error
         raise TransientError(
-            f"{setting}={pattern!r}: cannot be listed at present ({error}); make sure that it can "
-            "be reached from here, and start the run again"
+            f"{setting}={pattern!r}: cannot be listed at present ({reason_of(error)}); make "
+            "sure that it can be reached from here, and start the run again"
         ) from error
     if not found:
         expected = (

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from fsspec.asyn import AsyncFileSystem
 from fsspec.core import url_to_fs
 
-from conf.errors import DataError
+from conf.errors import DataError, reason_of
 from data.storage.retry import PermanentError, http_status, is_temporary
 
 READ_BYTES = 1 << 20
@@ -230,8 +230,8 @@ def _translated() -> Iterator[None]:
         status = http_status(error)
         if status in (None, 404) or is_temporary(status):
             raise
-        raise PermanentError(str(error)) from error
+        raise PermanentError(reason_of(error)) from error
     except (ImportError, ValueError) as error:  # no such protocol, or its package is missing
-        raise PermanentError(str(error)) from error
+        raise PermanentError(reason_of(error)) from error
     except Exception as error:  # the libraries behind fsspec have errors of their own
         raise OSError(f"{type(error).__name__}: {error}") from error

@@ -4,7 +4,7 @@ import io
 from collections.abc import Callable, Generator, Iterator
 from typing import Any, TypeVar
 
-from conf.errors import DataError, TransientError
+from conf.errors import DataError, TransientError, reason_of
 from data.config import RemoteConfig
 from data.storage.retry import NOT_RETRIED, Backoff
 from data.storage.stores import FsspecStore, LocalStore, Shard, Store
@@ -77,12 +77,12 @@ def _read_with_retries(
                 backoff.reset()
         # The run stops, since the next try, and the next start, would end in the same way.
         except NOT_RETRIED as error:
-            raise DataError(f"{shard.url}: cannot be read ({error})") from error
+            raise DataError(f"{shard.url}: cannot be read ({reason_of(error)})") from error
         except OSError as error:
             if not backoff.pause():
                 raise ShardUnavailableError(
                     f"{shard.url}: cannot be read from byte {start} on: "
-                    f"{str(error) or type(error).__name__} "
+                    f"{reason_of(error)} "
                     f"({backoff.failures} tries in {backoff.waited_s:.0f} s without progress, "
                     f"data.remote.retry_s={remote.retry_s:g}); make sure that it can be read, and "
                     "start the run again"

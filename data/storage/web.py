@@ -13,7 +13,7 @@ from urllib.error import HTTPError
 from urllib.parse import unquote, urljoin, urlsplit
 from urllib.request import Request, urlopen
 
-from conf.errors import ConfigError, Problem
+from conf.errors import ConfigError, Problem, reason_of
 from data.storage.retry import PermanentError, is_temporary
 from data.storage.stores import Entry, Shard, Store, changed, check_same
 
@@ -96,7 +96,7 @@ class WebStore(Store):
             error.close()
             raise _store_error(error) from None
         except InvalidURL as error:
-            raise PermanentError(str(error)) from error
+            raise PermanentError(reason_of(error)) from error
         except HTTPException as error:
             raise OSError(f"{type(error).__name__}: {error}") from error
 

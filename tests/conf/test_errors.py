@@ -1,10 +1,13 @@
 """Claims about `conf.errors`: problems are values, and survive the way to another process."""
 
+import ast
 import pickle
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from conf.errors import UNSET, ConfigError, Problem
+from conf.errors import UNSET, ConfigError, Problem, reason_of
 from train.config import Config, TrainConfig
 
 PYTHON = {"kind": "python"}
@@ -60,3 +63,66 @@ def test_a_part_that_is_built_alone_carries_its_problems_too() -> None:
     with pytest.raises(ConfigError) as refusal:
         TrainConfig(seq_len=0)
     assert [problem.key for problem in refusal.value.problems] == ["train.seq_len"]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (TimeoutError(), "TimeoutError"),
+        (MemoryError(), "MemoryError"),
+        (ValueError("  "), "ValueError"),
+        (OSError("", ""), "OSError"),
+        (OSError(None, None), "OSError"),
+        (OSError(5, ""), "[Errno 5] Input/output error"),
+        (
+            FileNotFoundError(2, "No such file or directory", "a b"),
+            "No such file or directory: 'a b'",
+        ),
+        (KeyError("text"), "KeyError: 'text'"),
+        (KeyError(), "KeyError"),
+        (RuntimeError("first\n\n  second"), "first second"),
+    ],
+)
+def test_the_reason_of_any_error_is_told_in_words_on_one_line(error: Exception, said: str) -> None:
+    assert reason_of(error).removeprefix("[Errno 2] ") == said
+
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = [
+    path
+    for folder in ("conf", "data", "phd", "train", "launch")
+    for path in ROOT.glob(f"{folder}/**/*.py")
+]
+
+
+def bare_reasons(source: str, own: set[str]) -> Iterator[int]:
+    """Lines with an f-string that shows a library's error as it is, and not its `reason_of`."""
+    for handler in (n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.ExceptHandler)):
+        caught = handler.type.elts if isinstance(handler.type, ast.Tuple) else [handler.type]
+        if {ast.unparse(kind).rpartition(".")[2] for kind in caught if kind} <= own:
+            continue  # the project's own errors always have a text
+        for text in (n for n in ast.walk(handler) if isinstance(n, ast.JoinedStr)):
+            shown = {ast.unparse(v.value) for v in text.values if isinstance(v, ast.FormattedValue)}
+            named = f"type({handler.name}).__name__" in shown
+            if {str(handler.name), f"str({handler.name})"} & shown and not named:
+                yield text.lineno
+
+
+def test_no_message_shows_an_error_that_may_have_no_text_as_it_is() -> None:
+    trees = {path: path.read_text(encoding="utf-8") for path in SOURCES}
+    classes = [
+        n
+        for text in trees.values()
+        for n in ast.walk(ast.parse(text))
+        if isinstance(n, ast.ClassDef)
+    ]
+    own = {node.name for node in classes}
+    found = [f"{path}:{line}" for path, text in trees.items() for line in bare_reasons(text, own)]
+    assert not found, f"write {{reason_of(error)}}, from conf.errors, instead of {{error}}: {found}"
+
+
+def test_an_error_that_is_shown_as_it_is_is_found() -> None:
+    source = "try: f()\nexcept OSError as error: raise Mine(f'cannot ({error})')"
+    assert list(bare_reasons(source, {"Mine"})) == [2]
+    assert list(bare_reasons(source.replace("OSError", "Mine"), {"Mine"})) == []
+    assert list(bare_reasons(source.replace("{error}", "{reason_of(error)}"), {"Mine"})) == []

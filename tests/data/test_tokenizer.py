@@ -171,9 +171,30 @@ def test_a_saved_model_is_the_same(tokenizer: Tokenizer, tmp_path: Path) -> None
     assert [p.name for p in path.parent.iterdir()] == ["a.model"]
 
 
-def test_a_file_that_is_no_model_is_named(tmp_path: Path) -> None:
-    (path := tmp_path / "a.model").write_bytes(b"no model")
-    with pytest.raises(DataError, match=r"a\.model: not a SentencePiece model \("):
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (b"", "it is empty"),
+        (b"no model", "it is another kind of file"),
+        (bytes(3000), "it is another kind of file"),
+        (b"PK\x03\x04" + bytes(99), "it is another kind of file"),
+        (b'{"version": "1.0", "model": {"type": "BPE"}}', "Hugging Face's tokenizer.json"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "git lfs pull"),
+    ],
+)
+def test_a_file_that_is_no_sentencepiece_model_is_told_so_and_what_it_is(
+    tmp_path: Path, content: bytes, what: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (path := tmp_path / "a.model").write_bytes(content)
+    with pytest.raises(DataError, match=r"a\.model: not a SentencePiece model: ") as error:
+        Tokenizer.load(path)
+    assert what in str(error.value)
+    assert capfd.readouterr().err == "", "SentencePiece itself says nothing"
+
+
+def test_a_model_that_is_cut_off_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    (path := tmp_path / "a.model").write_bytes(tokenizer.model[: len(tokenizer.model) // 2])
+    with pytest.raises(DataError, match=r"not a SentencePiece model: .* damaged"):
         Tokenizer.load(path)
 
 

@@ -37,8 +37,21 @@ def test_what_is_told_of_a_source_is_what_is_in_it(
     assert re.search(r"tokens of an epoch +│ about [\d,]+", output)
     assert f"{corpus}@0" in output
     assert "⟨/⟩" in output
-    assert "quarantined: 0 of " in output
+    assert "quarantined: 0 of 53 records" in output
     assert re.search(r"the loader alone: [\d,]+ tokens/s with data.workers=1", output)
+
+
+@pytest.mark.parametrize("bad", [0, 1, 7])
+def test_each_record_is_counted_once_also_if_a_tokenizer_was_trained_on_it(
+    config: Configured,
+    corpus: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    bad: int,
+) -> None:
+    (path := tmp_path / "text.jsonl").write_text(corpus.read_text() + "no JSON\n" * bad)
+    assert main(config(f"data.sources.files.paths={path}", "tokenizer.vocab_size=300")) == 0
+    assert f"quarantined: {bad} of {53 + bad} records" in capsys.readouterr().out
 
 
 def test_a_source_that_is_not_read_to_its_end_is_not_called_known(config: Configured) -> None:

@@ -18,6 +18,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from conf.errors import reason_of
 from data.batch import Batch
 from data.tokenizer import Tokenizer
 from phd.loss import IGNORED
@@ -127,7 +128,7 @@ class BadStepPolicy:
             )
             report = f"{bad}; its batch is in {path.parent}"
         except OSError as error:
-            report = f"{bad}; its batch could not be written ({error})"
+            report = f"{bad}; its batch could not be written ({reason_of(error)})"
         if self.policy == "rollback":
             raise RollBackError(report, last.number)
         if self.policy == "abort":

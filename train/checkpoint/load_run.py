@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from omegaconf import OmegaConf
 
-from conf.errors import ConfigError, DataError
+from conf.errors import ConfigError, DataError, reason_of
 from data.tokenizer import Tokenizer
 from phd.model import Transformer
 from train.checkpoint.store import CheckpointStore
@@ -36,7 +36,7 @@ def load_run(directory: Path, device: torch.device) -> LoadedRun:
     try:
         checkpoint = CheckpointStore(directory / "checkpoints", keep=1).newest()
     except DataError as error:
-        raise ConfigError([f"run={directory}: {error}"], "the arguments") from error
+        raise ConfigError([f"run={directory}: {reason_of(error)}"], "the arguments") from error
     if checkpoint is None:
         problem = f"run={directory}: no checkpoint there yet; let it train on"
         raise ConfigError([problem], "the arguments")

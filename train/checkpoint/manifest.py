@@ -20,6 +20,7 @@ from typing import IO, Any, BinaryIO, TypedDict
 
 import xxhash
 
+from conf.errors import reason_of
 from data.storage.atomic import file_xxh3_128
 
 MANIFEST = "manifest.json"
@@ -115,7 +116,7 @@ def damage(
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
     except OSError as error:
-        return f"it cannot be read: {error}"
+        return f"it cannot be read: {reason_of(error)}"
 
 
 def remove(directory: Path) -> None:

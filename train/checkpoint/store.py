@@ -26,7 +26,7 @@ from typing import Any, NamedTuple, TypeVar
 from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.storage import WriteResult
 
-from conf.errors import DataError
+from conf.errors import DataError, reason_of
 from train.checkpoint import manifest
 from train.checkpoint.format import STATE
 from train.checkpoint.manifest import Entries
@@ -272,7 +272,7 @@ def _as_checkpoint_error(problem: str, saved: int | None = None) -> Iterator[Non
     try:
         yield
     except OSError as error:
-        failure = CheckpointError(f"{problem}: {error}")
+        failure = CheckpointError(f"{problem}: {reason_of(error)}")
         failure.saved = saved
         raise failure from error
 

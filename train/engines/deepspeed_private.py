@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 from torch import nn
 
-from conf.errors import ConfigError, Problem
+from conf.errors import ConfigError, Problem, reason_of
 
 
 def global_grad_norm(optimizer: Any) -> Any:
@@ -71,4 +71,4 @@ def check_json(json: Mapping[str, Any]) -> None:
         found = [(".".join(map(str, e["loc"])), e["msg"]) for e in error.errors()]
         raise ConfigError([Problem(f"{key}.{at}", expected=said) for at, said in found]) from None
     except (AssertionError, ValueError, TypeError, DeepSpeedConfigError) as error:
-        raise ConfigError([Problem(key, expected=str(error))]) from None
+        raise ConfigError([Problem(key, expected=reason_of(error))]) from None

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from conf.errors import ConfigError, DataError, Problem
+from conf.errors import ConfigError, DataError, Problem, reason_of
 from phd.config import ModelConfig
 from phd.hf.convert import from_hugging_face, starting_state, to_hugging_face
 
@@ -42,7 +42,7 @@ def load_pretrained(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     try:
         return from_hugging_face(hf_config, hf_state)
     except ValueError as error:
-        raise DataError(f"{path}: {error}") from error
+        raise DataError(f"{path}: {reason_of(error)}") from error
 
 
 def pretrained_start(path: Path, config: ModelConfig) -> dict[str, Tensor]:
@@ -107,7 +107,9 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
         try:
             state |= safetensors.torch.load_file(path / name)
         except safetensors.SafetensorError as error:
-            raise DataError(f"{path / name} is damaged: {error}; download it again") from error
+            raise DataError(
+                f"{path / name} is damaged: {reason_of(error)}; download it again"
+            ) from error
     return state
 
 
@@ -119,7 +121,7 @@ def _read_json(path: Path) -> dict[str, Any]:
             f"{path.parent}: no {path.name} in it; expected the directory of a Hugging Face model"
         ) from None
     except ValueError as error:
-        raise DataError(f"{path} is damaged: {error}; download it again") from error
+        raise DataError(f"{path} is damaged: {reason_of(error)}; download it again") from error
 
 
 def _safetensors() -> ModuleType:

@@ -15,6 +15,7 @@ from uuid import uuid4
 
 from rich.console import Console
 
+from conf.errors import reason_of
 from data.storage.atomic import write_atomic
 from train.config import Config
 from train.console import warn
@@ -66,7 +67,7 @@ class MetricsFile:
             self.full = False
         except OSError as error:
             if not self.full:
-                warn(self.console, f"{self.path} is not written: {error}")
+                warn(self.console, f"{self.path} is not written: {reason_of(error)}")
             self.full = True
 
     def close(self) -> None:
@@ -186,7 +187,7 @@ class Wandb:
             _tear_down()
         except Exception as error:
             if not self._given_up:
-                self._failed(str(error))
+                self._failed(reason_of(error))
 
     def _start(self) -> Any:
         mode = _mode(self.config)
@@ -195,7 +196,7 @@ class Wandb:
         except Exception as error:
             if mode != "online" or self._given_up:
                 raise
-            warn(self.console, f"Weights & Biases is not reached, {self._kept}: {error}")
+            warn(self.console, f"Weights & Biases is not reached, {self._kept}: {reason_of(error)}")
             _tear_down()  # otherwise the same id cannot be initialized again in this process
             return self._init("offline")
 

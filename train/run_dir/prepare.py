@@ -21,7 +21,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from conf.errors import ConfigError, Problem
+from conf.errors import ConfigError, Problem, reason_of
 from data.storage.atomic import write_atomic
 from data.tokenizer import Tokenizer
 from train.config import Config
@@ -42,7 +42,9 @@ def prepare_run_dir(config: Config, tokenizer: Tokenizer, console: Console) -> N
         _describe(config, directory, tokenizer)
     except OSError as error:
         hint = "choose another run.dir, or make room there"
-        problem = Problem("run.dir", str(directory), f"cannot be written ({error})", hint)
+        problem = Problem(
+            "run.dir", str(directory), f"cannot be written ({reason_of(error)})", hint
+        )
         raise ConfigError([problem]) from error
 
 
