@@ -25,6 +25,7 @@ from train.metrics.record import Hook, Metrics, StepRecord
 from train.plan import make_plan, print_plan
 from train.report import print_report
 from train.run import Run, open_run
+from train.run_dir.lock import hold_run_dir
 
 MakeHook = Callable[[Run], Hook]
 
@@ -45,10 +46,13 @@ def main(config: Config, hooks: Sequence[MakeHook] = ()) -> int:
         init_process_groups(config.engine.device) as groups,
     ):
         console = Console(soft_wrap=True, highlight=False, quiet=not groups.is_rank_zero)
-        print_plan(make_plan(config, groups.world_size), console)
-        if config.run.resume == "never" and any(groups.gather(groups.dist_env.restarts)):
-            config = _resuming(config)  # it was this very run that began anew
-        return train_to_the_end(config, console, groups, stop_signal, hooks)
+        # From here on, and not only from `open_run` on: it is told before anything else, and no
+        # other process can come between two attempts.
+        with hold_run_dir(config.run_dir, groups, console):
+            print_plan(make_plan(config, groups.world_size), console)
+            if config.run.resume == "never" and any(groups.gather(groups.dist_env.restarts)):
+                config = _resuming(config)  # it was this very run that began anew
+            return train_to_the_end(config, console, groups, stop_signal, hooks)
 
 
 def train_to_the_end(

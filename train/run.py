@@ -50,6 +50,7 @@ from train.metrics.hooks import (
 )
 from train.metrics.record import Hook, Metrics
 from train.metrics.sinks import ConsoleLine, MetricsFile, Sink, Wandb
+from train.run_dir.lock import hold_run_dir
 from train.run_dir.prepare import prepare_run_dir
 
 # Settings that a resumed run must share with its checkpoint; the rest may be changed.
@@ -149,8 +150,9 @@ def open_run(
 ) -> Iterator[Run]:
     """Open a run's directory, data and engine, and take up its newest whole checkpoint.
 
-    What was opened is closed, whatever fails on the way: first the store, which may still be
-    writing, then the sinks, then the engine.
+    The directory is held for this run alone (see train/run_dir/lock.py). What was opened is closed,
+    whatever fails on the way: first the store, which may still be writing, then the sinks, then the
+    engine.
 
     Args:
         console: of rank 0; the others' are quiet.
@@ -161,15 +163,16 @@ def open_run(
 
     Raises:
         ConfigError: something that the configuration names is missing, does not fit the rest, or
-            is not what the checkpoint was made with.
+            is not what the checkpoint was made with; or another process holds the directory.
         DataError: the text is missing, damaged or too little.
         TransientError: a server or a disk does not answer for now.
     """
     groups, stop_signal = groups or ProcessGroups(), stop_signal or StopSignal()
-    with ExitStack() as on_error:
-        run = _open(config, console, groups, stop_signal, skip_batches, on_error)
-        on_error.pop_all()
     with ExitStack() as stack:
+        stack.enter_context(hold_run_dir(config.run_dir, groups, console))
+        with ExitStack() as on_error:
+            run = _open(config, console, groups, stop_signal, skip_batches, on_error)
+            on_error.pop_all()
         stack.enter_context(run.watchdog)
         stack.enter_context(run.stop_signal)
         stack.enter_context(run.stop_signal.on_first(run.watchdog.begin_exit))

@@ -12,6 +12,7 @@ runs/phd_cswa-2-16-32-tiny/
     tokenizer.model    the SentencePiece model
     wandb_id.txt, wandb/
     checkpoints/       see train/checkpoint/store.py
+    lock.json          who holds the directory, while it is held; see lock.py
 """
 
 import json
@@ -26,6 +27,7 @@ from data.storage.atomic import write_atomic
 from data.tokenizer import Tokenizer
 from train.config import Config
 from train.run_dir.environment import environment
+from train.run_dir.lock import LOCK, RunLock
 from train.run_dir.snapshot import read_revision, write_snapshot
 
 
@@ -37,6 +39,7 @@ def prepare_run_dir(config: Config, tokenizer: Tokenizer, console: Console) -> N
     """
     directory = config.run_dir
     if config.run.resume == "never" and (moved := archive_run_dir(directory)):
+        RunLock.follow(directory, moved)
         console.print(f"run.resume=never: the earlier run is now in {moved}", markup=False)
     try:
         _describe(config, directory, tokenizer)
@@ -50,7 +53,7 @@ def prepare_run_dir(config: Config, tokenizer: Tokenizer, console: Console) -> N
 
 def archive_run_dir(directory: Path) -> Path | None:
     """Rename the directory of an earlier run to `<directory>.old-<n>`; None if there is none."""
-    if not directory.exists():
+    if not directory.exists() or all(path.name == LOCK for path in directory.iterdir()):
         return None
     names = (directory.with_name(f"{directory.name}.old-{n}") for n in count(1))
     return directory.rename(next(name for name in names if not name.exists()))
