@@ -1,5 +1,6 @@
 """One transformer block: attention and SwiGLU, in the four wirings of norms."""
 
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from torch import Tensor, nn
@@ -38,8 +39,8 @@ class Block(nn.Module):
             |           |         |           |             |      |        |            |
             +---------- + ->      +---------- + ->          +----- + ->     +----------- + ->
 
-    A* normalises the whole q and k projections (`reordered`), and v as well (`hybrid`,
-    arXiv 2503.04598); the other blocks of `hybrid_star` are as `hybrid`.
+    A* normalises q and k (`reordered`), and v as well (`hybrid`, arXiv 2503.04598); the other
+    blocks of `hybrid_star` are as `hybrid`. `Attention` says over what.
     """
 
     def __init__(self, config: ModelConfig, index: int) -> None:
@@ -78,11 +79,22 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Projections to queries, keys and values, and back; the same weights for every copy."""
+    """Projections to queries, keys and values, and back; the same weights for every copy.
+
+        reordered              hybrid, hybrid_star          pre
+        n( q1 q2 q3 q4 )       n(q1) n(q2) n(q3) n(q4)      q1 q2 q3 q4
+        n( k1 k2 )             n(k1) n(k2)                  k1 k2
+           v1 v2               n(v1) n(v2)                  v1 v2
+
+    `reordered` normalises a whole projection, as OLMo 2 does. `hybrid` normalises each head, as
+    HybridNorm's own code does (BryceZhuo/HybridNorm, `OLMoBlock.attention`): one weight of length H
+    serves all query heads, one all key heads and one all value heads.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.head_dim = config.head_dim
+        self.norm_per_head = config.norm.startswith("hybrid")
         queries, keys = config.heads * config.head_dim, config.kv_heads * config.head_dim
         self.q = Linear(config.dim, queries)
         self.k = Linear(config.dim, keys)
@@ -91,11 +103,13 @@ class Attention(nn.Module):
         self.q_norm: RMSNorm | None = None
         self.k_norm: RMSNorm | None = None
         self.v_norm: RMSNorm | None = None
-        if config.norm != "pre":
+        if self.norm_per_head:
+            self.q_norm, self.k_norm, self.v_norm = (
+                RMSNorm(config.head_dim, config.norm_eps) for _ in range(3)
+            )
+        elif config.norm == "reordered":
             self.q_norm = RMSNorm(queries, config.norm_eps)
             self.k_norm = RMSNorm(keys, config.norm_eps)
-        if config.norm.startswith("hybrid"):
-            self.v_norm = RMSNorm(keys, config.norm_eps)
 
     def forward(self, x_queries: Tensor, x: Tensor, context: AttentionContext) -> Tensor:
         """Queries of x_queries (B, K or 1, T', D), keys and values of x (B, K or 1, T, D).
@@ -115,10 +129,24 @@ class Attention(nn.Module):
 
     def _split_heads(self, x: Tensor, norm: RMSNorm | None) -> Tensor:
         """Normalise a projection: (B, copies, T, heads * H) -> (B, copies, heads, T, H)."""
-        if norm is not None:
-            # The norm computes in float32; attention runs in what autocast made of the projection.
+        # The norm computes in float32; attention runs in what autocast made of the projection.
+        if norm is not None and not self.norm_per_head:
             x = norm(x).to(x.dtype)
-        return x.unflatten(-1, (-1, self.head_dim)).transpose(2, 3)
+        x = x.unflatten(-1, (-1, self.head_dim))
+        if norm is not None and self.norm_per_head:
+            x = norm(x).to(x.dtype)
+        return x.transpose(2, 3)
+
+
+def is_old_hybrid(config: ModelConfig, shapes: Mapping[str, Sequence[int]]) -> bool:
+    """Whether weights of these shapes, by name, are of the form that `hybrid` had at first.
+
+    It normalised the whole projections, with weights as long as these. With one head, that and
+    what `Attention` does are the same.
+    """
+    shape = shapes.get("blocks.0.attention.q_norm.weight")
+    whole = (config.heads * config.head_dim,)
+    return config.norm.startswith("hybrid") and config.heads > 1 and shape == whole
 
 
 class FeedForward(nn.Module):

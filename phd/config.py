@@ -12,6 +12,7 @@ SpanUnit = Literal["hidden", "token"]
 CopyPositions = Literal["shared", "flattened"]
 Norm = Literal["reordered", "pre", "hybrid", "hybrid_star"]
 Backend = Literal["auto", "reference", "packed", "flex"]
+HeadInit = Literal["embedding", "fan_in"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,9 +48,13 @@ class ModelConfig(Settings):
         vocab_size: V, the rows of the embedding. The tokenizer may have fewer pieces.
         max_seq_len: the most tokens that a row may have; RoPE's table is this long.
         rope_theta: RoPE's base.
-        norm: where the RMSNorms are; `phd.block.Block` draws the four wirings.
+        norm: where the RMSNorms are; `phd.block.Block` draws the four wirings. `hybrid` and
+            `hybrid_star` normalise queries, keys and values per head.
         norm_eps: the epsilon that RMSNorm adds to the mean square.
         tied: whether the LM head uses the embedding's weights.
+        head_init: the standard deviation of an untied head's initial weights. `embedding`: that of
+            the embedding, 1/sqrt(2.5 D); `fan_in`: 1/sqrt(D), as OLMo's `full_megatron` has it. A
+            tied head is the embedding.
     """
 
     variant: Variant = "phd_cswa"
@@ -74,6 +79,7 @@ class ModelConfig(Settings):
     norm: Norm = "reordered"
     norm_eps: float = 1e-6
     tied: bool = True
+    head_init: HeadInit = "embedding"
 
     def problems(self) -> list[Problem]:
         """Every reason why these values cannot make a model."""

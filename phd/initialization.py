@@ -14,7 +14,9 @@ def initial_weights(model: nn.Module, seed: int) -> Iterator[tuple[str, Tensor]]
     """The name of each parameter of a `Transformer` on any device, and its value on the CPU.
 
         parameter                 standard deviation
-        embed, head, q k v        1 / sqrt(2.5 D)                    truncated at 3 sigma
+        embed, q k v              1 / sqrt(2.5 D)                    truncated at 3 sigma
+        head                      1 / sqrt(2.5 D)                    truncated at 3 sigma
+          with head_init fan_in   1 / sqrt(D)                        truncated at 3 sigma
         gate, up                  1 / sqrt(2.5 D)                    truncated at 3 sigma
         o, down                   1 / sqrt(2.5 D) / sqrt(2 layers)   truncated at 3 sigma
         norms                     1
@@ -32,9 +34,12 @@ def initial_weights(model: nn.Module, seed: int) -> Iterator[tuple[str, Tensor]]
         elif name.startswith("copy_embed"):
             yield name, torch.zeros(parameter.shape, device="cpu")
         else:
-            output = name.endswith(("attention.o.weight", "ffn.down.weight"))
-            scaled = std / sqrt(2 * config.layers) if output else std
-            yield name, _truncated_normal(parameter.shape, scaled, f"{seed}/{name}")
+            sigma = std
+            if name.endswith(("attention.o.weight", "ffn.down.weight")):
+                sigma = std / sqrt(2 * config.layers)
+            elif name == "head.weight" and config.head_init == "fan_in":
+                sigma = 1 / sqrt(config.dim)
+            yield name, _truncated_normal(parameter.shape, sigma, f"{seed}/{name}")
 
 
 def _truncated_normal(shape: torch.Size, std: float, key: str) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from conf.errors import USER_ERRORS, ConfigError, Problem
-from conf.validation import as_dict, flatten_keys
+from conf.validation import as_dict, defaults, flatten_keys
 from data.batch import Batch
 from data.config import TokenizerConfig
 from data.fingerprint import changed_settings
@@ -398,6 +398,7 @@ def _newest(config: Config, store: CheckpointStore, console: Console) -> Checkpo
             "start anew with run.resume=never"
         )
         raise ConfigError([Problem("run.dir", str(config.run_dir), another, hint)])
+    checkpoint.refuse_old_form(config.model)
     console.print(f"going on from {checkpoint.path}", markup=False)
     for line in changes.values():
         warn(console, f"changed since then: {line}")
@@ -405,9 +406,13 @@ def _newest(config: Config, store: CheckpointStore, console: Console) -> Checkpo
 
 
 def _changes(saved: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
-    """What differs between two configurations, by key, of what may change the training."""
+    """What differs between two configurations, by key, of what may change the training.
+
+    A setting that is newer than the saved configuration had its default then.
+    """
+    before = {**flatten_keys(defaults(Config)), **flatten_keys(saved)}
     ignored = ("run.", "data.", "tokenizer.", "hooks.", "eval.", "checkpoint.", "model.attention")
-    changed = changed_settings(flatten_keys(saved), flatten_keys(now))
+    changed = changed_settings(before, flatten_keys(now))
     return {
         key: line
         for key, line in changed.items()

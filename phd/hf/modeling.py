@@ -45,6 +45,9 @@ SUPPORTED = {"labels", "attention_mask", "num_items_in_batch", "cache_position"}
 class PhdConfig(PreTrainedConfig):
     """The fields of `phd.config.ModelConfig`, also under transformers' names for them.
 
+    With the norm `hybrid` or `hybrid_star`, `qkv_norm` is `head`: queries, keys and values are
+    normalised per head. Files that do not say so are of the time when whole projections were.
+
     Raises:
         ValueError: the values cannot make a model.
     """
@@ -68,6 +71,25 @@ class PhdConfig(PreTrainedConfig):
         super().__init__(**settings)
         for name, value in asdict(ModelConfig(**own)).items():
             setattr(self, name, value)
+        if self.norm.startswith("hybrid"):
+            self.qkv_norm = "head"
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """The config that a file describes.
+
+        Raises:
+            ValueError: the file is of a model whose norms computed something else.
+        """
+        norm, heads = config_dict.get("norm", ""), config_dict.get("heads", 0)
+        if norm.startswith("hybrid") and heads > 1 and config_dict.get("qkv_norm") != "head":
+            raise ValueError(
+                f"this is a model of the old form of norm={norm!r}, which normalised whole "
+                "projections of queries, keys and values; HybridNorm normalises each head. Load it "
+                "with the code in its directory (trust_remote_code=True, where phd is not "
+                "imported), or train it again"
+            )
+        return super().from_dict(config_dict, **kwargs)
 
     @property
     def model_config(self) -> ModelConfig:

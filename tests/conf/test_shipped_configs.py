@@ -137,6 +137,39 @@ def test_the_papers_experiments_have_its_settings(experiment: str) -> None:
     assert (schedule.kind, schedule.final_ratio) == ("cosine", 0.1)
 
 
+def test_hybridnorms_experiment_has_the_settings_of_its_authors() -> None:
+    config = load(["experiment=hybridnorm_1b2"])
+    # dense_model/configs/exps/1.2B-dense-HybriedNorm.yaml, in its words; `mlp_hidden_size` counts
+    # gate and up together.
+    m, optim, schedule, tokens = config.model, config.optim, config.schedule, 1024 * 4096
+    found = {
+        "d_model": m.dim, "n_heads": m.heads, "n_kv_heads": m.kv_heads, "n_layers": m.layers,
+        "mlp_hidden_size": 2 * m.ffn_dim, "weight_tying": m.tied, "rope_theta": m.rope_theta,
+        "layer_norm_eps": m.norm_eps, "max_sequence_length": config.train.seq_len,
+        "embedding_size": m.vocab_size, "init_std": (2.5 * m.dim) ** -0.5, "seed": config.seed,
+        "learning_rate": optim.lr, "weight_decay": optim.weight_decay, "eps": optim.eps,
+        "betas": optim.betas, "t_warmup": config.warmup_steps * tokens,
+        "t_max": config.train.max_tokens,
+        "alpha_f": schedule.final_ratio, "scheduler": schedule.kind,
+        "global_train_batch_size": config.train.global_batch,
+        "device_train_microbatch_size": config.train.micro_batch, "max_grad_norm": optim.grad_clip,
+    }  # fmt: skip
+    assert found == {
+        "d_model": 2048, "n_heads": 32, "n_kv_heads": 8, "n_layers": 16,
+        "mlp_hidden_size": 16384, "weight_tying": True, "rope_theta": 500_000,
+        "layer_norm_eps": 1e-5, "max_sequence_length": 4096,
+        "embedding_size": 100352, "init_std": pytest.approx(0.013975424859373685), "seed": 6198,
+        "learning_rate": 3e-4, "weight_decay": 0.1, "eps": 1e-8,
+        "betas": (0.9, 0.95), "t_warmup": 8_388_608_000, "t_max": 1_000_000_000_000,
+        "alpha_f": 0.1, "scheduler": "cosine",
+        "global_train_batch_size": 1024,
+        "device_train_microbatch_size": 4, "max_grad_norm": 1.0,
+    }  # fmt: skip
+    assert (m.variant, m.norm, m.head_init) == ("vanilla", "hybrid", "fan_in")
+    star = load(["experiment=hybridnorm_1b2", "model.norm=hybrid_star", "model=phd_cswa"]).model
+    assert (star.variant, star.K, star.norm, star.norm_eps) == ("phd_cswa", 2, "hybrid_star", 1e-5)
+
+
 def test_an_experiment_yields_to_the_command_line() -> None:
     config = load(["experiment=paper_550m", "model=vanilla", "size=151m", "optim.lr=1e-3"])
     assert (config.name, config.optim.lr) == ("vanilla-151m", 1e-3)

@@ -56,10 +56,12 @@ def test_no_two_parameters_are_alike() -> None:
     assert len({tuple(w) for w in drawn}) == len(drawn)
 
 
+@pytest.mark.parametrize("head_init", ["embedding", "fan_in"])
 @pytest.mark.parametrize("norm", ["reordered", "hybrid_star"])
-def test_scales_are_those_of_the_table(norm: Any) -> None:
+def test_scales_are_those_of_the_table(norm: Any, head_init: Any) -> None:
     layers, D = 3, 160
-    model = built(layers=layers, dim=D, ffn_dim=320, norm=norm, tied=False, copy_embedding=True)
+    shape: dict[str, Any] = {"layers": layers, "dim": D, "ffn_dim": 320, "tied": False}
+    model = built(**shape, norm=norm, copy_embedding=True, head_init=head_init)
     std = 1 / sqrt(2.5 * D)
     # The standard deviation of a normal distribution cut off at 3 sigma.
     cut = 0.98658
@@ -71,6 +73,8 @@ def test_scales_are_those_of_the_table(norm: Any) -> None:
         else:
             output = "attention.o." in name or "ffn.down." in name
             sigma = std / sqrt(2 * layers) if output else std
+            if name == "head.weight" and head_init == "fan_in":
+                sigma = 1 / sqrt(D)
             assert weight.std().item() == pytest.approx(cut * sigma, rel=0.02), name
             assert weight.mean().item() == pytest.approx(0, abs=0.02 * sigma), name
             assert 2.9 * sigma < weight.abs().max() <= 3 * sigma, name

@@ -79,11 +79,12 @@ class SlowTwin:
     def attention(self, name: str, x: Tensor) -> Tensor:
         c = self.config
         q, k, v = (self.linear(f"{name}.{which}", x) for which in "qkv")
-        if c.norm != "pre":
+        if c.norm == "reordered":  # over whole projections
             q, k = self.normalised(f"{name}.q_norm", q), self.normalised(f"{name}.k_norm", k)
-        if c.norm in ("hybrid", "hybrid_star"):
-            v = self.normalised(f"{name}.v_norm", v)
         q, k, v = (y.unflatten(-1, (-1, c.head_dim)) for y in (q, k, v))  # (B, K, T, heads, H)
+        if c.norm in ("hybrid", "hybrid_star"):  # per head
+            q, k = self.normalised(f"{name}.q_norm", q), self.normalised(f"{name}.k_norm", k)
+            v = self.normalised(f"{name}.v_norm", v)
         q, k = self.rotated(q), self.rotated(k)
         mask = Pattern.of(c).mask(x.shape[2])
         heads = []

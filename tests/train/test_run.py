@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from conf.errors import ConfigError, DataError
 from data.tokenizer import Tokenizer
+from train.checkpoint.load_run import load_run
 from train.checkpoint.reader import flatten
 from train.checkpoint.store import CheckpointStore
 from train.config import Config
@@ -23,7 +25,7 @@ from train.engines.fsdp import FsdpEngine
 from train.hf.pretrained import save_pretrained
 from train.metrics.record import Metrics, StepRecord
 from train.metrics.sinks import MetricsFile
-from train.run import open_run
+from train.run import Run, open_run
 from train.run_dir.prepare import archive_run_dir
 
 MODELS = {
@@ -214,6 +216,47 @@ def test_a_checkpoint_of_other_settings_is_refused_and_left_alone(
     assert told in problem
     assert "run.name" in problem
     assert sorted(path.stat().st_mtime_ns for path in run.directory.rglob("*")) == before
+
+
+def rewritten(run: Run, weights: dict[str, int], drop: str = "") -> None:
+    """Save the run's state as the checkpoint of a later step, with norms of other lengths."""
+    newest = run.store.newest()
+    assert newest is not None
+    tensors = newest.read(newest.specs)
+    for name in tensors:
+        for part, length in weights.items():
+            if f"attention.{part}.weight" in name:
+                tensors[name] = torch.ones(length)
+    state = {**newest.state, "step": newest.step + 1}
+    state["config"]["model"].pop(drop, None)
+    run.store.save(newest.step + 1, tensors, state)
+    run.store.wait()
+
+
+@pytest.mark.parametrize(("model", "norm"), [("phd_cswa", "hybrid"), ("vanilla", "hybrid_star")])
+def test_a_checkpoint_of_hybrid_over_whole_projections_is_refused_by_name(
+    model: str, norm: str, config, trained
+) -> None:
+    settings = (f"model={model}", f"model.norm={norm}", "model.heads=4", "model.kv_heads=2")
+    run = trained(config(*settings)).run
+    load_run(run.directory, torch.device("cpu"))
+    rewritten(run, {"q_norm": 4 * 8, "k_norm": 2 * 8, "v_norm": 2 * 8})
+    told = f"is of the old form of model.norm={norm}, which normalised whole projections of queries"
+    problem = refusal(config(*settings, "train.max_steps=9"))
+    assert told in problem
+    assert "source/" in problem
+    with pytest.raises(ConfigError, match=re.escape(told)):  # generate, export
+        load_run(run.directory, torch.device("cpu"))
+
+
+def test_a_model_setting_that_is_newer_than_a_checkpoint_had_its_default(config, trained) -> None:
+    run = trained(config("schedule=constant")).run
+    rewritten(run, {}, drop="head_init")
+    resumed = trained(config("schedule=constant", "train.max_steps=9"))
+    assert "head_init" not in resumed.output
+    assert resumed.record.step == 9
+    problem = refusal(config("schedule=constant", "model.head_init=fan_in", "model.tied=false"))
+    assert "model.head_init was 'embedding' and is now 'fan_in'" in problem
 
 
 def test_a_corpus_that_has_grown_is_refused(config, trained, corpus: Path, tmp_path: Path) -> None:

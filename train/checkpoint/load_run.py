@@ -27,7 +27,8 @@ def load_run(directory: Path, device: torch.device) -> LoadedRun:
     """Load the newest complete checkpoint of a run; the model is in evaluation mode.
 
     Raises:
-        ConfigError: there is no such run, or it has no complete checkpoint.
+        ConfigError: there is no such run, it has no complete checkpoint, or its weights are of a
+            norm wiring that has changed since.
     """
     for name in ("config.yaml", "tokenizer.model"):
         if not (directory / name).is_file():
@@ -45,6 +46,7 @@ def load_run(directory: Path, device: torch.device) -> LoadedRun:
     # The settings of the run itself: today's defaults may differ from those that it began with.
     settings = OmegaConf.to_container(OmegaConf.load(directory / "config.yaml"))
     config = Config.from_dict(settings)  # type: ignore[arg-type]
+    checkpoint.refuse_old_form(config.model)
     # On the meta device no weights are drawn, only to be overwritten.
     with torch.device("meta"):
         model = Transformer(config.model)

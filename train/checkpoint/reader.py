@@ -23,11 +23,20 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from conf.errors import ConfigError, DataError
+from phd.block import is_old_hybrid
+from phd.config import ModelConfig
 from train.checkpoint import manifest
 from train.checkpoint.format import INDEX, STATE, TensorSpec, dtype_named
 from train.torch_private import StorageInfo
 
 TensorTree: TypeAlias = "Mapping[str, Tensor | TensorTree]"
+
+OLD_HYBRID = (
+    "{path} is of the old form of model.norm={norm}, which normalised whole projections of "
+    "queries, keys and values. HybridNorm normalises each head, so these weights would compute "
+    "something else. Use them with the code that trained them, which is in source/ of the run's "
+    "directory. To train again, choose another run.name or run.dir, or run.resume=never"
+)
 
 MISMATCHES_SHOWN = 8
 """Tensors that an error lists; a wrong model can have thousands."""
@@ -64,6 +73,16 @@ class Checkpoint:
         if flaw := manifest.damage(path):
             raise DataError(f"{path} is not a complete checkpoint: {flaw}. Choose another one.")
         return cls(path, read_state(path))
+
+    def refuse_old_form(self, config: ModelConfig) -> None:
+        """Make sure that the weights mean what a model with this config computes from them.
+
+        Raises:
+            ConfigError: they are of a norm wiring that has changed since.
+        """
+        shapes = {name.removeprefix("model."): spec.shape for name, spec in self.specs.items()}
+        if is_old_hybrid(config, shapes):
+            raise ConfigError([OLD_HYBRID.format(path=self.path, norm=config.norm)])
 
     @property
     def step(self) -> int:

@@ -94,6 +94,25 @@ def test_a_config_that_makes_no_model_is_refused() -> None:
         PhdConfig(**{**asdict(SMALL), "kv_heads": 3})
 
 
+@pytest.mark.parametrize("norm", ["hybrid", "hybrid_star"])
+def test_a_directory_of_hybrid_over_whole_projections_is_refused_by_name(
+    norm: Any, tmp_path: Path
+) -> None:
+    model = theirs(replace(SMALL, norm=norm))
+    model.save_pretrained(tmp_path)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(again(text(1, 9)).logits, model(text(1, 9)).logits)
+    written = json.loads((tmp_path / "config.json").read_text())
+    del written["qkv_norm"]  # as directories of that time do not have it
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    for load in (transformers.AutoConfig, transformers.AutoModelForCausalLM, PhdForCausalLM):
+        with pytest.raises(ValueError, match=rf"old form of norm='{norm}', which normalised whole"):
+            load.from_pretrained(tmp_path)
+    written["heads"] = written["kv_heads"] = 1  # both forms are one
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    assert transformers.AutoConfig.from_pretrained(tmp_path).norm == norm
+
+
 # Logits
 
 
