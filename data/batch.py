@@ -96,13 +96,20 @@ class Batch(NamedTuple):
 
     @property
     def document_lengths(self) -> list[int]:
-        """Tokens of each document, or part of one, as the rows isolate them."""
+        """Inputs of each document, or part of one, as the rows isolate them, padding left out.
+
+        Where documents are not isolated, a row is one.
+        """
         B, T = self.inputs.shape
         if self.document_starts is None:
-            return [T] * B
-        # A position is the first of its document if the document starts at that position.
-        borders = np.flatnonzero(self.document_starts == np.arange(T))
-        return np.diff(borders, append=B * T).tolist()
+            if self.mask is None:
+                return [T] * B
+            lengths = self.mask.sum(axis=1)
+        else:
+            # A position is the first of its document if the document starts at that position.
+            document = np.cumsum((self.document_starts == np.arange(T)).ravel()) - 1
+            lengths = np.bincount(document if self.mask is None else document[self.mask.ravel()])
+        return lengths[lengths > 0].tolist()
 
     def split(self, size: int) -> Iterator["Batch"]:
         """Micro-batches of `size` rows; the last one may have fewer."""

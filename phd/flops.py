@@ -1,6 +1,7 @@
 """Floating-point operations of a model, counting only what its pattern needs."""
 
 from collections import Counter
+from functools import lru_cache
 from typing import NamedTuple
 
 from phd.config import ModelConfig
@@ -27,14 +28,14 @@ def forward_flops(config: ModelConfig, *documents: int) -> Flops:
     not counted either: the last layer computes only keys and values for all copies but the last,
     the first layer projects copies once where they are still equal, the LM head runs on one copy.
     """
-    pattern, tokens = Pattern.of(config), sum(documents)
+    pattern, lengths, tokens = Pattern.of(config), Counter(documents), sum(documents)
     K, H, D = config.K, config.head_dim, config.dim
     query = 2 * D * config.heads * H
     keys = 2 * 2 * D * config.kv_heads * H
     output = query
     ffn = 3 * 2 * D * config.ffn_dim
     pairs = {
-        queries: sum(n * pattern.pairs(length, queries) for length, n in Counter(documents).items())
+        queries: sum(n * _pairs(pattern, length, queries) for length, n in lengths.items())
         for queries in {1, K}
     }
     linear = attention = 0
@@ -46,6 +47,22 @@ def forward_flops(config: ModelConfig, *documents: int) -> Flops:
     return Flops(linear * tokens + 2 * D * config.vocab_size * tokens, attention)
 
 
+def training_flops(config: ModelConfig, *documents: int) -> int:
+    """FLOPs of training on documents of so many tokens: forward, and twice that for the backward.
+
+    The one count that plans, limits and metrics take. A row whose documents are not isolated is one
+    document. Padding and the recomputation of checkpointed activations are no useful work, and no
+    part of it.
+    """
+    return 3 * forward_flops(config, *documents).total
+
+
 def training_flops_per_token(config: ModelConfig, *documents: int) -> float:
-    """FLOPs of a training step per token of text: forward, and twice that for the backward."""
-    return 3 * forward_flops(config, *documents).total / sum(documents)
+    """`training_flops` per token of these documents."""
+    return training_flops(config, *documents) / sum(documents)
+
+
+@lru_cache(maxsize=1 << 16)
+def _pairs(pattern: Pattern, tokens: int, queries: int) -> int:
+    """`Pattern.pairs`, kept: training counts the documents of every step."""
+    return pattern.pairs(tokens, queries)

@@ -7,7 +7,7 @@ from them. The model's settings are in `phd.config`, the data's in `data.config`
 
 import re
 from dataclasses import dataclass, field
-from math import ceil
+from math import ceil, inf
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ from phd.config import ModelConfig
 from train.engine_config import DeepSpeedConfig, FsdpConfig
 
 DEFAULT_STEPS = 450  # 0.9 M tokens with the default batch: minutes on two CPU cores
+LENGTHS = ("train.max_steps", "train.max_tokens", "train.max_flops")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,10 +54,13 @@ class TrainConfig(Settings):
     """How long the run is and how much it reads in each step.
 
     Attributes:
-        max_steps: the length in optimizer steps; null: no limit of this kind. A run for which
-            neither this, `max_tokens` nor `max_time` is set has 450 steps.
+        max_steps: the length in optimizer steps; null: no limit of this kind. If several limits are
+            set, the run ends at the one that it reaches first; if none is, it has 450 steps.
         max_tokens: the length in tokens of text, whatever K is; the run has as many whole steps as
             fit into it. null: no limit of this kind.
+        max_flops: the length in training FLOPs, so that runs of different K cost the same; the run
+            has as many whole steps as fit into it. A step counts as rows of one document each:
+            isolated documents and padding need fewer. null: no limit of this kind.
         max_time: a limit in seconds, or as `30m` or `2h`, for each start of the command; null: no
             limit of this kind. Only `schedule=constant` can do without one of the others.
         global_batch: how many rows an optimizer step has, over all ranks.
@@ -67,6 +71,7 @@ class TrainConfig(Settings):
 
     max_steps: int | None = None
     max_tokens: int | None = None
+    max_flops: float | None = None
     max_time: Seconds | None = None
     global_batch: int = 8
     micro_batch: int | None = None
@@ -78,6 +83,9 @@ class TrainConfig(Settings):
         if self.max_time is not None and self.max_time <= 0:
             expected = "expected more than 0 seconds"
             found.append(Problem("train.max_time", self.max_time, expected))
+        if self.max_flops is not None and not 0 < self.max_flops < inf:
+            expected = "expected a number above 0, or null"
+            found.append(Problem("train.max_flops", self.max_flops, expected))
         if self.micro_batch is None or self.micro_batch > 0:
             found += self.problems_on(1)
         if 0 < (self.max_tokens or 0) < self.tokens_per_step:
@@ -110,17 +118,6 @@ class TrainConfig(Settings):
     def tokens_per_step(self) -> int:
         """Tokens of text in one optimizer step."""
         return self.global_batch * self.seq_len
-
-    @property
-    def total_steps(self) -> int | None:
-        """The steps of `max_steps` or `max_tokens`, the fewer; None if only time ends the run."""
-        bounds = [] if self.max_steps is None else [self.max_steps]
-        if self.max_tokens is not None:
-            bounds.append(self.max_tokens // self.tokens_per_step)
-        # Not the field's default, or `train.max_tokens=1e9` would still end after 450 steps.
-        if not bounds and self.max_time is None:
-            bounds = [DEFAULT_STEPS]
-        return min(bounds, default=None)
 
     def micro_batch_on(self, world_size: int = 1) -> int:
         """The rows of one forward pass on each of `world_size` ranks."""
@@ -420,20 +417,51 @@ class Config(Settings):
         return Path(self.run.dir) if self.run.dir else Path("runs", self.name)
 
     @property
+    def flops_per_step(self) -> int:
+        """Training FLOPs of a step whose rows are full, with one document each."""
+        from phd.flops import training_flops  # needs torch, which reading settings does not load
+
+        return self.train.global_batch * training_flops(self.model, self.train.seq_len)
+
+    @property
+    def step_limits(self) -> dict[str, int]:
+        """The steps that each limit of the length allows, by its setting; not that of time."""
+        train, limits = self.train, {}
+        if train.max_steps is not None:
+            limits["train.max_steps"] = train.max_steps
+        if train.max_tokens is not None:
+            limits["train.max_tokens"] = train.max_tokens // train.tokens_per_step
+        if train.max_flops is not None:
+            limits["train.max_flops"] = int(train.max_flops // self.flops_per_step)
+        return limits
+
+    @property
+    def shortest_limits(self) -> list[str]:
+        """The settings whose limit the run reaches first; none if none is set."""
+        return [key for key, steps in self.step_limits.items() if steps == self.total_steps]
+
+    @property
+    def total_steps(self) -> int | None:
+        """The steps of the limit that is reached first; None if only time ends the run."""
+        # Not the field's default, or `train.max_tokens=1e9` would still end after 450 steps.
+        default = DEFAULT_STEPS if self.train.max_time is None else None
+        return min(self.step_limits.values(), default=default)
+
+    @property
     def warmup_steps(self) -> int:
         """Steps of the warm-up; of a run without a length in steps, 0 unless they are set."""
         if self.schedule.warmup_steps is not None:
             return self.schedule.warmup_steps
         if self.schedule.warmup_tokens is not None:
             return ceil(self.schedule.warmup_tokens / self.train.tokens_per_step)
-        return round(self.schedule.warmup_fraction * (self.train.total_steps or 0))
+        return round(self.schedule.warmup_fraction * (self.total_steps or 0))
 
     @property
     def decay_steps(self) -> int:
         """Steps at the end of the run in which the learning rate falls."""
         if self.schedule.kind == "constant":
             return 0
-        total = self.train.total_steps
+        total = self.total_steps
         assert total is not None, "only a constant schedule may have no end"
         if self.schedule.kind == "wsd":
             return round(self.schedule.decay_fraction * total)
@@ -462,9 +490,11 @@ class Config(Settings):
         return found + (self.device_problems("cpu") if self.engine.device == "cpu" else [])
 
     def _length_problems(self) -> list[Problem]:
-        if self.train.total_steps is None:
+        total, schedule = self.total_steps, self.schedule
+        if total is None:
             return self._unbounded_problems()
-        total, schedule = self.train.total_steps, self.schedule
+        if self.step_limits.get("train.max_flops") == 0:
+            return [self._flops_problem()]
         # The decay of the other kinds begins where the warm-up ends, and has no length of its own.
         decay = self.decay_steps if schedule.kind == "wsd" else 0
         if self.warmup_steps + decay <= total:
@@ -480,10 +510,21 @@ class Config(Settings):
                 f"schedule.{name}",
                 value,
                 f"the warm-up takes {takes}, but the run has {total}",
-                "shorten it, or raise train.max_steps or train.max_tokens",
-                others=("train.max_steps", "train.max_tokens"),
+                f"shorten it, or raise {' and '.join(self.shortest_limits) or 'train.max_steps'}",
+                others=LENGTHS,
             )
         ]
+
+    def _flops_problem(self) -> Problem:
+        train = self.train
+        return Problem(
+            "train.max_flops",
+            train.max_flops,
+            f"less than one step, which is train.global_batch={train.global_batch} rows of "
+            f"train.seq_len={train.seq_len} tokens and takes {self.flops_per_step:.3g} FLOPs",
+            "raise it, or make the batch or the model smaller",
+            others=("train.global_batch", "train.seq_len", "model"),
+        )
 
     def _unbounded_problems(self) -> list[Problem]:
         if self.schedule.kind == "constant":
@@ -493,8 +534,9 @@ class Config(Settings):
                 "train.max_time",
                 self.train.max_time,
                 f"schedule.kind={self.schedule.kind} has to know the run's length in steps",
-                "also set train.max_steps or train.max_tokens, or choose schedule=constant",
-                others=("schedule.kind", "train.max_steps", "train.max_tokens"),
+                "also set train.max_steps, train.max_tokens or train.max_flops, or choose "
+                "schedule=constant",
+                others=("schedule.kind", *LENGTHS),
             )
         ]
 

@@ -12,6 +12,7 @@ from data.batch import Batch
 from data.loader import Loader
 from data.prefetch import never
 from data.stream import OutOfTextError
+from phd.flops import training_flops
 from train.distributed.process_groups import shared_error
 from train.distributed.stop_sync import RankFlags
 from train.ending import Ending
@@ -39,11 +40,9 @@ def train(run: Run, progress: Progress) -> tuple[StepRecord, Metrics]:
         RollBackError, BadStepError: see `train.anomalies.policy`.
     """
     config, engine, policy, stop_sync = run.config, run.engine, run.bad_step_policy, run.stop_sync
-    bar = progress.add_task(
-        "training", total=config.train.total_steps, completed=run.step, status=""
-    )
+    bar = progress.add_task("training", total=config.total_steps, completed=run.step, status="")
     started, hooks_s = perf_counter(), 0.0
-    record, ending = None, None
+    flops, record, ending = run.flops, None, None
     with run.loader() as loader:
         wait_for_first_batch(run, loader)
         for step, batch in enumerate(loader, run.step + 1):
@@ -55,6 +54,7 @@ def train(run: Run, progress: Progress) -> tuple[StepRecord, Metrics]:
             if result is None:  # a signal came between micro-batches
                 break
             policy.observe(step, loader.number, batch, lr, result)
+            flops += training_flops(config.model, *batch.document_lengths)
 
             ending = run.ending(step, flags)
             due = partial(is_due, step=step)
@@ -65,6 +65,7 @@ def train(run: Run, progress: Progress) -> tuple[StepRecord, Metrics]:
             record = StepRecord(
                 step=step,
                 tokens=step * config.train.tokens_per_step,
+                flops=flops,
                 batches=loader.number,
                 lr=lr,
                 loss=result.loss,

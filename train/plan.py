@@ -53,8 +53,14 @@ class Plan:
     @property
     def tokens(self) -> int | None:
         """Tokens of the whole run; None if only `train.max_time` ends it."""
-        steps = self.config.train.total_steps
+        steps = self.config.total_steps
         return None if steps is None else steps * self.config.train.tokens_per_step
+
+    @property
+    def flops_are_a_bound(self) -> bool:
+        """Whether isolated documents or padding will take fewer FLOPs than full rows do."""
+        data = self.config.data
+        return data.documents == "isolate" or data.packing == "best_fit"
 
 
 def make_plan(config: Config, world_size: int = 1) -> Plan:
@@ -155,10 +161,11 @@ def print_plan(plan: Plan, console: Console) -> None:
     else:
         table.add_row(
             "length",
-            f"{train.total_steps:,} steps = {_count(plan.tokens)} tokens, "
-            f"{plan.tokens / parameters:.2f} per parameter",
+            f"{config.total_steps:,} steps = {_count(plan.tokens)} tokens, "
+            f"{plan.tokens / parameters:.2f} per parameter" + _which_limit(config),
         )
-        table.add_row("compute", f"{plan.tokens * plan.flops_per_token:.2e} FLOPs")
+        compute = f"{plan.tokens * plan.flops_per_token:.2e} FLOPs"
+        table.add_row("compute", f"at most {compute}" if plan.flops_are_a_bound else compute)
     table.add_row(
         "FLOPs per token",
         f"{_count(plan.flops_per_token)}, {ratio:.2f} x vanilla's "
@@ -172,6 +179,15 @@ def print_plan(plan: Plan, console: Console) -> None:
     console.print(table)
     for warning in plan.warnings:
         console.print(f"[yellow]warning: {warning}[/]", highlight=False)
+
+
+def _which_limit(config: Config) -> str:
+    """Which of several limits ends the run, if there are several."""
+    limits, first = config.step_limits, config.shortest_limits
+    others = [f"{key} allows {steps:,}" for key, steps in limits.items() if key not in first]
+    if config.train.max_time is not None:
+        others.append(f"each start ends after train.max_time={config.train.max_time:g} s")
+    return "; ".join([f"; {' and '.join(first)} ends it", *others]) if first and others else ""
 
 
 def describe_recipe(config: Config) -> str:

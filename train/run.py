@@ -64,6 +64,7 @@ class Run:
     Attributes:
         hooks: what is measured, in the order in which it is: the run's own, then the user's.
         save, evaluations, sample: hooks that the loop calls after them, in this order.
+        flops: `phd.flops.training_flops` of all ranks so far, on rank 0; 0 on the others.
         batches: batches that the stream has given so far.
         skip_batches: numbers of batches that are not trained on.
     """
@@ -85,6 +86,7 @@ class Run:
     sample: Sample
     sinks: tuple[Sink, ...]
     step: int
+    flops: int
     batches: int
     skip_batches: frozenset[int]
 
@@ -96,19 +98,19 @@ class Run:
     @property
     def finished(self) -> bool:
         """The run is as long as the configuration asks for."""
-        total = self.config.train.total_steps
+        total = self.config.total_steps
         return total is not None and self.step >= total
 
     @property
     def timed(self) -> bool:
         """The run has no length but its time."""
-        return self.config.train.total_steps is None
+        return self.config.total_steps is None
 
     def ending(self, step: int, flags: RankFlags) -> Ending | None:
         """Why the run ends after this step; None if it goes on. The same on all ranks."""
         if flags.signal:
             return Ending.of_signal(flags.signal)
-        total = self.config.train.total_steps
+        total = self.config.total_steps
         if total is not None and step >= total:
             return Ending.FINISHED
         return self.data_ending(flags) or (Ending.MAX_TIME if flags.time_is_up else None)
@@ -222,6 +224,9 @@ def _open(
     _write_quarantine(documents, config.run_dir, groups)
     state = checkpoint.state if checkpoint else {}
     step = checkpoint.step if checkpoint else 0
+    tokens = step * config.train.tokens_per_step
+    # Checkpoints of version 0.1 have no such count; what it printed was that of whole rows.
+    flops = state.get("train_flops", step * config.flops_per_step)
     detector = SpikeDetector(config.faults, state.get("bad_steps"))
     saved = {"config": config.to_dict(), "stream": stream.fingerprint}
     return Run(
@@ -239,7 +244,7 @@ def _open(
         hooks=(
             TrainingMetrics(config),
             DataProgress(config, documents.quarantine, groups),
-            Throughput(config, engine.device, step * config.train.tokens_per_step, groups),
+            Throughput(config, engine.device, tokens, flops, groups),
             KVCost(config, engine.dtype),
         ),
         save=SaveCheckpoint(config, engine, store, saved),
@@ -247,6 +252,7 @@ def _open(
         sample=Sample(config, engine, tokenizer, stop_sync.stop_requested),
         sinks=_open_sinks(config, step, console, on_error) if groups.is_rank_zero else (),
         step=step,
+        flops=flops if groups.is_rank_zero else 0,
         batches=state.get("batches", 0),
         skip_batches=skip_batches,
     )
@@ -427,7 +433,7 @@ def _open_sinks(
     on_error.callback(file.close)
     sinks: list[Sink] = [file]
     if config.hooks.console:
-        sinks.append(ConsoleLine(console, config.train.total_steps))
+        sinks.append(ConsoleLine(console, config.total_steps))
     if config.hooks.wandb.mode != "disabled":
         sinks.append(Wandb(config, config.run_dir, console))
     return tuple(sinks)

@@ -92,7 +92,7 @@ def test_a_size_brings_its_recipe_and_lets_everything_be_overridden(size: str) -
     assert (config.optim.lr, config.warmup_steps) == (3e-4, -(-8_400_000_000 // 2**22))
     small = ["train.max_steps=10", "schedule.warmup_tokens=null", "train.seq_len=128"]
     config = load([f"size={size}", *small, "train.global_batch=256", "optim.lr=1e-3"])
-    assert (config.train.total_steps, config.optim.lr) == (10, 1e-3)
+    assert (config.total_steps, config.optim.lr) == (10, 1e-3)
     assert config.train.tokens_per_step == 256 * 128
 
 
@@ -128,7 +128,7 @@ PAPER: dict[str, dict[str, Any]] = {
 def test_the_papers_experiments_have_its_settings(experiment: str) -> None:
     config = load([f"experiment={experiment}"])
     assert {"dclm", "wiki"} < set(config.data.sources)
-    assert {"name": config.name, "steps": config.train.total_steps} == PAPER[experiment]
+    assert {"name": config.name, "steps": config.total_steps} == PAPER[experiment]
     assert config.train.tokens_per_step == 1024 * 4096
     assert config.warmup_steps == -(-8_400_000_000 // 2**22)
     optim, schedule = config.optim, config.schedule
@@ -179,13 +179,11 @@ def test_an_experiment_may_be_written_with_a_plus() -> None:
     assert load(["+experiment=smoke"]) == load(["experiment=smoke"])
 
 
+OVER_K = ["vanilla-tiny", *(f"phd_cswa-{K}-16-32-tiny" for K in (2, 3, 5))]
+
 SWEPT = {
-    "k": [
-        "vanilla-tiny",
-        "phd_cswa-2-16-32-tiny",
-        "phd_cswa-3-16-32-tiny",
-        "phd_cswa-5-16-32-tiny",
-    ],
+    "k": OVER_K,
+    "k_equal_flops": OVER_K,
     "window": [f"phd_swa-2-{window}-inf-tiny" for window in (1, 2, 4, 16)],
     "chunk": ["phd_cswa-2-16-16-tiny", "phd_cswa-2-16-32-tiny", "phd_swa-2-16-inf-tiny"],
     "lr": [f"phd_cswa-2-16-32-tiny-lr_{lr}" for lr in (0.0003, 0.001, 0.003, 0.01)],
@@ -197,6 +195,15 @@ def test_a_sweep_is_its_points_each_in_its_own_directory(sweep: str) -> None:
     jobs = check([f"+sweep={sweep}"]).jobs
     assert [job.name for job in jobs] == SWEPT[sweep]
     assert [str(job.run_dir) for job in jobs] == [f"runs/{name}" for name in SWEPT[sweep]]
+
+
+def test_the_sweep_at_equal_flops_takes_any_size_and_its_flops() -> None:
+    for overrides, flops in ([], 3e13), (["size=151m", "train.max_flops=1e20"], 1e20):
+        jobs = check(["+sweep=k_equal_flops", *overrides]).jobs
+        assert [job.model.K for job in jobs] == [1, 2, 3, 5]
+        for job in jobs:
+            assert job.shortest_limits == ["train.max_flops"]
+            assert job.total_steps == flops // job.flops_per_step
 
 
 def test_a_sweep_keeps_the_other_settings() -> None:

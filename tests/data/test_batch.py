@@ -108,6 +108,20 @@ def test_lengths_of_documents_are_those_that_the_rows_isolate() -> None:
     assert Batch(rows).document_lengths == [T, T]
 
 
+def test_padding_belongs_to_no_document() -> None:
+    rows = np.array([[0, 5, 5, 0, 5, 5], [5, 0, 5, 5, 5, 5], [5, 5, 5, 5, 5, 5]])
+    starts = document_starts(rows, separator=0)
+    for counted, isolated, whole in (
+        ([T, T, T], [3, 2, 1, 4, T], [T, T, T]),
+        ([4, 1, 2], [3, 1, 1, 2], [4, 1, 2]),
+        ([3, 0, 1], [3, 1], [3, 1]),
+        ([0, 0, 0], [], []),
+    ):
+        mask = np.arange(T) < np.array(counted)[:, None]
+        assert Batch(rows, mask, starts).document_lengths == isolated
+        assert Batch(rows, mask).document_lengths == whole
+
+
 @given(rows=st.lists(st.lists(st.integers(0, 2), min_size=6, max_size=6), min_size=1, max_size=4))
 def test_a_separator_begins_the_document_after_it(rows: list[list[int]]) -> None:
     tokens = np.array(rows)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from phd.config import ModelConfig
-from phd.flops import Flops, forward_flops, training_flops_per_token
+from phd.flops import Flops, forward_flops, training_flops, training_flops_per_token
 from phd.model import Transformer
 from phd.pattern import Pattern
 
@@ -57,6 +57,7 @@ def test_isolated_documents_cost_what_rows_of_their_own_cost(
 ) -> None:
     alone = [forward_flops(config, T) for T in documents]
     assert forward_flops(config, *documents) == tuple(map(sum, zip(*alone, strict=True)))
+    assert training_flops(config, *documents) == 3 * sum(x.total for x in alone)
     per_token = training_flops_per_token(config, *documents)
     assert per_token * sum(documents) == pytest.approx(3 * sum(x.total for x in alone))
 

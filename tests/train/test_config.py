@@ -2,6 +2,7 @@
 
 import json
 from copy import deepcopy
+from math import inf
 from typing import Any
 
 import pytest
@@ -235,17 +236,32 @@ WORDING: list[tuple[Any, ...]] = [
     (
         {"schedule.warmup_steps": 11, "train.max_steps": 10},
         "schedule.warmup_steps=11: the warm-up takes 11 steps, but the run has 10; shorten it, or ",
-        "raise train.max_steps or train.max_tokens",
+        "raise train.max_steps",
+    ),
+    (
+        {"schedule.warmup_steps": 11, "train.max_steps": 40, "train.max_flops": 1e12},
+        "schedule.warmup_steps=11: the warm-up takes 11 steps, but the run has 7; shorten it, or ",
+        "raise train.max_flops",
+    ),
+    (
+        {"train.max_flops": 1e9},
+        "train.max_flops=1000000000.0: less than one step, which is train.global_batch=16 rows of ",
+        "train.seq_len=256 tokens and takes 1.29e+11 FLOPs; raise it, or make the batch or the ",
+        "model smaller",
+    ),
+    *(
+        ({"train.max_flops": value}, f"train.max_flops={value}: expected a number above 0, or null")
+        for value in (0.0, -1e20, inf)
     ),
     (
         {"schedule.warmup_tokens": 4096 * 9, "train.max_steps": 10, "schedule.kind": "wsd"},
         "schedule.warmup_tokens=36864: the warm-up takes 9 steps and the decay 2, ",
-        "but the run has 10; shorten it, or raise train.max_steps or train.max_tokens",
+        "but the run has 10; shorten it, or raise train.max_steps",
     ),
     (
         {"train.max_time": "1h"},
         "train.max_time=3600.0: schedule.kind=cosine has to know the run's length in steps; also ",
-        "set train.max_steps or train.max_tokens, or choose schedule=constant",
+        "set train.max_steps, train.max_tokens or train.max_flops, or choose schedule=constant",
     ),
     (
         {"hooks.sample.tokens": 4096},
@@ -347,16 +363,42 @@ def test_every_setting_has_one_full_name() -> None:
 
 
 def test_the_first_bound_ends_the_run() -> None:
-    def bounded(**bounds: int) -> int | None:
-        return TrainConfig(**bounds, global_batch=16, seq_len=256).total_steps
+    def bounded(**bounds: float) -> int | None:
+        settings = {f"train.{name}": value for name, value in bounds.items()}
+        batch = {"train.global_batch": 16, "train.seq_len": 256}
+        return config({**batch, "schedule.kind": "constant", **settings}).total_steps
 
-    assert TrainConfig().total_steps == DEFAULT_STEPS
-    assert TrainConfig(max_steps=7).total_steps == 7
+    step = config({"train.global_batch": 16, "train.seq_len": 256}).flops_per_step
+    assert bounded() == DEFAULT_STEPS
+    assert bounded(max_steps=7) == 7
     assert bounded(max_tokens=9 * 4096 + 4095) == 9
+    assert bounded(max_flops=9.5 * step) == 9
     assert bounded(max_steps=5, max_tokens=9 * 4096) == 5
     assert bounded(max_steps=50, max_tokens=9 * 4096) == 9
-    assert TrainConfig(max_time=60.0).total_steps is None
-    assert TrainConfig(max_time=60.0, max_steps=3).total_steps == 3
+    assert bounded(max_steps=50, max_tokens=9 * 4096, max_flops=4.0 * step) == 4
+    assert bounded(max_steps=50, max_tokens=9 * 4096, max_flops=40.0 * step) == 9
+    assert bounded(max_time=60.0) is None
+    assert bounded(max_time=60.0, max_steps=3) == 3
+    assert bounded(max_time=60.0, max_flops=3.0 * step) == 3
+
+
+@pytest.mark.parametrize("kind", ["cosine", "linear", "wsd", "constant"])
+def test_flops_give_a_length_that_every_schedule_knows(kind: str) -> None:
+    settings = {"train.max_flops": 50.5 * config().flops_per_step, "schedule.kind": kind}
+    by_flops, by_steps = config(settings), config({"train.max_steps": 50, "schedule.kind": kind})
+    assert by_flops.total_steps == 50
+    assert (by_flops.warmup_steps, by_flops.decay_steps) == (
+        by_steps.warmup_steps,
+        by_steps.decay_steps,
+    )
+
+
+@pytest.mark.parametrize("K", [1, 2, 3, 5])
+@pytest.mark.parametrize("variant", ["phd", "phd_swa", "phd_cswa", "naive_repeat"])
+def test_runs_of_equal_flops_differ_by_less_than_a_step(variant: str, K: int) -> None:
+    found = config({"model.variant": variant, "model.K": K, "train.max_flops": 3e13})
+    assert found.total_steps is not None
+    assert 0 <= 3e13 - found.total_steps * found.flops_per_step < found.flops_per_step
 
 
 def test_a_step_is_cut_into_equal_passes() -> None:
@@ -395,7 +437,7 @@ def test_the_decay_fills_what_its_kind_says() -> None:
 
 def test_time_alone_bounds_a_constant_schedule() -> None:
     unbounded = config({"train.max_time": "30m", "schedule.kind": "constant"})
-    assert (unbounded.train.total_steps, unbounded.warmup_steps, unbounded.decay_steps) == (
+    assert (unbounded.total_steps, unbounded.warmup_steps, unbounded.decay_steps) == (
         None,
         0,
         0,

@@ -86,6 +86,25 @@ def test_a_run_of_tokens_has_whole_steps_of_them() -> None:
     assert plan.tokens == 100 * 4096
 
 
+LIMITS = {
+    "train.max_steps=9 train.max_tokens=20480": "max_steps ends it; train.max_tokens allows 10",
+    "train.max_steps=9 train.max_tokens=10240": "max_tokens ends it; train.max_steps allows 9",
+    "train.max_steps=900 train.max_flops=1e12": "max_flops ends it; train.max_steps allows 900",
+    "train.max_steps=9 train.max_time=60": "max_steps ends it; each start ends after train.max_time"
+    "=60 s",
+    "train.max_steps=9": "",
+    "train.max_flops=1e12": "",
+    "train.max_steps=5 train.max_tokens=10240": "",
+}
+
+
+@pytest.mark.parametrize("limits", LIMITS)
+def test_of_several_limits_the_plan_says_which_ends_the_run(limits: str) -> None:
+    text = printed(plan_of(*limits.split()))
+    assert ("ends it" in text) == bool(LIMITS[limits])
+    assert LIMITS[limits] in text
+
+
 def test_a_run_that_only_time_ends_has_no_tokens_to_tell() -> None:
     plan = plan_of("train.max_time=90s", "schedule=constant")
     assert plan.tokens is None

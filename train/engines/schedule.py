@@ -26,7 +26,7 @@ def _warm_up(config: Config, step: int) -> float:
 
 def _decay(config: Config, step: int) -> float:
     """Falls from 1 to `final_ratio`, which is reached at the last step of the run."""
-    total = config.train.total_steps
+    total = config.total_steps
     if config.schedule.kind == "constant" or total is None or config.decay_steps == 0:
         return 1.0
     into = step + 1 - (total - config.decay_steps)

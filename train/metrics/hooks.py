@@ -15,7 +15,6 @@ import torch
 from data.batch import Batch
 from data.sources.quarantine import Quarantine
 from data.tokenizer import Tokenizer
-from phd.flops import training_flops_per_token
 from phd.inference.cache import kv_bytes
 from phd.inference.sampling import Sampling, generate
 from train.checkpoint.store import CheckpointError, CheckpointStore, Saved
@@ -24,9 +23,6 @@ from train.distributed.process_groups import ProcessGroups
 from train.engines.device import peak_flops, peak_memory_gib
 from train.engines.engine import Engine
 from train.metrics.record import Metrics, StepRecord
-
-COUNTED_DOCUMENTS = 64
-"""Documents whose lengths the FLOPs of isolated documents are estimated from."""
 
 MUCH_WAITING = 0.1
 """The fraction of the time spent waiting for data that causes a warning."""
@@ -42,7 +38,6 @@ class TrainingMetrics:
 
     def __init__(self, config: Config) -> None:
         self.every = config.hooks.log_every
-        self.flops_per_token = training_flops_per_token(config.model, config.train.seq_len)
 
     def __call__(self, record: StepRecord) -> Metrics:
         # This waits for the device. Steps that are not logged never do.
@@ -54,7 +49,7 @@ class TrainingMetrics:
             "optim/lr": record.lr,
             "optim/grad_norm": record.grad_norm.item(),
             "progress/tokens": record.tokens,
-            "progress/train_flops": record.tokens * self.flops_per_token,
+            "progress/train_flops": float(record.flops),
         }
         if count := record.bad_steps["count"]:
             metrics["train/bad_steps"] = count
@@ -94,28 +89,30 @@ class DataProgress:
 class Throughput:
     """Speed since the last call, without hooks and evaluation, and peak memory.
 
-    `throughput/mfu` (model FLOPs utilization, arXiv 2204.02311) is the FLOPs that the pattern needs
-    over the device's bf16 peak. It is absent if the peak is not known. The wait for data is that of
-    the rank that waited most, because the other ranks wait for it.
+    `throughput/mfu` (model FLOPs utilization, arXiv 2204.02311) is what `progress/train_flops` has
+    grown by, over what the devices' bf16 peak would allow. It is absent if the peak is not known.
+    The wait for data is that of the rank that waited most, because the other ranks wait for it.
+
+    Args:
+        tokens, flops: of the run before this start, as a `StepRecord` counts them.
     """
 
     def __init__(
-        self, config: Config, device: torch.device, tokens: int, groups: ProcessGroups
+        self, config: Config, device: torch.device, tokens: int, flops: int, groups: ProcessGroups
     ) -> None:
         self.every = config.hooks.log_every
         self.device = device
         self.groups = groups
         self.copies = config.model.K
         self.tokens_per_step = config.train.tokens_per_step
-        self.model = config.model
         self.data = config.data
-        self.last = (tokens, 0.0, (0.0,) * groups.world_size)
+        self.last = (tokens, flops, 0.0, (0.0,) * groups.world_size)
         self.calls, self.warned = 0, False
 
     def __call__(self, record: StepRecord) -> Metrics:
-        before, train_s, waits = self.last
-        self.last = (record.tokens, record.train_s, record.data_wait_s)
-        tokens, seconds = record.tokens - before, record.train_s - train_s
+        tokens_before, flops_before, train_s, waits = self.last
+        self.last = (record.tokens, record.flops, record.train_s, record.data_wait_s)
+        tokens, seconds = record.tokens - tokens_before, record.train_s - train_s
         waited, rank = max(
             (now - then, rank)
             for rank, (then, now) in enumerate(zip(waits, record.data_wait_s, strict=True))
@@ -130,11 +127,7 @@ class Throughput:
             "memory/peak_gib": max(self.groups.gather(peak_memory_gib(self.device))),
         }
         if peak := peak_flops(self.device):
-            # Isolated documents need fewer FLOPs, depending on their lengths. A sample of this
-            # rank's last step will do.
-            documents = record.batch.document_lengths[:COUNTED_DOCUMENTS]
-            flops_per_token = training_flops_per_token(self.model, *documents)
-            flops_per_s = tokens_per_s * flops_per_token / self.groups.world_size
+            flops_per_s = (record.flops - flops_before) / seconds / self.groups.world_size
             metrics["throughput/mfu"] = flops_per_s / peak
         # The first interval includes opening the files. The warning is given once, because the
         # fraction is logged anyway.
@@ -275,6 +268,7 @@ class SaveCheckpoint:
         state = {
             **self.state,
             "tokens": record.tokens,
+            "train_flops": record.flops,
             "batches": record.batches,
             "bad_steps": record.bad_steps,
             "cursors": record.stats.cursors,

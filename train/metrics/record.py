@@ -37,6 +37,8 @@ class StepRecord:
     Attributes:
         step: optimizer steps taken so far, this one included.
         tokens: tokens of all rows so far, this step's and their padding included.
+        flops: `phd.flops.training_flops` of the documents so far, this step's included, without
+            padding.
         batches: batches that the stream has given so far; more than steps where some were skipped.
         lr: the step's learning rate.
         loss, grad_norm: scalars on the device; see `train.engines.engine.StepResult`.
@@ -51,6 +53,7 @@ class StepRecord:
 
     step: int
     tokens: int
+    flops: int
     batches: int
     lr: float
     loss: Tensor
@@ -65,11 +68,12 @@ class StepRecord:
 
     def of_all(self, groups: ProcessGroups) -> "StepRecord":
         """The record with what only all ranks together know; every rank calls it."""
-        known = groups.gather((self.stats, self.data_wait_s))
+        known = groups.gather((self.stats, self.data_wait_s, self.flops))
         return replace(
             self,
-            stats=BatchStats.merged([stats for stats, _ in known]),
-            data_wait_s=tuple(wait for _, waits in known for wait in waits),
+            flops=sum(flops for _, _, flops in known),
+            stats=BatchStats.merged([stats for stats, _, _ in known]),
+            data_wait_s=tuple(wait for _, waits, _ in known for wait in waits),
         )
 
 

@@ -1,11 +1,16 @@
 """What hooks measure equals what can be computed by hand."""
 
+import io
 from dataclasses import replace
+from itertools import pairwise
 from math import log
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
+from rich.progress import Progress
 from torch.nn.functional import cross_entropy
 
 from data.batch import Batch, BatchStats
@@ -15,12 +20,15 @@ from data.prefetch import never
 from data.shuffle import Cursor
 from data.source import BadRecord
 from data.sources.quarantine import Quarantine
-from phd.flops import training_flops_per_token
+from phd.flops import training_flops
 from phd.inference.cache import kv_bytes
+from tests.train.many_ranks import run_ranks
 from train.checkpoint.store import CheckpointStore
+from train.compose import load
 from train.distributed.process_groups import ProcessGroups
 from train.ending import Ending
 from train.engines.fsdp import FsdpEngine
+from train.loop import train
 from train.metrics.hooks import (
     DataProgress,
     Evaluation,
@@ -31,6 +39,7 @@ from train.metrics.hooks import (
     bits_per_byte,
 )
 from train.metrics.record import StepRecord
+from train.run import open_run
 
 CPU = torch.device("cpu")
 
@@ -70,7 +79,14 @@ def record_of(**known: object) -> StepRecord:
     stats = BatchStats(64, 64, target_bytes=16, lanes={0: LANE}, progress={0: LANE})
     batch = Batch(rows, mask=None, document_starts=None, stats=stats)
     values = {"loss": torch.tensor(2.0), "grad_norm": torch.tensor(0.5), "batch": batch}
-    values |= {"step": 10, "tokens": 1000, "lr": 0.1, "train_s": 4.0, "data_wait_s": (1.0,)}
+    values |= {
+        "step": 10,
+        "tokens": 1000,
+        "flops": 5 * 10**12,
+        "lr": 0.1,
+        "train_s": 4.0,
+        "data_wait_s": (1.0,),
+    }
     values |= {"batches": 10, "stats": stats, "bad_steps": {"count": 0}}
     return StepRecord(**(values | known))
 
@@ -105,15 +121,97 @@ def test_a_logging_step_has_the_promised_names_and_no_others(config, trained, lo
 
 def test_the_training_metrics_are_the_records(config) -> None:
     settings = config("model.K=3")
-    flops = training_flops_per_token(settings.model, settings.train.seq_len)
     assert TrainingMetrics(settings)(record_of()) == {
         "train/loss": 2.0,
         "train/bits_per_byte": 2.0 * (2 * 32) / log(2) / 16,
         "optim/lr": 0.1,
         "optim/grad_norm": 0.5,
         "progress/tokens": 1000,
-        "progress/train_flops": 1000 * flops,
+        "progress/train_flops": 5e12,
     }
+
+
+@pytest.mark.parametrize("targets", [1, 10, 40, 63])
+def test_bits_per_byte_are_of_the_targets_that_count(config, targets: int) -> None:
+    record = record_of()
+    record = replace(record, stats=record.stats._replace(targets=targets))
+    expected = 2.0 * targets / log(2) / 16
+    metrics = TrainingMetrics(config())(record)
+    assert metrics["train/bits_per_byte"] == pytest.approx(expected)
+
+
+# Tokens and FLOPs
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["data.documents=isolate"],
+        ["data.packing=best_fit"],
+        ["data.documents=isolate", "data.packing=best_fit", "model=phd_swa", "model.K=3"],
+        ["data.documents=isolate", "model=vanilla", "train.micro_batch=1"],
+    ],
+    ids=" ".join,
+)
+def test_the_flops_of_a_run_are_those_of_the_documents_it_was_trained_on(
+    overrides: list[str], config, trained, logged
+) -> None:
+    class Rows:
+        every = 1
+
+        def __init__(self) -> None:
+            self.batches: list[Batch] = []
+
+        def __call__(self, record: StepRecord) -> dict:
+            self.batches.append(record.batch)
+            return {}
+
+    seen, expected, model = Rows(), 0, config(*overrides).model
+    trained(config(*overrides, "train.max_steps=2", "schedule=constant"), hooks=(seen,))
+    # The count of a resumed run goes on.
+    done = trained(config(*overrides, "train.max_steps=4", "schedule=constant"), hooks=(seen,))
+    lines = [line for line in logged(done.run.directory) if "train/loss" in line]
+    assert len(lines) == len(seen.batches) == 4
+    for line, batch in zip(lines, seen.batches, strict=True):
+        isolated = "data.documents=isolate" in overrides
+        for i, row in enumerate(batch.inputs):
+            end = 32 if batch.mask is None else int(batch.mask[i].sum())
+            separators = (row[:end] == done.run.tokenizer.eos_id).nonzero()[0].tolist()
+            borders = sorted({0, *(separators if isolated else []), end})
+            expected += sum(training_flops(model, b - a) for a, b in pairwise(borders))
+        assert line["progress/train_flops"] == expected
+    whole = 4 * done.run.config.flops_per_step
+    assert (expected < whole) == bool({"data.documents", "data.packing"} & keys_of(overrides))
+
+
+def keys_of(overrides: list[str]) -> set[str]:
+    return {override.partition("=")[0] for override in overrides}
+
+
+def test_batches_that_were_skipped_are_no_tokens(config) -> None:
+    settings = config("train.max_steps=4", "checkpoint.every=0")
+    skip = frozenset({2, 3})
+    with open_run(settings, Console(file=io.StringIO()), skip_batches=skip) as run:
+        record, metrics = train(run, Progress(disable=True))
+    assert (record.step, record.batches) == (4, 6)
+    assert metrics["progress/tokens"] == record.tokens == 4 * settings.train.tokens_per_step
+    assert metrics["progress/train_flops"] == 4 * settings.flops_per_step
+
+
+def test_a_checkpoint_without_a_count_stands_for_whole_rows(
+    config, trained, tmp_path: Path
+) -> None:
+    settings = ("data.documents=isolate", "schedule=constant")
+    run = trained(config(*settings)).run
+    state = run.store.newest().state
+    assert state.pop("train_flops") < 6 * run.config.flops_per_step
+    store = CheckpointStore(tmp_path / "earlier/checkpoints", keep=1)
+    store.save(6, run.engine.state(), state)
+    store.wait()
+    more = trained(config(*settings, f"run.dir={tmp_path / 'earlier'}", "train.max_steps=7"))
+    own = training_flops(run.config.model, *more.record.batch.document_lengths)
+    assert more.record.flops == 6 * run.config.flops_per_step + own
 
 
 def test_bits_per_byte_of_uniform_bytes_is_eight() -> None:
@@ -136,7 +234,7 @@ def test_the_first_loss_is_that_of_the_initial_weights_on_the_first_batch(config
 
 
 def test_throughput_is_of_the_time_since_the_last_call(config) -> None:
-    throughput = Throughput(config("model.K=3"), CPU, 128, ProcessGroups())
+    throughput = Throughput(config("model.K=3"), CPU, 128, 0, ProcessGroups())
     throughput(record_of(tokens=256, train_s=1.0, data_wait_s=(0.5,)))
     metrics = throughput(record_of(tokens=128 * 6, train_s=3.0, data_wait_s=(1.0,)))
     warning = metrics.pop("throughput/warning")
@@ -152,12 +250,12 @@ def test_throughput_is_of_the_time_since_the_last_call(config) -> None:
 
 
 def test_a_resumed_run_does_not_count_the_tokens_of_its_former_processes(config) -> None:
-    throughput = Throughput(config(), CPU, 1000, ProcessGroups())
+    throughput = Throughput(config(), CPU, 1000, 0, ProcessGroups())
     metrics = throughput(record_of(tokens=1128, train_s=2.0))
     assert metrics["throughput/tokens_per_s"] == 64.0
 
 
-def test_mfu_is_the_needed_flops_over_the_peak_and_absent_where_that_is_unknown(
+def test_mfu_is_what_the_flops_have_grown_by_over_the_peak_and_absent_where_that_is_unknown(
     config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings, cuda = config(), torch.device("cuda")
@@ -165,22 +263,38 @@ def test_mfu_is_the_needed_flops_over_the_peak_and_absent_where_that_is_unknown(
 
     def mfu(name: str) -> float | None:
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
-        return Throughput(settings, cuda, 0, ProcessGroups())(record_of()).get("throughput/mfu")
+        throughput = Throughput(settings, cuda, 0, 10**12, ProcessGroups())
+        return throughput(record_of()).get("throughput/mfu")
 
-    needed = 1000 / 4.0 * training_flops_per_token(settings.model, 32)
+    needed = (5e12 - 1e12) / 4.0
     assert mfu("NVIDIA A100-SXM4-80GB") == pytest.approx(needed / 312e12)
     assert mfu("NVIDIA H100 80GB HBM3") == pytest.approx(needed / 989e12)
     assert mfu("NVIDIA H100 PCIe") == pytest.approx(needed / 756e12)
     assert mfu("Something New 9000") is None
-    assert "throughput/mfu" not in Throughput(settings, CPU, 0, ProcessGroups())(record_of())
-    starts = np.zeros((2, 32), dtype=np.int64)
-    starts[1, 20:] = 20
-    isolated = record_of()
-    isolated = replace(isolated, batch=isolated.batch._replace(document_starts=starts))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H100 80GB HBM3")
-    found = Throughput(settings, cuda, 0, ProcessGroups())(isolated)["throughput/mfu"]
-    needed = 1000 / 4.0 * training_flops_per_token(settings.model, 32, 20, 12)
-    assert found == pytest.approx(needed / 989e12)
+    assert "throughput/mfu" not in Throughput(settings, CPU, 0, 0, ProcessGroups())(record_of())
+
+
+def mfu_of_a_rank(groups: ProcessGroups, overrides: list[str]) -> list[float]:
+    """What a rank on an H100 logs for two intervals, in each of which it has computed more."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "max_memory_allocated", lambda _: 2**30)
+        patch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H100 80GB HBM3")
+        throughput = Throughput(load(overrides), torch.device("cuda"), 0, 10**15, groups)
+        found = []
+        for n in (1, 2):
+            # Rank 0 goes on with the FLOPs of all ranks before this start.
+            flops = 10**15 * (groups.rank == 0) + n * (2 + groups.rank) * 10**14
+            record = record_of(tokens=1000 * n, flops=flops, train_s=4.0 * n, data_wait_s=(0.0,))
+            found.append(throughput(record.of_all(groups))["throughput/mfu"])
+    return found
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_the_mfu_of_many_ranks_is_their_mean(world_size: int, small) -> None:
+    each = sum((2 + rank) * 1e14 for rank in range(world_size)) / world_size
+    for found in run_ranks(world_size, mfu_of_a_rank, small()):
+        assert found == pytest.approx([each / 4.0 / 989e12] * 2)
 
 
 # The KV cache
@@ -231,6 +345,17 @@ def test_padding_never_counts(config) -> None:
     assert results[0].measure() == results[1].measure()
     seen = Evaluation(settings, engine, "x", held_out(other, np.ones_like(mask)), never).measure()
     assert seen != results[0].measure()
+
+
+@pytest.mark.parametrize("z_loss", [1e-4, 0.1, 3.0])
+def test_the_held_out_loss_is_the_cross_entropy_alone(config, z_loss: float) -> None:
+    rows = np.random.default_rng(0).integers(0, 320, (3, 33))
+    text = held_out(rows, np.ones((3, 32), dtype=bool))
+    plain, steered = (
+        Evaluation(c, FsdpEngine(c, ProcessGroups()), "x", text, never).measure()
+        for c in (config(), config(f"optim.z_loss={z_loss}"))
+    )
+    assert steered == plain
 
 
 @pytest.mark.parametrize("micro_batch", [1, 2, 4])
@@ -298,7 +423,8 @@ def test_a_checkpoint_holds_what_the_run_goes_on_from(config, opened) -> None:
     assert later["checkpoint/step"] == 10
     saved = run.store.newest()
     expected = {"step": 20, "tokens": 1000, "batches": 10, "cursors": {"0": LANE.to_json()}}
-    assert saved.state == state | expected | {"bad_steps": {"count": 0}}
+    expected |= {"train_flops": 5 * 10**12, "bad_steps": {"count": 0}}
+    assert saved.state == state | expected
 
 
 def test_the_end_waits_for_the_disk(config, opened) -> None:
@@ -326,7 +452,7 @@ def test_a_disk_that_refuses_costs_the_checkpoint_and_is_told(config, opened) ->
 
 
 def test_waiting_is_told_once_and_not_for_the_first_interval(config) -> None:
-    throughput = Throughput(config("data.workers=3"), CPU, 0, ProcessGroups())
+    throughput = Throughput(config("data.workers=3"), CPU, 0, 0, ProcessGroups())
     told = []
     for n, waited in enumerate((0.9, 1.8, 1.85, 2.7), start=1):
         record = record_of(tokens=128 * n, train_s=1.0 * n, data_wait_s=(waited,))
@@ -336,7 +462,7 @@ def test_waiting_is_told_once_and_not_for_the_first_interval(config) -> None:
 
 
 def test_a_little_waiting_is_not_worth_a_word(config) -> None:
-    throughput = Throughput(config(), CPU, 0, ProcessGroups())
+    throughput = Throughput(config(), CPU, 0, 0, ProcessGroups())
     for n in range(1, 5):
         record = record_of(tokens=128 * n, train_s=1.0 * n, data_wait_s=(0.09 * n,))
         assert "throughput/warning" not in throughput(record)
