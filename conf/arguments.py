@@ -4,29 +4,49 @@ import inspect
 import json
 import sys
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
+from conf import checkout
 from conf.errors import USER_ERRORS, report
 from conf.validation import build, defaults, keys
 
 T = TypeVar("T")
 
 
-def run(cls: type[T], task: Callable[[T], int], *, positional: Sequence[str] = ()) -> NoReturn:
+def run(
+    cls: type[T], task: Callable[[T], int] | str, *, positional: Sequence[str] = ()
+) -> NoReturn:
     """Runs `task` with this process's arguments as a `cls`; its result is the exit code.
 
     Wrong arguments, and errors of the user's (`conf.errors.USER_ERRORS`), end the process with one
     screen and the exit code of their kind.
     `--help` prints the docstring of `cls` and its defaults.
+
+    Args:
+        cls: a dataclass with `problems()`.
+        task: or the name of the module whose `main` it is; see `resolve`.
+        positional: the fields that arguments without `key=` are for, in this order.
     """
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(usage(cls))
         sys.exit(0)
     try:
-        code = task(parse(cls, sys.argv[1:], positional=positional))
+        checkout.claim()
+        given = parse(cls, sys.argv[1:], positional=positional)
+        code = resolve(task)(given)
     except USER_ERRORS as error:
         refuse(error)
     sys.exit(code)
+
+
+def resolve(task: Callable[..., int] | str) -> Callable[..., int]:
+    """The task, or the `main` of the module of this name, which is imported now.
+
+    A command names its module, because what it imports takes seconds. That is too long for an
+    answer to a misspelt argument.
+    """
+    return import_module(task).main if isinstance(task, str) else task
 
 
 def refuse(error: Exception) -> NoReturn:

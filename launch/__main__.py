@@ -24,17 +24,23 @@ Exit codes:
     130   Ctrl-C
 """
 
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # see conf/checkout.py
+
 import json
+import os
 import shlex
 import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
 
+from conf import checkout
 from conf.arguments import parse, refuse, usage
 from conf.errors import ConfigError, Problem, reason_of
 from conf.validation import did_you_mean, keys, nearest
@@ -107,6 +113,8 @@ def start(command: LaunchCommand) -> int:
             )
     from launch import agent  # needs PyTorch, which a machine that only queues jobs may not have
 
+    if config.script and (other := checkout.checkout_of(Path(config.script))):
+        os.environ["PYTHONPATH"] = checkout.lead(other, os.environ.get("PYTHONPATH", ""))
     return agent.run(config, _process_command(command))
 
 
@@ -225,6 +233,7 @@ def main(texts: Sequence[str]) -> int:
 
 def _run() -> NoReturn:
     try:
+        checkout.claim()
         code = main(sys.argv[1:])
     except ConfigError as error:
         refuse(error)

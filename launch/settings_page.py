@@ -3,9 +3,6 @@
 python -m launch.settings_page out=docs/settings.md
 """
 
-import train  # noqa: F401  # first: how threads wait is settled before torch is loaded
-
-# isort: split
 import json
 import re
 from collections.abc import Iterable, Iterator
@@ -20,13 +17,15 @@ from conf.descriptions import descriptions, summary
 from conf.settings import Settings
 from conf.validation import Setting, as_dict, settings_of, type_in_words
 from launch.config import LAUNCHERS
-from train.bench import BenchArguments
+from train.arguments import (
+    BenchArguments,
+    ExportArguments,
+    GenerateArguments,
+    PretokenizeArguments,
+    TokenizerArguments,
+)
 from train.compose import CONF, choices, groups
 from train.config import Config
-from train.export import ExportArguments
-from train.generate import GenerateArguments
-from train.pretokenize import PretokenizeArguments
-from train.tokenizer import TokenizerArguments
 
 INTRODUCTION = """\
 # Settings

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from conf import checkout
 from conf.exit_codes import ExitCode
 from launch.config import Slurm, passed_on
 
@@ -13,7 +14,7 @@ UNITS = {"s": "0:00:{}", "m": "{}", "h": "{}:00:00", "d": "{}-00"}
 # `srun` passes signals on to the agents, and they pass them on to the processes.
 BODY = """\
 set -euo pipefail
-{setup}
+{setup}{checkout}
 mapfile -t machines < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 address="${{machines[0]}}:$((20000 + SLURM_JOB_ID % 10000))"
 
@@ -83,6 +84,7 @@ def render(config: Slurm, arguments: Sequence[str], run_dirs: Sequence[Path]) ->
     """
     directories = config.checkpoints.split("\n") if config.checkpoints else []
     body = BODY.format(
+        checkout=_checkout(),
         setup=f"\n{config.setup.strip()}\n" if config.setup.strip() else "",
         command=_lines(_command(config, arguments)),
         step=_lines(_step(config)),
@@ -93,6 +95,13 @@ def render(config: Slurm, arguments: Sequence[str], run_dirs: Sequence[Path]) ->
     )
     header = "".join(f"#SBATCH {option}\n" for option in _options(config))
     return f"#!/bin/bash\n{header}\n{body}"
+
+
+def _checkout() -> str:
+    """Has the job import the modules of this checkout, wherever it is started."""
+    if not checkout.checkout_of(checkout.ROOT):
+        return ""
+    return f"\nexport PYTHONPATH={shlex.quote(str(checkout.ROOT))}${{PYTHONPATH:+:$PYTHONPATH}}\n"
 
 
 def _options(config: Slurm) -> Iterator[str]:

@@ -1,7 +1,7 @@
 """The shape of a PHD model and the rule that its attention follows; needs no torch."""
 
 from dataclasses import dataclass, fields, replace
-from math import ceil
+from math import ceil, inf
 from typing import Literal, get_args
 
 from conf.errors import Problem
@@ -152,3 +152,31 @@ class ModelConfig(Settings):
                 return f"phd_swa-{self.K}-{self.window}{unit}-inf"
             case "phd_cswa":
                 return f"phd_cswa-{self.K}-{self.window}{unit}-{self.chunk}{unit}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig(Settings):
+    """How the next token is sampled.
+
+    Attributes:
+        temperature: divides the logits; 0 always takes the most likely token.
+        top_k: sample from the k most likely tokens; None: all.
+        top_p: sample from the fewest most likely tokens that together reach this probability
+            (nucleus sampling, arXiv 1904.09751); None: all.
+    """
+
+    temperature: float = 0.8
+    top_k: int | None = None
+    top_p: float | None = None
+
+    def problems(self) -> list[Problem]:
+        """Every impossible setting."""
+        found = []
+        if self.temperature != 0 and not 1e-30 <= self.temperature < inf:
+            expected = "expected 0, or a number above 1e-30"
+            found.append(Problem("temperature", self.temperature, expected))
+        found += at_least(self, "", 1, "top_k")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            expected = "expected a number above 0 and up to 1, or null"
+            found.append(Problem("top_p", self.top_p, expected))
+        return found

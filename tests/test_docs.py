@@ -15,7 +15,7 @@ from conf.arguments import parse
 from conf.errors import ConfigError
 from conf.validation import keys
 from launch import __main__ as launch
-from train import compose
+from train import arguments, compose
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -163,16 +163,15 @@ def test_a_command_exists_and_takes_its_settings(
         with pytest.raises(ConfigError):
             check_run(texts)
         return
-    named = re.search(r"^class (\w+Arguments)\b", text_of(ROOT / command.program), re.MULTILINE)
-    if named is None:  # it takes a run's settings and nothing else
+    front = re.search(r"(run|run_with)\((\w+Arguments), ", text_of(ROOT / command.program))
+    if front is None:  # it takes a run's settings and nothing else
         check_run(texts)
         return
-    module = importlib.import_module(command.program.removesuffix(".py").replace("/", "."))
-    cls = getattr(module, named[1])
+    cls = getattr(arguments, front[2])
     mine = [text for text in texts if "=" not in text or text.partition("=")[0] in keys(cls)]
     rest = [text for text in texts if text not in mine]
     parse(cls, mine, positional=["name"] if "name" in keys(cls) else [])
-    if hasattr(module, "compose"):
+    if front[1] == "run_with":
         check_run(rest)
     else:
         assert rest == []

@@ -8,25 +8,29 @@ python train/bench.py checkpoint size=151m out=bench
 python train/bench.py inference out=bench
 """
 
-import train  # noqa: F401  # must come first: it sets how OpenMP's threads wait
+import sys
+from pathlib import Path
 
-# isort: split
+if __name__ == "__main__":  # first of all: the imports below take seconds
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # see conf/checkout.py
+    from conf import arguments
+    from train.arguments import BenchArguments
+
+    arguments.run(BenchArguments, "train.bench", positional=["name"])
+
 import csv
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from conf import arguments
-from conf.errors import ConfigError, Problem
-from conf.settings import above, at_least
-from phd.config import SpanUnit
+from conf.errors import ConfigError
+from train.arguments import BenchArguments
 from train.benchmarks.attention import bench_attention
 from train.benchmarks.checkpoint import bench_saving
 from train.benchmarks.loader import bench_loading, bench_resuming
@@ -34,66 +38,9 @@ from train.benchmarks.step import bench_step
 from train.benchmarks.timing import Result
 from train.compose import load
 from train.engine_config import EngineConfig
-from train.engines.device import choose_device, configure_process, device_problems
+from train.engines.device import choose_device, configure_process
 from train.run_dir.environment import environment
 from train.run_dir.snapshot import read_revision
-
-
-@dataclass(frozen=True, kw_only=True)
-class BenchArguments:
-    """Arguments of `python train/bench.py NAME key=value ...`.
-
-    Attributes:
-        name: what is measured. `attention`: the forward and backward pass of one layer's attention.
-            `step`: a whole training step, also of transformers' Olmo2. `data`: how fast the loader
-            reads text and tokens. `resume`: how long it takes to continue at 1 %, 50 % and 99 % of
-            a corpus. `checkpoint`: how long a save takes, and for how much of it the training
-            stands still. `inference`: prefill, decode and KV bytes of every variant, with charts.
-        out: the directory for `<name>.json` and `<name>.csv`; `checkpoint` measures its disk.
-        repeat: how often everything is measured; medians are reported.
-        size: the model of `step`, `checkpoint` and `inference`, a file of conf/size/; `inference`
-            makes `tiny` wider.
-        span_unit: whether W = 16 and C = 32 count `token`s or `hidden` copies in `inference`.
-        copies: the values of K in `inference`; an empty list: a few for each chart.
-        prompts: the lengths in tokens of the prompts in `inference`; an empty list: a short and a
-            long one.
-        contexts: the lengths in tokens up to which `inference` decodes; an empty list: a short and
-            a long one.
-        compile: decode with `torch.compile` in `inference`; compiling takes up to a minute for each
-            row of the table.
-        rows: the rows of a `step`.
-        seq_len: T, the tokens of a row of a `step`.
-        gigabytes: the size of the corpus that is written for `resume`.
-        device: `auto`, `cpu` or `cuda`.
-    """
-
-    name: str
-    out: str = "bench"
-    repeat: int = 11
-    size: str = "tiny"
-    span_unit: SpanUnit = "token"
-    copies: tuple[int, ...] = ()
-    prompts: tuple[int, ...] = ()
-    contexts: tuple[int, ...] = ()
-    compile: bool = False
-    rows: int = 4
-    seq_len: int = 1024
-    gigabytes: float = 1.0
-    device: str = "auto"
-
-    def problems(self) -> list[Problem]:
-        """Every impossible setting."""
-        found = at_least(self, "", 1, "repeat", "rows", "seq_len")
-        for key, least in (("copies", 2), ("prompts", 1), ("contexts", 1)):
-            found += [
-                Problem(key, value, f"expected integers of at least {least}")
-                for value in getattr(self, key)
-                if value < least
-            ]
-        found += above(self, "", 0, "gigabytes")
-        if self.name not in BENCHMARKS:
-            found.append(Problem("name", self.name, f"expected one of {', '.join(BENCHMARKS)}"))
-        return found + device_problems(self.device)
 
 
 def _bench_step(args: BenchArguments, device: torch.device) -> Result:
@@ -191,7 +138,3 @@ def _cell(value: Any) -> str:
     if value is None:
         return ""
     return f"{value:,.2f}" if isinstance(value, float) else str(value)
-
-
-if __name__ == "__main__":
-    arguments.run(BenchArguments, main, positional=["name"])

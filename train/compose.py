@@ -26,7 +26,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from conf.arguments import parse, refuse, usage
+from conf import checkout
+from conf.arguments import parse, refuse, resolve, usage
 from conf.errors import USER_ERRORS, ConfigError, Problem, report
 from conf.validation import defaults, did_you_mean, flatten_keys, keys, nearest
 from train.config import Config
@@ -54,8 +55,10 @@ class Command(NamedTuple):
     jobs: list[Config]
 
 
-def run(task: Callable[[Config], int]) -> NoReturn:
+def run(task: Callable[[Config], int] | str) -> NoReturn:
     """Runs `task` for every job of this process's command line; its result is the exit code.
+
+    A module's name stands for its `main`; it is imported when the configuration has been checked.
 
     A wrong configuration ends the process with code 2 and one screen that names every problem,
     before the first job starts. A sweep ends with the first job whose result is not 0.
@@ -63,6 +66,7 @@ def run(task: Callable[[Config], int]) -> NoReturn:
     arguments = get_args_parser().parse_intermixed_args()
     flags = [argument for argument in sys.argv[1:] if argument not in arguments.overrides]
     try:
+        checkout.claim()
         command = check(arguments.overrides, multirun=arguments.multirun)
     except ConfigError as error:
         _refuse(error)
@@ -70,7 +74,7 @@ def run(task: Callable[[Config], int]) -> NoReturn:
     def job(tree: DictConfig) -> None:
         config = _named(_read(tree), HydraConfig.get().overrides.task, command.swept)
         try:
-            code = task(config)
+            code = resolve(task)(config)
         except USER_ERRORS as error:
             _refuse(error)
         if code:
@@ -90,7 +94,7 @@ def _refuse(error: Exception) -> NoReturn:
     refuse(error)
 
 
-def run_with(cls: type[T], task: Callable[[T, Config], int]) -> NoReturn:
+def run_with(cls: type[T], task: Callable[[T, Config], int] | str) -> NoReturn:
     """Runs `task` with a `cls` of this process's arguments and the config of all others.
 
     Its result is the exit code; wrong arguments end the process as in `run`. Sweeps are not
@@ -100,7 +104,9 @@ def run_with(cls: type[T], task: Callable[[T, Config], int]) -> NoReturn:
         print(usage(cls))
         sys.exit(0)
     try:
-        code = task(*split(cls, sys.argv[1:]))
+        checkout.claim()
+        given = split(cls, sys.argv[1:])
+        code = resolve(task)(*given)
     except USER_ERRORS as error:
         refuse(error)
     sys.exit(code)

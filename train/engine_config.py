@@ -1,10 +1,12 @@
 """How the work is spread over devices and ranks: one small frozen dataclass for each engine."""
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from conf.errors import Problem
 from conf.settings import Settings, at_least
+
+DeviceName = Literal["auto", "cpu", "cuda"]
 
 # Keys of DeepSpeed's configuration that our own settings decide.
 DECIDED_ELSEWHERE = {
@@ -53,7 +55,7 @@ class EngineConfig(Settings):
             block, and so on.
     """
 
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: DeviceName = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     compile: bool = False
     threads: int | None = None
@@ -154,3 +156,20 @@ class DeepSpeedConfig(EngineConfig):
             for key, why in IMPOSSIBLE.items()
             if key in given
         ]
+
+
+def device_problems(device: str) -> list[Problem]:
+    """The problems of a command's argument `device`."""
+    if device not in get_args(DeviceName):
+        return [Problem("device", device, "expected auto, cpu or cuda")]
+    if device != "cuda":
+        return []
+    import torch  # seconds, and only this value needs it
+
+    return [] if torch.cuda.is_available() else [no_cuda("device")]
+
+
+def no_cuda(key: str) -> Problem:
+    """The problem of a setting that asks for CUDA on a machine without it."""
+    hint = f"choose {key}=cpu or {key}=auto"
+    return Problem(key, "cuda", "this machine has no usable CUDA device", hint)

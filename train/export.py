@@ -10,72 +10,46 @@ exported/
     modeling.py, model.py, ...               this project's code, if transformers has no such class
 """
 
-import train  # noqa: F401  # must come first: it sets how OpenMP's threads wait
+import sys
+from pathlib import Path
 
-# isort: split
+if __name__ == "__main__":  # first of all: the imports below take seconds
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # see conf/checkout.py
+    from conf import arguments
+    from train.arguments import ExportArguments
+
+    arguments.run(ExportArguments, "train.export")
+
 import json
 import re
-import sys
-from dataclasses import dataclass
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 
-from conf import arguments
-from conf.errors import ConfigError, Problem
+from conf.errors import ConfigError
 from data.storage.atomic import new_directory
 from data.tokenizer import Tokenizer
 from phd.config import ModelConfig
 from phd.hf.convert import BY_NORM
 from phd.inference.cache import kv_bytes
 from phd.model import Transformer, count_parameters
+from train.arguments import ExportArguments
 from train.checkpoint.load_run import load_run
 from train.hf.pretrained import save_pretrained
 from train.hf.tokenizer_json import not_converted, write_tokenizer
 from train.run_dir.snapshot import ROOT
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 ROOT_MODULE, AUTO_MODEL = "phd.hf.modeling", "AutoModelForCausalLM"
 CLASSES = {"AutoConfig": "modeling.PhdConfig", AUTO_MODEL: "modeling.PhdForCausalLM"}
 OWN_IMPORT = re.compile(r"^(\s*)from ((?:phd|conf)\.(?:\w+\.)*(\w+)) import", re.MULTILINE)
 OPTIONAL_IMPORTS = re.compile(r"^(import triton\b.*\n)+", re.MULTILINE)
 
 
-@dataclass(frozen=True, kw_only=True)
-class ExportArguments:
-    """Arguments of `python train/export.py`, each as key=value.
-
-    Attributes:
-        run: the directory of a run; its newest complete checkpoint is exported.
-        out: the directory to write. It must not exist, or must be empty.
-        dtype: the data type of the weights: `float32` or `bfloat16`.
-    """
-
-    run: str
-    out: str
-    dtype: str = "float32"
-
-    def problems(self) -> list[Problem]:
-        """Every impossible setting."""
-        found = []
-        if self.dtype not in DTYPES:
-            found.append(Problem("dtype", self.dtype, f"expected one of {', '.join(DTYPES)}"))
-        out = Path(self.out).resolve()
-        if out == Path.cwd() or any(parent.is_file() for parent in out.parents):
-            expected = "expected a directory to make"
-            found.append(Problem("out", self.out, expected, "choose another one"))
-        elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-            expected = "not an empty directory"
-            found.append(Problem("out", str(out), expected, "choose another one, or empty it"))
-        return found
-
-
 def main(args: ExportArguments) -> int:
     """Write the directory, and print how to load it; return the exit code."""
     _transformers()  # fails now, and not after the model has been loaded
-    out, dtype = Path(args.out).resolve(), DTYPES[args.dtype]
+    out, dtype = Path(args.out).resolve(), getattr(torch, args.dtype)
     model, tokenizer, step, config = load_run(Path(args.run), torch.device("cpu"))
     facts = {"trained on": f"{step * config.train.tokens_per_step:,} tokens"}
     facts |= evaluations(Path(args.run) / "metrics.jsonl", step)
@@ -266,7 +240,3 @@ A text begins with the separator of documents, which the tokenizer puts there.
 }}
 ```
 """
-
-
-if __name__ == "__main__":
-    arguments.run(ExportArguments, main)

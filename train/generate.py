@@ -6,94 +6,36 @@ python train/generate.py run=runs/phd_cswa-2-16-32-tiny file=prompts.txt stop="d
 python train/generate.py run=runs/phd_cswa-2-16-32-tiny
 """
 
-import train  # noqa: F401  # must come first: it sets how OpenMP's threads wait
-
-# isort: split
-import json
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
+
+if __name__ == "__main__":  # first of all: the imports below take seconds
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # see conf/checkout.py
+    from conf import arguments
+    from train.arguments import GenerateArguments
+
+    arguments.run(GenerateArguments, "train.generate")
+
+import json
+from collections.abc import Iterator, Sequence
+from itertools import product
 
 import numpy as np
 import torch
 from torch import nn
 
-from conf import arguments
-from conf.errors import ConfigError, Problem, reason_of
-from conf.settings import at_least
+from conf.errors import ConfigError, reason_of
 from data.detokenizer import IncrementalDetokenizer
 from phd.inference.sampling import Sampling, generate
+from train.arguments import GenerateArguments
 from train.checkpoint.load_run import load_run
 from train.engine_config import EngineConfig
 from train.engines.device import (
     autocast,
     choose_device,
     configure_process,
-    device_problems,
     precision,
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class GenerateArguments:
-    """Arguments of `python train/generate.py`, each as key=value.
-
-    Attributes:
-        run: the directory of a run; its newest complete checkpoint is loaded.
-        prompt: the text to continue; null: the standard input is, as a whole, or line by line if
-            it is a terminal.
-        file: a file of prompts, one on each line, or `.jsonl` with a `prompt` on each line; null:
-            none. For each prompt a line of JSON is written, with the reason why its text ended:
-            `document`, `stop` or `length`.
-        n: how many texts are written for each prompt.
-        batch: how many texts are written at the same time.
-        max_tokens: the most tokens that a text gets.
-        temperature: divides the logits; 0 always takes the most likely token.
-        top_k: choose among the k most likely tokens; null: among all.
-        top_p: choose among the most likely tokens that together have this probability; null: among
-            all.
-        stop: a text, or a JSON list of texts, at which writing ends; it is not part of the result.
-        seed: the same seed writes the same text for a prompt, whatever else is in the batch.
-        compile: compile the computation of a token with `torch.compile`, which takes about a minute
-            at first. A token then takes about three quarters of the time, if a text fills most of
-            the room that its prompt and `max_tokens` ask for.
-        device: `auto`, `cpu` or `cuda`.
-    """
-
-    run: str
-    prompt: str | None = None
-    file: str | None = None
-    n: int = 1
-    batch: int = 16
-    max_tokens: int = 200
-    temperature: float = 0.8
-    top_k: int | None = None
-    top_p: float | None = None
-    stop: tuple[str, ...] = ()
-    seed: int = 0
-    compile: bool = False
-    device: str = "auto"
-
-    def problems(self) -> list[Problem]:
-        """Every impossible setting."""
-        found = at_least(self, "", 1, "n", "batch", "max_tokens") + at_least(self, "", 0, "seed")
-        if "" in self.stop:
-            expected = "an empty text would end every text at once"
-            found.append(Problem("stop", self.stop, expected, "give a text that may be written"))
-        if self.file is not None and self.prompt is not None:
-            found.append(Problem("file", self.file, "gives the prompts", "leave out prompt"))
-        found += device_problems(self.device)
-        try:
-            self.sampling()
-        except ConfigError as error:
-            found += [problem for problem in error.problems if isinstance(problem, Problem)]
-        return found
-
-    def sampling(self) -> Sampling:
-        """How tokens are drawn."""
-        return Sampling(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
 
 
 class Writer:
@@ -159,7 +101,7 @@ class Writer:
             yield from generate(
                 self.model,
                 prompts,
-                self.args.sampling(),
+                Sampling(**self.args.sampling),
                 generators,
                 self.args.max_tokens,
                 compiled=self.args.compile,
@@ -237,7 +179,3 @@ def _prompt(line: str) -> str:
     else:
         raise ValueError(f"no text named `prompt` in {line[:80]}")
     return prompt
-
-
-if __name__ == "__main__":
-    arguments.run(GenerateArguments, main)

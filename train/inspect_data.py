@@ -3,6 +3,15 @@
 python train/inspect_data.py data=python
 """
 
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # first of all: the imports below take seconds
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # see conf/checkout.py
+    from train import compose
+
+    compose.run("train.inspect_data")
+
 from collections import Counter
 from itertools import islice
 from time import perf_counter
@@ -21,7 +30,6 @@ from data.sources.quarantine import Quarantine
 from data.stream import BatchShape, TokenStream
 from data.tokenizer import Tokenizer
 from data.tokenizer_training import prepare_tokenizer
-from train import compose
 from train.config import Config
 
 READ_S = 10.0
@@ -179,7 +187,3 @@ def main(config: Config) -> int:
         f"the loader alone: {speed:,.0f} tokens/s with data.workers={config.data.workers}"
     )
     return 0
-
-
-if __name__ == "__main__":
-    compose.run(main)

@@ -3,6 +3,15 @@
 python train/main.py model=phd_cswa model.K=3 size=tiny data=python
 """
 
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # first of all: the imports below take seconds
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # see conf/checkout.py
+    from train import compose
+
+    compose.run("train.main")
+
 import gc
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -12,7 +21,6 @@ from rich.console import Console
 
 from conf.exit_codes import ExitCode
 from data.stream import OutOfTextError
-from train import compose
 from train.anomalies.policy import BadStepError, RollBackError
 from train.config import Config
 from train.console import progress_bar, warn
@@ -164,7 +172,3 @@ def _report(run: Run, record: StepRecord, metrics: Metrics, console: Console) ->
 def _resuming(config: Config) -> Config:
     """The configuration of a run that goes on with what this very run has done."""
     return replace(config, run=replace(config.run, resume="auto"))
-
-
-if __name__ == "__main__":
-    compose.run(main)

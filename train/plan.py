@@ -3,6 +3,15 @@
 python train/plan.py model=phd_cswa size=550m train.max_tokens=10e9
 """
 
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # first of all: the imports below take seconds
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # see conf/checkout.py
+    from train import compose
+
+    compose.run("train.plan")
+
 import os
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -276,10 +285,7 @@ def _size(size: float) -> str:
     return f"{size / unit:.3g} {letter}iB"
 
 
-def _main(config: Config) -> int:
+def main(config: Config) -> int:
+    """Print the plan."""
     print_plan(make_plan(config), Console(soft_wrap=True))
     return 0
-
-
-if __name__ == "__main__":
-    compose.run(_main)

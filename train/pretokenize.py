@@ -7,6 +7,16 @@ data/sources/token_files.py), and prints how to train on it. After an interrupti
 resumes.
 """
 
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # first of all: the imports below take seconds
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # see conf/checkout.py
+    from train import compose
+    from train.arguments import PretokenizeArguments
+
+    compose.run_with(PretokenizeArguments, "train.pretokenize")
+
 import json
 import multiprocessing
 import os
@@ -18,7 +28,6 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from threading import Thread
 from time import perf_counter
 from typing import Any, TypeVar
@@ -29,7 +38,6 @@ from rich.progress import Progress
 
 from conf.errors import ConfigError, DataError, Problem, reason_of
 from conf.exit_codes import ExitCode
-from conf.settings import at_least
 from conf.validation import OMITTED, as_dict, flatten_keys
 from data.config import DataConfig, Source, TokensSource
 from data.source import Document
@@ -47,44 +55,13 @@ from data.sources.token_files import (
 )
 from data.tokenizer import Tokenizer
 from data.tokenizer_training import prepare_tokenizer
-from train import compose
+from train.arguments import PretokenizeArguments
 from train.config import Config
 from train.console import progress_bar
 
 T = TypeVar("T")
 REFRESH_S = 0.5
 """Seconds between two updates of the progress bar."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PretokenizeArguments:
-    """Arguments of `python train/pretokenize.py`, each as key=value.
-
-    All others are those of `python train/main.py`, of which `data` and `tokenizer` matter.
-
-    Attributes:
-        out: the directory in which a directory for each source is written.
-        parts: how many shards a source is cut into; each shard is the work of one process.
-        processes: how many processes work at the same time; null: one for each core. The files do
-            not depend on it.
-    """
-
-    out: str
-    parts: int = 16
-    processes: int | None = None
-
-    def problems(self) -> list[Problem]:
-        """Every impossible setting."""
-        return at_least(self, "", 1, "parts", "processes")
-
-    @property
-    def workers(self) -> int:
-        """How many processes that is."""
-        return self.processes or len(os.sched_getaffinity(0))
-
-    def directory(self, name: str) -> Path:
-        """Where the source of this name is written."""
-        return Path(self.out).expanduser() / name
 
 
 @dataclass(frozen=True)
@@ -290,7 +267,3 @@ def main(args: PretokenizeArguments, config: Config) -> int:
     command = ["python", "train/main.py", *training_arguments(config.data, args.directory)]
     console.print(f"train on it: {shlex.join(command)}")
     return 0
-
-
-if __name__ == "__main__":
-    compose.run_with(PretokenizeArguments, main)

@@ -3,10 +3,19 @@
 python train/tokenizer.py data=python tokenizer=unigram model.vocab_size=8192 out=python.model
 """
 
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # first of all: the imports below take seconds
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # see conf/checkout.py
+    from train import compose
+    from train.arguments import TokenizerArguments
+
+    compose.run_with(TokenizerArguments, "train.tokenizer")
+
 import shlex
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from time import perf_counter
 from typing import NamedTuple
 
@@ -18,38 +27,11 @@ from data.config import TokensSource
 from data.sources.documents import Documents
 from data.tokenizer import Tokenizer
 from data.tokenizer_training import train, training_options
-from train import compose
+from train.arguments import TokenizerArguments
 from train.config import Config
 
 MEASURED = 8_000_000
 """Bytes of the sample that are encoded to measure a tokenizer; of held-out text an eighth of it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenizerArguments:
-    """Arguments of `python train/tokenizer.py`, each as key=value.
-
-    All others are those of `python train/main.py`, of which `data` and `tokenizer` matter.
-
-    Attributes:
-        out: the path of the SentencePiece model that is written; it must not exist yet.
-    """
-
-    out: str
-
-    @property
-    def path(self) -> Path:
-        """`out`, as a path."""
-        return Path(self.out).expanduser()
-
-    def problems(self) -> list[Problem]:
-        """Every impossible setting."""
-        if not self.out:
-            return [Problem("out", "", "expected the path of the .model that is written")]
-        if self.path.exists():
-            hint = "give another path, or remove it"
-            return [Problem("out", self.out, "is there already", hint)]
-        return []
 
 
 ROUND = 64
@@ -184,7 +166,3 @@ def main(args: TokenizerArguments, config: Config) -> int:
     use = f"tokenizer=file tokenizer.path={path} model.vocab_size={rounded}"
     console.print(f"written: {path}\nuse it: {use}", markup=False)
     return 0
-
-
-if __name__ == "__main__":
-    compose.run_with(TokenizerArguments, main)

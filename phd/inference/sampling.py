@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from conf.errors import Problem
-from conf.settings import Settings, at_least
+from phd.config import SamplingConfig
 from phd.inference.cache import CAPACITY_STEP, KVCache
 from phd.inference.cuda_graph import Decoder
 from phd.inference.prefill import decode, prefill
@@ -18,31 +17,8 @@ from phd.model import Transformer
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sampling(Settings):
-    """How the next token is sampled.
-
-    Attributes:
-        temperature: divides the logits; 0 always takes the most likely token.
-        top_k: sample from the k most likely tokens; None: all.
-        top_p: sample from the fewest most likely tokens that together reach this probability
-            (nucleus sampling, arXiv 1904.09751); None: all.
-    """
-
-    temperature: float = 0.8
-    top_k: int | None = None
-    top_p: float | None = None
-
-    def problems(self) -> list[Problem]:
-        """Every impossible setting."""
-        found = []
-        if self.temperature != 0 and not 1e-30 <= self.temperature < torch.inf:
-            expected = "expected 0, or a number above 1e-30"
-            found.append(Problem("temperature", self.temperature, expected))
-        found += at_least(self, "", 1, "top_k")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            expected = "expected a number above 0 and up to 1, or null"
-            found.append(Problem("top_p", self.top_p, expected))
-        return found
+class Sampling(SamplingConfig):
+    """Draws the next token from logits."""
 
     def draw(self, logits: Tensor, generator: torch.Generator) -> Tensor:
         """logits (B, V) -> token ids (B,), drawn by `generator`, which is on the CPU."""

@@ -9,8 +9,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from conf.errors import ConfigError, Problem
-from train.engine_config import EngineConfig
+from conf.errors import ConfigError
+from train.engine_config import EngineConfig, no_cuda
 
 # Dense bf16 peak of one device in FLOP/s, from the data sheets, which often state twice as much
 # for sparse matrices.
@@ -36,7 +36,7 @@ def choose_device(config: EngineConfig) -> torch.device:
     """
     available = torch.cuda.is_available()
     if config.device == "cuda" and not available:
-        raise ConfigError([_no_cuda("engine.device")])
+        raise ConfigError([no_cuda("engine.device")])
     if config.device == "cpu" or not available:
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())
@@ -51,21 +51,6 @@ def configure_process(config: EngineConfig, device: torch.device) -> None:
         # Float32 matrix products use TF32: on an A100 156 instead of 19.5 TFLOP/s, with 10 bits of
         # mantissa as in float16.
         torch.set_float32_matmul_precision("high")
-
-
-def device_problems(device: str) -> list[Problem]:
-    """The problems of a command's argument `device`."""
-    if device not in ("auto", "cpu", "cuda"):
-        return [Problem("device", device, "expected auto, cpu or cuda")]
-    if device == "cuda" and not torch.cuda.is_available():
-        return [_no_cuda("device")]
-    return []
-
-
-def _no_cuda(key: str) -> Problem:
-    return Problem(
-        key, "cuda", "this machine has no usable CUDA device", f"choose {key}=cpu or {key}=auto"
-    )
 
 
 def keep_freed_memory() -> None:

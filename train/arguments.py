@@ -1,0 +1,224 @@
+"""The arguments of the commands that take some of their own: one small frozen dataclass for each.
+
+Like every configuration, they need no torch: a wrong argument is told before it is imported.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from conf.errors import ConfigError, Problem
+from conf.settings import above, at_least
+from phd.config import SamplingConfig, SpanUnit
+from train.engine_config import device_problems
+
+Benchmark = Literal["attention", "step", "data", "resume", "checkpoint", "inference"]
+WeightDtype = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateArguments:
+    """Arguments of `python train/generate.py`, each as key=value.
+
+    Attributes:
+        run: the directory of a run; its newest complete checkpoint is loaded.
+        prompt: the text to continue; null: the standard input is, as a whole, or line by line if
+            it is a terminal.
+        file: a file of prompts, one on each line, or `.jsonl` with a `prompt` on each line; null:
+            none. For each prompt a line of JSON is written, with the reason why its text ended:
+            `document`, `stop` or `length`.
+        n: how many texts are written for each prompt.
+        batch: how many texts are written at the same time.
+        max_tokens: the most tokens that a text gets.
+        temperature: divides the logits; 0 always takes the most likely token.
+        top_k: choose among the k most likely tokens; null: among all.
+        top_p: choose among the most likely tokens that together have this probability; null: among
+            all.
+        stop: a text, or a JSON list of texts, at which writing ends; it is not part of the result.
+        seed: the same seed writes the same text for a prompt, whatever else is in the batch.
+        compile: compile the computation of a token with `torch.compile`, which takes about a minute
+            at first. A token then takes about three quarters of the time, if a text fills most of
+            the room that its prompt and `max_tokens` ask for.
+        device: `auto`, `cpu` or `cuda`.
+    """
+
+    run: str
+    prompt: str | None = None
+    file: str | None = None
+    n: int = 1
+    batch: int = 16
+    max_tokens: int = 200
+    temperature: float = 0.8
+    top_k: int | None = None
+    top_p: float | None = None
+    stop: tuple[str, ...] = ()
+    seed: int = 0
+    compile: bool = False
+    device: str = "auto"
+
+    def problems(self) -> list[Problem]:
+        """Every impossible setting."""
+        found = at_least(self, "", 1, "n", "batch", "max_tokens") + at_least(self, "", 0, "seed")
+        if "" in self.stop:
+            expected = "an empty text would end every text at once"
+            found.append(Problem("stop", self.stop, expected, "give a text that may be written"))
+        if self.file is not None and self.prompt is not None:
+            found.append(Problem("file", self.file, "gives the prompts", "leave out prompt"))
+        found += device_problems(self.device)
+        try:
+            SamplingConfig(**self.sampling)
+        except ConfigError as error:
+            found += [problem for problem in error.problems if isinstance(problem, Problem)]
+        return found
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """How tokens are drawn: the settings of `phd.inference.sampling.Sampling`."""
+        return {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportArguments:
+    """Arguments of `python train/export.py`, each as key=value.
+
+    Attributes:
+        run: the directory of a run; its newest complete checkpoint is exported.
+        out: the directory to write. It must not exist, or must be empty.
+        dtype: the data type of the weights: `float32` or `bfloat16`.
+    """
+
+    run: str
+    out: str
+    dtype: str = "float32"
+
+    def problems(self) -> list[Problem]:
+        """Every impossible setting."""
+        found = []
+        if self.dtype not in get_args(WeightDtype):
+            names = ", ".join(get_args(WeightDtype))
+            found.append(Problem("dtype", self.dtype, f"expected one of {names}"))
+        out = Path(self.out).resolve()
+        if out == Path.cwd() or any(parent.is_file() for parent in out.parents):
+            expected = "expected a directory to make"
+            found.append(Problem("out", self.out, expected, "choose another one"))
+        elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+            expected = "not an empty directory"
+            found.append(Problem("out", str(out), expected, "choose another one, or empty it"))
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerArguments:
+    """Arguments of `python train/tokenizer.py`, each as key=value.
+
+    All others are those of `python train/main.py`, of which `data` and `tokenizer` matter.
+
+    Attributes:
+        out: the path of the SentencePiece model that is written; it must not exist yet.
+    """
+
+    out: str
+
+    @property
+    def path(self) -> Path:
+        """`out`, as a path."""
+        return Path(self.out).expanduser()
+
+    def problems(self) -> list[Problem]:
+        """Every impossible setting."""
+        if not self.out:
+            return [Problem("out", "", "expected the path of the .model that is written")]
+        if self.path.exists():
+            hint = "give another path, or remove it"
+            return [Problem("out", self.out, "is there already", hint)]
+        return []
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretokenizeArguments:
+    """Arguments of `python train/pretokenize.py`, each as key=value.
+
+    All others are those of `python train/main.py`, of which `data` and `tokenizer` matter.
+
+    Attributes:
+        out: the directory in which a directory for each source is written.
+        parts: how many shards a source is cut into; each shard is the work of one process.
+        processes: how many processes work at the same time; null: one for each core. The files do
+            not depend on it.
+    """
+
+    out: str
+    parts: int = 16
+    processes: int | None = None
+
+    def problems(self) -> list[Problem]:
+        """Every impossible setting."""
+        return at_least(self, "", 1, "parts", "processes")
+
+    @property
+    def workers(self) -> int:
+        """How many processes that is."""
+        return self.processes or len(os.sched_getaffinity(0))
+
+    def directory(self, name: str) -> Path:
+        """Where the source of this name is written."""
+        return Path(self.out).expanduser() / name
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchArguments:
+    """Arguments of `python train/bench.py NAME key=value ...`.
+
+    Attributes:
+        name: what is measured. `attention`: the forward and backward pass of one layer's attention.
+            `step`: a whole training step, also of transformers' Olmo2. `data`: how fast the loader
+            reads text and tokens. `resume`: how long it takes to continue at 1 %, 50 % and 99 % of
+            a corpus. `checkpoint`: how long a save takes, and for how much of it the training
+            stands still. `inference`: prefill, decode and KV bytes of every variant, with charts.
+        out: the directory for `<name>.json` and `<name>.csv`; `checkpoint` measures its disk.
+        repeat: how often everything is measured; medians are reported.
+        size: the model of `step`, `checkpoint` and `inference`, a file of conf/size/; `inference`
+            makes `tiny` wider.
+        span_unit: whether W = 16 and C = 32 count `token`s or `hidden` copies in `inference`.
+        copies: the values of K in `inference`; an empty list: a few for each chart.
+        prompts: the lengths in tokens of the prompts in `inference`; an empty list: a short and a
+            long one.
+        contexts: the lengths in tokens up to which `inference` decodes; an empty list: a short and
+            a long one.
+        compile: decode with `torch.compile` in `inference`; compiling takes up to a minute for each
+            row of the table.
+        rows: the rows of a `step`.
+        seq_len: T, the tokens of a row of a `step`.
+        gigabytes: the size of the corpus that is written for `resume`.
+        device: `auto`, `cpu` or `cuda`.
+    """
+
+    name: str
+    out: str = "bench"
+    repeat: int = 11
+    size: str = "tiny"
+    span_unit: SpanUnit = "token"
+    copies: tuple[int, ...] = ()
+    prompts: tuple[int, ...] = ()
+    contexts: tuple[int, ...] = ()
+    compile: bool = False
+    rows: int = 4
+    seq_len: int = 1024
+    gigabytes: float = 1.0
+    device: str = "auto"
+
+    def problems(self) -> list[Problem]:
+        """Every impossible setting."""
+        found = at_least(self, "", 1, "repeat", "rows", "seq_len")
+        for key, least in (("copies", 2), ("prompts", 1), ("contexts", 1)):
+            found += [
+                Problem(key, value, f"expected integers of at least {least}")
+                for value in getattr(self, key)
+                if value < least
+            ]
+        found += above(self, "", 0, "gigabytes")
+        if self.name not in get_args(Benchmark):
+            names = ", ".join(get_args(Benchmark))
+            found.append(Problem("name", self.name, f"expected one of {names}"))
+        return found + device_problems(self.device)
