@@ -38,6 +38,7 @@ from train.engine_config import DeepSpeedConfig, FsdpConfig
 from train.engines.device import choose_device, configure_process
 from train.engines.engine import Engine
 from train.engines.fsdp import FsdpEngine
+from train.engines.schedule import config_before, schedule_change
 from train.hf.pretrained import pretrained_start
 from train.metrics.hooks import (
     DataProgress,
@@ -408,6 +409,11 @@ def _newest(config: Config, store: CheckpointStore, console: Console) -> Checkpo
     console.print(f"going on from {checkpoint.path}", markup=False)
     for line in changes.values():
         warn(console, f"changed since then: {line}")
+    before = config_before(checkpoint.state["config"], config)
+    if before is None:
+        warn(console, "the learning rate's course so far is not one that this version can tell")
+    elif told := schedule_change(before, config, checkpoint.step):
+        warn(console, told)
     return checkpoint
 
 

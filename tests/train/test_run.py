@@ -150,6 +150,7 @@ def test_a_complete_run_goes_on_when_it_is_made_longer(config, trained, tmp_path
     extended = trained(config(*longer))
     whole = trained(config(*longer, f"run.dir={tmp_path / 'whole'}"))
     assert "changed since then: train.max_steps was 6 and is now 9" in extended.output
+    assert "takes another course" not in extended.output
     assert extended.record.step == 9
     assert_equal_bits(everything(extended), everything(whole))
 
@@ -158,6 +159,7 @@ def test_a_changed_learning_rate_is_told_and_followed(config, trained) -> None:
     trained(config("schedule=constant", "optim.lr=1e-3"))
     changed = trained(config("schedule=constant", "optim.lr=5e-4", "train.max_steps=7"))
     assert "changed since then: optim.lr was 0.001 and is now 0.0005" in changed.output
+    assert "the learning rate takes another course. Step 6 had 0.001. " in changed.output
     assert changed.record.lr == 5e-4
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from data.config import DataConfig, PythonSource
 from train.config import Config, OptimConfig, ScheduleConfig, TrainConfig
-from train.engines.schedule import learning_rate
+from train.engines.schedule import config_before, learning_rate, schedule_change
 
 PEAK = 2.0
 
@@ -108,3 +108,89 @@ def test_a_run_that_only_time_ends_has_a_constant_rate_after_its_warm_up() -> No
         schedule=ScheduleConfig(kind="constant", warmup_steps=2),
     )
     assert [learning_rate(config, step) for step in (0, 1, 2, 10**6)] == [1.0, 2.0, 2.0, 2.0]
+
+
+# A resumed run with other settings
+
+
+def run_of(**settings: Any) -> Config:
+    """A run of so many steps with a peak of 2, and other settings of its schedule."""
+    parts = {"train": {"max_steps": 200}, "optim": {"lr": PEAK}, "schedule": {}}
+    for name, value in settings.items():
+        section, _, key = name.partition("__")
+        parts[section][key] = value
+    return Config(
+        data=DataConfig(sources={"python": PythonSource(kind="python")}),
+        train=TrainConfig(**parts["train"]),
+        optim=OptimConfig(**parts["optim"]),
+        schedule=ScheduleConfig(**parts["schedule"]),
+    )
+
+
+KINDS = ["cosine", "linear", "wsd", "constant"]
+CHANGES: list[dict[str, Any]] = [
+    {"train__max_steps": 260},
+    {"train__max_steps": 150},
+    {"train__max_tokens": 190 * 2048},
+    {"train__max_flops": 1e13},
+    {"optim__lr": 1.0},
+    {"schedule__warmup_steps": 120},
+    {"schedule__warmup_fraction": 0.9, "schedule__decay_fraction": 0.05},
+    {"schedule__final_ratio": 0.5},
+    {"schedule__decay_fraction": 0.7},
+    *({"schedule__kind": kind} for kind in KINDS),
+]
+
+
+@pytest.mark.parametrize("step", [1, 40, 100, 140, 200])
+@pytest.mark.parametrize("change", CHANGES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_another_course_of_the_learning_rate_is_told_and_no_other(
+    kind: str, change: dict[str, Any], step: int
+) -> None:
+    before = run_of(schedule__kind=kind)
+    now = run_of(**{"schedule__kind": kind, **change})
+    told = schedule_change(before, now, step)
+    ahead = range(step, now.total_steps or 0)
+    differs = any(learning_rate(before, n) != learning_rate(now, n) for n in ahead)
+    assert (told is not None) == differs
+    if told is not None:
+        assert f"Step {step} had {learning_rate(before, step - 1):.3g}." in told
+        end = f"{learning_rate(now, now.total_steps - 1):.3g} at step {now.total_steps}"
+        assert f"Now: {now.schedule.kind} until step {now.total_steps}, with " in told
+        assert f"{learning_rate(now, step):.3g} at step {step + 1}" in told
+        assert end in told
+        jump = learning_rate(now, step) / learning_rate(before, step - 1)
+        assert ("It rises to" in told) == (jump > 1.01 and step >= now.warmup_steps)
+
+
+def test_a_cosine_that_was_at_its_end_says_how_far_it_rises() -> None:
+    before = run_of(optim__lr=5e-3)
+    told = schedule_change(before, run_of(optim__lr=5e-3, train__max_steps=260), 200)
+    assert told == (
+        "the learning rate takes another course. Step 200 had 0.0005. Before: cosine until step "
+        "200, which was the end. Now: cosine until step 260, with 0.0011 at step 201, 0.0005 at "
+        "step 260. It rises to 2.21 times the last one; to stay at that, choose schedule=constant "
+        "optim.lr=0.0005"
+    )
+    stays = run_of(optim__lr=5e-4, schedule__kind="constant", train__max_steps=260)
+    assert schedule_change(before, stays, 200) is None
+
+
+def test_a_rate_of_zero_and_a_run_without_an_end_can_be_told() -> None:
+    zero = run_of(schedule__final_ratio=0.0)
+    assert "Step 200 had 0." in str(schedule_change(zero, run_of(train__max_steps=300), 200))
+    timed = {"train__max_steps": None, "train__max_time": 60.0, "schedule__kind": "constant"}
+    assert "constant, without a last step" in str(schedule_change(run_of(), run_of(**timed), 50))
+    assert schedule_change(run_of(**timed), run_of(**timed), 10**7) is None
+
+
+def test_the_schedule_of_a_checkpoint_is_read_whatever_its_version() -> None:
+    now, before = run_of(), run_of(train__max_steps=90, schedule__kind="wsd", optim__lr=1.0)
+    saved = before.to_dict()
+    assert config_before(saved, now) == before
+    del saved["train"]["max_flops"], saved["schedule"]["final_ratio"]
+    saved["optim"]["of_old"] = saved["schedule"]["of_old"] = 5
+    assert config_before(saved, now) == before
+    saved["schedule"]["kind"] = "of_old"
+    assert config_before(saved, now) is None
