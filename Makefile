@@ -9,6 +9,16 @@ KILLS ?= 20
 SIGNALS ?= 50
 SEED ?= 0
 
+# `uv pip` where uv is installed, else pip; `make train UV=` takes pip, which alone reads pip.conf.
+# Neither compiles all that it installs, as pip would by default: that takes longer than the first
+# step, and Python compiles what it imports.
+UV ?= $(shell command -v uv)
+ifeq ($(strip $(UV)),)
+INSTALL := $(BIN)/python -m pip install --quiet --no-compile
+else
+INSTALL := $(UV) pip install --quiet --python $(BIN)/python
+endif
+
 # Two test processes of one thread each: more would wait for each other on two cores. The tests of a
 # file run in one process, because they look at runs that they share.
 PYTEST := OMP_NUM_THREADS=1 PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest \
@@ -17,16 +27,16 @@ PYTEST := OMP_NUM_THREADS=1 PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pyt
 .PHONY: help train test fast check soak-data soak-faults install clean
 
 help:
-	@echo "make train        create $(VENV), install, pretrain the default model (ARGS=\"model=phd_swa\" overrides)"
-	@echo "make test         create $(VENV), install, lint, check types, run all tests (TESTS=tests/phd: some of them)"
+	@echo "make train        create $(VENV), install what training needs, pretrain the default model (ARGS=\"model=phd_swa\" overrides)"
+	@echo "make test         install the rest, lint, check types, run all tests (TESTS=tests/phd: some of them)"
 	@echo "make fast         the same, without tests that start processes, compile or take long: two minutes"
-	@echo "make check        create $(VENV), install, lint, check types"
+	@echo "make check        install the rest, lint, check types"
 	@echo "make soak-data    CASES=500 SEED=0: random corpora, kills and changes of ranks: the same rows always"
 	@echo "make soak-faults  KILLS=20 SIGNALS=50 SEED=0: killed ranks and machines: the same run always"
-	@echo "make install      create $(VENV), install"
+	@echo "make install      create $(VENV), install everything: what training, every command and the tests need"
 	@echo "make clean        remove $(VENV), runs and bench"
 
-train: $(VENV)/.installed
+train: $(VENV)/.training
 	$(BIN)/python train/main.py $(ARGS)
 
 test: check
@@ -49,11 +59,20 @@ soak-faults: $(VENV)/.installed
 
 install: $(VENV)/.installed
 
-# Made again whenever what it is made from has changed.
-$(VENV)/.installed: pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,hf]"
-	touch $@
+# Both files are made again whenever what they are made from has changed. A stamp of everything is one
+# of training, too.
+$(VENV)/.training: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing what training needs into $(VENV): $(INSTALL)"
+	@$(INSTALL) --constraint constraints.txt --editable .
+	@touch $@
+
+$(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing everything into $(VENV): $(INSTALL)"
+	@$(INSTALL) --constraint constraints.txt --editable ".[dev]"
+	@touch $(VENV)/.training $@
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
 
 clean:
 	rm -rf $(VENV) runs bench

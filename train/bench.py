@@ -30,6 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from conf.errors import ConfigError
+from conf.extras import pip_command
 from train.arguments import BenchArguments
 from train.benchmarks.attention import bench_attention
 from train.benchmarks.checkpoint import bench_saving
@@ -69,7 +70,8 @@ def _bench_inference(args: BenchArguments, device: torch.device) -> Result:
     # missing first.
     if missing := [name for name in ("transformers", "matplotlib") if find_spec(name) is None]:
         problem = f"name=inference: needs {' and '.join(missing)}"
-        raise ConfigError([f'{problem}; pip install "phd-transformer[bench]"'], "the arguments")
+        add = pip_command("phd-transformer[bench]")
+        raise ConfigError([f"{problem}; {add}"], "the arguments")
     from train.benchmarks.inference import bench_inference, grid_of
 
     wider = [f"model.{setting}" for setting in WIDENED] if args.size == "tiny" else []

@@ -29,6 +29,7 @@ from omegaconf.errors import OmegaConfBaseException
 from conf import checkout
 from conf.arguments import parse, refuse, resolve, usage
 from conf.errors import USER_ERRORS, ConfigError, Problem, report
+from conf.extras import pip_command
 from conf.validation import defaults, did_you_mean, flatten_keys, keys, nearest
 from train.config import Config
 from train.distributed.dist_env import DistEnv
@@ -200,8 +201,9 @@ def collecting(problems: list[Problem | str]) -> Iterator[None]:
         problems += error.problems
     except (HydraException, OmegaConfBaseException) as error:
         problem = str(error).strip().partition("\n")[0]
-        hint = ". It comes with: pip install hydra-submitit-launcher" if SUBMITIT in problem else ""
-        problems.append(problem + hint)
+        if SUBMITIT in problem:
+            problem += f". It comes with: {pip_command('phd-transformer[slurm]')}"
+        problems.append(problem)
 
 
 def _parse(

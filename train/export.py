@@ -28,6 +28,7 @@ from typing import Any
 import torch
 
 from conf.errors import ConfigError
+from conf.extras import pip_command
 from data.storage.atomic import new_directory
 from data.tokenizer import Tokenizer
 from phd.config import ModelConfig
@@ -124,10 +125,8 @@ def _transformers() -> ModuleType:
     try:
         import transformers
     except ImportError:
-        problem = (
-            "transformers is not installed; what is exported is for it: "
-            'pip install "phd-transformer[hf]"'
-        )
+        problem = "transformers is not installed; what is exported is for it"
+        problem += f": {pip_command('phd-transformer[hf]')}"
         raise ConfigError([problem], "the environment") from None
     return transformers
 

@@ -25,7 +25,8 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import WeakSet
 
-from conf.errors import ConfigError, DataError, TransientError, reason_of
+from conf.errors import ConfigError, DataError, Problem, TransientError, reason_of
+from conf.extras import pip_command
 from data.config import DatasetsSource
 from data.source import BadRecord, Document, Position, no_such_field
 from data.storage.retry import http_status, is_temporary
@@ -187,7 +188,15 @@ class HubCorpus:
 
     def _load(self) -> "IterableDataset":
         # Imported here because it takes seconds and only this source needs it.
-        from datasets import load_dataset
+        try:
+            from datasets import load_dataset
+        except ModuleNotFoundError as error:
+            if error.name != "datasets":
+                raise
+            key = f"data.sources.{self.name}.kind"
+            reason = "needs the package datasets, which is not installed"
+            add = pip_command("phd-transformer[hub]")
+            raise ConfigError([Problem(key, "datasets", reason, add)]) from None
 
         source = self.source
         files = source.data_files

@@ -11,6 +11,7 @@ from fsspec.asyn import AsyncFileSystem
 from fsspec.core import url_to_fs
 
 from conf.errors import DataError, reason_of
+from conf.extras import pip_command
 from data.storage.retry import PermanentError, http_status, is_temporary
 
 READ_BYTES = 1 << 20
@@ -231,7 +232,20 @@ def _translated() -> Iterator[None]:
         if status in (None, 404) or is_temporary(status):
             raise
         raise PermanentError(reason_of(error)) from error
-    except (ImportError, ValueError) as error:  # no such protocol, or its package is missing
+    except ImportError as error:
+        raise PermanentError(_missing_package(error)) from error
+    except ValueError as error:  # no such protocol
         raise PermanentError(reason_of(error)) from error
     except Exception as error:  # the libraries behind fsspec have errors of their own
         raise OSError(f"{type(error).__name__}: {error}") from error
+
+
+def _missing_package(error: ImportError) -> str:
+    """Why a file system cannot be used, with the command that installs what it needs."""
+    # fsspec raises an error with a sentence of its own from that of the import.
+    name = getattr(error.__cause__, "name", None) or error.name
+    if name is None:
+        return reason_of(error)
+    package = name.partition(".")[0]
+    add = pip_command("phd-transformer[hub]" if package == "huggingface_hub" else package)
+    return f"the package {package} is not installed: {add}"

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from conf.errors import ConfigError
+from conf.extras import pip_command
 from data.batch import Batch
 from phd.flops import training_flops_per_token
 from phd.hf.convert import to_hugging_face
@@ -74,10 +75,9 @@ def _transformers_work(config: Config, batch: Tensor) -> Work:
     try:
         from transformers import Olmo2Config, Olmo2ForCausalLM
     except ImportError:
-        raise ConfigError(
-            ['name=step: compares with transformers; pip install "phd-transformer[hf]"'],
-            "the arguments",
-        ) from None
+        add = pip_command("phd-transformer[hf]")
+        problem = f"name=step: compares with transformers, which is not installed; {add}"
+        raise ConfigError([problem], "the arguments") from None
     vanilla = replace(config, model=config.model.vanilla_twin)
     # The engine draws the weights, so that both start from the same ones.
     engine = FsdpEngine(vanilla, ProcessGroups())

@@ -28,6 +28,7 @@ from torch.nn.functional import pad
 from torch.nn.utils import get_total_norm
 
 from conf.errors import ConfigError, Problem
+from conf.extras import pip_command
 from data.batch import Batch
 from phd.initialization import initial_weights
 from phd.model import Transformer
@@ -254,7 +255,8 @@ def import_deepspeed(device: torch.device) -> ModuleType:
         if error.name != "deepspeed":
             raise
         missing = "the package deepspeed is not installed"
-        hint = "`pip install deepspeed`, or choose engine=fsdp"
+        add = pip_command("phd-transformer[deepspeed]")
+        hint = f"{add}, or choose engine=fsdp"
         raise ConfigError([Problem("engine.kind", "deepspeed", missing, hint)]) from None
     chosen = deepspeed.get_accelerator().device_name()
     if chosen != device.type:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from conf.errors import ConfigError, DataError, Problem, reason_of
+from conf.extras import pip_command
 from phd.config import ModelConfig
 from phd.hf.convert import from_hugging_face, starting_state, to_hugging_face
 
@@ -130,5 +131,5 @@ def _safetensors() -> ModuleType:
         import safetensors.torch
     except ImportError:
         missing = "safetensors is not installed; Hugging Face models need it: "
-        raise ConfigError([f'{missing}pip install "phd-transformer[hf]"']) from None
+        raise ConfigError([missing + pip_command("phd-transformer[hf]")]) from None
     return safetensors

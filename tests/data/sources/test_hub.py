@@ -2,6 +2,7 @@
 
 import gc
 import json
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import chain, islice
@@ -75,6 +76,18 @@ def counted(json_corpus: Callable[..., HubCorpus]) -> tuple[HubCorpus, Counter[s
 
     one.stream = one.stream.map(count)
     return one, reads
+
+
+def test_without_datasets_the_extra_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ConfigError) as refused:
+        corpus("json", tmp_path / "some.jsonl")
+    [problem] = map(str, refused.value.problems)
+    assert problem.startswith("data.sources.web.kind='datasets': needs the package datasets, which")
+    assert problem.endswith('-m pip install "phd-transformer[hub]"')
+
 
 
 @given(shards=st.integers(1, 400), lanes=st.integers(1, 24))

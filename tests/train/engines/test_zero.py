@@ -465,7 +465,7 @@ def test_compiling_weights_that_come_and_go_is_refused() -> None:
 
 def test_a_process_without_deepspeed_is_told_how_to_get_it(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "deepspeed", None)
-    with pytest.raises(ValueError, match="pip install deepspeed"):
+    with pytest.raises(ValueError, match=r"pip install \"phd-transformer\[deepspeed\]\""):
         import_deepspeed(torch.device("cpu"))
 
 

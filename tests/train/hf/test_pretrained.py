@@ -182,7 +182,7 @@ def test_without_safetensors_the_extra_is_named(
     message = (
         "1 problem in the configuration:\n"
         "  safetensors is not installed; Hugging Face models need it: "
-        'pip install "phd-transformer[hf]"'
+        f'{sys.executable} -m pip install "phd-transformer[hf]"'
     )
     with refusal(message):
         load_pretrained(checkpoint)

@@ -1,0 +1,23 @@
+"""Optional packages: what some commands need and the default training does not.
+
+pyproject.toml lists them as extras of this project, such as `phd-transformer[hf]`.
+"""
+
+import shlex
+import sys
+from importlib.util import find_spec
+
+
+def pip_command(requirement: str) -> str:
+    """The command that adds a package, or an extra, to the environment of this Python.
+
+    An environment that uv made has no pip; the command is uv's then.
+
+    Args:
+        requirement: as pip takes it: `phd-transformer[hf]` or `s3fs`.
+    """
+    quoted = f'"{requirement}"' if "[" in requirement else requirement
+    python = shlex.quote(sys.executable)
+    if find_spec("pip") is None:
+        return f"uv pip install --python {python} {quoted}"
+    return f"{python} -m pip install {quoted}"
