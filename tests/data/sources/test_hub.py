@@ -89,7 +89,6 @@ def test_without_datasets_the_extra_is_named(
     assert problem.endswith('-m pip install "phd-transformer[hub]"')
 
 
-
 @given(shards=st.integers(1, 400), lanes=st.integers(1, 24))
 def test_every_remainder_of_every_shard_belongs_to_one_lane(shards: int, lanes: int) -> None:
     remainders: dict[int, list[tuple[int, int]]] = {shard: [] for shard in range(shards)}

@@ -279,7 +279,7 @@ def test_what_is_missing_is_told_before_anything_is_measured(
 ) -> None:
     monkeypatch.setattr(bench, "find_spec", lambda name: None if name == "matplotlib" else name)
     start = process_time()
-    with pytest.raises(ConfigError, match=r"needs matplotlib; pip install .*\[bench\]"):
+    with pytest.raises(ConfigError, match=r"needs matplotlib; .* -m pip install .*\[bench\]"):
         bench.main(BenchArguments(name="inference", device="cpu"))
     assert process_time() - start < 1  # of work, however busy the machine is
 
