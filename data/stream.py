@@ -25,6 +25,9 @@ from data.packing import PADDING, Row, pack, pack_best_fit
 from data.sources.documents import Documents, NoTrainingDocumentsError
 from data.tokenizer import Tokenizer
 
+BY_DOCUMENTS = "its lanes are cut by documents, because in equal bytes some would have none"
+"""What is told of a source whose lanes are not cut by bytes."""
+
 
 class OutOfTextError(DataError):
     """Every source has been read as often as its `epochs` allow."""
@@ -80,6 +83,8 @@ class TokenStream:
         self.shape = shape
         self.seed = seed
         self._start = cursors
+        # Sources of which the cursors may have read; `check_resumes` knows it better.
+        self._read_before = frozenset(config.sources if cursors else ())
 
     @property
     def fingerprint(self) -> dict[str, Any]:
@@ -99,13 +104,15 @@ class TokenStream:
             "data.packing": self._packing,
             "seed": self.seed,
             "tokenizer": self.tokenizer.fingerprint,
+            **{_lanes_key(name): s for name, s in self.documents.lane_starts.items()},
         }
 
     def check_resumes(self, saved: Mapping[str, Any]) -> list[str]:
         """Make sure that the cursors mean the same as where they were saved.
 
         What has decided nothing so far may change: phases that have not begun, and sources that
-        have had no weight.
+        have had no weight. Lanes stay cut as they were: at the positions in `saved`, or by bytes if
+        it has none.
 
         Args:
             saved: the fingerprint of the stream that gave the cursors.
@@ -116,7 +123,47 @@ class TokenStream:
         Raises:
             ConfigError: something else has changed.
         """
-        return check_fingerprint(saved, self.fingerprint, self._tokens_read())
+        tokens_read = self._tokens_read()
+        phases = [weights for start, weights in saved.get(MIXTURE, []) if start <= tokens_read]
+        self._read_before = frozenset(
+            n for phase in phases for n, weight in phase.items() if weight
+        )
+        for name, corpus in self.documents.corpora.items():
+            same = all(saved.get(key) == value for key, value in corpus.fingerprint.items())
+            if same and (starts := saved.get(_lanes_key(name))) is not None:
+                self.documents.set_lane_starts(name, starts)
+        return check_fingerprint(saved, self.fingerprint, tokens_read)
+
+    def empty_lanes(self) -> set[str]:
+        """The sources of which a lane of this rank has nothing to train on.
+
+        Those whose lanes were read before are left out: they stay as they are.
+
+        Raises:
+            DataError, TransientError: a source is damaged, or cannot be read at present.
+        """
+        config = self.documents.config
+        used = {name for _, weights in config.mixture for name, w in weights.items() if w}
+        return {
+            name
+            for name in used - self._read_before - set(self.documents.lane_starts)
+            if not all(self.documents.has_training_documents(name, n) for n in set(self.lanes))
+        }
+
+    def cut_by_documents(self, name: str) -> list[Any] | None:
+        """Where the lanes of a source begin if it is cut by documents, so that none is empty.
+
+        Returns:
+            a JSON value for `Documents.set_lane_starts`; None if only a later phase needs the
+            source and it has too few documents, which `check_later_phases` tells.
+
+        Raises:
+            DataError: it has fewer documents than lanes.
+        """
+        starts = self.documents.cut_by_documents(name)
+        if starts is None and self.documents.config.mixture[0][1][name]:
+            raise self.documents.no_training_documents(name)
+        return starts
 
     def _tokens_read(self) -> float:
         """The token of the run up to which the cursors' lanes have read; inf if it is not known."""
@@ -210,3 +257,8 @@ class TokenStream:
             f"data.sources.*.epochs={limits}: all text has been read so often; raise them to go "
             "on, or end the run earlier with train.max_tokens"
         )
+
+
+def _lanes_key(name: str) -> str:
+    """The key in a fingerprint of where a source's lanes begin that are cut by documents."""
+    return f"data.sources.{name}.lanes"

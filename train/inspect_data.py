@@ -27,7 +27,7 @@ from data.loader import Loader
 from data.source import Document, TokenDocument
 from data.sources.documents import Documents, is_held_out
 from data.sources.quarantine import Quarantine
-from data.stream import BatchShape, TokenStream
+from data.stream import BY_DOCUMENTS, BatchShape, TokenStream
 from data.tokenizer import Tokenizer
 from data.tokenizer_training import prepare_tokenizer
 from train.config import Config
@@ -167,6 +167,10 @@ def main(config: Config) -> int:
     records, bad = quarantine.records, len(quarantine.bad_records)
     shape = BatchShape(global_batch=config.train.global_batch, seq_len=config.train.seq_len)
     stream = TokenStream(documents, tokenizer, shape, seed=config.seed)
+    for name in sorted(stream.empty_lanes()):
+        if (starts := stream.cut_by_documents(name)) is not None:
+            documents.set_lane_starts(name, starts)
+            console.print(f"data.sources.{name}: {BY_DOCUMENTS}", markup=False)
     stream.check_later_phases()
     # The quarantine was counted before: the loader reads the same records again.
     speed, batch = loading_speed(stream, config, MEASURE_S)

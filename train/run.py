@@ -20,7 +20,7 @@ from data.fingerprint import changed_settings
 from data.heldout import heldout_rows
 from data.loader import Loader
 from data.sources.documents import Documents
-from data.stream import BatchShape, TokenStream
+from data.stream import BY_DOCUMENTS, BatchShape, TokenStream
 from data.tokenizer import Tokenizer
 from data.tokenizer_training import prepare_tokenizer
 from train.anomalies.detection import SpikeDetector
@@ -325,8 +325,23 @@ def _stream(
     if checkpoint:
         for line in stream.check_resumes(checkpoint.state["stream"]):
             warn(console, f"changed since then: {line}")
+    _fill_lanes(stream, groups, console)
     raise_on_all_ranks(groups, stream.check_later_phases)
     return stream
+
+
+def _fill_lanes(stream: TokenStream, groups: ProcessGroups, console: Console) -> None:
+    """Cut the sources by documents of which a lane of any rank would be empty otherwise."""
+    empty = raise_on_all_ranks(groups, stream.empty_lanes)
+    for name in sorted(set().union(*groups.gather(empty))):
+
+        def cut(name: str = name) -> list[Any] | None:
+            return stream.cut_by_documents(name) if groups.is_rank_zero else None
+
+        starts = groups.broadcast(raise_on_all_ranks(groups, cut))
+        if starts is not None:
+            stream.documents.set_lane_starts(name, starts)
+            console.print(f"data.sources.{name}: {BY_DOCUMENTS}", markup=False)
 
 
 def _write_quarantine(documents: Documents, directory: Path, groups: ProcessGroups) -> None:

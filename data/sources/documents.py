@@ -1,7 +1,8 @@
 """The documents of a run: those that lanes train on, and those held out."""
 
+from array import array
 from collections.abc import Generator, Iterator
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from data.config import (
 from data.source import BadRecord, Corpus, Document, Position, Record, TokenDocument
 from data.sources.files import file_corpus, python_corpus
 from data.sources.hub import HubCorpus
+from data.sources.lanes import first_documents
 from data.sources.quarantine import Quarantine
 from data.sources.token_files import TokenCorpus
 from data.storage.shard_cache import ShardCache
@@ -40,6 +42,10 @@ class NoTrainingDocumentsError(DataError):
     def __init__(self, why: str, remedy: str) -> None:
         super().__init__(f"{why}. {remedy}")
         self.why = why
+
+
+TrainingDocument = tuple[Document | TokenDocument, Position]
+"""A document that is trained on, and the position after it."""
 
 
 class ValidRecord(NamedTuple):
@@ -84,6 +90,8 @@ class Documents:
     Attributes:
         corpora: by the sources' names.
         quarantine: the records that are no documents.
+        lane_starts: the positions at which the lanes begin, of the sources that are cut by
+            documents; the others are cut as their corpus does it, most of them by bytes.
     """
 
     def __init__(self, config: DataConfig) -> None:
@@ -95,6 +103,9 @@ class Documents:
             name: open_corpus(name, source, config, cache)
             for name, source in config.sources.items()
         }
+        self.lane_starts: dict[str, list[Position]] = {}
+        # First passes over lanes of which a document was read to see whether there is one.
+        self._begun: dict[tuple[str, int], Iterator[TrainingDocument]] = {}
 
     @property
     def fingerprint(self) -> dict[str, Any]:
@@ -154,9 +165,75 @@ class Documents:
             return BadRecord("empty", origin)
         return xxh3_64_intdigest(encoded)
 
+    def has_training_documents(self, name: str, lane: int) -> bool:
+        """Whether a lane finds a document of a source to train on.
+
+        What is read for it is not read again: the lane's first pass goes on from there.
+
+        Raises:
+            DataError, TransientError: as `valid_records`.
+        """
+        documents = self._training(name, lane, None)
+        if (first := next(documents, None)) is None:
+            return False
+        self._begun[name, lane] = chain([first], documents)
+        return True
+
+    def cut_by_documents(self, name: str) -> list[Position] | None:
+        """Where a source's lanes begin if each gets training documents; reads all of the source.
+
+        Returns:
+            the positions, a JSON value; None if there are fewer documents than lanes.
+
+        Raises:
+            DataError, TransientError: as `valid_records`.
+        """
+        sizes = array("q", (size for size, _ in self._training_sizes(name)))
+        firsts = first_documents(sizes, self.config.lanes)
+        if firsts is None:
+            return None
+        # Read again, since the positions of millions of documents would take gigabytes.
+        last = {first - 1 for first in firsts}
+        found = enumerate(self._training_sizes(name))
+        return [None, *(after for number, (_, after) in found if number in last)]
+
+    def _training_sizes(self, name: str) -> Iterator[tuple[int, Position]]:
+        """The size of each training document of a source, and the position after it."""
+        # Not `valid_records`: these records are counted when they are read for training.
+        for record, after in self.corpora[name].documents(0, 1):
+            digest = self._checked(record)
+            if not isinstance(digest, BadRecord) and not is_held_out(digest, self.config.holdout):
+                is_text = isinstance(record, Document)
+                yield len(record.text.encode() if is_text else record.tokens), after  # type: ignore[union-attr]
+
+    def set_lane_starts(self, name: str, starts: list[Position]) -> None:
+        """Cut a source's lanes at these positions, before any of it is read for training."""
+        self.lane_starts[name] = starts
+        self._begun = {key: begun for key, begun in self._begun.items() if key[0] != name}
+
+    def _lane_records(self, name: str, lane: int, position: Position) -> Iterator[ValidRecord]:
+        """One pass over a lane's documents from a position on, held-out ones among them."""
+        if name not in self.lane_starts:
+            yield from self.valid_records(name, lane, self.config.lanes, position)
+            return
+        start, *following = self.lane_starts[name][lane:]
+        position = start if position is None else position
+        end = following[0] if following else None
+        if end is not None and position == end:
+            return
+        for record in self.valid_records(name, 0, 1, position):
+            yield record
+            if record.after == end:
+                return
+
+    def _training(self, name: str, lane: int, position: Position) -> Iterator[TrainingDocument]:
+        for document, digest, after in self._lane_records(name, lane, position):
+            if not is_held_out(digest, self.config.holdout):
+                yield document, after
+
     def training(
         self, name: str, lane: int, position: Position = None
-    ) -> Generator[tuple[Document | TokenDocument, Position]]:
+    ) -> Generator[TrainingDocument]:
         """One pass over a lane's training documents of a source, each with the position after it.
 
         Raises:
@@ -166,13 +243,12 @@ class Documents:
         # Without this error, `shuffle.epochs` would begin pass after pass without end.
         # A pass from the middle may find nothing, if the documents before were the last ones.
         found = position is not None
-        fraction = self.config.holdout
-        for document, digest, after in self.valid_records(name, lane, self.config.lanes, position):
-            if not is_held_out(digest, fraction):
-                found = True
-                yield document, after
+        begun = None if found else self._begun.pop((name, lane), None)
+        for item in begun or self._training(name, lane, position):
+            found = True
+            yield item
         if not found:
-            raise self._no_training_documents(name)
+            raise self.no_training_documents(name)
 
     def held_out(self, name: str, most: int | None = None) -> Iterator[Document | TokenDocument]:
         """The held-out documents among the first `most` of a source, or among all, in its order."""
@@ -212,12 +288,12 @@ class Documents:
                     yield (text := document.text[: int(room) + 1])
                     room -= len(text.encode())
         if not found:
-            raise self._no_training_documents(next(iter(self.corpora)))
+            raise self.no_training_documents(next(iter(self.corpora)))
 
     def _source(self, name: str) -> Source:
         return self.config.sources[name]
 
-    def _no_training_documents(self, name: str) -> NoTrainingDocumentsError:
+    def no_training_documents(self, name: str) -> NoTrainingDocumentsError:
         """The error for a lane that finds nothing to train on, which says why."""
         documents = islice(self.valid_records(name, 0, 1), EXPLANATION_DOCUMENTS)
         digests = [digest for _, digest, _ in documents]
@@ -235,8 +311,8 @@ class Documents:
             f"data.lanes={self.config.lanes}: a lane found no document to train on, because "
             f"data.sources.{name} has {len(digests)}{or_more} and "
             f"data.holdout={self.config.holdout} holds out {held_out} of them{bad}",
-            "Lower data.lanes, or add documents: a long one can fill the parts of several lanes, "
-            "and a .txt file is one document unless a separator cuts it",
+            "Lower data.lanes, or add documents: each lane needs one to train on, and a .txt file "
+            "is one document unless a separator cuts it",
         )
 
 

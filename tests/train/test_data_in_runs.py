@@ -113,6 +113,28 @@ def test_text_that_a_later_phase_lacks_is_told_before_the_run_has_a_directory(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("length", [100_000, 17_000_000], ids=["valid", "quarantined"])
+def test_a_run_over_one_huge_record_trains_and_goes_on_bitwise(
+    config, trained, logged, corpus: Path, tmp_path: Path, length: int
+) -> None:
+    lines = corpus.read_text().splitlines(keepends=True)
+    huge = json.dumps({"text": "huge " * (length // 5)}) + "\n"
+    (path := tmp_path / "huge.jsonl").write_text("".join([*lines[:9], huge, *lines[9:]]))
+    paths = f"data.sources.files.paths={path}"
+    settings = (paths, "data.lanes=4", "schedule=constant", "train.max_steps=8")
+    whole = trained(config(*settings, f"run.dir={tmp_path / 'whole'}"))
+    trained(config(*settings, "train.max_steps=3"))
+    rest = trained(config(*settings))
+    told = "data.sources.files: its lanes are cut by documents"
+    assert told in whole.output
+    assert told not in rest.output, "the checkpoint says so already"
+    losses = [[line["train/loss"] for line in logged(d.run.directory)] for d in (whole, rest)]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 8
+    state = rest.run.store.newest().state["stream"]
+    assert len(state["data.sources.files.lanes"]) == 4
+
+
 def test_a_run_ends_well_with_its_text(
     config: Callable[..., Config], logged, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
