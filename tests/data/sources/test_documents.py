@@ -118,9 +118,8 @@ def test_a_lane_without_documents_is_an_error_instead_of_an_endless_search(tmp_p
         read(documents, 2)
     assert str(error.value) == (
         "data.lanes=4: a lane found no document to train on, because data.sources.text has 3 and "
-        "data.holdout=0.0 holds out 0 of them. Lower data.lanes, or add documents: a long one "
-        "can fill the parts of several lanes, and a .txt file is one document unless a separator "
-        "cuts it"
+        "data.holdout=0.0 holds out 0 of them. Lower data.lanes, or add documents: each lane "
+        "needs one to train on, and a .txt file is one document unless a separator cuts it"
     )
 
 
@@ -131,8 +130,8 @@ def test_a_corpus_without_text_is_an_error(tmp_path: Path) -> None:
         with pytest.raises(DataError, match="no text in it") as error:
             attempt()
         assert str(error.value) == (
-            f"data.sources.text: no text in it ({tmp_path}/a.jsonl; not documents: 2 empty); "
-            "choose a source with documents"
+            f"data.sources.text: no text in it ({tmp_path}/a.jsonl; not documents: 2 empty). "
+            "Choose a source with documents"
         )
 
 
