@@ -55,7 +55,7 @@ def prepare_tokenizer(
     value: str | int | None
     if config.path is not None:
         key, value = "tokenizer.path", config.path
-        tokenizer = _given(config.path)
+        tokenizer = given_tokenizer(config.path, vocab_size)
     elif tokens:
         name, corpus = next(iter(tokens.items()))
         key, value = f"data.sources.{name}.path", str(corpus.path)
@@ -64,10 +64,7 @@ def prepare_tokenizer(
         key, value = "tokenizer.vocab_size", config.vocab_size
         tokenizer = _trained(config, documents, config.vocab_size or vocab_size)
     _check_made_by(tokenizer, key, value, tokens)
-    if tokenizer.vocab_size > vocab_size:
-        expected = f"has {tokenizer.vocab_size} pieces, more than model.vocab_size={vocab_size}"
-        hint = "set model.vocab_size to that or more"
-        raise ConfigError([Problem(key, value, expected, hint, ("model.vocab_size",))])
+    _check_size(tokenizer, key, value, vocab_size)
     return tokenizer
 
 
@@ -76,7 +73,25 @@ def training_options(config: TokenizerConfig, vocab_size: int) -> dict[str, Any]
     return {**LOSSLESS, "model_type": config.kind, "vocab_size": config.vocab_size or vocab_size}
 
 
-def _given(path: str) -> Tokenizer:
+def given_tokenizer(path: str, vocab_size: int) -> Tokenizer:
+    """The tokenizer of `tokenizer.path`, for a model with `vocab_size` embeddings.
+
+    Raises:
+        ConfigError: it is missing, broken or too large.
+    """
+    tokenizer = _load(path)
+    _check_size(tokenizer, "tokenizer.path", path, vocab_size)
+    return tokenizer
+
+
+def _check_size(tokenizer: Tokenizer, key: str, value: str | int | None, vocab_size: int) -> None:
+    if tokenizer.vocab_size > vocab_size:
+        expected = f"has {tokenizer.vocab_size} pieces, more than model.vocab_size={vocab_size}"
+        hint = "set model.vocab_size to that or more"
+        raise ConfigError([Problem(key, value, expected, hint, ("model.vocab_size",))])
+
+
+def _load(path: str) -> Tokenizer:
     file = Path(path).expanduser()
     hint = "give a SentencePiece .model, or null to train one on the data"
     try:

@@ -56,13 +56,18 @@ class Command(NamedTuple):
     jobs: list[Config]
 
 
-def run(task: Callable[[Config], int] | str) -> NoReturn:
+def run(
+    task: Callable[[Config], int] | str, before: Callable[[Config], None] | None = None
+) -> NoReturn:
     """Runs `task` for every job of this process's command line; its result is the exit code.
-
-    A module's name stands for its `main`; it is imported when the configuration has been checked.
 
     A wrong configuration ends the process with code 2 and one screen that names every problem,
     before the first job starts. A sweep ends with the first job whose result is not 0.
+
+    Args:
+        task: or the name of the module whose `main` it is; see `conf.arguments.resolve`.
+        before: further checks, made before this module is imported. Where there are several ranks
+            they are left to the task: ranks have to agree about what only some of them miss.
     """
     arguments = get_args_parser().parse_intermixed_args()
     flags = [argument for argument in sys.argv[1:] if argument not in arguments.overrides]
@@ -75,6 +80,8 @@ def run(task: Callable[[Config], int] | str) -> NoReturn:
     def job(tree: DictConfig) -> None:
         config = _named(_read(tree), HydraConfig.get().overrides.task, command.swept)
         try:
+            if before and DistEnv.from_environment().world_size == 1:
+                before(config)
             code = resolve(task)(config)
         except USER_ERRORS as error:
             _refuse(error)

@@ -9,8 +9,9 @@ from pathlib import Path
 if __name__ == "__main__":  # first of all: the imports below take seconds
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # see conf/checkout.py
     from train import compose
+    from train.inputs import check_inputs
 
-    compose.run("train.main")
+    compose.run("train.main", before=check_inputs)
 
 import gc
 from collections.abc import Callable, Sequence
@@ -25,9 +26,14 @@ from train.anomalies.policy import BadStepError, RollBackError
 from train.config import Config
 from train.console import progress_bar, warn
 from train.distributed.dist_env import DistEnv
-from train.distributed.process_groups import ProcessGroups, init_process_groups
+from train.distributed.process_groups import (
+    ProcessGroups,
+    init_process_groups,
+    raise_on_all_ranks,
+)
 from train.distributed.signals import StopSignal, exit_immediately
 from train.ending import Ending
+from train.inputs import check_inputs
 from train.loop import StoppedEarlyError, train
 from train.metrics.record import Hook, Metrics, StepRecord
 from train.plan import make_plan, print_plan
@@ -57,6 +63,7 @@ def main(config: Config, hooks: Sequence[MakeHook] = ()) -> int:
         # From here on, and not only from `open_run` on: it is told before anything else, and no
         # other process can come between two attempts.
         with hold_run_dir(config.run_dir, groups, console):
+            raise_on_all_ranks(groups, lambda: check_inputs(config))
             print_plan(make_plan(config, groups.world_size), console)
             if config.run.resume == "never" and any(groups.gather(groups.dist_env.restarts)):
                 config = _resuming(config)  # it was this very run that began anew

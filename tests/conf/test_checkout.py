@@ -102,6 +102,14 @@ def test_a_command_answers_from_its_own_checkout_before_anything_slow_is_importe
     assert {name.partition(".")[0] for name in modules} & SLOW == set()
 
 
+@pytest.mark.process
+def test_a_wrong_path_is_told_before_anything_slow_is_imported(run: Callable[..., Done]) -> None:
+    settings = ["data=files", "data.sources.files.paths=nosuch", "tokenizer.path=no.model"]
+    code, output, modules = run(str(ROOT / "train/main.py"), *settings)
+    assert (code, output.splitlines()[0]) == (2, "2 problems in the configuration:")
+    assert {name.partition(".")[0] for name in modules} & SLOW == set()
+
+
 def test_the_commands_are_known() -> None:
     assert {"train/main.py", "train/plan.py", "train/export.py"} <= set(COMMANDS)
     assert len(COMMANDS) >= 8
