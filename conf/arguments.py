@@ -9,6 +9,7 @@ from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 from conf import checkout
 from conf.errors import USER_ERRORS, report
+from conf.standard_streams import make_standard_streams_lossy
 from conf.validation import build, defaults, keys
 
 T = TypeVar("T")
@@ -28,6 +29,7 @@ def run(
         task: or the name of the module whose `main` it is; see `resolve`.
         positional: the fields that arguments without `key=` are for, in this order.
     """
+    make_standard_streams_lossy()
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(usage(cls))
         sys.exit(0)

@@ -43,6 +43,7 @@ import yaml
 from conf import checkout
 from conf.arguments import parse, refuse, usage
 from conf.errors import ConfigError, Problem, reason_of
+from conf.standard_streams import make_standard_streams_lossy
 from conf.validation import did_you_mean, keys, nearest
 from launch import kubernetes, slurm
 from launch.config import LAUNCHERS, Kubernetes, Local, MultiNode, Nodes, Slurm
@@ -232,6 +233,7 @@ def main(texts: Sequence[str]) -> int:
 
 
 def _run() -> NoReturn:
+    make_standard_streams_lossy()
     try:
         checkout.claim()
         code = main(sys.argv[1:])

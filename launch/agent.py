@@ -10,7 +10,8 @@ are left the exit code is 1. Here:
   same command again;
 - the agent's exit code is that of the processes;
 - SIGTERM, SIGUSR1, SIGUSR2, SIGINT and SIGHUP (as SIGTERM) are passed on to the processes, once,
-  and the processes have `grace_s` seconds to save, also if some of them end before others;
+  and the processes have `grace_s` seconds to save, also if some of them end before others. Under
+  `nohup`, SIGHUP stays ignored by all;
 - no process outlives its agent (see `launch.parent_death`);
 - every restart has a TCPStore of its own (see `launch.torchelastic`).
 """
@@ -71,13 +72,15 @@ class SignalForwarder:
 
     def __enter__(self) -> "SignalForwarder":
         handle_signals_ourselves()
-        self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN  # under nohup
+        ours = [number for number in SIGNALS if not (ignored and number == signal.SIGHUP)]
+        self._before = {number: signal.signal(number, self._handle) for number in ours}
         return self
 
     def _handle(self, number: int, frame: FrameType | None) -> None:  # noqa: ARG002
         if self.first is None:
             self.first = signal.Signals(number)
-            # A closed terminal sends SIGHUP, which training processes do not handle.
+            # A closed terminal sends SIGHUP, which another script may not handle.
             forwarded = signal.SIGTERM if number == signal.SIGHUP else self.first
             raise SignalException(f"received {self.first.name}", forwarded)
         if number == signal.SIGINT and self.agent is not None:

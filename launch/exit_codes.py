@@ -1,7 +1,7 @@
 """The exit code of one machine, combined from those of its processes."""
 
 from collections.abc import Iterable
-from signal import SIGINT, SIGKILL, SIGTERM, SIGUSR1, SIGUSR2
+from signal import SIGHUP, SIGINT, SIGKILL, SIGTERM, SIGUSR1, SIGUSR2
 
 from conf.exit_codes import ExitCode
 
@@ -37,7 +37,7 @@ def combine_exit_codes(codes: Iterable[int], *, signalled: bool = False) -> Exit
         return ExitCode.INTERRUPTED
     excused = {ExitCode.FINISHED, ExitCode.REQUEUE, -SIGTERM}
     if signalled:
-        killed = {-SIGKILL, -SIGUSR1, -SIGUSR2}
+        killed = {-SIGKILL, -SIGHUP, -SIGUSR1, -SIGUSR2}
         return ExitCode.REQUEUE if found <= excused | killed else ExitCode.CRASHED
     early = ExitCode.REQUEUE in found and found <= excused
     return ExitCode.REQUEUE if early else ExitCode.CRASHED

@@ -17,7 +17,7 @@ import signal
 import sys
 
 SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of linux/prctl.h; it survives exec, but not fork
-HELD = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+HELD = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 def main(parent: int, signals: str, command: list[str]) -> None:

@@ -30,6 +30,7 @@ from conf import checkout
 from conf.arguments import parse, refuse, resolve, usage
 from conf.errors import USER_ERRORS, ConfigError, Problem, report
 from conf.extras import pip_command
+from conf.standard_streams import make_standard_streams_lossy
 from conf.validation import defaults, did_you_mean, flatten_keys, keys, nearest
 from train.config import Config
 from train.distributed.dist_env import DistEnv
@@ -69,6 +70,7 @@ def run(
         before: further checks, made before this module is imported. Where there are several ranks
             they are left to the task: ranks have to agree about what only some of them miss.
     """
+    make_standard_streams_lossy()
     arguments = get_args_parser().parse_intermixed_args()
     flags = [argument for argument in sys.argv[1:] if argument not in arguments.overrides]
     try:
@@ -108,6 +110,7 @@ def run_with(cls: type[T], task: Callable[[T, Config], int] | str) -> NoReturn:
     Its result is the exit code; wrong arguments end the process as in `run`. Sweeps are not
     possible. `--help` prints the docstring of `cls` and its defaults.
     """
+    make_standard_streams_lossy()
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(usage(cls))
         sys.exit(0)

@@ -14,7 +14,7 @@ class Ending(StrEnum):
         OUT_OF_TEXT: every source has been read as often as its `epochs` allow.
         MAX_TIME: `train.max_time` is over.
         DATA_FAILED: the next batch cannot be had; an error says why.
-        SIGINT, SIGTERM, SIGUSR1, SIGUSR2: the signal came, on any rank.
+        SIGINT, SIGTERM, SIGHUP, SIGUSR1, SIGUSR2: the signal came, on any rank.
     """
 
     FINISHED = "finished"
@@ -23,6 +23,7 @@ class Ending(StrEnum):
     DATA_FAILED = "data_failed"
     SIGINT = "SIGINT"
     SIGTERM = "SIGTERM"
+    SIGHUP = "SIGHUP"
     SIGUSR1 = "SIGUSR1"
     SIGUSR2 = "SIGUSR2"
 

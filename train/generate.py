@@ -25,6 +25,7 @@ import torch
 from torch import nn
 
 from conf.errors import ConfigError, reason_of
+from conf.standard_streams import reader_is_gone
 from data.detokenizer import IncrementalDetokenizer
 from phd.inference.sampling import Sampling, generate
 from train.arguments import GenerateArguments
@@ -116,7 +117,9 @@ def main(args: GenerateArguments) -> int:
         for prompt, text in writer.write(prompts):
             line = {"prompt": prompt, "text": text.text, "ending": text.ending}
             # Flushed, so that what is done is in the file if the command is interrupted.
-            print(json.dumps(line, ensure_ascii=False), flush=True)
+            print(json.dumps(line, ensure_ascii=not _takes_any_text()), flush=True)
+            if reader_is_gone(sys.stdout):
+                break
     elif args.prompt is not None:
         show(writer, args.prompt)
     elif sys.stdin.isatty():
@@ -131,11 +134,20 @@ def show(writer: Writer, prompt: str) -> None:
     if writer.args.n == 1:
         for piece in writer.stream(prompt):
             print(piece, end="", flush=True)
+            if reader_is_gone(sys.stdout):
+                break
         print()
         return
     for number, (_, text) in enumerate(writer.write([prompt]), 1):
         print(f"--- {number} of {writer.args.n}, ended by {text.ending}")
         print(prompt + text.text, flush=True)
+        if reader_is_gone(sys.stdout):
+            break
+
+
+def _takes_any_text() -> bool:
+    """Whether the standard output's encoding has all characters; JSON can do without."""
+    return sys.stdout.encoding.lower().startswith("utf")
 
 
 def _converse(writer: Writer) -> None:

@@ -172,7 +172,9 @@ def _report(run: Run, record: StepRecord, metrics: Metrics, console: Console) ->
         why = "train.max_time is over" if ending == Ending.MAX_TIME else ending
         console.print(f"{why}: {'saved' if saved else 'not saved'} after step {record.step}")
     if not ending.by_signal:
-        print_report(run, metrics, console, complete=complete)
+        shown = {"sample/text"} if run.config.hooks.console else set()  # by the console's line
+        left = {key: value for key, value in metrics.items() if key not in shown}
+        print_report(run, left, console, complete=complete)
     return ending.exit_code(saved=saved, timed=run.timed)
 
 

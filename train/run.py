@@ -50,7 +50,7 @@ from train.metrics.hooks import (
     TrainingMetrics,
 )
 from train.metrics.record import Hook, Metrics
-from train.metrics.sinks import ConsoleLine, MetricsFile, Sink, Wandb
+from train.metrics.sinks import ConsoleLine, FailingSink, MetricsFile, Sink, Wandb
 from train.run_dir.lock import hold_run_dir
 from train.run_dir.prepare import prepare_run_dir
 
@@ -450,11 +450,10 @@ def _changes(saved: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
 def _open_sinks(
     config: Config, step: int, console: Console, on_error: ExitStack
 ) -> tuple[Sink, ...]:
-    file = MetricsFile(config.run_dir / "metrics.jsonl", step, console)
-    on_error.callback(file.close)
-    sinks: list[Sink] = [file]
+    sinks: list[Sink] = [MetricsFile(config.run_dir / "metrics.jsonl", step, console)]
+    on_error.callback(sinks[0].close)
     if config.hooks.console:
         sinks.append(ConsoleLine(console, config.total_steps))
     if config.hooks.wandb.mode != "disabled":
         sinks.append(Wandb(config, config.run_dir, console))
-    return tuple(sinks)
+    return tuple(FailingSink(sink, console) for sink in sinks)

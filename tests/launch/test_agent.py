@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from launch.agent import SignalForwarder
 from launch.config import Local
 from tests.launch.machines import Machines, runs, wait_for
 
@@ -142,6 +143,27 @@ def test_a_second_ctrl_c_is_passed_on_too(machines: Machines) -> None:
     machines.signal("SIGINT")
     assert machines.exit_code() == 130
     assert len(machines.log_lines("0/1 saved SIGINT SIGINT")) == 1
+
+
+def test_a_terminal_that_is_gone_saves_as_sigterm_does(machines: Machines) -> None:
+    machines.start(Local(processes=1))
+    machines.wait_for_log("0/1 started .*")
+    machines.signal("SIGHUP")
+    assert machines.exit_code() == 75
+    assert len(machines.log_lines("0/1 saved SIGTERM")) == 1
+
+
+def test_a_hang_up_that_nohup_ignores_stays_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_SIGNALS_TO_HANDLE", "")
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with SignalForwarder() as forwarder:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN  # as processes inherit it
+            assert forwarder.first is None
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_who_does_not_end_in_time_is_killed(machines: Machines) -> None:

@@ -7,7 +7,7 @@ import pytest
 from conf.exit_codes import ExitCode
 from train.ending import Ending
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -34,7 +34,7 @@ def test_time_completes_a_run_that_has_no_other_length() -> None:
 
 @pytest.mark.parametrize("timed", [False, True])
 def test_a_signal_leaves_the_rest_to_the_next_start(timed: bool) -> None:
-    for ending in (Ending.SIGTERM, Ending.SIGUSR1, Ending.SIGUSR2):
+    for ending in (Ending.SIGTERM, Ending.SIGHUP, Ending.SIGUSR1, Ending.SIGUSR2):
         assert ending.exit_code(saved=True, timed=timed) == ExitCode.REQUEUE
     assert Ending.SIGINT.exit_code(saved=True, timed=timed) == ExitCode.INTERRUPTED
 

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: noted at once, answered after the step at hand."""
+"""SIGTERM, SIGHUP and Ctrl-C: noted at once, answered after the step at hand."""
 
 import os
 import signal
@@ -9,15 +9,23 @@ from types import FrameType
 
 from conf.exit_codes import ExitCode
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+
+
+def handled_signals() -> tuple[signal.Signals, ...]:
+    """Of `SIGNALS` those that are answered here: not SIGHUP where `nohup` has it ignored."""
+    ignored = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return tuple(number for number in SIGNALS if not (ignored and number == signal.SIGHUP))
 
 
 class StopSignal:
     """Within this context signals are only noted; the training loop reads `received` and ends.
 
-        first of SIGINT, SIGTERM, SIGUSR1, SIGUSR2    noted; the `on_first` callbacks are called
-        SIGINT after that                             KeyboardInterrupt at once: a person insists
-        any other after that                          ignored
+        first of `SIGNALS`       noted; the `on_first` callbacks are called
+        SIGINT after that        KeyboardInterrupt at once: a person insists
+        any other after that     ignored
+
+    SIGHUP comes when a terminal is closed, or an ssh session drops. Under `nohup` it stays ignored.
 
     Schedulers and launchers repeat SIGTERM, and a repetition must not break the save that the
     first one asked for; whoever will not wait has SIGKILL.
@@ -44,7 +52,7 @@ class StopSignal:
         self._thread = Thread(target=self._listen, name="stop-signal", daemon=True)
         self._thread.start()
         self._previous_fd = signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
-        self._handlers = {number: signal.signal(number, self._note) for number in SIGNALS}
+        self._handlers = {n: signal.signal(n, self._note) for n in handled_signals()}
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # see launch/parent_death.py
         return self
 
@@ -100,7 +108,7 @@ class StopSignal:
 
 @contextmanager
 def exit_immediately() -> Iterator[None]:
-    """SIGTERM, SIGUSR1 and SIGUSR2 end a lone process at once, with `ExitCode.REQUEUE`.
+    """All of `SIGNALS` but SIGINT end a lone process at once, with `ExitCode.REQUEUE`.
 
     For times in which there is nothing to save. The same command goes on where the last checkpoint
     is. SIGINT is a KeyboardInterrupt, as ever.
@@ -109,7 +117,8 @@ def exit_immediately() -> Iterator[None]:
     def leave(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
         raise SystemExit(ExitCode.REQUEUE)
 
-    handlers = {number: signal.signal(number, leave) for number in SIGNALS[1:]}
+    ours = [number for number in handled_signals() if number != signal.SIGINT]
+    handlers = {number: signal.signal(number, leave) for number in ours}
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     try:
         yield

@@ -42,6 +42,37 @@ class Sink(Protocol):
     def close(self) -> None: ...
 
 
+class FailingSink:
+    """A sink whose failures, of whatever kind, cost its own output; the first one is told.
+
+    What a hook of the user's returns may be what a sink cannot write.
+    """
+
+    def __init__(self, sink: Sink, console: Console) -> None:
+        self.sink, self.console = sink, console
+        self._told = False
+
+    def write(self, step: int, metrics: Metrics) -> None:
+        """Write what the sink takes."""
+        try:
+            self.sink.write(step, metrics)
+        except Exception as error:
+            self._tell(f"does not take the metrics of step {step}", error)
+
+    def close(self) -> None:
+        """Close the sink, as far as that can be done."""
+        try:
+            self.sink.close()
+        except Exception as error:
+            self._tell("cannot be closed", error)
+
+    def _tell(self, what: str, error: Exception) -> None:
+        if not self._told:
+            self._told = True
+            name = type(self.sink).__name__
+            warn(self.console, f"{name} {what}: {type(error).__name__}: {error}; the run goes on")
+
+
 class MetricsFile:
     """`metrics.jsonl`: one JSON object per line, with `step`, the Unix `time`, and the metrics.
 
@@ -136,9 +167,11 @@ def console_lines(metrics: Metrics) -> list[str]:
     for key, value in metrics.items():
         if key.startswith("eval/") and key.endswith("/loss"):
             name = key.removeprefix("eval/").removesuffix("/loss")
-            lines.append(
-                f"{name} loss {value:.3f}  {metrics[f'eval/{name}/bits_per_byte']:.3f} bits/byte"
-            )
+            bits = metrics.get(f"eval/{name}/bits_per_byte")
+            per_byte = "" if bits is None else f"  {bits:.3f} bits/byte"
+            lines.append(f"{name} loss {value:.3f}{per_byte}")
+        elif key == "sample/text":
+            lines.append(f"a sample:\n{value}")
         elif isinstance(value, str):
             lines.append(f"{key}: {value}")
     return lines

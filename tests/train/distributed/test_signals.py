@@ -4,9 +4,10 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from threading import Event, get_ident
+from typing import Any
 
 import pytest
 
@@ -14,6 +15,14 @@ from train.distributed.signals import SIGNALS, StopSignal, exit_immediately
 
 ROOT = Path(__file__).parents[3]
 REPEATED = [number for number in SIGNALS if number != signal.SIGINT]
+
+
+@pytest.fixture(autouse=True)
+def hang_up_is_not_ignored() -> Iterator[None]:
+    """Also where the suite runs under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 def send(number: signal.Signals) -> None:
@@ -116,6 +125,19 @@ def test_who_has_nothing_to_save_leaves_at_once_to_go_on_later(number: signal.Si
     with pytest.raises(SystemExit) as ending, exit_immediately():
         send(number)
     assert ending.value.code == 75
+
+
+@pytest.mark.parametrize("context", [StopSignal, exit_immediately])
+def test_a_hang_up_that_nohup_ignores_stays_ignored(context: Callable[[], Any]) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with context() as stop_signal:
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        send(signal.SIGHUP)
+        if stop_signal:
+            assert not stop_signal.is_set()
+            send(signal.SIGTERM)
+            assert stop_signal.received is signal.SIGTERM
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
 
 
 STUCK = """

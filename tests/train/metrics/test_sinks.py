@@ -12,14 +12,25 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Event, Thread
 from time import sleep
+from typing import Any
 
 import pytest
+import torch
 import wandb
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from train.metrics.sinks import ConsoleLine, MetricsFile, Wandb, console_lines, cut_back, run_id
+from train.metrics.record import Metrics
+from train.metrics.sinks import (
+    ConsoleLine,
+    FailingSink,
+    MetricsFile,
+    Wandb,
+    console_lines,
+    cut_back,
+    run_id,
+)
 
 REPOSITORY = Path(__file__).parents[3]
 
@@ -128,6 +139,8 @@ def test_a_console_line_has_the_step_and_what_a_person_follows(console: Console)
             "eval/heldout/bits_per_byte": 1.9,
             "eval/books/loss": 4.0,
             "eval/books/bits_per_byte": 2.0,
+            "eval/mine/loss": 1.0,
+            "sample/text": "def f():\n    [red]",
             "kv/ratio_to_vanilla": 1.0,
             "checkpoint/error": "the disk [/is] full",
         },
@@ -136,6 +149,10 @@ def test_a_console_line_has_the_step_and_what_a_person_follows(console: Console)
         "step 20/300  loss 3.210",
         "step 20/300  heldout loss 3.500  1.900 bits/byte",
         "step 20/300  books loss 4.000  2.000 bits/byte",
+        "step 20/300  mine loss 1.000",
+        "step 20/300  a sample:",
+        "def f():",
+        "    [red]",
         "step 20/300  checkpoint/error: the disk [/is] full",
     ]
 
@@ -147,6 +164,46 @@ def test_a_run_without_a_length_shows_the_step_alone(console: Console) -> None:
 
 def test_a_step_with_nothing_to_follow_prints_nothing() -> None:
     assert console_lines({"kv/ratio_to_vanilla": 1.0, "progress/epoch": 0}) == []
+
+
+# Any sink
+
+
+class Broken:
+    def write(self, step: int, metrics: Metrics) -> None:  # noqa: ARG002
+        raise OSError(28, "No space left on device")
+
+    def close(self) -> None:
+        raise ConnectionError("gone")
+
+
+def test_whatever_a_sink_raises_costs_its_own_output_and_is_told_once(console: Console) -> None:
+    sink = FailingSink(Broken(), console)
+    for step in (1, 2, 3):
+        sink.write(step, {"train/loss": 1.0})
+    sink.close()
+    assert printed(console) == (
+        "Broken does not take the metrics of step 1: OSError: [Errno 28] No space left on device; "
+        "the run goes on\n"
+    )
+
+
+@pytest.mark.parametrize("value", [torch.zeros(2), object(), {1, 2}])
+def test_what_a_sink_cannot_write_costs_that_line_alone(
+    value: Any, console: Console, tmp_path: Path
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    sink = FailingSink(MetricsFile(path, 0, console), console)
+    sink.write(1, {"mine/value": value})
+    sink.write(2, {"mine/value": 1.0})
+    assert [line["step"] for line in lines_of(path)] == [2]
+    assert "MetricsFile does not take the metrics of step 1: TypeError" in printed(console)
+
+
+def test_every_sink_of_a_run_is_such_a_one(config, opened) -> None:
+    run = opened(config("hooks.console=true"))
+    assert {type(sink) for sink in run.sinks} == {FailingSink}
+    assert len(run.sinks) == 2
 
 
 # Weights & Biases
