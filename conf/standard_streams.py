@@ -11,10 +11,7 @@ import sys
 from contextlib import suppress
 from errno import EBADF, EPIPE
 from io import BufferedWriter, RawIOBase, TextIOWrapper, UnsupportedOperation
-from typing import TYPE_CHECKING, Any, TextIO
-
-if TYPE_CHECKING:
-    from _typeshed import ReadableBuffer
+from typing import Any, TextIO
 
 READ_AGAIN_S = 1.0
 """Seconds to wait for the reader of a pipe that is full and does not block."""
@@ -39,8 +36,8 @@ class LossyWriter(RawIOBase):
         self._told_on = told_on
         self._told = False
 
-    def write(self, data: "ReadableBuffer") -> int:
-        """Write or lose all bytes; returns how many they are."""
+    def write(self, data: Any) -> int:
+        """Write or lose all bytes of a buffer; returns how many they are."""
         left = memoryview(data).cast("B")
         size = len(left)
         try:
