@@ -1,6 +1,7 @@
 import io
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ from conf import arguments
 from conf.standard_streams import LossyStream, make_standard_streams_lossy
 from launch import __main__ as launch
 from train import bench, compose, generate, main, tokenizer
+from train.arguments import BenchArguments, GenerateArguments, TokenizerArguments
 from train.checkpoint.store import CheckpointStore
 
 ROOT = Path(__file__).parents[2]
@@ -56,8 +58,8 @@ def test_a_training_ends_as_ever_and_is_saved(
 
 ENTRY_POINTS: dict[str, Callable[[], object]] = {
     "compose.run(": lambda: compose.run(main.main),
-    "compose.run_with(": lambda: compose.run_with(tokenizer.TokenizerArguments, tokenizer.main),
-    "arguments.run(": lambda: arguments.run(bench.BenchArguments, bench.main),
+    "compose.run_with(": lambda: compose.run_with(TokenizerArguments, tokenizer.main),
+    "arguments.run(": lambda: arguments.run(BenchArguments, bench.main),
     "_run()": launch._run,
 }
 
@@ -76,11 +78,12 @@ def test_every_entry_point_prints_where_it_can_and_ends_with_its_own_code(
 
 def test_every_command_has_such_an_entry_point() -> None:
     scripts = [*ROOT.glob("train/*.py"), *ROOT.glob("launch/*.py")]
-    endings = [path.read_text().partition('if __name__ == "__main__":')[2] for path in scripts]
+    block = re.compile(r'if __name__ == "__main__":(.*?)(?=\n\S|\Z)', re.DOTALL)
+    blocks = ["".join(block.findall(path.read_text())) for path in scripts]
     # One prints nothing, and becomes the program that it starts.
-    commands = [ending.strip() for ending in endings if ending and "sys.argv" not in ending]
+    commands = [block for block in blocks if block and "sys.argv" not in block]
     assert len(commands) >= 10
-    assert [ending for ending in commands if not ending.startswith(tuple(ENTRY_POINTS))] == []
+    assert [block for block in commands if not any(name in block for name in ENTRY_POINTS)] == []
 
 
 def redirect(descriptor: int, encoding: str) -> None:
@@ -94,7 +97,7 @@ def test_a_text_that_nobody_reads_is_not_written_to_its_end() -> None:
 
     class Endless(generate.Writer):
         def __init__(self) -> None:
-            self.args = generate.GenerateArguments(run="none")
+            self.args = GenerateArguments(run="none")
 
         def stream(self, prompt: str) -> Iterator[str]:
             while True:
@@ -116,5 +119,5 @@ def test_texts_in_json_are_whole_in_every_encoding(
     monkeypatch.setattr("sys.argv", ["generate.py", *settings])
     redirect(os.open(out, os.O_WRONLY | os.O_CREAT), "latin-1")
     with pytest.raises(SystemExit):
-        arguments.run(generate.GenerateArguments, generate.main)
+        arguments.run(GenerateArguments, generate.main)
     assert json.loads(out.read_text(encoding="latin-1"))["prompt"] == "é 😀 def"
