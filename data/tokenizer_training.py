@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import sentencepiece
 from xxhash import xxh3_128_hexdigest
@@ -37,16 +37,29 @@ LOSSLESS: dict[str, Any] = {
 }
 
 
+class TokenizerOfWeights(NamedTuple):
+    """The tokenizer that given weights were trained with, and the setting that named them."""
+
+    key: str
+    value: str
+    tokenizer: Tokenizer
+
+
 def prepare_tokenizer(
-    config: TokenizerConfig, documents: Documents, *, vocab_size: int
+    config: TokenizerConfig,
+    documents: Documents,
+    *,
+    vocab_size: int,
+    of_weights: TokenizerOfWeights | None = None,
 ) -> Tokenizer:
     """The tokenizer that the settings mean, for a model with `vocab_size` embeddings.
 
-    A source of tokens decides it: its directory holds the tokenizer that made them.
+    Weights decide it, because they know no other ids, and so does a source of tokens: its directory
+    holds the tokenizer that made them.
 
     Raises:
-        ConfigError: the given model is missing, broken, too large or not that of the tokens, or the
-            vocabulary is too small for the text.
+        ConfigError: the given model is missing, broken, too large or not that of the weights or
+            tokens, or the vocabulary is too small for the text.
         DataError: there is no text to train on.
     """
     corpora = documents.corpora.items()
@@ -56,6 +69,8 @@ def prepare_tokenizer(
     if config.path is not None:
         key, value = "tokenizer.path", config.path
         tokenizer = given_tokenizer(config.path, vocab_size)
+    elif of_weights:
+        key, value, tokenizer = of_weights
     elif tokens:
         name, corpus = next(iter(tokens.items()))
         key, value = f"data.sources.{name}.path", str(corpus.path)
@@ -63,6 +78,8 @@ def prepare_tokenizer(
     else:
         key, value = "tokenizer.vocab_size", config.vocab_size
         tokenizer = _trained(config, documents, config.vocab_size or vocab_size)
+    if of_weights:
+        _check_of_weights(tokenizer, config, of_weights)
     _check_made_by(tokenizer, key, value, tokens)
     _check_size(tokenizer, key, value, vocab_size)
     return tokenizer
@@ -104,6 +121,24 @@ def _load(path: str) -> Tokenizer:
     except (DataError, OSError) as error:
         wrong = f"cannot be used ({reason_of(error)})"
     raise ConfigError([Problem("tokenizer.path", path, wrong, hint)])
+
+
+def _check_of_weights(
+    tokenizer: Tokenizer, config: TokenizerConfig, of_weights: TokenizerOfWeights
+) -> None:
+    """Make sure that a given tokenizer, or the size of one to train, is that of the weights."""
+    setting = f"{of_weights.key}={of_weights.value}"
+    hint = "leave it out to take the tokenizer of the weights, which know no other ids"
+    problems = []
+    if tokenizer.fingerprint != of_weights.tokenizer.fingerprint:
+        expected = f"is another tokenizer than that of the weights of {setting}"
+        problems.append(Problem("tokenizer.path", config.path, expected, hint, (of_weights.key,)))
+    if config.vocab_size not in (None, of_weights.tokenizer.vocab_size):
+        expected = f"the tokenizer of {setting} has {of_weights.tokenizer.vocab_size} pieces"
+        key = "tokenizer.vocab_size"
+        problems.append(Problem(key, config.vocab_size, expected, hint, (of_weights.key,)))
+    if problems:
+        raise ConfigError(problems)
 
 
 def _check_made_by(

@@ -139,7 +139,8 @@ class TokenizerArguments:
 class PretokenizeArguments:
     """Arguments of `python train/pretokenize.py`, each as key=value.
 
-    All others are those of `python train/main.py`, of which `data` and `tokenizer` matter.
+    All others are those of `python train/main.py`, of which `data`, `tokenizer` and
+    `run.start_from` matter.
 
     Attributes:
         out: the directory in which a directory for each source is written.

@@ -34,7 +34,8 @@ class RunConfig(Settings):
         resume: `auto` continues from the newest checkpoint in the run's directory, or starts from
             step 0 if there is none. `must` continues or fails. `never` starts from step 0.
         start_from: a Hugging Face directory of an OLMo 2 or Llama model whose weights a new run
-            begins with; null: random weights.
+            begins with; null: random weights. If it has a `tokenizer.model`, that is the run's
+            tokenizer.
     """
 
     name: str | None = None

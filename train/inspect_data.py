@@ -31,6 +31,7 @@ from data.stream import BY_DOCUMENTS, BatchShape, TokenStream
 from data.tokenizer import Tokenizer
 from data.tokenizer_training import prepare_tokenizer
 from train.config import Config
+from train.hf.pretrained import tokenizer_of_weights
 
 READ_S = 10.0
 """Seconds for which each source is read to count its documents."""
@@ -158,7 +159,12 @@ def main(config: Config) -> int:
     """Count each source, show a row of the first batch, and measure the loader's speed."""
     console = Console(soft_wrap=True, highlight=False)
     documents = Documents(config.data)
-    tokenizer = prepare_tokenizer(config.tokenizer, documents, vocab_size=config.model.vocab_size)
+    tokenizer = prepare_tokenizer(
+        config.tokenizer,
+        documents,
+        vocab_size=config.model.vocab_size,
+        of_weights=tokenizer_of_weights(config.run.start_from, console),
+    )
     # The tokenizer may have been trained on some of the records, which are counted from here on.
     quarantine = documents.quarantine = Quarantine(config.data.max_quarantined)
     for name in config.data.sources:

@@ -58,6 +58,7 @@ from data.tokenizer_training import prepare_tokenizer
 from train.arguments import PretokenizeArguments
 from train.config import Config
 from train.console import progress_bar
+from train.hf.pretrained import tokenizer_of_weights
 
 T = TypeVar("T")
 REFRESH_S = 0.5
@@ -90,8 +91,12 @@ def pretokenize(args: PretokenizeArguments, config: Config, console: Console) ->
             key = f"data.sources.{name}.kind"
             raise ConfigError([Problem(key, "tokens", "is tokens already", "leave it out")])
     documents = Documents(config.data)
-    vocab_size = config.model.vocab_size
-    tokenizer = prepare_tokenizer(config.tokenizer, documents, vocab_size=vocab_size)
+    tokenizer = prepare_tokenizer(
+        config.tokenizer,
+        documents,
+        vocab_size=config.model.vocab_size,
+        of_weights=tokenizer_of_weights(config.run.start_from, console),
+    )
     written = {}
     for name, source in config.data.sources.items():
         # The shards do not depend on the mixture, so each source is read alone, at weight 1.

@@ -39,7 +39,7 @@ from train.engines.device import choose_device, configure_process
 from train.engines.engine import Engine
 from train.engines.fsdp import FsdpEngine
 from train.engines.schedule import config_before, schedule_change
-from train.hf.pretrained import pretrained_start
+from train.hf.pretrained import pretrained_start, tokenizer_of_weights
 from train.metrics.hooks import (
     DataProgress,
     Evaluation,
@@ -207,7 +207,7 @@ def _open(
     )
     checkpoint = _newest(config, store, console)
     documents = raise_on_all_ranks(groups, lambda: Documents(config.data))
-    tokenizer = _tokenizer(config, checkpoint, documents, groups)
+    tokenizer = _tokenizer(config, checkpoint, documents, groups, console)
     stream = _stream(config, checkpoint, documents, tokenizer, groups, console)
     # Engines talk to other ranks after they have checked the configuration.
     engine = raise_on_all_ranks(groups, lambda: open_engine(config, groups), USER_ERRORS)
@@ -287,15 +287,25 @@ def _device(config: Config) -> torch.device:
 
 
 def _tokenizer(
-    config: Config, checkpoint: Checkpoint | None, documents: Documents, groups: ProcessGroups
+    config: Config,
+    checkpoint: Checkpoint | None,
+    documents: Documents,
+    groups: ProcessGroups,
+    console: Console,
 ) -> Tokenizer:
     """The run's tokenizer: made or read by rank 0, and sent to the other ranks."""
 
     def prepare() -> Tokenizer | None:
         if not groups.is_rank_zero:
             return None
-        settings = _tokenizer_settings(config, checkpoint)
-        return prepare_tokenizer(settings, documents, vocab_size=config.model.vocab_size)
+        # The weights of a resumed run are its own.
+        start_from = None if checkpoint else config.run.start_from
+        return prepare_tokenizer(
+            _tokenizer_settings(config, checkpoint),
+            documents,
+            vocab_size=config.model.vocab_size,
+            of_weights=tokenizer_of_weights(start_from, console),
+        )
 
     own = raise_on_all_ranks(groups, prepare)
     model = groups.broadcast(own.model if own else b"")

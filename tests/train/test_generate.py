@@ -90,7 +90,7 @@ def reciting(run: Run, tokens: list[int]) -> None:
         for place, (token, following) in enumerate(pairwise(tokens)):
             model.embed.weight[token, place] = 1
             model.head.weight[following, place] = 1
-    run.store.save(1, run.engine.state(), {})
+    run.store.save(1, run.engine.state(), {"stream": run.stream.fingerprint})
     run.store.wait()
 
 

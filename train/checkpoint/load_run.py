@@ -52,4 +52,7 @@ def load_run(directory: Path, device: torch.device) -> LoadedRun:
         model = Transformer(config.model)
     model.to_empty(device=device).load(checkpoint.load_weights())
     tokenizer = Tokenizer.load(directory / "tokenizer.model")
+    if tokenizer.fingerprint != checkpoint.state["stream"]["tokenizer"]:
+        problem = f"run={directory}: its tokenizer.model is not the one that it was trained with"
+        raise ConfigError([f"{problem}; copy that one there"], "the arguments")
     return LoadedRun(model.eval(), tokenizer, checkpoint.step, config)

@@ -5,15 +5,20 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from rich.console import Console
 from torch import Tensor
 
 from conf.errors import ConfigError, DataError, Problem, reason_of
 from conf.extras import pip_command
+from data.tokenizer import Tokenizer
+from data.tokenizer_training import TokenizerOfWeights
 from phd.config import ModelConfig
 from phd.hf.convert import from_hugging_face, starting_state, to_hugging_face
+from train.console import warn
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
+TOKENIZER = "tokenizer.model"
 INDEX = "model.safetensors.index.json"
 # The settings that must be equal for two models to compute the same from the same weights.
 SHAPE = (
@@ -66,6 +71,29 @@ def pretrained_start(path: Path, config: ModelConfig) -> dict[str, Tensor]:
         problem = Problem("run.start_from", str(path), "a model of another shape", hint)
         raise ConfigError([problem])
     return starting_state(config, state)
+
+
+def tokenizer_of_weights(start_from: str | None, console: Console) -> TokenizerOfWeights | None:
+    """The tokenizer in the directory of `run.start_from`; None, with a warning, if it has none.
+
+    Weights are worth nothing under ids that mean other pieces. Nothing else would notice: such a
+    run trains, only from a bad start.
+    """
+    if start_from is None:
+        return None
+    path = Path(start_from) / TOKENIZER
+    try:
+        return TokenizerOfWeights("run.start_from", start_from, Tokenizer.load(path))
+    except FileNotFoundError:
+        why = f"it has no {TOKENIZER}"
+    except (DataError, OSError) as error:
+        why = str(error)
+    warn(
+        console,
+        f"run.start_from={start_from}: {why}, so nothing says whether its weights were trained "
+        "with the tokenizer of this run; if they were not, they are no better than random ones",
+    )
+    return None
 
 
 def save_pretrained(path: Path, config: ModelConfig, state: dict[str, Tensor]) -> None:
