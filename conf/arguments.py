@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 from conf import checkout
+from conf.cache_dirs import use_writable_caches
 from conf.errors import USER_ERRORS, report
 from conf.standard_streams import make_standard_streams_lossy
 from conf.validation import build, defaults, keys
@@ -30,6 +31,7 @@ def run(
         positional: the fields that arguments without `key=` are for, in this order.
     """
     make_standard_streams_lossy()
+    use_writable_caches()
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(usage(cls))
         sys.exit(0)

@@ -190,7 +190,7 @@ class CacheConfig(Settings):
 
     Attributes:
         dir: the directory of the copies; null: `$PHD_CACHE/shards`, or `~/.cache/phd/shards` if
-            PHD_CACHE is not set.
+            PHD_CACHE is not set. If that cannot be written, a directory for temporary files.
         max_gb: the size of the cache in gigabytes (10^9 bytes). When it is exceeded, the copies
             that have not been used for longest are deleted, except those that are being read.
         remote: copy files on other machines into the cache before they are read.
@@ -368,7 +368,8 @@ class TokenizerConfig(Settings):
             Very little text gives fewer pieces.
         sample_bytes: how many bytes of the data's text it is trained on.
         cache_dir: the directory where trained models are kept; null: `$PHD_CACHE/tokenizers`, or
-            `~/.cache/phd/tokenizers` if PHD_CACHE is not set.
+            `~/.cache/phd/tokenizers` if PHD_CACHE is not set. If that cannot be written, a
+            directory for temporary files.
     """
 
     path: str | None = None

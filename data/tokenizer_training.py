@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -175,9 +176,23 @@ def _trained(config: TokenizerConfig, documents: Documents, vocab_size: int) -> 
     digest = xxh3_128_hexdigest(json.dumps(made_from, sort_keys=True).encode())
     path = _cache(config) / f"{config.kind}-{vocab_size}-{digest}.model"
     # Several runs may come here at once: each then trains the same model and saves it whole.
-    if not path.exists():
-        train(documents.sample(config.sample_bytes), options).save(path)
-    return Tokenizer.load(path)
+    try:
+        if path.exists():
+            return Tokenizer.load(path)
+    except (OSError, DataError) as error:  # a directory that may not be entered, a damaged file
+        _tell(config, f"{path} cannot be read ({reason_of(error)}); the tokenizer is trained anew")
+    tokenizer = train(documents.sample(config.sample_bytes), options)
+    try:
+        tokenizer.save(path)
+    except OSError as error:
+        _tell(config, f"{path} cannot be written ({reason_of(error)}); the tokenizer is not kept")
+    return tokenizer
+
+
+def _tell(config: TokenizerConfig, found: str) -> None:
+    """Name the setting of the cache; nothing that is wrong with a cache ends a run."""
+    key = "PHD_CACHE" if config.cache_dir is None else "tokenizer.cache_dir"
+    print(f"{key}: {found}", file=sys.stderr)
 
 
 def train(texts: Iterator[str], options: dict[str, Any]) -> Tokenizer:

@@ -42,6 +42,7 @@ import yaml
 
 from conf import checkout
 from conf.arguments import parse, refuse, usage
+from conf.cache_dirs import use_writable_caches
 from conf.errors import ConfigError, Problem, reason_of
 from conf.standard_streams import make_standard_streams_lossy
 from conf.validation import did_you_mean, keys, nearest
@@ -234,6 +235,7 @@ def main(texts: Sequence[str]) -> int:
 
 def _run() -> NoReturn:
     make_standard_streams_lossy()
+    use_writable_caches()
     try:
         checkout.claim()
         code = main(sys.argv[1:])

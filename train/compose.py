@@ -28,6 +28,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from conf import checkout
 from conf.arguments import parse, refuse, resolve, usage
+from conf.cache_dirs import use_writable_caches
 from conf.errors import USER_ERRORS, ConfigError, Problem, report
 from conf.extras import pip_command
 from conf.standard_streams import make_standard_streams_lossy
@@ -71,6 +72,7 @@ def run(
             they are left to the task: ranks have to agree about what only some of them miss.
     """
     make_standard_streams_lossy()
+    use_writable_caches()
     arguments = get_args_parser().parse_intermixed_args()
     flags = [argument for argument in sys.argv[1:] if argument not in arguments.overrides]
     try:
@@ -111,6 +113,7 @@ def run_with(cls: type[T], task: Callable[[T, Config], int] | str) -> NoReturn:
     possible. `--help` prints the docstring of `cls` and its defaults.
     """
     make_standard_streams_lossy()
+    use_writable_caches()
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(usage(cls))
         sys.exit(0)

@@ -206,7 +206,7 @@ class ShardCache:
                 yield copy
         except OSError as error:
             found = f"cannot hold a copy of {shard.url} ({reason_of(error)})"
-            if error.errno in WRONG_DIRECTORY:
+            if error.errno in WRONG_DIRECTORY or not self.folder.is_dir():
                 hint = "choose a directory that can be written"
                 problem = Problem("data.cache.dir", str(self.folder), found, hint)
                 raise ConfigError([problem]) from error

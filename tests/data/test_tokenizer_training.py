@@ -69,6 +69,39 @@ def test_a_small_sample_gives_fewer_pieces(texts: list[str]) -> None:
     assert 259 < train(iter(texts), options).vocab_size < 1000
 
 
+@pytest.mark.parametrize("cache", ["/proc/1/none", "/dev/null", "/dev/null/none"])
+def test_a_cache_that_cannot_be_written_is_told_and_done_without(
+    cache: str,
+    documents_of: Callable[..., Documents],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    documents = documents_of()
+    kept = prepare_tokenizer(TokenizerConfig(cache_dir=str(tmp_path)), documents, vocab_size=350)
+    config = TokenizerConfig(cache_dir=cache)
+    own = prepare_tokenizer(config, documents, vocab_size=350)
+    assert own.fingerprint == kept.fingerprint
+    told = capsys.readouterr().err
+    assert told.startswith(f"tokenizer.cache_dir: {cache}/bpe-350-")
+    assert "cannot be written (" in told
+
+
+@pytest.mark.parametrize("damage", [b"", b"not a model"])
+def test_a_damaged_model_in_the_cache_is_told_and_made_anew(
+    damage: bytes,
+    documents_of: Callable[..., Documents],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    documents, config = documents_of(), TokenizerConfig(cache_dir=str(tmp_path))
+    first = prepare_tokenizer(config, documents, vocab_size=350)
+    [path] = tmp_path.iterdir()
+    path.write_bytes(damage)
+    assert prepare_tokenizer(config, documents, vocab_size=350).fingerprint == first.fingerprint
+    assert path.read_bytes() == first.model
+    assert "the tokenizer is trained anew" in capsys.readouterr().err
+
+
 def test_the_cache_is_where_the_environment_says(
     documents_of: Callable[..., Documents], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -369,6 +369,14 @@ def test_a_folder_that_cannot_be_made_is_an_error_that_names_the_setting(
         cache_in(folder / "in").open(listed(corpus / "a.txt.gz"))
 
 
+@pytest.mark.parametrize("place", ["/proc/1/none", "/dev/null/none"])
+def test_a_place_where_no_folder_can_ever_be_is_no_passing_failure(
+    place: str, corpus: Path
+) -> None:
+    with pytest.raises(ConfigError, match=f"data.cache.dir='{place}'"):
+        cache_in(Path(place)).open(listed(corpus / "a.txt.gz"))
+
+
 @pytest.mark.parametrize("read", [CopyReader.readall, lambda file: file.readinto(bytearray(9))])
 def test_a_copy_on_a_disk_that_fails_is_no_damage(read: Callable[[CopyReader], object]) -> None:
     # A process has no memory at its first bytes, and reading it there is an I/O error.
