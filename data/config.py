@@ -52,16 +52,18 @@ class PythonSource(AnySource):
 
 @dataclass(frozen=True, kw_only=True)
 class FilesSource(AnySource):
-    """`.txt`, `.jsonl` and `.parquet` files, also with `.gz`, `.zst` or `.bz2`, here or elsewhere.
+    """`.txt`, `.jsonl`, `.ndjson`, `.json` and `.parquet` files, here or elsewhere.
 
-    A `.json` file that `paths` names itself, or that is compressed, is read as JSON lines, which
-    is what C4's files are.
+    Their names may be in small or capital letters and end with `.gz`, `.zst`, `.bz2` or `.xz`.
+    `.json` is read as JSON lines, which is what C4's files are. A plain one in a directory that
+    holds something else is passed over.
 
     Attributes:
         kind: `files`.
         paths: files, directories (read with all folders below them) and globs such as
             `books/**/*.txt`, on this machine or as URLs that fsspec opens: `https://`,
-            `hf://datasets/`, `s3://`.
+            `hf://datasets/`, `s3://`. A directory that a glob matches is read if it is called like
+            a file, as `x.parquet/` is, or if the glob matches no files.
         text_field: the column or key that holds a document's text in `.parquet` and `.jsonl`.
         separator: the text between two documents in a `.txt` file, for example `<|end|>`; `\\n`
             and `\\t` in it mean a line break and a tab. null: each file is one document.

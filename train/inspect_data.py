@@ -159,6 +159,8 @@ def main(config: Config) -> int:
     """Count each source, show a row of the first batch, and measure the loader's speed."""
     console = Console(soft_wrap=True, highlight=False)
     documents = Documents(config.data)
+    for remark in documents.remarks:
+        console.print(remark, markup=False)
     tokenizer = prepare_tokenizer(
         config.tokenizer,
         documents,

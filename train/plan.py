@@ -13,6 +13,7 @@ if __name__ == "__main__":  # first of all: the imports below take seconds
     compose.run("train.plan")
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -20,8 +21,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from conf.errors import ConfigError, spelled
+from conf.errors import USER_ERRORS, ConfigError, reason_of, spelled
 from conf.validation import flatten_keys
+from data.config import FilesSource
+from data.sources.files import file_corpus
+from data.storage.shard_cache import ShardCache
+from data.storage.transport import is_local
 from phd.config import ModelConfig
 from phd.flops import training_flops_per_token
 from phd.inference.cache import kv_bytes
@@ -286,6 +291,22 @@ def _size(size: float) -> str:
 
 
 def main(config: Config) -> int:
-    """Print the plan."""
-    print_plan(make_plan(config), Console(soft_wrap=True))
+    """Print the plan, and what there is to say of files on this machine."""
+    console = Console(soft_wrap=True)
+    print_plan(make_plan(config), console)
+    for remark in _file_remarks(config):
+        console.print(remark, markup=False, highlight=False)
     return 0
+
+
+def _file_remarks(config: Config) -> Iterator[str]:
+    """What the user should know of the files of each source whose paths are on this machine."""
+    for name, source in config.data.sources.items():
+        if not isinstance(source, FilesSource) or not all(map(is_local, source.patterns)):
+            continue
+        cache = ShardCache(config.data.cache, config.data.remote)
+        try:
+            yield from file_corpus(name, source, cache, config.data.max_document_bytes).remarks
+        except USER_ERRORS as error:
+            # A run may be planned on another machine than the one that has its text.
+            yield f"the files of data.sources.{name} cannot be looked at here: {reason_of(error)}"

@@ -91,6 +91,8 @@ def pretokenize(args: PretokenizeArguments, config: Config, console: Console) ->
             key = f"data.sources.{name}.kind"
             raise ConfigError([Problem(key, "tokens", "is tokens already", "leave it out")])
     documents = Documents(config.data)
+    for remark in documents.remarks:
+        console.print(remark, markup=False)
     tokenizer = prepare_tokenizer(
         config.tokenizer,
         documents,

@@ -207,6 +207,8 @@ def _open(
     )
     checkpoint = _newest(config, store, console)
     documents = raise_on_all_ranks(groups, lambda: Documents(config.data))
+    for remark in () if skip_batches else documents.remarks:  # once, and not after each rollback
+        console.print(remark, markup=False)
     tokenizer = _tokenizer(config, checkpoint, documents, groups, console)
     stream = _stream(config, checkpoint, documents, tokenizer, groups, console)
     # Engines talk to other ranks after they have checked the configuration.

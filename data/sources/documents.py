@@ -18,7 +18,7 @@ from data.config import (
     TokensSource,
 )
 from data.source import BadRecord, Corpus, Document, Position, Record, TokenDocument
-from data.sources.files import file_corpus, python_corpus
+from data.sources.files import FileCorpus, file_corpus, python_corpus
 from data.sources.hub import HubCorpus
 from data.sources.lanes import first_documents
 from data.sources.quarantine import Quarantine
@@ -106,6 +106,12 @@ class Documents:
         self.lane_starts: dict[str, list[Position]] = {}
         # First passes over lanes of which a document was read to see whether there is one.
         self._begun: dict[tuple[str, int], Iterator[TrainingDocument]] = {}
+
+    @property
+    def remarks(self) -> list[str]:
+        """What the user should know of the files that are read, and of those that are not."""
+        files = (corpus for corpus in self.corpora.values() if isinstance(corpus, FileCorpus))
+        return [remark for corpus in files for remark in corpus.remarks]
 
     @property
     def fingerprint(self) -> dict[str, Any]:

@@ -4,6 +4,8 @@ import os
 import sysconfig
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -16,6 +18,7 @@ from conf.errors import ConfigError, Problem
 from data.config import FilesSource
 from data.source import Position, Record
 from data.sources.formats import (
+    BOM,
     ByteRange,
     Format,
     JsonLines,
@@ -25,12 +28,30 @@ from data.sources.formats import (
     TextFile,
 )
 from data.storage.shard_cache import ShardCache
-from data.storage.shards import COMPRESSED, compression_of, list_shards
+from data.storage.shards import (
+    COMPRESSED,
+    LISTING,
+    Listing,
+    compression_of,
+    counted,
+    ending_of,
+    list_shards,
+)
 from data.storage.stores import LocalStore, Shard
+from data.storage.transport import shard_bytes
 
-SUFFIXES = (".txt", ".jsonl", ".parquet", ".json.gz", ".json.zst")
-"""What is read of a folder. A plain `.json` in it may be anything; compressed ones hold JSON lines,
-as those of C4 do."""
+SUFFIXES = (".txt", ".jsonl", ".ndjson", ".json", ".parquet")
+"""What is read of a folder, also compressed. Of plain `.json` files only those that hold JSON
+lines: others are metadata. Compressed ones hold JSON lines, as those of C4 do."""
+
+NO_LINES = ".json that hold no JSON lines"
+"""What is told of the `.json` files in a folder that are passed over."""
+
+LOOK_BYTES = 4096
+"""Bytes at the beginning of a `.json` file in a folder from which its kind is told."""
+
+SHOWN_FILES = 3
+"""Files that a remark names."""
 
 EXPANSION = 3
 """Bytes of text that a byte of a compressed file counts for when lanes get equal parts; web pages
@@ -50,11 +71,35 @@ class CorpusFile(NamedTuple):
 
 @dataclass(frozen=True)
 class FileCorpus:
-    """The documents of files, in their order; a position is (file, unit of its format)."""
+    """The documents of files, in their order; a position is (file, unit of its format).
+
+    Attributes:
+        passed_over: the endings of the files that lie beside them and are not read.
+    """
 
     name: str
     files: tuple[CorpusFile, ...]
     cache: ShardCache
+    passed_over: tuple[str, ...] = ()
+
+    @property
+    def remarks(self) -> list[str]:
+        """What the user should know of the files: those that are not read, and empty ones."""
+        found = []
+        if self.passed_over:
+            count = len(self.files)
+            found.append(
+                f"data.sources.{self.name}: {count:,} file{'s are' if count > 1 else ' is'} read; "
+                f"passed over in the same folders: {counted(self.passed_over)}"
+            )
+        if empty := [file.shard.name for file in self.files if not file.shard.size]:
+            are = "file has" if len(empty) == 1 else "files have"
+            shown = ", ".join(empty[:SHOWN_FILES]) + (", ..." if len(empty) > SHOWN_FILES else "")
+            found.append(
+                f"data.sources.{self.name}: {len(empty):,} {are} 0 bytes, as an interrupted "
+                f"download leaves: {shown}"
+            )
+        return found
 
     @cached_property
     def fingerprint(self) -> dict[str, Any]:
@@ -136,10 +181,19 @@ def file_corpus(
     limit = 6 * max_document_bytes + 65536
     setting = f"data.sources.{name}.paths"
     files: dict[str, CorpusFile] = {}
+    passed_over: dict[str, str] = {}
     problems: list[Problem | str] = []
     for pattern in source.patterns:
         try:
-            for shard in list_shards(pattern, SUFFIXES, setting=setting):
+            listing = list_shards(pattern, SUFFIXES, setting=setting)
+            others = dict.fromkeys(_without_lines(listing), NO_LINES)
+            if len(others) == len(listing):
+                only = f"no file in it can be read; there are only {counted(others.values())}"
+                raise ConfigError([Problem(setting, pattern, only, "name the files themselves")])
+            passed_over |= listing.passed_over | others
+            for shard in listing:
+                if shard.url in others:
+                    continue
                 form = _format(name, source, shard.name, limit)
                 # A file that two paths name is read once, where the first one names it.
                 files.setdefault(shard.url, CorpusFile(shard, form))
@@ -147,24 +201,54 @@ def file_corpus(
             problems += error.problems
     if problems:
         raise ConfigError(problems)
-    return FileCorpus(name, tuple(files.values()), cache)
+    endings = tuple(ending for url, ending in passed_over.items() if url not in files)
+    return FileCorpus(name, tuple(files.values()), cache, endings)
+
+
+def _without_lines(listing: Listing) -> list[str]:
+    """The URLs of the plain `.json` files in folders that hold something else than JSON lines."""
+    doubtful = [
+        shard
+        for shard in listing
+        if shard.url in listing.in_folders and ending_of(shard.name) == ".json" and shard.size
+    ]
+    with ThreadPoolExecutor(8) as pool:
+        return [
+            shard.url
+            for shard, holds in zip(doubtful, pool.map(_holds_lines, doubtful), strict=True)
+            if not holds
+        ]
+
+
+def _holds_lines(shard: Shard) -> bool:
+    """Whether a `.json` file looks like lines of JSON objects, and not like one value."""
+    try:
+        stop = min(shard.size, LOOK_BYTES)
+        with closing(shard_bytes(shard, 0, stop, LISTING)) as pieces:
+            beginning = b"".join(pieces)
+    except ConfigError:
+        return True  # its server sends whole files only; reading it tells what it is
+    line = beginning.removeprefix(BOM.encode()).lstrip().partition(b"\n")[0].strip()
+    # A value over several lines begins with a bracket alone, and a list with a square one. Bytes
+    # that are no text are read, so that they are told of.
+    return not line.startswith(b"[") and line != b"{"
 
 
 def _format(name: str, source: FilesSource, file: str, limit: int) -> Format:
     plain = os.path.splitext(file)[0] if compression_of(file) else file
-    match os.path.splitext(plain)[1]:
+    match os.path.splitext(plain)[1].lower():
         case ".txt" if source.unescaped_separator:
             return SeparatedText(source.unescaped_separator, limit)
         case ".txt":
             return TextFile(limit)
-        case ".jsonl" | ".json":
+        case ".jsonl" | ".ndjson" | ".json":
             return JsonLines(source.text_field, limit)
         case ".parquet":
             return Parquet(source.text_field, name)
         case _:
             expected = (
-                f"cannot read {file}; expected .txt, .jsonl, .json or .parquet, also with "
-                f"{', '.join(COMPRESSED)}"
+                f"cannot read {file}; expected {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]}, also "
+                f"with {', '.join(COMPRESSED)}"
             )
             raise ConfigError([Problem(f"data.sources.{name}.paths", source.paths, expected)])
 

@@ -286,16 +286,60 @@ def _unpacked(shard: Shard, remote: RemoteConfig) -> Iterator[bytes]:
             yield from pieces
             return
         try:
+            if compression == "xz":
+                yield from _unpacked_xz(pieces)
+                return
             # Arrow's streams notice a truncated file, which Zstandard's own take for a shorter
             # one, and read on where one compressed stream ends and another follows.
             with pyarrow.input_stream(_IteratorReader(pieces), compression=compression) as stream:
                 while block := stream.read(UNPACKED_BYTES):
                     yield block
-        except (OSError, pyarrow.ArrowException) as error:
+        except (OSError, pyarrow.ArrowException, CorruptXzError) as error:
             raise DataError(
                 f"{shard.url}: damaged or truncated ({reason_of(error)}); get it again, or leave "
                 "it out"
             ) from error
+
+
+class CorruptXzError(Exception):
+    """A `.xz` file that is damaged or truncated."""
+
+
+def _unpacked_xz(pieces: Iterator[bytes]) -> Iterator[bytes]:
+    """The uncompressed bytes of `.xz`, which Arrow does not read.
+
+    Like Arrow's streams it notices a truncated file, and reads all streams that follow each other.
+
+    Raises:
+        CorruptXzError: the file is damaged or truncated.
+    """
+    # Imported here, because a Python that was built without liblzma has no such module.
+    from lzma import FORMAT_XZ, LZMADecompressor, LZMAError
+
+    stream = LZMADecompressor(FORMAT_XZ)
+    begun = False
+    try:
+        for piece in pieces:
+            rest = piece
+            while rest:
+                if stream.eof:
+                    # Between streams there may be zeros, in fours.
+                    if not (rest := rest.lstrip(b"\0")):
+                        break
+                    stream = LZMADecompressor(FORMAT_XZ)
+                begun = True
+                # Bounded, since a small file of zeros can unpack to gigabytes.
+                block = stream.decompress(rest, UNPACKED_BYTES)
+                while block:
+                    yield block
+                    if stream.eof or stream.needs_input:
+                        break
+                    block = stream.decompress(b"", UNPACKED_BYTES)
+                rest = stream.unused_data if stream.eof else b""
+    except LZMAError as error:
+        raise CorruptXzError(reason_of(error)) from error
+    if begun and not stream.eof:
+        raise CorruptXzError("it ends within a compressed stream")
 
 
 def _status(path: Path) -> os.stat_result | None:

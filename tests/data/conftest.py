@@ -3,6 +3,7 @@
 import bz2
 import gzip
 import json
+import lzma
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
@@ -61,8 +62,10 @@ def write_texts(path: Path, texts: list[str]) -> None:
             path.write_bytes(gzip.compress(texts[0].encode()))
         case "separated":
             path.with_suffix(".txt").write_bytes("<|end|>".join(texts).encode())
-        case "jsonl":
+        case "jsonl" | "JSONL" | "ndjson" | "json":
             path.write_bytes(lines)
+        case "jsonl.xz":
+            path.write_bytes(lzma.compress(lines))
         case "jsonl.gz":
             path.write_bytes(gzip.compress(lines))
         case "jsonl.bz2":

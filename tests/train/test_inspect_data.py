@@ -13,7 +13,7 @@ from data.loader import Loader
 from data.sources.documents import Documents
 from data.stream import BatchShape, TokenStream
 from data.tokenizer_training import prepare_tokenizer
-from train import inspect_data
+from train import inspect_data, plan
 from train.config import Config
 from train.inspect_data import count, main, shown_row
 
@@ -52,6 +52,30 @@ def test_each_record_is_counted_once_also_if_a_tokenizer_was_trained_on_it(
     (path := tmp_path / "text.jsonl").write_text(corpus.read_text() + "no JSON\n" * bad)
     assert main(config(f"data.sources.files.paths={path}", "tokenizer.vocab_size=300")) == 0
     assert f"quarantined: {bad} of {53 + bad} records" in capsys.readouterr().out
+
+
+def test_files_that_are_passed_over_are_told_once(
+    config: Configured, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.jsonl").write_text(corpus.read_text())
+    for name in ("a.csv", "b.CSV", "README"):
+        (tmp_path / name).write_text("not read")
+    (tmp_path / "b.jsonl.gz").touch()
+    folder = f"data.sources.files.paths={tmp_path}"
+    for command in (main, plan.main):
+        assert command(config(folder)) == 0
+        output = capsys.readouterr().out
+        assert output.count("passed over in the same folders: 2 .csv, 1 without an ending") == 1
+        assert (
+            output.count("1 file has 0 bytes, as an interrupted download leaves: b.jsonl.gz") == 1
+        )
+
+
+def test_a_run_may_be_planned_where_its_text_is_not(
+    config: Configured, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert plan.main(config(f"data.sources.files.paths={tmp_path}/none")) == 0
+    assert "the files of data.sources.files cannot be looked at here: " in capsys.readouterr().out
 
 
 def test_a_source_that_is_not_read_to_its_end_is_not_called_known(config: Configured) -> None:

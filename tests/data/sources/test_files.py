@@ -1,6 +1,8 @@
+import bz2
 import gzip
 import io
 import json
+import lzma
 import os
 import re
 from collections.abc import Callable
@@ -13,6 +15,7 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -34,6 +37,7 @@ from data.storage.stores import Shard
 from tests.data.storage.fault_server import FaultServer
 
 FORMS = ["txt", "txt.gz", "newlines", "aba", "jsonl", "jsonl.gz", "jsonl.zst", "jsonl.bz2"]
+FORMS += ["jsonl.xz", "JSONL", "ndjson", "json"]
 FORMS += ["parquet", "one-group"]
 SEPARATORS = {"newlines": "\n\n", "aba": "aba"}
 PATIENT = RemoteConfig(timeout_s=0.3, retry_s=20.0)
@@ -335,7 +339,7 @@ def test_the_fingerprint_changes_with_names_sizes_and_formats_but_not_with_the_p
         ("missing.txt", ""),
         ("*.jsonl", ""),
         ("empty", ""),
-        ("picture.png", r"cannot read picture\.png; expected \.txt, \.jsonl, \.json or"),
+        ("picture.png", r"cannot read picture\.png; expected \.txt, \.jsonl, \.ndjson, \.json or"),
         ("picture.p*", r"cannot read picture\.png; expected .*, also with \.gz, \.zst"),
     ],
 )
@@ -361,7 +365,9 @@ def test_all_paths_with_nothing_to_read_are_told_at_once(
     assert [problem.value for problem in error.value.problems] == [paths[0], paths[2]]  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.jsonl.bz2", "a.parquet"])
+@pytest.mark.parametrize(
+    "name", ["a.jsonl.gz", "a.jsonl.zst", "a.jsonl.bz2", "a.jsonl.xz", "a.parquet"]
+)
 def test_a_truncated_file_is_named_instead_of_ending_early(
     tmp_path: Path,
     corpus: Callable[..., FileCorpus],
@@ -385,16 +391,133 @@ def test_files_are_closed_when_reading_stops_early(
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_compressed_json_holds_json_lines_and_a_plain_one_is_read_where_it_is_named(
-    tmp_path: Path, cache: ShardCache
+COPIES = [".jsonl", ".JSONL", ".ndjson", ".NDJson", ".json", ".json.gz", ".JSON.GZ", ".jsonl.xz"]
+COPIES += [".Jsonl.Bz2", ".jsonl.zst", ".jsonl.zstd", ".ndjson.gz", ".json.xz"]
+
+
+def test_every_copy_of_a_folder_is_read_whatever_its_ending_of_the_same_kind(
+    tmp_path: Path, corpus: Callable[..., FileCorpus], texts: list[str]
 ) -> None:
-    (tmp_path / "a.json.gz").write_bytes(gzip.compress(b'{"text": "in a"}\n{"text": "too"}\n'))
-    (tmp_path / "b.json").write_bytes(b'{"text": "in b"}\n')
-    (tmp_path / "c.parquet.json").write_bytes(b"{}")
-    named = {str(tmp_path): ["in a", "too"], str(tmp_path / "b.json"): ["in b"]}
-    for paths, expected in named.items():
-        corpus = file_corpus("x", FilesSource(kind="files", paths=paths), cache, 1000)
-        assert [record.text for record, _ in corpus.documents(0, 1)] == expected
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts).encode()
+    packers = {".gz": gzip.compress, ".xz": lzma.compress, ".bz2": bz2.compress}
+    packers |= {".zst": zstandard.compress, ".zstd": zstandard.compress}
+    for number, ending in enumerate(COPIES):
+        pack = packers.get(os.path.splitext(ending)[1].lower(), bytes)
+        (tmp_path / f"{number:02}{ending}").write_bytes(pack(lines))
+    files = corpus(tmp_path)
+    assert texts_of(files) == texts * len(COPIES)
+    assert files.remarks == []
+    for number, ending in enumerate(COPIES):
+        assert texts_of(corpus(tmp_path / f"{number:02}{ending}")) == texts, "named itself"
+
+
+NO_LINES = [
+    b"[]",
+    b'[{"text": "a"}, {"text": "b"}]',
+    b'{\n  "dataset": "books",\n  "text": "no"\n}\n',
+    b'\xef\xbb\xbf \n[\n{"text": "a"}\n]',
+    b"[" + b"1, " * 9999 + b"1]",
+]
+LINES = [
+    b'{"text": "a"}',
+    b'\n\n  {"text": "a"}\n{"text": "b"}\n',
+    b'\xef\xbb\xbf{"text": "a"}\n',
+    b'{"text": "' + b"a" * 9999 + b'"}\n',
+    b'{"text": "the first line is broken\n{"text": "b"}\n',
+]
+
+
+@pytest.mark.parametrize("content", [*LINES, *NO_LINES])
+def test_json_in_a_folder_is_read_if_it_holds_lines_and_told_of_otherwise(
+    tmp_path: Path, corpus: Callable[..., FileCorpus], content: bytes
+) -> None:
+    (tmp_path / "a.json").write_bytes(content)
+    (tmp_path / "b.txt").write_text("b")
+    files = corpus(tmp_path)
+    names = [file.shard.name for file in files.files]
+    if content in LINES:
+        assert (names, files.remarks) == (["a.json", "b.txt"], [])
+    else:
+        assert names == ["b.txt"]
+        [remark] = files.remarks
+        assert remark.endswith("folders: 1 .json that hold no JSON lines")
+    named = corpus((str(tmp_path / "a.json"), str(tmp_path)))
+    assert [file.shard.name for file in named.files] == ["a.json", "b.txt"]
+    assert named.remarks == [], "what is named itself is read"
+
+
+def test_a_folder_of_json_that_holds_no_lines_is_refused_by_name(
+    tmp_path: Path, corpus: Callable[..., FileCorpus]
+) -> None:
+    (tmp_path / "a.json").write_bytes(b"[]")
+    with pytest.raises(
+        ConfigError, match=r"paths='.*': no file in it can be read; there are only 1"
+    ):
+        corpus(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("others", "told"),
+    [
+        ([], None),
+        (["a.csv"], "1 .csv"),
+        (["a.csv", "x/b.csv", "x/y/c.CSV", "README"], "3 .csv, 1 without an ending"),
+    ],
+)
+def test_what_is_passed_over_is_told_once_by_ending(
+    tmp_path: Path, corpus: Callable[..., FileCorpus], others: list[str], told: str | None
+) -> None:
+    for name in ("a.txt", "x/b.txt", *others):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    # A folder that is named twice, and one within it, hold each file once.
+    files = corpus((str(tmp_path), f"{tmp_path}/", f"{tmp_path}/x"))
+    assert len(files.files) == 2
+    if told is None:
+        assert files.remarks == []
+    else:
+        assert files.remarks == [
+            "data.sources.books: 2 files are read; passed over in the same folders: " + told
+        ]
+
+
+@pytest.mark.parametrize("ending", ["jsonl.gz", "txt.zst", "jsonl.xz", "jsonl.bz2", "jsonl"])
+def test_a_file_of_no_bytes_is_told(
+    tmp_path: Path, corpus: Callable[..., FileCorpus], ending: str
+) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    for number in range(5):
+        (tmp_path / f"b{number}.{ending}").touch()
+    [remark] = corpus(tmp_path).remarks
+    assert remark.startswith("data.sources.books: 5 files have 0 bytes, as an interrupted download")
+    assert remark.endswith(f": b0.{ending}, b1.{ending}, b2.{ending}, ...")
+    assert texts_of(corpus(tmp_path))[0] == "text"
+
+
+@pytest.mark.parametrize("streams", [1, 2, 5])
+def test_xz_is_read_to_the_end_of_its_last_stream(
+    tmp_path: Path, corpus: Callable[..., FileCorpus], streams: int
+) -> None:
+    lines = b'{"text": "a"}\n' + b" " * 3_000_000 + b"\n"  # more than is unpacked at a time
+    packed = b"\0\0\0\0".join([lzma.compress(lines)] * streams)
+    (tmp_path / "a.jsonl.xz").write_bytes(packed + b"\0" * 8)
+    assert texts_of(corpus(tmp_path)) == ["a"] * streams
+
+
+@pytest.mark.parametrize("damage", ["junk behind it", "a byte in it", "cut within the second"])
+def test_damaged_xz_is_named(
+    tmp_path: Path, corpus: Callable[..., FileCorpus], damage: str
+) -> None:
+    packed = lzma.compress(b'{"text": "a"}\n' * 999)
+    spoilt = packed[:40] + bytes([packed[40] ^ 1]) + packed[41:]
+    contents = {
+        "junk behind it": packed + b"junk",
+        "a byte in it": spoilt,
+        "cut within the second": packed + packed[:20],
+    }
+    (tmp_path / "a.jsonl.xz").write_bytes(contents[damage])
+    with pytest.raises(DataError, match=r"a\.jsonl\.xz: damaged or truncated \(.+\); get it again"):
+        texts_of(corpus(tmp_path))
 
 
 def test_lanes_have_about_equal_parts_where_only_some_files_are_compressed(

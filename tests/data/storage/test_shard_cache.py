@@ -2,6 +2,7 @@ import bz2
 import fcntl
 import gzip
 import json
+import lzma
 import multiprocessing
 import os
 import pickle
@@ -28,6 +29,7 @@ from tests.data.storage.fault_server import FaultServer
 PACK: Mapping[str, Callable[[bytes], bytes]] = {
     ".gz": gzip.compress,
     ".bz2": bz2.compress,
+    ".xz": lzma.compress,
     ".zst": zstandard.compress,
 }
 REMOTE = RemoteConfig(timeout_s=0.2, retry_s=20.0)
@@ -39,7 +41,7 @@ def corpus(tmp_path: Path) -> Path:
     """A folder with the same content in every form, and three times in `.gz`."""
     (tmp_path / "corpus").mkdir()
     (tmp_path / "corpus/plain.txt").write_bytes(CONTENT)
-    for name in ("a.txt.gz", "b.txt.gz", "c.txt.gz", "a.txt.bz2", "a.txt.zst"):
+    for name in ("a.txt.gz", "b.txt.gz", "c.txt.gz", "a.txt.bz2", "a.txt.zst", "a.txt.xz"):
         (tmp_path / "corpus" / name).write_bytes(PACK[Path(name).suffix](CONTENT))
     return tmp_path / "corpus"
 

@@ -10,7 +10,7 @@ import pytest
 from conf.errors import ConfigError, TransientError
 from data.config import RemoteConfig
 from data.storage.retry import PermanentError, retry
-from data.storage.shards import Shard, list_shards
+from data.storage.shards import Shard, counted, list_shards
 from tests.data.storage.fault_server import FaultServer
 
 SUFFIXES = (".jsonl", ".txt")
@@ -91,6 +91,76 @@ def test_a_glob_means_what_it_matches_and_is_named_from_where_it_begins(
     root: str, glob: str, expected: list[str]
 ) -> None:
     assert names(list_shards(root + glob, SUFFIXES)) == expected
+
+
+def make(folder: Path, *files: str) -> Path:
+    for name in files:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+    return folder
+
+
+def test_the_endings_of_files_in_a_folder_ignore_case(tmp_path: Path) -> None:
+    files = ["A.JSONL", "b.Txt", "c.JSONL.GZ", "d.jsonl.Zst", "e.TXT.XZ", "f.txt.BZ2"]
+    assert names(list_shards(str(make(tmp_path, *files)), SUFFIXES)) == sorted(files)
+
+
+@pytest.mark.parametrize(
+    ("others", "told"),
+    [
+        ([], ""),
+        (["README"], "1 without an ending"),
+        (["a/x.csv", "b/c/y.CSV", "z.csv", "notes.md"], "3 .csv, 1 .md"),
+        (["a.jsonl.lz4", "a.tar.gz", "b.TAR.GZ"], "2 .tar.gz, 1 .lz4"),
+        ([".hidden.csv", ".git/config", "deep/.cache/x.csv"], ""),
+        (["a b.csv", "é.csv", "new\nline.csv"], "3 .csv"),
+    ],
+)
+def test_what_is_passed_over_in_a_folder_is_known_by_its_ending(
+    tmp_path: Path, others: list[str], told: str
+) -> None:
+    listing = list_shards(str(make(tmp_path, "a.txt", "deep/b.jsonl", *others)), SUFFIXES)
+    assert names(listing) == ["a.txt", "deep/b.jsonl"]
+    assert counted(listing.passed_over.values()) == told
+
+
+def test_a_folder_without_a_file_that_can_be_read_says_what_is_in_it(tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"; there are only 2 \.csv, 1 without an ending; correct"
+    ):
+        list_shards(str(make(tmp_path, "a.csv", "b.csv", "README")), SUFFIXES)
+
+
+TABLE = ["x.jsonl/deep/part-1.jsonl.gz", "x.jsonl/part-0.jsonl"]
+SPARK = ("x.jsonl/_SUCCESS", *TABLE)
+
+
+@pytest.mark.parametrize(
+    ("glob", "expected", "passed_over"),
+    [
+        ("*.jsonl", [*TABLE, "y.jsonl"], "1 without an ending"),
+        ("*.jsonl/", [*TABLE, "y.jsonl"], "1 without an ending"),
+        ("x.*", TABLE, "1 without an ending"),
+        ("x.jsonl/part-*", ["part-0.jsonl"], ""),
+        ("year=*", ["year=1/a.txt", "year=2/b.txt"], "1 .csv"),
+        ("*", [*TABLE, "y.jsonl"], "2 folders, 1 without an ending"),
+        ("year=*/*.txt", ["year=1/a.txt", "year=2/b.txt"], ""),
+        ("**/*.txt", ["year=1/a.txt", "year=2/b.txt"], ""),
+        ("year=*/**", ["year=1/a.txt", "year=2/b.txt", "year=2/c.csv"], ""),
+    ],
+)
+def test_a_glob_reads_the_folders_that_it_matches(
+    tmp_path: Path, glob: str, expected: list[str], passed_over: str
+) -> None:
+    folder = make(tmp_path / "a", *SPARK, "y.jsonl", "year=1/a.txt", "year=2/b.txt", "year=2/c.csv")
+    listing = list_shards(f"{folder}/{glob}", SUFFIXES)
+    assert names(listing) == expected
+    assert counted(listing.passed_over.values()) == passed_over
+
+
+def test_a_folder_of_a_glob_is_the_same_in_any_store(root: str) -> None:
+    expected = ["en/1.jsonl", "en/10.jsonl.gz", "en/deep/2.jsonl.zst", "en/é%.txt"]
+    assert names(list_shards(f"{root}/e[n]", SUFFIXES)) == expected
 
 
 def test_a_file_is_itself_whatever_its_suffix(root: str) -> None:
