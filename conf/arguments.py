@@ -65,7 +65,8 @@ def parse(cls: type[T], arguments: Sequence[str], *, positional: Sequence[str] =
 
     Args:
         cls: a dataclass with `problems()`.
-        arguments: `key=value` each; a value is JSON, or text where the field holds text.
+        arguments: `key=value` each; a value is JSON, or text where the field holds text. A field
+            that holds texts by name takes `key.NAME=text`.
         positional: the fields that arguments without `key=` are for, in this order.
 
     Raises:
@@ -78,7 +79,11 @@ def parse(cls: type[T], arguments: Sequence[str], *, positional: Sequence[str] =
         key, equals, text = argument.partition("=")
         if not equals:  # one argument too many is then reported as an unknown key
             key, text = next(names, argument), argument
-        values[key] = _value(hints.get(key), text)
+        name, dot, entry = key.partition(".")
+        if dot and get_origin(hints.get(name)) is dict:  # env.NCCL_DEBUG=WARN
+            values.setdefault(name, {})[entry] = text
+        else:
+            values[key] = _value(hints.get(key), text)
     return build(cls, values, "the arguments")
 
 

@@ -4,6 +4,7 @@
     python -m launch nodes      nodes=2 address=node1:29500 processes=8 model=phd_cswa ...
     python -m launch slurm      nodes=2 processes=8 partition=gpu time=12h model=phd_cswa ...
     python -m launch kubernetes nodes=2 processes=8 image=phd:1 volume=runs model=phd_cswa ...
+    python -m launch check      nodes=2 address=node1:29500 processes=8 model=phd_cswa ...
 
 Settings that are not the launcher's are those of the training, as `python train/main.py` takes
 them. All settings are checked before anything starts or is queued.
@@ -12,7 +13,10 @@ them. All settings are checked before anything starts or is queued.
     -m                the training settings are a sweep, whose runs follow each other
     site=FILE         settings from a YAML file, such as the partition and account of a cluster;
                       settings on the command line replace them
-    LAUNCHER --help   all settings of local, nodes, slurm or kubernetes
+    LAUNCHER --help   all settings of local, nodes, slurm, kubernetes or check
+
+`check` starts no training: in about a minute it looks at the machines on which the training is to
+run, and names those that are not like the others.
 
 Exit codes:
 
@@ -34,8 +38,9 @@ import json
 import os
 import shlex
 import subprocess
+import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
 import yaml
@@ -47,7 +52,7 @@ from conf.errors import ConfigError, Problem, reason_of
 from conf.standard_streams import make_standard_streams_lossy
 from conf.validation import did_you_mean, keys, nearest
 from launch import kubernetes, slurm
-from launch.config import LAUNCHERS, Kubernetes, Local, MultiNode, Nodes, Slurm
+from launch.config import LAUNCHERS, Check, Kubernetes, Local, MultiNode, Nodes, Slurm
 from train.compose import check, collecting
 from train.config import Config
 
@@ -62,11 +67,13 @@ class LaunchCommand:
         config: the settings of the launcher.
         arguments: those of the training command.
         run_dirs: the directories of the runs; empty if another script is started.
+        caches: the directories of their copies of files; None for the usual one.
     """
 
     config: Local
     arguments: list[str]
     run_dirs: list[Path]
+    caches: list[str | None] = field(default_factory=list)
 
 
 def read_command(texts: Sequence[str]) -> LaunchCommand:
@@ -85,21 +92,25 @@ def read_command(texts: Sequence[str]) -> LaunchCommand:
     others: list[str] = []
     problems: list[Problem | str] = []
     config: Local | None = None
-    run_dirs: list[Path] = []
+    jobs: list[Config] = []
     with collecting(problems):
         for text in texts[1:]:
             key, _, value = text.partition("=")
             if key == "site":
-                own = [*_read_site(value), *own]  # before the command line's, which replace them
+                site = _read_site(value)
+                if launcher == "check":  # the site's file is that of a scheduler
+                    site = [text for text in site if _name(text) in names]
+                own = [*site, *own]  # before the command line's, which replace them
             else:
-                (own if key in names else others).append(text)
+                (own if _name(text) in names else others).append(text)
         config = parse(LAUNCHERS[launcher], own)
     if not any(text.startswith("script=") for text in own):
         with collecting(problems):
-            run_dirs = [job.run_dir for job in _check_jobs(others, config, names)]
+            jobs = _check_jobs(others, config, names)
     if problems or config is None:
         raise ConfigError(problems)
-    return LaunchCommand(config, others, run_dirs)
+    run_dirs = [job.run_dir for job in jobs]
+    return LaunchCommand(config, others, run_dirs, [job.data.cache.dir for job in jobs])
 
 
 def start(command: LaunchCommand) -> int:
@@ -107,7 +118,7 @@ def start(command: LaunchCommand) -> int:
     config = command.config
     match config:
         case Slurm():
-            Path(config.logs).mkdir(parents=True, exist_ok=True)
+            config.log_dir.mkdir(parents=True, exist_ok=True)
             return _submit(["sbatch"], slurm.render(config, command.arguments, command.run_dirs))
         case Kubernetes() as config:
             return _submit(
@@ -115,6 +126,8 @@ def start(command: LaunchCommand) -> int:
             )
     from launch import agent  # needs PyTorch, which a machine that only queues jobs may not have
 
+    if isinstance(config, Check):
+        return agent.check(config, _directories(command))
     if config.script and (other := checkout.checkout_of(Path(config.script))):
         os.environ["PYTHONPATH"] = checkout.lead(other, os.environ.get("PYTHONPATH", ""))
     return agent.run(config, _process_command(command))
@@ -132,7 +145,10 @@ def describe(command: LaunchCommand) -> str:
     lines = [f"# processes on this machine: {count}; restarts: {config.max_restarts}"]
     if isinstance(config, Nodes):
         lines.append(f"# machines: {config.nodes}, {config.rendezvous} at {config.address}")
-    return "\n".join([*lines, shlex.join(_process_command(command)), ""])
+    words = _process_command(command)
+    if isinstance(config, Check):
+        words = [sys.executable, "-m", "launch.preflight", "..."]
+    return "\n".join([*lines, shlex.join(words), ""])
 
 
 def _check_jobs(
@@ -199,10 +215,28 @@ def _read_site(path: str) -> list[str]:
     if not isinstance(found, dict):
         expected = "expected settings, one on each line, such as partition: gpu"
         raise ConfigError([Problem("site", path, expected)])
+    flat: dict[str, Any] = {}
+    for key, value in found.items():
+        entries = value.items() if isinstance(value, dict) else ()
+        flat |= {f"{key}.{name}": entry for name, entry in entries} or {key: value}
     return [
         f"{key}={value if isinstance(value, str) else json.dumps(value)}"
-        for key, value in found.items()
+        for key, value in flat.items()
     ]
+
+
+def _name(text: str) -> str:
+    """The setting that an argument is for: `env` of env.NCCL_DEBUG=WARN."""
+    return text.partition("=")[0].partition(".")[0]
+
+
+def _directories(command: LaunchCommand) -> list[str]:
+    """Where the runs write: their own directories, the caches, and temporary files."""
+    cache = os.environ.get("PHD_CACHE", "~/.cache/phd")
+    runs = [str(directory.absolute()) for directory in command.run_dirs] or [os.getcwd()]
+    caches = [job_cache or cache for job_cache in command.caches] or [cache]
+    found = [*runs, *caches, tempfile.gettempdir()]
+    return list(dict.fromkeys(os.path.abspath(os.path.expanduser(path)) for path in found))
 
 
 def _process_command(command: LaunchCommand) -> list[str]:

@@ -19,16 +19,20 @@ are left the exit code is 1. Here:
 import json
 import os
 import signal
+import socket
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 from torch.distributed import DistNetworkError, DistStoreError
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerSpec
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from torch.distributed.elastic.rendezvous import (
     RendezvousClosedError,
     RendezvousConnectionError,
@@ -38,11 +42,13 @@ from torch.distributed.elastic.rendezvous import (
 
 from conf.errors import reason_of
 from conf.exit_codes import ExitCode
-from launch import parent_death
-from launch.config import Local, Nodes
+from launch import parent_death, preflight, rank_logs
+from launch.config import Check, Local, Nodes
 from launch.exit_codes import FINAL, combine_exit_codes
+from launch.rank_logs import RankLogs
 from launch.rendezvous import create_rendezvous_handler
 from launch.torchelastic import ElasticAgent, handle_signals_ourselves, quiet_logs
+from launch.traces import lost_another
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
 CONNECTION_ERRORS = (
@@ -92,7 +98,27 @@ class SignalForwarder:
 
 
 class Agent(ElasticAgent):
-    """PyTorch's agent that knows final exit codes, and that processes may end one after another."""
+    """PyTorch's agent that knows final exit codes, and that processes may end one after another.
+
+    Args:
+        logs: of the processes.
+        host: the name of this machine, where there are several; else empty.
+        expected: exit codes of which nothing is told.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        logs: RankLogs,
+        host: str = "",
+        expected: Iterable[int] = (),
+        **settings: Any,
+    ) -> None:
+        super().__init__(*args, **settings)
+        self._logs = logs
+        self._host = host
+        self.expected = frozenset(expected)
+        self._explained = {ExitCode.REQUEUE, -signal.SIGTERM, *expected}
 
     @property
     def exit_codes(self) -> list[int | None]:
@@ -108,15 +134,39 @@ class Agent(ElasticAgent):
     def monitor(self) -> RunResult:
         """Reports failures, and forbids restarts after a final exit code."""
         self._wait_while_saving()
+        if set(self.exit_codes) - {None, 0} - self._explained:
+            self._logs.freeze()  # PyTorch now ends the others, which takes them some seconds
         result = super().monitor()
         if result.is_failed():
             codes = [failure.exitcode for failure in result.failures.values()]
-            for rank, failure in result.failures.items():
-                if failure.exitcode not in (ExitCode.REQUEUE, -signal.SIGTERM):
-                    _log(f"rank {rank} (process {failure.pid}) {_describe(failure.exitcode)}")
+            self._tell(result.failures)
             if combine_exit_codes(codes) in FINAL:
                 self.forbid_restarts()
         return result
+
+    def starts(self, ranks: list[int]) -> None:
+        """Shows the output of the processes that are about to be started."""
+        self._logs.watch(ranks)
+
+    def _tell(self, failures: Mapping[int, ProcessFailure]) -> None:
+        """Says which processes have crashed, and of the one that began why."""
+        found = {r: f for r, f in failures.items() if f.exitcode not in self._explained}
+        reasons = {
+            rank: [] if failure.exitcode == ExitCode.MISUSED else self._logs.reason(rank)
+            for rank, failure in found.items()
+        }
+        # A killed process says nothing, and those that wait for it say that it is gone.
+        blame = {rank: (found[rank].exitcode > 0, lost_another(reasons[rank])) for rank in found}
+        first = min(found, key=lambda rank: blame[rank], default=0)
+        for rank in sorted(found, key=lambda rank: (rank != first, rank)):
+            name = f"rank {rank} on {self._host}" if self._host else f"rank {rank}"
+            told = f"{name} (process {found[rank].pid}) {_describe(found[rank].exitcode)}"
+            log = f"its log: {self._logs.path(rank)}" if self._logs.keep(rank) else ""
+            if rank == first and reasons[rank]:
+                _log("\n  ".join([f"{told}:", *reasons[rank]]))
+                _log(log)
+            else:
+                _log(f"{told}; {log}" if log else told)
 
     def _wait_while_saving(self) -> None:
         """Waits while some processes have ended with 75 and others run, for `grace_s` at most.
@@ -137,16 +187,41 @@ class Agent(ElasticAgent):
         self.start()
 
 
-def run(config: Local, command: Sequence[str]) -> int:
+def run(config: Local, command: Sequence[str], *, expected: Iterable[int] = ()) -> int:
     """Runs `command` in the processes of this machine until all have ended.
+
+    Args:
+        config: the settings of this machine.
+        command: of each process.
+        expected: exit codes that the processes explain themselves: the agent says nothing of them.
 
     Returns:
         0, 2, 75 or 130 if the processes ended with it (75 as `saved_code`), and 1 otherwise. It is
         also 75 if the connection to the other machines was lost: nothing is wrong with the run, and
         the same command continues it.
     """
-    code = _run(config, command)
+    code = _run(config, command, expected)
     return config.saved_code if code == ExitCode.REQUEUE and isinstance(config, Nodes) else code
+
+
+def check(config: Check, directories: Sequence[str]) -> int:
+    """Checks this machine and its connections to the others; returns 0 if nothing is wrong.
+
+    Args:
+        config: the settings of this machine.
+        directories: whose free space counts.
+    """
+    host = _host(config) or socket.gethostname()
+    probe = preflight.Probe(host, tuple(directories), config)
+    # The processes run the code of this agent, wherever they are started.
+    root = str(Path(__file__).parents[1])
+    program = (
+        f"import runpy, sys; sys.path.insert(0, {root!r});"
+        f"runpy.run_module({preflight.__name__!r}, run_name='__main__')"
+    )
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # what hangs is told in a line
+    command = [sys.executable, "-u", "-c", program, probe.text]
+    return run(config, command, expected=[preflight.BAD_MACHINE])
 
 
 def default_processes() -> int:
@@ -154,14 +229,19 @@ def default_processes() -> int:
     return max(1, torch.cuda.device_count())
 
 
-def _run(config: Local, command: Sequence[str]) -> int:
+def _run(config: Local, command: Sequence[str], expected: Iterable[int]) -> int:
+    os.environ.update(config.env)
     processes = config.processes or default_processes()
     if processes > 1:  # each would otherwise start a thread for every core
         threads = max(1, torch.get_num_threads() // processes)
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     os.environ["LAUNCHED_BY"] = json.dumps(sys.orig_argv)  # for a run's environment.json
     quiet_logs()
-    with SignalForwarder() as forwarder, tempfile.TemporaryDirectory(prefix="launch-") as scratch:
+    with (
+        SignalForwarder() as forwarder,
+        tempfile.TemporaryDirectory(prefix="launch-") as scratch,
+        RankLogs(config.rank_log) as logs,
+    ):
         try:
             handler = create_rendezvous_handler(config)
         except SignalException:
@@ -171,11 +251,12 @@ def _run(config: Local, command: Sequence[str]) -> int:
             return ExitCode.CRASHED
         # train/main.py unblocks the signals when it can handle them; other scripts may not.
         signals = "hold" if config.script is None else "deliver"
+        wrapper = ("-I", parent_death.__file__, str(os.getpid()))
         spec = WorkerSpec(
             role="worker",
             local_world_size=processes,
             entrypoint=sys.executable,
-            args=("-I", parent_death.__file__, str(os.getpid()), signals, *command),
+            args=(*wrapper, signals, *logs.arguments, *command),
             rdzv_handler=handler,
             max_restarts=config.max_restarts,
             monitor_interval=POLL_S,
@@ -185,6 +266,9 @@ def _run(config: Local, command: Sequence[str]) -> int:
             DefaultLogsSpecs(log_dir=scratch),
             grace_s=config.grace_s,
             exit_barrier_s=EXIT_BARRIER_S + config.grace_s,
+            logs=logs,
+            host=_host(config),
+            expected=expected,
         )
         return _run_agent(forwarder.agent, handler, forwarder)
 
@@ -222,7 +306,8 @@ def _run_agent(agent: Agent, handler: RendezvousHandler, forwarder: SignalForwar
             "saved and ended early, or something around the run failed for now; the same command "
             f"continues it (exit code {int(code)})"
         )
-    if code in (ExitCode.REQUEUE, ExitCode.MISUSED):
+    ended_together = agent.expected.intersection(failure.exitcode for failure in failures)
+    if code in (ExitCode.REQUEUE, ExitCode.MISUSED) or ended_together:
         agent.wait_for_other_agents(agent.grace_s)
     handler.shutdown()
     return code
@@ -235,9 +320,20 @@ def _code_after_signal(forwarder: SignalForwarder, codes: Sequence[int | None]) 
     return combine_exit_codes((code for code in codes if code is not None), signalled=True)
 
 
+def _host(config: Local) -> str:
+    """The name of this machine in messages; empty if there are no others."""
+    if not isinstance(config, Nodes) or config.most_nodes == 1:
+        return ""
+    name = socket.gethostname()
+    return f"{name} ({config.local_address})" if config.local_address else name
+
+
 def _describe(code: int) -> str:
-    return f"died of {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+    if code >= 0:
+        return f"ended with exit code {code}"
+    hint = " (was the memory full? `dmesg` tells)" if code == -signal.SIGKILL else ""
+    return f"died of {signal.Signals(-code).name}{hint}"
 
 
 def _log(text: str) -> None:
-    print(f"launch: {text}", file=sys.stderr, flush=True)
+    rank_logs.log(text)

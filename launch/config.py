@@ -8,6 +8,7 @@ runs.
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, Literal
 
 from conf.errors import Problem
@@ -17,6 +18,9 @@ from conf.settings import Settings, at_least
 # A pod's name has at most 63 characters; the operators append up to 13.
 KUBERNETES_NAME = r"[a-z]([-a-z0-9]{0,48}[a-z0-9])?"
 SHARED = {"passed_on": True}  # marks a setting that a scheduler passes on to `nodes`
+CHECKED = {"checked": True}  # marks one that it passes on to `check`
+# Names of variables that hold a secret, such as WANDB_API_KEY and HF_TOKEN.
+SECRET = re.compile(r"(?:^|_)(API_?KEY|ACCESS_?KEY|SECRET(_KEY)?|TOKEN|PASSW(OR)?D|CREDENTIALS?)$")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,18 +34,47 @@ class Local(Settings):
             script are not checked.
         max_restarts: how often all processes are started again after one of them has crashed.
         grace_s: seconds that processes have to save and end after a signal, before they are killed.
+        env: variables of every process, as env.NAME=value.
+        rank_log: a file for all that a rank prints, with %t where the number of the rank goes, such
+            as logs/rank_%t.log; then only rank 0's output is also shown here. null: the output of
+            all ranks is shown here, and what they write to stderr is kept if one of them crashes.
     """
 
     processes: int | None = field(default=None, metadata=SHARED)
     script: str | None = field(default=None, metadata=SHARED)
     max_restarts: int = field(default=3, metadata=SHARED)
     grace_s: int = field(default=120, metadata=SHARED)
+    env: dict[str, str] = field(default_factory=dict)
+    rank_log: str | None = field(default=None, metadata=SHARED)
 
     def problems(self) -> list[Problem]:
         return [
             *at_least(self, "", 1, "processes", "grace_s"),
             *at_least(self, "", 0, "max_restarts"),
+            *_env_problems(self.env, self.secret_hint),
+            *self._rank_log_problems(),
         ]
+
+    @property
+    def secret_hint(self) -> str:
+        """Where a secret belongs instead of `env`, which others can read."""
+        return "export it in the shell in which you type this command: all processes inherit it"
+
+    @property
+    def placeholders(self) -> str:
+        """The letters that may follow a % in `rank_log`."""
+        return "t"
+
+    def _rank_log_problems(self) -> list[Problem]:
+        if self.rank_log is None:
+            return []
+        if "%t" not in self.rank_log:
+            expected = "expected a file with %t, where the number of the rank goes"
+            return [Problem("rank_log", self.rank_log, expected, "for example logs/rank_%t.log")]
+        if re.search(f"%[^{self.placeholders}]|%$", self.rank_log):
+            known = ", ".join(f"%{letter}" for letter in self.placeholders)
+            return [Problem("rank_log", self.rank_log, f"there is only {known}")]
+        return []
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +167,73 @@ class Nodes(MultiNode):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Slurm(MultiNode):
+class Thresholds:
+    """What the check of machines asks for.
+
+    Attributes:
+        min_bandwidth_gb_s: the least bus bandwidth of an all-reduce in gigabytes (10^9 bytes) per
+            second, within a machine and between machines; null: a machine is only compared with
+            the others.
+        max_clock_skew_s: the greatest difference in seconds between the clocks of two machines.
+        min_relative_speed: the least speed of a device or connection, as a part of the median of
+            the others; 0: they are not compared.
+        min_free_disk_gib: the least free space in GiB where runs, caches and temporary files are.
+        check_s: seconds after which a check that has not ended names the ranks that it waits for.
+    """
+
+    min_bandwidth_gb_s: float | None = field(default=None, metadata=CHECKED)
+    max_clock_skew_s: float = field(default=1.0, metadata=CHECKED)
+    min_relative_speed: float = field(default=0.5, metadata=CHECKED)
+    min_free_disk_gib: float = field(default=10.0, metadata=CHECKED)
+    check_s: int = field(default=60, metadata=CHECKED)
+
+    def threshold_problems(self) -> list[Problem]:
+        """Every impossible threshold."""
+        return [
+            *at_least(self, "", 0.0, "min_bandwidth_gb_s", "max_clock_skew_s"),
+            *at_least(self, "", 0.0, "min_relative_speed", "min_free_disk_gib"),
+            *at_least(self, "", 1, "check_s"),
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check(Nodes, Thresholds):
+    """Checks machines in about a minute: python -m launch check nodes=2 address=HOST:29500 ...
+
+    Each machine gets the same command, with the settings of the run that is to be started there.
+    On each, as many `processes` as the run has look at their device, the free disk, the clock, the
+    versions of libraries and the code, and send data to each other. A machine that differs or is
+    slow is named, and the exit code is 1.
+
+    Attributes:
+        address: HOST:PORT of the machine that serves the rendezvous; all machines must reach it.
+            It has to be given for more than one machine.
+        device: `auto`: CUDA devices where all is installed for them, else the CPU; or one of both.
+        message_mib: the size of the all-reduce in MiB; null: 256 on CUDA devices, 8 on the CPU.
+        max_restarts: what has crashed is not started again.
+    """
+
+    address: str = "localhost:29500"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    message_mib: int | None = None
+    max_restarts: int = 0
+    grace_s: int = 10
+
+    def problems(self) -> list[Problem]:
+        problems = [*super().problems(), *self.threshold_problems()]
+        problems += at_least(self, "", 1, "message_mib")
+        if ":" in str(self.nodes):
+            expected = "expected the number of machines that are checked"
+            problems.append(Problem("nodes", self.nodes, expected))
+        elif self.address.startswith("localhost:") and self.most_nodes > 1:
+            expected = f"other machines cannot reach it, and nodes={self.nodes}"
+            hint = "for example address=node1:29500"
+            problems.append(Problem("address", self.address, expected, hint, others=("nodes",)))
+        return problems
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slurm(MultiNode, Thresholds):
     """A batch job: python -m launch slurm nodes=2 processes=8 partition=gpu time=12h ...
 
     When the run was saved and ended early, or a server, disk or network failed for now (exit code
@@ -150,19 +249,33 @@ class Slurm(MultiNode):
         qos: the quality of service; null: SLURM's default.
         gres: the kind of the devices, such as gpu or gpu:a100, one for each process; null: none.
         cpus: the number of CPU cores of each process; null: SLURM's default.
+        mem: the memory of each machine, such as 500G; 0: all of it. null: SLURM's default.
+        exclusive: no other job runs on the machines of this one.
+        chdir: the directory in which the job runs, an absolute path; null: the current one.
         options: further options of sbatch, one on each line.
-        setup: shell lines that run before each start, such as `module load cuda`.
-        python: the Python interpreter; null: the one that runs this command, or `python` in a
-            container.
-        container: an image for the Pyxis plugin; null: none.
+        setup: shell lines that run before each start, on the first machine only, such as
+            `module load cuda`. All machines get the variables that they export.
+        node_setup: shell lines that run before each start on every machine, in the container if
+            there is one.
+        venv: a virtual environment that every machine activates; null: none.
+        conda: the name or path of a conda environment that every machine activates; null: none.
+        python: the Python interpreter; null: `python` in a container, `venv` or `conda`, else the
+            one that runs this command.
+        container: an image; null: none.
+        runtime: what runs the container: `pyxis`, SLURM's plugin for enroot; or `apptainer`.
         mounts: what is mounted in the container, as FROM:TO,FROM:TO; the current directory always
             is. null: nothing else.
         signal_s: seconds before the time limit at which the run is told to save and end.
         logs: the directory of the job's output.
+        rank_log: a file for all that a rank prints, with %t where the number of the rank goes, %x
+            for the name of the job and %j for its number; null: %x-%j/rank_%t.log in `logs`. Rank
+            0's output is in the job's output, too.
         checkpoints: directories, one on each line, in which a new checkpoint is progress; null:
             those of the run.
         stalls: after this many starts in a row that end early without progress, the job is not
             queued again.
+        preflight: before each start, check the machines as `python -m launch check` does; a bad one
+            is named, and ends the job.
     """
 
     processes: int | None = field(default=8, metadata=SHARED)
@@ -173,15 +286,39 @@ class Slurm(MultiNode):
     qos: str | None = None
     gres: str | None = "gpu"
     cpus: int | None = None
+    mem: str | None = None
+    exclusive: bool = False
+    chdir: str | None = None
     options: str = ""
     setup: str = ""
+    node_setup: str = ""
+    venv: str | None = None
+    conda: str | None = None
     python: str | None = None
     container: str | None = None
+    runtime: Literal["pyxis", "apptainer"] = "pyxis"
     mounts: str | None = None
     signal_s: int = 300
     logs: str = "logs"
     checkpoints: str | None = None
     stalls: int = 3
+    preflight: bool = False
+
+    @property
+    def secret_hint(self) -> str:
+        return (
+            "export it in the shell from which you submit: SLURM hands it on, and the script does "
+            "not hold it"
+        )
+
+    @property
+    def placeholders(self) -> str:
+        return "txj"
+
+    @property
+    def log_dir(self) -> Path:
+        """The directory of the job's output, as it is found from anywhere."""
+        return Path(self.chdir or "", self.logs)
 
     def problems(self) -> list[Problem]:
         found = super().problems() + at_least(self, "", 1, "cpus", "stalls", "signal_s")
@@ -194,10 +331,45 @@ class Slurm(MultiNode):
         if self.time is not None and not re.fullmatch(r"[\d:-]+|\d+[smhd]", self.time):
             expected = "expected 90m, 12h, 2d or [DAYS-]HOURS:MINUTES:SECONDS"
             found.append(Problem("time", self.time, expected))
+        if self.mem is not None and not re.fullmatch(r"\d+[KMGT]?", self.mem):
+            found.append(Problem("mem", self.mem, "expected a size such as 500G, or 0 for all"))
+        if self.chdir is not None and not self.chdir.startswith("/"):
+            found.append(Problem("chdir", self.chdir, "expected an absolute path"))
         if self.signal_s <= self.grace_s:
             expected = f"expected more than grace_s={self.grace_s}"
             hint = "the run has to be saved before the time limit"
             found.append(Problem("signal_s", self.signal_s, expected, hint, others=("grace_s",)))
+        found += self.threshold_problems()
+        return found + self._header_problems() + self._environment_problems()
+
+    def _header_problems(self) -> list[Problem]:
+        """What is written behind #SBATCH has to stay one word there."""
+        names = ("partition", "account", "qos", "gres", "chdir", "logs")
+        return [
+            Problem(name, value, "expected no spaces, quotes or #")
+            for name in names
+            if re.search(r"[\s'\"#\\]", value := getattr(self, name) or "")
+        ]
+
+    def _environment_problems(self) -> list[Problem]:
+        """A container, and an environment of Python."""
+        found = []
+        if self.venv and self.conda:
+            expected = "venv is given, too, and only one of them can be active"
+            found.append(Problem("conda", self.conda, expected, others=("venv",)))
+        if self.container is None and self.mounts is not None:
+            found.append(Problem("mounts", self.mounts, "there is no container to mount it in"))
+        if self.container is None and self.runtime != "pyxis":
+            expected = "there is no container for it to run"
+            found.append(Problem("runtime", self.runtime, expected, "set container=IMAGE"))
+        if self.container and self.container.endswith(".sif") and self.runtime == "pyxis":
+            expected = "Pyxis cannot read images of Apptainer"
+            hint = "set runtime=apptainer"
+            found.append(Problem("container", self.container, expected, hint, ("runtime",)))
+        if self.container and self.container.endswith(".sqsh") and self.runtime == "apptainer":
+            expected = "Apptainer cannot read images of enroot"
+            hint = "set runtime=pyxis"
+            found.append(Problem("container", self.container, expected, hint, ("runtime",)))
         return found
 
 
@@ -259,13 +431,36 @@ LAUNCHERS: dict[str, type[Local]] = {
     "nodes": Nodes,
     "slurm": Slurm,
     "kubernetes": Kubernetes,
+    "check": Check,
 }
 
 
-def passed_on(config: MultiNode) -> Iterator[str]:
-    """The settings of a scheduler as arguments of `nodes`, without those that are its defaults."""
-    defaults = {setting.name: setting.default for setting in fields(Nodes)}
+def passed_on(config: MultiNode, to: type[Nodes] = Nodes) -> Iterator[str]:
+    """The settings of a scheduler as arguments of `to`, without those that are its defaults."""
+    marks = (CHECKED, SHARED) if to is Check else (SHARED,)
+    own = ("max_restarts", "grace_s", "rank_log") if to is Check else ()
+    defaults = {setting.name: setting.default for setting in fields(to)}
     for setting in fields(config):
         value: Any = getattr(config, setting.name)
-        if setting.metadata == SHARED and value != defaults[setting.name]:
+        if setting.metadata not in marks or setting.name in own:
+            continue
+        if to is Check and setting.name == "nodes":
+            value = config.most_nodes
+        if value != defaults[setting.name]:
             yield f"{setting.name}={value}"
+
+
+def _env_problems(env: dict[str, str], hint: str) -> list[Problem]:
+    """Names that no variable can have, and secrets, which would be written down."""
+    found = []
+    for name in env:
+        if not re.fullmatch(r"[A-Za-z_]\w*", name):
+            found.append(
+                Problem(f"env.{name}", expected="a variable's name has letters, digits and _ only")
+            )
+        elif SECRET.search(name.upper()):
+            expected = (
+                "looks like a secret, which command lines, scripts and manifests must not hold"
+            )
+            found.append(Problem(f"env.{name}", expected=expected, hint=hint))
+    return found

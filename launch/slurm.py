@@ -3,20 +3,33 @@
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from conf import checkout
 from conf.exit_codes import ExitCode
-from launch.config import Slurm, passed_on
+from launch.config import Check, Slurm, passed_on
 
 UNITS = {"s": "0:00:{}", "m": "{}", "h": "{}:00:00", "d": "{}-00"}
 
 # `srun` passes signals on to the agents, and they pass them on to the processes.
 BODY = """\
+# Texts of the user's stand in quotes, so that the shell leaves a dollar in them alone.
+# shellcheck disable=SC2016
 set -euo pipefail
+
+# SLURM does not create the directory of a job's output. `bash THIS_FILE` does, and submits the job.
+mkdir -p {log_dir}
+if [[ -z ${{SLURM_JOB_ID:-}} ]]; then
+  exec sbatch "$0"
+fi
 {setup}{checkout}
 mapfile -t machines < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 address="${{machines[0]}}:$((20000 + SLURM_JOB_ID % 10000))"
+rank_log={rank_log}
+rank_log=${{rank_log//%x/$SLURM_JOB_NAME}}
+rank_log=${{rank_log//%j/$SLURM_JOB_ID}}
+mkdir -p "$(dirname "$rank_log")"
 
 command=(
 {command}
@@ -32,23 +45,31 @@ progress() {{
   find "${{checkpoints[@]}}" -mindepth 1 -maxdepth 1 -name 'step_*' 2>/dev/null | sort || true
 }}
 
-before=$(progress)
-srun "${{step[@]}}" "${{command[@]}}" &
-running=$!
+# Runs a command on every machine, and sets `code` to how it ended.
 # A signal ends `wait`, but not the step. So it is passed on, and the step is waited for again.
-trap 'signalled=yes; kill -s TERM "$running" || true' TERM
-trap 'signalled=yes; kill -s USR1 "$running" || true' USR1
-trap 'signalled=yes; kill -s USR2 "$running" || true' USR2
-signalled=yes
-while [[ $signalled ]]; do
-  signalled=
-  code=0
-  wait "$running" || code=$?
-done
+run_step() {{
+  srun "${{step[@]}}" "$@" &
+  running=$!
+  trap 'signalled=yes; kill -s TERM "$running" || true' TERM
+  trap 'signalled=yes; kill -s USR1 "$running" || true' USR1
+  trap 'signalled=yes; kill -s USR2 "$running" || true' USR2
+  signalled=yes
+  while [[ $signalled ]]; do
+    signalled=
+    code=0
+    wait "$running" || code=$?
+  done
+}}
+
+before=$(progress)
+code=0
+{preflight}if ((code == 0)); then
+  run_step "${{command[@]}}"
+fi
 
 # Saved and ended early, or a server or disk failed for now: the job goes back into the queue,
 # unless it was cancelled or makes no progress.
-stalls_file={logs}/$SLURM_JOB_ID.stalls
+stalls_file={log_dir}/$SLURM_JOB_ID.stalls
 if ((code != {saved})); then
   rm -f "$stalls_file"
   exit "$code"
@@ -69,6 +90,26 @@ fi
 exit "$code"
 """
 
+# What each machine runs before the agent. It names the machine on which it fails.
+NODE_SETUP = """\
+trap 'echo "launch: node_setup, venv or conda failed on $(hostname)" >&2' EXIT
+set -e
+{lines}
+set +e
+trap - EXIT
+exec "$@"\
+"""
+
+PREFLIGHT = """\
+preflight=(
+{command}
+)
+run_step "${{preflight[@]}}"
+if ((code != 0 && code != {saved})); then
+  echo "launch: the pre-flight check failed; options=--exclude=HOST leaves a machine out" >&2
+fi
+"""
+
 
 class Shell(str):
     """A word with shell variables, which only the running script knows; it is not quoted."""
@@ -83,15 +124,20 @@ def render(config: Slurm, arguments: Sequence[str], run_dirs: Sequence[Path]) ->
         run_dirs: the directories of its runs; a new checkpoint in them is progress.
     """
     directories = config.checkpoints.split("\n") if config.checkpoints else []
+    preflight = PREFLIGHT.format(
+        command=_lines(_check(config, arguments)), saved=int(ExitCode.REQUEUE)
+    )
     body = BODY.format(
         checkout=_checkout(),
-        setup=f"\n{config.setup.strip()}\n" if config.setup.strip() else "",
-        command=_lines(_command(config, arguments)),
+        setup="".join(f"\n{part}\n" for part in _setup(config)),
+        command=_lines(_train(config, arguments)),
         step=_lines(_step(config)),
         checkpoints=_lines(directories or [str(run / "checkpoints") for run in run_dirs]),
-        logs=shlex.quote(config.logs),
+        log_dir=shlex.quote(str(config.log_dir)),
+        rank_log=shlex.quote(config.rank_log or f"{config.logs}/%x-%j/rank_%t.log"),
         saved=int(ExitCode.REQUEUE),
         stalls=config.stalls,
+        preflight=preflight if config.preflight else "",
     )
     header = "".join(f"#SBATCH {option}\n" for option in _options(config))
     return f"#!/bin/bash\n{header}\n{body}"
@@ -113,9 +159,11 @@ def _options(config: Slurm) -> Iterator[str]:
         yield f"--gres={config.gres}:{config.processes}"
     if config.cpus:
         yield f"--cpus-per-task={config.cpus * (config.processes or 1)}"
-    for name in ("partition", "account", "qos"):
+    for name in ("mem", "partition", "account", "qos", "chdir"):
         if value := getattr(config, name):
             yield f"--{name}={value}"
+    if config.exclusive:
+        yield "--exclusive"
     if config.time:
         yield f"--time={_limit(config.time)}"
     yield f"--signal=USR1@{config.signal_s}"
@@ -127,26 +175,78 @@ def _options(config: Slurm) -> Iterator[str]:
     yield from filter(None, map(str.strip, config.options.splitlines()))
 
 
+def _setup(config: Slurm) -> Iterator[str]:
+    """What the script does before anything starts."""
+    if config.env:
+        yield "\n".join(f"export {name}={_quoted(value)}" for name, value in config.env.items())
+    if config.setup.strip():
+        yield config.setup.strip()
+
+
 def _step(config: Slurm) -> Iterator[str]:
     """The options of srun."""
     yield from ("--ntasks-per-node=1", "--kill-on-bad-exit=0", "--cpu-bind=none")
+    # Some clusters are set up so that a step gets no variables of the job.
+    yield "--export=ALL"
     if config.cpus:
         yield f"--cpus-per-task={config.cpus * (config.processes or 1)}"
     if config.least_nodes < config.most_nodes:
         yield "--no-kill"
-    if config.container:
+    if config.container and config.runtime == "pyxis":
         yield f"--container-image={config.container}"
         yield Shell('"--container-workdir=$PWD"')
         mounts = f",{config.mounts}" if config.mounts else ""
         yield Shell(f'"--container-mounts=$PWD:$PWD{mounts}"')
+        if config.env:  # else the image's own values of these variables would win
+            yield f"--container-env={','.join(config.env)}"
 
 
-def _command(config: Slurm, arguments: Sequence[str]) -> Iterator[str]:
-    python = config.python or ("python" if config.container else sys.executable)
-    yield from (python, "-m", "launch", "nodes")
+def _train(config: Slurm, arguments: Sequence[str]) -> Iterator[str]:
+    """The command of each machine: an agent with the training processes."""
+    yield from _python(config)
+    yield from ("-m", "launch", "nodes")
     yield from (Shell('"address=$address"'), Shell('"id=$SLURM_JOB_ID"'))
-    yield from passed_on(config)
+    yield Shell('"rank_log=$rank_log"')
+    yield from passed_on(replace(config, rank_log=None))
     yield from arguments
+
+
+def _check(config: Slurm, arguments: Sequence[str]) -> Iterator[str]:
+    """The command of each machine that checks them all before the training starts."""
+    yield from _python(config)
+    yield from ("-m", "launch", "check")
+    # A port of its own: the training may start before this one is free again.
+    port = "$((10000 + SLURM_JOB_ID % 10000))"
+    yield from (Shell(f'"address=${{machines[0]}}:{port}"'), Shell('"id=$SLURM_JOB_ID"'))
+    yield from passed_on(config, to=Check)
+    yield from arguments
+
+
+def _python(config: Slurm) -> Iterator[str]:
+    """What each machine runs, up to the Python interpreter."""
+    if config.container and config.runtime == "apptainer":
+        yield from ("apptainer", "exec")
+        if config.gres:
+            yield "--nv"
+        yield from ("--pwd", Shell('"$PWD"'), "--bind")
+        mounts = f",{config.mounts}" if config.mounts else ""
+        yield Shell(f'"$PWD:$PWD{mounts}"')
+        yield config.container
+    if lines := "\n".join(_node_setup(config)):
+        yield from ("bash", "-c", NODE_SETUP.format(lines=lines), "launch")
+    own = config.container or config.venv or config.conda
+    yield config.python or ("python" if own else sys.executable)
+
+
+def _node_setup(config: Slurm) -> Iterator[str]:
+    """The lines that every machine runs first."""
+    if config.node_setup.strip():
+        yield config.node_setup.strip()
+    if config.venv:
+        yield f"source {shlex.quote(f'{config.venv}/bin/activate')}"
+    if config.conda:  # a shell that is not interactive does not know `conda activate`
+        yield 'eval "$("${CONDA_EXE:-conda}" shell.bash hook)"'
+        yield f"conda activate {shlex.quote(config.conda)}"
 
 
 def _lines(words: Iterator[str] | Sequence[str]) -> str:

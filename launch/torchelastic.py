@@ -14,6 +14,7 @@ import logging
 import os
 import signal
 from subprocess import Popen
+from typing import Any
 
 import torch
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec
@@ -28,6 +29,7 @@ METHODS = (
     "_monitor_workers",
     "_restart_workers",
     "_shutdown",
+    "_start_workers",
     "_stop_workers",
 )
 ATTRIBUTES = (
@@ -77,6 +79,9 @@ class ElasticAgent(LocalElasticAgent):
         self.terminate(self.grace_s)
         self.start()
 
+    def starts(self, ranks: list[int]) -> None:
+        """Is called when the ranks of this machine are known, before their processes start."""
+
     # What a subclass calls
 
     @property
@@ -125,6 +130,10 @@ class ElasticAgent(LocalElasticAgent):
         self._exit_barrier()
 
     # What PyTorch calls
+
+    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+        self.starts([worker.global_rank for worker in worker_group.workers])
+        return super()._start_workers(worker_group)
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:  # noqa: ARG002
         return self.monitor()

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from launch import agent
-from launch.config import Local, Nodes
+from launch.config import Check, Local, Nodes
 
 WORKER = Path(__file__).with_name("worker.py")
 TIMEOUT_S = 60.0  # only a broken agent takes longer
@@ -38,8 +38,16 @@ class Machines:
         config = replace(config, script=str(WORKER))
         context = get_context("forkserver")
         context.set_forkserver_preload(["launch.agent"])
-        errors = self.directory / f"errors_{len(self.agents)}"
-        self.agents.append(context.Process(target=_run, args=(config, command, errors)))
+        files = [self.directory / f"{kind}_{len(self.agents)}" for kind in ("output", "errors")]
+        self.agents.append(context.Process(target=_run, args=(config, command, files)))
+        self.agents[-1].start()
+
+    def check(self, config: Check, directories: list[str]) -> None:
+        """Runs an agent that checks its machine."""
+        context = get_context("forkserver")
+        context.set_forkserver_preload(["launch.agent"])
+        files = [self.directory / f"{kind}_{len(self.agents)}" for kind in ("output", "errors")]
+        self.agents.append(context.Process(target=_check, args=(config, directories, files)))
         self.agents[-1].start()
 
     def pair(self, *options: str, each: tuple[dict[str, Any], ...] = ({}, {}), **both: Any) -> None:
@@ -77,7 +85,15 @@ class Machines:
 
     def stderr(self, agent: int = 0) -> str:
         """What an agent and its processes wrote to stderr."""
-        return (self.directory / f"errors_{agent}").read_text()
+        return self._written("errors", agent)
+
+    def stdout(self, agent: int = 0) -> str:
+        """What an agent and its processes wrote to stdout."""
+        return self._written("output", agent)
+
+    def _written(self, kind: str, agent: int) -> str:
+        file = self.directory / f"{kind}_{agent}"
+        return file.read_text() if file.exists() else ""
 
     def close(self) -> None:
         """Kills all agents; their processes die with them."""
@@ -87,10 +103,21 @@ class Machines:
             process.close()
 
 
-def _run(config: Local, command: list[str], errors: Path) -> None:
-    with errors.open("w") as file:
-        os.dup2(file.fileno(), 2)
+def _run(config: Local, command: list[str], files: list[Path]) -> None:
+    _write_to(files)
     sys.exit(agent.run(config, command))
+
+
+def _check(config: Check, directories: list[str], files: list[Path]) -> None:
+    _write_to(files)
+    sys.exit(agent.check(config, directories))
+
+
+def _write_to(files: list[Path]) -> None:
+    """Makes files of stdout and stderr."""
+    for number, path in enumerate(files, start=1):
+        with path.open("w") as file:
+            os.dup2(file.fileno(), number)
 
 
 def free_port() -> int:

@@ -4,6 +4,7 @@ Two agents on loopback stand for two machines.
 """
 
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 
 from launch.agent import SignalForwarder
 from launch.config import Local
-from tests.launch.machines import Machines, runs, wait_for
+from tests.launch.machines import WORKER, Machines, runs, wait_for
 
 pytestmark = pytest.mark.process
 
@@ -215,3 +216,69 @@ def test_nobody_outlives_an_agent_that_is_killed(machines: Machines) -> None:
     started = machines.wait_for_log("./2 started (.*)", 2)
     machines.signal("SIGKILL")
     wait_for(lambda: not any(runs(int(line[1])) for line in started), "the end of the workers")
+
+
+@pytest.mark.parametrize("end", ["raise", "SIGKILL"])
+def test_the_cause_of_a_crash_is_told_in_five_lines_and_the_rest_is_in_the_logs(
+    machines: Machines, end: str
+) -> None:
+    machines.start(Local(processes=3, max_restarts=0))
+    groups = {line[1]: line[2] for line in machines.wait_for_log("(.)/3 started (.*)", 3)}
+    if end == "raise":
+        (machines.directory / "raise_1").write_text("seven apples")
+    else:
+        kill(groups["1"])
+    assert machines.exit_code() == 1
+    told = machines.stderr().splitlines()
+    about = [n for n, line in enumerate(told) if line.startswith("launch: rank 1 (process ")]
+    assert about == [0]  # the cause comes first, and whoever only lost it stays out of the way
+    assert "Traceback" not in machines.stderr()
+    assert not any("Connection closed" in line for line in told)
+    if end == "SIGKILL":
+        assert "died of SIGKILL" in told[0]
+        return
+    assert told[0].endswith("ended with exit code 1:")
+    assert told[1].startswith(f'  File "{WORKER}", line ')
+    assert told[3] == "  ValueError: seven apples"
+    log = Path(told[4].removeprefix("launch: its log: "))
+    assert "Traceback (most recent call last)" in log.read_text()
+    shutil.rmtree(log.parent)
+
+
+def test_each_rank_has_a_log_and_the_console_shows_that_of_rank_0(machines: Machines) -> None:
+    pattern = machines.directory / "deep" / "rank_%t.log"
+    machines.start(Local(processes=2, max_restarts=1, rank_log=str(pattern)), "talk")
+    first = machines.wait_for_log("./2 started (.*)", 2)
+    wait_for(lambda: "rank 0 on stderr" in machines.stdout(), "rank 0's output")
+    kill(first[0][1])
+    machines.wait_for_log("./2 started .*", 4)
+    wait_for(lambda: machines.stdout().count("rank 0 on stdout") == 2, "rank 0's second output")
+    machines.make_exit(0)
+    assert machines.exit_code() == 0
+    assert "rank 1" not in machines.stdout()
+    for rank in (0, 1):
+        lines = Path(str(pattern).replace("%t", str(rank))).read_text().splitlines()
+        assert lines.count(f"rank {rank} on stdout") == lines.count(f"rank {rank} on stderr") == 2
+        assert [line[:11] for line in lines if line.startswith("---")] == [
+            "--- start 0",
+            "--- start 1",
+        ]
+
+
+def test_what_processes_say_reaches_the_console_and_no_file_stays(machines: Machines) -> None:
+    machines.start(Local(processes=2), "talk")
+    wait_for(lambda: machines.stderr().count("on stderr") == 2, "both ranks on the console")
+    pids = [line[1] for line in machines.wait_for_log("./2 started (.*)", 2)]
+    logs = [Path(os.readlink(f"/proc/{pid}/fd/2")) for pid in pids]
+    assert all(log.exists() for log in logs)
+    machines.make_exit(0)
+    assert machines.exit_code() == 0
+    assert sorted(machines.stdout().splitlines()) == ["rank 0 on stdout", "rank 1 on stdout"]
+    assert not any(log.exists() or log.parent.exists() for log in logs)
+
+
+def test_variables_reach_every_process(machines: Machines) -> None:
+    machines.start(Local(processes=2, env={"COLOUR": "dark 'blue' $HOME"}), "tell=COLOUR")
+    machines.wait_for_log("./2 COLOUR=dark 'blue' \\$HOME", 2)
+    machines.make_exit(0)
+    assert machines.exit_code() == 0

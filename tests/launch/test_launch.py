@@ -12,7 +12,7 @@ import yaml
 
 from conf.errors import ConfigError
 from launch.__main__ import describe, main, read_command
-from launch.config import Kubernetes, Nodes, Slurm, passed_on
+from launch.config import Check, Kubernetes, Nodes, Slurm, passed_on
 from tests.launch.machines import WORKER, free_port
 from train.compose import check
 
@@ -47,7 +47,7 @@ def test_everything_wrong_is_said_at_once() -> None:
 @pytest.mark.parametrize(
     ("texts", "said"),
     [
-        ([], "'': expected one of local, nodes, slurm, kubernetes"),
+        ([], "'': expected one of local, nodes, slurm, kubernetes, check"),
         (["slrum"], "'slrum': expected one of .* Did you mean slurm?"),
         (["local", "procceses=2"], "procceses: unknown group or key. Did you mean processes?"),
         (["local", "modle=phd"], "modle: unknown group or key. Did you mean model?"),
@@ -60,6 +60,25 @@ def test_everything_wrong_is_said_at_once() -> None:
         ([*NODES, "rendezvous=static", "nodes=1:2"], "elastic, which needs rendezvous=c10d"),
         ([*NODES, "rendezvous=static", "nodes=2", "node_rank=2"], "expected less than nodes=2"),
         ([*NODES, "node_rank=0"], "rendezvous=c10d assigns the ranks of machines"),
+        (["local", "env.A-B=1"], "env.A-B: a variable's name has letters, digits and _ only"),
+        (["local", "rank_log=a.log"], "rank_log='a.log': expected a file with %t"),
+        (["local", "rank_log=%x/%t"], "rank_log='%x/%t': there is only %t"),
+        (["slurm", "rank_log=%x/%t%q"], "there is only %t, %x, %j"),
+        (["slurm", "mem=much"], "mem='much': expected a size such as 500G, or 0 for all"),
+        (["slurm", "chdir=work"], "chdir='work': expected an absolute path"),
+        (["slurm", "partition=a b"], "partition='a b': expected no spaces, quotes or #"),
+        (["slurm", "venv=/v", "conda=c"], "conda='c': venv is given, too"),
+        (["slurm", "runtime=apptainer"], "there is no container for it to run; set container="),
+        (["slurm", "container=i.sif"], "Pyxis cannot read images of Apptainer; set runtime=app"),
+        (["slurm", "container=i.sqsh", "runtime=apptainer"], "Apptainer cannot read images of"),
+        (["slurm", "mounts=/a:/b"], "mounts='/a:/b': there is no container to mount it in"),
+        (
+            ["slurm", "max_clock_skew_s=-1"],
+            "max_clock_skew_s=-1.0: expected a number of at least 0",
+        ),
+        (["check", "nodes=2"], "address='localhost:29500': other machines cannot reach it"),
+        (["check", "nodes=1:2"], "nodes='1:2': expected the number of machines that are checked"),
+        (["check", "message_mib=0"], "message_mib=0: expected an integer of at least 1"),
         (["slurm", "time=soon"], "time='soon': expected 90m, 12h, 2d"),
         (["slurm", "signal_s=60"], "signal_s=60: expected more than grace_s=120"),
         (["slurm", "processes=null"], "processes: has to be given"),
@@ -83,6 +102,45 @@ def test_a_site_is_written_down_once_and_yields_to_the_command_line(tmp_path: Pa
     assert "partiton: unknown key. Did you mean partition?" in problems("slurm", f"site={site}")
     site.write_text("- gpu\n")
     assert "expected settings, one on each line" in problems("slurm", f"site={site}")
+
+
+@pytest.mark.parametrize("launcher", [["local"], NODES, ["slurm"], PODS, ["check"]])
+@pytest.mark.parametrize(
+    "name", ["WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "DB_PASSWORD", "my_secret"]
+)
+def test_a_secret_is_refused_and_not_repeated(launcher: list[str], name: str) -> None:
+    found = problems(*launcher, f"env.{name}=abc123")
+    assert f"env.{name}: looks like a secret" in found
+    assert "abc123" not in found
+
+
+def test_variables_that_only_sound_like_secrets_are_none() -> None:
+    names = ["TOKENIZERS_PARALLELISM", "NCCL_DEBUG", "KEYBOARD", "PASSWORDLESS", "MY_TOKENS"]
+    config = read_command(["local", *(f"env.{name}=1" for name in names)]).config
+    assert config.env == dict.fromkeys(names, "1")
+
+
+def test_variables_are_given_one_by_one_or_in_the_site(tmp_path: Path) -> None:
+    site = tmp_path / "cluster.yaml"
+    site.write_text("env:\n  NCCL_DEBUG: WARN\n  OMP_NUM_THREADS: 4\n  A: 'x=y, z'\n")
+    config = read_command(["slurm", f"site={site}", "env.NCCL_DEBUG=INFO", "env.EMPTY="]).config
+    given = {"NCCL_DEBUG": "INFO", "OMP_NUM_THREADS": "4", "A": "x=y, z", "EMPTY": ""}
+    assert config.env == given
+
+
+def test_the_check_takes_the_settings_of_a_scheduler_and_of_the_run(tmp_path: Path) -> None:
+    site = tmp_path / "cluster.yaml"
+    site.write_text("partition: gpu\nprocesses: 4\nmin_free_disk_gib: 500.0\n")
+    command = read_command(
+        ["check", f"site={site}", "nodes=2", "address=node1:1", "data.lanes=8", "run.dir=/r"]
+    )
+    assert command.config == Check(
+        nodes="2", address="node1:1", processes=4, min_free_disk_gib=500.0
+    )
+    assert command.run_dirs == [Path("/r")]
+    assert list(passed_on(Slurm(nodes="2:4", grace_s=99, check_s=30), to=Check)) == [
+        *("check_s=30", "processes=8", "nodes=4"),
+    ]
 
 
 def test_every_number_of_machines_that_may_come_has_to_suit_the_batch() -> None:

@@ -6,9 +6,11 @@ It is run for real, with stand-ins for `srun` and `scontrol` that do what SLURM'
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -31,11 +33,20 @@ EVERYTHING = Slurm(
     qos="high",
     gres="gpu:a100",
     cpus=12,
-    options="--exclusive\n--mail-type=END",
+    mem="500G",
+    exclusive=True,
+    chdir="/shared/lab",
+    options="--mail-type=END\n--reservation=x",
     setup="module load cuda\nexport NCCL_DEBUG=WARN",
+    node_setup="ulimit -l unlimited\nmkdir -p '/local/my cache'",
+    venv="/shared/my venv",
     container="image.sqsh",
     mounts="/data:/data",
+    env={"NCCL_IB_HCA": "mlx5_0,mlx5_1", "NOTE": "it's $HOME; $(date)"},
+    preflight=True,
+    min_bandwidth_gb_s=100.0,
 )
+APPTAINER = Slurm(container="image.sif", runtime="apptainer", conda="phd", mounts="/data:/data")
 
 # srun runs its command as a machine would, passes signals on, and ends with its code.
 SRUN = """#!/bin/bash
@@ -62,7 +73,6 @@ class Cluster:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         (directory / "bin").mkdir()
-        (directory / "logs").mkdir()
         self.tool("srun", SRUN)
         self.tool("scontrol", SCONTROL)
 
@@ -72,7 +82,9 @@ class Cluster:
         tool.chmod(0o755)
         return tool
 
-    def job(self, script: str, state: str = "RUNNING") -> "subprocess.Popen[str]":
+    def job(
+        self, script: str, state: str = "RUNNING", stderr: int | None = None
+    ) -> "subprocess.Popen[str]":
         """Starts the job; signals go to all of its processes, as they do under SLURM."""
         environment = {
             "PATH": f"{self.directory / 'bin'}:{os.environ['PATH']}",
@@ -81,13 +93,18 @@ class Cluster:
             "CALLS": str(self.directory / "calls"),
             "JOB_STATE": state,
             "SLURM_JOB_ID": "7",
+            "SLURM_JOB_NAME": "phd",
             "SLURM_JOB_NODELIST": "node[0-1]",
         }
         return subprocess.Popen(
-            ["bash", "-c", script], cwd=self.directory, env=environment, text=True
+            ["bash", "-c", script],
+            cwd=self.directory,
+            env=environment,
+            text=True,
+            stderr=stderr,
         )
 
-    def run(self, command: str, state: str = "RUNNING", **settings: int) -> int:
+    def run(self, command: str, state: str = "RUNNING", **settings: Any) -> int:
         """Runs a job to its end, with a shell command in place of the agent."""
         python = self.tool("python", f"#!/bin/bash\n{command}\n")
         script = render(Slurm(python=str(python), **settings), [], [Path("run")])
@@ -107,6 +124,8 @@ def cluster(tmp_path: Path) -> Cluster:
 SCRIPTS = {
     "least": render(Slurm(), [], []),
     "everything": render(EVERYTHING, HOSTILE, [Path("runs/a b"), Path("runs/c")]),
+    "apptainer": render(APPTAINER, HOSTILE, [Path("runs/c")]),
+    "preflight": render(Slurm(preflight=True, chdir="/a/b", rank_log="/c/%t"), [], []),
 }
 
 
@@ -120,8 +139,7 @@ def test_bash_can_read_the_script(name: str) -> None:
 @pytest.mark.skipif(not shutil.which("shellcheck"), reason="needs shellcheck (in the dev extra)")
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_shellcheck_has_no_objection(name: str) -> None:
-    # SC2016: users' arguments are quoted so that the shell expands nothing in them.
-    check = ["shellcheck", "--severity=style", "--exclude=SC2016", "-"]
+    check = ["shellcheck", "--severity=style", "-"]
     done = subprocess.run(check, input=SCRIPTS[name], text=True, capture_output=True, check=False)
     assert done.stdout == ""
 
@@ -144,8 +162,11 @@ def test_sbatch_is_told_what_was_configured() -> None:
         "--open-mode=append",
         "--output=logs/%x-%j.log",
         "--no-kill",
+        "--mem=500G",
         "--exclusive",
+        "--chdir=/shared/lab",
         "--mail-type=END",
+        "--reservation=x",
     }
     assert lines.index("module load cuda") + 1 == lines.index("export NCCL_DEBUG=WARN")
 
@@ -158,6 +179,7 @@ def test_arguments_arrive_as_they_were_given(cluster: Cluster) -> None:
     assert cluster.job(render(settings, HOSTILE, [])).wait(30) == 0
     assert (cluster.directory / "told").read_text().splitlines() == [
         *("-m", "launch", "nodes", "address=127.0.0.1:20007", "id=7"),
+        "rank_log=logs/phd-7/rank_%t.log",
         *("processes=4", "max_restarts=5", "nodes=2"),
         *HOSTILE,
     ]
@@ -212,3 +234,128 @@ def test_a_signal_reaches_the_processes_which_save_and_the_job_goes_on(
     assert job.wait(60) == 75
     assert f"0/1 saved {sent}" in log.read_text()
     assert cluster.requeued == 1
+
+
+@pytest.mark.process
+def test_the_job_makes_the_folders_of_its_logs(cluster: Cluster) -> None:
+    settings = {"logs": f"{cluster.directory}/deep/logs", "rank_log": "ranks/%x/%j/%t"}
+    python = cluster.tool("python", "#!/bin/bash\n")
+    assert cluster.job(render(Slurm(python=str(python), **settings), [], [])).wait(30) == 0
+    assert (cluster.directory / "deep/logs").is_dir()
+    assert (cluster.directory / "ranks/phd/7").is_dir()
+
+
+@pytest.mark.process
+def test_a_script_that_is_run_by_hand_makes_the_folder_and_submits_itself(
+    cluster: Cluster,
+) -> None:
+    """SLURM loses the output of a job whose folder does not exist, and may fail the job."""
+    where = cluster.directory / "shared"
+    where.mkdir()
+    script = cluster.directory / "job.sh"
+    script.write_text(render(Slurm(chdir=str(where)), [], []))
+    cluster.tool("sbatch", f'#!/bin/bash\ntest -d {where}/logs && echo "$1" >submitted\n')
+    path = f"{cluster.directory / 'bin'}:{os.environ['PATH']}"
+    subprocess.run(
+        ["bash", str(script)], cwd=cluster.directory, env={"PATH": path}, check=True, timeout=30
+    )
+    assert (cluster.directory / "submitted").read_text() == f"{script}\n"
+
+
+@pytest.mark.process
+def test_each_rank_gets_a_log_and_the_variables_that_were_given(cluster: Cluster) -> None:
+    given = {"GREETING": 'it\'s $HOME, "x"', "NCCL_DEBUG": "WARN"}
+    config = Slurm(python=sys.executable, script=str(WORKER), processes=2, env=given)
+    (cluster.directory / "exit").write_text("0")
+    arguments = [str(cluster.directory), "talk", "tell=GREETING", "tell=NCCL_DEBUG"]
+    job = cluster.job(render(config, arguments, []))
+    assert job.wait(60) == 0
+    log = (cluster.directory / "log").read_text()
+    for rank in (0, 1):
+        assert f"{rank}/2 GREETING={given['GREETING']}\n" in log
+        assert f"{rank}/2 NCCL_DEBUG=WARN\n" in log
+        text = (cluster.directory / f"logs/phd-7/rank_{rank}.log").read_text()
+        assert f"rank {rank} on stdout" in text
+
+
+@pytest.mark.process
+def test_every_machine_activates_the_environment(cluster: Cluster) -> None:
+    """Not only the first one: the stand-in for srun starts the command without the job's PATH."""
+    cluster.tool("srun", SRUN.replace('"$@" &', 'PATH=/usr/bin:/bin "$@" &'))
+    venv = cluster.directory / "my venv"
+    (venv / "bin").mkdir(parents=True)
+    python = venv / "bin/python"
+    python.write_text('#!/bin/bash\necho "$NAME: $0 ${*:1:3}" >>told\n')
+    python.chmod(0o755)
+    (venv / "bin/activate").write_text(f'PATH="{venv}/bin:$PATH"\n')
+    config = Slurm(venv=str(venv), node_setup="export NAME=node")
+    assert cluster.job(render(config, [], [])).wait(30) == 0
+    told = (cluster.directory / "told").read_text()
+    assert told == f"node: {python} -m launch nodes\n"
+
+
+@pytest.mark.process
+def test_conda_is_activated_in_a_shell_that_does_not_know_it(cluster: Cluster) -> None:
+    conda = cluster.tool(
+        "my-conda",
+        '#!/bin/bash\n[[ $* == "shell.bash hook" ]] && echo \'conda() { export ACTIVE="$*"; }\'\n',
+    )
+    cluster.tool("python", '#!/bin/bash\necho "$ACTIVE" >told\n')
+    script = f"export CONDA_EXE={conda}\n" + render(Slurm(conda="my env"), [], [])
+    assert cluster.job(script).wait(30) == 0
+    assert (cluster.directory / "told").read_text() == "activate my env\n"
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("lines", ["false", "source /nowhere/activate", "nosuchcommand"])
+def test_a_machine_whose_set_up_fails_is_named_and_trains_nothing(
+    cluster: Cluster, lines: str
+) -> None:
+    python = cluster.tool("python", "#!/bin/bash\ntouch trained\n")
+    script = render(Slurm(python=str(python), node_setup=f"{lines}\ntrue"), [], [])
+    job = cluster.job(script, stderr=subprocess.PIPE)
+    _, errors = job.communicate(timeout=30)
+    assert job.returncode not in (0, 75)
+    assert f"failed on {socket.gethostname()}" in errors
+    assert not (cluster.directory / "trained").exists()
+
+
+@pytest.mark.process
+def test_apptainer_runs_the_agent_in_the_image(cluster: Cluster) -> None:
+    cluster.tool("apptainer", '#!/bin/bash\nprintf "%s\\n" "${@:1:7}" >options\n"${@:8}"\n')
+    cluster.tool("python", '#!/bin/bash\nprintf "%s\\n" "$@" >told\n')
+    config = Slurm(container="i.sif", runtime="apptainer", mounts="/data:/data")
+    assert cluster.job(render(config, HOSTILE, [])).wait(30) == 0
+    here = cluster.directory
+    assert (here / "options").read_text().splitlines() == [
+        *("exec", "--nv", "--pwd", str(here), "--bind", f"{here}:{here},/data:/data", "i.sif"),
+    ]
+    assert (here / "told").read_text().splitlines()[-len(HOSTILE) :] == HOSTILE
+
+
+def test_pyxis_gets_the_image_and_keeps_the_variables_that_were_given() -> None:
+    lines = [line.strip() for line in SCRIPTS["everything"].splitlines()]
+    step = lines[lines.index("step=(") + 1 :]
+    step = step[: step.index(")")]
+    assert "--container-image=image.sqsh" in step
+    assert '"--container-mounts=$PWD:$PWD,/data:/data"' in step
+    assert "'--container-env=NCCL_IB_HCA,NOTE'" in step
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(
+    ("code", "ends", "trained"), [(0, 0, True), (1, 1, False), (75, 75, False)]
+)
+def test_a_bad_machine_ends_the_job_before_the_training(
+    cluster: Cluster, code: int, ends: int, trained: bool
+) -> None:
+    command = f'[[ $3 == nodes ]] && exec touch trained; echo "$*" >checked; exit {code}'
+    settings = {"preflight": True, "nodes": "1:3", "max_clock_skew_s": 0.5, "processes": 4}
+    assert cluster.run(command, **settings) == ends
+    assert (cluster.directory / "trained").exists() == trained
+    checked = (cluster.directory / "checked").read_text().split()
+    assert checked[:3] == ["-m", "launch", "check"]
+    assert {"nodes=3", "processes=4", "max_clock_skew_s=0.5", "address=127.0.0.1:10007"} < set(
+        checked
+    )
+    assert cluster.requeued == (code == 75)

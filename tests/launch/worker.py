@@ -1,15 +1,17 @@
 """A stand-in for a training process: it logs what happens to it, and ends as a test says.
 
-    worker.py DIRECTORY [save=SECONDS] [save_RANK=SECONDS] [deaf]
+    worker.py DIRECTORY [save=SECONDS] [save_RANK=SECONDS] [deaf] [tell=VARIABLE] [talk]
 
 It runs until one of these happens:
 
 - DIRECTORY holds the file `exit` or `exit_RANK`, which contains the exit code;
 - a signal comes: all ranks save, which takes SECONDS, and end with 75, or 130 after Ctrl-C. With
   `deaf`, signals are ignored;
-- another rank has died, which is a crash: exit code 1.
+- another rank has died, which is a crash: exit code 1 and a traceback that says so;
+- DIRECTORY holds the file `raise_RANK`: a traceback with what it contains.
 
-Everything that it does is a line of DIRECTORY/log.
+Everything that it does is a line of DIRECTORY/log. With `tell`, so is the value of a variable. With
+`talk`, it also writes to stdout and stderr.
 """
 
 import os
@@ -34,6 +36,11 @@ def main(directory: Path, options: list[str]) -> None:
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT):
         signal.signal(number, lambda n, _: received.append(signal.Signals(n)))
     log_line(f"started {os.getpid()}")
+    for name in (o.removeprefix("tell=") for o in options if o.startswith("tell=")):
+        log_line(f"{name}={os.environ.get(name)}")
+    if "talk" in options:
+        print(f"rank {rank} on stdout", flush=True)
+        print(f"rank {rank} on stderr", file=sys.stderr, flush=True)
     # Every start has a port of its own, so the signs of life of an earlier start are not seen.
     life = directory / f"life_{os.environ['MASTER_PORT']}"
     life.mkdir(exist_ok=True)
@@ -47,7 +54,9 @@ def main(directory: Path, options: list[str]) -> None:
         now = time.time()
         alive = [file for file in life.iterdir() if file.name != "stop"]
         if len(alive) == world_size and any(now - f.stat().st_mtime > DEAD_S for f in alive):
-            sys.exit(1)
+            raise RuntimeError("Connection closed by peer")
+        if (fault := directory / f"raise_{rank}").exists():
+            raise ValueError(fault.read_text())
         for file in (directory / "exit", directory / f"exit_{rank}"):
             if file.exists() and (code := file.read_text()):
                 leave(int(code))
