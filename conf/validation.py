@@ -79,7 +79,8 @@ def build(cls: type[T], values: Mapping[str, Any], where: str = "the configurati
         ConfigError: with every problem.
     """
     given = flatten_keys(values)
-    reader = _Reader(_known(keys(cls), given), list(given))
+    set_here = [key for key, value in given.items() if value != OMITTED]
+    reader = _Reader(_known(keys(cls), given), set_here)
     built = reader.section(cls, values, "")
     if reader.problems:
         raise ConfigError(reader.problems, where)
@@ -183,7 +184,7 @@ class _Reader:
         for name in values:
             if name not in names:
                 for key in flatten_keys({name: values[name]}, path):
-                    self.unknown(key, f"{path}{{{', '.join(names)}}}")
+                    self.unknown(key, path, names)
         given = {}
         # All settings are read, also after a problem, so that all problems are reported at once.
         for setting in settings:
@@ -196,8 +197,9 @@ class _Reader:
                 # `engine.threads=2` alone has no kind, and means the default engine.
                 value = {"kind": setting.default.kind, **value}
             if value == OMITTED:
+                if key not in self.unusable:  # else it was given under a misspelt name
+                    self.problems.append(Problem(key, expected="has to be given"))
                 self.unusable.add(key)
-                self.problems.append(Problem(key, expected="has to be given"))
             elif (read := self.value(setting.hint, value, key)) is not REJECTED:
                 given[name] = read
         return self.construct(cls, given, path)
@@ -206,7 +208,8 @@ class _Reader:
         """Reads what one field holds."""
         if (entry := _entries(hint)) is not None:
             if isinstance(value, Mapping):
-                return {name: self.value(entry, v, f"{key}.{name}") for name, v in value.items()}
+                named = self.named(entry, value, key)
+                return {name: self.value(entry, v, f"{key}.{name}") for name, v in named.items()}
             return self.reject(key, value, f"settings by name, such as {key}.NAME")
         sections = _sections(hint)
         if len(sections) > 1:
@@ -220,6 +223,24 @@ class _Reader:
             options = map(str, get_args(hint)) if get_origin(hint) is Literal else ()
             meant = did_you_mean(closest(value, options))
             return self.reject(key, value, type_in_words(hint), meant)
+
+    def named(self, entry: Any, values: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+        """The sections under names of the user's choice, without those whose name is misspelt.
+
+        Any name is right. But where a section has to say its kind, one that does not was meant to
+        change another one: `data.sources.file.text_field=body` beside `data.sources.files`.
+        """
+        if len(_sections(entry)) < 2:
+            return values
+        whole = [n for n, v in values.items() if not isinstance(v, Mapping) or "kind" in v]
+        meant = {n: closest(n, whole) for n in values if n not in whole}
+        for name, guess in meant.items():
+            if guess:
+                hint = did_you_mean(f"{key}.{guess}")
+                problem = Problem(f"{key}.{name}", expected="has no kind", hint=hint)
+                self.problems.append(problem)
+                self.unusable |= {f"{key}.{guess}.{setting}" for setting in values[name]}
+        return {name: value for name, value in values.items() if not meant.get(name)}
 
     def variant(self, sections: list[Any], value: Any, key: str) -> Any:
         """Reads the one of several dataclasses that the value's `kind` names."""
@@ -256,12 +277,20 @@ class _Reader:
                     self.unusable.add(named.key)
         return _draft(cls, {k: v for k, v in given.items() if path + k not in self.unusable})
 
-    def unknown(self, key: str, others: str) -> None:
-        """Reports a key that does not exist, with the one that was meant or what there is."""
-        guess = None if key in self.known else nearest(key, self.known)
+    def unknown(self, key: str, path: str, names: Sequence[str]) -> None:
+        """Reports a key that the section at `path` does not have, with the one that was meant.
+
+        The section's own `names` come first. Those of another kind of section, such as `path` of
+        tokens beside `paths` of files, are known, too, but not right here.
+        """
+        name, dot, rest = key.removeprefix(path).partition(".")
+        own = closest(name, names)
+        guess = f"{path}{own}{dot}{rest}" if own else None
+        if guess is None and key not in self.known:
+            guess = nearest(key, self.known)
         if guess and guess not in self.given:
-            self.unusable.add(guess)  # its default is not what the user wants
-        hint = did_you_mean(guess) or f"there is {others}"
+            self.unusable |= {guess, f"{path}{own}"}  # a default is not what the user wants
+        hint = did_you_mean(guess) or f"there is {path}{{{', '.join(names)}}}"
         self.problems.append(Problem(key, expected="unknown key", hint=hint))
 
     def reject(self, key: str, value: Any, expected: str, hint: str = "") -> Any:

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from conf.errors import Problem
 from conf.settings import Settings, above, at_least
+from conf.validation import closest, did_you_mean
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -287,6 +288,7 @@ class DataConfig(Settings):
             Problem(
                 f"data.phases.{phase}.weights.{name}",
                 expected=f"no such source; expected one of {names}",
+                hint=did_you_mean(closest(name, self.sources)),
             )
             for phase, settings in self.phases.items()
             for name in settings.weights

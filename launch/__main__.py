@@ -114,7 +114,11 @@ def read_command(texts: Sequence[str]) -> LaunchCommand:
 
 
 def start(command: LaunchCommand) -> int:
-    """Starts the processes, or puts the job into the queue; returns the exit code."""
+    """Starts the processes, or puts the job into the queue; returns the exit code.
+
+    Raises:
+        ConfigError: this machine lacks the script, or the scheduler's command.
+    """
     config = command.config
     match config:
         case Slurm():
@@ -124,6 +128,9 @@ def start(command: LaunchCommand) -> int:
             return _submit(
                 ["kubectl", "apply", "-f", "-"], kubernetes.render(config, command.arguments)
             )
+    if config.script and not Path(config.script).is_file():
+        hint = f"correct it (relative paths start at {Path.cwd()})"
+        raise ConfigError([Problem("script", config.script, "no such file", hint)])
     from launch import agent  # needs PyTorch, which a machine that only queues jobs may not have
 
     if isinstance(config, Check):

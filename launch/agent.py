@@ -287,9 +287,9 @@ def _run_agent(agent: Agent, handler: RendezvousHandler, forwarder: SignalForwar
         _log("the other machines have ended the run")
         return ExitCode.CRASHED
     except CONNECTION_ERRORS as error:
-        reason = type(error).__name__
+        reason = reason_of(error)
         if not agent.has_started:
-            _log(f"too few machines came ({reason})")
+            _log(f"too few machines came: {reason}")
             return ExitCode.CRASHED
         _log(
             f"the other machines are gone ({reason}); the same command continues the run "

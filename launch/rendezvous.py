@@ -1,17 +1,20 @@
 """The rendezvous: how the agents of a run find each other and agree on their ranks."""
 
+import re
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from uuid import uuid4
 
-from torch.distributed import PrefixStore, TCPStore
+from torch.distributed import DistNetworkError, DistStoreError, PrefixStore, TCPStore
 from torch.distributed.elastic.rendezvous import (
     RendezvousConnectionError,
     RendezvousHandler,
     RendezvousInfo,
     RendezvousParameters,
     RendezvousStoreInfo,
+    RendezvousTimeoutError,
 )
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
@@ -33,7 +36,8 @@ def create_rendezvous_handler(config: Local) -> RendezvousHandler:
     deadline = time.monotonic() + timeout_s
     while True:  # an attempt takes up to a minute, so this loop needs no pause
         try:
-            return get_rendezvous_handler(parameters)
+            handler = get_rendezvous_handler(parameters)
+            return CountedRendezvous(config, handler) if isinstance(config, Nodes) else handler
         except RendezvousConnectionError:
             if time.monotonic() > deadline:
                 raise
@@ -55,6 +59,73 @@ def _parameters(config: Local) -> RendezvousParameters:
         last_call_timeout=config.last_call_s,
         keep_alive_interval=config.heartbeat_s,
     )
+
+
+class CountedRendezvous(RendezvousHandler):
+    """PyTorch's rendezvous, which also tells how many machines came if they were too few.
+
+    Each machine adds itself to a count beside the rendezvous, in the same TCPStore.
+    """
+
+    def __init__(self, config: Nodes, handler: RendezvousHandler) -> None:
+        self._config = config
+        self._handler = handler
+        host, _, port = config.address.rpartition(":")
+        timeout = timedelta(seconds=config.join_s)
+        self._store = TCPStore(host, int(port), timeout=timeout, wait_for_workers=False)
+        self._key = f"{config.id}/machines"
+
+    def next_rendezvous(self) -> RendezvousInfo:
+        """Waits for the other machines, for `join_s` seconds at most."""
+        self._store.add(self._key, 1)
+        try:
+            return self._handler.next_rendezvous()
+        except RendezvousTimeoutError as error:
+            came = _too_few(self._config, self._store.add(self._key, 0))
+            raise RendezvousTimeoutError(came) from error
+        finally:
+            self._leave()
+
+    def _leave(self) -> None:
+        """Takes this machine from the count, which is of those that wait."""
+        # The machine that serves the rendezvous may be gone, and the count with it.
+        with suppress(DistNetworkError, DistStoreError):
+            self._store.add(self._key, -1)
+
+    def get_backend(self) -> str:
+        """The name of this rendezvous in PyTorch's logs."""
+        return self._handler.get_backend()
+
+    @property
+    def use_agent_store(self) -> bool:
+        """Whether the processes use the agents' TCPStore."""
+        return self._handler.use_agent_store
+
+    def is_closed(self) -> bool:
+        """Whether the run has ended."""
+        return self._handler.is_closed()
+
+    def set_closed(self) -> None:
+        """Ends the run on all machines."""
+        self._handler.set_closed()
+
+    def num_nodes_waiting(self) -> int:
+        """How many machines have come since the last start."""
+        return self._handler.num_nodes_waiting()
+
+    def get_run_id(self) -> str:
+        """The name of the run at this address."""
+        return self._handler.get_run_id()
+
+    def shutdown(self) -> bool:
+        """Ends the rendezvous."""
+        return self._handler.shutdown()
+
+
+def _too_few(config: Nodes, came: int) -> str:
+    """How many machines came, of how many that were waited for."""
+    least = "" if config.least_nodes == config.most_nodes else "at least "
+    return f"{came} of {least}{config.least_nodes} within join_s={config.join_s} seconds"
 
 
 @dataclass
@@ -96,7 +167,13 @@ class StaticRendezvous(RendezvousHandler):
         if self.server is None:
             timeout = timedelta(seconds=self.config.join_s)
             world_size = self.config.most_nodes
-            self.server = TCPStore(host, int(port), world_size, rank == 0, timeout)
+            try:
+                self.server = TCPStore(host, int(port), world_size, rank == 0, timeout)
+            except DistStoreError as error:
+                # "Timed out after 601 seconds waiting for clients. 2/3 clients joined."
+                joined = re.search(r"(\d+)/\d+ clients joined", str(error))
+                came = _too_few(self.config, int(joined[1])) if joined else str(error)
+                raise RendezvousTimeoutError(came) from error
         self.starts += 1
         store = PrefixStore(f"{self.config.id}/{self.starts}", self.server)
         address = RendezvousStoreInfo.build(rank, store, local_addr=host)

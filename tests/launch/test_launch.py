@@ -158,6 +158,19 @@ def test_a_sweep_stays_one_and_its_runs_are_known() -> None:
     assert command.run_dirs == [Path(f"runs/phd_cswa-{K}-16-32-tiny") for K in (2, 3)]
 
 
+@pytest.mark.parametrize("launcher", [["local"], NODES], ids=["local", "nodes"])
+@pytest.mark.parametrize("script", ["nosuch.py", "tests", "../conf/main.py"])
+def test_a_script_that_is_not_there_is_told_before_anything_starts(
+    launcher: list[str], script: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    told = re.escape(f"script={script!r}: no such file; correct it (relative paths start at {ROOT}")
+    with pytest.raises(ConfigError, match=told):
+        main([*launcher, f"script={script}"])
+    # What is only shown may be meant for other machines.
+    assert main([*launcher, f"script={script}", "--dry"]) == 0
+
+
 def test_the_arguments_of_another_script_are_its_own() -> None:
     command = read_command(["local", "script=other.py", "--lr", "1"])
     assert (command.arguments, command.run_dirs) == (["--lr", "1"], [])

@@ -120,6 +120,39 @@ def test_an_override_that_cannot_be_followed_is_one_line(override: str, wording:
     assert "\n" not in problem
 
 
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["data=files", "data.sources.files.path=x"], "files.path: unknown key. * files.paths?"),
+        (
+            ["data=tokens", "data.sources.tokens.paths=x"],
+            "tokens.paths: unknown key. * tokens.path?",
+        ),
+        (["data=files", "data.sources.file.paths=x"], "file: has no kind. * files?"),
+        (["data=[python,c4]", "data.sources.pyton.weight=2"], "pyton: has no kind. * python?"),
+        (
+            ["data=c4", "data.sources.c4.separators=x"],
+            "c4.separators: unknown key. * c4.separator?",
+        ),
+    ],
+)
+def test_a_misspelt_key_under_names_of_ones_own_is_recognised(
+    overrides: list[str], told: str
+) -> None:
+    """One problem alone: what the misspelt setting would have given is not missing as well."""
+    [problem] = problems(*overrides)
+    short = problem.replace("data.sources.", "").replace("Did you mean", "*")
+    assert short == told
+
+
+def test_a_misspelt_key_or_source_of_a_phase_is_recognised() -> None:
+    start = ["data=[python,c4]", "data.phases.anneal.after_tokens=400"]
+    [key] = problems(*start, "data.phases.anneal.weight.c4=1")
+    assert key.endswith("weight.c4: unknown key. Did you mean data.phases.anneal.weights.c4?")
+    [source] = problems(*start, "data.phases.anneal.weights={pyhton: 1}")
+    assert source.endswith("expected one of python, c4. Did you mean python?")
+
+
 def test_a_plus_makes_no_difference() -> None:
     plain = load(["model=phd", "model.K=3", "hooks=quiet"])
     assert load(["+model=phd", "++model.K=3", "+hooks=quiet"]) == plain
