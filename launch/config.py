@@ -17,6 +17,11 @@ from conf.settings import Settings, at_least
 
 # A pod's name has at most 63 characters; the operators append up to 13.
 KUBERNETES_NAME = r"[a-z]([-a-z0-9]{0,48}[a-z0-9])?"
+QUANTITY = r"(\d+(\.\d*)?|\.\d+)([KMGTPE]i|[numkMGTPE]|[eE][+-]?\d+)?"
+LABEL = r"([A-Za-z0-9]([-\w.]{0,61}[A-Za-z0-9])?)?"
+TOLERATION = r"([\w./-]+)(?:=([\w.-]*))?(?::(NoSchedule|PreferNoSchedule|NoExecute))?"
+VARIABLE = r"[A-Za-z_]\w*"
+NO_VARIABLE = "a variable's name has letters, digits and _ only"
 SHARED = {"passed_on": True}  # marks a setting that a scheduler passes on to `nodes`
 CHECKED = {"checked": True}  # marks one that it passes on to `check`
 # Names of variables that hold a secret, such as WANDB_API_KEY and HF_TOKEN.
@@ -393,6 +398,18 @@ class Kubernetes(MultiNode):
         memory: the memory of each pod, as Kubernetes writes it; null: no limit.
         shared_memory: the size of /dev/shm, which counts as part of `memory`.
         port: the port of the first pod at which the pods find each other.
+        secrets: variables whose values are in a Secret of the cluster, as
+            secrets.WANDB_API_KEY=NAME/KEY; the manifest holds the reference alone.
+        node_selector: labels of the machines that take pods, as node_selector.LABEL=VALUE.
+        tolerations: taints of machines that take pods all the same, as `kubectl taint` writes them:
+            KEY=VALUE:EFFECT, KEY:EFFECT or KEY.
+        resources: further resources of each pod, as resources.NAME=AMOUNT.
+        rdma: the resource of the devices for RDMA, as NAME or NAME:COUNT, such as
+            rdma/hca_shared or vpc.amazonaws.com/efa:32; pods with one may lock memory. null: none.
+        host_network: pods use the network of their machine, as InfiniBand and RoCE need it where
+            no network of theirs leads to the devices.
+        annotations: of each pod, as annotations.NAME=VALUE.
+        image_pull_secret: the Secret with which the image is pulled; null: none.
         retries: how many pods a TrainJob replaces because they ended with code 75 or were killed. A
             PyTorchJob has no such limit.
         python: the Python interpreter in the image.
@@ -410,8 +427,20 @@ class Kubernetes(MultiNode):
     memory: str | None = None
     shared_memory: str = "16Gi"
     port: int = 29500
+    secrets: dict[str, str] = field(default_factory=dict)
+    node_selector: dict[str, str] = field(default_factory=dict)
+    tolerations: tuple[str, ...] = ()
+    resources: dict[str, str] = field(default_factory=dict)
+    rdma: str | None = None
+    host_network: bool = False
+    annotations: dict[str, str] = field(default_factory=dict)
+    image_pull_secret: str | None = None
     retries: int = 100
     python: str = "python"
+
+    @property
+    def secret_hint(self) -> str:
+        return "put it into a Secret of the cluster, and give secrets.VARIABLE=NAME/KEY"
 
     def problems(self) -> list[Problem]:
         found = super().problems()
@@ -423,6 +452,45 @@ class Kubernetes(MultiNode):
             found.append(Problem("name", self.name, expected))
         if not self.mount.startswith("/"):
             found.append(Problem("mount", self.mount, "expected an absolute path"))
+        return found + self._secret_problems() + self._pod_problems()
+
+    def _secret_problems(self) -> list[Problem]:
+        """References that are none; they may be secrets, so they are not repeated."""
+        found = []
+        for name, reference in self.secrets.items():
+            if not re.fullmatch(VARIABLE, name):
+                found.append(Problem(f"secrets.{name}", expected=NO_VARIABLE))
+            elif not re.fullmatch(r"[a-z0-9]([-a-z0-9.]*[a-z0-9])?/[-\w.]+", reference):
+                expected = "expected NAME/KEY of a Secret in the cluster, not the secret itself"
+                hint = "kubectl create secret generic NAME --from-literal=KEY=... creates one"
+                found.append(Problem(f"secrets.{name}", expected=expected, hint=hint))
+            elif name in self.env:
+                found.append(Problem(f"secrets.{name}", expected=f"env.{name} is given, too"))
+        return found
+
+    def _pod_problems(self) -> list[Problem]:
+        """What the cluster would refuse, or drop in silence."""
+        found = []
+        for text in self.tolerations:
+            if not re.fullmatch(TOLERATION, text):
+                expected = "expected KEY=VALUE:EFFECT, KEY:EFFECT or KEY"
+                hint = "effects are NoSchedule, PreferNoSchedule and NoExecute"
+                found.append(Problem("tolerations", text, expected, hint))
+        for name, amount in self.resources.items():
+            if not re.fullmatch(QUANTITY, amount):
+                expected = "expected an amount such as 2, 500m or 100Gi"
+                found.append(Problem(f"resources.{name}", amount, expected))
+            elif name in ("cpu", "memory", self.device):
+                own = name if name in ("cpu", "memory") else "processes"
+                expected = f"is what {own} sets"
+                found.append(Problem(f"resources.{name}", amount, expected))
+        for name, value in self.node_selector.items():
+            if not re.fullmatch(LABEL, value):
+                expected = "expected at most 63 letters, digits and - _ ."
+                found.append(Problem(f"node_selector.{name}", value, expected))
+        if self.rdma is not None and not re.fullmatch(r"[\w./-]+(:[1-9]\d*)?", self.rdma):
+            expected = "expected NAME or NAME:COUNT, such as rdma/hca_shared:1"
+            found.append(Problem("rdma", self.rdma, expected))
         return found
 
 
@@ -454,10 +522,8 @@ def _env_problems(env: dict[str, str], hint: str) -> list[Problem]:
     """Names that no variable can have, and secrets, which would be written down."""
     found = []
     for name in env:
-        if not re.fullmatch(r"[A-Za-z_]\w*", name):
-            found.append(
-                Problem(f"env.{name}", expected="a variable's name has letters, digits and _ only")
-            )
+        if not re.fullmatch(VARIABLE, name):
+            found.append(Problem(f"env.{name}", expected=NO_VARIABLE))
         elif SECRET.search(name.upper()):
             expected = (
                 "looks like a secret, which command lines, scripts and manifests must not hold"

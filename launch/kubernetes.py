@@ -15,13 +15,14 @@ A PyTorchJob with `restartPolicy: ExitCode` replaces pods whose exit code is at 
 has no limit for such pods (kubeflow/training-operator issue 2045).
 """
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
 import yaml
 
 from conf.exit_codes import ExitCode
-from launch.config import Kubernetes, passed_on
+from launch.config import TOLERATION, Kubernetes, passed_on
 
 REPLACED = 143  # an exit code after which a PyTorchJob replaces the pod: 128 + SIGTERM
 MARGIN_S = 30  # that a pod has for its end after the processes' `grace_s`
@@ -41,8 +42,8 @@ def _pytorch_job(config: Kubernetes, arguments: Sequence[str]) -> dict[str, Any]
     """The first pod is the `Master`, whose end is the end of the job; the others are `Worker`s."""
     command = _command(config, f"{config.name}-master-0", arguments, saved=REPLACED)
     container = {"command": command, "resources": _resources(config), "image": config.image}
-    pod = _pod(config, "pytorch", container)
-    replica = {"replicas": 1, "restartPolicy": "ExitCode", "template": {"spec": pod}}
+    pod = _annotated(config, {"spec": _pod(config, "pytorch", container)})
+    replica = {"replicas": 1, "restartPolicy": "ExitCode", "template": pod}
     replicas = {"Master": replica}
     if config.most_nodes > 1:
         replicas["Worker"] = replica | {"replicas": config.most_nodes - 1}
@@ -102,10 +103,13 @@ def _training_runtime(config: Kubernetes) -> dict[str, Any]:
             "spec": {
                 "backoffLimit": config.retries,
                 "podFailurePolicy": {"rules": rules},
-                "template": {
-                    "spec": _pod(config, "node", {"image": config.image})
-                    | {"restartPolicy": "Never"}
-                },
+                "template": _annotated(
+                    config,
+                    {
+                        "spec": _pod(config, "node", {"image": config.image})
+                        | {"restartPolicy": "Never"}
+                    },
+                ),
             },
         },
     }
@@ -137,6 +141,10 @@ def _resources(config: Kubernetes) -> dict[str, Any]:
     amounts: dict[str, Any] = {"cpu": config.cpu, "memory": config.memory}
     if config.device:
         amounts[config.device] = config.processes
+    if config.rdma:
+        name, _, count = config.rdma.partition(":")
+        amounts[name] = int(count or 1)
+    amounts |= config.resources
     limits = {name: amount for name, amount in amounts.items() if amount is not None}
     return {"requests": dict(limits), "limits": limits}
 
@@ -144,16 +152,20 @@ def _resources(config: Kubernetes) -> dict[str, Any]:
 def _pod(config: Kubernetes, container: str, settings: dict[str, Any]) -> dict[str, Any]:
     """A pod with the run's volume, and shared memory, of which Docker gives only 64 MiB."""
     mounts = [{"name": "runs", "mountPath": config.mount}, SHARED_MEMORY]
+    described: dict[str, Any] = {
+        "name": container,
+        "workingDir": config.mount,
+        "volumeMounts": mounts,
+        **settings,
+    }
+    if variables := _variables(config):
+        described["env"] = variables
+    if config.rdma:  # its devices read and write memory that must stay in place
+        described["securityContext"] = {"capabilities": {"add": ["IPC_LOCK"]}}
     return {
+        **_placement(config),
         "terminationGracePeriodSeconds": config.grace_s + MARGIN_S,
-        "containers": [
-            {
-                "name": container,
-                "workingDir": config.mount,
-                "volumeMounts": mounts,
-                **settings,
-            }
-        ],
+        "containers": [described],
         "volumes": [
             {"name": "runs", "persistentVolumeClaim": {"claimName": config.volume}},
             {
@@ -162,6 +174,56 @@ def _pod(config: Kubernetes, container: str, settings: dict[str, Any]) -> dict[s
             },
         ],
     }
+
+
+def _variables(config: Kubernetes) -> list[dict[str, Any]]:
+    """The variables of a container: values, and references to Secrets."""
+    found: list[dict[str, Any]] = [
+        # Kubernetes replaces $(NAME) here, too.
+        {"name": name, "value": value.replace("$(", "$$(")}
+        for name, value in config.env.items()
+    ]
+    for name, reference in config.secrets.items():
+        secret, _, key = reference.partition("/")
+        source = {"secretKeyRef": {"name": secret, "key": key}}
+        found.append({"name": name, "valueFrom": source})
+    return found
+
+
+def _placement(config: Kubernetes) -> dict[str, Any]:
+    """On which machines a pod may run, and what it gets of them."""
+    found: dict[str, Any] = {}
+    if config.node_selector:
+        found["nodeSelector"] = dict(config.node_selector)
+    if config.tolerations:
+        found["tolerations"] = [_toleration(text) for text in config.tolerations]
+    if config.host_network:  # with the cluster's names of pods, by which they find each other
+        found |= {"hostNetwork": True, "dnsPolicy": "ClusterFirstWithHostNet"}
+    if config.image_pull_secret:
+        found["imagePullSecrets"] = [{"name": config.image_pull_secret}]
+    return found
+
+
+def _toleration(text: str) -> dict[str, str]:
+    """A taint that does not keep pods away.
+
+    >>> _toleration("nvidia.com/gpu:NoSchedule")
+    {'key': 'nvidia.com/gpu', 'operator': 'Exists', 'effect': 'NoSchedule'}
+    >>> _toleration("team=lab")
+    {'key': 'team', 'operator': 'Equal', 'value': 'lab'}
+    """
+    found = re.fullmatch(TOLERATION, text)
+    assert found is not None
+    key, value, effect = found.groups()
+    operator = {"operator": "Exists"} if value is None else {"operator": "Equal", "value": value}
+    return {"key": key, **operator} | ({"effect": effect} if effect else {})
+
+
+def _annotated(config: Kubernetes, template: dict[str, Any]) -> dict[str, Any]:
+    """The template of a pod with the annotations of the user's, such as a second network's name."""
+    if not config.annotations:
+        return template
+    return {"metadata": {"annotations": dict(config.annotations)}, **template}
 
 
 def _plain(value: Any) -> Any:

@@ -23,10 +23,20 @@ EVERYTHING = {
     "cpu": "32",
     "memory": "256Gi",
     "shared_memory": "64Gi",
+    "env": {"NCCL_DEBUG": "WARN", "NOTE": "it's $(HOME)"},
+    "secrets": {"WANDB_API_KEY": "wandb/api-key", "HF_TOKEN": "hub.lab/token"},
+    "node_selector": {"node.kubernetes.io/instance-type": "p5.48xlarge"},
+    "tolerations": ("nvidia.com/gpu:NoSchedule", "team=lab:NoExecute", "spot"),
+    "resources": {"ephemeral-storage": "100Gi", "example.com/fpga": "1"},
+    "rdma": "vpc.amazonaws.com/efa:32",
+    "host_network": True,
+    "annotations": {"k8s.v1.cni.cncf.io/networks": "ib0,ib1"},
+    "image_pull_secret": "registry",
     "retries": 7,
     "grace_s": 300,
     "max_restarts": 9,
 }
+POD = ["spec", "pytorchReplicaSpecs", "Master", "template", "spec"]
 ARGUMENTS = ["model=phd_cswa", "run.name=a b", "optim.lr=${x}", "run.dir=$(HOME)/x"]
 
 
@@ -74,7 +84,15 @@ def test_a_manifest_fits_the_operators_schema(kind: str, settings: dict[str, Any
         (["spec", "pytorchReplicaSpecs", "Master", "restartPolicy"], "Sometimes"),
         (["spec", "pytorchReplicaSpecs", "Leader"], {}),
         (["spec", "runPolicy", "backofLimit"], 3),
-        (["spec", "pytorchReplicaSpecs", "Master", "template", "spec", "containers"], []),
+        ([*POD, "containers"], []),
+        ([*POD, "nodeselector"], {"gpu": "h100"}),
+        ([*POD, "nodeSelector"], {"gpu": "two words"}),
+        ([*POD, "tolerations"], [{"key": "a", "effect": "Never"}]),
+        ([*POD, "tolerations"], [{"key": "a", "operator": "Exists", "value": "b"}]),
+        ([*POD, "containers", 0, "env"], [{"name": "A", "secretKeyRef": {"name": "b"}}]),
+        ([*POD, "containers", 0, "env"], [{"name": "A", "value": "b", "valueFrom": {}}]),
+        ([*POD, "containers", 0, "resources"], {"limits": {"rdma/hca": "many"}}),
+        ([*POD, "containers", 0, "securityContext"], {"capabilities": ["IPC_LOCK"]}),
     ],
 )
 def test_the_schema_notices_what_an_operator_would_refuse(path: list[str], value: Any) -> None:
@@ -154,6 +172,7 @@ def test_a_pod_has_the_runs_memory_to_share_and_time_to_save(kind: str) -> None:
 
 def test_each_process_gets_a_device() -> None:
     limits = {"cpu": "32", "memory": "256Gi", "nvidia.com/gpu": 4}
+    limits |= {"vpc.amazonaws.com/efa": 32, "ephemeral-storage": "100Gi", "example.com/fpga": "1"}
     for pod in pods("PyTorchJob", **EVERYTHING):
         assert pod["containers"][0]["resources"]["limits"] == limits
     trainer = documents("TrainJob", **EVERYTHING)[1]["spec"]["trainer"]
@@ -164,3 +183,43 @@ def test_a_manifest_repeats_itself_rather_than_refer_to_other_lines() -> None:
     text = render(Kubernetes(**LEAST, nodes=2), [])  # type: ignore[arg-type]
     assert "&id" not in text
     assert "*id" not in text
+
+
+@pytest.mark.parametrize("kind", ["PyTorchJob", "TrainJob"])
+def test_every_pod_gets_the_variables_and_secrets_by_reference(kind: str) -> None:
+    for pod in pods(kind, **EVERYTHING):
+        [container] = pod["containers"]
+        found = {variable.pop("name"): variable for variable in container["env"]}
+        assert found == {
+            "NCCL_DEBUG": {"value": "WARN"},
+            "NOTE": {"value": "it's $$(HOME)"},  # else the cluster would fill it in
+            "WANDB_API_KEY": {"valueFrom": {"secretKeyRef": {"name": "wandb", "key": "api-key"}}},
+            "HF_TOKEN": {"valueFrom": {"secretKeyRef": {"name": "hub.lab", "key": "token"}}},
+        }
+    assert all("env" not in pod["containers"][0] for pod in pods(kind))
+
+
+@pytest.mark.parametrize("kind", ["PyTorchJob", "TrainJob"])
+def test_pods_run_where_they_were_told_to(kind: str) -> None:
+    for pod in pods(kind, **EVERYTHING):
+        assert pod["nodeSelector"] == {"node.kubernetes.io/instance-type": "p5.48xlarge"}
+        assert pod["tolerations"] == [
+            {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"},
+            {"key": "team", "operator": "Equal", "value": "lab", "effect": "NoExecute"},
+            {"key": "spot", "operator": "Exists"},
+        ]
+        assert pod["imagePullSecrets"] == [{"name": "registry"}]
+        # With the machine's own resolver, pods would not find the first of them by its name.
+        assert (pod["hostNetwork"], pod["dnsPolicy"]) == (True, "ClusterFirstWithHostNet")
+    text = render(Kubernetes(kind=kind, **LEAST, **EVERYTHING), [])  # type: ignore[arg-type]
+    assert text.count("k8s.v1.cni.cncf.io/networks: ib0,ib1") == len(pods(kind, **EVERYTHING))
+
+
+@pytest.mark.parametrize(("rdma", "count"), [("rdma/hca_shared", 1), ("rdma/ib:8", 8)])
+def test_a_pod_with_rdma_may_lock_memory(rdma: str, count: int) -> None:
+    for pod in pods("PyTorchJob", rdma=rdma):
+        [container] = pod["containers"]
+        assert container["resources"]["limits"][rdma.partition(":")[0]] == count
+        assert container["securityContext"] == {"capabilities": {"add": ["IPC_LOCK"]}}
+    for pod in pods("PyTorchJob"):
+        assert "securityContext" not in pod["containers"][0]

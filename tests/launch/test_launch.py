@@ -83,6 +83,15 @@ def test_everything_wrong_is_said_at_once() -> None:
         (["slurm", "signal_s=60"], "signal_s=60: expected more than grace_s=120"),
         (["slurm", "processes=null"], "processes: has to be given"),
         ([*PODS, "name=My_Job"], "name='My_Job': expected at most 50 of a-z"),
+        ([*PODS, "secrets.A=s3cr3t"], "secrets.A: expected NAME/KEY of a Secret in the cluster"),
+        ([*PODS, "secrets.A-B=a/b"], "secrets.A-B: a variable's name has letters, digits and _"),
+        ([*PODS, "secrets.A=a/b", "env.A=1"], "secrets.A: env.A is given, too"),
+        ([*PODS, "tolerations=a:Never"], "tolerations='a:Never': expected KEY=VALUE:EFFECT"),
+        ([*PODS, "resources.a/b=lots"], "resources.a/b='lots': expected an amount such as 2"),
+        ([*PODS, "resources.nvidia.com/gpu=4"], "resources.nvidia.com/gpu='4': is what processes"),
+        ([*PODS, "resources.memory=4Gi"], "resources.memory='4Gi': is what memory sets"),
+        ([*PODS, "node_selector.a=b c"], "node_selector.a='b c': expected at most 63 letters"),
+        ([*PODS, "rdma=a:0"], "rdma='a:0': expected NAME or NAME:COUNT"),
         ([*PODS, "mount=runs"], "mount='runs': expected an absolute path"),
         (["slurm", "site=nowhere.yaml"], "site='nowhere.yaml': cannot be read"),
     ],
@@ -141,6 +150,24 @@ def test_the_check_takes_the_settings_of_a_scheduler_and_of_the_run(tmp_path: Pa
     assert list(passed_on(Slurm(nodes="2:4", grace_s=99, check_s=30), to=Check)) == [
         *("check_s=30", "processes=8", "nodes=4"),
     ]
+
+
+def test_names_of_kubernetes_may_have_dots_in_them() -> None:
+    label = "node.kubernetes.io/instance-type"
+    command = read_command(
+        [*PODS, f"node_selector.{label}=p5", "resources.rdma/ib=2", "tolerations=nvidia.com/gpu"]
+    )
+    assert command.config == Kubernetes(
+        image="phd:1",
+        volume="runs",
+        node_selector={label: "p5"},
+        resources={"rdma/ib": "2"},
+        tolerations=("nvidia.com/gpu",),
+    )
+
+
+def test_a_reference_that_may_be_a_secret_is_not_repeated() -> None:
+    assert "s3cr3t" not in problems(*PODS, "secrets.WANDB_API_KEY=s3cr3t")
 
 
 def test_every_number_of_machines_that_may_come_has_to_suit_the_batch() -> None:
