@@ -1,5 +1,7 @@
 """The rows on which a model is evaluated."""
 
+import re
+
 import numpy as np
 
 from data.batch import Batch, make_batch
@@ -12,6 +14,15 @@ OVERSAMPLING = 8
 
 MAX_DOCUMENTS = 100_000
 """Documents of a source that are looked at; fewer rows are found if few are held out."""
+
+PROMPT_WORDS = 4
+"""Words of a document that a sample begins with."""
+
+PROMPT_TOKENS = 40
+"""Tokens that these words may have at most."""
+
+WORD_CHARACTERS = 20
+"""Longer words count as several, so that a prompt is short in every language."""
 
 
 def heldout_rows(
@@ -37,6 +48,49 @@ def heldout_rows(
     counted = np.minimum(seq_len, targets - first)
     isolate = documents.config.documents == "isolate"
     return make_batch(rows, counted, tokenizer, isolate=isolate)
+
+
+def first_words(held: Batch, tokenizer: Tokenizer, *, most_tokens: int) -> str:
+    """The first words of one of the held-out documents: a prompt that fits the corpus.
+
+    Args:
+        held: rows as `heldout_rows` chooses them.
+        most_tokens: that the words may have.
+
+    Returns:
+        the beginning of the first document that goes on after it and whose words all have letters
+        or digits; else of the first one that goes on, else of the first one.
+    """
+    texts = [_words(text) for row in held.rows for text in _beginnings(row, tokenizer)]
+    long = [words for words in texts if len(words) > PROMPT_WORDS]
+    plain = [words for words in long if all(map(_is_plain, words[:PROMPT_WORDS]))]
+    prompt = "".join([*plain, *long, *texts, []][0][:PROMPT_WORDS])
+    while len(tokenizer.encode(prompt)) > min(most_tokens, PROMPT_TOKENS):
+        prompt = prompt[:-1]
+    return prompt
+
+
+def _is_plain(word: str) -> bool:
+    """Whether a word says something, unlike `#`, `=` or a line of dashes."""
+    return any(character.isalnum() for character in word)
+
+
+def _beginnings(row: np.ndarray, tokenizer: Tokenizer) -> list[str]:
+    """The texts that begin in a row, as far as the row goes."""
+    row = row[row != PADDING]
+    starts = np.flatnonzero(row == tokenizer.eos_id) + 1
+    return [tokenizer.decode(part[part != tokenizer.eos_id]) for part in np.split(row, starts)[1:]]
+
+
+def _words(text: str) -> list[str]:
+    """The words of a text, each with the white space before it.
+
+    Text without spaces, as in Chinese, has one word for every `WORD_CHARACTERS` characters.
+
+    >>> _words("def f(x):\\n    return 1"), [len(word) for word in _words("\\u6c49" * 50)]
+    (['def', ' f(x):', '\\n    return', ' 1'], [20, 20, 10])
+    """
+    return re.findall(rf"\s*\S{{1,{WORD_CHARACTERS}}}", text)
 
 
 def _stream(documents: Documents, tokenizer: Tokenizer, source: str, size: int) -> np.ndarray:

@@ -310,12 +310,13 @@ class SampleConfig(Settings):
 
     Attributes:
         every: the steps between two samples; 0: only at the end.
-        prompt: the text that the model continues.
+        prompt: the text that the model continues; null: the first words of a held-out document, so
+            that it fits the corpus.
         tokens: how many tokens it adds.
     """
 
     every: int = 0
-    prompt: str = "def "
+    prompt: str | None = None
     tokens: int = 100
 
     def problems(self) -> list[Problem]:

@@ -66,9 +66,7 @@ def kv_table(run: Run) -> Table:
 
 def next_commands(run: Run, *, complete: bool) -> list[str]:
     """Commands to run next, quoted so that they can be pasted into a shell."""
-    generate = _command(
-        "generate.py", f"run={run.directory}", f"prompt={run.config.hooks.sample.prompt}"
-    )
+    generate = _command("generate.py", f"run={run.directory}", f"prompt={run.sample.prompt}")
     if not complete:
         return ["run the same command again to continue the training", generate]
     return [

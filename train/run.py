@@ -17,7 +17,7 @@ from conf.validation import as_dict, defaults, flatten_keys
 from data.batch import Batch
 from data.config import TokenizerConfig
 from data.fingerprint import changed_settings
-from data.heldout import heldout_rows
+from data.heldout import first_words, heldout_rows
 from data.loader import Loader
 from data.sources.documents import Documents
 from data.stream import BY_DOCUMENTS, BatchShape, TokenStream
@@ -219,6 +219,7 @@ def _open(
     )
     stop_sync = StopSync(groups, stop_signal, watchdog)
     evaluations = _evaluations(config, documents, tokenizer, engine, stop_sync, console)
+    prompt = _prompt(config, tokenizer, evaluations)
     _restore(config, engine, checkpoint)
     raise_on_all_ranks(
         groups,
@@ -252,7 +253,7 @@ def _open(
         ),
         save=SaveCheckpoint(config, engine, store, saved),
         evaluations=tuple(evaluations),
-        sample=Sample(config, engine, tokenizer, stop_sync.stop_requested),
+        sample=Sample(config, engine, tokenizer, prompt, stop_sync.stop_requested),
         sinks=_open_sinks(config, step, console, on_error) if groups.is_rank_zero else (),
         step=step,
         flops=flops if groups.is_rank_zero else 0,
@@ -409,6 +410,24 @@ def _evaluations(
         none = "holds out none of the documents"
         raise ConfigError([Problem("data.holdout", config.data.holdout, none, hint)])
     return found
+
+
+def _prompt(config: Config, tokenizer: Tokenizer, evaluations: Sequence[Evaluation]) -> str:
+    """What samples begin with: the setting, or a held-out document's first words.
+
+    Without held-out documents a sample begins as a document does, with nothing.
+    """
+    settings = config.hooks.sample
+    room = config.model.max_seq_len - settings.tokens - 1  # one for the separator before it
+    if settings.prompt is None:
+        _, weights = config.data.mixture[0]
+        used = [e for e in evaluations if weights.get(e.name, 1)] or evaluations
+        return first_words(used[0].text, tokenizer, most_tokens=room) if used else ""
+    if (count := len(tokenizer.encode(settings.prompt))) > room:
+        reason = f"has {count} tokens, and there is room for {room} before the sample"
+        hint = f"choose a shorter one, or a lower hooks.sample.tokens={settings.tokens}"
+        raise ConfigError([Problem("hooks.sample.prompt", settings.prompt, reason, hint)])
+    return settings.prompt
 
 
 def _newest(config: Config, store: CheckpointStore, console: Console) -> Checkpoint | None:

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.batch import IGNORED_TARGET, Batch, document_starts
-from data.heldout import OVERSAMPLING, heldout_rows
+from data.batch import IGNORED_TARGET, Batch, document_starts, make_batch
+from data.heldout import OVERSAMPLING, first_words, heldout_rows
 from data.sources.documents import Documents
 from data.tokenizer import Tokenizer
 
@@ -84,3 +84,42 @@ def test_documents_are_told_apart_where_they_are_isolated(
     assert np.array_equal(held.rows, plain.rows)
     assert plain.document_starts is None
     assert np.array_equal(held.document_starts, document_starts(held.rows, tokenizer.eos_id))
+
+
+def rows_of(tokenizer: Tokenizer, *texts: str) -> Batch:
+    """One row of these documents, as `heldout_rows` begins one."""
+    tokens = [np.array([tokenizer.eos_id]), *(tokenizer.encode_document(text) for text in texts)]
+    row = np.concatenate(tokens)[None]
+    return make_batch(row, np.array([row.shape[1] - 1]), tokenizer, isolate=False)
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        (["def f(x):\n    return x + 1"], "def f(x):\n    return x"),
+        (["  indented text is kept as it is"], "  indented text is kept"),
+        (["short", "the second document is longer"], "the second document is"),
+        (["short"], "short"),
+        (["# # # comment first", "----- -- - -- --", "import os\nimport sys\n"], "# # # comment"),
+        (
+            ["#\n# a.py: first", 'b = [\n  "c",\n]', "import os\nimport sys\n\nx"],
+            "import os\nimport sys",
+        ),
+        (["漢" * 200], "漢" * 10),  # of three tokens each
+        (["a 😀 b c d </s> e"], "a 😀 b c"),
+        (["a 😀 b c d", "é 1 </s> b c"], "é 1 </s> b"),
+    ],
+)
+def test_the_first_words_are_those_of_a_document_that_goes_on(
+    written: list[str], expected: str, tokenizer: Tokenizer
+) -> None:
+    assert first_words(rows_of(tokenizer, *written), tokenizer, most_tokens=30) == expected
+
+
+@given(most=st.integers(0, 12))
+def test_the_first_words_have_no_more_tokens_than_there_is_room_for(
+    documents: Documents, tokenizer: Tokenizer, most: int
+) -> None:
+    held = heldout_rows(documents, tokenizer, "text", seq_len=32, limit=4)
+    assert held
+    assert len(tokenizer.encode(first_words(held, tokenizer, most_tokens=most))) <= most

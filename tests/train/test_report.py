@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from data.prefetch import never
 from train.compose import check
-from train.config import SampleConfig
+from train.metrics.hooks import Sample
 from train.metrics.record import Metrics
 from train.report import next_commands, print_report
 from train.run import Run
@@ -79,8 +80,8 @@ def test_every_command_it_suggests_exists(step: int, config, opened) -> None:
 @pytest.mark.parametrize("prompt", ["class A", "a 'quoted' \"$HOME\" \\", "def f():\n    "])
 def test_the_prompt_it_suggests_is_the_samples(prompt: str, config, opened) -> None:
     run = opened(config())
-    hooks = replace(run.config.hooks, sample=SampleConfig(prompt=prompt, tokens=4))
-    run = replace(run, config=replace(run.config, hooks=hooks))
+    sample = Sample(run.config, run.engine, run.tokenizer, prompt, never)
+    run = replace(run, sample=sample)
     generate = next(
         command for command in next_commands(run, complete=True) if "generate.py" in command
     )

@@ -204,12 +204,18 @@ class Sample:
     """A text that the model writes, with the same prompt and the same seed every time."""
 
     def __init__(
-        self, config: Config, engine: Engine, tokenizer: Tokenizer, stop: Callable[[], bool]
+        self,
+        config: Config,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        prompt: str,
+        stop: Callable[[], bool],
     ) -> None:
         self.every = config.hooks.sample.every
         self.config = config
         self.engine = engine
         self.tokenizer = tokenizer
+        self.prompt = prompt
         self.stop = stop
 
     def __call__(self, record: StepRecord) -> Metrics:
@@ -223,7 +229,7 @@ class Sample:
     def write(self) -> str | None:
         """The prompt and its continuation until the end of the document, equal on every rank."""
         settings = self.config.hooks.sample
-        prompt = [self.tokenizer.eos_id, *self.tokenizer.encode(settings.prompt).tolist()]
+        prompt = [self.tokenizer.eos_id, *self.tokenizer.encode(self.prompt).tolist()]
         tokens = torch.tensor(prompt, device=self.engine.device)
         generator = torch.Generator().manual_seed(self.config.seed)
         new: list[int] = []

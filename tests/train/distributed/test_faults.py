@@ -268,7 +268,8 @@ def test_a_signal_before_the_first_step_ends_all_ranks_without_a_trace(
 def test_half_precision_trains_evaluates_and_samples_on_every_engine(
     engine: str, small_at: Callable[..., list[str]], tmp_path: Path
 ) -> None:
-    settings = [*FOUR, "engine.precision=bf16", *f"engine={engine}".split()]
+    prompt = "hooks.sample.prompt='def '"
+    settings = [*FOUR, prompt, "engine.precision=bf16", *f"engine={engine}".split()]
     told = run_ranks(2, whole, small_at(tmp_path / "run", *settings))
     assert [code for code, _ in told] == [ExitCode.FINISHED] * 2
     *_, last = lines(tmp_path / "run")

@@ -13,12 +13,14 @@ from rich.console import Console
 from rich.progress import Progress
 from torch.nn.functional import cross_entropy
 
+from conf.errors import ConfigError
 from data.batch import Batch, BatchStats
 from data.heldout import heldout_rows
 from data.mixture import LaneCursor, SourceState
 from data.prefetch import never
 from data.shuffle import Cursor
 from data.source import BadRecord
+from data.sources.documents import Documents
 from data.sources.quarantine import Quarantine
 from phd.flops import training_flops
 from phd.inference.cache import kv_bytes
@@ -407,7 +409,31 @@ def test_a_sample_of_a_model_with_more_embeddings_than_pieces_is_text(config, op
     run = opened(config("model.vocab_size=5000", "hooks.sample.tokens=30"))
     assert run.tokenizer.vocab_size < 2500  # so most of what an untrained model draws has no piece
     sample = run.sample
-    assert sample.measure()["sample/text"].startswith("def ")
+    assert sample.measure()["sample/text"].startswith(sample.prompt)
+
+
+@pytest.mark.parametrize("documents", ["concatenate", "isolate"])
+def test_by_default_a_sample_begins_as_a_held_out_document_does(
+    documents: str, config, opened
+) -> None:
+    settings = config(f"data.documents={documents}")
+    run = opened(settings)
+    held_out = [d.text for d in Documents(settings.data).held_out("files")]
+    assert len(run.sample.prompt.split()) == 4
+    assert [text for text in held_out if text.startswith(run.sample.prompt)]
+    assert run.sample.measure()["sample/text"].startswith(run.sample.prompt)
+
+
+def test_without_held_out_documents_a_sample_begins_with_nothing(config, opened) -> None:
+    run = opened(config("data.holdout=0"))
+    assert run.sample.prompt == ""
+    assert run.sample.measure()["sample/text"]
+
+
+def test_a_prompt_without_room_is_refused_before_the_first_step(config, opened) -> None:
+    assert len(opened(config("hooks.sample.tokens=62")).sample.prompt) <= 1
+    with pytest.raises(ConfigError, match=r"hooks.sample.prompt='x x x x .*there is room for 2"):
+        opened(config("hooks.sample.tokens=61", "hooks.sample.prompt='x x x x x'"))
 
 
 # Saving
