@@ -10,7 +10,7 @@ from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 from conf import checkout
 from conf.cache_dirs import use_writable_caches
 from conf.errors import USER_ERRORS, report
-from conf.standard_streams import make_standard_streams_lossy
+from conf.standard_streams import guard_standard_streams
 from conf.validation import build, defaults, keys
 
 T = TypeVar("T")
@@ -30,7 +30,7 @@ def run(
         task: or the name of the module whose `main` it is; see `resolve`.
         positional: the fields that arguments without `key=` are for, in this order.
     """
-    make_standard_streams_lossy()
+    guard_standard_streams()
     use_writable_caches()
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(usage(cls))

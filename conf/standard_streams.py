@@ -1,4 +1,6 @@
-"""Standard streams that cost their own output when they fail, and never what prints to them.
+"""Standard streams that fail alone, and that print no secrets.
+
+When a stream fails, this costs its own output, and never what prints to it.
 
 The reader of a pipe ends (`| head`), a disk is full, an ssh session drops, a terminal's encoding
 lacks a character. Python raises in each case where the text is printed, which would end a training
@@ -12,6 +14,8 @@ from contextlib import suppress
 from errno import EBADF, EPIPE
 from io import BufferedWriter, RawIOBase, TextIOWrapper, UnsupportedOperation
 from typing import Any, TextIO
+
+from conf.redaction import hide_given, masked, redacted
 
 READ_AGAIN_S = 1.0
 """Seconds to wait for the reader of a pipe that is full and does not block."""
@@ -84,13 +88,21 @@ class LossyWriter(RawIOBase):
 
 
 class LossyStream(TextIOWrapper):
-    """Text to a `LossyWriter`; characters that its encoding lacks are replaced.
+    """Text to a `LossyWriter`; secrets, and characters that its encoding lacks, are replaced.
 
     Attributes:
         replaced: the stream in whose place it is; it may own the descriptor, and would close it.
+        by_form: also hide what only has the form of a secret.
     """
 
     replaced: TextIO
+    by_form = False
+
+    def write(self, text: str) -> int:
+        """Write a text without the secrets in it; returns the number of its characters."""
+        safe = masked(text)
+        super().write(redacted(safe) if self.by_form else safe)
+        return len(text)
 
     @property
     def reader_is_gone(self) -> bool:
@@ -108,12 +120,15 @@ class LossyStream(TextIOWrapper):
         self._raw.reader_is_gone = True
 
 
-def make_standard_streams_lossy() -> None:
+def guard_standard_streams() -> None:
     """Replace this process's standard output and error; each command's entry point calls it.
+
+    The secrets in the command line and the environment are noted before anything is printed.
 
     A stream that is closed from the start becomes the null device, and so does the standard input.
     Streams without a file descriptor, such as those that a test has put there, stay as they are.
     """
+    hide_given(sys.argv[1:], os.environ)
     for number in (0, 1, 2):
         _plug(number)
     if sys.stdin is None:
@@ -149,6 +164,8 @@ def _lossy(stream: TextIO | None, name: str, told_on: int) -> TextIO:
         write_through=unbuffered,
     )
     lossy.replaced = stream
+    # Errors are told on stderr, with texts of libraries. What is on stdout may be text of a model.
+    lossy.by_form = name == "stderr"
     return lossy
 
 

@@ -5,6 +5,7 @@ from math import inf
 from typing import Any
 
 from conf.errors import ConfigError, Problem, spelled
+from conf.redaction import redacted_tree
 
 MIXTURE = "data.sources.*.weight and data.phases"
 """The key of the weights in a fingerprint: [[token from which they apply, weight by source]]."""
@@ -38,6 +39,8 @@ def check_fingerprint(
     Raises:
         ConfigError: they differ otherwise; each problem is a setting.
     """
+    # Versions before the first wrote URLs with their passwords and signatures.
+    saved = redacted_tree(saved)
     forbidden = changed_settings(_used(saved, tokens_read), _used(now, tokens_read))
     problems = [
         Problem(key, now.get(key), f"was {spelled(saved.get(key))} when this run began", hint)

@@ -49,7 +49,8 @@ from conf import checkout
 from conf.arguments import parse, refuse, usage
 from conf.cache_dirs import use_writable_caches
 from conf.errors import ConfigError, Problem, reason_of
-from conf.standard_streams import make_standard_streams_lossy
+from conf.redaction import redacted_argument
+from conf.standard_streams import guard_standard_streams
 from conf.validation import did_you_mean, keys, nearest
 from launch import kubernetes, slurm
 from launch.config import LAUNCHERS, Check, Kubernetes, Local, MultiNode, Nodes, Slurm
@@ -104,6 +105,8 @@ def read_command(texts: Sequence[str]) -> LaunchCommand:
             else:
                 (own if _name(text) in names else others).append(text)
         config = parse(LAUNCHERS[launcher], own)
+    if isinstance(config, Slurm | Kubernetes):
+        problems += _secret_problems(others, config)
     if not any(text.startswith("script=") for text in own):
         with collecting(problems):
             jobs = _check_jobs(others, config, names)
@@ -111,6 +114,20 @@ def read_command(texts: Sequence[str]) -> LaunchCommand:
         raise ConfigError(problems)
     run_dirs = [job.run_dir for job in jobs]
     return LaunchCommand(config, others, run_dirs, [job.data.cache.dir for job in jobs])
+
+
+def _secret_problems(arguments: Sequence[str], config: Local) -> list[Problem]:
+    """Settings of the training that a job's script or manifest would show to others."""
+    return [
+        Problem(
+            text.partition("=")[0].lstrip("+"),
+            redacted_argument(text).partition("=")[2],
+            "holds a password, a signature or a token, which scripts and manifests must not hold",
+            f"write '${{oc.env:NAME}}' in its place, and for NAME: {config.secret_hint}",
+        )
+        for text in arguments
+        if redacted_argument(text) != text
+    ]
 
 
 def start(command: LaunchCommand) -> int:
@@ -275,7 +292,7 @@ def main(texts: Sequence[str]) -> int:
 
 
 def _run() -> NoReturn:
-    make_standard_streams_lossy()
+    guard_standard_streams()
     use_writable_caches()
     try:
         checkout.claim()

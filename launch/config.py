@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from conf.errors import Problem
 from conf.exit_codes import ExitCode
+from conf.redaction import is_secret
 from conf.settings import Settings, at_least
 
 # A pod's name has at most 63 characters; the operators append up to 13.
@@ -24,8 +25,6 @@ VARIABLE = r"[A-Za-z_]\w*"
 NO_VARIABLE = "a variable's name has letters, digits and _ only"
 SHARED = {"passed_on": True}  # marks a setting that a scheduler passes on to `nodes`
 CHECKED = {"checked": True}  # marks one that it passes on to `check`
-# Names of variables that hold a secret, such as WANDB_API_KEY and HF_TOKEN.
-SECRET = re.compile(r"(?:^|_)(API_?KEY|ACCESS_?KEY|SECRET(_KEY)?|TOKEN|PASSW(OR)?D|CREDENTIALS?)$")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -524,7 +523,7 @@ def _env_problems(env: dict[str, str], hint: str) -> list[Problem]:
     for name in env:
         if not re.fullmatch(VARIABLE, name):
             found.append(Problem(f"env.{name}", expected=NO_VARIABLE))
-        elif SECRET.search(name.upper()):
+        elif is_secret(name):
             expected = (
                 "looks like a secret, which command lines, scripts and manifests must not hold"
             )

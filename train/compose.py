@@ -31,7 +31,8 @@ from conf.arguments import parse, refuse, resolve, usage
 from conf.cache_dirs import use_writable_caches
 from conf.errors import USER_ERRORS, ConfigError, Problem, report
 from conf.extras import pip_command
-from conf.standard_streams import make_standard_streams_lossy
+from conf.redaction import hide_secrets_of, holds_secret, redacted_argument
+from conf.standard_streams import guard_standard_streams
 from conf.validation import defaults, did_you_mean, flatten_keys, keys, nearest
 from train.config import Config
 from train.distributed.dist_env import DistEnv
@@ -71,7 +72,7 @@ def run(
         before: further checks, made before this module is imported. Where there are several ranks
             they are left to the task: ranks have to agree about what only some of them miss.
     """
-    make_standard_streams_lossy()
+    guard_standard_streams()
     use_writable_caches()
     arguments = get_args_parser().parse_intermixed_args()
     flags = [argument for argument in sys.argv[1:] if argument not in arguments.overrides]
@@ -83,6 +84,7 @@ def run(
 
     def job(tree: DictConfig) -> None:
         config = _named(_read(tree), HydraConfig.get().overrides.task, command.swept)
+        _hide_secrets(config)
         try:
             if before and DistEnv.from_environment().world_size == 1:
                 before(config)
@@ -99,6 +101,17 @@ def run(
     sys.exit(0)
 
 
+def _hide_secrets(config: Config) -> None:
+    """Hide the secrets of a job's settings, which may come from files and the environment."""
+    tree = config.to_dict()
+    hide_secrets_of(tree)
+    # Libraries read the command line, too: W&B uploads it.
+    sys.argv[1:] = map(redacted_argument, sys.argv[1:])
+    written = Path(HydraConfig.get().sweep.dir, "multirun.yaml")
+    if HydraConfig.get().mode == RunMode.MULTIRUN and holds_secret(tree) and written.exists():
+        written.chmod(0o600)
+
+
 def _refuse(error: Exception) -> NoReturn:
     """Ends the process. All ranks raise alike, so only rank 0 says why."""
     if DistEnv.from_environment().rank:
@@ -112,7 +125,7 @@ def run_with(cls: type[T], task: Callable[[T, Config], int] | str) -> NoReturn:
     Its result is the exit code; wrong arguments end the process as in `run`. Sweeps are not
     possible. `--help` prints the docstring of `cls` and its defaults.
     """
-    make_standard_streams_lossy()
+    guard_standard_streams()
     use_writable_caches()
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(usage(cls))

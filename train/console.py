@@ -10,10 +10,12 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from conf.redaction import redacted
+
 
 def warn(console: Console, text: str) -> None:
-    """Print a warning, whatever is in it: paths and errors may hold what looks like markup."""
-    console.print(text, style="yellow", markup=False)
+    """Print a warning, whatever is in it: errors may hold what looks like markup, or a secret."""
+    console.print(redacted(text), style="yellow", markup=False)
 
 
 def progress_bar(console: Console, status: str, *, eta: bool = False) -> Progress:

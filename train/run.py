@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 
 from conf.errors import USER_ERRORS, ConfigError, Problem
+from conf.redaction import redacted_tree
 from conf.validation import as_dict, defaults, flatten_keys
 from data.batch import Batch
 from data.config import TokenizerConfig
@@ -232,7 +233,8 @@ def _open(
     # Checkpoints of version 0.1 have no such count; what it printed was that of whole rows.
     flops = state.get("train_flops", step * config.flops_per_step)
     detector = SpikeDetector(config.faults, state.get("bad_steps"))
-    saved = {"config": config.to_dict(), "stream": stream.fingerprint}
+    # A checkpoint is copied and shared; nothing that resuming needs is a secret.
+    saved = {"config": redacted_tree(config.to_dict()), "stream": stream.fingerprint}
     return Run(
         config=config,
         directory=config.run_dir,

@@ -27,6 +27,7 @@ from weakref import WeakSet
 
 from conf.errors import ConfigError, DataError, Problem, TransientError, reason_of
 from conf.extras import pip_command
+from conf.redaction import redacted_tree
 from data.config import DatasetsSource
 from data.source import BadRecord, Document, Position, no_such_field
 from data.storage.retry import http_status, is_temporary
@@ -106,13 +107,14 @@ class HubCorpus:
 
     @property
     def fingerprint(self) -> dict[str, Any]:
-        """The settings and the number of shards.
+        """The settings and the number of shards; a URL without its secrets, which change.
 
         A dataset that changes without its `revision` is not noticed.
         """
         names = ("path", "name", "split", "revision", "data_files", "text_field")
         values = {key: getattr(self.source, key) for key in names}
         values = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+        values = redacted_tree(values)
         values["shards"] = self.stream.num_shards
         return {f"data.sources.{self.name}.{key}": value for key, value in values.items()}
 

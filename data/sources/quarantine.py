@@ -7,6 +7,7 @@ from pathlib import Path
 from threading import Lock
 
 from conf.errors import DataError, reason_of
+from conf.redaction import redacted
 from data.source import BadRecord
 from data.storage.atomic import write_atomic
 
@@ -71,6 +72,10 @@ class Quarantine:
         Raises:
             DataError: there are too many of them.
         """
+        # The origin may be a URL with a password or a signature.
+        bad_record = bad_record._replace(
+            origin=redacted(bad_record.origin), reason=redacted(bad_record.reason)
+        )
         with self._lock:
             self.records += 1
             # Every epoch reads it again; it is written down and counted once.

@@ -20,7 +20,9 @@ from typing import IO
 import xxhash
 
 
-def write_atomic(path: Path, content: bytes | str, *, durable: bool = False) -> None:
+def write_atomic(
+    path: Path, content: bytes | str, *, durable: bool = False, private: bool = False
+) -> None:
     """Write a file, or replace it, so that nobody ever sees a part of it.
 
     Args:
@@ -28,11 +30,14 @@ def write_atomic(path: Path, content: bytes | str, *, durable: bool = False) -> 
         content: text is written as UTF-8.
         durable: return only when the disk has the file, so that it survives a loss of power. The
             flush takes from a millisecond on an SSD to seconds on a busy file server.
+        private: only its owner can read it.
 
     Raises:
         OSError: the disk refuses; the file is as it was before.
     """
     with open_atomic(path, durable=durable) as file:
+        if private:
+            os.fchmod(file.fileno(), 0o600)  # while it is empty
         file.write(content.encode() if isinstance(content, str) else content)
 
 

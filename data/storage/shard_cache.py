@@ -20,6 +20,7 @@ import pyarrow
 from xxhash import xxh3_128, xxh3_128_hexdigest
 
 from conf.errors import ConfigError, DataError, Problem, reason_of
+from conf.redaction import redacted
 from data.config import CacheConfig, RemoteConfig
 from data.storage.atomic import file_xxh3_128, open_atomic, write_atomic
 from data.storage.shards import compression_of
@@ -40,7 +41,10 @@ WRONG_DIRECTORY = (errno.EEXIST, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno
 
 
 class CopyInfo(NamedTuple):
-    """What is written beside a copy and makes it valid; it stays when the copy is removed."""
+    """What is written beside a copy and makes it valid; it stays when the copy is removed.
+
+    The URL is there for a reader, without secrets.
+    """
 
     url: str
     stored_size: int
@@ -241,7 +245,7 @@ class ShardCache:
                 file.write(block)
                 digest.update(block)
             size = file.tell()
-        info = CopyInfo(shard.url, shard.size, size, digest.hexdigest(), time.time())
+        info = CopyInfo(redacted(shard.url), shard.size, size, digest.hexdigest(), time.time())
         write_atomic(copy.sidecar, json.dumps(info._asdict()), durable=True)
         return info
 

@@ -5,13 +5,15 @@ broke off, it takes a whole file for the range that it asked for, and it does no
 """
 
 import re
+from base64 import b64encode
 from collections.abc import Iterator
 from contextlib import contextmanager
 from html.parser import HTMLParser
 from http.client import HTTPException, HTTPResponse, InvalidURL
+from typing import Any
 from urllib.error import HTTPError
-from urllib.parse import unquote, urljoin, urlsplit
-from urllib.request import Request, urlopen
+from urllib.parse import unquote, urljoin, urlsplit, urlunsplit
+from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from conf.errors import ConfigError, Problem, reason_of
 from data.storage.retry import PermanentError, is_temporary
@@ -41,7 +43,8 @@ class WebStore(Store):
             with self._answer(url, "bytes=0-0") as answer:
                 # A web server redirects a folder's URL to the same one with a slash at its end.
                 if urlsplit(answer.url).path.endswith("/") or not urlsplit(answer.url).path:
-                    return Entry(answer.url, _name(answer.url), is_folder=True)
+                    folder = _with_user_info(answer.url, url)
+                    return Entry(folder, _name(folder), is_folder=True)
                 size = _size(answer)
                 if size is None:
                     raise PermanentError(f"{url}: its server does not tell its size")
@@ -54,7 +57,8 @@ class WebStore(Store):
         with self._answer(url) as answer:
             page = _Links()
             page.feed(answer.read().decode("utf-8", "replace"))
-            folder = answer.url.rstrip("/") + "/"
+            # The password that opened the page opens its files.
+            folder = _with_user_info(answer.url.rstrip("/") + "/", url)
         found = sorted({urljoin(folder, link) for link in page.links})
         return [
             Entry(link, _name(link), link.endswith("/"))
@@ -87,10 +91,14 @@ class WebStore(Store):
     @contextmanager
     def _answer(self, url: str, byte_range: str | None = None) -> Iterator[HTTPResponse]:
         """The answer to a GET; failures are the errors of a `Store`."""
+        plain, authorization = _authorization(url)
         headers = {"User-Agent": "phd-transformer"}
         headers |= {"Range": byte_range} if byte_range else {}
         try:
-            with urlopen(Request(url, headers=headers), timeout=self.timeout_s) as answer:
+            request = Request(plain, headers=headers)
+            if authorization:
+                request.add_unredirected_header("Authorization", authorization)
+            with build_opener(_Redirect).open(request, timeout=self.timeout_s) as answer:
                 yield answer
         except HTTPError as error:
             error.close()
@@ -99,6 +107,40 @@ class WebStore(Store):
             raise PermanentError(reason_of(error)) from error
         except HTTPException as error:
             raise OSError(f"{type(error).__name__}: {error}") from error
+
+
+class _Redirect(HTTPRedirectHandler):
+    """Follows redirects; the password goes to the server that it was given for, and to no other."""
+
+    def redirect_request(self, req: Request, *answer: Any) -> Request | None:
+        following = super().redirect_request(req, *answer)
+        authorization = req.get_header("Authorization")
+        same = following is not None and (following.type, following.host) == (req.type, req.host)
+        if following and same and authorization:
+            following.add_unredirected_header("Authorization", authorization)
+        return following
+
+
+def _authorization(url: str) -> tuple[str, str | None]:
+    """The URL without `user:password@`, and the header that says the same (RFC 7617).
+
+    >>> _authorization("https://ann:p%40ss@host/a.jsonl")
+    ('https://host/a.jsonl', 'Basic YW5uOnBAc3M=')
+    """
+    parts = urlsplit(url)
+    user_info, at, host = parts.netloc.rpartition("@")
+    if not at:
+        return url, None
+    user, _, password = user_info.partition(":")
+    pair = f"{unquote(user)}:{unquote(password)}".encode()
+    return urlunsplit(parts._replace(netloc=host)), f"Basic {b64encode(pair).decode()}"
+
+
+def _with_user_info(url: str, given: str) -> str:
+    """The URL with the `user:password@` of another one, if it is of the same server."""
+    user_info, at, host = urlsplit(given).netloc.rpartition("@")
+    parts = urlsplit(url)
+    return urlunsplit(parts._replace(netloc=user_info + at + host)) if parts.netloc == host else url
 
 
 def _whole_files_only(shard: Shard) -> ConfigError:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from conf.standard_streams import LossyStream, make_standard_streams_lossy, reader_is_gone
+from conf.standard_streams import LossyStream, guard_standard_streams, reader_is_gone
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -26,7 +26,7 @@ def to(descriptor: int, encoding: str = "utf-8", *, buffered: bool = True) -> No
     raw = io.FileIO(descriptor, "w", closefd=False)
     buffer = io.BufferedWriter(raw) if buffered else raw
     sys.stdout = io.TextIOWrapper(buffer, encoding=encoding, write_through=not buffered)  # type: ignore[arg-type, type-var]
-    make_standard_streams_lossy()
+    guard_standard_streams()
 
 
 def pipe_without_reader() -> int:
@@ -136,19 +136,19 @@ def test_a_closed_stream_can_be_printed_to() -> None:
 
 def test_streams_without_a_descriptor_and_streams_done_before_stay() -> None:
     sys.stdout = io.StringIO()
-    make_standard_streams_lossy()
+    guard_standard_streams()
     assert isinstance(sys.stdout, io.StringIO)
     to(os.open(os.devnull, os.O_WRONLY))
     done = sys.stdout
     assert isinstance(done, LossyStream)
-    make_standard_streams_lossy()
+    guard_standard_streams()
     assert sys.stdout is done
 
 
 SCRIPT = """
 import contextlib, os, sys
-from conf.standard_streams import make_standard_streams_lossy
-make_standard_streams_lossy()
+from conf.standard_streams import guard_standard_streams
+guard_standard_streams()
 print("to nobody")
 print("to nobody", file=sys.stderr)
 print(sys.stdin.read(), end="")

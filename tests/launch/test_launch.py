@@ -123,6 +123,22 @@ def test_a_secret_is_refused_and_not_repeated(launcher: list[str], name: str) ->
     assert "abc123" not in found
 
 
+@pytest.mark.parametrize("launcher", [["slurm"], PODS])
+@pytest.mark.parametrize(
+    "url", ["https://user:abc123@host/a.jsonl", "https://host/a.jsonl?sig=abc123"]
+)
+def test_a_secret_of_the_training_is_refused_where_a_script_would_show_it(
+    launcher: list[str], url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = problems(*launcher, "data=files", f"data.sources.files.paths='{url}'")
+    assert "data.sources.files.paths=" in found
+    assert "which scripts and manifests must not hold; write '${oc.env:NAME}' in its" in found
+    assert "abc123" not in found
+    monkeypatch.setenv("MY_URL", url)
+    command = read_command([*launcher, "data=files", "data.sources.files.paths=${oc.env:MY_URL}"])
+    assert "abc123" not in describe(command)
+
+
 def test_variables_that_only_sound_like_secrets_are_none() -> None:
     names = ["TOKENIZERS_PARALLELISM", "NCCL_DEBUG", "KEYBOARD", "PASSWORDLESS", "MY_TOKENS"]
     config = read_command(["local", *(f"env.{name}=1" for name in names)]).config

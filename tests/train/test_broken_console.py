@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from conf import arguments
-from conf.standard_streams import LossyStream, make_standard_streams_lossy
+from conf.standard_streams import LossyStream, guard_standard_streams
 from launch import __main__ as launch
 from train import bench, compose, generate, main, tokenizer
 from train.arguments import BenchArguments, GenerateArguments, TokenizerArguments
@@ -105,7 +105,7 @@ def test_a_text_that_nobody_reads_is_not_written_to_its_end() -> None:
                 yield prompt
 
     redirect(pipe_without_reader(), "utf-8")
-    make_standard_streams_lossy()
+    guard_standard_streams()
     generate.show(Endless(), "a")
     assert len(made) == 1
 

@@ -16,6 +16,7 @@ from uuid import uuid4
 from rich.console import Console
 
 from conf.errors import reason_of
+from conf.redaction import holds_secret, redacted_tree
 from data.storage.atomic import write_atomic
 from train.config import Config
 from train.console import warn
@@ -254,9 +255,11 @@ class Wandb:
             resume="allow",
             dir=self.run_dir,
             mode=mode,
-            config=self.config.to_dict(),
+            config=redacted_tree(self.config.to_dict()),
             settings=wandb.Settings(
                 silent=True,
+                # It would take what is printed before the standard streams have hidden secrets.
+                console="off" if holds_secret(self.config.to_dict()) else "auto",
                 init_timeout=START_S,
                 finish_timeout=FINISH_S,
                 # Otherwise the timeout only prints a message, and this thread would not know.

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from conf.redaction import redacted_argument
 from train.run_dir.snapshot import Revision
 
 PACKAGES = (
@@ -37,9 +38,9 @@ def environment(revision: Revision) -> dict[str, Any]:
     """
     return {
         "time": strftime("%Y-%m-%d %H:%M:%S %z"),
-        "command": sys.argv,  # as Hydra got it
-        "argv": sys.orig_argv,  # as it was typed, with Python's own options
-        "launcher": json.loads(os.environ.get(LAUNCHED_BY, "null")),
+        "command": _without_secrets(sys.argv),  # as Hydra got it
+        "argv": _without_secrets(sys.orig_argv),  # as it was typed, with Python's own options
+        "launcher": _without_secrets(json.loads(os.environ.get(LAUNCHED_BY, "null"))),
         "host": socket.gethostname(),
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -52,6 +53,10 @@ def environment(revision: Revision) -> dict[str, Any]:
         "changed": revision.dirty,  # uncommitted changes; they are in source/
         "packages": {name: _version(name) for name in PACKAGES},
     }
+
+
+def _without_secrets(arguments: list[str] | None) -> list[str] | None:
+    return None if arguments is None else [*map(redacted_argument, arguments)]
 
 
 def processor() -> str:

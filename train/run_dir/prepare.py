@@ -23,6 +23,7 @@ from omegaconf import OmegaConf
 from rich.console import Console
 
 from conf.errors import ConfigError, Problem, reason_of
+from conf.redaction import holds_secret
 from data.storage.atomic import write_atomic
 from data.tokenizer import Tokenizer
 from train.config import Config
@@ -64,7 +65,7 @@ def _describe(config: Config, directory: Path, tokenizer: Tokenizer) -> None:
     revision = read_revision()
     write_snapshot(directory, revision)
     settings = OmegaConf.to_yaml(OmegaConf.create(config.to_dict()))
-    write_atomic(directory / "config.yaml", settings)
+    write_atomic(directory / "config.yaml", settings, private=holds_secret(config.to_dict()))
     # A copy, so that the run can be resumed and used when the tokenizer's cache is gone.
     tokenizer.save(directory / "tokenizer.model")
     path = directory / "environment.json"

@@ -3,7 +3,7 @@
 runs/<name>/source/<hash>/
     revision.json    the commit, the branch, and whether there are uncommitted changes
     changes.patch    the uncommitted changes, including new files; empty if there are none
-    source.tar.gz    the packages' files
+    source.tar.gz    the packages' files, without those that git ignores
 """
 
 import gzip
@@ -56,7 +56,7 @@ def write_snapshot(directory: Path, revision: Revision, root: Path = ROOT) -> Pa
     Raises:
         OSError: it cannot be written.
     """
-    archive = _archive(root)
+    archive = _archive(root, _files(root, revision))
     described = revision._asdict()
     changes = described.pop("changes")
     files = {
@@ -118,14 +118,23 @@ def _git(root: Path, *arguments: str, differs: bool = False) -> str:
     return done.stdout
 
 
-def _archive(root: Path) -> bytes:
-    """The packages' files as a tar. It has no times and owners, so equal files give equal bytes."""
+def _files(root: Path, revision: Revision) -> list[Path]:
+    """The packages' files; without those that git ignores, which may hold keys or be large."""
+    if revision.unknown:
+        found = [path for name in PACKAGES for path in (root / name).rglob("*")]
+    else:
+        listed = _git(root, "ls-files", "-z", "-co", "--exclude-standard", *PACKAGES)
+        found = [root / name for name in set(filter(None, listed.split("\0")))]
+    return sorted(path for path in found if path.is_file() and "__pycache__" not in path.parts)
+
+
+def _archive(root: Path, files: list[Path]) -> bytes:
+    """The files as a tar. It has no times and owners, so equal files give equal bytes."""
     written = io.BytesIO()
     with tarfile.open(fileobj=written, mode="w", format=tarfile.PAX_FORMAT) as archive:
-        for path in sorted(path for name in PACKAGES for path in (root / name).rglob("*")):
-            if path.is_file() and "__pycache__" not in path.parts:
-                content = path.read_bytes()
-                entry = tarfile.TarInfo(path.relative_to(root).as_posix())
-                entry.size = len(content)
-                archive.addfile(entry, io.BytesIO(content))
+        for path in files:
+            content = path.read_bytes()
+            entry = tarfile.TarInfo(path.relative_to(root).as_posix())
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
     return written.getvalue()

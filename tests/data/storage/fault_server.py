@@ -4,6 +4,7 @@ import os
 import socket
 import struct
 import threading
+from base64 import b64encode
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -43,6 +44,8 @@ class Behaviour:
         seed: decides which of a path's requests fail and how.
         ranges: whether ranges are understood; if not, a file is always sent as a whole.
         tags: whether files have an ETag.
+        password: `user:password` that each request needs; None: none.
+        elsewhere: the address of another server to which every request is redirected.
     """
 
     rate: float = 0.0
@@ -51,6 +54,8 @@ class Behaviour:
     stall_s: float = 10.0
     ranges: bool = True
     tags: bool = True
+    password: str | None = None
+    elsewhere: str | None = None
 
     def fault(self, path: str, count: int) -> str | None:
         """What goes wrong with a path's `count`th request."""
@@ -66,12 +71,14 @@ class FaultServer:
 
     Attributes:
         served: every request, in the order in which the answers began.
+        authorizations: the header of every request; None where there was none.
     """
 
     folder: Path
     behaviour: Behaviour
     url: str = ""
     served: list[Served] = field(default_factory=list)
+    authorizations: list[str | None] = field(default_factory=list)
 
     def sent(self, path: str) -> int:
         """Bytes of a path's body, such as `/a.txt`, that went out."""
@@ -139,13 +146,27 @@ class _Handler(BaseHTTPRequestHandler):
         with self.server_lock:
             count = self.server_counts[path]
             self.server_counts[path] += 1
-        answer = self._answer(path, self.server_state.behaviour.fault(path, count))
+        answer = self._refusal() or self._answer(
+            path, self.server_state.behaviour.fault(path, count)
+        )
         # Noted first, so that a client that has it all can rely on the notes.
         self.server_state.served.append(Served(path, answer.start, len(answer.body), answer.fault))
         with suppress(BrokenPipeError, ConnectionResetError):  # the client left
             self._send(answer)
 
     do_HEAD = do_GET  # noqa: N815 - http.server's name
+
+    def _refusal(self) -> Answer | None:
+        behaviour = self.server_state.behaviour
+        given = self.headers.get("Authorization")
+        self.server_state.authorizations.append(given)
+        if behaviour.password is not None:
+            basic = b64encode(behaviour.password.encode()).decode()
+            if given != f"Basic {basic}":
+                return Answer(401)
+        if behaviour.elsewhere is not None:
+            return Answer(302, headers={"Location": behaviour.elsewhere + self.path})
+        return None
 
     def _answer(self, path: str, fault: str | None) -> Answer:
         target = self.server_state.folder / path.lstrip("/")

@@ -162,3 +162,15 @@ def test_this_project_is_kept_in_less_than_a_megabyte(tmp_path: Path) -> None:
         kept = archive.extractfile("train/run_dir/snapshot.py")
         assert kept is not None
         assert kept.read() == (ROOT / "train/run_dir/snapshot.py").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["phd/.env", "data/keys.yaml", "train/local/notes.py"])
+def test_files_that_git_ignores_are_left_out(root: Path, tmp_path: Path, name: str) -> None:
+    (root / ".gitignore").write_text("__pycache__\n.env\nkeys.yaml\nlocal/\n")
+    (root / name).parent.mkdir(exist_ok=True)
+    (root / name).write_text("API_KEY=4711\n")
+    path = snapshot(tmp_path / "run", root)
+    with tarfile.open(path / "source.tar.gz") as archive:
+        assert name not in archive.getnames()
+        assert "phd/__init__.py" in archive.getnames()
+    assert "4711" not in (path / "changes.patch").read_text()
