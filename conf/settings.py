@@ -17,6 +17,13 @@ class Settings:
         """Every impossible setting or combination of settings."""
         return []
 
+    def unused(self) -> list[Problem]:
+        """The settings that change nothing, because of what others are.
+
+        A file of conf/ or an earlier run may give them any value. Only typing one is an error.
+        """
+        return []
+
 
 def at_least(config: Any, section: str, least: float, *names: str) -> list[Problem]:
     """A problem for each named setting that is below `least` or not finite; None always passes.
@@ -36,6 +43,20 @@ def at_least(config: Any, section: str, least: float, *names: str) -> list[Probl
         Problem(full_name(section, name), value, f"expected {kind} of at least {least:g}")
         for name in names
         if (value := getattr(config, name)) is not None and not least <= value < inf
+    ]
+
+
+def without_effect(config: Any, section: str, reason: str, hint: str, *names: str) -> list[Problem]:
+    """A problem for each named setting, which changes nothing for a reason that they share.
+
+    >>> from types import SimpleNamespace
+    >>> model, hint = SimpleNamespace(chunk=32), "choose model=phd_cswa"
+    >>> print(*without_effect(model, "model", "phd has no chunks", hint, "chunk"))
+    model.chunk=32: phd has no chunks; leave it out, or choose model=phd_cswa
+    """
+    return [
+        Problem(full_name(section, name), getattr(config, name), reason, f"leave it out, or {hint}")
+        for name in names
     ]
 
 

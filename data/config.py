@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from conf.errors import Problem
-from conf.settings import Settings, above, at_least
+from conf.settings import Settings, above, at_least, without_effect
 from conf.validation import closest, did_you_mean
 
 
@@ -398,3 +398,12 @@ class TokenizerConfig(Settings):
                 )
             )
         return found
+
+    def unused(self) -> list[Problem]:
+        """What would be said about training a tokenizer, where one is given."""
+        if self.path is None:
+            return []
+        reason = "the tokenizer of tokenizer.path is trained already"
+        return without_effect(
+            self, "tokenizer", reason, "leave out the path", "kind", "sample_bytes"
+        )

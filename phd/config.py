@@ -5,7 +5,7 @@ from math import ceil, inf
 from typing import Literal, get_args
 
 from conf.errors import Problem
-from conf.settings import Settings, above, at_least
+from conf.settings import Settings, above, at_least, without_effect
 
 Variant = Literal["vanilla", "naive_repeat", "phd", "phd_swa", "phd_cswa"]
 SpanUnit = Literal["hidden", "token"]
@@ -97,6 +97,23 @@ class ModelConfig(Settings):
             *above(self, "model", 1, "rope_theta"),
             *above(self, "model", 0, "norm_eps"),
         ]
+
+    def unused(self) -> list[Problem]:
+        """The settings that the variant, or a tied head, has no use for."""
+        found, variant = [], f"model.variant={self.variant}"
+        if self.variant not in ("phd_swa", "phd_cswa"):
+            reason, hint = f"{variant} has no window", "choose model=phd_swa or phd_cswa"
+            found += without_effect(self, "model", reason, hint, "window", "span_unit")
+        if self.variant != "phd_cswa":
+            reason = f"{variant} has no chunks"
+            found += without_effect(self, "model", reason, "choose model=phd_cswa", "chunk")
+        if self.variant == "vanilla":
+            reason, hint = f"{variant} feeds each token once", "choose another variant"
+            found += without_effect(self, "model", reason, hint, "copy_positions")
+        if self.tied:
+            reason = "model.tied=true makes the head the embedding"
+            found += without_effect(self, "model", reason, "set model.tied=false", "head_init")
+        return found
 
     def _shape_problems(self) -> list[Problem]:
         found = []

@@ -34,6 +34,7 @@ from conf.extras import pip_command
 from conf.redaction import hide_secrets_of, holds_secret, redacted_argument
 from conf.standard_streams import guard_standard_streams
 from conf.validation import defaults, did_you_mean, flatten_keys, keys, nearest
+from phd.config import ModelConfig
 from train.config import Config
 from train.distributed.dist_env import DistEnv
 from train.engine_config import DeepSpeedConfig, FsdpConfig
@@ -187,6 +188,7 @@ def check(
     """
     parsed, problems = _parse(overrides, list(other_keys))
     jobs: list[Config] = []
+    typed: list[Typed] = []
     swept: set[str] = set()
     with _composing(), collecting(problems):
         one = [text for text, o in parsed.items() if not o.is_sweep_override()]
@@ -196,14 +198,18 @@ def check(
             for point in points:
                 with collecting(problems):
                     jobs.append(_named(_read(hydra.compose("config", point)), point, swept))
+                    typed.append(Typed.of(point, swept))
         else:
             problems += [
                 Problem(text.lstrip("+"), expected=NO_SWEEP) for text in parsed if text not in one
             ]
             jobs.append(_read(whole))
-    problems += _shared_directories(jobs)
+            typed.append(Typed.of(one, swept))
+    # What is varied to no effect also makes equal names, which is no problem of its own then.
+    problems += _unused(jobs, typed) or _shared_directories(jobs)
     if problems:
         raise ConfigError(problems)
+    _tell_of_no_chunk(jobs, typed)
     return Command(list(parsed), swept, jobs)
 
 
@@ -358,7 +364,16 @@ def _points(
 def _read(tree: DictConfig) -> Config:
     """The config that Hydra has composed, without Hydra's own settings."""
     own = OmegaConf.masked_copy(tree, [str(key) for key in tree if key != "hydra"])
-    return Config.from_dict(cast(dict[str, Any], OmegaConf.to_container(own, resolve=True)))
+    values = cast(dict[str, Any], OmegaConf.to_container(own, resolve=True))
+    return Config.from_dict({**values, "model": _without_chunk(values["model"])})
+
+
+def _without_chunk(model: Any) -> Any:
+    """The model's settings; with a chunk of null, which is no chunk, those of `phd_swa`."""
+    if not isinstance(model, dict) or model.get("chunk", "") is not None:
+        return model
+    variant = "phd_swa" if model.get("variant") == "phd_cswa" else model.get("variant")
+    return {**model, "variant": variant, "chunk": ModelConfig.chunk}
 
 
 def _named(config: Config, point: Iterable[str], swept: set[str]) -> Config:
@@ -375,6 +390,59 @@ def _label(override: Override) -> str:
     setting = override.key_or_group.rpartition(".")[2]
     label = f"{setting}_{override.get_value_element_as_str()}"
     return re.sub(r"([^\w.+-]|_)+", "_", label).strip("_")
+
+
+class Typed(NamedTuple):
+    """The settings that a job's overrides name.
+
+    Attributes:
+        varied: for each by its full name, whether the sweep varies it.
+        no_chunk: whether `model.chunk=null` is one of them.
+    """
+
+    varied: dict[str, bool]
+    no_chunk: bool
+
+    @classmethod
+    def of(cls, point: Iterable[str], swept: set[str]) -> "Typed":
+        """Those of a job's overrides, with the keys that differ between the jobs."""
+        varied: dict[str, bool] = {}
+        values: dict[str, Any] = {}
+        for override in OverridesParser.create().parse_overrides(list(point)):
+            if not _is_hydras(override):
+                key = override.key_or_group
+                named = flatten_keys({key: override.value()})
+                values |= named
+                varied |= dict.fromkeys(named, key in swept)
+        no_chunk = values.get("model.chunk", "") is None
+        if no_chunk:
+            del varied["model.chunk"]  # every variant may be asked for no chunk
+        return cls(varied, no_chunk)
+
+
+def _unused(jobs: Sequence[Config], typed: Sequence[Typed]) -> list[Problem]:
+    """The settings of the command line that change nothing.
+
+    One that all members of a sweep share must change at least one of them. One that is varied must
+    change each, or two members would be the same run.
+    """
+    unused = [{problem.key: problem for problem in job.unused()} for job in jobs]
+    everywhere = set.intersection(*map(set, unused)) if unused else set()
+    return [
+        problem
+        for problems, settings in zip(unused, typed, strict=True)
+        for key, problem in problems.items()
+        if key in settings.varied and (settings.varied[key] or key in everywhere)
+    ]
+
+
+def _tell_of_no_chunk(jobs: Sequence[Config], typed: Sequence[Typed]) -> None:
+    """Say what `model.chunk=null` means, once, before anything begins."""
+    asked = (
+        job.model.variant for job, settings in zip(jobs, typed, strict=True) if settings.no_chunk
+    )
+    if "phd_swa" in asked and not DistEnv.from_environment().rank:
+        print("model.chunk=null: no chunk, which is model=phd_swa", file=sys.stderr)
 
 
 def _shared_directories(jobs: Iterable[Config]) -> list[Problem]:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from conf.durations import Seconds
 from conf.errors import ConfigError, Problem
-from conf.settings import Settings, above, at_least
+from conf.settings import Settings, above, at_least, without_effect
 from conf.validation import as_dict, build
 from data.config import DataConfig, TokenizerConfig
 from phd.config import ModelConfig
@@ -210,6 +210,25 @@ class ScheduleConfig(Settings):
                     others=("schedule.warmup_steps",),
                 )
             )
+        return found
+
+    def unused(self) -> list[Problem]:
+        """The settings that the kind, or another length of the warm-up, leaves without effect."""
+        found = []
+        if self.kind != "wsd":
+            reason = f"schedule.kind={self.kind} has no decay_fraction"
+            found += without_effect(
+                self, "schedule", reason, "choose schedule=wsd", "decay_fraction"
+            )
+        if self.kind == "constant":
+            reason, hint = "schedule.kind=constant stays at the peak", "choose another schedule"
+            found += without_effect(self, "schedule", reason, hint, "final_ratio")
+        for name in ("warmup_steps", "warmup_tokens"):
+            if (length := getattr(self, name)) is not None:
+                reason = f"schedule.{name}={length} says how long the warm-up is"
+                hint = f"set schedule.{name}=null"
+                found += without_effect(self, "schedule", reason, hint, "warmup_fraction")
+                break
         return found
 
 
@@ -490,6 +509,10 @@ class Config(Settings):
         found = [*at_least(self, "", 0, "seed"), *self._length_problems(), *self._shape_problems()]
         # `auto` is decided on the machine that trains; train/run.py asks again with its device.
         return found + (self.device_problems("cpu") if self.engine.device == "cpu" else [])
+
+    def unused(self) -> list[Problem]:
+        """The settings of all sections that change nothing in this run."""
+        return [*self.model.unused(), *self.tokenizer.unused(), *self.schedule.unused()]
 
     def _length_problems(self) -> list[Problem]:
         total, schedule = self.total_steps, self.schedule

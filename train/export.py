@@ -37,7 +37,7 @@ from phd.inference.cache import kv_bytes
 from phd.model import Transformer, count_parameters
 from train.arguments import ExportArguments
 from train.checkpoint.load_run import load_run
-from train.hf.pretrained import save_pretrained
+from train.hf.pretrained import save_pretrained, share_weights
 from train.hf.tokenizer_json import not_converted, write_tokenizer
 from train.run_dir.snapshot import ROOT
 
@@ -88,6 +88,7 @@ def write_model(directory: Path, model: Transformer, tokenizer: Tokenizer) -> No
     hf_model.config.auto_map = CLASSES
     hf_model.generation_config = generation
     hf_model.save_pretrained(directory)
+    share_weights(directory)
     # With its modules, an export runs where this project is not installed.
     for name, source in own_modules().items():
         (directory / f"{name}.py").write_text(source, encoding="utf-8")

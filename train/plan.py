@@ -256,10 +256,14 @@ class KVRow(NamedTuple):
 
 
 def kv_rows(model: ModelConfig, context: int, dtype: torch.dtype) -> list[KVRow]:
-    """The KV bytes of this variant, vanilla and naive repetition, at `context` tokens."""
+    """The KV bytes of this variant, vanilla and naive repetition, at `context` tokens.
+
+    A variant is shown once. With one copy nothing is repeated, and that is vanilla.
+    """
     vanilla = model.vanilla_twin
-    # The same variant is shown once, if the model is vanilla or naive repetition itself.
-    variants = [model, vanilla, replace(model, variant="naive_repeat")]
+    variants = [model, vanilla]
+    if model.K > 1:
+        variants.append(replace(model, variant="naive_repeat"))
     base = kv_bytes(vanilla, context, dtype).total
     rows = []
     for variant in dict.fromkeys(variants):

@@ -37,8 +37,6 @@ SMALL = (
     "model.head_dim=8",
     "model.vocab_size=320",
     "model.max_seq_len=64",
-    "model.window=3",
-    "model.chunk=4",
     "train.max_steps=6",
     "train.global_batch=4",
     "train.seq_len=32",
@@ -51,6 +49,9 @@ SMALL = (
     "engine.device=cpu",
     "engine.threads=1",
 )
+
+# The spans of the variants that have them: to type one for another variant is an error.
+SPANS = {"phd_swa": ["model.window=3"], "phd_cswa": ["model.window=3", "model.chunk=4"]}
 
 # What a resumed run may measure anew: clocks and this process's memory.
 MEASURED = ("time", "throughput/", "memory/", "checkpoint/")
@@ -98,7 +99,15 @@ def small_at(corpus: Path) -> Callable[..., list[str]]:
     """The overrides of a small run in a directory, and others after them."""
 
     def overrides(directory: Path, *others: str) -> list[str]:
-        return [*SMALL, f"data.sources.files.paths={corpus}", f"run.dir={directory}", *others]
+        named = [o.removeprefix("model=") for o in others if o.startswith("model=")]
+        spans = SPANS.get(named[-1] if named else "phd_cswa", [])
+        return [
+            *SMALL,
+            *spans,
+            f"data.sources.files.paths={corpus}",
+            f"run.dir={directory}",
+            *others,
+        ]
 
     return overrides
 

@@ -105,7 +105,10 @@ def test_everything_wrong_with_a_command_line_is_told_at_once() -> None:
     ("override", "wording"),
     [
         ("size=13b", "size=13b: expected one of 151m, 1b2, 550m, 7b, tiny"),
-        ("experiment=null", "experiment=null: expected one of paper_1b2, paper_550m, smoke"),
+        (
+            "experiment=null",
+            "experiment=null: expected one of hybridnorm_1b2, paper_1b2, paper_550m, smoke",
+        ),
         ("zzzzz=1", "zzzzz: unknown group or key; the groups are data, engine, experiment,"),
         ("run=runs/x", "run='runs/x': expected settings such as run.name"),
         ("model", "'model': not key=value as Hydra reads it"),
@@ -207,7 +210,7 @@ def test_a_swept_section_is_a_readable_part_of_the_name() -> None:
     assert [job.name for job in jobs] == ["mine-model_K_2_norm_pre", "mine-model_K_3_norm_hybrid"]
 
 
-@pytest.mark.parametrize("override", ["run.dir=here", "model=phd"])
+@pytest.mark.parametrize("override", ["run.dir=here", "run.dir=runs/one"])
 def test_jobs_of_a_sweep_never_share_a_directory(override: str) -> None:
     [problem] = problems(override, "model.chunk=16,32", multirun=True)
     assert problem.startswith("run.dir=")
@@ -277,3 +280,99 @@ def test_help_shows_a_commands_own_arguments(tmp_path: Path) -> None:
     done = script(tmp_path, "--help", code=OWN)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == "Arguments of the demo.\n\n  out=...\n  parts=3\n"
+
+
+# Settings that change nothing
+
+
+WINDOW = "has no window; leave it out, or choose model=phd_swa or phd_cswa"
+CHUNK = "has no chunks; leave it out, or choose model=phd_cswa"
+HEAD = "model.tied=true makes the head the embedding; leave it out, or set model.tied=false"
+PEAK = "schedule.kind=constant stays at the peak; leave it out, or choose another schedule"
+NO_DECAY = "schedule.kind=cosine has no decay_fraction; leave it out, or choose schedule=wsd"
+WARM_UP = (
+    "schedule.warmup_tokens=8400000000 says how long the warm-up is; leave it out, or set "
+    "schedule.warmup_tokens=null"
+)
+TRAINED = "the tokenizer of tokenizer.path is trained already; leave it out, or leave out the path"
+ONCE = "feeds each token once; leave it out, or choose another variant"
+UNUSED: dict[str, list[str]] = {
+    "model=phd_swa model.chunk=32": [f"model.chunk=32: model.variant=phd_swa {CHUNK}"],
+    "model=phd ++model.chunk=8": [f"model.chunk=8: model.variant=phd {CHUNK}"],
+    "experiment=paper_550m model.chunk=32": [f"model.chunk=32: model.variant=phd_swa {CHUNK}"],
+    "model=naive_repeat model.window=4": [f"model.window=4: model.variant=naive_repeat {WINDOW}"],
+    "model={variant: phd, window: 4}": [f"model.window=4: model.variant=phd {WINDOW}"],
+    "model=vanilla model.span_unit=token model.copy_positions=flattened": [
+        f"model.span_unit='token': model.variant=vanilla {WINDOW}",
+        f"model.copy_positions='flattened': model.variant=vanilla {ONCE}",
+    ],
+    "model.head_init=fan_in": [f"model.head_init='fan_in': {HEAD}"],
+    "schedule=constant schedule.final_ratio=0.2": [f"schedule.final_ratio=0.2: {PEAK}"],
+    "schedule.decay_fraction=0.3": [f"schedule.decay_fraction=0.3: {NO_DECAY}"],
+    "size=151m schedule.warmup_fraction=0.1": [f"schedule.warmup_fraction=0.1: {WARM_UP}"],
+    "tokenizer=file tokenizer.path=a.model tokenizer.kind=bpe tokenizer.sample_bytes=9": [
+        f"tokenizer.{setting}: {TRAINED}" for setting in ("kind='bpe'", "sample_bytes=9")
+    ],
+}
+
+
+@pytest.mark.parametrize("line", UNUSED)
+def test_a_setting_that_is_typed_and_would_change_nothing_is_refused(line: str) -> None:
+    overrides = [line] if "{" in line else line.split()
+    assert problems(*overrides) == UNUSED[line]
+
+
+def test_a_file_or_an_earlier_run_may_hold_what_its_variant_does_not_use() -> None:
+    for line in ("model=phd", "experiment=hybridnorm_1b2", "schedule=constant", "size=550m"):
+        config = load([line])
+        assert config.unused()
+        assert Config.from_dict(config.to_dict()) == config
+
+
+def test_a_sweep_may_share_a_setting_that_some_of_its_members_use() -> None:
+    jobs = check(["model=vanilla,phd,phd_cswa", "model.chunk=16"], multirun=True).jobs
+    assert [job.name for job in jobs] == ["vanilla-tiny", "phd-2-tiny", "phd_cswa-2-16-16-tiny"]
+    assert problems("model=vanilla,phd", "model.chunk=16", multirun=True) == [
+        f"model.chunk=16: model.variant={variant} {CHUNK}" for variant in ("vanilla", "phd")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("model=phd,phd_cswa model.window=4,8", "model.window=8: model.variant=phd has no window"),
+        ("sweep=window model=phd", "model.window=16: model.variant=phd has no window"),
+        (
+            "model={variant:phd_swa,chunk:8},{chunk:8}",
+            "model.chunk=8: model.variant=phd_swa has no",
+        ),
+    ],
+)
+def test_a_sweep_does_not_vary_what_a_member_does_not_use(line: str, told: str) -> None:
+    assert any(problem.startswith(told) for problem in problems(*line.split(), multirun=True))
+
+
+NO_CHUNK = "model.chunk=null: no chunk, which is model=phd_swa\n"
+
+
+@pytest.mark.parametrize("line", ["model.chunk=null", "model=phd_swa model.chunk=null"])
+def test_no_chunk_is_phd_swa_and_that_is_said(
+    line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert load(line.split()) == load(["model=phd_swa"])
+    assert capsys.readouterr().err == NO_CHUNK
+
+
+def test_a_sweep_of_chunks_may_include_none(capsys: pytest.CaptureFixture[str]) -> None:
+    jobs = check(["model.chunk=16,32,null"], multirun=True).jobs
+    names = ["phd_cswa-2-16-16-tiny", "phd_cswa-2-16-32-tiny", "phd_swa-2-16-inf-tiny"]
+    assert [job.name for job in jobs] == names
+    assert capsys.readouterr().err == NO_CHUNK
+
+
+@pytest.mark.parametrize("variant", ["vanilla", "naive_repeat", "phd"])
+def test_a_variant_without_chunks_may_be_asked_for_none(
+    variant: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert load([f"model={variant}", "model.chunk=null"]) == load([f"model={variant}"])
+    assert capsys.readouterr().err == ""

@@ -333,6 +333,22 @@ def test_what_is_there_is_not_written_over_and_arguments_are_checked(tmp_path: P
     assert (tmp_path / "full/file").read_text() == "mine"
 
 
+@pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])
+@pytest.mark.parametrize("model", ["model=vanilla", "model.K=3"])
+def test_every_file_of_an_export_may_be_read_by_those_whom_the_umask_lets(
+    model: str, umask: int, run_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    run = run_of(model)
+    before = os.umask(umask)
+    try:
+        out = exported(run, tmp_path / "out")
+    finally:
+        os.umask(before)
+    files = {path.name: path.stat().st_mode & 0o777 for path in out.iterdir()}
+    assert "model.safetensors" in files
+    assert files == dict.fromkeys(files, 0o666 & ~umask)
+
+
 def test_an_export_into_an_empty_directory_is_there_whole_or_not_at_all(
     run_of: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

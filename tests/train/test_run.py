@@ -166,6 +166,20 @@ def test_a_changed_learning_rate_is_told_and_followed(config, trained) -> None:
 QUIET_CHANGES = ["hooks.log_every=2", "eval.every=1", "checkpoint.keep=1", "model.attention=packed"]
 
 
+def test_every_file_of_a_run_has_the_permissions_of_the_umask(config, trained) -> None:
+    before = os.umask(0o027)
+    try:
+        run = trained(config("checkpoint.every=3", "hooks.wandb.mode=offline")).run
+    finally:
+        os.umask(before)
+    others = {
+        str(path.relative_to(run.directory)): oct(path.stat().st_mode & 0o777)
+        for path in run.directory.rglob("*")
+        if path.is_file() and path.stat().st_mode & 0o777 not in (0o640, 0o750)
+    }
+    assert others == {}
+
+
 def test_what_only_reports_may_change_without_a_word(config, trained) -> None:
     trained(config())
     changed = trained(config(*QUIET_CHANGES, "train.max_steps=7"))

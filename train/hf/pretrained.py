@@ -118,6 +118,18 @@ def save_pretrained(path: Path, config: ModelConfig, state: dict[str, Tensor]) -
     path.mkdir(parents=True, exist_ok=True)
     safetensors.torch.save_file(hf_state, path / WEIGHTS, metadata=FORMAT)
     (path / CONFIG).write_text(json.dumps(hf_config, indent=2) + "\n", encoding="utf-8")
+    share_weights(path)
+
+
+def share_weights(directory: Path) -> None:
+    """Let those read a model's weights who may read its config.
+
+    safetensors (0.8) writes under a temporary name, in a file that only its owner may read
+    whatever the umask is, and renames it.
+    """
+    mode = (directory / CONFIG).stat().st_mode & 0o777
+    for file in directory.glob("*.safetensors"):
+        file.chmod(mode)
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:
