@@ -228,7 +228,9 @@ tokenizer = {tokenizer}
 model = {loading}
 ```
 
-A text begins with the separator of documents, which the tokenizer puts there.
+A document begins with the separator, `tokenizer.bos_token`. The tokenizer leaves it to the caller,
+as lm-evaluation-harness puts it there itself;
+`AutoTokenizer.from_pretrained(..., add_bos_token=True)` puts it before each text.
 
 ## Citation
 

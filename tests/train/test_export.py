@@ -7,6 +7,7 @@ import subprocess
 import sys
 import sysconfig
 from collections.abc import Callable, Iterator
+from math import log
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ from sentencepiece import SentencePieceProcessor
 
 from conf.arguments import parse
 from conf.errors import ConfigError
+from data.sources.documents import Documents
 from data.tokenizer import Tokenizer
 from data.tokenizer_training import LOSSLESS, train
+from phd.inference.sampling import Sampling, generate
 from train.checkpoint.load_run import load_run
 from train.export import ExportArguments, main, own_modules
 from train.hf.tokenizer_json import converted, not_converted, write_tokenizer
@@ -187,8 +190,8 @@ def test_a_plain_transformer_becomes_one_of_theirs(
     assert (found["class"], found["module"]) == (name, "transformers")
     for part in ("logits", "cached", "again"):
         torch.testing.assert_close(torch.tensor(found[part]), logits(run), rtol=1e-5, atol=1e-5)
-    assert found["tokens"][0][0] == 1
-    assert found["texts"][0].startswith("</s>def f(")
+    assert 1 not in found["tokens"][0]
+    assert found["texts"][0].startswith("def f(")
     assert "trust_remote_code" not in (out / "README.md").read_text()
 
 
@@ -232,20 +235,21 @@ def score(tokenizer: Tokenizer, ids: list[int]) -> float:
     return sum(processor.get_score(i) for i in ids)
 
 
-def test_tokens_are_the_same_as_ours_after_the_separator(tokenizer: Tokenizer, fast: Any) -> None:
+def test_tokens_are_the_same_as_ours_without_a_separator(tokenizer: Tokenizer, fast: Any) -> None:
     lines = [line for text in sources() for line in text.splitlines(keepends=True)]
     texts = [*ODD, *lines, *sources()]
     differing = 0
     for text in texts:
         ours, theirs = tokenizer.encode(text).tolist(), fast(text)["input_ids"]
-        assert theirs[0] == tokenizer.eos_id
-        if ours != theirs[1:]:
+        assert tokenizer.eos_id not in theirs
+        if ours != theirs:
             # Of two ways that float32 cannot tell apart, unigram may take either.
             assert len(text) > 40
-            assert score(tokenizer, theirs[1:]) == pytest.approx(score(tokenizer, ours), rel=1e-6)
+            assert score(tokenizer, theirs) == pytest.approx(score(tokenizer, ours), rel=1e-6)
             differing += 1
-        assert fast(text, add_special_tokens=False)["input_ids"] == theirs[1:]
-        assert fast.decode(theirs, skip_special_tokens=True) == text
+        for asked in (True, False):  # vLLM asks for special tokens
+            assert fast.encode(text, add_special_tokens=asked) == theirs
+        assert fast.decode(theirs) == text
     bpe = not converted(tokenizer).model.__class__.__name__.startswith("Unigram")
     assert differing <= (0 if bpe else len(texts) // 50)
 
@@ -258,6 +262,17 @@ def test_texts_are_the_same_as_ours(tokenizer: Tokenizer, fast: Any) -> None:
         assert fast.decode(ids, skip_special_tokens=True) == tokenizer.decode(ids)
 
 
+def test_a_tokenizer_that_is_asked_to_puts_one_separator_before_each_text(
+    tokenizer: Tokenizer, fast: Any, tmp_path: Path
+) -> None:
+    fast.save_pretrained(tmp_path)
+    asked = transformers.AutoTokenizer.from_pretrained(tmp_path, add_bos_token=True)
+    for text in ODD:
+        assert asked(text)["input_ids"] == [tokenizer.eos_id, *fast(text)["input_ids"]]
+        assert asked.decode(asked(text)["input_ids"], skip_special_tokens=True) == text
+    assert (fast.add_bos_token, asked.add_bos_token) == (False, True)
+
+
 def test_special_tokens_are_known_and_padding_is_on_the_left(
     tokenizer: Tokenizer, fast: Any
 ) -> None:
@@ -266,7 +281,7 @@ def test_special_tokens_are_known_and_padding_is_on_the_left(
     batch = fast(["a", "a longer text"], padding=True)
     assert set(batch) == {"input_ids", "attention_mask"}
     assert batch["attention_mask"][0][0] == 0
-    assert batch["attention_mask"][0][-2:] == [1, 1]
+    assert batch["attention_mask"][0][-1] == 1
 
 
 def test_a_tokenizer_that_changes_text_is_not_converted_and_that_is_told(
@@ -284,6 +299,110 @@ def test_a_tokenizer_that_changes_text_is_not_converted_and_that_is_told(
     assert told in capsys.readouterr().err
     card = (out / "README.md").read_text()
     assert 'sentencepiece.SentencePieceProcessor(model_file="out/tokenizer.model")' in card
+
+
+# What measures and what writes
+
+
+LONG = "def keep(only, its): return [original for token in hidden]\n    # then more of it\n"
+
+
+@pytest.fixture(scope="session")
+def long_documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """30 documents that are each longer than a row."""
+    path = tmp_path_factory.mktemp("long") / "long.jsonl"
+    texts = [f"{i} " + LONG * 4 for i in range(30)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+def harness(out: Path, **given: Any) -> Any:
+    """lm-evaluation-harness's model of an exported directory, with its defaults."""
+    models = pytest.importorskip("lm_eval.models.huggingface", reason="needs lm-eval")
+    settings = {"device": "cpu", "dtype": "float32", "batch_size": 1, "trust_remote_code": True}
+    return models.HFLM(pretrained=str(out), **settings | given)
+
+
+def rolling(model: Any, text: str) -> float:
+    """The log-likelihood of a text in nats, as lm-evaluation-harness measures it."""
+    from lm_eval.api.instance import Instance
+
+    request = Instance("loglikelihood_rolling", {}, (text,), 0)
+    [found] = model.loglikelihood_rolling([request], disable_tqdm=True)
+    return float(found)
+
+
+@pytest.mark.parametrize(
+    ("model", "documents"),
+    [
+        ("model=vanilla", "concatenate"),
+        ("model.K=3", "isolate"),
+        ("model.norm=hybrid", "concatenate"),
+    ],
+)
+def test_lm_evals_loglikelihood_rolling_is_our_held_out_loss(
+    model: str,
+    documents: str,
+    run_of: Callable[..., Path],
+    long_documents: Path,
+    tmp_path: Path,
+) -> None:
+    settings = (f"data.documents={documents}", "eval.rows=1", "model.tied=false")
+    run = run_of(model, *settings, f"data.sources.files.paths={long_documents}")
+    loaded = load_run(run, torch.device("cpu"))
+    T, source = loaded.config.train.seq_len, Documents(loaded.config.data)
+    document = next(iter(source.held_out("files", 1000)))
+    text = loaded.tokenizer.decode(loaded.tokenizer.document_tokens(document)[:T].tolist())
+    assert len(loaded.tokenizer.encode(text)) == T  # the row of the evaluation, and nothing else
+
+    nats = -rolling(harness(exported(run, tmp_path / "out"), max_length=T), text)
+    ours = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    assert nats / T == pytest.approx(ours["eval/heldout/loss"], rel=1e-5)
+    bits = nats / log(2) / len(text.encode())
+    assert bits == pytest.approx(ours["eval/heldout/bits_per_byte"], rel=1e-5)
+
+
+def test_lm_eval_measures_a_text_of_many_windows_as_rows_that_overlap_by_a_token(
+    run_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    run = run_of("model.K=3")
+    loaded, T = load_run(run, torch.device("cpu")), 16
+    tokens = loaded.tokenizer.encode(LONG).tolist()
+    tokens = tokens[: len(tokens) // T * T]
+    text = loaded.tokenizer.decode(tokens)
+    assert loaded.tokenizer.encode(text).tolist() == tokens
+    rows = torch.tensor([loaded.tokenizer.eos_id, *tokens]).unfold(0, T + 1, T)
+    assert len(rows) > 2
+    with torch.no_grad():
+        total = sum(loaded.model.loss(row[None, :-1], row[None, 1:]).total for row in rows)
+    model = harness(exported(run, tmp_path / "out"), max_length=T)
+    assert -rolling(model, text) == pytest.approx(float(total), rel=1e-5)
+
+
+def test_a_pipeline_continues_the_text_and_begins_a_document_where_there_is_none(
+    run_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    run = run_of("model.K=3")
+    out = exported(run, tmp_path / "out")
+    model, tokenizer, *_ = load_run(run, torch.device("cpu"))
+
+    def ours(prompt: list[int]) -> list[int]:
+        generators = [torch.Generator().manual_seed(0)]
+        new = generate(model, [torch.tensor(prompt)], Sampling(temperature=0), generators, 9)
+        return prompt + [int(token) for token in new]
+
+    def theirs(prompt: str, **given: Any) -> list[int]:
+        loaded = transformers.AutoTokenizer.from_pretrained(out, **given)
+        write = transformers.pipeline(
+            "text-generation", str(out), tokenizer=loaded, trust_remote_code=True, device="cpu"
+        )
+        [found] = write(prompt, max_new_tokens=9, do_sample=False, return_tensors=True)
+        return found["generated_token_ids"]
+
+    prompt = tokenizer.encode("def keep(").tolist()
+    assert theirs("def keep(") == ours(prompt)
+    assert theirs("def keep(", add_bos_token=True) == ours([tokenizer.eos_id, *prompt])
+    assert theirs("") == ours([tokenizer.eos_id])
 
 
 # The card and the directory

@@ -18,8 +18,12 @@ UNLIKELY = 1000.0
 def write_tokenizer(directory: Path, tokenizer: Tokenizer, max_seq_len: int) -> None:
     """Write the SentencePiece model and, if it can be converted, the files for `AutoTokenizer`.
 
-    The tokenizer puts the separator before each text, as in training. A text that contains `</s>`
-    does not become a separator: it stays four characters.
+    A text becomes its own tokens and no separator, as with OLMo 2's tokenizer. The separator is
+    `bos_token` and `eos_token`, and whoever needs it puts it there: lm-evaluation-harness does so
+    before each text whose likelihood it measures, and a tokenizer that does so too makes it two.
+    `AutoTokenizer.from_pretrained(..., add_bos_token=True)` puts one before each text.
+
+    A text that contains `</s>` does not become a separator: it stays four characters.
     """
     tokenizer.save(directory / "tokenizer.model")
     if not_converted(tokenizer):
@@ -69,7 +73,7 @@ def converted(tokenizer: Tokenizer) -> Any:
     segmentations whose scores are equal to this precision may be chosen differently.
     """
     import tokenizers
-    from tokenizers import decoders, models, processors
+    from tokenizers import decoders, models
 
     # Byte pieces keep their names, <0x00> to <0xFF>, by which `ByteFallback` finds them.
     proto = _proto(tokenizer)
@@ -99,12 +103,6 @@ def converted(tokenizer: Tokenizer) -> Any:
         model = models.Unigram(vocab, unk_id=unknown, byte_fallback=True)
     fast = tokenizers.Tokenizer(model)
     fast.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
-    separator = names[tokenizer.eos_id]
-    fast.post_processor = processors.TemplateProcessing(
-        single=f"{separator} $A",
-        pair=f"{separator} $A {separator} $B",
-        special_tokens=[(separator, tokenizer.eos_id)],
-    )
     return fast
 
 
