@@ -178,7 +178,8 @@ class BenchArguments:
             a corpus. `checkpoint`: how long a save takes, and for how much of it the training
             stands still. `inference`: prefill, decode and KV bytes of every variant, with charts.
         out: the directory for `<name>.json` and `<name>.csv`; `checkpoint` measures its disk.
-        repeat: how often everything is measured; medians are reported.
+        repeat: how often everything is measured. A ratio is the median of those of the turns, and
+            a time is that of the base, multiplied by the ratio.
         size: the model of `step`, `checkpoint` and `inference`, a file of conf/size/; `inference`
             makes `tiny` wider.
         span_unit: whether W = 16 and C = 32 count `token`s or `hidden` copies in `inference`.

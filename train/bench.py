@@ -77,6 +77,8 @@ def _bench_inference(args: BenchArguments, device: torch.device) -> Result:
     wider = [f"model.{setting}" for setting in WIDENED] if args.size == "tiny" else []
     model = load([f"size={args.size}", f"engine.device={device.type}", *wider]).model
     model = replace(model, window=16, chunk=32, span_unit=args.span_unit)
+    if wider:
+        model = replace(model, size="tiny, widened")
     grid = grid_of(device, args.prompts, args.contexts, args.copies, compiled=args.compile)
     return bench_inference(model, grid, args.repeat, device, charts=Path(args.out))
 
@@ -86,6 +88,9 @@ WIDENED = ("layers=8", "dim=512", "ffn_dim=1536", "heads=8", "kv_heads=2", "head
 
 WIDTH = 100
 """Characters of a line of the table, at least: in a file, rich would wrap lines at 80."""
+
+SPREAD = ("x_low", "x_high")
+"""The columns after a ratio: its quartiles over the turns."""
 
 BENCHMARKS: dict[str, Callable[[BenchArguments, torch.device], Result]] = {
     "attention": lambda args, device: bench_attention(args.repeat, device),
@@ -106,21 +111,24 @@ def main(args: BenchArguments) -> int:
     console.width = max(console.width, WIDTH)
     result = BENCHMARKS[args.name](args, device)
     # The single measurements are for the JSON file; the table and the CSV file have the medians.
-    columns = [key for key in result.rows[0] if key != "seconds"]
-    title = f"{args.name} on {device}, medians of {args.repeat}"
-    _print_result(result, columns, title, console)
+    columns = [key for key in result.rows[0] if not key.endswith("seconds")]
+    title = f"{args.name} on {device}: medians of {args.repeat} turns (the middle half of them)"
+    _print_result(result, columns, f"{title}\n{result.subject}".rstrip(), console)
     path = Path(args.out, f"{args.name}.json")
     _write_result(result, columns, path)
-    console.print(f"written: {path} and {path.with_suffix('.csv').name}")
+    for written in (path, path.with_suffix(".csv"), *result.files):
+        console.print(f"written: {written}", markup=False)
     return 0
 
 
 def _print_result(result: Result, columns: list[str], title: str, console: Console) -> None:
+    """The table, in which a ratio's quartiles stand beside it, and the ratios."""
     table = Table(title=title)
-    for column in columns:
+    shown = [column for column in columns if column not in SPREAD]
+    for column in shown:
         table.add_column(column, justify="left" if column == "work" else "right")
     for row in result.rows:
-        table.add_row(*(_cell(row[column]) for column in columns))
+        table.add_row(*(_cell(row[name]) + _spread(row, columns, name) for name in shown))
     console.print(table)
     for name, value in result.ratios.items():
         console.print(f"{name:32} {value:.3f}")
@@ -128,12 +136,26 @@ def _print_result(result: Result, columns: list[str], title: str, console: Conso
 
 def _write_result(result: Result, columns: list[str], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    report = {"machine": environment(read_revision()), "ratios": result.ratios, "rows": result.rows}
+    report = {
+        "machine": environment(read_revision()),
+        "subject": result.subject,
+        "ratios": result.ratios,
+        "rows": result.rows,
+    }
     path.write_text(json.dumps(report, indent=1), encoding="utf-8")
     with path.with_suffix(".csv").open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, columns, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(result.rows)
+
+
+def _spread(row: dict[str, Any], columns: list[str], name: str) -> str:
+    """The quartiles of a ratio, whose columns follow it; "" for any other column."""
+    place = columns.index(name) + 1
+    if tuple(columns[place : place + 2]) != SPREAD:
+        return ""
+    low, high = (_cell(row[column]) for column in SPREAD)
+    return f" ({low}-{high})"
 
 
 def _cell(value: Any) -> str:

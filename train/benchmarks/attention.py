@@ -1,7 +1,6 @@
 """Forward and backward of one layer's attention: PHD's variants, vanilla and naive repetition."""
 
 from math import ceil
-from statistics import median
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from phd.attention.attend import attend
 from phd.config import Backend, ModelConfig
 from phd.pattern import Pattern
-from train.benchmarks.timing import Result, Work, interleaved, ratio
+from train.benchmarks.timing import Result, Times, Work, beside
 
 HEADS, KV_HEADS, HEAD_DIM = 8, 2, 64
 """N, G and H: grouped-query attention with 4 query heads for each key head, as in size 550m."""
@@ -27,10 +26,11 @@ def bench_attention(repeat: int, device: torch.device) -> Result:
         repeat: turns of each piece of work. The dense mask gets a quarter of them.
         device: where it is measured; FlexAttention is included on CUDA only.
     """
-    rows, ratios = [], {}
+    rows: list[dict[str, Any]] = []
+    ratios: dict[str, float] = {}
     for T in SEQ_LENS:
         vanilla = _vanilla_work(T, device)
-        works: dict[str, Work] = {"vanilla": vanilla}
+        works: dict[str, Work] = {}
         for K in COPIES:
             config = ModelConfig(variant="phd_cswa", K=K)
             works[f"packed_K{K}"] = _attention_work(config, "packed", T, device)
@@ -39,28 +39,23 @@ def bench_attention(repeat: int, device: torch.device) -> Result:
         config = ModelConfig(variant="phd_cswa", K=3)
         if device.type == "cuda":
             works["flex_K3"] = _attention_work(config, "flex", T, device)
-        seconds = interleaved(works, repeat, device)
-        for K in COPIES:
-            ratios[f"packed_over_vanilla_K{K}_T{T}"] = ratio(seconds, f"packed_K{K}", "vanilla")
-        ratios[f"naive_over_packed_K3_T{T}"] = ratio(seconds, "naive_K3", "packed_K3")
+        times = beside("vanilla", vanilla, works, repeat, device)
         # The dense mask takes up to 53 times as long as vanilla (T = 2048, two CPU cores) and
         # gigabytes of memory, which would disturb the others. So it has turns of its own.
         dense = _attention_work(config, "reference", T, device)
-        slow_works = {"vanilla": vanilla, "dense_mask_K3": dense}
-        slow = interleaved(slow_works, ceil(repeat / 4), device)
-        rows += [_attention_row(T, name, seconds) for name in works]
-        rows.append(_attention_row(T, "dense_mask_K3", slow))
+        slow = {"dense_mask_K3": dense}
+        times = times.with_works_of(beside("vanilla", vanilla, slow, ceil(repeat / 4), device))
+        rows += [{"T": T, "work": name} | times.columns(name) for name in times.seconds]
+        ratios |= _attention_ratios(T, times)
     return Result(rows, ratios)
 
 
-def _attention_row(T: int, work: str, seconds: dict[str, list[float]]) -> dict[str, Any]:
-    return {
-        "T": T,
-        "work": work,
-        "median_ms": median(seconds[work]) * 1e3,
-        "x_vanilla": ratio(seconds, work, "vanilla"),
-        "seconds": seconds[work],
-    }
+def _attention_ratios(T: int, times: Times) -> dict[str, float]:
+    """PHD's attention over vanilla's, and naive repetition's over PHD's, as the table has them."""
+    over_vanilla = {name: times.ratio(name).median for name in times.seconds}
+    ratios = {f"packed_over_vanilla_K{K}_T{T}": over_vanilla[f"packed_K{K}"] for K in COPIES}
+    naive = over_vanilla["naive_K3"] / over_vanilla["packed_K3"]
+    return ratios | {f"naive_over_packed_K3_T{T}": naive}
 
 
 def _inputs(K: int, T: int, device: torch.device) -> tuple[list[Tensor], Tensor]:

@@ -1,14 +1,14 @@
 """How long a save stops the training, and how long the whole save takes."""
 
 from pathlib import Path
-from statistics import median
 from tempfile import TemporaryDirectory
 
 import torch
 from torch import nn
 from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter
 
-from train.benchmarks.timing import Result, Work, interleaved, ratio
+from train.benchmarks.subject import subject_of
+from train.benchmarks.timing import Result, Work, interleaved, within_turns
 from train.checkpoint.reader import TensorTree, flatten
 from train.checkpoint.store import CheckpointStore
 from train.config import Config
@@ -46,23 +46,22 @@ def bench_saving(config: Config, repeat: int, folder: Path, device: torch.device
     seconds["synchronous"] = [
         sum(parts) for parts in zip(seconds["stall"], seconds["behind it"], strict=True)
     ]
+    times = within_turns("synchronous", seconds)
     size = sum(tensor.nbytes for tensor in flatten(tensors).values())
     rows = [
-        {
-            "work": work,
-            "median_s": median(spent),
-            "gigabytes_per_s": size / 1e9 / median(spent),
-            "seconds": spent,
-        }
-        for work, spent in seconds.items()
+        {"work": work}
+        | times.columns(work)
+        | {"gigabytes_per_s": size / 1e9 / times.typical_s(work)}
+        for work in seconds
     ]
+    stall, dcp = times.ratio("stall").median, times.ratio("DCP's save").median
     ratios = {
-        "stall_over_synchronous": ratio(seconds, "stall", "synchronous"),
-        "stall_over_dcp_save": ratio(seconds, "stall", "DCP's save"),
-        "synchronous_over_dcp_save": ratio(seconds, "synchronous", "DCP's save"),
+        "stall_over_synchronous": stall,
+        "stall_over_dcp_save": stall / dcp,
+        "synchronous_over_dcp_save": 1 / dcp,
         "gigabytes": size / 1e9,
     }
-    return Result(rows, ratios)
+    return Result(rows, ratios, subject_of(config.model, device))
 
 
 def _tensors(config: Config) -> TensorTree:

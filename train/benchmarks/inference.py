@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from math import ceil
 from pathlib import Path
-from statistics import median
 from time import perf_counter
 from typing import Any
 
@@ -21,7 +20,8 @@ from phd.inference.cuda_graph import Decoder
 from phd.inference.prefill import decode, new_cache, prefill
 from phd.model import Transformer
 from train.benchmarks.inference_plots import draw
-from train.benchmarks.timing import Result, Work, interleaved, ratio
+from train.benchmarks.subject import subject_of
+from train.benchmarks.timing import Result, Times, Work, beside
 from train.engines.device import autocast
 
 Measurement = dict[str, Any]
@@ -105,8 +105,8 @@ class Models:
     # Sharing saves memory: the grid for CUDA has 34 models.
     def __init__(self, size: ModelConfig, device: torch.device) -> None:
         self.size, self.device = size, device
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         vanilla = Transformer(size.vanilla_twin).reset(seed=0)
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.weights = vanilla.to(device, dtype).fuse_projections().state_dict()
 
     def of(self, variant: Variant, K: int) -> Transformer:
@@ -266,9 +266,8 @@ def bench_inference(
         problem = f"contexts={short}: expected more than the {grid.steps} tokens that are decoded"
         raise ConfigError([problem], "the arguments")
     result = measure_inference(model, grid, repeat, device)
-    subject = f"{model.size}: {model.layers} layers, D = {model.dim}, on {device.type}"
-    draw(result.rows, subject, charts)
-    return result
+    subject = subject_of(model, device)
+    return replace(result, subject=subject, files=draw(result.rows, subject, charts))
 
 
 def measure_inference(size: ModelConfig, grid: Grid, repeat: int, device: torch.device) -> Result:
@@ -283,70 +282,89 @@ def measure_inference(size: ModelConfig, grid: Grid, repeat: int, device: torch.
     naive = [models.of("naive_repeat", K) for K in grid.naive_copies]
     prefilled = [models.of(variant, K) for K in grid.prefill_copies for variant in PHD]
     decoded = [models.of(variant, K) for K in grid.decode_copies for variant in PHD]
-    rows = _prefill_rows([vanilla, *prefilled], grid, repeat, device)
-    if naive:
-        slow = _prefill_rows([vanilla, *naive], grid, ceil(repeat / 4), device)
-        rows += [row for row in slow if row["variant"] != "vanilla"]
-    decode_rows, copy_speed = _decode_rows([vanilla, *naive, *decoded], grid, repeat, device)
-    rows += decode_rows
+    rows: list[Measurement] = []
+    for tokens in grid.prompts:
+        rows += _prefill_rows(vanilla, prefilled, naive, tokens, repeat, device)
+    for tokens in grid.contexts:
+        decode_rows, copy_speed = _decode_rows(
+            [vanilla, *naive, *decoded], grid, tokens, repeat, device
+        )
+        rows += decode_rows
     return Result(rows, _ratios(rows) | {"copy_gb_per_s": copy_speed / 1e9})
 
 
 def _prefill_rows(
-    models: list[Transformer], grid: Grid, repeat: int, device: torch.device
+    vanilla: Transformer,
+    models: list[Transformer],
+    naive: list[Transformer],
+    tokens: int,
+    repeat: int,
+    device: torch.device,
 ) -> list[Measurement]:
-    works = [Prefill(model, tokens) for tokens in grid.prompts for model in models]
-    seconds = interleaved({work.name: work for work in works}, repeat, device)
-    return [_measurement(work, seconds) for work in works]
+    """The rows of one length of prompts."""
+    base = Prefill(vanilla, tokens)
+    works = {work.name: work for work in (Prefill(model, tokens) for model in models)}
+    slow = {work.name: work for work in (Prefill(model, tokens) for model in naive)}
+    times = beside("vanilla", base, dict(works), repeat, device)
+    if slow:
+        turns = ceil(repeat / 4)
+        times = times.with_works_of(beside("vanilla", base, dict(slow), turns, device))
+    return [
+        _measurement(work, times, name) for name, work in ({"vanilla": base} | works | slow).items()
+    ]
 
 
 def _decode_rows(
-    models: list[Transformer], grid: Grid, repeat: int, device: torch.device
+    models: list[Transformer], grid: Grid, tokens: int, repeat: int, device: torch.device
 ) -> tuple[list[Measurement], float]:
-    """(the measurements, the memory's bandwidth in bytes read plus written per second)."""
-    works = [
-        Decode(model, tokens, grid.steps, compiled=grid.compiled)
-        for tokens in grid.contexts
-        for model in models
-    ]
+    """The rows of one length of contexts, and the memory's bandwidth.
+
+    That is in bytes read plus written per second, by a copy that is timed beside vanilla like all
+    the rest.
+    """
+    base, *works = (Decode(model, tokens, grid.steps, compiled=grid.compiled) for model in models)
     source = torch.zeros(COPIED_BYTES, dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
     turns: dict[str, Work] = {"copy": lambda: target.copy_(source)}
-    transformers = TransformersDecode(models[0], max(grid.contexts), grid.steps)
-    turns["transformers"] = transformers
-    # The longest context comes first. So vanilla directly follows transformers at the same length,
-    # and a change of the machine's speed touches both.
-    turns |= {work.name: work for work in sorted(works, key=lambda work: -work.tokens)}
-    seconds = interleaved(turns, repeat, device)
-    for work in works:
-        seconds[work.name] = [spent / grid.steps for spent in seconds[work.name]]
-    seconds["transformers"] = transformers.seconds[1:]  # without the warm-up turn
+    transformers = None
+    if tokens == max(grid.contexts):
+        transformers = TransformersDecode(models[0], tokens, grid.steps)
+        turns["transformers"] = transformers
+    times = beside("vanilla", base, turns | {work.name: work for work in works}, repeat, device)
+    copy_speed = 2 * COPIED_BYTES / times.typical_s("copy")
     rows = []
-    for work in works:
-        # Bytes per second of decoding over bytes per second of the copy, which reads and writes.
-        used = work.bytes_read / (2 * COPIED_BYTES) * ratio(seconds, "copy", work.name)
-        rows.append(_measurement(work, seconds) | {"bandwidth_used": used})
-    longest = next(work for work in works if work.tokens == max(grid.contexts))
-    row = _measurement(longest, seconds, "transformers")
-    rows.append(row | {"variant": "transformers", "kv_bytes": None})
-    return rows, 2 * COPIED_BYTES / median(seconds["copy"])
+    for name, work in {"vanilla": base, **{work.name: work for work in works}}.items():
+        read_speed = work.bytes_read * work.steps / times.typical_s(name)
+        rows.append(_measurement(work, times, name) | {"bandwidth_used": read_speed / copy_speed})
+    if transformers is not None:
+        # Its own clock leaves out the prompt; the first turn is a warm-up here, too.
+        spent = [seconds * grid.steps for seconds in transformers.seconds[1:]]
+        times = replace(times, seconds=times.seconds | {"transformers": spent})
+        row = _measurement(base, times, "transformers")
+        rows.append(row | {"variant": "transformers", "kv_bytes": None})
+    return rows, copy_speed
 
 
-def _measurement(
-    work: Prefill | Decode, seconds: dict[str, list[float]], name: str | None = None
-) -> Measurement:
-    """The row of a piece of work, with the times of `name` where another program did the same."""
-    name = name or work.name
+def _measurement(work: Prefill | Decode, times: Times, name: str) -> Measurement:
+    """The row of a piece of work, with the times of `name`, by which another program may be meant.
+
+    A time is that of one token in decode.
+    """
+    columns = times.columns(name)
+    shares = {
+        "ms": columns["ms"] / work.steps,
+        "seconds": [seconds / work.steps for seconds in columns["seconds"]],
+        "vanilla_seconds": [seconds / work.steps for seconds in columns["vanilla_seconds"]],
+    }
     return {
         "work": work.kind,
         "variant": work.config.variant,
         "K": work.config.K,
         "tokens": work.tokens,
-        "median_ms": median(seconds[name]) * 1e3,
-        "x_vanilla": ratio(seconds, name, f"vanilla 1 {work.tokens}"),
+        **columns,
+        **shares,
         "kv_bytes": work.kv_bytes,
         "bandwidth_used": None,
-        "seconds": seconds[name],
     }
 
 
@@ -359,7 +377,7 @@ def _ratios(rows: list[Measurement]) -> dict[str, float]:
         for row in found:
             match row["variant"]:
                 case "vanilla":
-                    ratios[f"{kind}_vanilla_ms"] = row["median_ms"]
+                    ratios[f"{kind}_vanilla_ms"] = row["ms"]
                 case "transformers":
                     ratios["decode_vanilla_over_transformers"] = 1 / row["x_vanilla"]
                 case variant:

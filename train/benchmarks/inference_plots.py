@@ -33,8 +33,11 @@ VARIANTS = {
 }
 
 
-def draw(rows: list[Measurement], subject: str, folder: Path) -> None:
-    """Write `figure_1c.png`, `figure_1d.png`, `figure_9.png` and `kv_bytes.png`.
+def draw(rows: list[Measurement], subject: str, folder: Path) -> list[Path]:
+    """Write `figure_1c.png`, `figure_1d.png`, `figure_9.png` and `kv_bytes.png`; returns them.
+
+    Times are drawn as the table has them: vanilla's, multiplied by the ratio to it. A bar at a
+    point goes from the first to the third quartile of the ratio.
 
     Args:
         rows: the rows of `train.benchmarks.inference.measure_inference`.
@@ -49,8 +52,11 @@ def draw(rows: list[Measurement], subject: str, folder: Path) -> None:
         "figure_9": times_over_copies(prefills, decodes, subject),
         "kv_bytes": cache_over_context(rows, subject),
     }
+    written = []
     for name, figure in charts.items():
-        figure.savefig(folder / f"{name}.png", dpi=150)
+        written.append(folder / f"{name}.png")
+        figure.savefig(written[-1], dpi=150)
+    return written
 
 
 def longest(rows: list[Measurement], work: str) -> list[Measurement]:
@@ -64,14 +70,16 @@ def latency_over_cache(rows: list[Measurement], subject: str) -> Figure:
     """Figure 1c: decode latency over KV bytes. Each point is a K."""
     figure, axes = _chart(f"Decoding at {rows[0]['tokens']} tokens\n{subject}")
     _lines(axes, _from_vanilla(rows), x=_mebibytes, y=_milliseconds)
+    _bars(axes, rows, x=_mebibytes, y=_milliseconds)
     # Labels on all variants would overlap: their points lie close together.
     for row in rows:
         if row["variant"] in ("naive_repeat", "phd_cswa"):
             point = (_mebibytes(row), _milliseconds(row))
             axes.annotate(f"K={row['K']}", point, (7, -11), textcoords="offset points", fontsize=8)
     _powers_of_two(axes)
-    axes.set(xlabel="KV cache of a sequence (MiB)", ylabel="decode latency (ms per token)", ylim=0)
+    axes.set(xlabel="KV cache of a sequence (MiB)", ylabel="decode latency (ms per token)")
     axes.margins(x=0.12)
+    _from_zero(axes)
     axes.legend()
     return figure
 
@@ -79,10 +87,12 @@ def latency_over_cache(rows: list[Measurement], subject: str) -> Figure:
 def prefill_over_copies(rows: list[Measurement], subject: str) -> Figure:
     """Figure 1d: prefill time over vanilla's, as K grows."""
     figure, axes = _chart(f"Reading a prompt of {rows[0]['tokens']} tokens\n{subject}")
-    _lines(axes, _from_vanilla(rows), x=_copies, y=lambda row: row["x_vanilla"])
+    _lines(axes, _from_vanilla(rows), x=_copies, y=_ratio)
+    _bars(axes, rows, x=_copies, y=_ratio)
     _copies_axis(axes, rows)
     axes.axhline(1, color="black", linewidth=0.8, linestyle="--")
-    axes.set(ylabel="prefill time / vanilla's", ylim=0)
+    axes.set(ylabel="prefill time / vanilla's")
+    _from_zero(axes)
     axes.legend()
     return figure
 
@@ -104,9 +114,11 @@ def times_over_copies(
         rows = [row for row in rows if row["variant"] != "naive_repeat"]
         [vanilla] = [row for row in rows if row["variant"] == "vanilla"]
         _lines(axes, _from_vanilla(rows), x=_copies, y=_milliseconds)
-        axes.axhline(vanilla["median_ms"], color="black", linewidth=0.8, linestyle="--")
+        _bars(axes, rows, x=_copies, y=_milliseconds)
+        axes.axhline(_milliseconds(vanilla), color="black", linewidth=0.8, linestyle="--")
         _copies_axis(axes, rows)
-        axes.set(title=f"{what} at {vanilla['tokens']} tokens", ylabel=unit, ylim=0)
+        axes.set(title=f"{what} at {vanilla['tokens']} tokens", ylabel=unit)
+        _from_zero(axes)
         axes.grid(alpha=0.3)
         axes.legend()
     return figure
@@ -130,7 +142,9 @@ def cache_over_context(rows: list[Measurement], subject: str) -> Figure:
     whole.set(ylabel="KV cache (MiB)")
     relative.set(ylabel="KV cache / vanilla's")
     for axes in (whole, relative):
-        axes.set(xlabel="context (tokens)", xlim=0, ylim=0)
+        axes.set(xlabel="context (tokens)")
+        axes.set_xlim(0, axes.get_xlim()[1])
+        _from_zero(axes)
         axes.grid(alpha=0.3)
     whole.legend()
     return figure
@@ -159,6 +173,21 @@ def _lines(axes: Axes, rows: list[Measurement], x: Coordinate, y: Coordinate) ->
         axes.plot(*zip(*points, strict=True), **style._asdict(), zorder=above)
 
 
+def _bars(axes: Axes, rows: list[Measurement], *, x: Coordinate, y: Coordinate) -> None:
+    """Draw the quartiles of each ratio, as far from its point as they are from the median."""
+    for row in rows:
+        scale = y(row) / row["x_vanilla"]
+        ends = [row["x_low"] * scale, row["x_high"] * scale]
+        color = VARIANTS[row["variant"]].color
+        axes.plot([x(row)] * 2, ends, color=color, linewidth=1, alpha=0.6, zorder=1)
+
+
+def _from_zero(axes: Axes) -> None:
+    """Let y begin at 0 and end above the highest marker, which would be clipped otherwise."""
+    highest = max(float(max(line.get_ydata())) for line in axes.get_lines())
+    axes.set_ylim(0, highest * 1.12)
+
+
 def _copies(row: Measurement) -> float:
     return row["K"]
 
@@ -168,7 +197,11 @@ def _tokens(row: Measurement) -> float:
 
 
 def _milliseconds(row: Measurement) -> float:
-    return row["median_ms"]
+    return row["ms"]
+
+
+def _ratio(row: Measurement) -> float:
+    return row["x_vanilla"]
 
 
 def _mebibytes(row: Measurement) -> float:

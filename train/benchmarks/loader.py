@@ -5,7 +5,6 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -31,7 +30,7 @@ from data.sources.token_files import INDEX, TokenIndex, shard_name, write_tokens
 from data.stream import BatchShape, TokenStream
 from data.tokenizer import Tokenizer
 from data.tokenizer_training import prepare_tokenizer
-from train.benchmarks.timing import Result, Work, interleaved, ratio
+from train.benchmarks.timing import Result, Times, Work, beside
 
 CPU = torch.device("cpu")
 SEQ_LEN, LANES, VOCAB_SIZE = 2048, 8, 4096
@@ -63,27 +62,30 @@ def bench_loading(repeat: int) -> Result:
             "jsonl": FilesSource(kind="files", paths=str(folder / "text.jsonl")),
             "parquet": FilesSource(kind="files", paths=str(folder / "text.parquet")),
         }
-        works: dict[str, Work] = {"SentencePiece": lambda: [*map(tokenizer.encode, texts)]}
-        works |= {n: _loading(source, folder, tokenizer, total) for n, source in sources.items()}
+        works = {n: _loading(source, folder, tokenizer, total) for n, source in sources.items()}
         tokens = TokensSource(kind="tokens", path=str(folder / "tokens"))
         works["pre-tokenised"] = _loading(tokens, folder, tokenizer, MANY_TOKENS)
-        seconds = interleaved(works, repeat, CPU)
+        alone: Work = lambda: [*map(tokenizer.encode, texts)]  # noqa: E731
+        times = beside("SentencePiece", alone, works, repeat, CPU)
     # Tokens are read about a hundred times as fast as text, so a turn reads more of them.
-    amounts = dict.fromkeys(works, total) | {"pre-tokenised": MANY_TOKENS}
-    rows: list[dict[str, Any]] = [
-        {
-            "work": name,
-            "million_tokens_per_s": amounts[name] / median(spent) / 1e6,
-            "x_SentencePiece": amounts[name] / total / ratio(seconds, name, "SentencePiece"),
-            "seconds": spent,
-        }
-        for name, spent in seconds.items()
-    ]
-    ratios = {f"{n}_over_sentencepiece": 1 / ratio(seconds, n, "SentencePiece") for n in sources}
-    ratios["pretokenised_million_tokens_per_s"] = (
-        MANY_TOKENS / median(seconds["pre-tokenised"]) / 1e6
-    )
-    return Result(rows, ratios)
+    amounts = dict.fromkeys(times.seconds, total) | {"pre-tokenised": MANY_TOKENS}
+    rows = {name: _speed(times, name, amount, total) for name, amount in amounts.items()}
+    ratios = {f"{name}_over_sentencepiece": rows[name]["x_SentencePiece"] for name in sources}
+    ratios["pretokenised_million_tokens_per_s"] = rows["pre-tokenised"]["million_tokens_per_s"]
+    return Result(list(rows.values()), ratios)
+
+
+def _speed(times: Times, name: str, amount: int, total: int) -> dict[str, Any]:
+    """The row of a source that reads `amount` tokens in a turn; SentencePiece makes `total`."""
+    ratio, more = times.ratio(name), amount / total
+    return {
+        "work": name,
+        "million_tokens_per_s": amount / times.typical_s(name) / 1e6,
+        "x_SentencePiece": more / ratio.median,
+        "x_low": more / ratio.high,
+        "x_high": more / ratio.low,
+        "seconds": times.seconds[name],
+    }
 
 
 def bench_resuming(repeat: int, gigabytes: float) -> Result:
@@ -105,10 +107,10 @@ def bench_resuming(repeat: int, gigabytes: float) -> Result:
                 f"{place:.0%}": _resuming(config, tokenizer, cursor)
                 for place, cursor in zip(PLACES, cursors, strict=True)
             }
-            seconds = interleaved(works, repeat, CPU)
-            times = {f"at {place} ms": median(spent) * 1e3 for place, spent in seconds.items()}
-            last = ratio(seconds, "99%", "1%")
-            rows.append({"work": form, **times, "99%_over_1%": last, "seconds": seconds})
+            times = beside("1%", works.pop("1%"), works, repeat, CPU)
+            typical = {f"at {name} ms": times.typical_s(name) * 1e3 for name in times.seconds}
+            last = dict(zip(("99%_over_1%", "x_low", "x_high"), times.ratio("99%"), strict=True))
+            rows.append({"work": form} | typical | last | {"seconds": times.seconds})
     return Result(rows, {f"{row['work']}_99%_over_1%": row["99%_over_1%"] for row in rows})
 
 

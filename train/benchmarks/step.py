@@ -1,7 +1,6 @@
 """A whole training step: forward, backward, clipping and AdamW, beside transformers' Olmo2."""
 
 from dataclasses import replace
-from statistics import median
 
 import torch
 from torch import Tensor
@@ -12,7 +11,8 @@ from conf.extras import pip_command
 from data.batch import Batch
 from phd.flops import training_flops_per_token
 from phd.hf.convert import to_hugging_face
-from train.benchmarks.timing import Result, Work, interleaved, ratio
+from train.benchmarks.subject import subject_of
+from train.benchmarks.timing import Result, Work, beside
 from train.config import Config
 from train.distributed.process_groups import ProcessGroups
 from train.engines.device import autocast
@@ -42,27 +42,24 @@ def bench_step(config: Config, repeat: int, device: torch.device) -> Result:
     works = {name: _step_work(replace(config, model=m), batch) for name, m in models.items()}
     # A slow vanilla step would flatter PHD's ratios. Transformers' step shows that it is not slow.
     works["transformers"] = _transformers_work(config, batch)
-    seconds = interleaved(works, repeat, device)
-    typical = {name: median(values) for name, values in seconds.items()}
+    times = beside("vanilla", works.pop("vanilla"), works, repeat, device)
     flops = {name: training_flops_per_token(m, seq_len) for name, m in models.items()}
     flops["transformers"] = flops["vanilla"]  # the same shape
     table = [
-        {
-            "work": name,
-            "median_ms": typical[name] * 1e3,
-            "x_vanilla": ratio(seconds, name, "vanilla"),
+        {"work": name}
+        | times.columns(name)
+        | {
             "flops_x_vanilla": flops[name] / flops["vanilla"],
-            "tokens_per_s": rows * seq_len / typical[name],
-            "seconds": values,
+            "tokens_per_s": rows * seq_len / times.typical_s(name),
         }
-        for name, values in seconds.items()
+        for name in times.seconds
     ]
     ratios = {
-        f"step_over_flops_K{K}": ratio(seconds, name, "vanilla") * flops["vanilla"] / flops[name]
+        f"step_over_flops_K{K}": times.ratio(name).median * flops["vanilla"] / flops[name]
         for K, name in ((K, f"phd_cswa_K{K}") for K in COPIES)
     }
-    ratios["vanilla_over_transformers"] = ratio(seconds, "vanilla", "transformers")
-    return Result(table, ratios)
+    ratios["vanilla_over_transformers"] = 1 / times.ratio("transformers").median
+    return Result(table, ratios, subject_of(model, device))
 
 
 def _step_work(config: Config, batch: Tensor) -> Work:

@@ -1,52 +1,167 @@
-"""Timing pieces of work against each other on a machine that is shared with other programs.
+"""Timing pieces of work against a base on a machine that is shared with other programs.
 
-The pieces take turns (A B C A B C ...). A machine that slows down for a while then slows all of
-them. A ratio is the median over the turns of the ratio within a turn.
+Each piece of work is timed between two runs of the base, and its ratio is that to their mean:
+
+    base  A  base  B  base  C  base        one turn
+      |___|___|
+      A over the mean of the bases around it
+
+A machine that slows down for a while, or from turn to turn, then slows both sides of a ratio.
+
+There is one statistic, the median of these ratios over the turns. The time that is told of a piece
+of work follows from it: the base's median time, multiplied by the ratio. So a table never
+contradicts itself, as medians of times beside medians of ratios can: on a machine with two speeds,
+vanilla may have its median in the one and another work in the other.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from statistics import median
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from statistics import median, quantiles
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 Work = Callable[[], Any]
 
 
+class Ratio(NamedTuple):
+    """The median of the turns' ratios, and the quartiles, between which half of them lie."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: list[float]) -> "Ratio":
+        """The median and quartiles of some values; of a single one, that value."""
+        if len(values) < 2:
+            return cls(*[values[0]] * 3)
+        low, _, high = quantiles(values, method="inclusive")
+        return cls(median(values), low, high)
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of pieces of work, turn by turn, and of the base beside each.
+
+    Attributes:
+        base: the name of the work that the others are compared with.
+        seconds: by name; of the base, all its runs.
+        beside: the base's seconds beside each turn of a work, by the name of the work.
+    """
+
+    base: str
+    seconds: dict[str, list[float]]
+    beside: dict[str, list[float]]
+
+    def ratio(self, name: str) -> Ratio:
+        """A work's time over the base's.
+
+        The base's own median is 1. Its quartiles are those of a run over the mean of the runs
+        before and after it. They tell how much of the other spreads is the machine's.
+        """
+        if name != self.base:
+            pairs = zip(self.seconds[name], self.beside[name], strict=True)
+            return Ratio.of([spent / base for spent, base in pairs])
+        runs = self.seconds[name]
+        noise = [2 * b / (a + c) for a, b, c in zip(runs, runs[1:], runs[2:], strict=False)]
+        _, low, high = Ratio.of(noise or [1.0])
+        return Ratio(1.0, min(low, 1.0), max(high, 1.0))
+
+    def typical_s(self, name: str) -> float:
+        """Seconds of a work: the base's median, multiplied by the work's ratio."""
+        return median(self.seconds[self.base]) * self.ratio(name).median
+
+    def columns(self, name: str) -> dict[str, Any]:
+        """What a row tells of a work: its time, its ratio to the base and what they come from."""
+        ratio, base = self.ratio(name), self.base
+        return {
+            "ms": self.typical_s(name) * 1e3,
+            f"x_{base}": ratio.median,
+            "x_low": ratio.low,
+            "x_high": ratio.high,
+            "seconds": self.seconds[name],
+            f"{base}_seconds": self.beside.get(name, self.seconds[name]),
+        }
+
+    def with_works_of(self, other: "Times") -> "Times":
+        """Add works that had turns of their own beside the same base."""
+        added = {name: spent for name, spent in other.seconds.items() if name != self.base}
+        return replace(self, seconds=self.seconds | added, beside=self.beside | other.beside)
+
+
 @dataclass(frozen=True)
 class Result:
-    """A benchmark's measurements: a row for each piece of work, and the ratios between them."""
+    """A benchmark's measurements.
+
+    Attributes:
+        rows: one for each piece of work. Keys that end in `seconds` hold single measurements.
+        ratios: the numbers that the benchmark is run for.
+        subject: the model that was measured; "" if there was none.
+        files: what it has written already, such as charts.
+    """
 
     rows: list[dict[str, Any]]
     ratios: dict[str, float]
+    subject: str = ""
+    files: list[Path] = field(default_factory=list)
+
+
+def beside(
+    base: str, base_work: Work, works: dict[str, Work], repeat: int, device: torch.device
+) -> Times:
+    """Time each piece of work between two runs of the base, in `repeat` turns.
+
+    A first turn is not counted: it compiles, allocates and fills caches.
+    """
+    runs: list[float] = []
+    times = Times(base, {base: runs} | {name: [] for name in works}, {name: [] for name in works})
+    for turn in range(repeat + 1):
+        before = _seconds(base_work, device)
+        counted = [before]
+        for name, work in works.items():
+            spent = _seconds(work, device)
+            after = _seconds(base_work, device)
+            counted.append(after)
+            if turn:
+                times.seconds[name].append(spent)
+                times.beside[name].append((before + after) / 2)
+            before = after
+        runs += counted if turn else []
+    return times
 
 
 def interleaved(
     works: dict[str, Work], repeat: int, device: torch.device
 ) -> dict[str, list[float]]:
-    """Seconds of each piece of work in each of `repeat` turns.
+    """Seconds of each piece of work in each of `repeat` turns (A B C A B C ...).
 
-    A first turn is not counted: it compiles, allocates and fills caches.
+    For works that follow from each other, so that no base can come between them. As in `beside`,
+    a first turn is not counted.
     """
     seconds: dict[str, list[float]] = {name: [] for name in works}
     for turn in range(repeat + 1):
         for name, work in works.items():
-            # CUDA runs asynchronously: without these, only the launches would be timed.
-            _synchronize(device)
-            start = perf_counter()
-            work()
-            _synchronize(device)
+            spent = _seconds(work, device)
             if turn:
-                seconds[name].append(perf_counter() - start)
+                seconds[name].append(spent)
     return seconds
 
 
-def ratio(seconds: dict[str, list[float]], work: str, base: str) -> float:
-    """The median over the turns of the time of `work` over the time of `base`."""
-    # Not the ratio of the medians: within one turn both ran in the same state of the machine.
-    return median(a / b for a, b in zip(seconds[work], seconds[base], strict=True))
+def within_turns(base: str, seconds: dict[str, list[float]]) -> Times:
+    """The times of `interleaved`, each compared with the base's of the same turn."""
+    return Times(base, seconds, {name: seconds[base] for name in seconds if name != base})
+
+
+def _seconds(work: Work, device: torch.device) -> float:
+    # CUDA runs asynchronously: without these, only the launches would be timed.
+    _synchronize(device)
+    start = perf_counter()
+    work()
+    _synchronize(device)
+    return perf_counter() - start
 
 
 def _synchronize(device: torch.device) -> None:

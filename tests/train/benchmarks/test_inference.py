@@ -25,6 +25,7 @@ from train.benchmarks.timing import Result
 pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.image import imread
 
 from train.benchmarks import inference as inference_benchmark
@@ -77,8 +78,9 @@ def find(result: Result, *key: Any) -> dict[str, Any]:
     return row
 
 
-def ratio(row: dict[str, Any], base: dict[str, Any]) -> float:
-    return median(a / b for a, b in zip(row["seconds"], base["seconds"], strict=True))
+def ratio(row: dict[str, Any]) -> float:
+    """The median over the turns, in which vanilla was measured before and after the work."""
+    return median(a / b for a, b in zip(row["seconds"], row["vanilla_seconds"], strict=True))
 
 
 def models(**settings: Any) -> Models:
@@ -99,18 +101,39 @@ def test_every_variant_is_measured_at_every_length(measured: Result) -> None:
     assert set(found) == expected
 
 
-def test_each_row_tells_the_median_of_its_turns(measured: Result) -> None:
+def test_table_ratios_and_figures_have_one_statistic(measured: Result) -> None:
+    """A ratio is the median of the turns, and a time is vanilla's, multiplied by the ratio."""
     for row in measured.rows:
+        vanilla = find(measured, row["work"], "vanilla", 1, row["tokens"])
+        assert row["ms"] == pytest.approx(row["x_vanilla"] * vanilla["ms"])
+        assert row["x_low"] <= row["x_vanilla"] <= row["x_high"]
+        if row is vanilla:
+            assert row["ms"] == pytest.approx(1e3 * median(row["seconds"]))
+            continue
         slow = (row["work"], row["variant"]) == ("prefill", "naive_repeat")
         assert len(row["seconds"]) == (1 if slow else TURNS)
-        assert row["median_ms"] == pytest.approx(1e3 * median(row["seconds"]))
+        assert row["x_vanilla"] == pytest.approx(ratio(row))
+
+
+def test_a_figure_of_times_shows_vanillas_multiplied_by_the_ratios(measured: Result) -> None:
+    prefills, decodes = (inference_plots.longest(measured.rows, w) for w in ("prefill", "decode"))
+    [of_ratios] = inference_plots.prefill_over_copies(prefills, "small").axes
+    of_times, _ = inference_plots.times_over_copies(prefills, decodes, "small").axes
+    for label in ("PHD", "PHD-SWA", "PHD-CSWA"):
+        ratios, times = (
+            next(line.get_ydata() for line in axes.get_lines() if line.get_label() == label)
+            for axes in (of_ratios, of_times)
+        )
+        expected = [measured.ratios["prefill_vanilla_ms"] * ratio for ratio in ratios]
+        assert list(times) == pytest.approx(expected)
 
 
 def test_a_token_takes_its_share_of_a_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "perf_counter", count(0, 6).__next__)  # all work takes 6 s
     for row in measure_inference(SIZE, GRID, 2, CPU).rows:
         if row["variant"] != "transformers":
-            assert row["median_ms"] == 6000 / (GRID.steps if row["work"] == "decode" else 1)
+            expected = 6000 / (GRID.steps if row["work"] == "decode" else 1)
+            assert row["ms"] == pytest.approx(expected)
             assert row["x_vanilla"] == 1
 
 
@@ -120,20 +143,19 @@ def test_the_ratios_are_those_of_the_longest_prompt_and_context(measured: Result
         "prefill": find(measured, "prefill", "vanilla", 1, 24),
         "decode": find(measured, "decode", "vanilla", 1, 18),
     }
-    expected = {f"{work}_vanilla_ms": row["median_ms"] for work, row in vanilla.items()}
+    expected = {f"{work}_vanilla_ms": row["ms"] for work, row in vanilla.items()}
     for variant, K in product(PHD, (2, 3)):
         row = find(measured, "prefill", variant, K, 24)
-        expected[f"prefill{short[variant]}_K{K}"] = ratio(row, vanilla["prefill"])
+        expected[f"prefill{short[variant]}_K{K}"] = ratio(row)
     for variant, K in product(PHD, (2, 4)):
         name = "" if variant == "phd_cswa" else short[variant]
         row = find(measured, "decode", variant, K, 18)
-        expected[f"decode{name}_K{K}"] = ratio(row, vanilla["decode"])
+        expected[f"decode{name}_K{K}"] = ratio(row)
     row = find(measured, "decode", "naive_repeat", 2, 18)
-    expected["decode_naive_K2"] = ratio(row, vanilla["decode"])
+    expected["decode_naive_K2"] = ratio(row)
     theirs = find(measured, "decode", "transformers", 1, 18)
-    expected["decode_vanilla_over_transformers"] = ratio(vanilla["decode"], theirs)
-    # Beside turns of vanilla that have no row.
-    expected["prefill_naive_K2"] = find(measured, "prefill", "naive_repeat", 2, 24)["x_vanilla"]
+    expected["decode_vanilla_over_transformers"] = 1 / ratio(theirs)
+    expected["prefill_naive_K2"] = ratio(find(measured, "prefill", "naive_repeat", 2, 24))
     expected["copy_gb_per_s"] = measured.ratios["copy_gb_per_s"]
     assert measured.ratios == pytest.approx(expected)
 
@@ -156,13 +178,17 @@ def test_the_bandwidth_is_what_is_read_over_what_a_copy_reads_and_writes() -> No
     result = measure_inference(SIZE, GRID, 1, CPU)
     matrices = 64 * 32 + 2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 48 * 32)
     norms = 2 * (32 + 16 + 32 + 32) + 32
+    speeds: dict[int, set[float]] = {}
     for row in result.rows:
         if row["work"] == "prefill" or row["variant"] == "transformers":
             assert row["bandwidth_used"] is None
             continue
         read = 4 * (matrices + norms) + row["kv_bytes"]
-        rate = read / row["median_ms"] / 1e6
-        assert row["bandwidth_used"] == pytest.approx(rate / result.ratios["copy_gb_per_s"])
+        copy_speed = read / row["ms"] / 1e6 / row["bandwidth_used"]
+        speeds.setdefault(row["tokens"], set()).add(round(copy_speed, 6))
+    # All rows of a length are beside the same copy; the copy of the longest is told.
+    assert [len(found) for found in speeds.values()] == [1, 1]
+    assert speeds[18] == {round(result.ratios["copy_gb_per_s"], 6)}
 
 
 def test_an_untied_embedding_is_not_read() -> None:
@@ -226,8 +252,9 @@ def test_the_clock_of_transformers_stands_still_while_the_prompt_is_read(
 
 
 def test_charts_show_the_rows(measured: Result, tmp_path: Path) -> None:
-    inference_plots.draw(measured.rows, "small", tmp_path / "new")
-    charts = sorted(path.name for path in (tmp_path / "new").iterdir())
+    told = inference_plots.draw(measured.rows, "small", tmp_path / "new")
+    assert sorted(told) == sorted((tmp_path / "new").iterdir())
+    charts = sorted(path.name for path in told)
     assert charts == ["figure_1c.png", "figure_1d.png", "figure_9.png", "kv_bytes.png"]
     for name in charts:
         assert imread(tmp_path / "new" / name).std() > 0
@@ -237,6 +264,24 @@ def test_charts_show_the_rows(measured: Result, tmp_path: Path) -> None:
     expected = [[K, measured.ratios[f"prefill_cswa_K{K}"]] for K in (2, 3)]
     assert lines["PHD-CSWA"] == [[1, 1], *expected]
     assert lines["naive repetition"] == [[1, 1], [2, measured.ratios["prefill_naive_K2"]]]
+
+
+def test_no_marker_or_bar_is_clipped(measured: Result) -> None:
+    """Each lies within the axes, with the room that its size takes."""
+    rows = measured.rows
+    prefills, decodes = (inference_plots.longest(rows, work) for work in ("prefill", "decode"))
+    for figure in (
+        inference_plots.latency_over_cache(decodes, "small"),
+        inference_plots.prefill_over_copies(prefills, "small"),
+        inference_plots.times_over_copies(prefills, decodes, "small"),
+        inference_plots.cache_over_context(rows, "small"),
+    ):
+        FigureCanvasAgg(figure).draw()
+        for axes in figure.axes:
+            for line in axes.get_lines():
+                highest = axes.transData.transform(line.get_xydata())[:, 1].max()
+                marker = 0 if line.get_marker() == "None" else line.get_markersize()
+                assert highest + marker / 72 * figure.dpi / 2 < axes.get_window_extent().y1
 
 
 @pytest.mark.parametrize(("settings", "window"), [({}, 16 * 3), ({"span_unit": "hidden"}, 16)])
@@ -260,6 +305,10 @@ def test_the_command_writes_a_table_json_csv_and_charts(
         {name: None if value == "" else read(value) for name, value in row.items()} for row in told
     ]
     text = capsys.readouterr().out
+    files = [line.removeprefix("written: ") for line in text.splitlines() if "written: " in line]
+    assert sorted(files) == sorted(map(str, out.iterdir()))
+    assert "tiny, widened: 2 layers, D = 32, " in text
+    assert report["subject"] in text
     assert all(name in text for name in [*report["ratios"], "naive_repeat", "transformers"])
     by_key = {(row["work"], row["variant"], row["K"], row["tokens"]): row for row in report["rows"]}
     slot = by_key["decode", "vanilla", 1, 18]["kv_bytes"] // 18
