@@ -6,7 +6,6 @@ from dataclasses import replace
 from itertools import count, product
 from pathlib import Path
 from statistics import median
-from time import process_time
 from typing import Any, get_args
 
 import pytest
@@ -327,10 +326,9 @@ def test_what_is_missing_is_told_before_anything_is_measured(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(bench, "find_spec", lambda name: None if name == "matplotlib" else name)
-    start = process_time()
+    monkeypatch.setattr(bench, "load", None)  # what is measured would be made of this
     with pytest.raises(ConfigError, match=r"needs matplotlib; .* -m pip install .*\[bench\]"):
         bench.main(BenchArguments(name="inference", device="cpu"))
-    assert process_time() - start < 1  # of work, however busy the machine is
 
 
 def test_what_is_asked_takes_the_place_of_what_is_usual() -> None:
