@@ -184,8 +184,7 @@ def _bars(axes: Axes, rows: list[Measurement], *, x: Coordinate, y: Coordinate) 
 
 def _from_zero(axes: Axes) -> None:
     """Let y begin at 0 and end above the highest marker, which would be clipped otherwise."""
-    highest = max(float(max(line.get_ydata())) for line in axes.get_lines())
-    axes.set_ylim(0, highest * 1.12)
+    axes.set_ylim(0, axes.dataLim.y1 * 1.12)
 
 
 def _copies(row: Measurement) -> float:
