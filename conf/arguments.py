@@ -65,8 +65,8 @@ def parse(cls: type[T], arguments: Sequence[str], *, positional: Sequence[str] =
 
     Args:
         cls: a dataclass with `problems()`.
-        arguments: `key=value` each; a value is JSON, or text where the field holds text. A field
-            that holds texts by name takes `key.NAME=text`.
+        arguments: `key=value` each; a value is JSON, or text where the field holds text. `--key`
+            stands for `key=true`. A field that holds texts by name takes `key.NAME=text`.
         positional: the fields that arguments without `key=` are for, in this order.
 
     Raises:
@@ -77,6 +77,8 @@ def parse(cls: type[T], arguments: Sequence[str], *, positional: Sequence[str] =
     values: dict[str, Any] = {}
     for argument in arguments:
         key, equals, text = argument.partition("=")
+        if not equals and hints.get(key.removeprefix("--")) is bool:
+            key, equals, text = key.removeprefix("--"), "=", "true"
         if not equals:  # one argument too many is then reported as an unknown key
             key, text = next(names, argument), argument
         name, dot, entry = key.partition(".")

@@ -21,6 +21,7 @@ from train.arguments import (
     BenchArguments,
     ExportArguments,
     GenerateArguments,
+    PlanArguments,
     PretokenizeArguments,
     TokenizerArguments,
 )
@@ -78,6 +79,7 @@ class SettingsArguments(Settings):
 
 
 COMMAND_ARGUMENTS: dict[str, Any] = {
+    "python train/plan.py": PlanArguments,
     "python train/generate.py": GenerateArguments,
     "python train/export.py": ExportArguments,
     "python train/tokenizer.py": TokenizerArguments,

@@ -12,6 +12,7 @@ from conf.errors import ConfigError, Problem
 from conf.settings import above, at_least
 from phd.config import SamplingConfig, SpanUnit
 from train.engine_config import device_problems
+from train.engines.accelerators import ACCELERATORS, accelerator
 
 Benchmark = Literal["attention", "step", "data", "resume", "checkpoint", "inference"]
 WeightDtype = Literal["float32", "bfloat16"]
@@ -165,6 +166,42 @@ class PretokenizeArguments:
     def directory(self, name: str) -> Path:
         """Where the source of this name is written."""
         return Path(self.out).expanduser() / name
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanArguments:
+    """Arguments of `python train/plan.py`, each as key=value; all others are the run's settings.
+
+    Attributes:
+        device: the GPU to plan for, such as `H100`, `H200` or `A100`, whose memory and peak are
+            taken, wherever the plan is made; null: the device of this machine.
+        processes: how many ranks share the run, one device each.
+        mfu: the part of the device's bf16 peak that training reaches, from which the time follows;
+            null: it is measured or assumed, and the plan says which.
+        measured: the directory of an earlier run whose speed is taken; null: what this run has
+            logged so far, if there is such a run.
+        json: write the plan as JSON; `--json` is the same.
+    """
+
+    device: str | None = None
+    processes: int = 1
+    mfu: float | None = None
+    measured: str | None = None
+    json: bool = False
+
+    def problems(self) -> list[Problem]:
+        """Every impossible setting."""
+        found = at_least(self, "", 1, "processes")
+        if self.device is not None and accelerator(self.device) is None:
+            expected = f"expected one of {', '.join(ACCELERATORS)}"
+            hint = "leave it out to plan for this machine"
+            found.append(Problem("device", self.device, expected, hint))
+        if self.mfu is not None and not 0 < self.mfu <= 1:
+            found.append(Problem("mfu", self.mfu, "expected a number above 0, at most 1"))
+        if self.mfu is not None and self.measured is not None:
+            reason = "mfu is given, too"
+            found.append(Problem("measured", self.measured, reason, "leave one out", ("mfu",)))
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)

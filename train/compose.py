@@ -120,17 +120,30 @@ def _refuse(error: Exception) -> NoReturn:
     refuse(error)
 
 
-def run_with(cls: type[T], task: Callable[[T, Config], int] | str) -> NoReturn:
+def run_with(
+    cls: type[T], task: Callable[[T, Config], int] | str, *, sweeps: bool = False
+) -> NoReturn:
     """Runs `task` with a `cls` of this process's arguments and the config of all others.
 
-    Its result is the exit code; wrong arguments end the process as in `run`. Sweeps are not
-    possible. `--help` prints the docstring of `cls` and its defaults.
+    Its result is the exit code; wrong arguments end the process as in `run`. `--help` prints the
+    docstring of `cls` and its defaults.
+
+    Args:
+        sweeps: whether `-m` and Hydra's other flags are understood, as by `run`.
     """
     guard_standard_streams()
     use_writable_caches()
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(usage(cls))
         sys.exit(0)
+    if sweeps:
+        own, sys.argv[1:] = _own(cls, sys.argv[1:])
+        try:
+            checkout.claim()
+            plain = parse(cls, own)
+        except USER_ERRORS as error:
+            refuse(error)
+        run(lambda config: resolve(task)(plain, config))
     try:
         checkout.claim()
         given = split(cls, sys.argv[1:])
@@ -146,20 +159,27 @@ def split(cls: type[T], texts: Iterable[str]) -> tuple[T, Config]:
     Raises:
         ConfigError: with the problems of both.
     """
+    own, others = _own(cls, texts)
+    problems: list[Problem | str] = []
+    with collecting(problems):
+        given = parse(cls, own)
+    with collecting(problems):
+        config = load(others, keys(cls))
+    if problems:
+        raise ConfigError(problems)
+    return given, config
+
+
+def _own(cls: type, texts: Iterable[str]) -> tuple[list[str], list[str]]:
+    """The arguments that set something of `cls`, and the others."""
     names = set(keys(cls))
     assert not names & SECTIONS
     own: list[str] = []
     others: list[str] = []
     for text in texts:
-        (own if text.partition("=")[0] in names else others).append(text)
-    problems: list[Problem | str] = []
-    with collecting(problems):
-        given = parse(cls, own)
-    with collecting(problems):
-        config = load(others, names)
-    if problems:
-        raise ConfigError(problems)
-    return given, config
+        key, equals, _ = text.partition("=")
+        (own if (key if equals else key.removeprefix("--")) in names else others).append(text)
+    return own, others
 
 
 def load(overrides: Iterable[str] = (), other_keys: Iterable[str] = ()) -> Config:

@@ -25,6 +25,7 @@ from data.stream import OutOfTextError
 from train.anomalies.policy import BadStepError, RollBackError
 from train.config import Config
 from train.console import progress_bar, warn
+from train.costs.text import look_at_text
 from train.distributed.dist_env import DistEnv
 from train.distributed.process_groups import (
     ProcessGroups,
@@ -64,7 +65,8 @@ def main(config: Config, hooks: Sequence[MakeHook] = ()) -> int:
         # other process can come between two attempts.
         with hold_run_dir(config.run_dir, groups, console):
             raise_on_all_ranks(groups, lambda: check_inputs(config))
-            print_plan(make_plan(config, groups.world_size), console)
+            text = look_at_text(config) if groups.is_rank_zero else None
+            print_plan(make_plan(config, groups.world_size, text=text), console)
             if config.run.resume == "never" and any(groups.gather(groups.dist_env.restarts)):
                 config = _resuming(config)  # it was this very run that began anew
             return train_to_the_end(config, console, groups, stop_signal, hooks)

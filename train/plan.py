@@ -1,6 +1,6 @@
 """Plan a run: its parameters, FLOPs, memory and length, and warnings, before it is started.
 
-python train/plan.py model=phd_cswa size=550m train.max_tokens=10e9
+python train/plan.py model=phd_cswa size=550m device=H100 processes=64 data=fineweb_edu
 """
 
 import sys
@@ -9,35 +9,82 @@ from pathlib import Path
 if __name__ == "__main__":  # first of all: the imports below take seconds
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # see conf/checkout.py
     from train import compose
+    from train.arguments import PlanArguments
 
-    compose.run("train.plan")
+    compose.run_with(PlanArguments, "train.plan", sweeps=True)
 
+import json
 import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from conf.errors import USER_ERRORS, ConfigError, reason_of, spelled
+from conf.errors import USER_ERRORS, ConfigError, Problem, reason_of, spelled
 from conf.validation import flatten_keys
+from conf.wording import byte_size, duration, plural, short_count
 from data.config import FilesSource
 from data.sources.files import file_corpus
 from data.storage.shard_cache import ShardCache
 from data.storage.transport import is_local
 from phd.config import ModelConfig
-from phd.flops import training_flops_per_token
+from phd.flops import training_flops
 from phd.inference.cache import kv_bytes
 from phd.model import count_parameters
 from train import compose
+from train.arguments import PlanArguments
 from train.config import Config
+from train.console import warn
+from train.costs.disk import Disk, checkpoint_disk
+from train.costs.duration import Speed, find_speed
+from train.costs.text import Text, look_at_text
+from train.engines.accelerators import ACCELERATORS, accelerator, accelerator_of_device
 from train.engines.device import precision
 from train.engines.memory import Memory, predict_memory
 
 CHINCHILLA = 20
 """Tokens per parameter that are optimal for a compute budget (arXiv 2203.15556)."""
+
+MOST_EPOCHS = 4
+"""Text that is read more often teaches ever less than new text would (arXiv 2305.16264)."""
+
+
+class Target(NamedTuple):
+    """The device that each rank trains on.
+
+    Attributes:
+        name: for people.
+        kind: `cuda` or `cpu`.
+        memory: its bytes; None if they are not known.
+        peak_flops: its dense bf16 peak in FLOP/s; None if it is not known.
+        is_here: whether it is this machine's.
+    """
+
+    name: str
+    kind: Literal["cuda", "cpu"]
+    memory: int | None
+    peak_flops: float | None
+    is_here: bool
+
+
+class Compute(NamedTuple):
+    """Training FLOPs per token of the rows, padding included.
+
+    Attributes:
+        flops: of this variant.
+        vanilla: of the vanilla transformer of this size.
+        basis: `exact`; `sampled`: from documents of the text; `at most`: as if each row were one
+            whole document, which isolated documents and padding stay below.
+    """
+
+    flops: float
+    vanilla: float
+    basis: Literal["exact", "sampled", "at most"]
 
 
 @dataclass(frozen=True)
@@ -47,21 +94,27 @@ class Plan:
     Attributes:
         config: of the run.
         world_size: number of ranks.
+        target: the device that each rank trains on.
+        dtype: of the matrix products there.
         parameters: numbers of parameters by group. A tied LM head counts as the embedding.
-        flops_per_token: training FLOPs per token of this variant.
-        vanilla_flops_per_token: the same for the vanilla transformer of this size.
+        compute: FLOPs per token.
         memory: predicted bytes on one device.
-        available_memory: bytes of memory that the device has.
+        disk: bytes of checkpoints.
+        text: what is known of the text; None if nobody has looked.
+        speed: of one device; None if it is not known.
         warnings: settings that are probably not intended.
     """
 
     config: Config
     world_size: int
+    target: Target
+    dtype: torch.dtype
     parameters: dict[str, int]
-    flops_per_token: float
-    vanilla_flops_per_token: float
+    compute: Compute
     memory: Memory
-    available_memory: int
+    disk: Disk
+    text: Text | None
+    speed: Speed | None
     warnings: tuple[str, ...]
 
     @property
@@ -71,56 +124,171 @@ class Plan:
         return None if steps is None else steps * self.config.train.tokens_per_step
 
     @property
-    def flops_are_a_bound(self) -> bool:
-        """Whether isolated documents or padding will take fewer FLOPs than full rows do."""
-        data = self.config.data
-        return data.documents == "isolate" or data.packing == "best_fit"
+    def flops(self) -> float | None:
+        """Training FLOPs of the whole run."""
+        return None if self.tokens is None else self.tokens * self.compute.flops
+
+    @property
+    def time_s(self) -> float | None:
+        """Seconds of training, without evaluations and whatever else is between the steps."""
+        if self.flops is None or self.speed is None:
+            return None
+        return self.flops / (self.speed.flops_per_s * self.world_size)
+
+    @property
+    def drawn(self) -> dict[str, float]:
+        """The tokens that the run reads of each source; empty if its length is not known."""
+        if self.tokens is None:
+            return {}
+        mixture = self.config.data.mixture
+        starts = [*(min(start, self.tokens) for start, _ in mixture), self.tokens]
+        drawn = dict.fromkeys(self.config.data.sources, 0.0)
+        for (_, weights), start, end in zip(mixture, starts, starts[1:], strict=False):
+            for name, weight in weights.items():
+                drawn[name] += (end - start) * weight / sum(weights.values())
+        return drawn
+
+    @property
+    def epochs(self) -> dict[str, float]:
+        """How often the run reads each source whose size is known."""
+        sizes = {n: s.tokens for n, s in self.text.sources.items()} if self.text else {}
+        return {n: drawn / size for n, drawn in self.drawn.items() if (size := sizes.get(n))}
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as plain values; null where something is not known."""
+        config, sources = self.config, self.text.sources if self.text else {}
+        hours = None if self.time_s is None else self.time_s * self.world_size / 3600
+        return {
+            "name": config.name,
+            "parameters": {"total": sum(self.parameters.values()), **self.parameters},
+            "device": {**self.target._asdict(), "dtype": str(self.dtype).removeprefix("torch.")},
+            "processes": self.world_size,
+            "tokens_per_step": config.train.tokens_per_step,
+            "steps": config.total_steps,
+            "tokens": self.tokens,
+            "ends_by": config.shortest_limits,
+            "flops": self.flops,
+            "flops_per_token": self.compute.flops,
+            "vanilla_flops_per_token": self.compute.vanilla,
+            "flops_basis": self.compute.basis,
+            "memory": {"total": self.memory.total, **self.memory._asdict()},
+            "disk": {**self.disk._asdict(), "total": self.disk.total},
+            "sources": {
+                name: {
+                    "tokens_read": self.drawn.get(name),
+                    "epochs": self.epochs.get(name),
+                    **(sources[name]._asdict() if name in sources else {}),
+                }
+                for name in config.data.sources
+            },
+            "speed": None if self.speed is None else self.speed._asdict(),
+            "time_s": self.time_s,
+            "device_hours": hours,
+            "run_directory": str(config.run_dir),
+            "warnings": list(self.warnings),
+        }
 
 
-def make_plan(config: Config, world_size: int = 1) -> Plan:
+def make_plan(
+    config: Config,
+    world_size: int = 1,
+    *,
+    text: Text | None = None,
+    arguments: PlanArguments | None = None,
+) -> Plan:
     """Make the plan of a run on `world_size` ranks, without allocating the model.
 
+    Args:
+        text: what is known of the run's text; None: nothing is.
+        arguments: the device to plan for, and its speed; None: this machine's device.
+
     Raises:
-        ConfigError: the batch cannot be divided among the ranks.
+        ConfigError: the batch cannot be divided among the ranks, or the arguments do not fit.
     """
     if problems := config.problems_on(world_size):
         raise ConfigError(problems)
-    # Not `choose_device`: a machine without a GPU may plan a run for one.
-    device = torch.device(
-        "cuda" if torch.cuda.is_available() and config.engine.device != "cpu" else "cpu"
-    )
+    arguments = arguments or PlanArguments()
+    target = _target(config, arguments.device)
     parameters = count_parameters(config.model)
-    dtype = precision(config.engine, device)
+    dtype = precision(config.engine, torch.device(target.kind))
     plan = Plan(
         config=config,
         world_size=world_size,
+        target=target,
+        dtype=dtype,
         parameters=parameters,
-        flops_per_token=training_flops_per_token(config.model, config.train.seq_len),
-        vanilla_flops_per_token=training_flops_per_token(
-            config.model.vanilla_twin, config.train.seq_len
-        ),
+        compute=_compute(config, text),
         memory=predict_memory(config, sum(parameters.values()), dtype, world_size),
-        available_memory=_available_memory(device),
+        disk=checkpoint_disk(config, sum(parameters.values())),
+        text=text,
+        speed=find_speed(
+            peak=target.peak_flops,
+            mfu=arguments.mfu,
+            run=arguments.measured,
+            own=config.run_dir,
+            compiled=config.engine.compile,
+        ),
         warnings=(),
     )
-    return replace(plan, warnings=tuple(_warnings(plan)))
+    return replace(plan, warnings=(*_size_warnings(plan), *_text_warnings(plan), *_odd(plan)))
 
 
-def _available_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+def _target(config: Config, device: str | None) -> Target:
+    """The device that a user names, or this machine's."""
+    wanted = config.engine.device
+    if device is not None:
+        if wanted == "cpu":
+            reason = "engine.device=cpu trains on the CPU"
+            hint, others = "leave one of the two out", ("engine.device",)
+            raise ConfigError([Problem("device", device, reason, hint, others)])
+        name = accelerator(device)
+        assert name is not None, "PlanArguments has checked it"
+        known = ACCELERATORS[name]
+        return Target(name, "cuda", int(known.memory_gib * 2**30), known.peak_flops, False)
+    # Not `choose_device`: a machine without a GPU may plan a run for one.
+    if torch.cuda.is_available() and wanted != "cpu":
+        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+        model = accelerator_of_device(properties.name)
+        peak = None if model is None else ACCELERATORS[model].peak_flops
+        return Target(properties.name, "cuda", properties.total_memory, peak, True)
+    if wanted == "cuda":
+        return Target("a CUDA device", "cuda", None, None, False)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return Target("this machine", "cpu", memory, None, True)
 
 
-def _warnings(plan: Plan) -> list[str]:
-    config, model, train = plan.config, plan.config.model, plan.config.train
+def _compute(config: Config, text: Text | None) -> Compute:
+    T, data = config.train.seq_len, config.data
+    documents: tuple[int, ...] = (T,)
+    rows = 1
+    basis: Literal["exact", "sampled", "at most"] = "exact"
+    if data.documents == "isolate" or data.packing == "best_fit":
+        basis = "at most"
+        if text is not None and text.rows:
+            documents, rows, basis = text.documents, text.rows, "sampled"
+    model, vanilla = (
+        training_flops(m, *documents) / (rows * T)
+        for m in (config.model, config.model.vanilla_twin)
+    )
+    return Compute(model, vanilla, basis)
+
+
+def _size_warnings(plan: Plan) -> list[str]:
+    """Of memory, disk and length."""
     found = []
     # Memory without the scratch space of kernels: where this is too much, the run certainly is.
-    if plan.memory.total > plan.available_memory:
+    if plan.target.memory is not None and plan.memory.total > plan.target.memory:
         found.append(
-            f"needs about {_size(plan.memory.total)}, the device has "
-            f"{_size(plan.available_memory)}: lower train.micro_batch or train.seq_len, or choose "
+            f"needs about {byte_size(plan.memory.total)}, {plan.target.name} has "
+            f"{byte_size(plan.target.memory)}: lower train.micro_batch or train.seq_len, or choose "
             "a smaller size"
+        )
+    free = _free_disk(plan.config) if plan.target.is_here else None
+    if free is not None and plan.disk.total is not None and plan.disk.total > free:
+        found.append(
+            f"the checkpoints need {byte_size(plan.disk.total)} of disk, {plan.config.run_dir} has "
+            f"{byte_size(free)} left: lower checkpoint.keep or raise checkpoint.keep_every, or "
+            "choose another run.dir"
         )
     parameters = sum(plan.parameters.values())
     # A tenth of a token per parameter is 200 times less than optimal; probably a setting is wrong.
@@ -129,6 +297,42 @@ def _warnings(plan: Plan) -> list[str]:
             f"{plan.tokens / parameters:.2f} tokens per parameter: the model will hardly have "
             f"begun to learn; about {CHINCHILLA} are compute-optimal"
         )
+    return found
+
+
+def _free_disk(config: Config) -> int | None:
+    """Bytes that are left where the run's directory is, or will be."""
+    path = config.run_dir.absolute()
+    try:
+        return shutil.disk_usage(next(p for p in (path, *path.parents) if p.is_dir())).free
+    except OSError:
+        return None
+
+
+def _text_warnings(plan: Plan) -> list[str]:
+    """Of sources that are read too often, or end before the run does."""
+    found = []
+    for name, epochs in plan.epochs.items():
+        limit, drawn = plan.config.data.sources[name].epochs, short_count(plan.drawn[name])
+        if limit is not None and epochs > limit:
+            found.append(
+                f"data.sources.{name}.epochs={limit}: its text ends after about "
+                f"{short_count(plan.drawn[name] * limit / epochs)} tokens of the {drawn} that the "
+                "run would read of it"
+            )
+        elif epochs > MOST_EPOCHS:
+            found.append(
+                f"data.sources.{name}: the run reads {drawn} tokens of it, which is all of it "
+                f"{_times(epochs)} times; what is read more than {MOST_EPOCHS} times teaches "
+                "little: add text, or make the run shorter"
+            )
+    return found
+
+
+def _odd(plan: Plan) -> list[str]:
+    """Of settings that make no difference, or a bad one."""
+    config, model, train = plan.config, plan.config.model, plan.config.train
+    found = []
     if model.variant == "phd_cswa" and model.window > model.chunk:
         found.append(
             f"model.window={model.window} reaches past model.chunk={model.chunk}: "
@@ -154,45 +358,57 @@ def _warnings(plan: Plan) -> list[str]:
 
 def print_plan(plan: Plan, console: Console) -> None:
     """Print the plan as a table, and its warnings."""
-    config, train = plan.config, plan.config.train
-    parameters = sum(plan.parameters.values())
-    groups = ", ".join(f"{name} {_count(n)}" for name, n in plan.parameters.items() if n)
-    ratio = plan.flops_per_token / plan.vanilla_flops_per_token
-    passes = train.accumulation(plan.world_size)
+    config = plan.config
     table = Table(title=f"the plan: {config.name}", title_justify="left", show_header=False)
-    table.add_row("parameters", f"{_count(parameters)}: {groups}")
-    table.add_row(
-        "a step",
-        f"{train.tokens_per_step:,} tokens = {train.global_batch} rows x {train.seq_len}, "
-        f"{config.model.K} {'slot' if config.model.K == 1 else 'slots'} each, in {passes} "
-        f"forward pass{'' if passes == 1 else 'es'}"
-        + (f" on each of {plan.world_size} ranks" if plan.world_size > 1 else ""),
-    )
-    if recipe := describe_recipe(config):
-        table.add_row("recipe", recipe)
-    if plan.tokens is None:
-        table.add_row("length", f"{train.max_time:.0f} s")
-    else:
-        table.add_row(
-            "length",
-            f"{config.total_steps:,} steps = {_count(plan.tokens)} tokens, "
-            f"{plan.tokens / parameters:.2f} per parameter" + _which_limit(config),
-        )
-        compute = f"{plan.tokens * plan.flops_per_token:.2e} FLOPs"
-        table.add_row("compute", f"at most {compute}" if plan.flops_are_a_bound else compute)
-    table.add_row(
-        "FLOPs per token",
-        f"{_count(plan.flops_per_token)}, {ratio:.2f} x vanilla's "
-        f"{_count(plan.vanilla_flops_per_token)}",
-    )
-    memory = ", ".join(f"{name} {_size(n)}" for name, n in plan.memory._asdict().items())
-    each = "about" if plan.world_size == 1 else "on each rank about"
-    table.add_row("memory", f"{each} {_size(plan.memory.total)}: {memory}")
-    table.add_row("text", "; ".join(_shares(start, w) for start, w in config.data.mixture))
-    table.add_row("run directory", str(config.run_dir))
+    for name, text in _rows(plan):
+        table.add_row(name, escape(text))
     console.print(table)
     for warning in plan.warnings:
-        console.print(f"[yellow]warning: {warning}[/]", highlight=False)
+        warn(console, f"warning: {warning}")
+
+
+def _rows(plan: Plan) -> Iterator[tuple[str, str]]:
+    """What the plan says, each with its title."""
+    config = plan.config
+    groups = ", ".join(f"{name} {short_count(n)}" for name, n in plan.parameters.items() if n)
+    yield "parameters", f"{short_count(sum(plan.parameters.values()))}: {groups}"
+    yield "a step", _step_row(plan)
+    if recipe := describe_recipe(config):
+        yield "recipe", recipe
+    yield "length", _length_row(plan)
+    if plan.flops is not None:
+        yield "compute", _compute_row(plan)
+    ratio = plan.compute.flops / plan.compute.vanilla
+    this, vanilla = short_count(plan.compute.flops), short_count(plan.compute.vanilla)
+    yield "FLOPs per token", f"{this}, {ratio:.2f} x vanilla's {vanilla}"
+    if plan.flops is not None:
+        yield "time", _time_row(plan)
+    yield "memory", _memory_row(plan)
+    yield "checkpoints", _disk_row(plan.disk)
+    yield "text", "; ".join(_shares(start, w) for start, w in config.data.mixture)
+    if plan.text is not None and plan.drawn:
+        yield "epochs", "; ".join(_epochs_of(plan, name) for name in config.data.sources)
+    yield "run directory", str(config.run_dir)
+
+
+def _step_row(plan: Plan) -> str:
+    train = plan.config.train
+    passes = plural(train.accumulation(plan.world_size), "forward pass", "forward passes")
+    ranks = f" on each of {plan.world_size} ranks" if plan.world_size > 1 else ""
+    return (
+        f"{train.tokens_per_step:,} tokens = {plural(train.global_batch, 'row')} x "
+        f"{train.seq_len}, {plural(plan.config.model.K, 'slot')} each, in {passes}{ranks}"
+    )
+
+
+def _length_row(plan: Plan) -> str:
+    config = plan.config
+    if plan.tokens is None or config.total_steps is None:
+        return duration(config.train.max_time or 0)
+    return (
+        f"{plural(config.total_steps, 'step')} = {short_count(plan.tokens)} tokens, "
+        f"{plan.tokens / sum(plan.parameters.values()):.2f} per parameter{_which_limit(config)}"
+    )
 
 
 def _which_limit(config: Config) -> str:
@@ -202,6 +418,56 @@ def _which_limit(config: Config) -> str:
     if config.train.max_time is not None:
         others.append(f"each start ends after train.max_time={config.train.max_time:g} s")
     return "; ".join([f"; {' and '.join(first)} ends it", *others]) if first and others else ""
+
+
+def _compute_row(plan: Plan) -> str:
+    flops = f"{plan.flops:.2e} FLOPs"
+    if plan.compute.basis == "at most":
+        return f"at most {flops}: isolated documents and padding need fewer"
+    if plan.compute.basis == "sampled" and plan.text is not None:
+        return f"about {flops}, by the documents in {plural(plan.text.rows, 'row')} of the text"
+    return flops
+
+
+def _time_row(plan: Plan) -> str:
+    if plan.time_s is None or plan.speed is None:
+        return "not known: no run has been measured here"
+    hours = _times(plan.time_s * plan.world_size / 3600)
+    return f"about {duration(plan.time_s)}, {hours} device hours, at {plan.speed.basis}"
+
+
+def _memory_row(plan: Plan) -> str:
+    parts = ", ".join(f"{name} {byte_size(n)}" for name, n in plan.memory._asdict().items())
+    each = "about" if plan.world_size == 1 else "on each rank about"
+    dtype = {torch.bfloat16: "bf16", torch.float32: "fp32"}[plan.dtype]
+    of = "" if plan.target.memory is None else f" of {byte_size(plan.target.memory)}"
+    where = f"{plan.target.name}, {dtype}"
+    return f"{each} {byte_size(plan.memory.total)}{of} ({where}): {parts}"
+
+
+def _disk_row(disk: Disk) -> str:
+    each = f"{byte_size(disk.checkpoint)} each"
+    if disk.most is None or disk.total is None:
+        return f"{each}, as many as the run's time allows"
+    return f"{each}, at most {disk.most} at a time, {byte_size(disk.total)} of disk"
+
+
+def _epochs_of(plan: Plan, name: str) -> str:
+    assert plan.text is not None
+    tokens, basis = plan.text.sources[name]
+    if not tokens:
+        return f"{name} {basis}"
+    read = _times(plan.epochs[name])
+    return f"{name} {read} of about {short_count(tokens)} tokens ({basis})"
+
+
+def _times(number: float) -> str:
+    """A number of times or hours, with two digits or whole.
+
+    >>> _times(0.2484), _times(7.36), _times(81_081.4)
+    ('0.25', '7.4', '81,081')
+    """
+    return f"{number:,.0f}" if number >= 100 else f"{number:.2g}"
 
 
 def describe_recipe(config: Config) -> str:
@@ -243,7 +509,7 @@ def _shares(start: int, weights: dict[str, float]) -> str:
     'from 1M tokens on web 75%, books 25%'
     """
     shares = (f"{name} {weight / sum(weights.values()):.0%}" for name, weight in weights.items())
-    return (f"from {_count(start)} tokens on " if start else "") + ", ".join(shares)
+    return (f"from {short_count(start)} tokens on " if start else "") + ", ".join(shares)
 
 
 class KVRow(NamedTuple):
@@ -272,33 +538,16 @@ def kv_rows(model: ModelConfig, context: int, dtype: torch.dtype) -> list[KVRow]
     return rows
 
 
-def _count(number: float) -> str:
-    """A number with three digits and a letter for its magnitude.
-
-    >>> _count(2_621_440)
-    '2.62M'
-    """
-    for magnitude, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= magnitude:
-            return f"{number / magnitude:.3g}{letter}"
-    return f"{number:.3g}"
-
-
-def _size(size: float) -> str:
-    """A number of bytes with three digits and a unit.
-
-    >>> _size(90_000_000)
-    '85.8 MiB'
-    """
-    unit, letter = (2**30, "G") if size >= 2**30 else (2**20, "M")
-    return f"{size / unit:.3g} {letter}iB"
-
-
-def main(config: Config) -> int:
+def main(arguments: PlanArguments, config: Config) -> int:
     """Print the plan, and what there is to say of files on this machine."""
+    plan = make_plan(config, arguments.processes, text=look_at_text(config), arguments=arguments)
+    remarks = list(_file_remarks(config))
+    if arguments.json:
+        print(json.dumps({**plan.to_json(), "remarks": remarks}, indent=1))
+        return 0
     console = Console(soft_wrap=True)
-    print_plan(make_plan(config), console)
-    for remark in _file_remarks(config):
+    print_plan(plan, console)
+    for remark in remarks:
         console.print(remark, markup=False, highlight=False)
     return 0
 

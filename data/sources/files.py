@@ -108,6 +108,11 @@ class FileCorpus:
         contents = f"{len(self.files)} files {xxh3_128_hexdigest(listing.encode())}"
         return {f"data.sources.{self.name}": contents}
 
+    @property
+    def text_bytes(self) -> int:
+        """About how many bytes of text there are, from the files' sizes."""
+        return sum(map(_text_bytes, self.files))
+
     @cached_property
     def is_seekable(self) -> bool:
         """Whether no file has to be unpacked before it can be read."""

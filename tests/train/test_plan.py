@@ -1,22 +1,41 @@
 """The plan's numbers are right, and its warnings come when they should and not otherwise."""
 
 import io
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
+from rich.progress import Progress
 
+from conf.errors import ConfigError
+from conf.validation import build
+from data.sources.token_files import write_tokens
 from phd.flops import training_flops_per_token
 from phd.inference.cache import kv_bytes
 from phd.model import count_parameters
+from train import compose
+from train.arguments import PlanArguments
 from train.compose import load
+from train.costs.duration import measure
+from train.costs.text import SourceText, Text, look_at_text
+from train.loop import train
+from train.metrics.record import Metrics, StepRecord
 from train.plan import Plan, kv_rows, make_plan, print_plan
+from train.run import open_run
 
 CPU = "engine.device=cpu"
 
 
-def plan_of(*overrides: str) -> Plan:
-    return make_plan(load([CPU, *overrides]))
+def plan_of(*overrides: str, text: Text | None = None, **given: Any) -> Plan:
+    """The plan of a run, with the arguments of the command."""
+    arguments = build(PlanArguments, given)
+    config = load([*([] if arguments.device else [CPU]), *overrides])
+    return make_plan(config, arguments.processes, text=text, arguments=arguments)
 
 
 def printed(plan: Plan) -> str:
@@ -27,11 +46,13 @@ def printed(plan: Plan) -> str:
 
 # What a setting should draw a warning of, and one that should not.
 WARNINGS = {
-    "model.dim=65536 model.ffn_dim=262144 model.layers=2 train.max_tokens=1e13": (
+    "train.global_batch=8000 train.seq_len=4096 train.max_tokens=1e13": (
         "needs about",
-        "the device has",
+        "this machine has",
         "lower train.micro_batch",
     ),
+    "train.max_tokens=1e13 checkpoint.keep=100000000": ("of disk", "lower checkpoint.keep"),
+    "train.max_tokens=1e13 checkpoint.keep_every=100": ("of disk", "raise checkpoint.keep_every"),
     "train.max_steps=1": ("tokens per parameter", "the model will hardly have begun to learn"),
     "model.window=33": ("model.window=33 reaches past model.chunk=32", "the chunk limits it"),
     "model.chunk=256 model.window=1": ("model.chunk=256 covers the whole row", "phd_swa"),
@@ -74,9 +95,9 @@ def test_what_makes_sense_draws_no_warning(overrides: list[str]) -> None:
 def test_flops_are_counted_for_this_variant_and_for_vanilla(variant: str) -> None:
     config = load([CPU, f"model={variant}"])
     plan = make_plan(config)
-    assert plan.flops_per_token == training_flops_per_token(config.model, 256)
+    assert plan.compute.flops == training_flops_per_token(config.model, 256)
     vanilla = load([CPU, "model=vanilla"]).model
-    assert plan.vanilla_flops_per_token == training_flops_per_token(vanilla, 256)
+    assert plan.compute.vanilla == training_flops_per_token(vanilla, 256)
     assert plan.parameters == count_parameters(config.model)
 
 
@@ -117,13 +138,13 @@ def test_the_plan_says_what_the_run_will_cost() -> None:
     plan = plan_of(*overrides)
     text = printed(plan)
     parameters = sum(plan.parameters.values())
-    ratio = plan.flops_per_token / plan.vanilla_flops_per_token
+    ratio = plan.compute.flops / plan.compute.vanilla
     for expected in (
         "the plan: phd_cswa-3-16-32-tiny",
         f"{parameters / 1e6:.3g}M: embedding 1.05M, attention",
         "4,096 tokens = 16 rows x 256, 3 slots each, in 4 forward passes",
         f"1,000 steps = 4.1M tokens, {4096000 / parameters:.2f} per parameter",
-        f"{4096000 * plan.flops_per_token:.2e} FLOPs",
+        f"{4096000 * plan.compute.flops:.2e} FLOPs",
         f"{ratio:.2f} x vanilla's",
         f"about {plan.memory.total / 2**20:.3g} MiB",
         f"activations {plan.memory.activations / 2**20:.3g} MiB",
@@ -169,3 +190,304 @@ def test_with_one_copy_the_kv_table_has_no_row_of_repetition(variant: str) -> No
     rows = kv_rows(model, 1000, torch.bfloat16)
     assert [row.name for row in rows] == list(dict.fromkeys([model.name, "vanilla"]))
     assert {row.ratio for row in rows} == {1.0}
+
+
+# Another device
+
+
+MEMORY_GIB = {"H100": 79.1, "h200": 139.7, "a100-40gb": 39.4, "rtx4090": 23.5}
+SHAPE = ("size=151m", "model.layers=2", "train.micro_batch=8")
+
+
+@pytest.mark.parametrize("device", MEMORY_GIB)
+def test_memory_is_judged_by_the_named_device_and_its_precision(device: str) -> None:
+    plan = plan_of(*SHAPE, device=device)
+    assert plan.target.memory == int(MEMORY_GIB[device] * 2**30)
+    assert plan.dtype is torch.bfloat16
+    exact = plan_of(*SHAPE, "engine.precision=fp32", device=device)
+    assert exact.dtype is torch.float32
+    assert exact.memory.activations > plan.memory.activations
+    for each in (plan, exact):
+        told = any("needs about" in warning for warning in each.warnings)
+        assert told == (each.memory.total > each.target.memory)
+        assert f" of {MEMORY_GIB[device]:.3g} GiB ({each.target.name}, " in printed(each)
+
+
+def test_ranks_share_the_batch_the_memory_and_the_time() -> None:
+    one, eight = (plan_of(*SHAPE, device="H100", processes=n) for n in (1, 8))
+    assert eight.memory.moments == one.memory.moments // 8
+    assert eight.time_s == pytest.approx(one.time_s / 8)
+    hours = [plan.to_json()["device_hours"] for plan in (one, eight)]
+    assert hours[0] == pytest.approx(hours[1])
+    assert "16 forward passes on each of 8 ranks" in printed(eight)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "given", "told"),
+    [
+        (["engine.device=cpu"], {"device": "H100"}, "device='H100': engine.device=cpu trains on"),
+        ([], {"device": "K80"}, "device='K80': expected one of A100-40GB, A100, H100 PCIe, H100,"),
+        ([], {"device": "H100", "mfu": 0.0}, "mfu=0.0: expected a number above 0, at most 1"),
+        ([], {"device": "H100", "mfu": 40.0}, "mfu=40.0: expected a number above 0, at most 1"),
+        ([], {"mfu": 0.4}, "mfu=0.4: this device's peak is not known"),
+        ([], {"processes": 0}, "processes=0: expected an integer of at least 1"),
+        ([], {"processes": 3}, "data.lanes=8: not divisible by the 3 ranks"),
+        ([], {"mfu": 0.4, "measured": "x"}, "measured='x': mfu is given, too"),
+        ([], {"measured": "/nowhere"}, "measured='/nowhere': has no metrics.jsonl"),
+    ],
+    ids=str,
+)
+def test_arguments_that_do_not_fit_are_refused_by_name(
+    overrides: list[str], given: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        plan_of(*overrides, **given)
+    assert any(str(problem).startswith(told) for problem in error.value.problems)
+
+
+# Time
+
+
+def lines_of(mfu: float | None, per_s: float, flops_per_token: float) -> str:
+    """The metrics of a run whose first interval was slow."""
+    lines = []
+    for n in range(1, 6):
+        speed = per_s / (9 if n == 1 else 1)
+        line = {
+            "step": n,
+            "progress/tokens": 100 * n,
+            "progress/train_flops": 100 * n * flops_per_token,
+            "throughput/tokens_per_s_per_device": speed,
+        }
+        lines.append(
+            line if mfu is None else {**line, "throughput/mfu": mfu / (9 if n == 1 else 1)}
+        )
+    cut = '{"step": 6, "progress/tok'
+    return "".join(json.dumps(line) + "\n" for line in [{"step": 0}, *lines]) + cut
+
+
+@pytest.mark.parametrize(
+    ("given", "mfu", "basis"),
+    [
+        ({}, 0.30, "at an assumed MFU of 30%"),
+        ({"mfu": 0.55}, 0.55, "at an MFU of 55%, as given"),
+        ({"measured": "RUN"}, 0.25, "at an MFU of 25.0%, measured in RUN (4 lines)"),
+    ],
+    ids=["assumed", "given", "measured"],
+)
+def test_time_follows_from_an_mfu_and_its_origin_is_told(
+    given: dict[str, Any], mfu: float, basis: str, tmp_path: Path
+) -> None:
+    (tmp_path / "metrics.jsonl").write_text(lines_of(0.25, 1000.0, 5.0))
+    given = {k: str(tmp_path) if v == "RUN" else v for k, v in given.items()}
+    plan = plan_of("run.dir=/nowhere", device="H200", **given)
+    assert plan.time_s == pytest.approx(plan.flops / (mfu * 989e12))
+    assert basis.replace("RUN", str(tmp_path)) in printed(plan)
+    assert plan.to_json()["speed"]["mfu"] == mfu
+
+
+def test_a_device_without_a_known_peak_takes_the_speed_of_an_earlier_run(tmp_path: Path) -> None:
+    assert plan_of(f"run.dir={tmp_path}").time_s is None
+    assert "time" in printed(plan_of(f"run.dir={tmp_path}"))
+    (tmp_path / "metrics.jsonl").write_text(lines_of(None, 1000.0, 5e6))
+    plan = plan_of(f"run.dir={tmp_path}")
+    assert plan.time_s == pytest.approx(plan.flops / 5e9)
+    assert f"5.00e+09 FLOP/s, measured in {tmp_path} (4 lines)" in printed(plan)
+    # A speed without an MFU says nothing of another device.
+    with pytest.raises(ConfigError, match="has logged no throughput/mfu"):
+        plan_of("run.dir=/nowhere", device="H100", measured=str(tmp_path))
+    assert "an assumed MFU" in printed(plan_of(f"run.dir={tmp_path}", device="H100"))
+
+
+def test_a_runs_own_metrics_give_its_speed(config, trained) -> None:
+    settings = config("train.max_steps=4")
+    run = trained(settings).run
+    found = measure(run.directory / "metrics.jsonl")
+    assert found is not None
+    assert (found.lines, found.mfu) == (3, None)
+    plan = make_plan(settings)
+    assert plan.time_s == pytest.approx(plan.flops / found.flops_per_s)
+
+
+# Disk
+
+
+@pytest.mark.parametrize(
+    ("every", "keep", "keep_every", "steps"),
+    [(2, 2, 0, 6), (2, 1, 4, 9), (0, 3, 0, 4), (3, 1, 2, 13)],
+)
+def test_the_checkpoints_of_a_run_take_what_the_plan_says(
+    every: int, keep: int, keep_every: int, steps: int, config
+) -> None:
+    settings = config(
+        f"checkpoint.every={every}",
+        f"checkpoint.keep={keep}",
+        f"checkpoint.keep_every={keep_every}",
+        f"train.max_steps={steps}",
+        "model.vocab_size=20000",  # so that weights are most of it
+    )
+
+    class Count:
+        every = 1
+        most = 0
+
+        def __call__(self, record: StepRecord) -> Metrics:
+            if record.ending or (every and record.step % every == 0):  # a save comes next
+                run.store.wait()
+                self.most = max(self.most, 1 + len([*run.store.root.glob("step_*")]))
+            return {}
+
+    with open_run(settings, Console(file=io.StringIO())) as run:
+        count = Count()
+        train(replace(run, hooks=(count, *run.hooks)), Progress(disable=True))
+    disk = make_plan(settings).disk
+    assert disk.most == count.most
+    newest = run.store.newest().path
+    size = sum(file.stat().st_size for file in newest.iterdir())
+    assert 0 <= size - disk.checkpoint < 400_000  # besides tensors, whatever their number
+
+
+# Text
+
+
+MIXED = (
+    "data=[python,python_packages]",
+    "data.sources.python.weight=3",
+    "train.max_tokens=8192000",
+)
+
+
+def test_epochs_are_told_for_each_source_and_too_many_are_warned_of() -> None:
+    text = Text(
+        {
+            "python": SourceText(1e6, "counted"),
+            "python_packages": SourceText(None, "not known: [x]"),
+        }
+    )
+    plan = plan_of(*MIXED, text=text)
+    assert plan.drawn == pytest.approx({"python": 6144000, "python_packages": 2048000})
+    assert plan.epochs == pytest.approx({"python": 6.144})
+    told = "python 6.1 of about 1M tokens (counted); python_packages not known: [x]"
+    assert told in printed(plan)
+    [warning] = plan.warnings
+    assert warning.startswith("data.sources.python: the run reads 6.14M tokens of it")
+    assert "all of it 6.1 times" in warning
+    phased = plan_of(
+        *MIXED,
+        "data.phases.late.after_tokens=4096000",
+        "data.phases.late.weights.python=0",
+        text=text,
+    )
+    assert phased.drawn == pytest.approx({"python": 3072000, "python_packages": 5120000})
+    assert phased.warnings == ()
+
+
+@pytest.mark.parametrize(("epochs", "warned"), [(1, True), (3, True), (7, False), (9, False)])
+def test_a_source_that_ends_before_the_run_is_warned_of(epochs: int, warned: bool) -> None:
+    text = Text({"python": SourceText(1e5, "counted"), "python_packages": SourceText(1e9, "")})
+    settings = (*MIXED, f"data.sources.python.epochs={epochs}", "train.max_tokens=819200")
+    plan = plan_of(*settings, text=text)
+    ends = [w for w in plan.warnings if w.startswith(f"data.sources.python.epochs={epochs}: ")]
+    assert bool(ends) == warned
+    if warned:
+        assert f"ends after about {epochs}00k tokens of the 614k" in ends[0]
+
+
+def test_the_size_of_a_text_comes_from_its_files_and_its_tokenizer(config, trained) -> None:
+    settings = config("train.max_steps=1")
+    path = Path(settings.data.sources["files"].patterns[0])
+    assumed = look_at_text(replace(settings, run=replace(settings.run, dir="/nowhere")))
+    expected = path.stat().st_size / 3.2 * 0.8
+    assert assumed.sources["files"].tokens == pytest.approx(expected)
+    assert "at an assumed 3.2 bytes a token" in assumed.sources["files"].basis
+    run = trained(settings).run
+    texts = [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines()]
+    tokens = sum(len(run.tokenizer.encode_document(text)) for text in texts)
+    found = look_at_text(settings).sources["files"]
+    assert "bytes a token of its tokenizer" in found.basis
+    assert found.tokens == pytest.approx(tokens * 0.8, rel=0.3)  # JSON's own characters count, too
+    write_tokens(run.directory / "tokens", [texts], run.tokenizer)
+    counted = load(["data=tokens", f"data.sources.tokens.path={run.directory / 'tokens'}", CPU])
+    source = look_at_text(counted).sources["tokens"]
+    assert source == SourceText(tokens * 0.98, "counted when they were written")
+
+
+ON_THE_HUB = {
+    "data=fineweb_edu": 10e9,
+    "data=fineweb_edu data.sources.fineweb_edu.paths=hf://datasets/HuggingFaceFW/fineweb-edu@v1.2.0/"
+    "sample/100BT": 100e9,
+    "data=c4": 156e9,
+    "data=olmo_mix": 3.70e12,
+    "data=c4 data.sources.c4.paths=hf://datasets/allenai/c4/en/c4-train.0000*.json.gz": None,
+    "data=c4 data.sources.c4.paths=https://127.0.0.1:9/x.jsonl": None,
+}
+
+
+@pytest.mark.parametrize("overrides", ON_THE_HUB)
+def test_no_server_is_asked_for_the_size_of_a_text(overrides: str) -> None:
+    first, *_ = look_at_text(load([CPU, *overrides.split()])).sources.values()
+    assert first.tokens == ON_THE_HUB[overrides]
+    assert ("not known" in first.basis) == (first.tokens is None)
+
+
+def test_a_text_that_is_not_there_is_no_reason_not_to_plan() -> None:
+    settings = ["data=files", "data.sources.files.paths=/nowhere/x.jsonl", "data.documents=isolate"]
+    text = look_at_text(load([CPU, *settings]))
+    assert text.rows == 0
+    plan = plan_of(*settings, text=text)
+    assert plan.epochs == {}
+    assert "files not known: " in printed(plan)
+    assert f"at most {plan.flops:.2e} FLOPs" in printed(plan)
+
+
+@pytest.mark.parametrize("packing", ["sequential", "best_fit"])
+@pytest.mark.parametrize("documents", ["isolate", "concatenate"])
+def test_the_planned_flops_are_those_that_a_run_counts(
+    documents: str, packing: str, config, trained
+) -> None:
+    settings = config(
+        f"data.documents={documents}", f"data.packing={packing}", "model.K=3", "train.max_steps=12"
+    )
+    before = make_plan(settings, text=look_at_text(settings))
+    record = trained(settings).record
+    plan = make_plan(settings, text=look_at_text(settings))
+    if (documents, packing) == ("concatenate", "sequential"):
+        assert plan.compute.basis == "exact"
+        assert plan.flops == before.flops == record.flops
+        return
+    assert before.compute.basis == plan.compute.basis == "sampled"
+    assert plan.flops == pytest.approx(record.flops, rel=0.03)
+    bound = make_plan(settings)
+    assert bound.compute.basis == "at most"
+    assert bound.flops > record.flops
+    assert "at most" in printed(bound)
+    assert "about" in printed(plan)
+
+
+# The command
+
+
+def test_the_command_writes_json_for_every_job_of_a_sweep(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["plan.py", "-m", "model.K=2,3", "device=H100", "--json"])
+    with pytest.raises(SystemExit) as end:
+        compose.run_with(PlanArguments, "train.plan", sweeps=True)
+    assert end.value.code == 0
+    text, plans = capsys.readouterr().out, []
+    while text.strip():
+        plan, length = json.JSONDecoder().raw_decode(text.lstrip())
+        plans.append(plan)
+        text = text.lstrip()[length:]
+    two, three = plans
+    assert (two["name"], three["name"]) == ("phd_cswa-2-16-32-tiny", "phd_cswa-3-16-32-tiny")
+    assert three["flops"] > two["flops"] > 1e13
+    for plan in plans:
+        assert plan["device"]["name"] == "H100"
+        assert plan["device"]["dtype"] == "bfloat16"
+        assert plan["memory"]["total"] == sum(plan["memory"].values()) - plan["memory"]["total"]
+        assert plan["sources"]["python"]["epochs"] == pytest.approx(0.25, abs=0.15)
+        assert plan["speed"]["basis"] == "an assumed MFU of 30%"
+        assert plan["time_s"] == pytest.approx(plan["flops"] / (0.3 * 989e12))
+        assert plan["warnings"] == []

@@ -1,7 +1,6 @@
 """The device of a run: choice, settings of the process, precision, memory and peak FLOP/s."""
 
 import ctypes
-import re
 import resource
 import sys
 from contextlib import AbstractContextManager, nullcontext
@@ -11,19 +10,7 @@ from torch import Tensor
 
 from conf.errors import ConfigError
 from train.engine_config import EngineConfig, no_cuda
-
-# Dense bf16 peak of one device in FLOP/s, from the data sheets, which often state twice as much
-# for sparse matrices.
-PEAK_FLOPS = {
-    "A100": 312e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "B200": 2250e12,
-    "L40S": 362e12,
-    "RTX 4090": 165e12,
-    "MI300X": 1307e12,
-}
+from train.engines.accelerators import ACCELERATORS, accelerator_of_device
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # from malloc.h
 
@@ -112,12 +99,8 @@ def peak_flops(device: torch.device) -> float | None:
     """The device's dense bf16 peak in FLOP/s; None if it is not in the table."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    for model, peak in PEAK_FLOPS.items():
-        # Laptop, D and NVL variants have other peaks than the model that they are named after.
-        if re.search(rf"\b{model}\b(?! (Laptop|D\b|NVL))", name):
-            return peak
-    return None
+    model = accelerator_of_device(torch.cuda.get_device_name(device))
+    return None if model is None else ACCELERATORS[model].peak_flops
 
 
 def peak_memory_gib(device: torch.device) -> float:

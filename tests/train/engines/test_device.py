@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from train.engine_config import EngineConfig
+from train.engines.accelerators import ACCELERATORS, accelerator
 from train.engines.device import (
-    PEAK_FLOPS,
     autocast,
     choose_device,
     configure_process,
@@ -91,9 +91,10 @@ def test_the_peak_is_the_models_or_unknown(
 
 
 def test_a_name_that_contains_another_comes_before_it() -> None:
-    names = list(PEAK_FLOPS)
+    names = list(ACCELERATORS)
     for i, name in enumerate(names):
         assert not any(earlier in name for earlier in names[:i]), name
+        assert accelerator(name.lower().replace(" ", "-")) == name
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's own figure")

@@ -1,0 +1,1 @@
+"""What a run needs besides memory: text, time and disk."""

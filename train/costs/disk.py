@@ -1,0 +1,47 @@
+"""The disk that a run's checkpoints take."""
+
+from math import lcm
+from typing import NamedTuple
+
+from train.config import Config
+
+BYTES_PER_PARAMETER = 12
+"""A float32 weight and AdamW's two float32 moments."""
+
+
+class Disk(NamedTuple):
+    """Bytes of checkpoints.
+
+    Attributes:
+        checkpoint: of one.
+        most: how many there are at a time, the one that is being written included; None if that
+            depends on how long the run will be.
+    """
+
+    checkpoint: int
+    most: int | None
+
+    @property
+    def total(self) -> int | None:
+        """Of all."""
+        return None if self.most is None else self.checkpoint * self.most
+
+
+def checkpoint_disk(config: Config, parameters: int) -> Disk:
+    """What the checkpoints of a run take at most.
+
+    The newest `keep` stay and those of every multiple of `keep_every`. An older one goes when the
+    new one is complete.
+    """
+    settings, total = config.checkpoint, config.total_steps
+    size = BYTES_PER_PARAMETER * parameters
+    if total is None:
+        return Disk(size, None if settings.keep_every else settings.keep + 1)
+    # The moment before the last save is complete, when all that is kept so far is there.
+    earlier = (total - 1) // settings.every if settings.every else 0
+    newest = min(earlier, settings.keep)
+    kept = 0
+    if settings.keep_every and earlier:
+        period = lcm(settings.every, settings.keep_every)
+        kept = (earlier - newest) * settings.every // period
+    return Disk(size, newest + kept + 1)
