@@ -46,7 +46,7 @@ def printed(plan: Plan) -> str:
 
 # What a setting should draw a warning of, and one that should not.
 WARNINGS = {
-    "train.global_batch=8000 train.seq_len=4096 train.max_tokens=1e13": (
+    "train.global_batch=8000 train.seq_len=4096 model.vocab_size=16 train.max_tokens=1e13": (
         "needs about",
         "this machine has",
         "lower train.micro_batch",
@@ -196,7 +196,7 @@ def test_with_one_copy_the_kv_table_has_no_row_of_repetition(variant: str) -> No
 
 
 MEMORY_GIB = {"H100": 79.1, "h200": 139.7, "a100-40gb": 39.4, "rtx4090": 23.5}
-SHAPE = ("size=151m", "model.layers=2", "train.micro_batch=8")
+SHAPE = ("model.layers=1", "train.global_batch=512", "train.micro_batch=64", "train.seq_len=4096")
 
 
 @pytest.mark.parametrize("device", MEMORY_GIB)
@@ -219,7 +219,7 @@ def test_ranks_share_the_batch_the_memory_and_the_time() -> None:
     assert eight.time_s == pytest.approx(one.time_s / 8)
     hours = [plan.to_json()["device_hours"] for plan in (one, eight)]
     assert hours[0] == pytest.approx(hours[1])
-    assert "16 forward passes on each of 8 ranks" in printed(eight)
+    assert "1 forward pass on each of 8 ranks" in printed(eight)
 
 
 @pytest.mark.parametrize(
