@@ -436,7 +436,7 @@ def test_a_text_that_is_not_there_is_no_reason_not_to_plan() -> None:
     assert text.rows == 0
     plan = plan_of(*settings, text=text)
     assert plan.epochs == {}
-    assert "files not known: " in printed(plan)
+    assert "files not known: it cannot be looked at here" in printed(plan)
     assert f"at most {plan.flops:.2e} FLOPs" in printed(plan)
 
 

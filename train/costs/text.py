@@ -118,8 +118,8 @@ class _Look:
             return SourceText(None, "not known without asking its server")
         try:
             corpus = open_corpus(name, source, self.config.data, self.cache)
-        except USER_ERRORS as error:
-            return SourceText(None, f"not known: {error}".splitlines()[0])
+        except USER_ERRORS:
+            return SourceText(None, "not known: it cannot be looked at here")
         trained_on = 1 - self.config.data.holdout
         if isinstance(corpus, TokenCorpus):
             return SourceText(corpus.index.tokens * trained_on, "counted when they were written")
