@@ -71,8 +71,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt | $(BIN)/python
 	@$(INSTALL) --constraint constraints.txt --editable ".[dev]"
 	@touch $(VENV)/.training $@
 
+# Half an environment, such as one without pip on a Debian that lacks python3-venv, would never be mended.
 $(BIN)/python:
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
 clean:
 	rm -rf $(VENV) runs bench

@@ -138,6 +138,16 @@ def test_what_is_installed_is_not_installed_again(clone: Path) -> None:
     assert "--editable" in made(clone, "train")
 
 
+@pytest.mark.process
+def test_half_an_environment_is_not_kept(clone: Path) -> None:
+    broken = clone / "python3"
+    broken.write_text("#!/bin/sh\nmkdir -p .venv/bin; touch .venv/bin/python; exit 1\n", "utf-8")
+    broken.chmod(0o755)
+    command = ["make", "-C", str(clone), "train", f"PYTHON={broken}", "UV="]
+    assert subprocess.run(command, capture_output=True, check=False).returncode != 0
+    assert not (clone / ".venv").exists()
+
+
 def test_uv_is_taken_where_it_is_installed(clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("uv", "python3"):
         (clone / "bin").mkdir(exist_ok=True)

@@ -23,13 +23,14 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
+from tempfile import TemporaryFile
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from conf.errors import ConfigError
+from conf.errors import ConfigError, Problem, reason_of
 from conf.extras import pip_command
 from train.arguments import BenchArguments
 from train.benchmarks.attention import bench_attention
@@ -104,6 +105,7 @@ BENCHMARKS: dict[str, Callable[[BenchArguments, torch.device], Result]] = {
 
 def main(args: BenchArguments) -> int:
     """Run one benchmark, print its table and write it as JSON and as CSV."""
+    _make_directory(args.out)  # before minutes of measurements that could not be written
     engine = EngineConfig(device=args.device)  # type: ignore[arg-type]
     device = choose_device(engine)
     configure_process(engine, device)
@@ -121,6 +123,23 @@ def main(args: BenchArguments) -> int:
     return 0
 
 
+def _make_directory(out: str) -> None:
+    """Make sure that the results can be written.
+
+    Raises:
+        ConfigError: `out` cannot be a directory that this process writes to.
+    """
+    try:
+        Path(out).mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        expected = f"not a directory that can be written to ({reason_of(error)})"
+        raise ConfigError(
+            [Problem("out", out, expected, "choose another")], "the arguments"
+        ) from None
+
+
 def _print_result(result: Result, columns: list[str], title: str, console: Console) -> None:
     """The table, in which a ratio's quartiles stand beside it, and the ratios."""
     table = Table(title=title)
@@ -135,7 +154,6 @@ def _print_result(result: Result, columns: list[str], title: str, console: Conso
 
 
 def _write_result(result: Result, columns: list[str], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     report = {
         "machine": environment(read_revision()),
         "subject": result.subject,

@@ -91,6 +91,16 @@ def test_the_base_tells_the_noise_of_the_machine() -> None:
         assert times.ratio("base") == pytest.approx((1, low, high))
 
 
+@pytest.mark.parametrize("out", ["{file}", "{file}/below", "/proc/nowhere"])
+def test_an_out_that_cannot_be_written_is_told_before_anything_is_measured(
+    out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setitem(BENCHMARKS, "step", None)
+    with pytest.raises(ConfigError, match=r"out='.*': not a directory that can be written to"):
+        main(BenchArguments(name="step", device="cpu", out=out.format(file=tmp_path / "file")))
+
+
 def test_the_step_benchmark_writes_its_ratios_and_what_they_are_made_of(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
