@@ -1,17 +1,18 @@
 """The front end of the commands that take a few plain arguments: `run=<dir> prompt="..."`."""
 
-import inspect
 import json
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from itertools import zip_longest
 from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 from conf import checkout
 from conf.cache_dirs import use_writable_caches
-from conf.errors import USER_ERRORS, report
+from conf.descriptions import entries, explanation, listed, summary
+from conf.errors import USER_ERRORS, ConfigError, Problem, report
 from conf.standard_streams import guard_standard_streams
-from conf.validation import build, defaults, keys
+from conf.validation import build, did_you_mean, nearest
 
 T = TypeVar("T")
 
@@ -23,7 +24,7 @@ def run(
 
     Wrong arguments, and errors of the user's (`conf.errors.USER_ERRORS`), end the process with one
     screen and the exit code of their kind.
-    `--help` prints the docstring of `cls` and its defaults.
+    `--help` prints what `cls` is for and its settings, and `--explain KEY` all about one of them.
 
     Args:
         cls: a dataclass with `problems()`.
@@ -32,11 +33,11 @@ def run(
     """
     guard_standard_streams()
     use_writable_caches()
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        print(usage(cls))
-        sys.exit(0)
     try:
         checkout.claim()
+        if page := help_page(cls, sys.argv[1:]):
+            print(page)
+            sys.exit(0)
         given = parse(cls, sys.argv[1:], positional=positional)
         code = resolve(task)(given)
     except USER_ERRORS as error:
@@ -89,14 +90,44 @@ def parse(cls: type[T], arguments: Sequence[str], *, positional: Sequence[str] =
     return build(cls, values, "the arguments")
 
 
+def help_page(cls: Any, texts: Sequence[str]) -> str:
+    """What `--help` or `--explain KEY` prints; empty if neither is asked for.
+
+    Raises:
+        ConfigError: there is nothing of the name that is to be explained.
+    """
+    if {"-h", "--help"} & set(texts):
+        return usage(cls)
+    key = to_explain(texts)
+    if key is None:
+        return ""
+    known = {entry.key: entry for entry in entries(cls)}
+    if key not in known:
+        hint = did_you_mean(nearest(key, known)) or f"there is {', '.join(known)}"
+        raise ConfigError([Problem(key, expected="no setting", hint=hint)], "the arguments")
+    return explanation(known[key], key)
+
+
+def to_explain(texts: Sequence[str]) -> str | None:
+    """The KEY of `--explain KEY` or `--explain=KEY`; None if nothing is to be explained.
+
+    >>> to_explain(["local", "--explain", "grace_s"]), to_explain(["--explain=n"]), to_explain([])
+    ('grace_s', 'n', None)
+    """
+    for text, following in zip_longest(texts, texts[1:], fillvalue=""):
+        option, equals, key = text.partition("=")
+        if option == "--explain":
+            return key if equals else following
+    return None
+
+
 def usage(cls: Any) -> str:
-    """The docstring of `cls` and its settings with their defaults, as a user would type them."""
-    shown = dict.fromkeys(keys(cls), "...") | defaults(cls)
-    lines = [
-        f"  {key}={value if isinstance(value, str) else json.dumps(value)}"
-        for key, value in shown.items()
-    ]
-    return "\n".join([f"{inspect.getdoc(cls)}\n", *lines])
+    """What `cls` is for, and its settings with their defaults as a user would type them."""
+    rows = {}
+    for entry in entries(cls):
+        default = "..." if entry.default == "required" else entry.default
+        rows[f"{entry.key}={default}"] = entry.meaning
+    return f"{summary(cls)}\n\n{listed(rows)}"
 
 
 def _value(hint: Any, text: str) -> Any:

@@ -1,8 +1,14 @@
-"""What the docstring of a configuration dataclass says about its fields."""
+"""What docstrings of configuration dataclasses say about their fields, for pages and screens."""
 
 import inspect
+import json
 import re
-from typing import Any
+import shutil
+import textwrap
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple, get_args
+
+from conf.validation import Setting, as_dict, settings_of, type_in_words
 
 ENTRY = re.compile(r"([\w, ]+): (.*)")
 
@@ -43,3 +49,106 @@ def descriptions(cls: Any) -> dict[str, str]:
                 found |= dict.fromkeys(names, "")
             found |= {name: f"{found[name]} {text}".strip() for name in names}
     return found
+
+
+class Entry(NamedTuple):
+    """What is known of a setting before it is set.
+
+    Attributes:
+        key: its full name; a `*` in it stands for a name of the user's choice.
+        kind: of the section that it is in, where there are several kinds; else empty.
+        type: what it may hold, in words.
+        default: as it would be typed; `required` if it has none.
+        meaning: its description.
+    """
+
+    key: str
+    kind: str
+    type: str
+    default: str
+    meaning: str
+
+    def is_for(self, key: str) -> bool:
+        """Whether a full name, with real names in place of each `*`, is this setting's."""
+        own, given = self.key.split("."), key.split(".")
+        pairs = zip(own, given, strict=False)
+        return len(own) == len(given) and all(a in (b, "*") for a, b in pairs)
+
+
+def entries(cls: Any, path: str = "", kind: str = "") -> Iterator[Entry]:
+    """Every setting in a dataclass and in its sections.
+
+    >>> from dataclasses import dataclass
+    >>> @dataclass
+    ... class Model:
+    ...     '''A model.
+    ...
+    ...     Attributes:
+    ...         K: the number of copies.
+    ...     '''
+    ...     K: int = 2
+    >>> list(entries(Model, "model."))
+    [Entry(key='model.K', kind='', type='an integer', default='2', meaning='the number of copies.')]
+    """
+    told = descriptions(cls)
+    for setting in settings_of(cls):
+        within = f"{path}{setting.name}.{'*.' if setting.named else ''}"
+        if not setting.sections:
+            key, words = path + setting.name, type_in_words(setting.hint)
+            meaning = told.get(setting.name, "")
+            yield Entry(key, kind, words, default_as_typed(setting), meaning)
+        for section in setting.sections:
+            several = len(setting.sections) > 1
+            yield from entries(section, within, kind_of(section) if several else kind)
+
+
+def kind_of(section: Any) -> str:
+    """The name by which one of several dataclasses is told apart."""
+    [hint] = [setting.hint for setting in settings_of(section) if setting.name == "kind"]
+    return str(get_args(hint)[0])
+
+
+def default_as_typed(setting: Setting) -> str:
+    """The default of a setting as a user would type it; `required` if it has none."""
+    return "required" if setting.required else as_typed(as_dict(setting.default))
+
+
+def as_typed(value: Any) -> str:
+    """A plain value as a user would type it.
+
+    >>> as_typed("tiny"), as_typed(None), as_typed([1, 2]), as_typed("")
+    ('tiny', 'null', '[1, 2]', '""')
+    """
+    bare = isinstance(value, str) and value and value == value.strip()
+    return value if bare else json.dumps(value, ensure_ascii=False)
+
+
+def width() -> int:
+    """Characters of a line on the screen; more than 100 are hard to read."""
+    return min(100, shutil.get_terminal_size().columns)
+
+
+def listed(rows: Mapping[str, str]) -> str:
+    """Settings or choices, each with its meaning below it, for a screen."""
+    lines: list[str] = []
+    for name, meaning in rows.items():
+        lines.append(f"  {name}")
+        lines += textwrap.wrap(meaning, width(), initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return "\n".join(lines)
+
+
+def explanation(found: Entry, key: str, now: str = "") -> str:
+    """All about one setting, for a screen.
+
+    Args:
+        found: the setting.
+        key: its full name, as it was asked for.
+        now: its value and where that comes from; empty where there is none.
+    """
+    rows = {"type": found.type, "default": found.default, "now": now}
+    return "\n".join(
+        [
+            listed({key: found.meaning})[2:],
+            *(f"      {name + ':':9}{text}" for name, text in rows.items() if text),
+        ]
+    )

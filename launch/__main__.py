@@ -14,6 +14,7 @@ them. All settings are checked before anything starts or is queued.
     site=FILE         settings from a YAML file, such as the partition and account of a cluster;
                       settings on the command line replace them
     LAUNCHER --help   all settings of local, nodes, slurm, kubernetes or check
+    LAUNCHER --explain KEY    meaning, type and default of one of them, or of one of the training
 
 `check` starts no training: in about a minute it looks at the machines on which the training is to
 run, and names those that are not like the others.
@@ -46,7 +47,7 @@ from typing import Any, NoReturn
 import yaml
 
 from conf import checkout
-from conf.arguments import parse, refuse, usage
+from conf.arguments import help_page, parse, refuse, to_explain, usage
 from conf.cache_dirs import use_writable_caches
 from conf.errors import ConfigError, Problem, reason_of
 from conf.redaction import redacted_argument
@@ -54,7 +55,7 @@ from conf.standard_streams import guard_standard_streams
 from conf.validation import did_you_mean, keys, nearest
 from launch import kubernetes, slurm
 from launch.config import LAUNCHERS, Check, Kubernetes, Local, MultiNode, Nodes, Slurm
-from train.compose import check, collecting
+from train.compose import check, collecting, explain_setting
 from train.config import Config
 
 SWEEP = ("-m", "--multirun")
@@ -283,6 +284,10 @@ def main(texts: Sequence[str]) -> int:
     """Runs one command line; returns the exit code."""
     if {"-h", "--help"} & set(texts):
         print(usage(LAUNCHERS[texts[0]]) if texts[0] in LAUNCHERS else (__doc__ or "").strip())
+        return 0
+    if (key := to_explain(texts)) is not None:
+        own = texts[0] in LAUNCHERS and key in keys(LAUNCHERS[texts[0]])
+        print(help_page(LAUNCHERS[texts[0]], texts) if own else explain_setting(key))
         return 0
     command = read_command([text for text in texts if text != "--dry"])
     if "--dry" in texts:

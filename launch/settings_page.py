@@ -3,19 +3,16 @@
 python -m launch.settings_page out=docs/settings.md
 """
 
-import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
-
-import yaml
+from typing import Any
 
 from conf import arguments
-from conf.descriptions import descriptions, summary
+from conf.descriptions import default_as_typed, descriptions, kind_of, summary
 from conf.settings import Settings
-from conf.validation import Setting, as_dict, settings_of, type_in_words
+from conf.validation import Setting, settings_of, type_in_words
 from launch.config import LAUNCHERS
 from train.arguments import (
     BenchArguments,
@@ -25,7 +22,7 @@ from train.arguments import (
     PretokenizeArguments,
     TokenizerArguments,
 )
-from train.compose import CONF, choices, groups
+from train.conf_files import choices, default_choices, groups, meaning_of
 from train.config import Config
 
 INTRODUCTION = """\
@@ -39,6 +36,8 @@ that define the settings. A test checks that it is up to date.
 tables say what happens then. With `-m`, several values make a sweep:
 `-m model.K=2,3 optim.lr=1e-3,3e-3`. `python train/main.py --cfg job ...` prints all settings of a
 run without starting it, and `python train/plan.py ...` prints what the run will cost.
+`python train/main.py --explain KEY ...` explains one of them, with its present value and where that
+comes from.
 """
 
 GROUPS = """\
@@ -108,32 +107,13 @@ def page() -> str:
 
 def _group(group: str) -> str:
     """The choices of a group, each with the first sentence of its file's comment."""
-    chosen = _default_choices().get(group)
+    chosen = default_choices().get(group)
     rows = []
     for choice in choices(group):
         mark = " (default)" if choice == chosen else ""
         file = f"{group}/{choice}.yaml"
-        rows.append((f"[`{choice}`](../conf/{file}){mark}", _first_sentence(CONF / file)))
+        rows.append((f"[`{choice}`](../conf/{file}){mark}", meaning_of(group, choice)))
     return f"### {group}=\n\n" + _table(("choice", "meaning"), rows)
-
-
-def _default_choices() -> dict[str, str | None]:
-    listed = yaml.safe_load((CONF / "config.yaml").read_text(encoding="utf-8"))["defaults"]
-    return {
-        key: choice for entry in listed if isinstance(entry, dict) for key, choice in entry.items()
-    }
-
-
-def _first_sentence(file: Path) -> str:
-    """The first sentence of the comment with which a YAML file begins."""
-    lines = file.read_text(encoding="utf-8").splitlines()
-    comment = []
-    for line in lines:
-        if not line.startswith("#"):
-            break
-        if not line.startswith("# @package"):
-            comment.append(line.removeprefix("#").strip())
-    return re.split(r"(?<=\.)\s", " ".join(comment))[0]
 
 
 def _sections(cls: Any, path: str) -> Iterator[str]:
@@ -146,16 +126,15 @@ def _sections(cls: Any, path: str) -> Iterator[str]:
             yield from _sections(setting.sections[0], within)
             continue
         for section in setting.sections:
-            [hint] = [field.hint for field in settings_of(section) if field.name == "kind"]
-            [kind] = get_args(hint)
-            yield _section(f"{within.removesuffix('.')}, kind={kind}", section, within)
+            title = f"{within.removesuffix('.')}, kind={kind_of(section)}"
+            yield _section(title, section, within)
 
 
 def _section(title: str, cls: Any, path: str) -> str:
     """The table of a dataclass's own settings."""
     told = descriptions(cls)
     rows = [
-        (f"`{path}{s.name}`", type_in_words(s.hint), _default(s), told[s.name])
+        (f"`{path}{s.name}`", type_in_words(s.hint), _cell(s), told[s.name])
         for s in settings_of(cls)
         if not s.sections
     ]
@@ -163,12 +142,9 @@ def _section(title: str, cls: Any, path: str) -> str:
     return f"### {title}\n\n{about}\n\n" + _table(("key", "type", "default", "meaning"), rows)
 
 
-def _default(setting: Setting) -> str:
-    if setting.required:
-        return "required"
-    value = as_dict(setting.default)
-    bare = isinstance(value, str) and value and value == value.strip()
-    return f"`{value if bare else json.dumps(value)}`"
+def _cell(setting: Setting) -> str:
+    default = default_as_typed(setting)
+    return default if setting.required else f"`{default}`"
 
 
 def _markdown(text: str) -> str:

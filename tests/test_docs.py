@@ -16,6 +16,7 @@ from conf.errors import ConfigError
 from conf.validation import keys
 from launch import __main__ as launch
 from train import arguments, compose
+from train.explain import explain
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -155,6 +156,9 @@ def test_a_command_exists_and_takes_its_settings(
     texts = [text for text in command.arguments if text != "--dry"]
     assert command.program == "launch" or (ROOT / command.program).is_file()
     if not texts or "--help" in texts or "--cfg" in texts:
+        return
+    if texts[0] == "--explain":
+        assert explain(texts[1], compose.compose_now(texts[2:]))
         return
     if command.program == "launch":
         assert launch.main([*texts, "--dry"]) == 0

@@ -6,6 +6,7 @@ Hydra composes the files, sweeps and prints, but it stops at the first thing tha
 
 import re
 import sys
+from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,20 +28,21 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from conf import checkout
-from conf.arguments import parse, refuse, resolve, usage
+from conf.arguments import help_page, parse, refuse, resolve, to_explain
 from conf.cache_dirs import use_writable_caches
 from conf.errors import USER_ERRORS, ConfigError, Problem, report
 from conf.extras import pip_command
-from conf.redaction import hide_secrets_of, holds_secret, redacted_argument
+from conf.redaction import hide_secrets_of, holds_secret, redacted_argument, redacted_tree
 from conf.standard_streams import guard_standard_streams
 from conf.validation import defaults, did_you_mean, flatten_keys, keys, nearest
 from phd.config import ModelConfig
+from train.conf_files import CONF, choices, groups
 from train.config import Config
 from train.distributed.dist_env import DistEnv
 from train.engine_config import DeepSpeedConfig, FsdpConfig
+from train.explain import Composed, explain, overview
 
 T = TypeVar("T")
-CONF = Path(__file__).resolve().parent.parent / "conf"
 
 QUOTING = "a text with special characters needs quotes within quotes:"
 SECTIONS = {setting.name for setting in fields(Config)}
@@ -75,10 +77,13 @@ def run(
     """
     guard_standard_streams()
     use_writable_caches()
-    arguments = get_args_parser().parse_intermixed_args()
+    arguments = _arguments()
     flags = [argument for argument in sys.argv[1:] if argument not in arguments.overrides]
     try:
         checkout.claim()
+        if arguments.help or arguments.explain is not None:
+            print(_page(arguments))
+            sys.exit(0)
         command = check(arguments.overrides, multirun=arguments.multirun)
     except ConfigError as error:
         _refuse(error)
@@ -113,6 +118,84 @@ def _hide_secrets(config: Config) -> None:
         written.chmod(0o600)
 
 
+def _arguments() -> Namespace:
+    """This process's arguments: Hydra's and `--explain`."""
+    parser = get_args_parser()
+    parser.add_argument("--explain", metavar="KEY")
+    return parser.parse_intermixed_args()
+
+
+def _page(arguments: Namespace) -> str:
+    """What `--help` or `--explain` prints.
+
+    Raises:
+        ConfigError: there is nothing of the name that is to be explained.
+    """
+    try:
+        now = compose_now(arguments.overrides)
+    except ConfigError:
+        now = compose_now([])  # whoever asks for help may have got the settings wrong
+    if arguments.help:
+        return overview(sys.modules["__main__"].__doc__ or "", now)
+    return explain(arguments.explain, now)
+
+
+def explain_setting(key: str) -> str:
+    """What `--explain KEY` prints for a command line without other arguments.
+
+    Raises:
+        ConfigError: there is nothing of this name.
+    """
+    return explain(key, compose_now([]))
+
+
+def _page_with(cls: Any, texts: Sequence[str]) -> str:
+    """The page of `--help` or `--explain KEY` of a command with arguments of its own; else empty.
+
+    Raises:
+        ConfigError: there is nothing of the name that is to be explained.
+    """
+    key = to_explain(texts)
+    if key is None or key in keys(cls):
+        return help_page(cls, texts)
+    now = [text for text in texts if "=" in text and text.partition("=")[0] not in keys(cls)]
+    return explain(key, compose_now(now))
+
+
+def compose_now(overrides: Iterable[str]) -> Composed:
+    """What a command line sets, and where that comes from; of a sweep, what is not varied.
+
+    Raises:
+        ConfigError: with every problem of the overrides and of the config.
+    """
+    parsed, problems = _parse(overrides, [])
+    fixed = {text: o for text, o in parsed.items() if not o.is_sweep_override()}
+    with _composing(), collecting(problems):
+        tree = hydra.compose("config", list(fixed), return_hydra_config=True)
+        typed = frozenset(o.key_or_group for text, o in fixed.items() if text.startswith("++"))
+        varied = {o.key_or_group for o in parsed.values() if o.is_sweep_override()}
+        varied |= {str(key).lstrip("+") for key in tree.hydra.sweeper.params or ()}
+        chosen = _all_chosen(tree, fixed.values())
+        return Composed(redacted_tree(_values(tree)), chosen, typed, frozenset(varied))
+    raise ConfigError(problems)
+
+
+def _values(tree: DictConfig) -> dict[str, Any]:
+    """All settings by their full names; as composed, if they are no configuration yet."""
+    try:
+        return flatten_keys(_read(tree).to_dict())
+    except ConfigError:
+        own = OmegaConf.masked_copy(tree, [str(key) for key in tree if key in SECTIONS])
+        return flatten_keys(cast(dict[str, Any], OmegaConf.to_container(own)))
+
+
+def _all_chosen(tree: DictConfig, overrides: Iterable[Override]) -> dict[str, Any]:
+    """The choice of each group, or its choices, which Hydra tells of single ones only."""
+    chosen = cast(dict[str, Any], OmegaConf.to_container(tree.hydra.runtime.choices))
+    named = {o.key_or_group: _chosen(o) for o in overrides if choices(o.key_or_group)}
+    return chosen | {group: names for group, names in named.items() if names}
+
+
 def _refuse(error: Exception) -> NoReturn:
     """Ends the process. All ranks raise alike, so only rank 0 says why."""
     if DistEnv.from_environment().rank:
@@ -125,27 +208,29 @@ def run_with(
 ) -> NoReturn:
     """Runs `task` with a `cls` of this process's arguments and the config of all others.
 
-    Its result is the exit code; wrong arguments end the process as in `run`. `--help` prints the
-    docstring of `cls` and its defaults.
+    Its result is the exit code; wrong arguments end the process as in `run`. `--help` prints what
+    `cls` is for and its settings, and `--explain KEY` all about a setting, also of the config.
 
     Args:
         sweeps: whether `-m` and Hydra's other flags are understood, as by `run`.
     """
     guard_standard_streams()
     use_writable_caches()
-    if {"-h", "--help"} & set(sys.argv[1:]):
-        print(usage(cls))
-        sys.exit(0)
+    try:
+        checkout.claim()
+        if page := _page_with(cls, sys.argv[1:]):
+            print(page)
+            sys.exit(0)
+    except ConfigError as error:
+        refuse(error)
     if sweeps:
         own, sys.argv[1:] = _own(cls, sys.argv[1:])
         try:
-            checkout.claim()
             plain = parse(cls, own)
         except USER_ERRORS as error:
             refuse(error)
         run(lambda config: resolve(task)(plain, config))
     try:
-        checkout.claim()
         given = split(cls, sys.argv[1:])
         code = resolve(task)(*given)
     except USER_ERRORS as error:
@@ -304,16 +389,6 @@ def _name_problems(override: Override, other_keys: Sequence[str]) -> list[Proble
         for name in _chosen(override)
         if name not in options
     ]
-
-
-def groups() -> list[str]:
-    """The groups of files in conf/ that a command line can choose from: `model`, `size`, ..."""
-    return sorted(folder.name for folder in CONF.iterdir() if choices(folder.name))
-
-
-def choices(group: str) -> list[str]:
-    """The files of a group, without their ending."""
-    return sorted(file.stem for file in (CONF / group).glob("*.yaml"))
 
 
 class SizeRecipe(NamedTuple):

@@ -88,7 +88,7 @@ def test_the_usage_shows_every_key_with_its_default() -> None:
         "Says something.",
         "",
         "  run=...",
-        "  prompt=",
+        '  prompt=""',
         "  title=x",
         "  tokens=10",
         "  temperature=1.0",

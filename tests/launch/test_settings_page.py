@@ -10,7 +10,7 @@ from conf.descriptions import descriptions
 from conf.validation import keys, settings_of
 from launch.config import LAUNCHERS
 from launch.settings_page import COMMAND_ARGUMENTS, SettingsArguments, main, page
-from train.compose import choices, groups
+from train.conf_files import choices, groups
 from train.config import Config
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "settings.md"

@@ -1,0 +1,52 @@
+"""The files of conf/: groups, their choices, and what each of them sets."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from conf.validation import flatten_keys
+
+CONF = Path(__file__).resolve().parent.parent / "conf"
+
+
+def groups() -> list[str]:
+    """The groups of files in conf/ that a command line can choose from: `model`, `size`, ..."""
+    return sorted(folder.name for folder in CONF.iterdir() if choices(folder.name))
+
+
+def choices(group: str) -> list[str]:
+    """The files of a group, without their ending."""
+    return sorted(file.stem for file in (CONF / group).glob("*.yaml"))
+
+
+def default_choices() -> dict[str, str | None]:
+    """The choice of each group, in the order in which the files are read: later ones win."""
+    listing = yaml.safe_load((CONF / "config.yaml").read_text(encoding="utf-8"))["defaults"]
+    pairs = [pair for entry in listing if isinstance(entry, dict) for pair in entry.items()]
+    return {group: choice for group, choice in pairs if " " not in group}
+
+
+def meaning_of(group: str, choice: str) -> str:
+    """The first sentence of the comment with which a file begins."""
+    comment = []
+    for line in (CONF / group / f"{choice}.yaml").read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        if not line.startswith("# @package"):
+            comment.append(line.removeprefix("#").strip())
+    return re.split(r"(?<=\.)\s", " ".join(comment))[0]
+
+
+def settings_in(group: str, choice: str) -> dict[str, Any]:
+    """What a file itself sets, by full names.
+
+    >>> settings_in("model", "phd_cswa")
+    {'model.variant': 'phd_cswa'}
+    """
+    text = (CONF / group / f"{choice}.yaml").read_text(encoding="utf-8")
+    values = yaml.safe_load(text) or {}
+    values.pop("defaults", None)
+    path = "" if text.startswith("# @package _global_") else f"{group}."
+    return flatten_keys(values, path)
