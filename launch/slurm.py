@@ -76,8 +76,9 @@ if ((code != {saved})); then
 fi
 stalls=0
 if [[ $(progress) == "$before" ]]; then
-  [[ ! -e $stalls_file ]] || stalls=$(<"$stalls_file")
-  stalls=$((stalls + 1))
+  # A loss of power may have left the file empty, or with anything in it.
+  [[ ! -e $stalls_file ]] || stalls=$(tr -cd 0-9 <"$stalls_file" | head -c 6)
+  stalls=$((10#0$stalls + 1))
 fi
 echo "$stalls" >"$stalls_file"
 if ((stalls >= {stalls})); then

@@ -20,7 +20,6 @@ if __name__ == "__main__":  # first of all: the imports below take seconds
 
     arguments.run(ExportArguments, "train.export")
 
-import json
 import re
 from types import ModuleType
 from typing import Any
@@ -39,6 +38,7 @@ from train.arguments import ExportArguments
 from train.checkpoint.load_run import load_run
 from train.hf.pretrained import save_pretrained, share_weights
 from train.hf.tokenizer_json import not_converted, write_tokenizer
+from train.metrics.sinks import read_line
 from train.run_dir.snapshot import ROOT
 
 ROOT_MODULE, AUTO_MODEL = "phd.hf.modeling", "AutoModelForCausalLM"
@@ -139,7 +139,8 @@ def evaluations(metrics: Path, step: int) -> dict[str, str]:
     """The evaluations of a step in a run's `metrics.jsonl`; `{}` if there were none."""
     if not metrics.is_file():
         return {}
-    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    text = metrics.read_text(encoding="utf-8", errors="replace")
+    lines = filter(None, map(read_line, text.splitlines()))
     metrics_of_step = [item for line in lines if line["step"] == step for item in line.items()]
     return {
         name: f"{value:.4f}"

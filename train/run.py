@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from conf.errors import USER_ERRORS, ConfigError, Problem
+from conf.errors import USER_ERRORS, ConfigError, DataError, Problem
 from conf.redaction import redacted_tree
 from conf.validation import as_dict, defaults, flatten_keys
 from data.batch import Batch
@@ -26,6 +26,7 @@ from data.tokenizer import Tokenizer
 from data.tokenizer_training import prepare_tokenizer
 from train.anomalies.detection import SpikeDetector
 from train.anomalies.policy import BadStepPolicy
+from train.checkpoint.format import TOKENIZER
 from train.checkpoint.reader import Checkpoint
 from train.checkpoint.store import CheckpointStore
 from train.config import Config
@@ -51,7 +52,14 @@ from train.metrics.hooks import (
     TrainingMetrics,
 )
 from train.metrics.record import Hook, Metrics
-from train.metrics.sinks import ConsoleLine, FailingSink, MetricsFile, Sink, Wandb
+from train.metrics.sinks import (
+    ConsoleLine,
+    FailingSink,
+    MetricsFile,
+    Sink,
+    Wandb,
+    keep_run_id,
+)
 from train.run_dir.lock import hold_run_dir
 from train.run_dir.prepare import prepare_run_dir
 
@@ -207,6 +215,7 @@ def _open(
         groups=groups,
     )
     checkpoint = _newest(config, store, console)
+    state = checkpoint.state if checkpoint else {}
     documents = raise_on_all_ranks(groups, lambda: Documents(config.data))
     for remark in () if skip_batches else documents.remarks:  # once, and not after each rollback
         console.print(remark, markup=False)
@@ -227,14 +236,16 @@ def _open(
         lambda: prepare_run_dir(config, tokenizer, console) if groups.is_rank_zero else None,
     )
     _write_quarantine(documents, config.run_dir, groups)
-    state = checkpoint.state if checkpoint else {}
     step = checkpoint.step if checkpoint else 0
     tokens = step * config.train.tokens_per_step
     # Checkpoints of version 0.1 have no such count; what it printed was that of whole rows.
     flops = state.get("train_flops", step * config.flops_per_step)
     detector = SpikeDetector(config.faults, state.get("bad_steps"))
     # A checkpoint is copied and shared; nothing that resuming needs is a secret.
-    saved = {"config": redacted_tree(config.to_dict()), "stream": stream.fingerprint}
+    saved: dict[str, Any] = {"config": redacted_tree(config.to_dict())}
+    saved["stream"] = stream.fingerprint
+    if groups.is_rank_zero and config.hooks.wandb.mode != "disabled":
+        saved["wandb_id"] = keep_run_id(config.run_dir, state.get("wandb_id"), console)
     return Run(
         config=config,
         directory=config.run_dir,
@@ -253,10 +264,10 @@ def _open(
             Throughput(config, engine.device, tokens, flops, groups),
             KVCost(config, engine.dtype),
         ),
-        save=SaveCheckpoint(config, engine, store, saved),
+        save=SaveCheckpoint(config, engine, store, saved, tokenizer),
         evaluations=tuple(evaluations),
         sample=Sample(config, engine, tokenizer, prompt, stop_sync.stop_requested),
-        sinks=_open_sinks(config, step, console, on_error) if groups.is_rank_zero else (),
+        sinks=_open_sinks(config, checkpoint, console, on_error) if groups.is_rank_zero else (),
         step=step,
         flops=flops if groups.is_rank_zero else 0,
         batches=state.get("batches", 0),
@@ -306,7 +317,7 @@ def _tokenizer(
         # The weights of a resumed run are its own.
         start_from = None if checkpoint else config.run.start_from
         return prepare_tokenizer(
-            _tokenizer_settings(config, checkpoint),
+            _tokenizer_settings(config, checkpoint, console),
             documents,
             vocab_size=config.model.vocab_size,
             of_weights=tokenizer_of_weights(start_from, console),
@@ -367,15 +378,29 @@ def _write_quarantine(documents: Documents, directory: Path, groups: ProcessGrou
         groups.barrier()
 
 
-def _tokenizer_settings(config: Config, checkpoint: Checkpoint | None) -> TokenizerConfig:
+def _tokenizer_settings(
+    config: Config, checkpoint: Checkpoint | None, console: Console
+) -> TokenizerConfig:
     """The tokenizer's settings; a resumed run that has not changed them keeps its own model.
 
     If the cache has been emptied, the tokenizer would be trained again, and could come out
-    differently.
+    differently. So the checkpoint has a copy, and the run's directory another one.
     """
-    model = config.run_dir / "tokenizer.model"
-    same = checkpoint and checkpoint.state["config"]["tokenizer"] == as_dict(config.tokenizer)
-    return TokenizerConfig(path=str(model)) if same and model.exists() else config.tokenizer
+    if checkpoint is None or checkpoint.state["config"]["tokenizer"] != as_dict(config.tokenizer):
+        return config.tokenizer
+    if checkpoint.tokenizer_path is not None:
+        return TokenizerConfig(path=str(checkpoint.tokenizer_path))
+    model = config.run_dir / TOKENIZER
+    try:  # a checkpoint of an earlier version
+        if Tokenizer.load(model).fingerprint == checkpoint.state["stream"]["tokenizer"]:
+            return TokenizerConfig(path=str(model))
+        flaw = "is not the one that the run began with"
+    except FileNotFoundError:
+        flaw = "is missing"
+    except DataError:
+        flaw = "is damaged"
+    warn(console, f"{model} {flaw}; it is made again as the settings under tokenizer. say")
+    return config.tokenizer
 
 
 def _evaluations(
@@ -481,9 +506,12 @@ def _changes(saved: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
 
 
 def _open_sinks(
-    config: Config, step: int, console: Console, on_error: ExitStack
+    config: Config, checkpoint: Checkpoint | None, console: Console, on_error: ExitStack
 ) -> tuple[Sink, ...]:
-    sinks: list[Sink] = [MetricsFile(config.run_dir / "metrics.jsonl", step, console)]
+    step, log_every = 0, 1
+    if checkpoint:
+        step, log_every = checkpoint.step, checkpoint.state["config"]["hooks"]["log_every"]
+    sinks: list[Sink] = [MetricsFile(config.run_dir / "metrics.jsonl", step, console, log_every)]
     on_error.callback(sinks[0].close)
     if config.hooks.console:
         sinks.append(ConsoleLine(console, config.total_steps))

@@ -9,7 +9,7 @@ from threading import Lock
 from conf.errors import DataError, reason_of
 from conf.redaction import redacted
 from data.source import BadRecord
-from data.storage.atomic import write_atomic
+from data.storage.atomic import flush_to_disk, write_atomic
 
 TOLERATED = 20
 """Bad records that never stop a run, unless none are allowed: a rate of so few means little."""
@@ -94,8 +94,9 @@ class Quarantine:
         lines = "".join(json.dumps(bad_record._asdict()) + "\n" for bad_record in bad_records)
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(lines)
+            with self._path.open("ab") as file:
+                file.write(lines.encode())
+                flush_to_disk(file)
             self.write_error = None
         except OSError as error:
             self.write_error = f"{self._path} is not written: {reason_of(error)}"

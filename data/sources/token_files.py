@@ -105,7 +105,7 @@ class TokenIndex:
     def save(self, path: Path) -> None:
         """Write the file as a whole; when this returns, the disk has it."""
         totals = {"documents": self.documents, "tokens": self.tokens, "bytes": self.bytes}
-        write_atomic(path, json.dumps({**totals, **asdict(self)}, indent=1), durable=True)
+        write_atomic(path, json.dumps({**totals, **asdict(self)}, indent=1))
 
     @property
     def documents(self) -> int:

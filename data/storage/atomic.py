@@ -1,11 +1,14 @@
 """Files and directories that appear whole or not at all, and the hash that proves it.
 
     write_atomic("a.json", text)     .a.json.3f9c.partial   written
-                                     .a.json.3f9c.partial   fsynced, if durable
+                                     .a.json.3f9c.partial   fsynced
                                      a.json                 renamed: readers see the old file
                                                             before this, and the new one after
+                                     the directory          fsynced, so that the name stays
 
 A rename is atomic only within one file system, so the unfinished file lies beside the final one.
+Without the fsync before the rename, a loss of power may leave the new name with an empty file. A
+flush takes from a millisecond on an SSD to seconds on a busy file server.
 """
 
 import hashlib
@@ -20,50 +23,43 @@ from typing import IO
 import xxhash
 
 
-def write_atomic(
-    path: Path, content: bytes | str, *, durable: bool = False, private: bool = False
-) -> None:
+def write_atomic(path: Path, content: bytes | str, *, private: bool = False) -> None:
     """Write a file, or replace it, so that nobody ever sees a part of it.
+
+    When it returns, the disk has the file.
 
     Args:
         path: its directory has to exist.
         content: text is written as UTF-8.
-        durable: return only when the disk has the file, so that it survives a loss of power. The
-            flush takes from a millisecond on an SSD to seconds on a busy file server.
         private: only its owner can read it.
 
     Raises:
         OSError: the disk refuses; the file is as it was before.
     """
-    with open_atomic(path, durable=durable) as file:
+    with open_atomic(path) as file:
         if private:
             os.fchmod(file.fileno(), 0o600)  # while it is empty
         file.write(content.encode() if isinstance(content, str) else content)
 
 
 @contextmanager
-def open_atomic(
-    path: Path, *, durable: bool = False, partial: Path | None = None
-) -> Iterator[IO[bytes]]:
+def open_atomic(path: Path, *, partial: Path | None = None) -> Iterator[IO[bytes]]:
     """A file to write; it gets its name at the end of the block, or is removed if the block fails.
 
     Args:
         path: as for `write_atomic`.
-        durable: as for `write_atomic`.
         partial: the unfinished file; None: one that no other process writes.
     """
     partial = partial or _partial(path)
     try:
         with partial.open("wb") as file:
             yield file
-            if durable:
-                flush_to_disk(file)
+            flush_to_disk(file)
         partial.replace(path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    if durable:
-        _flush_names(path.parent)
+    flush_names(path.parent)
 
 
 @contextmanager
@@ -74,22 +70,44 @@ def new_directory(path: Path) -> Iterator[Path]:
         path: does not exist yet, or is an empty directory; its parents are made.
 
     Yields:
-        the unfinished directory, beside the final one.
+        the unfinished directory, beside the final one. The disk has all its files when it gets its
+        name.
     """
     partial = _partial(path)
     partial.mkdir(parents=True)
     try:
         yield partial
+        for written in partial.rglob("*"):
+            if written.is_file():
+                with written.open("rb") as file:
+                    flush_to_disk(file)
+            elif written.is_dir():
+                flush_names(written)
+        flush_names(partial)
         partial.replace(path)
     except BaseException:
         shutil.rmtree(partial)
         raise
+    flush_names(path.parent)
 
 
 def flush_to_disk(file: IO[bytes]) -> None:
     """Return when the disk has what was written to an open file."""
     file.flush()
     os.fsync(file.fileno())
+
+
+def flush_names(directory: Path) -> None:
+    """Return when the disk has the names in a directory, which a file's own fsync leaves out.
+
+    See fsync(2): it "does not necessarily ensure that the entry in the directory has also reached
+    disk".
+    """
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def file_xxh3_128(path: Path) -> str:
@@ -104,12 +122,3 @@ def file_xxh3_128(path: Path) -> str:
 def _partial(path: Path) -> Path:
     # By chance, since processes on several hosts, with equal process ids, may share a directory.
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
-
-
-def _flush_names(directory: Path) -> None:
-    """Return when the disk has the names in a directory, which a file's own fsync leaves out."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -240,13 +240,13 @@ class ShardCache:
         digest = xxh3_128()
         # The name of the unfinished file is fixed, so that what a killed process leaves is found
         # again, counted and removed.
-        with open_atomic(copy.content, durable=True, partial=copy.part) as file:
+        with open_atomic(copy.content, partial=copy.part) as file:
             for block in _unpacked(shard, self.remote):
                 file.write(block)
                 digest.update(block)
             size = file.tell()
         info = CopyInfo(redacted(shard.url), shard.size, size, digest.hexdigest(), time.time())
-        write_atomic(copy.sidecar, json.dumps(info._asdict()), durable=True)
+        write_atomic(copy.sidecar, json.dumps(info._asdict()))
         return info
 
     def _make_room(self, needed: int) -> None:

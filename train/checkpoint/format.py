@@ -13,6 +13,10 @@ STATE = "state.json"
 """Everything that is not a tensor: the step, the cursors, the config, ..."""
 
 
+TOKENIZER = "tokenizer.model"
+"""The run's SentencePiece model; checkpoints of earlier versions have none."""
+
+
 class TensorSpec(NamedTuple):
     """The dtype and shape of a tensor."""
 

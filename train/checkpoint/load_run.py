@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from omegaconf import OmegaConf
 
 from conf.errors import ConfigError, DataError, reason_of
 from data.tokenizer import Tokenizer
 from phd.model import Transformer
+from train.checkpoint.format import TOKENIZER
+from train.checkpoint.reader import Checkpoint
 from train.checkpoint.store import CheckpointStore
 from train.config import Config
 
@@ -27,13 +28,14 @@ def load_run(directory: Path, device: torch.device) -> LoadedRun:
     """Load the newest complete checkpoint of a run; the model is in evaluation mode.
 
     Raises:
-        ConfigError: there is no such run, it has no complete checkpoint, or its weights are of a
-            norm wiring that has changed since.
+        ConfigError: there is no such run, it has no complete checkpoint, its weights are of a norm
+            wiring that has changed since, or its tokenizer is another one.
+        DataError: its tokenizer is missing or damaged, and the checkpoint is of an earlier version
+            that kept none.
     """
-    for name in ("config.yaml", "tokenizer.model"):
-        if not (directory / name).is_file():
-            problem = f"run={directory}: no {name} there; give the directory of a run"
-            raise ConfigError([problem], "the arguments")
+    if not (directory / "config.yaml").is_file() and not (directory / "checkpoints").is_dir():
+        problem = f"run={directory}: no config.yaml there; give the directory of a run"
+        raise ConfigError([problem], "the arguments")
     try:
         checkpoint = CheckpointStore(directory / "checkpoints", keep=1).newest()
     except DataError as error:
@@ -43,16 +45,26 @@ def load_run(directory: Path, device: torch.device) -> LoadedRun:
         raise ConfigError([problem], "the arguments")
     for path, reason in checkpoint.rejected:
         print(f"rejected the checkpoint {path}: {reason}", file=sys.stderr)
-    # The settings of the run itself: today's defaults may differ from those that it began with.
-    settings = OmegaConf.to_container(OmegaConf.load(directory / "config.yaml"))
-    config = Config.from_dict(settings)  # type: ignore[arg-type]
+    # The checkpoint's own settings and tokenizer: their bytes have been verified. Those beside it
+    # are for people, and a crash may have damaged them.
+    config = Config.from_dict(checkpoint.state["config"])
     checkpoint.refuse_old_form(config.model)
     # On the meta device no weights are drawn, only to be overwritten.
     with torch.device("meta"):
         model = Transformer(config.model)
     model.to_empty(device=device).load(checkpoint.load_weights())
-    tokenizer = Tokenizer.load(directory / "tokenizer.model")
+    tokenizer = _tokenizer(checkpoint, directory)
+    return LoadedRun(model.eval(), tokenizer, checkpoint.step, config)
+
+
+def _tokenizer(checkpoint: Checkpoint, directory: Path) -> Tokenizer:
+    """The checkpoint's tokenizer; that of the run's directory if it is of an earlier version."""
+    path = checkpoint.tokenizer_path or directory / TOKENIZER
+    try:
+        tokenizer = Tokenizer.load(path)
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: missing. Restore it from a copy.") from error
     if tokenizer.fingerprint != checkpoint.state["stream"]["tokenizer"]:
         problem = f"run={directory}: its tokenizer.model is not the one that it was trained with"
         raise ConfigError([f"{problem}; copy that one there"], "the arguments")
-    return LoadedRun(model.eval(), tokenizer, checkpoint.step, config)
+    return tokenizer

@@ -21,7 +21,7 @@ from typing import IO, Any, BinaryIO, TypedDict
 import xxhash
 
 from conf.errors import reason_of
-from data.storage.atomic import file_xxh3_128
+from data.storage.atomic import file_xxh3_128, flush_names
 
 MANIFEST = "manifest.json"
 MARKER = "COMPLETE"
@@ -97,7 +97,7 @@ def seal(directory: Path, entries: Entries) -> None:
     # The marker is written only when the manifest is on the disk: without it nothing counts.
     _write_durably(directory / MANIFEST, manifest)
     _write_durably(directory / MARKER, _marker_of(manifest.encode()))
-    flush_directory(directory)
+    flush_names(directory)
 
 
 def damage(
@@ -123,21 +123,8 @@ def remove(directory: Path) -> None:
     """Delete a sealed directory. After a crash half-way it does not look complete."""
     # The disk may delete the files in any order, so the marker's removal is flushed first.
     (directory / MARKER).unlink(missing_ok=True)
-    flush_directory(directory)
+    flush_names(directory)
     shutil.rmtree(directory)
-
-
-def flush_directory(directory: Path) -> None:
-    """Wait until the disk has the directory's list of names. A file's own fsync does not do that.
-
-    See fsync(2): it "does not necessarily ensure that the entry in the directory has also reached
-    disk".
-    """
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _first_flaw(directory: Path, contents: bool, shard: tuple[int, int]) -> str | None:

@@ -26,7 +26,7 @@ from conf.errors import ConfigError, DataError
 from phd.block import is_old_hybrid
 from phd.config import ModelConfig
 from train.checkpoint import manifest
-from train.checkpoint.format import INDEX, STATE, TensorSpec, dtype_named
+from train.checkpoint.format import INDEX, STATE, TOKENIZER, TensorSpec, dtype_named
 from train.torch_private import StorageInfo
 
 TensorTree: TypeAlias = "Mapping[str, Tensor | TensorTree]"
@@ -88,6 +88,12 @@ class Checkpoint:
     def step(self) -> int:
         """The number of optimizer steps that the model has taken."""
         return self.state["step"]
+
+    @property
+    def tokenizer_path(self) -> Path | None:
+        """The run's SentencePiece model; None in a checkpoint of an earlier version."""
+        path = self.path / TOKENIZER
+        return path if path.exists() else None
 
     @cached_property
     def specs(self) -> dict[str, TensorSpec]:

@@ -5,6 +5,7 @@ checkpoints/
         __0_0.distcp, __1_0.distcp, ...  tensors by canonical name, one file per rank
         tensors.json, .metadata          the index of the tensors; see writer.py
         state.json                       everything else: step, cursors, config, ...
+        tokenizer.model                  the run's own; absent in checkpoints of earlier versions
         manifest.json, COMPLETE          sizes and hashes of the files above; see manifest.py
     .step_00000200.*.partial/            is being written, or was left by a crash
 """
@@ -21,12 +22,14 @@ from pathlib import Path
 from socket import gethostname
 from threading import Thread
 from time import perf_counter
+from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
 from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.storage import WriteResult
 
 from conf.errors import DataError, reason_of
+from data.storage.atomic import flush_names
 from train.checkpoint import manifest
 from train.checkpoint.format import STATE
 from train.checkpoint.manifest import Entries
@@ -87,7 +90,13 @@ class CheckpointStore:
         self._pending: Future[Saved] | None = None
         self._thread: Thread | None = None
 
-    def save(self, step: int, tensors: TensorTree, state: Mapping[str, Any]) -> Saved | None:
+    def save(
+        self,
+        step: int,
+        tensors: TensorTree,
+        state: Mapping[str, Any],
+        files: Mapping[str, bytes] = MappingProxyType({}),
+    ) -> Saved | None:
         """Begin to save `tensors` and the JSON `state` as the checkpoint of `step`.
 
         This waits until the save before it is complete, copies this rank's tensors to the host,
@@ -101,6 +110,7 @@ class CheckpointStore:
             step: optimizer steps taken.
             tensors: whole tensors of this rank, and its shards as DTensors.
             state: the same on all ranks; rank 0 writes it.
+            files: small ones to keep with it, by name; rank 0 writes them.
 
         Returns:
             The save before this one, unless `wait` has returned it already.
@@ -115,10 +125,10 @@ class CheckpointStore:
         if self._pending and not isinstance(self._pending.exception(), CheckpointError | None):
             return self.wait()  # raises; a new save would wait for the dead rank
         planner = StagedPlanner(flatten(tensors), self._memory)
-        text = json.dumps({**state, "step": step}, indent=1)
+        texts = {STATE: json.dumps({**state, "step": step}, indent=1).encode(), **files}
         before = self._pending
         self._pending, self._thread = _in_background(
-            lambda: self._write(step, planner, text, start)
+            lambda: self._write(step, planner, texts, start)
         )
         return before.result() if before else None
 
@@ -183,7 +193,9 @@ class CheckpointStore:
 
     # The methods below run in the background thread, on all ranks together.
 
-    def _write(self, step: int, planner: StagedPlanner, state: str, start: float) -> Saved:
+    def _write(
+        self, step: int, planner: StagedPlanner, files: Mapping[str, bytes], start: float
+    ) -> Saved:
         """Publish a checkpoint whose tensors are on the host, and delete old ones."""
         path, groups = self._path(step), self.groups
         with _as_checkpoint_error(
@@ -194,17 +206,17 @@ class CheckpointStore:
                 groups, lambda: self._damage(path), lambda flaws: [flaws] * groups.world_size
             )
             if any(flaws):
-                self._publish(path, planner, state)
+                self._publish(path, planner, files)
         kept = f"step {step} is saved, but older checkpoints in {self.root} were not deleted"
         with _as_checkpoint_error(kept, saved=step):
             on_rank_zero(groups, lambda: self._prune(step))
         return Saved(step, path, perf_counter() - start)
 
-    def _publish(self, path: Path, planner: StagedPlanner, state: str) -> None:
+    def _publish(self, path: Path, planner: StagedPlanner, files: Mapping[str, bytes]) -> None:
         """Write a hidden directory, read it back, and rename it; delete it if any rank fails."""
         partial = on_rank_zero(self.groups, lambda: new_partial(path))
         try:
-            self._write_files(partial, planner, state)
+            self._write_files(partial, planner, files)
             self._read_back(partial)
             on_rank_zero(self.groups, lambda: self._make_visible(partial, path))
         except BaseException:
@@ -212,7 +224,9 @@ class CheckpointStore:
                 shutil.rmtree(partial, ignore_errors=True)
             raise
 
-    def _write_files(self, partial: Path, planner: StagedPlanner, state: str) -> None:
+    def _write_files(
+        self, partial: Path, planner: StagedPlanner, files: Mapping[str, bytes]
+    ) -> None:
         writer = TensorWriter(partial)
 
         def make_global_plan(plans: list[SavePlan]) -> list[SavePlan]:
@@ -222,7 +236,8 @@ class CheckpointStore:
 
         def seal(written: list[tuple[list[WriteResult], Entries]]) -> list[None]:
             writer.write_index(planner.metadata, [results for results, _ in written])
-            writer.write_text(STATE, state)
+            for name, content in files.items():
+                writer.write_file(name, content)
             for _, entries in written:
                 writer.entries.update(entries)
             manifest.seal(partial, writer.entries)
@@ -245,7 +260,8 @@ class CheckpointStore:
         if path.exists():
             manifest.remove(path)
         partial.rename(path)
-        manifest.flush_directory(self.root)
+        flush_names(self.root)
+        flush_names(self.root.parent)  # the first checkpoint has made `root`
 
     def _prune(self, step: int) -> None:
         """Delete the checkpoints up to `step` that are damaged or need not be kept.

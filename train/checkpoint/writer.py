@@ -62,12 +62,12 @@ class TensorWriter(FileSystemWriter):
     def write_index(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Write the index of the pieces of all ranks."""
         self.finish(metadata, results)
-        self.write_text(INDEX, json.dumps(_to_json(metadata)))
+        self.write_file(INDEX, json.dumps(_to_json(metadata)).encode())
 
-    def write_text(self, name: str, text: str) -> None:
-        """Write a text file."""
+    def write_file(self, name: str, content: bytes) -> None:
+        """Write a file that holds no tensors."""
         with new_file(self.directory / name, self.entries) as file:
-            file.write(text.encode())
+            file.write(content)
 
 
 class _HashedFiles(FileSystem):

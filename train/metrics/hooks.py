@@ -17,6 +17,7 @@ from data.sources.quarantine import Quarantine
 from data.tokenizer import Tokenizer
 from phd.inference.cache import kv_bytes
 from phd.inference.sampling import Sampling, generate
+from train.checkpoint.format import TOKENIZER
 from train.checkpoint.store import CheckpointError, CheckpointStore, Saved
 from train.config import Config
 from train.distributed.process_groups import ProcessGroups
@@ -261,12 +262,18 @@ class SaveCheckpoint:
     """
 
     def __init__(
-        self, config: Config, engine: Engine, store: CheckpointStore, state: dict[str, Any]
+        self,
+        config: Config,
+        engine: Engine,
+        store: CheckpointStore,
+        state: dict[str, Any],
+        tokenizer: Tokenizer,
     ) -> None:
         self.every = config.checkpoint.every
         self.engine = engine
         self.store = store
         self.state = state
+        self.files = {TOKENIZER: tokenizer.model}
         self.saved_step: int | None = None
         self.error: str | None = None
 
@@ -285,7 +292,9 @@ class SaveCheckpoint:
         self.error = None
         start = perf_counter()
         try:
-            self._note(metrics, self.store.save(record.step, self.engine.state(), state))
+            self._note(
+                metrics, self.store.save(record.step, self.engine.state(), state, self.files)
+            )
         except CheckpointError as error:
             self._fail(metrics, f"{error}; training goes on", error.saved)
         metrics["checkpoint/stall_s"] = perf_counter() - start

@@ -5,12 +5,13 @@ A sink that fails warns once and loses its own output. It never stops the run.
 
 import json
 import os
+import re
 from math import isfinite
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
 from time import time
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 from uuid import uuid4
 
 from rich.console import Console
@@ -21,6 +22,8 @@ from data.storage.atomic import write_atomic
 from train.config import Config
 from train.console import warn
 from train.metrics.record import Metrics
+
+RUN_ID = "wandb_id.txt"
 
 START_S = 20.0
 """Seconds that the W&B server may take to answer at the start."""
@@ -80,9 +83,13 @@ class MetricsFile:
     NaN and infinity become null, because JSON has neither.
     """
 
-    def __init__(self, path: Path, resumed_step: int, console: Console) -> None:
+    def __init__(self, path: Path, resumed_step: int, console: Console, log_every: int = 1) -> None:
         # A run that crashed after its last checkpoint repeats the steps since, and logs them again.
-        cut_back(path, resumed_step)
+        last, damaged = cut_back(path, resumed_step)
+        if damaged:
+            warn(console, f"{path}: damaged lines are left out: {damaged}")
+        if resumed_step - last >= log_every:
+            warn(console, f"{path}: lines are lost; the last one is of step {last}")
         self.path = path
         self.console = console
         self.full = False
@@ -114,23 +121,45 @@ def _append(path: Path, line: bytes) -> None:
             # A nearly full disk takes the first bytes of a line, and refuses the rest then.
             while line:
                 line = line[file.write(line) :]
+            os.fsync(file.fileno())
         except OSError:
             file.truncate(size)
             raise
 
 
-def cut_back(path: Path, step: int) -> None:
-    """Delete the lines of steps after `step`, and lines that a crash left incomplete."""
+class CutBack(NamedTuple):
+    """What `cut_back` has found: the last step that is kept (0: none), and damaged lines."""
+
+    last: int = 0
+    damaged: int = 0
+
+
+def cut_back(path: Path, step: int) -> CutBack:
+    """Delete the lines of steps after `step`, and damaged lines.
+
+    A last line without an end is not counted as damaged: a process that was killed leaves it.
+    """
     if not path.exists():
-        return
-    kept = []
+        return CutBack()
+    kept, last, damaged = [], 0, 0
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
-        try:
-            if line.endswith("\n") and json.loads(line)["step"] <= step:
-                kept.append(line)
-        except (json.JSONDecodeError, TypeError, KeyError):
-            continue
+        written = read_line(line)
+        if written is None:
+            damaged += line.endswith("\n")
+        elif written["step"] <= step and line.endswith("\n"):
+            kept.append(line)
+            last = written["step"]
     write_atomic(path, "".join(kept))
+    return CutBack(last, damaged)
+
+
+def read_line(line: str) -> dict[str, Any] | None:
+    """A line of `metrics.jsonl`; None if a crash has damaged it."""
+    try:
+        read = json.loads(line)
+    except ValueError:
+        return None
+    return read if isinstance(read, dict) and isinstance(read.get("step"), int) else None
 
 
 class ConsoleLine:
@@ -251,7 +280,7 @@ class Wandb:
             project=self.config.hooks.wandb.project,
             name=self.config.name,
             # The same id after a resume continues the same curves.
-            id=run_id(self.run_dir),
+            id=keep_run_id(self.run_dir, None, self.console),
             resume="allow",
             dir=self.run_dir,
             mode=mode,
@@ -274,12 +303,31 @@ def _tear_down() -> None:
     wandb.teardown()
 
 
-def run_id(run_dir: Path) -> str:
-    """The W&B id of the run in this directory. The first call makes it."""
-    path = run_dir / "wandb_id.txt"
-    if not path.exists():
-        path.write_text(uuid4().hex[:16], encoding="utf-8")
-    return path.read_text(encoding="utf-8").strip()
+def run_id(run_dir: Path) -> str | None:
+    """The W&B id of the run in this directory; None if there is none, or a damaged one."""
+    try:
+        text = (run_dir / RUN_ID).read_text(encoding="utf-8", errors="replace").strip()
+    except FileNotFoundError:
+        return None
+    return text if re.fullmatch(r"[\w-]+", text) else None
+
+
+def keep_run_id(run_dir: Path, saved: str | None, console: Console) -> str:
+    """The W&B id of the run, which is written down; a new run gets a new one.
+
+    Args:
+        run_dir: the run's directory.
+        saved: the id in the checkpoint, in case that of the directory is lost.
+        console: for a warning if both are.
+    """
+    path = run_dir / RUN_ID
+    found = run_id(run_dir)
+    if found is None and saved is None and path.exists():
+        warn(console, f"{path} is damaged; the curves of Weights & Biases begin a new run")
+    own = found or saved or uuid4().hex[:16]
+    if own != found:
+        write_atomic(path, own)
+    return own
 
 
 def _mode(config: Config) -> Any:

@@ -38,7 +38,7 @@ from typing import NamedTuple
 
 from rich.console import Console
 
-from conf.errors import ConfigError, Problem
+from conf.errors import ConfigError, Problem, reason_of
 from conf.exit_codes import ExitCode
 from train.distributed.process_groups import ProcessGroups, raise_on_all_ranks
 
@@ -209,7 +209,7 @@ class RunLock:
             _remove_empty(self._made)
             if isinstance(error, OSError):
                 hint = "choose another run.dir, or make room there"
-                reason = f"cannot be written ({error})"
+                reason = f"cannot be written ({reason_of(error)})"
                 problem = Problem("run.dir", str(self._shown), reason, hint)
                 raise ConfigError([problem]) from error
             raise

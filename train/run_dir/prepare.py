@@ -18,15 +18,18 @@ runs/phd_cswa-2-16-32-tiny/
 import json
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 from omegaconf import OmegaConf
 from rich.console import Console
 
 from conf.errors import ConfigError, Problem, reason_of
 from conf.redaction import holds_secret
-from data.storage.atomic import write_atomic
+from data.storage.atomic import flush_names, write_atomic
 from data.tokenizer import Tokenizer
+from train.checkpoint.format import TOKENIZER
 from train.config import Config
+from train.console import warn
 from train.run_dir.environment import environment
 from train.run_dir.lock import LOCK, RunLock
 from train.run_dir.snapshot import read_revision, write_snapshot
@@ -43,7 +46,7 @@ def prepare_run_dir(config: Config, tokenizer: Tokenizer, console: Console) -> N
         RunLock.follow(directory, moved)
         console.print(f"run.resume=never: the earlier run is now in {moved}", markup=False)
     try:
-        _describe(config, directory, tokenizer)
+        _describe(config, tokenizer, console)
     except OSError as error:
         hint = "choose another run.dir, or make room there"
         problem = Problem(
@@ -60,15 +63,39 @@ def archive_run_dir(directory: Path) -> Path | None:
     return directory.rename(next(name for name in names if not name.exists()))
 
 
-def _describe(config: Config, directory: Path, tokenizer: Tokenizer) -> None:
+def _describe(config: Config, tokenizer: Tokenizer, console: Console) -> None:
+    directory = config.run_dir
     directory.mkdir(parents=True, exist_ok=True)
+    flush_names(directory.parent)
     revision = read_revision()
     write_snapshot(directory, revision)
     settings = OmegaConf.to_yaml(OmegaConf.create(config.to_dict()))
     write_atomic(directory / "config.yaml", settings, private=holds_secret(config.to_dict()))
-    # A copy, so that the run can be resumed and used when the tokenizer's cache is gone.
-    tokenizer.save(directory / "tokenizer.model")
+    _write_tokenizer(directory / TOKENIZER, tokenizer, console)
     path = directory / "environment.json"
     # One entry per start: a run may be resumed on another machine, or with other versions.
-    starts = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-    write_atomic(path, json.dumps([*starts, environment(revision)], indent=1))
+    starts = [*_earlier_starts(path, console), environment(revision)]
+    write_atomic(path, json.dumps(starts, indent=1))
+
+
+def _write_tokenizer(path: Path, tokenizer: Tokenizer, console: Console) -> None:
+    """Write a copy, so that the run can be used when the tokenizer's cache is gone."""
+    if path.exists():
+        if path.read_bytes() == tokenizer.model:
+            return
+        warn(console, f"{path} was damaged, and is written anew")
+    tokenizer.save(path)
+
+
+def _earlier_starts(path: Path, console: Console) -> list[Any]:
+    """The entries of earlier starts, which only describe: damaged ones do not stop a run."""
+    if not path.exists():
+        return []
+    try:
+        starts = json.loads(path.read_bytes())
+    except ValueError:
+        starts = None
+    if isinstance(starts, list):
+        return starts
+    warn(console, f"{path} was damaged, and begins anew; what it told of earlier starts is lost")
+    return []

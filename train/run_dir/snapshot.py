@@ -13,6 +13,7 @@ import os
 import shutil
 import subprocess
 import tarfile
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -68,7 +69,9 @@ def write_snapshot(directory: Path, revision: Revision, root: Path = ROOT) -> Pa
     name = xxh3_128_hexdigest(files["revision.json"] + files["changes.patch"] + archive)[:12]
     path = directory / "source" / name
     if path.exists():
-        return path
+        if _is_whole(path, files, archive):
+            return path
+        shutil.rmtree(path)  # a loss of power has left files empty
     # A run that is started a hundred times from one source has one snapshot of it.
     for unfinished in path.parent.glob(f".{name}.*.partial"):  # a killed start left it
         shutil.rmtree(unfinished)
@@ -76,6 +79,18 @@ def write_snapshot(directory: Path, revision: Revision, root: Path = ROOT) -> Pa
         for file, content in files.items():
             (partial / file).write_bytes(content)
     return path
+
+
+def _is_whole(path: Path, files: dict[str, bytes], archive: bytes) -> bool:
+    """Whether a snapshot holds these files; its archive may be compressed differently."""
+    try:
+        found = {name: (path / name).read_bytes() for name in files}
+        return {**found, "source.tar.gz": gzip.decompress(found["source.tar.gz"])} == {
+            **files,
+            "source.tar.gz": archive,
+        }
+    except (OSError, EOFError, zlib.error):  # gzip.BadGzipFile is an OSError
+        return False
 
 
 def read_revision(root: Path = ROOT) -> Revision:

@@ -14,14 +14,13 @@ from xxhash import xxh3_128_hexdigest
 from data.storage.atomic import file_xxh3_128, new_directory, open_atomic, write_atomic
 
 
-@pytest.mark.parametrize("durable", [True, False])
 @pytest.mark.parametrize("content", ["é\n", b"\xff\x00", ""])
 def test_a_file_holds_what_was_written_and_nothing_lies_beside_it(
-    tmp_path: Path, content: str | bytes, durable: bool
+    tmp_path: Path, content: str | bytes
 ) -> None:
     path = tmp_path / "a.json"
     path.write_text("what was there before")
-    write_atomic(path, content, durable=durable)
+    write_atomic(path, content)
     assert path.read_bytes() == (content.encode() if isinstance(content, str) else content)
     assert list(tmp_path.iterdir()) == [path]
 

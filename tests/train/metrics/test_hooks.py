@@ -442,7 +442,7 @@ def test_a_prompt_without_room_is_refused_before_the_first_step(config, opened) 
 def test_a_checkpoint_holds_what_the_run_goes_on_from(config, opened) -> None:
     run = opened(config())
     state = {"config": {"seed": 5}, "stream": {}}
-    saving = SaveCheckpoint(run.config, run.engine, run.store, state)
+    saving = SaveCheckpoint(run.config, run.engine, run.store, state, run.tokenizer)
     assert list(saving(record_of())) == ["checkpoint/stall_s"]
     later = saving(record_of(step=20))
     assert set(later) == CHECKPOINT
@@ -455,7 +455,7 @@ def test_a_checkpoint_holds_what_the_run_goes_on_from(config, opened) -> None:
 
 def test_the_end_waits_for_the_disk(config, opened) -> None:
     run = opened(config())
-    saving = SaveCheckpoint(run.config, run.engine, run.store, {})
+    saving = SaveCheckpoint(run.config, run.engine, run.store, {}, run.tokenizer)
     told = saving(record_of(ending=Ending.FINISHED))
     assert 0 < told["checkpoint/stall_s"] <= told["checkpoint/save_s"]
     assert (run.store.root / "step_00000010" / "COMPLETE").exists()
@@ -466,7 +466,7 @@ def test_a_disk_that_refuses_costs_the_checkpoint_and_is_told(config, opened) ->
     blocked = run.directory / "blocked"
     blocked.touch()
     store = CheckpointStore(blocked, keep=1)
-    saving = SaveCheckpoint(run.config, run.engine, store, {})
+    saving = SaveCheckpoint(run.config, run.engine, store, {}, run.tokenizer)
     assert "checkpoint/error" not in saving(record_of())  # not known yet
     for later in (record_of(step=20), record_of(step=30, ending=Ending.FINISHED)):
         message = saving(later)["checkpoint/error"]

@@ -29,7 +29,7 @@ from train.metrics.sinks import (
     Wandb,
     console_lines,
     cut_back,
-    run_id,
+    keep_run_id,
 )
 
 REPOSITORY = Path(__file__).parents[3]
@@ -431,12 +431,54 @@ def test_a_wandb_that_is_gone_costs_little_time_and_no_metrics(
         assert kept_there.read_bytes().count(b"train/loss") >= 2
 
 
-def test_a_run_has_one_id_for_ever(tmp_path: Path) -> None:
-    first = run_id(tmp_path)
-    assert run_id(tmp_path) == first
+def test_a_run_has_one_id_for_ever(console: Console, tmp_path: Path) -> None:
+    first = keep_run_id(tmp_path, None, console)
+    assert keep_run_id(tmp_path, None, console) == first
     assert (tmp_path / "wandb_id.txt").read_text() == first
     (tmp_path / "other").mkdir()
-    assert run_id(tmp_path / "other") != first
+    assert keep_run_id(tmp_path / "other", None, console) != first
+    assert printed(console) == ""
+
+
+@pytest.mark.parametrize("content", [b"", b"\0" * 16, b"\xff\xfe", b"two words\n", None])
+def test_a_damaged_id_comes_from_the_checkpoint_or_is_told(
+    content: bytes | None, console: Console, tmp_path: Path
+) -> None:
+    path = tmp_path / "wandb_id.txt"
+    if content is not None:
+        path.write_bytes(content)
+    assert keep_run_id(tmp_path, "abc123", console) == "abc123"
+    assert path.read_text() == "abc123"
+    assert printed(console) == ""
+    if content is not None:
+        path.write_bytes(content)
+        new = keep_run_id(tmp_path, None, console)
+        assert path.read_text() == new
+        assert f"{path} is damaged; the curves of Weights & Biases begin a new run" in printed(
+            console
+        )
+
+
+@pytest.mark.parametrize(
+    ("lines", "told"),
+    [
+        ([1, 2, 3, 4], ""),
+        ([1, 2, 3, 4, "{"], ""),  # a process that was killed leaves it
+        ([1, 2, 3, 4, "{\n"], "damaged lines are left out: 1"),
+        ([1, "\0\0\0\n", '{"step": "3"}\n', 4], "damaged lines are left out: 2"),
+        ([1, 2], "lines are lost; the last one is of step 2"),
+        ([], "lines are lost; the last one is of step 0"),
+        (["\0" * 80], "lines are lost; the last one is of step 0"),
+    ],
+)
+def test_lost_lines_are_told(
+    lines: list[int | str], told: str, console: Console, tmp_path: Path
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(x if isinstance(x, str) else f'{{"step": {x}}}\n' for x in lines))
+    MetricsFile(path, 4, console, log_every=2)
+    assert printed(console) == (f"{path}: {told}\n" if told else "")
+    assert [line["step"] for line in lines_of(path)] == [x for x in lines if isinstance(x, int)]
 
 
 OFFLINE = """
@@ -451,6 +493,11 @@ for steps in (2, 4):
     config = load([*sys.argv[1:], f"train.max_steps={steps}"])
     with open_run(config, Console(width=300)) as run:
         train(run, Progress(disable=True))
+    written = config.run_dir / "wandb_id.txt"
+    if steps == 2:  # a loss of power empties it
+        name = written.read_text()
+        written.write_text("")
+assert written.read_text() == name
 """
 
 
