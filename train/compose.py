@@ -4,13 +4,13 @@ Hydra composes the files, sweeps and prints, but it stops at the first thing tha
 `run` composes and validates every job of a command line first, and reports all problems at once.
 """
 
-import re
 import sys
 from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import MISSING, fields, replace
+from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any, NamedTuple, NoReturn, TypeVar, cast
@@ -34,13 +34,14 @@ from conf.errors import USER_ERRORS, ConfigError, Problem, report
 from conf.extras import pip_command
 from conf.redaction import hide_secrets_of, holds_secret, redacted_argument, redacted_tree
 from conf.standard_streams import guard_standard_streams
-from conf.validation import defaults, did_you_mean, flatten_keys, keys, nearest
+from conf.validation import as_dict, defaults, did_you_mean, flatten_keys, keys, nearest
 from phd.config import ModelConfig
 from train.conf_files import CONF, choices, groups
 from train.config import Config
 from train.distributed.dist_env import DistEnv
 from train.engine_config import DeepSpeedConfig, FsdpConfig
 from train.explain import Composed, explain, overview
+from train.run_dir.name import default_name, holds, identity, is_fixed, readable, short_hash
 
 T = TypeVar("T")
 
@@ -50,8 +51,14 @@ SECTIONS = {setting.name for setting in fields(Config)}
 NO_SWEEP = "several values make a sweep, which needs -m; a list is [...]"
 SUBMITIT = "Could not find 'hydra/launcher/submitit"
 
-# The name of a run always contains these settings. Others that a sweep varies are added to it.
-NAMED = {"model", "size", "model.size", "model.variant", "model.K", "model.window", "model.chunk"}
+# Groups whose settings are all part of a run's name, as far as they differ from the usual ones.
+NAMED_GROUPS = {"model", "size", "recipe", "data", "tokenizer", "optim", "schedule", "experiment"}
+
+
+NAMED_EARLIER = {
+    *("model", "size", "model.size", "model.variant", "model.K", "model.window", "model.chunk")
+}
+"""What the names of earlier versions told of a sweep without being asked."""
 
 
 class Command(NamedTuple):
@@ -308,7 +315,7 @@ def check(
             problems += [
                 Problem(text.lstrip("+"), expected=NO_SWEEP) for text in parsed if text not in one
             ]
-            jobs.append(_read(whole))
+            jobs.append(_named(_read(whole), [], set()))
             typed.append(Typed.of(one, swept))
     # What is varied to no effect also makes equal names, which is no problem of its own then.
     problems += _unused(jobs, typed) or _shared_directories(jobs)
@@ -472,19 +479,85 @@ def _without_chunk(model: Any) -> Any:
 
 
 def _named(config: Config, point: Iterable[str], swept: set[str]) -> Config:
-    """Adds what is swept to the run's name, so that no two jobs share a directory."""
-    missing = swept if config.run.name else swept - NAMED
-    overrides = OverridesParser.create().parse_overrides(list(point))
-    labels = [_label(override) for override in overrides if override.key_or_group in missing]
-    name = "-".join([config.name, *labels])
-    return replace(config, run=replace(config.run, name=name)) if labels else config
+    """The config with the name of its run, so that no two runs share a directory.
+
+    A name that is given stays. In a sweep, what is swept is added to it, and a run whose directory
+    holds another run gets a directory beside it.
+    """
+    if config.run.name and not swept:
+        return config
+    parsed = OverridesParser.create().parse_overrides(list(point))
+    overrides = [override for override in parsed if override.key_or_group in swept]
+    if config.run.name:
+        name, *earlier = ["-".join([config.run.name, *map(_label, overrides)])]
+    else:
+        name, *earlier = _default_names(config, overrides)
+    run, found = replace(config.run, name=name), None
+    if run.dir is None:
+        found = holds(Path("runs", name), config)
+        if not found and (old := [n for n in earlier if holds(Path("runs", n), config)]):
+            run = replace(run, dir=f"runs/{old[0]}")
+        elif found is False and swept:
+            run = replace(run, name=f"{name}-{short_hash(identity(config))}")
+    same = run.name == config.name and run.dir == config.run.dir
+    return config if same else replace(config, run=run)
+
+
+def _default_names(config: Config, swept: Sequence[Override]) -> list[str]:
+    """The names of a run that was given none: today's, and that of earlier versions."""
+    silent = [
+        o for o in swept if o.key_or_group not in NAMED_GROUPS and not is_fixed(o.key_or_group)
+    ]
+    earlier = [o for o in swept if o.key_or_group not in NAMED_EARLIER]
+    name = default_name(config, *_usual(config))
+    return list(
+        dict.fromkeys(
+            "-".join([base, *map(_label, overrides)])
+            for base, overrides in ((name, silent), (config.name, earlier))
+        )
+    )
+
+
+def _usual(config: Config) -> tuple[dict[str, Any], str]:
+    """The usual settings of a run of this size and text, and the text's name.
+
+    Sources that no file of conf/data/ names have the defaults of their kind.
+    """
+    usual = dict(_size_defaults(config.model.size))
+    own, text = config.data.sources, []
+    for name, source in own.items():
+        usual |= {
+            f"data.sources.{name}.{setting.name}": as_dict(setting.default)
+            for setting in fields(source)
+            if setting.default is not MISSING
+        }
+    for preset in choices("data"):
+        settings = _yaml(f"data/{preset}.yaml")
+        if settings["sources"].keys() <= own.keys():
+            usual |= flatten_keys(settings, "data.")
+            text.append(preset)
+            own = {name: own[name] for name in own if name not in settings["sources"]}
+    text += own
+    return usual, "" if text == ["python"] else "+".join(text)
+
+
+@cache
+def _size_defaults(size: str) -> dict[str, Any]:
+    """The settings of `size=<size>`, or of the experiment that makes a size of this name."""
+    usual = flatten_keys(defaults(Config))
+    for group in ("experiment", "size"):
+        if size in choices(group):
+            own = flatten_keys(_yaml(f"{group}/{size}.yaml"))
+            usual |= {key: value for key, value in own.items() if key in usual}
+    if recipe := recipe_of(size):
+        usual |= recipe.settings
+    return usual
 
 
 def _label(override: Override) -> str:
     """An override as a part of a directory's name: `lr_0.001`."""
     setting = override.key_or_group.rpartition(".")[2]
-    label = f"{setting}_{override.get_value_element_as_str()}"
-    return re.sub(r"([^\w.+-]|_)+", "_", label).strip("_")
+    return readable(f"{setting}_{override.get_value_element_as_str()}")
 
 
 class Typed(NamedTuple):

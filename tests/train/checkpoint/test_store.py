@@ -347,12 +347,13 @@ def test_everything_is_on_the_disk_before_it_becomes_visible(
     monkeypatch.setattr(os, "fsync", recording_fsync)
     save(store, 1)
     ino = {file: (path / file).stat().st_ino for file in FILES}
-    assert set(flushed[:-4]) == {(ino[file], False) for file in FILES[:4]}
-    assert flushed[-4:] == [
+    assert set(flushed[:-5]) == {(ino[file], False) for file in FILES[:4]}
+    assert flushed[-5:] == [
         (ino["manifest.json"], False),
         (ino["COMPLETE"], False),
         (path.stat().st_ino, False),
         (store.root.stat().st_ino, True),
+        (store.root.parent.stat().st_ino, True),
     ]
 
 

@@ -1,0 +1,142 @@
+"""The default name of a run, which says all that makes it another run than its size's default one.
+
+    phd_cswa-2-16-32-tiny                         the default run
+    phd_cswa-2-16-32-tiny-dim_128-lr_0.001        two settings differ
+    phd_cswa-3-16-32-550m-fineweb_edu             another text
+    phd_cswa-2-16-32-tiny-files-paths_b.jsonl-4f2a90c1
+
+A value that is too long, or has characters that a directory should not have, is shown in part, and
+a hash of all differences follows. So two commands have one name only if they mean one run. Settings
+that a run may change when it goes on, such as its length or its device, are no part of the name.
+"""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+from xxhash import xxh3_64_hexdigest
+
+from conf.validation import flatten_keys, keys
+from train.config import Config
+
+MAY_CHANGE = (
+    *("run.name", "run.dir", "run.resume", "engine.", "checkpoint.", "faults.", "eval.", "hooks."),
+    *("model.attention", "train.max_", "train.micro_batch", "tokenizer.cache_dir"),
+    *("data.workers", "data.prefetch", "data.max_quarantined", "data.remote.", "data.cache."),
+)
+"""How the settings begin that do not make another run; and those that end with `.epochs`."""
+
+IN_THE_VARIANT = ("size", "variant", "K", "window", "chunk", "span_unit")
+"""What the name of the variant and the size tell already."""
+
+LONGEST = 90
+"""Characters of a name; a file system takes 255, of which `.old-1` and the like need some."""
+
+LONGEST_VALUE = 24
+"""Characters that are shown of a value."""
+
+
+def identity(config: Config) -> dict[str, Any]:
+    """The settings that make a run this one and no other, by full names."""
+    return {key: value for key, value in flatten_keys(config.to_dict()).items() if is_fixed(key)}
+
+
+def is_fixed(key: str) -> bool:
+    """Whether a setting, or all settings of a section such as `model`, belong to the identity."""
+    return not f"{key}.".startswith(MAY_CHANGE) and not key.endswith(".epochs")
+
+
+def default_name(config: Config, usual: Mapping[str, Any], text: str = "") -> str:
+    """The variant, the size, and what differs.
+
+    Args:
+        config: of the run.
+        usual: the settings of the default run of this size and text, by full names.
+        text: names the text; empty for the default one.
+    """
+    size = readable(config.model.size)
+    told = {f"model.{name}" for name in IN_THE_VARIANT}
+    others = {
+        key: value
+        for key, value in identity(config).items()
+        if key not in told and (key not in usual or value != usual[key])
+    }
+    one_source = len(config.data.sources) == 1
+    labels = [_label(key, value, one_source=one_source) for key, value in others.items()]
+    parts, whole = [config.model.name, size], size == config.model.size
+    for label, exact in [(text, True)] * bool(text) + labels:
+        fits = len("-".join([*parts, label])) <= LONGEST - 9
+        parts += [label] * fits
+        whole = whole and exact and fits
+    if not whole:
+        parts.append(short_hash({**others, "size": config.model.size, "text": text}))
+    return "-".join(parts)
+
+
+def short_hash(settings: Mapping[str, Any]) -> str:
+    """Eight characters that are the same for the same settings, in any order."""
+    return xxh3_64_hexdigest(json.dumps(settings, sort_keys=True).encode())[:8]
+
+
+def saved_identity(directory: Path) -> dict[str, Any] | None:
+    """The identity of the run in a directory; None if there is none that could be gone on with.
+
+    That of the newest checkpoint counts. `config.yaml` is of a run that has none yet.
+    """
+    states = sorted(directory.glob("checkpoints/step_*/state.json"), reverse=True)
+    for path in [*states, directory / "config.yaml"]:
+        try:
+            text = path.read_text(encoding="utf-8")
+            settings = json.loads(text)["config"] if path in states else yaml.safe_load(text)
+            if isinstance(settings, dict):
+                return identity(Config.from_dict(settings))
+        except (OSError, ValueError, LookupError, TypeError, yaml.YAMLError):
+            continue  # not written yet, damaged, or of a version with other settings
+    return None
+
+
+def holds(directory: Path, config: Config) -> bool | None:
+    """Whether a directory holds this very run; None if it holds none."""
+    saved = saved_identity(directory)
+    if saved is None:
+        return False if any(directory.glob("checkpoints/step_*")) else None
+    return saved == identity(config)
+
+
+def _label(key: str, value: Any, *, one_source: bool) -> tuple[str, bool]:
+    """A difference as a part of a directory's name, and whether it says all.
+
+    >>> _label("optim.lr", 1e-3, one_source=True), _label("schedule.kind", "wsd", one_source=True)
+    (('lr_0.001', True), ('schedule.kind_wsd', True))
+    >>> _label("data.sources.files.paths", "/texts/b.jsonl", one_source=True)
+    ('paths_b.jsonl', False)
+    """
+    *sections, name = key.split(".")
+    if _counted_names()[name] > 1 or (sections[:2] == ["data", "sources"] and not one_source):
+        name = f"{sections[-1]}.{name}"
+    text = spelled(value)
+    shown = readable(text.rstrip("/").rpartition("/")[2])[:LONGEST_VALUE]
+    return f"{name}_{shown}", shown == text
+
+
+def spelled(value: Any) -> str:
+    """A value as YAML spells it, without spaces."""
+    return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
+
+
+def readable(text: str) -> str:
+    """A text with `_` for all that a directory's name should not have."""
+    return re.sub(r"([^\w.+-]|_)+", "_", text).strip("_")
+
+
+@cache
+def _counted_names() -> Counter[str]:
+    """How many settings have the same last name, such as `kind`."""
+    return Counter(
+        key.rpartition(".")[2] for key in keys(Config) if "*" not in key and is_fixed(key)
+    )
