@@ -42,6 +42,7 @@ from train.distributed.dist_env import DistEnv
 from train.engine_config import DeepSpeedConfig, FsdpConfig
 from train.explain import Composed, explain, overview
 from train.run_dir.name import default_name, holds, identity, is_fixed, readable, short_hash
+from train.sweep import Sweep
 
 T = TypeVar("T")
 
@@ -75,7 +76,9 @@ def run(
     """Runs `task` for every job of this process's command line; its result is the exit code.
 
     A wrong configuration ends the process with code 2 and one screen that names every problem,
-    before the first job starts. A sweep ends with the first job whose result is not 0.
+    before the first job starts. A run of a sweep that fails, by a crash or a refusal, is told at
+    once; the others go on, and at the end all that failed are listed. A run that was told to end
+    ends its sweep.
 
     Args:
         task: or the name of the module whose `main` it is; see `conf.arguments.resolve`.
@@ -95,13 +98,22 @@ def run(
     except ConfigError as error:
         _refuse(error)
 
+    sweep = Sweep(len(command.jobs))
+
+    def attempt(config: Config) -> int:
+        if before and DistEnv.from_environment().world_size == 1:
+            before(config)
+        return resolve(task)(config)
+
     def job(tree: DictConfig) -> None:
-        config = _named(_read(tree), HydraConfig.get().overrides.task, command.swept)
+        hydra_config = HydraConfig.get()
+        config = _named(_read(tree), hydra_config.overrides.task, command.swept)
         _hide_secrets(config)
+        if hydra_config.mode == RunMode.MULTIRUN:
+            sweep.run(config.name, lambda: attempt(config))
+            return
         try:
-            if before and DistEnv.from_environment().world_size == 1:
-                before(config)
-            code = resolve(task)(config)
+            code = attempt(config)
         except USER_ERRORS as error:
             _refuse(error)
         if code:
@@ -110,8 +122,20 @@ def run(
     sys.argv[1:] = [*flags, *command.overrides]
     if DistEnv.from_environment().rank:  # only rank 0 writes Hydra's multirun.yaml
         sys.argv.append(f"hydra.sweep.dir={mkdtemp()}")
-    hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(job)()
-    sys.exit(0)
+    try:
+        hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(job)()
+    finally:
+        sweep.tell_failures()
+    sys.exit(sweep.code)
+
+
+def own_overrides() -> list[str]:
+    """The overrides of the run at hand, as a user types them; of a sweep, those of this one run."""
+    if HydraConfig.initialized():
+        texts = list(HydraConfig.get().overrides.task)
+    else:
+        texts = [argument for argument in sys.argv[1:] if "=" in argument]
+    return [text.lstrip("+") for text in texts]
 
 
 def _hide_secrets(config: Config) -> None:

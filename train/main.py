@@ -61,6 +61,8 @@ def main(config: Config, hooks: Sequence[MakeHook] = ()) -> int:
         init_process_groups(config.engine.device) as groups,
     ):
         console = Console(soft_wrap=True, highlight=False, quiet=not groups.is_rank_zero)
+        # Each rank has looked at its own view of a shared disk to find the run's directory.
+        config = replace(config, run=groups.broadcast(config.run))
         # From here on, and not only from `open_run` on: it is told before anything else, and no
         # other process can come between two attempts.
         with hold_run_dir(config.run_dir, groups, console):

@@ -13,13 +13,27 @@ from conf.errors import ConfigError
 from train.compose import CONF, check, load
 from train.config import Config
 
-# What an entry point looks like; a job with seed 3 fails.
+# What an entry point looks like; a job with seed 3 fails, and those up to 9 in other ways.
 SCRIPT = """
 import logging, os
+from conf.errors import ConfigError, Problem, TransientError
 from train.compose import run
 
 def main(config):
     print(config.name, config.run_dir, logging.getLogger().handlers, os.getcwd())
+    match config.seed:
+        case 4:
+            raise KeyError("a fault of the program")
+        case 5:
+            raise ConfigError([Problem("seed", 5, "refused"), Problem("seed", 5, "twice")])
+        case 6:
+            raise TransientError("a server is gone")
+        case 7:
+            return 75
+        case 8:
+            raise KeyboardInterrupt
+        case 9:
+            return 130
     return 3 if config.seed == 3 else 0
 
 if __name__ == "__main__":
@@ -238,11 +252,35 @@ def test_a_job_gets_its_config_and_hydra_leaves_nothing_behind(tmp_path: Path) -
 
 
 @pytest.mark.process
-def test_a_sweep_runs_its_jobs_one_after_another_until_one_fails(tmp_path: Path) -> None:
-    done = script(tmp_path, "optim.lr=1e-3", "-m", "model.K=1,2", "seed=0,3")
-    names = [line.split()[0] for line in done.stdout.splitlines()]
-    assert names == ["phd_cswa-1-16-32-tiny-seed_0", "phd_cswa-1-16-32-tiny-seed_3"]
-    assert (done.returncode, done.stderr) == (3, "")
+def test_a_run_of_a_sweep_that_fails_is_told_at_once_and_listed_and_the_others_go_on(
+    tmp_path: Path,
+) -> None:
+    done = script(tmp_path, "optim.lr=1e-3", "-m", "seed=3,4,5,6,1,2")
+    names = [f"phd_cswa-2-16-32-tiny-seed_{seed}-lr_0.001" for seed in (3, 4, 5, 6, 1, 2)]
+    assert [line.split()[0] for line in done.stdout.splitlines()] == names
+    told, listed = done.stderr.split("4 of 6 runs of this sweep failed:\n")
+    assert f"{names[0]} ended with exit code 3\n" in told
+    assert f"{names[1]} crashed:\nTraceback (most recent call last):\n" in told
+    assert f"{names[2]} failed: 2 problems in the configuration:\n  seed=5: refused\n" in told
+    assert f"{names[3]} failed: failed for now, the same command may go on later:\n" in told
+    assert [told.index(name) for name in names[:4]] == sorted(map(told.index, names[:4]))
+    assert listed.splitlines() == [
+        f"  {names[0]}: it ended (exit code 3)",
+        f"  {names[1]}: KeyError: 'a fault of the program' (exit code 1)",
+        f"  {names[2]}: seed=5: refused seed=5: twice (exit code 2)",
+        f"  {names[3]}: a server is gone (exit code 75)",
+    ]
+    assert done.returncode == 1
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(("seed", "code"), [(7, 75), (8, 130), (9, 130)])
+def test_a_run_that_is_told_to_end_ends_its_sweep(seed: int, code: int, tmp_path: Path) -> None:
+    done = script(tmp_path, "-m", f"seed=5,{seed},1")
+    ran = [line.split()[0].rpartition("_")[2] for line in done.stdout.splitlines()]
+    assert ran == ["5", str(seed)]
+    assert "1 of 3 runs of this sweep failed:" in done.stderr
+    assert done.returncode in (code, -2 if code == 130 else code)  # Python dies of its own SIGINT
 
 
 @pytest.mark.process
