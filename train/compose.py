@@ -7,7 +7,7 @@ Hydra composes the files, sweeps and prints, but it stops at the first thing tha
 import sys
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, fields, replace
 from functools import cache
@@ -134,7 +134,7 @@ def own_overrides() -> list[str]:
     if HydraConfig.initialized():
         texts = list(HydraConfig.get().overrides.task)
     else:
-        texts = [argument for argument in sys.argv[1:] if "=" in argument]
+        texts = [text for text in sys.argv[1:] if "=" in text or text.startswith("~")]
     return [text.lstrip("+") for text in texts]
 
 
@@ -225,6 +225,37 @@ def _all_chosen(tree: DictConfig, overrides: Iterable[Override]) -> dict[str, An
     chosen = cast(dict[str, Any], OmegaConf.to_container(tree.hydra.runtime.choices))
     named = {o.key_or_group: _chosen(o) for o in overrides if choices(o.key_or_group)}
     return chosen | {group: names for group, names in named.items() if names}
+
+
+def overrides_of_another_model(
+    overrides: Iterable[str], changed: Collection[str], suffix: str = ""
+) -> list[str]:
+    """The overrides of a run that differs in its model, and in where it is, and in nothing else.
+
+    Args:
+        overrides: of the run at hand; see `own_overrides`.
+        changed: the model's settings that are left to the other run, such as `K`.
+        suffix: is added to a name or directory that the run at hand was given.
+    """
+    found = []
+    for text in overrides:
+        override = OverridesParser.create().parse_override(text)
+        section, _, name = override.key_or_group.rpartition(".")
+        value = None if override.is_delete() else override.value()
+        match override.key_or_group:
+            case "run.resume" | "sweep":
+                continue
+            case "model" if isinstance(value, dict):
+                found += [f"model.{k}={v}" for k, v in value.items() if str(k) not in changed]
+            case "model":
+                continue
+            case "run.name" | "run.dir" if suffix:
+                found.append(f"{text}-{suffix}")
+            case "run.dir":
+                continue
+            case _ if section != "model" or name not in changed:
+                found.append(text)
+    return found
 
 
 def _refuse(error: Exception) -> NoReturn:

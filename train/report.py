@@ -4,15 +4,24 @@ import os
 import shlex
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from conf.errors import DataError
+from conf.errors import ConfigError, DataError
+from conf.redaction import redacted_argument
+from train.compose import check, overrides_of_another_model, own_overrides
 from train.metrics.record import Metrics
 from train.plan import kv_rows
 from train.run import Run
+
+OF_PHD = (
+    *("variant", "K", "window", "chunk", "span_unit"),
+    *("copy_positions", "copy_embedding"),
+)
+"""The model's settings that a vanilla model does not have."""
 
 
 def print_report(run: Run, metrics: Metrics, console: Console, *, complete: bool) -> None:
@@ -71,19 +80,41 @@ def next_commands(run: Run, *, complete: bool) -> list[str]:
         return ["run the same command again to continue the training", generate]
     return [
         generate,
-        _command("main.py", "model=vanilla", *_own_data()),
-        _command("main.py", "-m", "+sweep=k", *_own_data()),
+        *(
+            _command("main.py", *map(redacted_argument, arguments))
+            for arguments in other_runs(run, own_overrides())
+        ),
         _command("bench.py", "attention", "out=bench"),
     ]
 
 
-def _own_data() -> list[str]:
-    """The arguments of this command line that a comparable run needs, too."""
-    # `+` is Hydra's mark for a key to add, and `~` for one to delete.
-    settings = (argument.lstrip("+") for argument in sys.argv[1:] if "=" in argument)
-    return [
-        a for a in settings if a.lstrip("~").startswith(("data", "tokenizer", "size=", "train."))
+def other_runs(run: Run, overrides: Sequence[str]) -> list[list[str]]:
+    """The arguments of runs to compare this one with: its own, with another model.
+
+    Args:
+        run: that has ended.
+        overrides: its own; see `train.compose.own_overrides`.
+    """
+    other = "phd_cswa" if run.config.model.variant == "vanilla" else "vanilla"
+    candidates = [
+        [[f"model={other}", *overrides_of_another_model(overrides, OF_PHD, other)]],
+        # W and C stay, unless the vanilla run of the sweep refuses them.
+        [
+            ["-m", "+sweep=k", *overrides_of_another_model(overrides, changed)]
+            for changed in (("variant", "K"), OF_PHD)
+        ],
     ]
+    possible = (filter(_is_possible, versions) for versions in candidates)
+    return [found for found in (next(versions, None) for versions in possible) if found]
+
+
+def _is_possible(arguments: Sequence[str]) -> bool:
+    """Whether these arguments of main.py are accepted."""
+    try:
+        check([text for text in arguments if text != "-m"], multirun="-m" in arguments)
+    except ConfigError:
+        return False
+    return True
 
 
 def _command(script: str, *arguments: str) -> str:

@@ -3,17 +3,19 @@
 import io
 import shlex
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from conf.validation import flatten_keys
 from data.prefetch import never
-from train.compose import check
+from train.compose import check, own_overrides
 from train.metrics.hooks import Sample
 from train.metrics.record import Metrics
-from train.report import next_commands, print_report
+from train.report import next_commands, other_runs, print_report
 from train.run import Run
 
 METRICS: Metrics = {
@@ -75,6 +77,53 @@ def test_every_command_it_suggests_exists(step: int, config, opened) -> None:
         assert Path(script).is_file()
         if Path(script).name == "main.py":
             check([a for a in arguments if a != "-m"], multirun="-m" in arguments)
+
+
+# What was typed, and the two runs that are proposed.
+PROPOSED = {
+    "model.dim=32 model.head_dim=16 optim.lr=1e-3 run.name=mine model.K=3 run.resume=must": [
+        "model=vanilla model.dim=32 model.head_dim=16 optim.lr=1e-3 run.name=mine-vanilla",
+        "-m +sweep=k model.dim=32 model.head_dim=16 optim.lr=1e-3 run.name=mine",
+    ],
+    "data=files data.sources.files.paths=[a.txt,b.txt] run.dir=there": [
+        "model=vanilla data=files data.sources.files.paths=[a.txt,b.txt] run.dir=there-vanilla",
+        "-m +sweep=k data=files data.sources.files.paths=[a.txt,b.txt]",
+    ],
+    "model=vanilla size=151m +seed=3 ~eval.rows": [
+        "model=phd_cswa size=151m seed=3 ~eval.rows",
+        "-m +sweep=k size=151m seed=3 ~eval.rows",
+    ],
+    "sweep=k ++model={variant:phd_cswa,K:3,norm:pre} data=python": [
+        "model=vanilla model.norm=pre data=python",
+        "-m +sweep=k model.norm=pre data=python",
+    ],
+    "experiment=smoke": ["model=vanilla experiment=smoke", "-m +sweep=k experiment=smoke"],
+}
+
+
+@pytest.mark.parametrize("typed", PROPOSED)
+def test_the_runs_it_suggests_are_its_own_with_another_model(
+    typed: str, opened, config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    overrides = typed.split()
+    monkeypatch.setattr(sys, "argv", ["main.py", *overrides])
+    [own] = check([text for text in overrides if text != "sweep=k"]).jobs
+    run = replace(opened(config()), config=own)
+    runs = other_runs(run, own_overrides())
+    assert [" ".join(arguments) for arguments in runs] == PROPOSED[typed]
+    [other] = check(runs[0]).jobs
+    changed = {
+        key
+        for key, value in flatten_keys(other.to_dict()).items()
+        if value != flatten_keys(own.to_dict())[key]
+    }
+    assert changed <= {"model.variant", "model.K", "run.name", "run.dir", "run.resume"}
+    assert other.model.variant != own.model.variant
+    assert other.run_dir != own.run_dir
+    for member in check(runs[1][1:], multirun=True).jobs:
+        assert member.train == own.train
+        assert member.data == own.data
+        assert member.model.norm == own.model.norm
 
 
 @pytest.mark.parametrize("prompt", ["class A", "a 'quoted' \"$HOME\" \\", "def f():\n    "])

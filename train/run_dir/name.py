@@ -21,6 +21,7 @@ from typing import Any
 import yaml
 from xxhash import xxh3_64_hexdigest
 
+from conf.redaction import redacted_tree
 from conf.validation import flatten_keys, keys
 from train.config import Config
 
@@ -42,8 +43,12 @@ LONGEST_VALUE = 24
 
 
 def identity(config: Config) -> dict[str, Any]:
-    """The settings that make a run this one and no other, by full names."""
-    return {key: value for key, value in flatten_keys(config.to_dict()).items() if is_fixed(key)}
+    """The settings that make a run this one and no other, by full names; without secrets.
+
+    A checkpoint has none either, and the signature of a link differs each time.
+    """
+    settings = flatten_keys(redacted_tree(config.to_dict()))
+    return {key: value for key, value in settings.items() if is_fixed(key)}
 
 
 def is_fixed(key: str) -> bool:

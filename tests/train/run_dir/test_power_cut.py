@@ -10,7 +10,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from conf.errors import DataError
+from conf.errors import ConfigError, DataError
 from data.tokenizer import Tokenizer
 from train.checkpoint import manifest
 from train.checkpoint.load_run import load_run
@@ -136,7 +136,7 @@ def test_a_tokenizer_of_another_run_is_not_taken_for_the_own_one(
     run = tmp_path / "run"
     assert load_run(run, torch.device("cpu")).tokenizer.fingerprint != other.tokenizer.fingerprint
     without_tokenizer(run / "checkpoints/step_00000003")
-    with pytest.raises(DataError, match="not the tokenizer of"):
+    with pytest.raises(ConfigError, match="is not the one that it was trained with"):
         load_run(run, torch.device("cpu"))
     again = trained(config(*sources))
     assert f"{path} is not the one that the run began with" in again.output
