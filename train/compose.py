@@ -62,6 +62,13 @@ NAMED_EARLIER = {
 """What the names of earlier versions told of a sweep without being asked."""
 
 
+OF_PHD = (
+    *("variant", "K", "window", "chunk", "span_unit"),
+    *("copy_positions", "copy_embedding"),
+)
+"""The model's settings that a vanilla model does not have."""
+
+
 class Command(NamedTuple):
     """A command line that has been checked."""
 
@@ -225,6 +232,31 @@ def _all_chosen(tree: DictConfig, overrides: Iterable[Override]) -> dict[str, An
     chosen = cast(dict[str, Any], OmegaConf.to_container(tree.hydra.runtime.choices))
     named = {o.key_or_group: _chosen(o) for o in overrides if choices(o.key_or_group)}
     return chosen | {group: names for group, names in named.items() if names}
+
+
+def other_runs(config: Config) -> list[list[str]]:
+    """The arguments of runs to compare the run at hand with: its own, with another model."""
+    overrides = own_overrides()
+    other = "phd_cswa" if config.model.variant == "vanilla" else "vanilla"
+    candidates = [
+        [[f"model={other}", *overrides_of_another_model(overrides, OF_PHD, other)]],
+        # W and C stay, unless the vanilla run of the sweep refuses them.
+        [
+            ["-m", "+sweep=k", *overrides_of_another_model(overrides, changed)]
+            for changed in (("variant", "K"), OF_PHD)
+        ],
+    ]
+    possible = (filter(_is_possible, versions) for versions in candidates)
+    return [found for found in (next(versions, None) for versions in possible) if found]
+
+
+def _is_possible(arguments: Sequence[str]) -> bool:
+    """Whether these arguments of main.py are accepted."""
+    try:
+        check([text for text in arguments if text != "-m"], multirun="-m" in arguments)
+    except ConfigError:
+        return False
+    return True
 
 
 def overrides_of_another_model(

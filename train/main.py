@@ -23,6 +23,7 @@ from rich.console import Console
 from conf.exit_codes import ExitCode
 from data.stream import OutOfTextError
 from train.anomalies.policy import BadStepError, RollBackError
+from train.compose import other_runs
 from train.config import Config
 from train.console import progress_bar, warn
 from train.costs.text import look_at_text
@@ -151,7 +152,8 @@ def _train(run: Run, console: Console) -> ExitCode:
 
 def _report_complete(run: Run, console: Console, why: str) -> ExitCode:
     console.print(why, markup=False)
-    print_report(run, run.measure(), console, complete=True)
+    others = other_runs(run.config) if run.groups.is_rank_zero else []
+    print_report(run, run.measure(), console, complete=True, others=others)
     return ExitCode.FINISHED
 
 
@@ -178,7 +180,8 @@ def _report(run: Run, record: StepRecord, metrics: Metrics, console: Console) ->
     if not ending.by_signal:
         shown = {"sample/text"} if run.config.hooks.console else set()  # by the console's line
         left = {key: value for key, value in metrics.items() if key not in shown}
-        print_report(run, left, console, complete=complete)
+        others = other_runs(run.config) if complete and run.groups.is_rank_zero else []
+        print_report(run, left, console, complete=complete, others=others)
     return ending.exit_code(saved=saved, timed=run.timed)
 
 

@@ -4,27 +4,27 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from conf.errors import ConfigError, DataError
+from conf.errors import DataError
 from conf.redaction import redacted_argument
-from train.compose import check, overrides_of_another_model, own_overrides
 from train.metrics.record import Metrics
 from train.plan import kv_rows
 from train.run import Run
 
-OF_PHD = (
-    *("variant", "K", "window", "chunk", "span_unit"),
-    *("copy_positions", "copy_embedding"),
-)
-"""The model's settings that a vanilla model does not have."""
 
-
-def print_report(run: Run, metrics: Metrics, console: Console, *, complete: bool) -> None:
+def print_report(
+    run: Run,
+    metrics: Metrics,
+    console: Console,
+    *,
+    complete: bool,
+    others: Iterable[Sequence[str]] = (),
+) -> None:
     """Print the held-out loss, a sample, the size of the KV cache, and commands to run next.
 
     Args:
@@ -32,6 +32,7 @@ def print_report(run: Run, metrics: Metrics, console: Console, *, complete: bool
         metrics: of its last step.
         console: to print on.
         complete: whether the run has reached its last step. If not, the same command resumes it.
+        others: the arguments of runs to compare it with.
     """
     for key, value in metrics.items():
         if key.startswith("eval/") and key.endswith("/loss"):
@@ -49,7 +50,7 @@ def print_report(run: Run, metrics: Metrics, console: Console, *, complete: bool
     console.print(f"checkpoint: {_checkpoint(run)}", markup=False)
     console.print(f"metrics:    {run.directory / 'metrics.jsonl'}")
     console.print("\n[bold]next[/]")
-    for command in next_commands(run, complete=complete):
+    for command in next_commands(run, others, complete=complete):
         console.print(f"  {command}", markup=False)
 
 
@@ -73,48 +74,16 @@ def kv_table(run: Run) -> Table:
     return table
 
 
-def next_commands(run: Run, *, complete: bool) -> list[str]:
+def next_commands(run: Run, others: Iterable[Sequence[str]], *, complete: bool) -> list[str]:
     """Commands to run next, quoted so that they can be pasted into a shell."""
     generate = _command("generate.py", f"run={run.directory}", f"prompt={run.sample.prompt}")
     if not complete:
         return ["run the same command again to continue the training", generate]
     return [
         generate,
-        *(
-            _command("main.py", *map(redacted_argument, arguments))
-            for arguments in other_runs(run, own_overrides())
-        ),
+        *(_command("main.py", *map(redacted_argument, arguments)) for arguments in others),
         _command("bench.py", "attention", "out=bench"),
     ]
-
-
-def other_runs(run: Run, overrides: Sequence[str]) -> list[list[str]]:
-    """The arguments of runs to compare this one with: its own, with another model.
-
-    Args:
-        run: that has ended.
-        overrides: its own; see `train.compose.own_overrides`.
-    """
-    other = "phd_cswa" if run.config.model.variant == "vanilla" else "vanilla"
-    candidates = [
-        [[f"model={other}", *overrides_of_another_model(overrides, OF_PHD, other)]],
-        # W and C stay, unless the vanilla run of the sweep refuses them.
-        [
-            ["-m", "+sweep=k", *overrides_of_another_model(overrides, changed)]
-            for changed in (("variant", "K"), OF_PHD)
-        ],
-    ]
-    possible = (filter(_is_possible, versions) for versions in candidates)
-    return [found for found in (next(versions, None) for versions in possible) if found]
-
-
-def _is_possible(arguments: Sequence[str]) -> bool:
-    """Whether these arguments of main.py are accepted."""
-    try:
-        check([text for text in arguments if text != "-m"], multirun="-m" in arguments)
-    except ConfigError:
-        return False
-    return True
 
 
 def _command(script: str, *arguments: str) -> str:

@@ -12,10 +12,10 @@ from rich.console import Console
 
 from conf.validation import flatten_keys
 from data.prefetch import never
-from train.compose import check, own_overrides
+from train.compose import check, other_runs
 from train.metrics.hooks import Sample
 from train.metrics.record import Metrics
-from train.report import next_commands, other_runs, print_report
+from train.report import next_commands, print_report
 from train.run import Run
 
 METRICS: Metrics = {
@@ -59,17 +59,17 @@ def test_the_report_does_without_what_was_not_measured(config, opened) -> None:
 def test_a_run_that_is_not_at_its_end_is_told_how_it_goes_on(config, opened) -> None:
     run = opened(config())
     assert (
-        next_commands(run, complete=False)[0]
+        next_commands(run, [], complete=False)[0]
         == "run the same command again to continue the training"
     )
-    assert "the same command" not in " ".join(next_commands(run, complete=True))
+    assert "the same command" not in " ".join(next_commands(run, [], complete=True))
 
 
 @pytest.mark.parametrize("step", [5, 6])
 def test_every_command_it_suggests_exists(step: int, config, opened) -> None:
-    commands = [
-        shlex.split(command) for command in next_commands(opened(config()), complete=step >= 6)
-    ]
+    run = opened(config())
+    others = other_runs(run.config)
+    commands = list(map(shlex.split, next_commands(run, others, complete=step >= 6)))
     scripts = [words for words in commands if words[1].endswith(".py")]
     assert len(scripts) == (1 if step < 6 else 4)
     for interpreter, script, *arguments in scripts:
@@ -103,13 +103,12 @@ PROPOSED = {
 
 @pytest.mark.parametrize("typed", PROPOSED)
 def test_the_runs_it_suggests_are_its_own_with_another_model(
-    typed: str, opened, config, monkeypatch: pytest.MonkeyPatch
+    typed: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     overrides = typed.split()
     monkeypatch.setattr(sys, "argv", ["main.py", *overrides])
     [own] = check([text for text in overrides if text != "sweep=k"]).jobs
-    run = replace(opened(config()), config=own)
-    runs = other_runs(run, own_overrides())
+    runs = other_runs(own)
     assert [" ".join(arguments) for arguments in runs] == PROPOSED[typed]
     [other] = check(runs[0]).jobs
     changed = {
@@ -132,6 +131,6 @@ def test_the_prompt_it_suggests_is_the_samples(prompt: str, config, opened) -> N
     sample = Sample(run.config, run.engine, run.tokenizer, prompt, never)
     run = replace(run, sample=sample)
     generate = next(
-        command for command in next_commands(run, complete=True) if "generate.py" in command
+        command for command in next_commands(run, [], complete=True) if "generate.py" in command
     )
     assert shlex.split(generate)[2:] == [f"run={run.directory}", f"prompt={prompt}"]
