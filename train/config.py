@@ -363,7 +363,7 @@ class HooksConfig(Settings):
     """What the run reports. Its `metrics.jsonl` is always written.
 
     Attributes:
-        log_every: the steps between two reports.
+        log_every: the steps between two reports. Steps 1, 2, 5 and 10 are reported, too.
         console: print a line for each report.
         wandb: Weights & Biases.
         sample: text that the model writes.

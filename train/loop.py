@@ -13,6 +13,7 @@ from data.loader import Loader
 from data.prefetch import never
 from data.stream import OutOfTextError
 from phd.flops import training_flops
+from train.console import TrainingBar
 from train.distributed.process_groups import shared_error
 from train.distributed.stop_sync import RankFlags
 from train.ending import Ending
@@ -20,7 +21,6 @@ from train.engines.engine import Engine, StepResult
 from train.engines.limits import NO_LIMITS, Limits
 from train.engines.schedule import learning_rate
 from train.metrics.record import Hook, Metrics, StepRecord, is_due
-from train.metrics.sinks import console_lines
 from train.run import Run
 
 
@@ -40,7 +40,7 @@ def train(run: Run, progress: Progress) -> tuple[StepRecord, Metrics]:
         RollBackError, BadStepError: see `train.anomalies.policy`.
     """
     config, engine, policy, stop_sync = run.config, run.engine, run.bad_step_policy, run.stop_sync
-    bar = progress.add_task("training", total=config.total_steps, completed=run.step, status="")
+    bar = TrainingBar(progress, run.step, config.total_steps, config.train.max_time)
     started, hooks_s = perf_counter(), 0.0
     flops, record, ending = run.flops, None, None
     with run.loader() as loader:
@@ -80,9 +80,7 @@ def train(run: Run, progress: Progress) -> tuple[StepRecord, Metrics]:
             metrics = measure_and_save(run, record, due)
             hooks_s = perf_counter() - started - train_s
 
-            progress.update(bar, completed=step)
-            if metrics:
-                progress.update(bar, status=" ".join(console_lines(metrics)[:1]))
+            bar.update(step, metrics)
             if stop_sync.signal:  # it came while hooks were called
                 break
         return end(run, loader, record, ending)

@@ -25,7 +25,7 @@ from data.stream import OutOfTextError
 from train.anomalies.policy import BadStepError, RollBackError
 from train.compose import other_runs
 from train.config import Config
-from train.console import progress_bar, warn
+from train.console import training_progress, warn
 from train.costs.text import look_at_text
 from train.distributed.dist_env import DistEnv
 from train.distributed.process_groups import (
@@ -137,7 +137,7 @@ def _train(run: Run, console: Console) -> ExitCode:
     if run.finished:
         return _report_complete(run, console, f"nothing to train: {run.step} steps are done")
     try:
-        with progress_bar(console, "{task.fields[status]}", eta=True) as progress:
+        with training_progress(console) as progress:
             record, metrics = train(run, progress)
     except OutOfTextError as error:
         why = f"nothing to train: {run.step} steps are done. {error}"

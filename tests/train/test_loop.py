@@ -18,7 +18,7 @@ from conf.errors import DataError
 from data.loader import Loader
 from train.engines.schedule import learning_rate
 from train.loop import train
-from train.metrics.record import Metrics, StepRecord
+from train.metrics.record import EARLY_STEPS, Metrics, StepRecord
 from train.run import Run
 
 STEP = 4 * 32  # tokens
@@ -84,9 +84,25 @@ def test_each_hook_logs_in_the_period_of_its_own_settings(config, trained, logge
         "checkpoint/stall_s": 2,
     }
     for name, every in signs.items():
-        due = [step for step in range(1, 12) if step % every == 0 or step == 11]
+        early = EARLY_STEPS if every == 4 else ()
+        due = [step for step in range(1, 12) if step % every == 0 or step in (*early, 11)]
         assert [step for step, line in lines.items() if name in line] == due, name
-    assert sorted(lines) == [2, 3, 4, 5, 6, 8, 9, 10, 11]
+    assert sorted(lines) == [1, 2, 3, 4, 5, 6, 8, 9, 10, 11]
+
+
+@pytest.mark.parametrize(
+    ("log_every", "steps"),
+    [(1, [1, 2, 3, 4, 5, 6, 7]), (3, [1, 2, 3, 5, 6, 7]), (20, [1, 2, 5, 7])],
+)
+def test_a_run_reports_how_it_begins_and_says_how_long_it_takes(
+    log_every: int, steps: list[int], config, trained, logged
+) -> None:
+    run = trained(config("train.max_steps=7", f"hooks.log_every={log_every}")).run
+    lines = logged(run.directory, measured=True)
+    assert [line["step"] for line in lines] == steps
+    left = [line["step"] for line in lines if line.get("throughput/eta_s", 0) > 0]
+    assert left == steps[1:-1]  # the first step's time is no guide
+    assert lines[-1]["throughput/eta_s"] == 0
 
 
 def test_a_resumed_run_keeps_the_periods(config, trained) -> None:
@@ -101,9 +117,9 @@ def test_sinks_get_what_the_hooks_of_a_step_return_and_nothing_on_other_steps(
 ) -> None:
     rare, often, sink = Recorder(6), Recorder(2), Recorder(0)
     last = trained(config("hooks.log_every=100"), hooks=(rare, often), sinks=(sink,))
-    assert [step for step, _ in sink.written] == [2, 4, 6]
-    assert [m["recorder/calls"] for _, m in sink.written] == [1, 2, 3]
-    assert set(sink.written[0][1]) == {"recorder/calls"}
+    assert [step for step, _ in sink.written] == [1, 2, 4, 5, 6]
+    assert [m.get("recorder/calls") for _, m in sink.written] == [None, 1, 2, None, 3]
+    assert set(sink.written[2][1]) == {"recorder/calls"}
     assert sink.written[-1][1] == last.metrics
     assert {"train/loss", "sample/text", "checkpoint/save_s"} < set(last.metrics)
 

@@ -37,6 +37,8 @@ class TrainingMetrics:
     can be compared.
     """
 
+    early = True
+
     def __init__(self, config: Config) -> None:
         self.every = config.hooks.log_every
 
@@ -62,6 +64,8 @@ class DataProgress:
 
     `progress/epoch` is the smallest epoch of the sources that have a weight from the start.
     """
+
+    early = True
 
     def __init__(self, config: Config, quarantine: Quarantine, groups: ProcessGroups) -> None:
         self.every = config.hooks.log_every
@@ -98,6 +102,8 @@ class Throughput:
         tokens, flops: of the run before this start, as a `StepRecord` counts them.
     """
 
+    early = True
+
     def __init__(
         self, config: Config, device: torch.device, tokens: int, flops: int, groups: ProcessGroups
     ) -> None:
@@ -106,6 +112,7 @@ class Throughput:
         self.groups = groups
         self.copies = config.model.K
         self.tokens_per_step = config.train.tokens_per_step
+        self.total_steps, self.max_time = config.total_steps, config.train.max_time
         self.data = config.data
         self.last = (tokens, flops, 0.0, (0.0,) * groups.world_size)
         self.calls, self.warned = 0, False
@@ -127,16 +134,30 @@ class Throughput:
             "throughput/data_wait_fraction": waited / seconds,
             "memory/peak_gib": max(self.groups.gather(peak_memory_gib(self.device))),
         }
+        # The first step's time is mostly that of opening files and compiling.
+        if self.calls and (left := self._time_left(record, metrics)) is not None:
+            metrics["throughput/eta_s"] = left
         if peak := peak_flops(self.device):
             flops_per_s = (record.flops - flops_before) / seconds / self.groups.world_size
             metrics["throughput/mfu"] = flops_per_s / peak
         # The first interval includes opening the files. The warning is given once, because the
         # fraction is logged anyway.
-        if waited > MUCH_WAITING * seconds and self.calls and not self.warned:
+        # Of the early reports, an interval of a step or two says little.
+        enough = self.calls > 0 and record.step % self.every == 0
+        if waited > MUCH_WAITING * seconds and enough and not self.warned:
             self.warned = True
             metrics["throughput/warning"] = self._advice(waited / seconds, rank)
         self.calls += 1
         return metrics
+
+    def _time_left(self, record: StepRecord, metrics: Metrics) -> float | None:
+        """Seconds of training that are left at this speed; None if the length is not known."""
+        left = []
+        if (total := self.total_steps) is not None:
+            left.append((total - record.step) * float(metrics["throughput/step_s"]))
+        if self.max_time is not None:
+            left.append(self.max_time - record.train_s)
+        return max(0.0, min(left)) if left else None
 
     def _advice(self, fraction: float, rank: int) -> str:
         data = self.data
@@ -151,6 +172,8 @@ class Throughput:
 
 class KVCost:
     """Bytes of the KV cache of one sequence of `hooks.kv.context` tokens at inference."""
+
+    early = True
 
     def __init__(self, config: Config, dtype: torch.dtype) -> None:
         self.every = config.hooks.log_every

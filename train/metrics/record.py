@@ -77,11 +77,16 @@ class StepRecord:
         )
 
 
+EARLY_STEPS = (1, 2, 5, 10)
+"""Steps that are reported besides every so many, so that a run shows at once how it begins."""
+
+
 class Hook(Protocol):
     """Measures something beside the training.
 
     Attributes:
-        every: steps between two calls; 0: only after the last step.
+        every: steps between two calls; 0: only after the last step. A hook with an attribute
+            `early` that is true is also called after each of `EARLY_STEPS`.
     """
 
     every: int
@@ -100,4 +105,5 @@ class Hook(Protocol):
 
 def is_due(hook: Hook, step: int) -> bool:
     """Whether a hook is called after this step, if it is not the last."""
-    return bool(hook.every and step % hook.every == 0)
+    early = getattr(hook, "early", False) and step in EARLY_STEPS
+    return bool(hook.every and (early or step % hook.every == 0))

@@ -20,7 +20,7 @@ from conf.errors import reason_of
 from conf.redaction import holds_secret, redacted_tree
 from data.storage.atomic import write_atomic
 from train.config import Config
-from train.console import warn
+from train.console import duration, print_line, warn
 from train.metrics.record import Metrics
 
 RUN_ID = "wandb_id.txt"
@@ -163,22 +163,25 @@ def read_line(line: str) -> dict[str, Any] | None:
 
 
 class ConsoleLine:
-    """Prints one line per logging step, above the progress bar."""
+    """Prints one line per logging step, above the progress bar.
+
+    In a file, where there is no bar, the line also tells how long the training will still take.
+    """
 
     def __init__(self, console: Console, total_steps: int | None) -> None:
         self.console = console
         self.total = f"/{total_steps}" if total_steps else ""
 
     def write(self, step: int, metrics: Metrics) -> None:
-        for line in console_lines(metrics):
-            self.console.print(f"step {step}{self.total}  {line}", highlight=False, markup=False)
+        for line in console_lines(metrics, eta=not self.console.is_terminal):
+            print_line(self.console, f"step {step}{self.total}  {line}")
 
     def close(self) -> None:
         pass
 
 
-def console_lines(metrics: Metrics) -> list[str]:
-    """The metrics that a person follows, as text.
+def console_lines(metrics: Metrics, *, eta: bool = False) -> list[str]:
+    """The metrics that a person follows, as text; with `eta` also the time that is left.
 
     >>> console_lines({"train/loss": 3.21, "throughput/tokens_per_s": 5123.4, "optim/lr": 3e-4})
     ['loss 3.210  lr 3.00e-04  5,123 tokens/s']
@@ -193,6 +196,8 @@ def console_lines(metrics: Metrics) -> list[str]:
         "memory/peak_gib": "{:.2f} GiB",
     }
     line = "  ".join(text.format(metrics[key]) for key, text in formats.items() if key in metrics)
+    if line and eta and isinstance(left := metrics.get("throughput/eta_s"), float):
+        line += f"  eta {duration(left)}"
     lines = [line] if line else []
     for key, value in metrics.items():
         if key.startswith("eval/") and key.endswith("/loss"):

@@ -115,7 +115,7 @@ def test_a_logging_step_has_the_promised_names_and_no_others(config, trained, lo
     run = trained(config("train.max_steps=3")).run
     first, _, last = logged(run.directory, measured=True)
     assert set(first) == {"step", "time"} | LOGGED
-    assert set(last) == {"step", "time"} | LOGGED | AT_THE_END
+    assert set(last) == {"step", "time"} | LOGGED | AT_THE_END | {"throughput/eta_s"}
 
 
 # Training
@@ -242,6 +242,7 @@ def test_throughput_is_of_the_time_since_the_last_call(config) -> None:
     warning = metrics.pop("throughput/warning")
     assert "waited for data 25% of the time; raise data.workers=1" in str(warning)
     assert metrics.pop("memory/peak_gib") > 0
+    assert metrics.pop("throughput/eta_s") >= 0
     assert metrics == {
         "throughput/tokens_per_s": 256.0,
         "throughput/tokens_per_s_per_device": 256.0,
