@@ -62,7 +62,7 @@ def test_a_terminated_run_continues_bitwise_with_the_same_command(
     command = ["main.py", *small(*settings, "hooks.console=true", "hooks.log_every=5")]
 
     first = start(*command)
-    wait_for_lines(tmp_path / "run/metrics.jsonl", 2, first)
+    wait_for_lines(tmp_path / "run/metrics.jsonl", 4, first)  # steps 1, 2, 5, 10
     first.send_signal(signal.SIGTERM)
     output, errors = first.communicate()
     assert (first.returncode, errors) == (ExitCode.REQUEUE, "")
