@@ -19,7 +19,7 @@ from data.config import DataConfig, TokenizerConfig
 from phd.config import ModelConfig
 from train.engine_config import DeepSpeedConfig, FsdpConfig
 
-DEFAULT_STEPS = 450  # 0.9 M tokens with the default batch: minutes on two CPU cores
+DEFAULT_STEPS = 320  # 0.66 M tokens with the default batch: minutes on two CPU cores
 LENGTHS = ("train.max_steps", "train.max_tokens", "train.max_flops")
 
 
@@ -56,7 +56,7 @@ class TrainConfig(Settings):
 
     Attributes:
         max_steps: the length in optimizer steps; null: no limit of this kind. If several limits are
-            set, the run ends at the one that it reaches first; if none is, it has 450 steps.
+            set, the run ends at the one that it reaches first; if none is, it has 320 steps.
         max_tokens: the length in tokens of text, whatever K is; the run has as many whole steps as
             fit into it. null: no limit of this kind.
         max_flops: the length in training FLOPs, so that runs of different K cost the same; the run
@@ -152,7 +152,7 @@ class OptimConfig(Settings):
     """
 
     kind: Literal["adamw"] = "adamw"
-    lr: float = 5e-3  # for the size tiny; arXiv 2504.14992 and recipe=olmo2 have 3e-4
+    lr: float = 3e-3  # for the size tiny; arXiv 2504.14992 and recipe=olmo2 have 3e-4
     betas: tuple[float, float] = (0.9, 0.95)  # this and what follows as in the paper
     eps: float = 1e-8
     weight_decay: float = 0.1
@@ -464,7 +464,7 @@ class Config(Settings):
     @property
     def total_steps(self) -> int | None:
         """The steps of the limit that is reached first; None if only time ends the run."""
-        # Not the field's default, or `train.max_tokens=1e9` would still end after 450 steps.
+        # Not the field's default, or `train.max_tokens=1e9` would still end after 320 steps.
         default = DEFAULT_STEPS if self.train.max_time is None else None
         return min(self.step_limits.values(), default=default)
 

@@ -348,7 +348,7 @@ def _odd(plan: Plan) -> list[str]:
         for name, phase in config.data.phases.items()
         if plan.tokens is not None and phase.after_tokens >= plan.tokens
     ]
-    # The default run of the tiny size trains at 0.005; common peak rates are below 0.003.
+    # The default run of the tiny size trains at 0.003; common peak rates are below 0.003.
     if config.optim.lr > 0.02:
         found.append(f"optim.lr={config.optim.lr}: AdamW diverges at such rates")
     if config.checkpoint.every == 0:

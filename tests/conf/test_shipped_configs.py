@@ -179,6 +179,17 @@ def test_an_experiment_may_be_written_with_a_plus() -> None:
     assert load(["+experiment=smoke"]) == load(["experiment=smoke"])
 
 
+def test_the_default_run_takes_at_most_six_minutes_at_2100_tokens_a_second() -> None:
+    """A slow machine with two cores does no more; two minutes are left to install and to start."""
+    config = load([])
+    assert config.total_steps is not None
+    evaluations = -(-config.total_steps // config.eval.every)
+    evaluated = evaluations * config.eval.rows * config.train.seq_len
+    # An evaluation has no backward pass, which takes two thirds of a step.
+    work = config.total_steps * config.train.tokens_per_step + evaluated / 3
+    assert work / 2100 <= 6 * 60
+
+
 OVER_K = ["vanilla-tiny", *(f"phd_cswa-{K}-16-32-tiny" for K in (2, 3, 5))]
 
 SWEPT = {
