@@ -1,8 +1,10 @@
 """The front end of the commands that take a few plain arguments: `run=<dir> prompt="..."`."""
 
 import json
+import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from importlib import import_module
 from itertools import zip_longest
 from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
@@ -12,9 +14,11 @@ from conf.cache_dirs import use_writable_caches
 from conf.descriptions import entries, explanation, listed, summary
 from conf.errors import USER_ERRORS, ConfigError, Problem, report
 from conf.standard_streams import guard_standard_streams
-from conf.validation import build, did_you_mean, nearest
+from conf.validation import build, closest, did_you_mean, keys, nearest
 
 T = TypeVar("T")
+OPTIONS = ("help", "explain", "cfg", "multirun", "dry")
+"""Options that a misspelt one is compared with."""
 
 
 def run(
@@ -76,10 +80,11 @@ def parse(cls: type[T], arguments: Sequence[str], *, positional: Sequence[str] =
     hints = get_type_hints(cls)
     names = iter(positional)
     values: dict[str, Any] = {}
-    for argument in arguments:
+    words = ((text, text.removeprefix("--")) for text in arguments)
+    typed = [f"{word}=true" if hints.get(word) is bool else text for text, word in words]
+    typed, problems = misread(typed, keys(cls))
+    for argument in typed:
         key, equals, text = argument.partition("=")
-        if not equals and hints.get(key.removeprefix("--")) is bool:
-            key, equals, text = key.removeprefix("--"), "=", "true"
         if not equals:  # one argument too many is then reported as an unknown key
             key, text = next(names, argument), argument
         name, dot, entry = key.partition(".")
@@ -87,7 +92,101 @@ def parse(cls: type[T], arguments: Sequence[str], *, positional: Sequence[str] =
             values.setdefault(name, {})[entry] = text
         else:
             values[key] = _value(hints.get(key), text)
-    return build(cls, values, "the arguments")
+    try:
+        built = build(cls, values, "the arguments")
+    except ConfigError as error:
+        problems += error.problems
+    if problems:
+        raise ConfigError(problems, "the arguments")
+    return built
+
+
+def misread(
+    texts: Iterable[str], known: Sequence[str], choices: Mapping[str, str] | None = None
+) -> tuple[list[str], list[Problem | str]]:
+    """Arguments as they were probably meant, and a problem for each that was typed otherwise.
+
+    They are problems, since a guess may be wrong; they are read as they were meant, so that nothing
+    else is reported in consequence.
+
+    >>> known = ["model", "model.K", "data.sources.*.paths"]
+    >>> rest, found = misread(["seed=1", "--model", "phd", "--model.k=3", "model.K", "3"], known)
+    >>> rest
+    ['seed=1', 'model=phd', 'model.K=3', 'model.K=3']
+    >>> for problem in found: print(problem)
+    --model phd: a setting is key=value, without dashes. Did you mean model=phd?
+    --model.k=3: a setting is key=value, without dashes. Did you mean model.K=3?
+    model.K 3: a setting is key=value. Did you mean model.K=3?
+
+    Args:
+        texts: the arguments, in the order in which they were typed.
+        known: the full names of all settings; `*` stands for any name.
+        choices: words that only one setting takes, with this setting.
+    """
+    rest: list[str] = []
+    problems: list[Problem | str] = []
+    left = list(texts)
+    while left:
+        text = left.pop(0)
+        key, equals, value = text.lstrip("-").partition("=")
+        dashed = text.startswith("-")
+        exact = any(fnmatchcase(key, name) for name in known)
+        if not dashed and (equals or not (exact or "." in key or key in (choices or {}))):
+            rest.append(text)
+            continue
+        option = dashed and not exact and closest(key, OPTIONS)
+        meant = key if exact else None if option else nearest(key, known)
+        if not dashed and not exact and key in (choices or {}):
+            meant, value = (choices or {})[key], key
+        elif meant and not equals and left and _is_value(left[0]):
+            value = left.pop(0)
+            text = f"{text} {value}"
+        elif not dashed:  # a key alone
+            rest.append(text)
+            continue
+        problems.append(_meant(text, meant, value, dashed=dashed))
+        rest += [f"{meant}={value}"] if meant and value else []
+    return rest, problems
+
+
+def own_arguments(cls: Any, texts: Iterable[str]) -> tuple[list[str], list[str]]:
+    """The arguments that set something of `cls`, in whatever form they were typed, and the others.
+
+    >>> from dataclasses import dataclass
+    >>> @dataclass
+    ... class Job:
+    ...     nodes: int = 1
+    ...     dry: bool = False
+    >>> own_arguments(Job, ["nodes=2", "K=3", "--nodes", "4", "--dry", "phd"])
+    (['nodes=2', '--nodes', '4', '--dry'], ['K=3', 'phd'])
+    """
+    hints = get_type_hints(cls)
+    own: list[str] = []
+    others: list[str] = []
+    left = list(texts)
+    while left:
+        text = left.pop(0)
+        key, equals, _ = text.lstrip("-").partition("=")
+        name = key.partition(".")[0]  # `env` of env.NCCL_DEBUG=WARN
+        (own if name in hints else others).append(text)
+        if name in hints and not equals and hints[name] is not bool and left and _is_value(left[0]):
+            own.append(left.pop(0))
+    return own, others
+
+
+def _is_value(text: str) -> bool:
+    """Whether an argument may be the value of the one before it: `3`, `-1`, `a b`, but not `-m`."""
+    return "=" not in text and (not text.startswith("-") or text[1:2].isdigit())
+
+
+def _meant(text: str, key: str | None, value: str, *, dashed: bool) -> Problem:
+    if key is None:
+        guess = closest(text.lstrip("-"), OPTIONS)
+        hint = did_you_mean(guess and f"--{guess}") or "--help lists options and settings"
+        return Problem(text, expected="unknown option", hint=hint)
+    expected = "a setting is key=value" + (", without dashes" if dashed else "")
+    quoted = shlex.quote(value) if value else "VALUE"
+    return Problem(text, expected=expected, hint=did_you_mean(f"{key}={quoted}"))
 
 
 def help_page(cls: Any, texts: Sequence[str]) -> str:

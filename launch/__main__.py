@@ -47,7 +47,7 @@ from typing import Any, NoReturn
 import yaml
 
 from conf import checkout
-from conf.arguments import help_page, parse, refuse, to_explain, usage
+from conf.arguments import help_page, own_arguments, parse, refuse, to_explain, usage
 from conf.cache_dirs import use_writable_caches
 from conf.errors import ConfigError, Problem, reason_of
 from conf.redaction import redacted_argument
@@ -96,15 +96,13 @@ def read_command(texts: Sequence[str]) -> LaunchCommand:
     config: Local | None = None
     jobs: list[Config] = []
     with collecting(problems):
-        for text in texts[1:]:
-            key, _, value = text.partition("=")
-            if key == "site":
-                site = _read_site(value)
-                if launcher == "check":  # the site's file is that of a scheduler
-                    site = [text for text in site if _name(text) in names]
-                own = [*site, *own]  # before the command line's, which replace them
-            else:
-                (own if _name(text) in names else others).append(text)
+        own, others = _split(LAUNCHERS[launcher], texts[1:])
+        for path in [text.partition("=")[2] for text in others if text.startswith("site=")]:
+            site = _read_site(path)
+            if launcher == "check":  # the site's file is that of a scheduler
+                site = [text for text in site if _name(text) in names]
+            own = [*site, *own]  # before the command line's, which replace them
+        others = [text for text in others if not text.startswith("site=")]
         config = parse(LAUNCHERS[launcher], own)
     if isinstance(config, Slurm | Kubernetes):
         problems += _secret_problems(others, config)
@@ -115,6 +113,15 @@ def read_command(texts: Sequence[str]) -> LaunchCommand:
         raise ConfigError(problems)
     run_dirs = [job.run_dir for job in jobs]
     return LaunchCommand(config, others, run_dirs, [job.data.cache.dir for job in jobs])
+
+
+def _split(cls: type[Local], texts: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The arguments of the launcher, and those of the training command."""
+    if not any(text.startswith("script=") for text in texts):
+        return own_arguments(cls, texts)
+    # Another script may have options of the same names: `--nodes 3`.
+    own = [text for text in texts if "=" in text and _name(text) in keys(cls)]
+    return own, [text for text in texts if text not in own]
 
 
 def _secret_problems(arguments: Sequence[str], config: Local) -> list[Problem]:
@@ -191,9 +198,6 @@ def _check_jobs(
             of processes, as far as it is known.
     """
     overrides = [text for text in arguments if text not in SWEEP]
-    if flags := [text for text in overrides if text.startswith("-")]:
-        expected = "unknown option; there is --dry, -m and --help"
-        raise ConfigError(Problem(flag, expected=expected) for flag in flags)
     multirun = len(overrides) < len(arguments)
     jobs = check(overrides, multirun=multirun, other_keys=names).jobs
     elastic = isinstance(config, MultiNode) and config.least_nodes < config.most_nodes

@@ -28,7 +28,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from conf import checkout
-from conf.arguments import help_page, parse, refuse, resolve, to_explain
+from conf.arguments import help_page, misread, own_arguments, parse, refuse, resolve, to_explain
 from conf.cache_dirs import use_writable_caches
 from conf.errors import USER_ERRORS, ConfigError, Problem, report
 from conf.extras import pip_command
@@ -157,10 +157,14 @@ def _hide_secrets(config: Config) -> None:
 
 
 def _arguments() -> Namespace:
-    """This process's arguments: Hydra's and `--explain`."""
+    """This process's arguments: Hydra's and `--explain`; all others are the overrides."""
     parser = get_args_parser()
     parser.add_argument("--explain", metavar="KEY")
-    return parser.parse_intermixed_args()
+    arguments, unknown = parser.parse_known_intermixed_args()
+    # What looks like an option and is none stays where it was typed: its value may come after it.
+    typed = {*arguments.overrides, *unknown}
+    arguments.overrides = [text for text in sys.argv[1:] if text in typed]
+    return arguments
 
 
 def _page(arguments: Namespace) -> str:
@@ -318,7 +322,7 @@ def run_with(
     except ConfigError as error:
         refuse(error)
     if sweeps:
-        own, sys.argv[1:] = _own(cls, sys.argv[1:])
+        own, sys.argv[1:] = own_arguments(cls, sys.argv[1:])
         try:
             plain = parse(cls, own)
         except USER_ERRORS as error:
@@ -338,7 +342,7 @@ def split(cls: type[T], texts: Iterable[str]) -> tuple[T, Config]:
     Raises:
         ConfigError: with the problems of both.
     """
-    own, others = _own(cls, texts)
+    own, others = own_arguments(cls, texts)
     problems: list[Problem | str] = []
     with collecting(problems):
         given = parse(cls, own)
@@ -347,18 +351,6 @@ def split(cls: type[T], texts: Iterable[str]) -> tuple[T, Config]:
     if problems:
         raise ConfigError(problems)
     return given, config
-
-
-def _own(cls: type, texts: Iterable[str]) -> tuple[list[str], list[str]]:
-    """The arguments that set something of `cls`, and the others."""
-    names = set(keys(cls))
-    assert not names & SECTIONS
-    own: list[str] = []
-    others: list[str] = []
-    for text in texts:
-        key, equals, _ = text.partition("=")
-        (own if (key if equals else key.removeprefix("--")) in names else others).append(text)
-    return own, others
 
 
 def load(overrides: Iterable[str] = (), other_keys: Iterable[str] = ()) -> Config:
@@ -443,8 +435,10 @@ def _parse(
     """The overrides to give to Hydra, by their spelling, and what is wrong with the others."""
     parser = OverridesParser.create()
     parsed: dict[str, Override] = {}
-    problems: list[Problem | str] = []
-    for text in texts:
+    words = Counter(choice for group in groups() for choice in choices(group))
+    alone = {c: group for group in groups() for c in choices(group) if words[c] == 1}
+    typed, problems = misread(texts, [*groups(), *other_keys, *keys(Config)], alone)
+    for text in typed:
         try:
             override = parser.parse_override(text)
         except HydraException as error:

@@ -83,6 +83,26 @@ def test_everything_wrong_is_told_at_once() -> None:
     assert problems("run=r", "tokens=0") == ["tokens=0: expected an integer of at least 1"]
 
 
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        (["--run", "r"], "run=r"),
+        (["run", "r"], "run=r"),
+        (["--run=r"], "run=r"),
+        (["run=r", "tokens", "3"], "tokens=3"),
+        (["run=r", "--temperature", "-1"], "temperature=-1"),
+        (["run=r", "prompt", "a b"], "prompt='a b'"),
+    ],
+)
+def test_another_commands_form_of_an_argument_is_answered_with_ours(
+    typed: list[str], meant: str
+) -> None:
+    """One problem alone: what was typed is not missing as well."""
+    [problem] = problems(*typed)
+    assert "a setting is key=value" in problem
+    assert problem.endswith(f". Did you mean {meant}?")
+
+
 def test_the_usage_shows_every_key_with_its_default() -> None:
     assert usage(Request).splitlines() == [
         "Says something.",

@@ -162,6 +162,57 @@ def test_a_misspelt_key_under_names_of_ones_own_is_recognised(
     assert short == told
 
 
+@pytest.mark.parametrize(
+    ("texts", "meant"),
+    [
+        (["model.K", "3"], "model.K=3"),
+        (["model.k", "3"], "model.K=3"),
+        (["--model", "phd"], "model=phd"),
+        (["--model=phd"], "model=phd"),
+        (["--model.K=3"], "model.K=3"),
+        (["--optim.lr", "1e-3"], "optim.lr=1e-3"),
+        (["-seed=3"], "seed=3"),
+        (["phd_swa"], "model=phd_swa"),
+        (["tiny"], "size=tiny"),
+        (["data.sources.python.weight", "2"], "data.sources.python.weight=2"),
+        (["--engine.compile"], "engine.compile=VALUE"),
+        (["hooks.sample.prompt", "a b"], "hooks.sample.prompt='a b'"),
+    ],
+)
+@pytest.mark.parametrize("others", [[], ["train.max_steps=7"]], ids=["alone", "beside"])
+def test_another_commands_form_of_a_setting_is_answered_with_ours(
+    texts: list[str], meant: str, others: list[str]
+) -> None:
+    [problem] = problems(*others, *texts, *others)
+    assert problem.startswith(f"{' '.join(texts)}: a setting is key=value")
+    assert problem.endswith(f". Did you mean {meant}?")
+
+
+@pytest.mark.parametrize(
+    ("option", "hint"),
+    [
+        ("--mutlirun", "Did you mean --multirun?"),
+        ("--explian", "Did you mean --explain?"),
+        ("--foo", "--help lists options and settings"),
+        ("-x", "--help lists options and settings"),
+    ],
+)
+def test_an_option_that_there_is_not_is_told(option: str, hint: str) -> None:
+    [problem] = problems(option, "model.K=3")
+    assert problem.startswith(f"{option}: unknown option")
+    assert problem.endswith(hint)
+
+
+@pytest.mark.process
+def test_what_is_typed_reaches_the_check_in_its_order(tmp_path: Path) -> None:
+    done = script(tmp_path, "--model", "phd", "model.K", "3", "-m", "seed=1,2", "--cfg", "job")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[1:] == [
+        "  --model phd: a setting is key=value, without dashes. Did you mean model=phd?",
+        "  model.K 3: a setting is key=value. Did you mean model.K=3?",
+    ]
+
+
 def test_a_misspelt_key_or_source_of_a_phase_is_recognised() -> None:
     start = ["data=[python,c4]", "data.phases.anneal.after_tokens=400"]
     [key] = problems(*start, "data.phases.anneal.weight.c4=1")
