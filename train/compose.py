@@ -19,6 +19,7 @@ import hydra
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, Transformer
@@ -411,8 +412,14 @@ def _composing() -> Iterator[None]:
     store.store("schema", defaults(Config))
     for engine in (FsdpConfig, DeepSpeedConfig):
         store.store(engine.kind, defaults(engine), group="engine/defaults")
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        yield
+    # Within a job Hydra is in use already; it allows one use at a time.
+    state = GlobalHydra.instance()
+    in_use, state.hydra = state.hydra, None
+    try:
+        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+            yield
+    finally:
+        state.hydra = in_use
 
 
 @contextmanager

@@ -17,10 +17,12 @@ from train.config import Config
 SCRIPT = """
 import logging, os
 from conf.errors import ConfigError, Problem, TransientError
-from train.compose import run
+from train.compose import other_runs, run
 
 def main(config):
     print(config.name, config.run_dir, logging.getLogger().handlers, os.getcwd())
+    if config.seed == 2:
+        print([" ".join(arguments) for arguments in other_runs(config)])
     match config.seed:
         case 4:
             raise KeyError("a fault of the program")
@@ -308,7 +310,11 @@ def test_a_run_of_a_sweep_that_fails_is_told_at_once_and_listed_and_the_others_g
 ) -> None:
     done = script(tmp_path, "optim.lr=1e-3", "-m", "seed=3,4,5,6,1,2")
     names = [f"phd_cswa-2-16-32-tiny-seed_{seed}-lr_0.001" for seed in (3, 4, 5, 6, 1, 2)]
-    assert [line.split()[0] for line in done.stdout.splitlines()] == names
+    *lines, proposed = done.stdout.splitlines()
+    assert [line.split()[0] for line in lines] == names
+    # Of the last one alone: what is varied has the value that it had there.
+    own = "optim.lr=0.001 seed=2"
+    assert proposed == str([f"model=vanilla {own}", f"-m +sweep=k {own}"])
     told, listed = done.stderr.split("4 of 6 runs of this sweep failed:\n")
     assert f"{names[0]} ended with exit code 3\n" in told
     assert f"{names[1]} crashed:\nTraceback (most recent call last):\n" in told
