@@ -16,6 +16,7 @@ from enum import Enum
 from typing import Any
 
 from conf.exit_codes import ExitCode
+from conf.wording import plural
 
 
 class Unset(Enum):
@@ -106,7 +107,7 @@ class ConfigError(ValueError):
         self.problems = tuple({str(problem): problem for problem in problems}.values())
         self.where = where
         count = len(self.problems)
-        title = f"{count} problem{'s' if count > 1 else ''} in {where}:"
+        title = f"{plural(count, 'problem')} in {where}:"
         super().__init__("\n  ".join([title, *map(str, self.problems)]))
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -10,6 +10,7 @@ from pydantic import Field
 from conf.errors import Problem
 from conf.settings import Settings, above, at_least, without_effect
 from conf.validation import closest, did_you_mean
+from conf.wording import plural
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -340,7 +341,7 @@ class DataConfig(Settings):
                 Problem(
                     "data.lanes",
                     self.lanes,
-                    f"not divisible by the {world_size} ranks of this run",
+                    f"not divisible by the {plural(world_size, 'rank')} of this run",
                     f"choose a multiple of {world_size} for a new run, or a number of ranks from "
                     f"{_listed(divisors(self.lanes))}",
                 )

@@ -1,6 +1,7 @@
 """The house: imports point down, folders are small, and a chain of imports is short."""
 
 import ast
+import re
 from collections import Counter
 from functools import cache
 from graphlib import TopologicalSorter
@@ -93,3 +94,16 @@ def test_a_folder_can_be_overlooked() -> None:
 def test_every_folder_of_a_package_says_what_it_is_for() -> None:
     for folder in {path.parent for path in FILES.values()}:
         assert ast.get_docstring(ast.parse((folder / "__init__.py").read_text()))
+
+
+def test_no_test_bounds_wall_time() -> None:
+    """A busy machine would fail it. A hang is ended by `tests.patience`, which is no claim."""
+    bound = re.compile(r"assert .*\b(monotonic|perf_counter|time)\(\) - \w+ <|< \w+\(\) - \w+ <")
+    found = [
+        f"{path.relative_to(ROOT)}:{number}"
+        for path in sorted((ROOT / "tests").rglob("*.py"))
+        if path.name != "test_layout.py"
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if bound.search(line) and "process_time()" not in line
+    ]
+    assert found == []

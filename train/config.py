@@ -15,6 +15,7 @@ from conf.durations import Seconds
 from conf.errors import ConfigError, Problem
 from conf.settings import Settings, above, at_least, without_effect
 from conf.validation import as_dict, build
+from conf.wording import plural
 from data.config import DataConfig, TokenizerConfig
 from phd.config import ModelConfig
 from train.engine_config import DeepSpeedConfig, FsdpConfig
@@ -529,7 +530,7 @@ class Config(Settings):
             for name in ("warmup_steps", "warmup_tokens", "warmup_fraction")
             if (value := getattr(schedule, name)) is not None
         )
-        takes = f"{self.warmup_steps} steps" + (f" and the decay {decay}" if decay else "")
+        takes = plural(self.warmup_steps, "step") + (f" and the decay {decay}" if decay else "")
         return [
             Problem(
                 f"schedule.{name}",

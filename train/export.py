@@ -28,6 +28,7 @@ import torch
 
 from conf.errors import ConfigError
 from conf.extras import pip_command
+from conf.wording import plural
 from data.storage.atomic import new_directory
 from data.tokenizer import Tokenizer
 from phd.config import ModelConfig
@@ -52,7 +53,7 @@ def main(args: ExportArguments) -> int:
     _transformers()  # fails now, and not after the model has been loaded
     out, dtype = Path(args.out).resolve(), getattr(torch, args.dtype)
     model, tokenizer, step, config = load_run(Path(args.run), torch.device("cpu"))
-    facts = {"trained on": f"{step * config.train.tokens_per_step:,} tokens"}
+    facts = {"trained on": plural(step * config.train.tokens_per_step, "token")}
     facts |= evaluations(Path(args.run) / "metrics.jsonl", step)
     notes = not_converted(tokenizer)
     with new_directory(out) as directory:

@@ -21,6 +21,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from conf.wording import plural
 from data.batch import Batch
 from data.config import DataConfig
 from data.loader import Loader
@@ -140,7 +141,7 @@ def print_source(
     table = Table(title=f"data.sources.{name}", title_justify="left", show_header=False)
     table.add_row("share of the tokens", share)
     table.add_row("documents", f"{first}{found.documents:,}, {found.held_out:,} of them held out")
-    table.add_row("text", f"{first}{found.size:,} bytes")
+    table.add_row("text", f"{first}{plural(found.size, 'byte')}")
     table.add_row(
         "tokens", f"{first}{found.tokens:,}, {found.size / max(1, found.tokens):.2f} bytes each"
     )
@@ -149,9 +150,10 @@ def print_source(
     console.print(table)
     for document in found.first:
         if isinstance(document, Document):
-            size, text = f"{len(document.text):,} characters", document.text[:60]
+            size, text = plural(len(document.text), "character"), document.text[:60]
         else:
-            size, text = f"{len(document.tokens):,} tokens", tokenizer.decode(document.tokens[:20])
+            size = plural(len(document.tokens), "token")
+            text = tokenizer.decode(document.tokens[:20])
         console.print(f"  {document.origin}  {size}  {text!r}", markup=False)
 
 
@@ -190,7 +192,7 @@ def main(config: Config) -> int:
         stats = batch.stats
         assert stats is not None
         console.print(f"padding: {1 - stats.targets / stats.positions:.1%} of the first batch")
-    console.print(f"\nquarantined: {bad} of {records:,} records")
+    console.print(f"\nquarantined: {bad} of {plural(records, 'record')}")
     if bad:
         console.print(f"  {quarantine.summary()}; for example", markup=False)
     for record in islice(quarantine.bad_records.values(), EXCERPT):

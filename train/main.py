@@ -21,6 +21,7 @@ from typing import NamedTuple
 from rich.console import Console
 
 from conf.exit_codes import ExitCode
+from conf.wording import plural
 from data.stream import OutOfTextError
 from train.anomalies.policy import BadStepError, RollBackError
 from train.compose import other_runs
@@ -135,12 +136,12 @@ def _attempt(
 def _train(run: Run, console: Console) -> ExitCode:
     """An opened run from its last checkpoint to its end; all ranks return the same code."""
     if run.finished:
-        return _report_complete(run, console, f"nothing to train: {run.step} steps are done")
+        return _report_complete(run, console, f"nothing to train: {_steps_done(run)}")
     try:
         with training_progress(console) as progress:
             record, metrics = train(run, progress)
     except OutOfTextError as error:
-        why = f"nothing to train: {run.step} steps are done. {error}"
+        why = f"nothing to train: {_steps_done(run)}. {error}"
         return _report_complete(run, console, why)
     except StoppedEarlyError:
         assert run.stop_sync.signal is not None
@@ -148,6 +149,10 @@ def _train(run: Run, console: Console) -> ExitCode:
         console.print(f"{ending}: ended before step {run.step + 1}; nothing to save")
         return ending.exit_code(saved=True, timed=run.timed)
     return _report(run, record, metrics, console)
+
+
+def _steps_done(run: Run) -> str:
+    return f"{plural(run.step, 'step')} {'is' if run.step == 1 else 'are'} done"
 
 
 def _report_complete(run: Run, console: Console, why: str) -> ExitCode:

@@ -39,6 +39,7 @@ from rich.progress import Progress
 from conf.errors import ConfigError, DataError, Problem, reason_of
 from conf.exit_codes import ExitCode
 from conf.validation import OMITTED, as_dict, flatten_keys
+from conf.wording import plural
 from data.config import DataConfig, Source, TokensSource
 from data.source import Document
 from data.sources.documents import Documents
@@ -245,9 +246,9 @@ def print_written(written: Mapping[str, Written], console: Console) -> None:
     for name, source in written.items():
         index, speed = source.index, source.tokens_per_s
         console.print(
-            f"{name}: {index.documents:,} documents, {index.tokens:,} tokens of {index.bytes:,} "
-            f"bytes ({index.bytes / index.tokens:.2f} bytes per token), "
-            f"{index.quarantined:,} records quarantined, "
+            f"{name}: {plural(index.documents, 'document')}, {plural(index.tokens, 'token')} of "
+            f"{plural(index.bytes, 'byte')} ({index.bytes / index.tokens:.2f} bytes per token), "
+            f"{plural(index.quarantined, 'record')} quarantined, "
             f"{'was there already' if speed is None else f'{speed:,.0f} tokens/s'}"
         )
 

@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from conf.errors import ConfigError, Problem, reason_of
+from conf.wording import plural
 from data.config import TokensSource
 from data.sources.documents import Documents
 from data.tokenizer import Tokenizer
@@ -132,7 +133,9 @@ def print_report(report: Report, console: Console) -> None:
     tokenizer, sample = report.tokenizer, report.sample
     table = Table(title="the tokenizer", title_justify="left", show_header=False)
     table.add_row("pieces", f"{tokenizer.vocab_size:,}")
-    table.add_row("trained on", f"{report.documents:,} documents, {report.size / 1e6:,.1f} MB")
+    table.add_row(
+        "trained on", f"{plural(report.documents, 'document')}, {report.size / 1e6:,.1f} MB"
+    )
     table.add_row("training", f"{report.training_s:.1f} s")
     table.add_row("bytes per token", f"{_bytes_per_token(report.held_out)} of held-out text")
     table.add_row("", f"{_bytes_per_token(sample)} of the sample")

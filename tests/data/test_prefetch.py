@@ -6,6 +6,7 @@ from itertools import count, islice
 import pytest
 
 from data.prefetch import Prefetch, WaitEndedError
+from tests.patience import PATIENCE_S
 
 
 def prefetch_threads() -> int:
@@ -30,7 +31,7 @@ def test_no_more_than_depth_items_are_made_ahead() -> None:
     with Prefetch(items(), depth=3) as ahead:
         for consumed in range(1, 5):
             assert next(ahead) == consumed - 1
-            deadline = time.monotonic() + 5
+            deadline = time.monotonic() + PATIENCE_S
             while len(made) < consumed + 3 and time.monotonic() < deadline:
                 time.sleep(0.001)
             time.sleep(0.01)

@@ -15,9 +15,9 @@ from typing import Any
 
 from launch import agent
 from launch.config import Check, Local, Nodes
+from tests.patience import PATIENCE_S
 
 WORKER = Path(__file__).with_name("worker.py")
-TIMEOUT_S = 60.0  # only a broken agent takes longer
 QUICK = {"last_call_s": 1, "heartbeat_s": 1, "join_s": 30, "grace_s": 8}
 
 
@@ -80,7 +80,7 @@ class Machines:
 
     def exit_code(self, agent: int = 0) -> int | None:
         """Waits for an agent's exit code."""
-        self.agents[agent].join(TIMEOUT_S)
+        self.agents[agent].join(PATIENCE_S)
         return self.agents[agent].exitcode
 
     def stderr(self, agent: int = 0) -> str:
@@ -129,7 +129,7 @@ def free_port() -> int:
 
 def wait_for(true: Callable[[], bool], what: str) -> None:
     """Waits until something is true."""
-    deadline = time.monotonic() + TIMEOUT_S
+    deadline = time.monotonic() + PATIENCE_S
     while not true():
         assert time.monotonic() < deadline, f"never: {what}"
         time.sleep(0.02)

@@ -170,10 +170,10 @@ def test_a_hang_up_that_nohup_ignores_stays_ignored(monkeypatch: pytest.MonkeyPa
 def test_who_does_not_end_in_time_is_killed(machines: Machines) -> None:
     machines.start(Local(processes=1, grace_s=1), "deaf")
     [started] = machines.wait_for_log("0/1 started (.*)")
-    sent = time.monotonic()
     machines.signal("SIGTERM")
     assert machines.exit_code() == 75
-    assert time.monotonic() - sent < 29  # PyTorch's own grace is 30 s
+    # PyTorch's own grace is 30 s, in which it would turn up to 1500 times; on a busy machine fewer.
+    assert 0 < (machines.directory / "deaf_turns").stat().st_size < 1000
     assert not runs(int(started[1]))
 
 

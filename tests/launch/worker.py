@@ -6,7 +6,7 @@ It runs until one of these happens:
 
 - DIRECTORY holds the file `exit` or `exit_RANK`, which contains the exit code;
 - a signal comes: all ranks save, which takes SECONDS, and end with 75, or 130 after Ctrl-C. With
-  `deaf`, signals are ignored;
+  `deaf`, signals are ignored, and each turn of waiting is a byte of DIRECTORY/deaf_turns;
 - another rank has died, which is a crash: exit code 1 and a traceback that says so;
 - DIRECTORY holds the file `raise_RANK`: a traceback with what it contains.
 
@@ -66,6 +66,9 @@ def main(directory: Path, options: list[str]) -> None:
             time.sleep(sum(seconds))
             log_line(f"saved {' '.join(each.name for each in received)}".strip())
             leave(130 if signal.SIGINT in received else 75)
+        if "deaf" in options:
+            with (directory / "deaf_turns").open("ab") as turns:
+                turns.write(b".")
         time.sleep(0.02)
 
 

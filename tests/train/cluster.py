@@ -12,10 +12,10 @@ from pathlib import Path
 from random import Random
 from time import monotonic, sleep
 
+from tests.patience import PATIENCE_S
 from train.checkpoint.reader import Checkpoint
 
 ROOT = Path(__file__).parents[2]
-PATIENCE_S = 120.0
 
 
 class Cluster:

@@ -6,7 +6,6 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 from threading import Timer
-from time import monotonic
 
 import numpy as np
 import pytest
@@ -214,7 +213,7 @@ def test_a_signal_ends_a_run_that_waits_for_a_stalled_server(
     lines = corpus.read_bytes()
     for number in range(9):
         (tmp_path / f"{number}.jsonl").write_bytes(lines)
-    with serving(tmp_path, faults=("stall",), stall_s=60.0) as server:
+    with serving(tmp_path, faults=("stall",), stall_s=1e9) as server:
         settings = config(
             f"data.sources.files.paths=[{','.join(f'{server.url}/{n}.jsonl' for n in range(9))}]",
             "data.lanes=1",
@@ -224,13 +223,11 @@ def test_a_signal_ends_a_run_that_waits_for_a_stalled_server(
             "train.max_steps=5000",
             "train.micro_batch=4",
         )
-        start = monotonic()
-        done = trained(settings, hooks=(Stalling(server, 2),))
+        done = trained(settings, hooks=(Stalling(server, 2),))  # no stall is over before this is
     assert done.record.ending == "SIGTERM"
     assert 2 < done.record.step < 5000
     newest = done.run.store.newest()
     assert newest.step == done.record.step
-    assert monotonic() - start < 55  # one stall takes 60 s
 
 
 def test_a_resumed_run_keeps_its_own_tokenizer(

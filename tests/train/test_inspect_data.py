@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from data.sources.documents import Documents
 from data.stream import BatchShape, TokenStream
 from data.tokenizer_training import prepare_tokenizer
 from train import inspect_data, plan
+from train.arguments import PlanArguments
 from train.config import Config
 from train.inspect_data import count, main, shown_row
 
@@ -62,7 +64,7 @@ def test_files_that_are_passed_over_are_told_once(
         (tmp_path / name).write_text("not read")
     (tmp_path / "b.jsonl.gz").touch()
     folder = f"data.sources.files.paths={tmp_path}"
-    for command in (main, plan.main):
+    for command in (main, partial(plan.main, PlanArguments())):
         assert command(config(folder)) == 0
         output = capsys.readouterr().out
         assert output.count("passed over in the same folders: 2 .csv, 1 without an ending") == 1
@@ -74,7 +76,7 @@ def test_files_that_are_passed_over_are_told_once(
 def test_a_run_may_be_planned_where_its_text_is_not(
     config: Configured, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert plan.main(config(f"data.sources.files.paths={tmp_path}/none")) == 0
+    assert plan.main(PlanArguments(), config(f"data.sources.files.paths={tmp_path}/none")) == 0
     assert "the files of data.sources.files cannot be looked at here: " in capsys.readouterr().out
 
 

@@ -23,6 +23,7 @@ from data.sources.documents import Documents
 from data.sources.token_files import TokenCorpus, TokenIndex
 from data.tokenizer import Tokenizer
 from data.tokenizer_training import prepare_tokenizer
+from tests.patience import PATIENCE_S
 from tests.train.conftest import LoadedRun
 from train.compose import load
 from train.config import Config
@@ -296,10 +297,10 @@ def command(tmp_path: Path) -> Iterator[Callable[..., Process]]:
 
 def wait_for_shards(directory: Path, number: int, process: Process) -> TokenIndex:
     """Returns when so many shards are written, and some are not."""
-    begun = monotonic()
+    deadline = monotonic() + PATIENCE_S
     while True:
         assert process.poll() is None, process.communicate()
-        assert monotonic() - begun < 100
+        assert monotonic() < deadline, "no shard is written"
         if (directory / "unfinished.json").exists():
             index = TokenIndex.load(directory / "unfinished.json")
             if len(index.shards) >= number:
@@ -322,9 +323,9 @@ def living(session: int) -> list[int]:
 
 def wait_for_end(process: Process) -> None:
     """Returns when no process that the command started lives on; that takes no time."""
-    begun = monotonic()
+    deadline = monotonic() + PATIENCE_S
     while living(process.pid):
-        assert monotonic() - begun < 100, "a worker outlives the command"
+        assert monotonic() < deadline, "a worker outlives the command"
         sleep(0.01)
 
 

@@ -21,6 +21,7 @@ from typing import IO, Any, BinaryIO, TypedDict
 import xxhash
 
 from conf.errors import reason_of
+from conf.wording import plural
 from data.storage.atomic import file_xxh3_128, flush_names
 
 MANIFEST = "manifest.json"
@@ -136,7 +137,7 @@ def _first_flaw(directory: Path, contents: bool, shard: tuple[int, int]) -> str 
     for name, entry in [*json.loads(manifest).items()][first::step]:
         size = (directory / name).stat().st_size
         if size != entry["bytes"]:
-            return f"{name} has {size:,} bytes instead of {entry['bytes']:,}"
+            return f"{name} has {plural(size, 'byte')} instead of {entry['bytes']:,}"
         if contents and file_xxh3_128(directory / name) != entry["xxh3_128"]:
             return f"{name} has changed since it was written: its hash differs"
     return None

@@ -16,6 +16,11 @@ LINGER_S = 5.0
 the collectives that the others wait in; by then each has written its own stacks, even if their
 deadlines are a few seconds apart."""
 
+STARTED = "started; without stacks below, it still runs or was killed"
+
+TRACEBACK_END = "(most recent call first):"
+"""How `faulthandler` ends the first line of each stack."""
+
 
 class Watchdog:
     """Within this context, the process ends with code 1 when a deadline has passed.
@@ -24,8 +29,10 @@ class Watchdog:
          |---------|---------|- step_timeout --|-- LINGER_S --|
 
     The stacks of all threads go to `<directory>/stacks/rank_<rank>.txt`, after those of earlier
-    starts. The first ones are written by a Python thread; the second ones, and the end, come from a
-    thread in C, which also works if the main thread is stuck in C and holds the interpreter's lock.
+    starts. A process that is killed leaves its first line there, which says so; the next one that
+    ends well deletes what is no stacks. The first stacks are written by a Python thread. The second
+    ones, and the end, come from a thread in C, which also works if the main thread is stuck in C
+    and holds the interpreter's lock.
 
     Args:
         directory: the run's.
@@ -54,7 +61,7 @@ class Watchdog:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file: IO[str] = self.path.open("a", encoding="utf-8")
         self._size = self._file.tell()
-        self._write("started")
+        self._write(STARTED)
         self.heartbeat()
         self._thread = Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
@@ -111,7 +118,13 @@ class Watchdog:
         self._thread.join()
         self._file.truncate(self._size)
         self._file.close()
-        if not self._size:
+        if not _has_stacks(self.path):
             self.path.unlink()
             with suppress(OSError):  # another rank's file is there
                 self.path.parent.rmdir()
+
+
+def _has_stacks(path: Path) -> bool:
+    """Whether a file holds stacks, and not only the lines of starts that were killed."""
+    with path.open(encoding="utf-8", errors="replace") as file:
+        return any(line.rstrip().endswith(TRACEBACK_END) for line in file)

@@ -12,6 +12,7 @@ import pytest
 from xxhash import xxh3_128_hexdigest
 
 from data.storage.atomic import file_xxh3_128, new_directory, open_atomic, write_atomic
+from tests.patience import PATIENCE_S
 
 
 @pytest.mark.parametrize("content", ["é\n", b"\xff\x00", ""])
@@ -59,7 +60,7 @@ from data.storage.atomic import open_atomic
 with open_atomic(Path(sys.argv[1])) as file:
     file.write(b"half")
     file.flush()
-    time.sleep(60)
+    time.sleep(3600)
 """
 
 
@@ -67,7 +68,7 @@ def test_a_killed_process_leaves_the_file_as_it_was(tmp_path: Path) -> None:
     path = tmp_path / "a"
     path.write_text("before")
     process = subprocess.Popen([sys.executable, "-c", KILLED, str(path)])
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENCE_S
     while len(os.listdir(tmp_path)) < 2:
         assert time.monotonic() < deadline
         time.sleep(0.02)

@@ -25,6 +25,7 @@ from data.storage.shard_cache import CopyReader, ShardCache
 from data.storage.shards import Shard, list_shards
 from data.storage.transport import ShardUnavailableError
 from tests.data.storage.fault_server import FaultServer
+from tests.patience import PATIENCE_S
 
 PACK: Mapping[str, Callable[[bytes], bytes]] = {
     ".gz": gzip.compress,
@@ -319,7 +320,7 @@ def test_killing_it_in_the_making_leaves_nothing_that_looks_whole(
     process = subprocess.Popen(
         [sys.executable, "-c", INTERRUPTED, str(folder), shard.url, str(shard.size), shard.tag]
     )
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + PATIENCE_S
     while not any(part.stat().st_size for part in folder.glob("*.part")):
         assert time.monotonic() < deadline
         time.sleep(0.02)

@@ -21,6 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from tests.patience import PATIENCE_S
 from train.metrics.record import Metrics
 from train.metrics.sinks import (
     ConsoleLine,
@@ -284,15 +285,15 @@ def test_a_directory_that_cannot_be_written_costs_wandb_alone(
 
 
 ONLINE = """
-import os, signal, sys
+import os, signal, sys, threading
 from pathlib import Path
-from time import monotonic
 from rich.console import Console
 from train.metrics import sinks
 from train.compose import load
 
 sinks.START_S = sinks.FINISH_S = 2.0
-sinks.CLOSE_S = 3.0 if sys.argv[1] == "stopped" else 60.0
+# Who relies on this limit, where another one should end the waiting, is told of as a failure.
+sinks.CLOSE_S = 3.0 if sys.argv[1] == "stopped" else float(sys.argv.pop())
 config = load([*sys.argv[2:], "hooks.wandb.mode=online"])
 console = Console(width=1000)
 config.run_dir.mkdir()
@@ -300,10 +301,10 @@ file = sinks.MetricsFile(config.run_dir / "metrics.jsonl", 0, console)
 service = sinks.Wandb(config, config.run_dir, console)
 
 def write(step):
-    began = monotonic()
     for sink in (file, service):
         sink.write(step, {"train/loss": step / 8})
-    assert monotonic() - began < 1.5
+    # It waits in a thread of its own, whatever it waits for.
+    assert "wandb" in [thread.name for thread in threading.enumerate()]
 
 write(1)
 sys.stdin.readline()
@@ -313,9 +314,8 @@ if sys.argv[1] == "stopped":
     os.kill(child, signal.SIGSTOP)
     print("stopped", child, flush=True)
 write(2)
-began = monotonic()
 service.close()
-print("closed after", monotonic() - began)
+print("closed")
 """
 
 
@@ -401,9 +401,10 @@ def test_a_wandb_that_is_gone_costs_little_time_and_no_metrics(
         "WANDB_BASE_URL": f"http://127.0.0.1:{server.http.server_port}",
         "WANDB_ERROR_REPORTING": "false",
     }
+    patience = [] if trouble == "stopped" else [str(PATIENCE_S)]
     with (tmp_path / "output").open("w") as output:
         process = subprocess.Popen(
-            [sys.executable, "-c", ONLINE, trouble, *small()],
+            [sys.executable, "-c", ONLINE, trouble, *small(), *patience],
             env=environment,
             stdin=subprocess.PIPE,
             stdout=output,
@@ -411,19 +412,19 @@ def test_a_wandb_that_is_gone_costs_little_time_and_no_metrics(
             text=True,
         )
         if "start" not in trouble:
-            assert server.known.wait(100)
+            assert server.known.wait(PATIENCE_S)
         if trouble == "silent later":
             server.silent.set()
         assert process.stdin is not None
         process.stdin.write("\n")
         process.stdin.close()
-        assert process.wait(100) == 0
+        assert process.wait(2 * PATIENCE_S) == 0
     text = (tmp_path / "output").read_text()
     if trouble == "stopped":
         os.kill(int(text.partition("stopped ")[2].split()[0]), signal.SIGKILL)
     assert text.count("Weights & Biases") == bool(told)
     assert told in text
-    assert float(text.partition("closed after ")[2].split()[0]) < 50
+    assert text.count("closed") == 1
     assert [line["step"] for line in lines_of(tmp_path / "run/metrics.jsonl")] == [1, 2]
     if trouble != "stopped":
         mode = "offline-run" if "start" in trouble else "run"
