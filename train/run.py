@@ -470,7 +470,7 @@ def _newest(config: Config, store: CheckpointStore, console: Console) -> Checkpo
         return None
     for path, reason in checkpoint.rejected:
         warn(console, f"rejected the checkpoint {path}: {reason}")
-    changes = _changes(checkpoint.state["config"], config.to_dict())
+    changes = _changes(checkpoint.state["config"], config)
     if fixed := [line for key, line in changes.items() if key.startswith(FIXED)]:
         another = f"it holds another run: {'; '.join(fixed)}"
         hint = (
@@ -490,18 +490,20 @@ def _newest(config: Config, store: CheckpointStore, console: Console) -> Checkpo
     return checkpoint
 
 
-def _changes(saved: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
-    """What differs between two configurations, by key, of what may change the training.
+def _changes(saved: dict[str, Any], config: Config) -> dict[str, str]:
+    """What differs from a saved configuration, by key, of what may change the training.
 
-    A setting that is newer than the saved configuration had its default then.
+    A setting that is newer than the saved configuration had its default then. One that changes
+    nothing in this run, such as the chunk of `phd_swa`, may have had any value.
     """
+    unused = {problem.key for problem in config.unused()}
     before = {**flatten_keys(defaults(Config)), **flatten_keys(saved)}
     ignored = ("run.", "data.", "tokenizer.", "hooks.", "eval.", "checkpoint.", "model.attention")
-    changed = changed_settings(before, flatten_keys(now))
+    changed = changed_settings(before, flatten_keys(config.to_dict()))
     return {
         key: line
         for key, line in changed.items()
-        if not key.startswith(ignored) or key.endswith(".epochs")
+        if (not key.startswith(ignored) or key.endswith(".epochs")) and key not in unused
     }
 
 

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ from train.hf.pretrained import save_pretrained
 from train.metrics.record import Metrics, StepRecord
 from train.metrics.sinks import MetricsFile
 from train.run import Run, open_run
+from train.run_dir.name import holds
 from train.run_dir.prepare import archive_run_dir
 
 MODELS = {
@@ -273,6 +275,23 @@ def test_a_model_setting_that_is_newer_than_a_checkpoint_had_its_default(config,
     assert resumed.record.step == 9
     problem = refusal(config("schedule=constant", "model.head_init=fan_in", "model.tied=false"))
     assert "model.head_init was 'embedding' and is now 'fan_in'" in problem
+
+
+def test_an_earlier_run_with_a_setting_that_its_variant_does_not_use_goes_on(
+    config, trained
+) -> None:
+    """As commands of that time took them: `model=phd_swa model.chunk=16`."""
+    now = config("model=phd_swa", "schedule=constant")
+    then = replace(now.model, chunk=16), replace(now.schedule, final_ratio=0.3)
+    run = trained(replace(now, model=then[0], schedule=then[1])).run
+    assert holds(run.directory, now)
+    problem = refusal(config("model=phd_cswa", "schedule=constant"))
+    assert "model.variant was 'phd_swa' and is now 'phd_cswa'" in problem
+    assert "model.chunk was 16 and is now 4" in problem
+    resumed = trained(config("model=phd_swa", "schedule=constant", "train.max_steps=9"))
+    assert resumed.record.step == 9
+    assert "model.chunk" not in resumed.output
+    assert "final_ratio" not in resumed.output
 
 
 def test_a_corpus_that_has_grown_is_refused(config, trained, corpus: Path, tmp_path: Path) -> None:

@@ -45,10 +45,12 @@ LONGEST_VALUE = 24
 def identity(config: Config) -> dict[str, Any]:
     """The settings that make a run this one and no other, by full names; without secrets.
 
-    A checkpoint has none either, and the signature of a link differs each time.
+    A checkpoint has none either, and the signature of a link differs each time. Settings that
+    change nothing in this run, such as the chunk of `phd_swa`, are left out.
     """
     settings = flatten_keys(redacted_tree(config.to_dict()))
-    return {key: value for key, value in settings.items() if is_fixed(key)}
+    unused = {problem.key for problem in config.unused()}
+    return {key: x for key, x in settings.items() if is_fixed(key) and key not in unused}
 
 
 def is_fixed(key: str) -> bool:
