@@ -11,6 +11,7 @@ from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 from conf import checkout
 from conf.cache_dirs import use_writable_caches
+from conf.completion import completion
 from conf.descriptions import entries, explanation, listed, summary
 from conf.errors import USER_ERRORS, ConfigError, Problem, report
 from conf.standard_streams import guard_standard_streams
@@ -190,11 +191,13 @@ def _meant(text: str, key: str | None, value: str, *, dashed: bool) -> Problem:
 
 
 def help_page(cls: Any, texts: Sequence[str]) -> str:
-    """What `--help` or `--explain KEY` prints; empty if neither is asked for.
+    """What `--help`, `--explain KEY` or `-sc` prints; empty if none of them is asked for.
 
     Raises:
         ConfigError: there is nothing of the name that is to be explained.
     """
+    if (answer := completion(texts, entries(cls), {})) is not None:
+        return answer or " "
     if {"-h", "--help"} & set(texts):
         return usage(cls)
     key = to_explain(texts)

@@ -6,7 +6,8 @@ import re
 import shutil
 import textwrap
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple, get_args
+from types import NoneType, UnionType
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
 
 from conf.validation import Setting, as_dict, settings_of, type_in_words
 
@@ -60,6 +61,7 @@ class Entry(NamedTuple):
         type: what it may hold, in words.
         default: as it would be typed; `required` if it has none.
         meaning: its description.
+        options: its possible values, where they can be counted.
     """
 
     key: str
@@ -67,6 +69,7 @@ class Entry(NamedTuple):
     type: str
     default: str
     meaning: str
+    options: tuple[str, ...]
 
     def is_for(self, key: str) -> bool:
         """Whether a full name, with real names in place of each `*`, is this setting's."""
@@ -87,8 +90,9 @@ def entries(cls: Any, path: str = "", kind: str = "") -> Iterator[Entry]:
     ...         K: the number of copies.
     ...     '''
     ...     K: int = 2
-    >>> list(entries(Model, "model."))
-    [Entry(key='model.K', kind='', type='an integer', default='2', meaning='the number of copies.')]
+    >>> [entry] = entries(Model, "model.")
+    >>> entry.key, entry.type, entry.default, entry.meaning
+    ('model.K', 'an integer', '2', 'the number of copies.')
     """
     told = descriptions(cls)
     for setting in settings_of(cls):
@@ -96,10 +100,28 @@ def entries(cls: Any, path: str = "", kind: str = "") -> Iterator[Entry]:
         if not setting.sections:
             key, words = path + setting.name, type_in_words(setting.hint)
             meaning = told.get(setting.name, "")
-            yield Entry(key, kind, words, default_as_typed(setting), meaning)
+            default, options = default_as_typed(setting), options_of(setting.hint)
+            yield Entry(key, kind, words, default, meaning, options)
         for section in setting.sections:
             several = len(setting.sections) > 1
             yield from entries(section, within, kind_of(section) if several else kind)
+
+
+def options_of(hint: Any) -> tuple[str, ...]:
+    """The values of a type, where they can be counted.
+
+    >>> options_of(bool), options_of(Literal["a", "b"] | None), options_of(int | None)
+    (('true', 'false'), ('a', 'b', 'null'), ('null',))
+    """
+    if hint is bool:
+        return ("true", "false")
+    if hint is NoneType:
+        return ("null",)
+    if get_origin(hint) is Literal:
+        return tuple(map(str, get_args(hint)))
+    if get_origin(hint) in (Union, UnionType):
+        return tuple(option for member in get_args(hint) for option in options_of(member))
+    return ()
 
 
 def kind_of(section: Any) -> str:

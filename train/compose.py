@@ -31,6 +31,8 @@ from omegaconf.errors import OmegaConfBaseException
 from conf import checkout
 from conf.arguments import help_page, misread, own_arguments, parse, refuse, resolve, to_explain
 from conf.cache_dirs import use_writable_caches
+from conf.completion import completion
+from conf.descriptions import entries
 from conf.errors import USER_ERRORS, ConfigError, Problem, report
 from conf.extras import pip_command
 from conf.redaction import hide_secrets_of, holds_secret, redacted_argument, redacted_tree
@@ -99,6 +101,9 @@ def run(
     flags = [argument for argument in sys.argv[1:] if argument not in arguments.overrides]
     try:
         checkout.claim()
+        if (answer := _completion(sys.argv[1:])) is not None:
+            print(answer)
+            sys.exit(0)
         if arguments.help or arguments.explain is not None:
             print(_page(arguments))
             sys.exit(0)
@@ -168,6 +173,13 @@ def _arguments() -> Namespace:
     return arguments
 
 
+def _completion(texts: Sequence[str], cls: Any = None) -> str | None:
+    """The answer to `-sc`; None if it is not asked for. `cls` has the command's own arguments."""
+    own = list(entries(cls)) if cls else []
+    known = {group: choices(group) for group in groups()}
+    return completion(texts, [*own, *entries(Config)], known)
+
+
 def _page(arguments: Namespace) -> str:
     """What `--help` or `--explain` prints.
 
@@ -198,6 +210,8 @@ def _page_with(cls: Any, texts: Sequence[str]) -> str:
     Raises:
         ConfigError: there is nothing of the name that is to be explained.
     """
+    if (answer := _completion(texts, cls)) is not None:
+        return answer or " "
     key = to_explain(texts)
     if key is None or key in keys(cls):
         return help_page(cls, texts)
