@@ -285,7 +285,7 @@ def measure_inference(size: ModelConfig, grid: Grid, repeat: int, device: torch.
     rows: list[Measurement] = []
     for tokens in grid.prompts:
         rows += _prefill_rows(vanilla, prefilled, naive, tokens, repeat, device)
-    for tokens in grid.contexts:
+    for tokens in sorted(grid.contexts):  # the ratios are those of the longest, the last
         decode_rows, copy_speed = _decode_rows(
             [vanilla, *naive, *decoded], grid, tokens, repeat, device
         )

@@ -72,10 +72,13 @@ def latency_over_cache(rows: list[Measurement], subject: str) -> Figure:
     _lines(axes, _from_vanilla(rows), x=_mebibytes, y=_milliseconds)
     _bars(axes, rows, x=_mebibytes, y=_milliseconds)
     # Labels on all variants would overlap: their points lie close together.
-    for row in rows:
-        if row["variant"] in ("naive_repeat", "phd_cswa"):
+    for variant in ("naive_repeat", "phd_cswa"):
+        labelled = sorted((row for row in rows if row["variant"] == variant), key=_copies)
+        for below, row in enumerate(reversed(labelled)):
+            # PHD-CSWA's points may lie side by side, so that each label is lower than the next.
+            place = (7, -11 - 10 * below * (variant == "phd_cswa"))
             point = (_mebibytes(row), _milliseconds(row))
-            axes.annotate(f"K={row['K']}", point, (7, -11), textcoords="offset points", fontsize=8)
+            axes.annotate(f"K={row['K']}", point, place, textcoords="offset points", fontsize=8)
     _powers_of_two(axes)
     axes.set(xlabel="KV cache of a sequence (MiB)", ylabel="decode latency (ms per token)")
     axes.margins(x=0.12)
