@@ -81,7 +81,11 @@ class Command(NamedTuple):
 
 
 def run(
-    task: Callable[[Config], int] | str, before: Callable[[Config], None] | None = None
+    task: Callable[[Config], int] | str,
+    before: Callable[[Config], None] | None = None,
+    *,
+    other_keys: Iterable[str] = (),
+    problems: Iterable[Problem | str] = (),
 ) -> NoReturn:
     """Runs `task` for every job of this process's command line; its result is the exit code.
 
@@ -94,6 +98,8 @@ def run(
         task: or the name of the module whose `main` it is; see `conf.arguments.resolve`.
         before: further checks, made before this module is imported. Where there are several ranks
             they are left to the task: ranks have to agree about what only some of them miss.
+        other_keys: as of `check`.
+        problems: found already, and reported with those of the configuration.
     """
     guard_standard_streams()
     use_writable_caches()
@@ -107,7 +113,11 @@ def run(
         if arguments.help or arguments.explain is not None:
             print(_page(arguments))
             sys.exit(0)
-        command = check(arguments.overrides, multirun=arguments.multirun)
+        found = list(problems)
+        with collecting(found):
+            command = check(arguments.overrides, multirun=arguments.multirun, other_keys=other_keys)
+        if found:
+            raise ConfigError(found)
     except ConfigError as error:
         _refuse(error)
 
@@ -338,11 +348,10 @@ def run_with(
         refuse(error)
     if sweeps:
         own, sys.argv[1:] = own_arguments(cls, sys.argv[1:])
-        try:
+        problems: list[Problem | str] = []
+        with collecting(problems):
             plain = parse(cls, own)
-        except USER_ERRORS as error:
-            refuse(error)
-        run(lambda config: resolve(task)(plain, config))
+        run(lambda config: resolve(task)(plain, config), other_keys=keys(cls), problems=problems)
     try:
         given = split(cls, sys.argv[1:])
         code = resolve(task)(*given)

@@ -14,6 +14,7 @@ from rich.progress import Progress
 
 from conf.errors import ConfigError
 from conf.validation import build
+from conf.wording import plural
 from data.sources.token_files import write_tokens
 from phd.flops import training_flops_per_token
 from phd.inference.cache import kv_bytes
@@ -491,3 +492,27 @@ def test_the_command_writes_json_for_every_job_of_a_sweep(
         assert plan["speed"]["basis"] == "an assumed MFU of 30%"
         assert plan["time_s"] == pytest.approx(plan["flops"] / (0.3 * 989e12))
         assert plan["warnings"] == []
+
+
+@pytest.mark.parametrize(
+    ("typed", "told"),
+    [
+        ("proceses=2", ["proceses: unknown group or key. Did you mean processes?"]),
+        ("devise=H100", ["devise: unknown group or key. Did you mean device?"]),
+        ("mfu=40 modl=phd", ["mfu=40.0: expected a number above 0", "Did you mean model?"]),
+        ("device=K80 train.max_flops=0", ["device='K80': expected", "train.max_flops=0.0: "]),
+    ],
+)
+def test_wrong_arguments_and_wrong_settings_are_told_together(
+    typed: str,
+    told: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["plan.py", *typed.split()])
+    with pytest.raises(SystemExit) as end:
+        compose.run_with(PlanArguments, "train.plan", sweeps=True)
+    assert end.value.code == 2
+    text = capsys.readouterr().err
+    assert text.startswith(f"{plural(len(told), 'problem')} in the configuration:")
+    assert all(part in text for part in told)
