@@ -125,7 +125,7 @@ def main(args: GenerateArguments) -> int:
     elif sys.stdin.isatty():
         _converse(writer)
     else:
-        show(writer, sys.stdin.read())
+        show(writer, read_input())
     return 0
 
 
@@ -160,6 +160,20 @@ def _converse(writer: Writer) -> None:
             print()
             return
         show(writer, prompt)
+
+
+def read_input() -> str:
+    """The prompt on the standard input, which is UTF-8 whatever the locale says.
+
+    Raises:
+        ConfigError: it is not UTF-8.
+    """
+    try:
+        # Where the locale knows no encoding, Python hides each other byte in half a surrogate pair.
+        return sys.stdin.read().encode(errors="surrogateescape").decode()
+    except UnicodeError as error:
+        problem = f"the prompt on the standard input is not UTF-8 ({reason_of(error)})"
+        raise ConfigError([problem], "the input") from error
 
 
 def read_prompts(path: Path) -> list[str]:

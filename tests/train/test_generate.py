@@ -13,7 +13,7 @@ import torch
 from conf.arguments import parse
 from conf.errors import ConfigError
 from train.checkpoint.load_run import load_run
-from train.generate import GenerateArguments, main
+from train.generate import GenerateArguments, main, read_input
 from train.run import Run
 
 
@@ -117,6 +117,29 @@ def test_a_character_that_was_not_finished_is_shown_as_such(config, opened, caps
 
 
 # What is refused
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+@pytest.mark.parametrize("typed", [b"caf\xe9", b"\xff\xfea\x00"])
+def test_a_prompt_that_is_not_utf8_is_told_so(
+    typed: bytes, errors: str, encoding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stdin = io.TextIOWrapper(io.BytesIO(typed), encoding=encoding, errors=errors)
+    monkeypatch.setattr("sys.stdin", stdin)
+    with pytest.raises(ConfigError, match="the prompt on the standard input is not UTF-8"):
+        read_input()
+
+
+@pytest.mark.parametrize(
+    ("encoding", "errors"), [("utf-8", "strict"), ("ascii", "surrogateescape")]
+)
+def test_a_prompt_in_utf8_is_read_in_every_locale(
+    encoding: str, errors: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    typed = io.BytesIO("é 😀\n".encode())
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(typed, encoding=encoding, errors=errors))
+    assert read_input() == "é 😀\n"
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path) -> None:
