@@ -85,11 +85,16 @@ class MetricsFile:
 
     def __init__(self, path: Path, resumed_step: int, console: Console, log_every: int = 1) -> None:
         # A run that crashed after its last checkpoint repeats the steps since, and logs them again.
-        last, damaged = cut_back(path, resumed_step)
-        if damaged:
-            warn(console, f"{path}: damaged lines are left out: {damaged}")
-        if resumed_step - last >= log_every:
-            warn(console, f"{path}: lines are lost; the last one is of step {last}")
+        try:
+            last, damaged = cut_back(path, resumed_step)
+        except OSError as error:
+            held = f"it may hold lines of steps after {resumed_step}, which are taken again"
+            warn(console, f"{path} cannot be cut back ({reason_of(error)}); {held}")
+        else:
+            if damaged:
+                warn(console, f"{path}: damaged lines are left out: {damaged}")
+            if resumed_step - last >= log_every:
+                warn(console, f"{path}: lines are lost; the last one is of step {last}")
         self.path = path
         self.console = console
         self.full = False

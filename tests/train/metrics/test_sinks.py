@@ -127,6 +127,20 @@ def test_a_full_disk_costs_lines_is_told_once_and_leaves_no_half_line(
     assert [line["step"] for line in lines_of(path)] == [1, 5]
 
 
+def test_a_disk_that_refuses_the_cut_at_a_resume_costs_no_run(
+    disk_of: Callable[[int], None], console: Console, tmp_path: Path
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    for step in (1, 2, 3):
+        MetricsFile(path, step, console).write(step, {"train/loss": 1.5})
+    content = path.read_bytes()
+    disk_of(20)
+    MetricsFile(path, 2, console)
+    disk_of(10_000)
+    assert path.read_bytes() == content
+    assert f"{path} cannot be cut back ([Errno 27] File too large); " in printed(console)
+
+
 # The console
 
 
