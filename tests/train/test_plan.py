@@ -300,6 +300,34 @@ def test_a_device_without_a_known_peak_takes_the_speed_of_an_earlier_run(tmp_pat
     assert "an assumed MFU" in printed(plan_of(f"run.dir={tmp_path}", device="H100"))
 
 
+DAMAGED = {
+    "empty": b"",
+    "cut": b'{"step": 1, "throu',
+    "no UTF-8": b"\xff\xfe\x00",
+    "no objects": b"[1, 2]\nnull\n3\n",
+    "no numbers": b'{"throughput/tokens_per_s_per_device": "x", "progress/tokens": null}',
+    "zeros": b'{"throughput/tokens_per_s_per_device": 0, "progress/tokens": 9, '
+    b'"progress/train_flops": 9}',
+    "not a number": b'{"throughput/tokens_per_s_per_device": NaN, "progress/tokens": 9, '
+    b'"progress/train_flops": 9}',
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_metrics_that_say_nothing_of_the_speed_are_no_speed(damage: str, tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_bytes(DAMAGED[damage])
+    assert measure(tmp_path / "metrics.jsonl") is None
+
+
+@pytest.mark.parametrize("content", [b"", b"no tokenizer"])
+def test_a_damaged_tokenizer_of_the_run_is_no_reason_not_to_plan(
+    content: bytes, tmp_path: Path
+) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(content)
+    [found] = look_at_text(load([CPU, f"run.dir={tmp_path}"])).sources.values()
+    assert "at an assumed 3.2 bytes a token" in found.basis
+
+
 def test_a_runs_own_metrics_give_its_speed(config, trained) -> None:
     settings = config("train.max_steps=4")
     run = trained(settings).run

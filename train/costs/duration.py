@@ -2,6 +2,7 @@
 
 import json
 from itertools import pairwise
+from math import inf
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -91,22 +92,30 @@ def measure(metrics: Path) -> Measured | None:
     The first line is left out where there are others: it has the time of compiling in it.
     """
     try:
-        text = metrics.read_text(encoding="utf-8")
+        text = metrics.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return None
-    lines = [line for line in map(_json, text.splitlines()) if PER_DEVICE in line]
+    lines = [*filter(_has_speed, map(_json, text.splitlines()))]
     # FLOPs of a token are what they have grown by since the line before.
     start = {FLOPS: 0.0, TOKENS: 0}
     pairs = [*pairwise([start, *lines])]
     speeds = [
         line[PER_DEVICE] * (line[FLOPS] - before[FLOPS]) / (line[TOKENS] - before[TOKENS])
         for before, line in pairs[1:] or pairs
-        if line.get(TOKENS, 0) > before.get(TOKENS, 0)
+        if line[TOKENS] > before[TOKENS] and line[FLOPS] > before[FLOPS]
     ]
-    mfus = [line[MFU] for line in lines[1:] or lines if MFU in line]
+    mfus = [line[MFU] for line in lines[1:] or lines if _is_above_zero(line.get(MFU))]
     if not speeds:
         return None
     return Measured(median(speeds), median(mfus) if mfus else None, len(speeds))
+
+
+def _has_speed(line: dict[str, Any]) -> bool:
+    return all(_is_above_zero(line.get(key)) for key in (PER_DEVICE, FLOPS, TOKENS))
+
+
+def _is_above_zero(value: Any) -> bool:
+    return isinstance(value, int | float) and 0 < value < inf
 
 
 def _json(line: str) -> dict[str, Any]:
