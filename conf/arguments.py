@@ -81,6 +81,7 @@ def parse(cls: type[T], arguments: Sequence[str], *, positional: Sequence[str] =
     hints = get_type_hints(cls)
     names = iter(positional)
     values: dict[str, Any] = {}
+    entries: dict[str, dict[str, Any]] = {}
     words = ((text, text.removeprefix("--")) for text in arguments)
     typed = [f"{word}=true" if hints.get(word) is bool else text for text, word in words]
     typed, problems = misread(typed, keys(cls))
@@ -90,9 +91,12 @@ def parse(cls: type[T], arguments: Sequence[str], *, positional: Sequence[str] =
             key, text = next(names, argument), argument
         name, dot, entry = key.partition(".")
         if dot and get_origin(hints.get(name)) is dict:  # env.NCCL_DEBUG=WARN
-            values.setdefault(name, {})[entry] = text
+            entries.setdefault(name, {})[entry] = text if equals else None
         else:
             values[key] = _value(hints.get(key), text)
+    for name, found in entries.items():
+        whole = values.setdefault(name, {})
+        values[name] = whole | found if isinstance(whole, dict) else whole
     try:
         built = build(cls, values, "the arguments")
     except ConfigError as error:
@@ -244,7 +248,14 @@ def _value(hint: Any, text: str) -> Any:
     (['def'], ['a', 'b'])
     >>> _value(tuple[int, ...], "3"), _value(tuple[int, ...], "[3, 4]")
     ([3], [3, 4])
+    >>> _value(dict[str, str], '{"NCCL_DEBUG": "WARN"}')
+    {'NCCL_DEBUG': 'WARN'}
     """
+    if get_origin(hint) is dict:
+        try:
+            return json.loads(text)
+        except json.JSONDecodeError:
+            return text  # see below
     if get_origin(hint) is tuple:
         try:
             values = json.loads(text)

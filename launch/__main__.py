@@ -42,7 +42,7 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_origin
 
 import yaml
 
@@ -52,10 +52,10 @@ from conf.cache_dirs import use_writable_caches
 from conf.errors import ConfigError, Problem, reason_of
 from conf.redaction import redacted_argument
 from conf.standard_streams import guard_standard_streams
-from conf.validation import did_you_mean, keys, nearest
+from conf.validation import did_you_mean, keys, nearest, settings_of
 from launch import kubernetes, slurm
 from launch.config import LAUNCHERS, Check, Kubernetes, Local, MultiNode, Nodes, Slurm
-from train.compose import check, collecting, explain_setting
+from train.compose import SECTIONS, check, collecting, explain_setting
 from train.config import Config
 
 SWEEP = ("-m", "--multirun")
@@ -107,6 +107,12 @@ def read_command(texts: Sequence[str]) -> LaunchCommand:
     if isinstance(config, Slurm | Kubernetes):
         problems += _secret_problems(others, config)
     if not any(text.startswith("script=") for text in own):
+        wrong = {text: meant for text in others if (meant := _misspelt(text, LAUNCHERS[launcher]))}
+        problems += [
+            Problem(text.partition("=")[0], expected="unknown key", hint=did_you_mean(meant))
+            for text, meant in wrong.items()
+        ]
+        others = [text for text in others if text not in wrong]
         with collecting(problems):
             jobs = _check_jobs(others, config, names)
     if problems or config is None:
@@ -257,6 +263,16 @@ def _read_site(path: str) -> list[str]:
 def _name(text: str) -> str:
     """The setting that an argument is for: `env` of env.NCCL_DEBUG=WARN."""
     return text.partition("=")[0].partition(".")[0]
+
+
+def _misspelt(text: str, launcher: type[Local]) -> str | None:
+    """The key that was probably meant by one with a name in it, such as nodeSelector.gpu=h100."""
+    named = [s.name for s in settings_of(launcher) if get_origin(s.hint) is dict]
+    head, dot, entry = text.partition("=")[0].lstrip("+~").partition(".")
+    if not dot or head in named or head in SECTIONS:
+        return None
+    meant = nearest(head, [*named, *SECTIONS, "hydra"])
+    return f"{meant}.{entry}" if meant in named else None
 
 
 def _directories(command: LaunchCommand) -> list[str]:

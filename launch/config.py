@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from conf.errors import Problem
 from conf.exit_codes import ExitCode
-from conf.redaction import is_secret
+from conf.redaction import is_secret, redacted
 from conf.settings import Settings, at_least
 
 # A pod's name has at most 63 characters; the operators append up to 13.
@@ -344,7 +344,12 @@ class Slurm(MultiNode, Thresholds):
             hint = "the run has to be saved before the time limit"
             found.append(Problem("signal_s", self.signal_s, expected, hint, others=("grace_s",)))
         found += self.threshold_problems()
-        return found + self._header_problems() + self._environment_problems()
+        return [
+            *found,
+            *self._header_problems(),
+            *self._environment_problems(),
+            *self._setup_problems(),
+        ]
 
     def _header_problems(self) -> list[Problem]:
         """What is written behind #SBATCH has to stay one word there."""
@@ -354,6 +359,19 @@ class Slurm(MultiNode, Thresholds):
             for name in names
             if re.search(r"[\s'\"#\\]", value := getattr(self, name) or "")
         ]
+
+    def _setup_problems(self) -> list[Problem]:
+        """Secrets in shell lines; one that the shell reads from somewhere is none."""
+        found = []
+        for setting in ("setup", "node_setup"):
+            text = getattr(self, setting)
+            assigned = re.findall(r"\b([A-Za-z_]\w*)=[\"']?[^\s$\"']", text)
+            name = next(filter(is_secret, assigned), None)
+            if name or redacted(text) != text:
+                what = f"sets {name}" if name else "has a link with a password or a signature"
+                expected = f"{what}, and scripts must not hold secrets"
+                found.append(Problem(setting, expected=expected, hint=self.secret_hint))
+        return found
 
     def _environment_problems(self) -> list[Problem]:
         """A container, and an environment of Python."""
@@ -523,7 +541,7 @@ def _env_problems(env: dict[str, str], hint: str) -> list[Problem]:
     for name in env:
         if not re.fullmatch(VARIABLE, name):
             found.append(Problem(f"env.{name}", expected=NO_VARIABLE))
-        elif is_secret(name):
+        elif is_secret(name) or redacted(env[name]) != env[name]:
             expected = (
                 "looks like a secret, which command lines, scripts and manifests must not hold"
             )

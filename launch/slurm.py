@@ -93,7 +93,12 @@ exit "$code"
 
 # What each machine runs before the agent. It names the machine on which it fails.
 NODE_SETUP = """\
-trap 'echo "launch: node_setup, venv or conda failed on $(hostname)" >&2' EXIT
+failed() {{
+  code=$?
+  echo "launch: node_setup, venv or conda failed on $(hostname)" >&2
+  exit $((code ? code : 1))
+}}
+trap failed EXIT
 set -e
 {lines}
 set +e

@@ -127,7 +127,13 @@ class ElasticAgent(LocalElasticAgent):
         The agent that serves the rendezvous must not leave while others still talk to it.
         """
         self._exit_barrier_timeout = timeout_s
-        self._exit_barrier()
+        reports = logging.getLogger("torch.distributed.elastic.agent.server.api")
+        level = reports.level
+        reports.setLevel(logging.CRITICAL)  # another agent may be gone: no page about that
+        try:
+            self._exit_barrier()
+        finally:
+            reports.setLevel(level)
 
     # What PyTorch calls
 

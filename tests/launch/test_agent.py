@@ -3,6 +3,7 @@
 Two agents on loopback stand for two machines.
 """
 
+import json
 import os
 import shutil
 import signal
@@ -278,7 +279,12 @@ def test_what_processes_say_reaches_the_console_and_no_file_stays(machines: Mach
 
 
 def test_variables_reach_every_process(machines: Machines) -> None:
-    machines.start(Local(processes=2, env={"COLOUR": "dark 'blue' $HOME"}), "tell=COLOUR")
+    machines.start(
+        Local(processes=2, env={"COLOUR": "dark 'blue' $HOME"}), "tell=COLOUR", "tell=LAUNCHED_BY"
+    )
     machines.wait_for_log("./2 COLOUR=dark 'blue' \\$HOME", 2)
+    # What was typed, for the run's environment.json.
+    [typed, *_] = machines.wait_for_log("./2 LAUNCHED_BY=(.*)", 2)
+    assert isinstance(json.loads(typed[1]), list)
     machines.make_exit(0)
     assert machines.exit_code() == 0

@@ -64,6 +64,11 @@ def test_everything_wrong_is_said_at_once() -> None:
         ([*NODES, "rendezvous=static", "nodes=2", "node_rank=2"], "expected less than nodes=2"),
         ([*NODES, "node_rank=0"], "rendezvous=c10d assigns the ranks of machines"),
         (["local", "env.A-B=1"], "env.A-B: a variable's name has letters, digits and _ only"),
+        (["local", "env.A"], "env={'A': None}: expected text for each name"),
+        (["local", "env=5", "env.A=1"], "env=5: expected text for each name"),
+        (["slurm", "optin.lr=1"], "optin.lr: unknown key. Did you mean optim.lr?"),
+        (["local", "envs.A=1"], "envs.A: unknown key. Did you mean env.A?"),
+        ([*PODS, "nodeSelector.a/b=c"], "nodeSelector.a/b: unknown key. Did you mean node_selec"),
         (["local", "rank_log=a.log"], "rank_log='a.log': expected a file with %t"),
         (["local", "rank_log=%x/%t"], "rank_log='%x/%t': there is only %t"),
         (["slurm", "rank_log=%x/%t%q"], "there is only %t, %x, %j"),
@@ -142,10 +147,29 @@ def test_a_secret_of_the_training_is_refused_where_a_script_would_show_it(
     assert "abc123" not in describe(command)
 
 
+@pytest.mark.parametrize("setting", ["setup", "node_setup", "env.PROXY"])
+@pytest.mark.parametrize(
+    "text", ["https://user:s3cr3t@host/a", "export WANDB_API_KEY=s3cr3t", "X=1 HF_TOKEN='s3cr3t'"]
+)
+def test_a_script_holds_no_secret_that_was_typed(setting: str, text: str) -> None:
+    if setting.startswith("env.") and "://" not in text:
+        return  # a variable's value is no shell code
+    found = problems("slurm", f"{setting}={text}")
+    assert found.startswith(f"{setting}: ")
+    assert "s3cr3t" not in found
+
+
+def test_a_secret_that_the_shell_reads_is_no_secret_in_the_script() -> None:
+    lines = 'export WANDB_API_KEY="$(cat ~/.key)"\nexport HF_TOKEN=$TOKEN'
+    assert read_command(["slurm", f"setup={lines}"]).config == Slurm(setup=lines)
+
+
 def test_variables_that_only_sound_like_secrets_are_none() -> None:
     names = ["TOKENIZERS_PARALLELISM", "NCCL_DEBUG", "KEYBOARD", "PASSWORDLESS", "MY_TOKENS"]
     config = read_command(["local", *(f"env.{name}=1" for name in names)]).config
     assert config.env == dict.fromkeys(names, "1")
+    both = read_command(["local", "env.B=2", 'env={"A": "1"}']).config
+    assert both.env == {"A": "1", "B": "2"}
 
 
 def test_variables_are_given_one_by_one_or_in_the_site(tmp_path: Path) -> None:
@@ -218,8 +242,8 @@ def test_a_script_that_is_not_there_is_told_before_anything_starts(
 
 
 def test_the_arguments_of_another_script_are_its_own() -> None:
-    command = read_command(["local", "script=other.py", "--lr", "1"])
-    assert (command.arguments, command.run_dirs) == (["--lr", "1"], [])
+    command = read_command(["local", "script=other.py", "--lr", "1", "envs.A=1"])
+    assert (command.arguments, command.run_dirs) == (["--lr", "1", "envs.A=1"], [])
 
 
 def test_dry_shows_the_command_of_every_process() -> None:

@@ -307,7 +307,7 @@ def test_conda_is_activated_in_a_shell_that_does_not_know_it(cluster: Cluster) -
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("lines", ["false", "source /nowhere/activate", "nosuchcommand"])
+@pytest.mark.parametrize("lines", ["false", "source /nowhere/activate", "nosuchcommand", "exit 0"])
 def test_a_machine_whose_set_up_fails_is_named_and_trains_nothing(
     cluster: Cluster, lines: str
 ) -> None:
