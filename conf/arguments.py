@@ -18,6 +18,7 @@ from conf.standard_streams import guard_standard_streams
 from conf.validation import build, closest, did_you_mean, keys, nearest
 
 T = TypeVar("T")
+DASHES = "-\N{EN DASH}\N{EM DASH}"  # word processors make the others of two hyphens
 OPTIONS = ("help", "explain", "cfg", "multirun", "dry")
 """Options that a misspelt one is compared with."""
 
@@ -133,20 +134,33 @@ def misread(
     left = list(texts)
     while left:
         text = left.pop(0)
-        key, equals, value = text.lstrip("-").partition("=")
-        dashed = text.startswith("-")
+        key, equals, value = text.lstrip(DASHES).partition("=")
+        dashed = text[:1] in DASHES and text != ""
+        before, colon, after = key.partition(":")
+        apart = True  # the value is there, but not joined to the key by a sign alone
+        if equals and not value and left and _is_value(left[0]):
+            value = left.pop(0)
+            text = f"{text} {value}"
+        elif not equals and left and left[0].startswith("="):
+            value = left.pop(0)[1:]
+            text = f"{text} ={value}"
+        elif not equals and colon and any(fnmatchcase(before, name) for name in known):
+            key, value = before, after
+        else:
+            apart = False
         exact = any(fnmatchcase(key, name) for name in known)
-        if not dashed and (equals or not (exact or "." in key or key in (choices or {}))):
+        alone = not (equals or dashed or exact) and key in (choices or {})
+        if not (dashed or apart or alone) and (equals or not (exact or "." in key)):
             rest.append(text)
             continue
         option = dashed and not exact and closest(key, OPTIONS)
         meant = key if exact else None if option else nearest(key, known)
-        if not dashed and not exact and key in (choices or {}):
+        if alone and not apart:
             meant, value = (choices or {})[key], key
-        elif meant and not equals and left and _is_value(left[0]):
+        elif meant and not equals and not apart and left and _is_value(left[0]):
             value = left.pop(0)
             text = f"{text} {value}"
-        elif not dashed:  # a key alone
+        elif not (dashed or apart):  # a key without a value
             rest.append(text)
             continue
         problems.append(_meant(text, meant, value, dashed=dashed))

@@ -29,8 +29,13 @@ def claim() -> None:
 
     Raises:
         ConfigError: the command lies in another checkout than the modules that it has got, and
-            `PYTHONPATH` does not say that this is meant.
+            `PYTHONPATH` does not say that this is meant; or there is no current directory.
     """
+    try:
+        os.getcwd()  # a command that was called in a deleted directory fails at any of its paths
+    except FileNotFoundError as error:
+        gone = "the current directory was deleted; change to one that exists"
+        raise ConfigError([gone], "the environment") from error
     given = os.environ.get("PYTHONPATH", "")
     place = _place_of_command()
     other = checkout_of(place) if place else None

@@ -40,6 +40,8 @@ def completion(
     Raises:
         ConfigError: it is asked for another shell.
     """
+    if texts and texts[-1] in FLAGS:
+        texts = [*texts, ""]
     asked = next((value for flag, value in pairwise(texts) if flag in FLAGS), None)
     if asked is None:
         return None
@@ -51,7 +53,7 @@ def completion(
         case "query", _, "bash":
             return "\n".join(candidates(texts[-1], entries, groups))
     expected = "expected install=bash, uninstall=bash or query=bash"
-    raise ConfigError([Problem("-sc " + asked, expected=expected)], "the arguments")
+    raise ConfigError([Problem(f"-sc {asked}".strip(), expected=expected)], "the arguments")
 
 
 FLAGS = ("-sc", "--shell-completion")

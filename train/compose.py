@@ -175,7 +175,7 @@ def _hide_secrets(config: Config) -> None:
 def _arguments() -> Namespace:
     """This process's arguments: Hydra's and `--explain`; all others are the overrides."""
     parser = get_args_parser()
-    parser.add_argument("--explain", metavar="KEY")
+    parser.add_argument("--explain", metavar="KEY", nargs="?", const="")
     arguments, unknown = parser.parse_known_intermixed_args()
     # What looks like an option and is none stays where it was typed: its value may come after it.
     typed = {*arguments.overrides, *unknown}

@@ -83,6 +83,11 @@ def explain(key: str, now: Composed) -> str:
     Raises:
         ConfigError: there is nothing of this name.
     """
+    key = key.partition("=")[0].rstrip(".")
+    if not key:
+        expected = "expected a setting, a section or a group"
+        hint = "for example --explain model.window"
+        raise ConfigError([Problem("--explain", expected=expected, hint=hint)], "the arguments")
     parts = [_setting(entry, key, now) for entry in _entries_for(key, now)]
     if key in groups():
         parts.append(_group(key, now))

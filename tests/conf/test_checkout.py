@@ -184,3 +184,14 @@ def test_a_module_run_by_name_is_that_of_the_current_directory(
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     claim()
     assert os.environ["PYTHONPATH"] == checkout.lead(ROOT, "")
+
+
+def test_a_deleted_current_directory_is_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    with pytest.raises(ConfigError, match="the current directory was deleted"):
+        claim()

@@ -56,6 +56,8 @@ def test_nothing_of_hydras_own_is_offered() -> None:
 def test_other_shells_are_told() -> None:
     with pytest.raises(ConfigError, match=r"-sc install=fish: expected install=bash"):
         completion(["-sc", "install=fish"], [], {})
+    with pytest.raises(ConfigError, match=r"-sc: expected install=bash"):
+        completion(["-sc"], [], {})
     assert completion(["model=phd"], [], {}) is None
 
 

@@ -89,12 +89,16 @@ def test_a_secret_is_not_shown() -> None:
         ("model.windw", "Did you mean model.window?"),
         ("K", "Did you mean model.K?"),
         ("sise", "Did you mean size?"),
+        ("model.windw=3", "Did you mean model.window?"),
         ("zzzzz", "--help lists all settings"),
     ],
 )
 def test_what_there_is_not_is_answered_with_what_was_meant(key: str, meant: str) -> None:
-    with pytest.raises(ConfigError, match=f"{key}: no setting.*{meant.rstrip('?')}"):
+    name = key.partition("=")[0]
+    with pytest.raises(ConfigError, match=f"{name}: no setting.*{meant.rstrip('?')}"):
         told(key)
+    with pytest.raises(ConfigError, match="--explain: expected a setting, a section or a group"):
+        told("")
 
 
 def test_the_overview_has_every_setting_and_choice_and_nothing_of_hydras_own() -> None:
