@@ -262,10 +262,9 @@ def test_nothing_of_the_run_outlives_it(config, trained) -> None:
     assert "prefetch" not in [thread.name for thread in set(threading.enumerate()) - threads]
 
 
-def test_data_that_gives_out_is_told_as_the_users_problem(config, opened) -> None:
-    run = opened(config("data.lanes=64", "train.global_batch=64"))
+def test_data_that_does_not_do_is_the_users_problem_before_the_first_step(config, opened) -> None:
     with pytest.raises(DataError, match=r"data\.lanes=64: a lane"):
-        train(run, Progress(disable=True))
+        opened(config("data.lanes=64", "train.global_batch=64"))
 
 
 # A disk that refuses
