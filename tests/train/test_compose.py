@@ -247,10 +247,10 @@ def test_a_deleted_key_has_its_default() -> None:
 
 
 def test_a_sweep_is_the_product_of_what_varies() -> None:
-    command = check(["model.K=2,3", "optim.lr=1e-3,3e-3", "seed=4"], multirun=True)
+    command = check(["model.K=2,3", "optim.lr=1e-3,4e-3", "seed=4"], multirun=True)
     assert command.swept == {"model.K", "optim.lr"}
     assert [job.name for job in command.jobs] == [
-        f"phd_cswa-{K}-16-32-tiny-seed_4-lr_{lr}" for K in (2, 3) for lr in ("0.001", "0.003")
+        f"phd_cswa-{K}-16-32-tiny-seed_4-lr_{lr}" for K in (2, 3) for lr in ("0.001", "0.004")
     ]
     assert {job.seed for job in command.jobs} == {4}
 
