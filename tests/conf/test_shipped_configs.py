@@ -197,7 +197,8 @@ SWEPT = {
     "k_equal_flops": OVER_K,
     "window": [f"phd_swa-2-{window}-inf-tiny" for window in (1, 2, 4, 16)],
     "chunk": ["phd_cswa-2-16-16-tiny", "phd_cswa-2-16-32-tiny", "phd_swa-2-16-inf-tiny"],
-    "lr": [f"phd_cswa-2-16-32-tiny-lr_{lr}" for lr in (0.0003, 0.001, 0.003, 0.01)],
+    # The default run's own rate, 0.003, is no difference.
+    "lr": [f"phd_cswa-2-16-32-tiny{lr}" for lr in ("-lr_0.0003", "-lr_0.001", "", "-lr_0.01")],
 }
 
 
