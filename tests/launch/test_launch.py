@@ -31,7 +31,7 @@ def test_settings_of_launcher_and_training_are_told_apart() -> None:
     command = read_command([*NODES, "nodes=1:2", "model=phd", "processes=4", "+optim.lr=1e-3"])
     assert command.config == Nodes(address="node1:29500", nodes="1:2", processes=4)
     assert command.arguments == ["model=phd", "+optim.lr=1e-3"]
-    assert command.run_dirs == [Path("runs/phd-2-tiny")]
+    assert command.run_dirs == [Path("runs/phd-2-tiny-lr_0.001")]
 
 
 def test_everything_wrong_is_said_at_once() -> None:
