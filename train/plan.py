@@ -387,7 +387,7 @@ def _rows(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "checkpoints", _disk_row(plan.disk)
     yield "text", "; ".join(_shares(start, w) for start, w in config.data.mixture)
     if plan.text is not None and plan.drawn:
-        yield "epochs", "; ".join(_epochs_of(plan, name) for name in config.data.sources)
+        yield "epochs", _epochs_row(plan.text, plan.epochs)
     yield "run directory", str(config.run_dir)
 
 
@@ -433,7 +433,8 @@ def _time_row(plan: Plan) -> str:
     if plan.time_s is None or plan.speed is None:
         return "not known: no run has been measured here"
     hours = _times(plan.time_s * plan.world_size / 3600)
-    return f"about {duration(plan.time_s)}, {hours} device hours, at {plan.speed.basis}"
+    about = "at most" if plan.compute.basis == "at most" else "about"
+    return f"{about} {duration(plan.time_s)}, {hours} device hours, at {plan.speed.basis}"
 
 
 def _memory_row(plan: Plan) -> str:
@@ -452,13 +453,19 @@ def _disk_row(disk: Disk) -> str:
     return f"{each}, at most {disk.most} at a time, {byte_size(disk.total)} of disk"
 
 
-def _epochs_of(plan: Plan, name: str) -> str:
-    assert plan.text is not None
-    tokens, basis = plan.text.sources[name]
-    if not tokens:
-        return f"{name} {basis}"
-    read = _times(plan.epochs[name])
-    return f"{name} {read} of about {short_count(tokens)} tokens ({basis})"
+def _epochs_row(text: Text, epochs: dict[str, float]) -> str:
+    known = {name: source for name, source in text.sources.items() if source.tokens}
+    told = [
+        f"{name} {_times(epochs[name])} of about {short_count(source.tokens or 0)} tokens"
+        for name, source in known.items()
+    ]
+    bases = [source.basis for source in known.values()]
+    if len(set(bases)) == 1:  # told once
+        told[-1] += f" ({bases[0]})"
+    else:
+        told = [f"{line} ({basis})" for line, basis in zip(told, bases, strict=True)]
+    unknown = [f"{name} {s.basis}" for name, s in text.sources.items() if not s.tokens]
+    return "; ".join([*told, *unknown])
 
 
 def _times(number: float) -> str:

@@ -111,7 +111,7 @@ class FileCorpus:
     @property
     def text_bytes(self) -> int:
         """About how many bytes of text there are, from the files' sizes."""
-        return sum(map(_text_bytes, self.files))
+        return sum(_text_bytes(file) for file in self.files if file.shard.size)
 
     @cached_property
     def is_seekable(self) -> bool:

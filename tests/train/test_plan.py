@@ -469,6 +469,21 @@ def test_a_text_that_is_not_there_is_no_reason_not_to_plan() -> None:
     assert f"at most {plan.flops:.2e} FLOPs" in printed(plan)
 
 
+def test_files_without_a_byte_have_no_text(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").touch()
+    settings = ["data=files", f"data.sources.files.paths={tmp_path}/a.jsonl"]
+    plan = plan_of(*settings, text=look_at_text(load([CPU, *settings])))
+    assert plan.epochs == {}
+    assert "files has no text" in printed(plan)
+
+
+def test_what_is_true_of_all_sources_is_told_once() -> None:
+    text = look_at_text(load([CPU, "data=olmo_mix"]))
+    row = printed(plan_of("data=olmo_mix", text=text))
+    assert row.count("as the dataset's page counts them") == 1
+    assert row.count(" of about ") == len(text.sources) == 7
+
+
 @pytest.mark.parametrize("packing", ["sequential", "best_fit"])
 @pytest.mark.parametrize("documents", ["isolate", "concatenate"])
 def test_the_planned_flops_are_those_that_a_run_counts(

@@ -124,6 +124,8 @@ class _Look:
         if isinstance(corpus, TokenCorpus):
             return SourceText(corpus.index.tokens * trained_on, "counted when they were written")
         assert isinstance(corpus, FileCorpus)
+        if not corpus.text_bytes:
+            return SourceText(None, "has no text")
         return SourceText(corpus.text_bytes / self.bytes_per_token * trained_on, self.how)
 
     def lengths(self) -> list[int]:
