@@ -1,7 +1,9 @@
-"""What all configuration dataclasses have in common; needs nothing but the standard library."""
+"""What all configuration dataclasses have in common; needs no torch."""
 
 from math import inf
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from conf.errors import ConfigError, Problem
 
@@ -60,12 +62,29 @@ def without_effect(config: Any, section: str, reason: str, hint: str, *names: st
     ]
 
 
+LONGEST_S = 1e9
+"""Seconds, 31 years: less than the 2^63 nanoseconds that operating systems count timeouts in."""
+
+Seed = Annotated[int, Field(lt=2**64), "an integer from 0 to below 2^64"]
+"""The type of a seed, which PyTorch's generators hold in 64 bits without a sign. `at_least` looks
+for negative ones."""
+
+
 def above(config: Any, section: str, bound: float, *names: str) -> list[Problem]:
     """A problem for each named setting that is not above `bound`; None always passes."""
     return [
         Problem(full_name(section, name), value, f"expected a number above {bound:g}")
         for name in names
         if (value := getattr(config, name)) is not None and not value > bound
+    ]
+
+
+def seconds_to_wait(config: Any, section: str, *names: str) -> list[Problem]:
+    """A problem for each named setting that is no time that a thread or a socket can wait for."""
+    return [
+        Problem(full_name(section, name), value, f"expected seconds above 0, at most {LONGEST_S:g}")
+        for name in names
+        if not 0 < (value := getattr(config, name)) <= LONGEST_S
     ]
 
 

@@ -27,6 +27,8 @@ from pydantic import TypeAdapter, ValidationError
 from conf.errors import ConfigError, Problem
 
 T = TypeVar("T")
+MOST = 2**63 - 1  # the largest integer of 64 bits with a sign
+HAS_TO_BE_GIVEN = "has to be given"
 OMITTED = "???"  # OmegaConf's mark of a value that the user has to give
 REJECTED: Any = object()  # stands for a value that is not of the field's type
 
@@ -216,6 +218,8 @@ class _Reader:
             return self.variant(sections, value, key)
         if sections:
             return self.section(sections[0], value, f"{key}.")
+        if beyond := _beyond_range(hint, value):
+            return self.reject(key, value, beyond)
         try:
             # Strict JSON takes neither true for 1 nor "3" for 3, yet a list for a tuple.
             return TypeAdapter(hint).validate_json(json.dumps(_whole(value)), strict=True)
@@ -357,6 +361,22 @@ def _whole(value: Any) -> Any:
     if isinstance(value, list):
         return [_whole(item) for item in value]
     return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _beyond_range(hint: Any, value: Any) -> str:
+    """What a field expects if it holds integers and the value is too large for 64 bits; else "".
+
+    Beyond that, PyTorch, NumPy and files of tokens cannot hold a number, and fail without a name.
+
+    >>> _beyond_range(int | None, 2**63), _beyond_range(float, 1e20), _beyond_range(int, "7")
+    ('an integer of at most 9223372036854775807', '', '')
+    """
+    if get_origin(hint) is Annotated or int not in (hint, *get_args(hint)):
+        return ""  # an annotated field has bounds of its own
+    numbers = _whole(value if isinstance(value, list) else [value])
+    if all(not isinstance(n, int) or -MOST - 1 <= n <= MOST for n in numbers):
+        return ""
+    return f"an integer of at most {MOST}"
 
 
 def type_in_words(hint: Any) -> str:

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from conf.errors import Problem
-from conf.settings import Settings, above, at_least, without_effect
+from conf.settings import Settings, above, at_least, seconds_to_wait, without_effect
 from conf.validation import closest, did_you_mean
 from conf.wording import plural
 
@@ -66,7 +66,8 @@ class FilesSource(AnySource):
             `books/**/*.txt`, on this machine or as URLs that fsspec opens: `https://`,
             `hf://datasets/`, `s3://`. A directory that a glob matches is read if it is called like
             a file, as `x.parquet/` is, or if the glob matches no files.
-        text_field: the column or key that holds a document's text in `.parquet` and `.jsonl`.
+        text_field: the column or key that holds a document's text in `.parquet` and `.jsonl`;
+            `data.text` is the `text` within `data`.
         separator: the text between two documents in a `.txt` file, for example `<|end|>`; `\\n`
             and `\\t` in it mean a line break and a tab. null: each file is one document.
     """
@@ -108,7 +109,8 @@ class DatasetsSource(AnySource):
         split: the split of the dataset that is read.
         revision: a commit or tag on the Hub; null: the newest.
         data_files: URLs, paths or globs of files; null: all files of the dataset.
-        text_field: the column that holds a document's text.
+        text_field: the column that holds a document's text; `data.text` is the `text` within
+            `data`.
     """
 
     kind: Literal["datasets"]
@@ -182,7 +184,10 @@ class RemoteConfig(Settings):
     retry_s: float = 300.0
 
     def problems(self) -> list[Problem]:
-        return above(self, "data.remote", 0, "timeout_s", "retry_s")
+        return [
+            *seconds_to_wait(self, "data.remote", "timeout_s"),
+            *above(self, "data.remote", 0, "retry_s"),
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)

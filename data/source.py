@@ -1,6 +1,6 @@
 """What every source of text gives: records that lanes can read, each its own part."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -63,6 +63,31 @@ class Corpus(Protocol):
         Every record of the corpus belongs to exactly one lane. Any number of passes, of any lanes,
         may be under way at a time, in any threads.
         """
+
+
+MISSING: Any = object()
+"""Stands for the value of a field that a record does not have."""
+
+
+def field_of(record: Mapping[str, Any], name: str) -> Any:
+    """What a record holds under a name, in which dots lead into records within it.
+
+    A field whose name has dots itself comes first.
+
+    >>> field_of({"data": {"text": "a"}}, "data.text"), field_of({"data.text": "b"}, "data.text")
+    ('a', 'b')
+
+    Returns:
+        the value; `MISSING` if there is none.
+    """
+    if name in record:
+        return record[name]
+    value: Any = record
+    for part in name.split("."):
+        if not isinstance(value, Mapping) or part not in value:
+            return MISSING
+        value = value[part]
+    return value
 
 
 def no_such_field(name: str, field: str, origin: str, fields: Iterable[str]) -> DataError:

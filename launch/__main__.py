@@ -52,6 +52,7 @@ from conf.cache_dirs import use_writable_caches
 from conf.errors import ConfigError, Problem, reason_of
 from conf.redaction import redacted_argument
 from conf.standard_streams import guard_standard_streams
+from conf.text import NotUtf8Error, read_text
 from conf.validation import did_you_mean, keys, nearest, settings_of
 from launch import kubernetes, slurm
 from launch.config import LAUNCHERS, Check, Kubernetes, Local, MultiNode, Nodes, Slurm
@@ -242,8 +243,8 @@ def _read_site(path: str) -> list[str]:
         ConfigError: the file cannot be read, or holds something else.
     """
     try:
-        found: Any = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
+        found: Any = yaml.safe_load(read_text(Path(path)))
+    except (OSError, NotUtf8Error, yaml.YAMLError) as error:
         raise ConfigError(
             [Problem("site", path, f"cannot be read ({reason_of(error)})")]
         ) from error

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from conf.errors import ConfigError, Problem
-from conf.settings import above, at_least
+from conf.settings import Seed, above, at_least
 from phd.config import SamplingConfig, SpanUnit
 from train.engine_config import device_problems
 from train.engines.accelerators import ACCELERATORS, accelerator
@@ -54,7 +54,7 @@ class GenerateArguments:
     top_k: int | None = None
     top_p: float | None = None
     stop: tuple[str, ...] = ()
-    seed: int = 0
+    seed: Seed = 0
     compile: bool = False
     device: str = "auto"
 

@@ -4,6 +4,8 @@ Hydra composes the files, sweeps and prints, but it stops at the first thing tha
 `run` composes and validates every job of a command line first, and reports all problems at once.
 """
 
+import re
+import shlex
 import sys
 from argparse import Namespace
 from collections import Counter
@@ -11,6 +13,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import contextmanager
 from dataclasses import MISSING, fields, replace
 from functools import cache
+from itertools import product
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any, NamedTuple, NoReturn, TypeVar, cast
@@ -33,11 +36,20 @@ from conf.arguments import help_page, misread, own_arguments, parse, refuse, res
 from conf.cache_dirs import use_writable_caches
 from conf.completion import completion
 from conf.descriptions import entries
-from conf.errors import USER_ERRORS, ConfigError, Problem, report
+from conf.errors import USER_ERRORS, ConfigError, Problem, reason_of, report
 from conf.extras import pip_command
 from conf.redaction import hide_secrets_of, holds_secret, redacted_argument, redacted_tree
 from conf.standard_streams import guard_standard_streams
-from conf.validation import as_dict, defaults, did_you_mean, flatten_keys, keys, nearest
+from conf.text import NotUtf8Error, read_text
+from conf.validation import (
+    HAS_TO_BE_GIVEN,
+    as_dict,
+    defaults,
+    did_you_mean,
+    flatten_keys,
+    keys,
+    nearest,
+)
 from phd.config import ModelConfig
 from train.conf_files import CONF, choices, groups
 from train.config import Config
@@ -52,7 +64,7 @@ T = TypeVar("T")
 QUOTING = "a text with special characters needs quotes within quotes:"
 SECTIONS = {setting.name for setting in fields(Config)}
 
-NO_SWEEP = "several values make a sweep, which needs -m; a list is [...]"
+NO_SWEEP = "several values make a sweep, which needs -m"
 SUBMITIT = "Could not find 'hydra/launcher/submitit"
 
 # Groups whose settings are all part of a run's name, as far as they differ from the usual ones.
@@ -401,6 +413,7 @@ def check(
     Raises:
         ConfigError: with the problems of all jobs, each once.
     """
+    overrides = list(overrides)
     parsed, problems = _parse(overrides, list(other_keys))
     jobs: list[Config] = []
     typed: list[Typed] = []
@@ -415,11 +428,22 @@ def check(
                     jobs.append(_named(_read(hydra.compose("config", point)), point, swept))
                     typed.append(Typed.of(point, swept))
         else:
+            swept_texts = [text.lstrip("+") for text in parsed if text not in one]
             problems += [
-                Problem(text.lstrip("+"), expected=NO_SWEEP) for text in parsed if text not in one
+                Problem(text, expected=NO_SWEEP, hint=f"a list is {_as_list(text)}")
+                for text in swept_texts
             ]
             jobs.append(_named(_read(whole), [], set()))
             typed.append(Typed.of(one, swept))
+    # A setting that was given, and could not be read, is not told again as one that is missing.
+    read = {o.key_or_group for o in parsed.values() if multirun or not o.is_sweep_override()}
+    unread = {text.lstrip("+").partition("=")[0] for text in overrides} - read
+    problems = [
+        problem
+        for problem in problems
+        if not isinstance(problem, Problem)
+        or (problem.key, problem.expected) not in product(unread, [HAS_TO_BE_GIVEN])
+    ]
     # What is varied to no effect also makes equal names, which is no problem of its own then.
     problems += _unused(jobs, typed) or _shared_directories(jobs)
     if problems:
@@ -457,6 +481,17 @@ def collecting(problems: list[Problem | str]) -> Iterator[None]:
         if SUBMITIT in problem:
             problem += f". It comes with: {pip_command('phd-transformer[slurm]')}"
         problems.append(problem)
+    except UnicodeDecodeError:
+        problems += _not_in_utf8()
+
+
+def _not_in_utf8() -> Iterator[str]:
+    """A problem for each file of conf/ in another encoding; Hydra does not say which one it is."""
+    for path in sorted(CONF.rglob("*.yaml")):
+        try:
+            read_text(path)
+        except NotUtf8Error as error:
+            yield f"{path}: {reason_of(error)}"
 
 
 def _parse(
@@ -473,10 +508,9 @@ def _parse(
             override = parser.parse_override(text)
         except HydraException as error:
             reason = str(error).partition("\n")[0]
-            key, _, value = text.partition("=")
             expected = f"not key=value as Hydra reads it ({reason})"
             problems.append(
-                Problem(repr(text), expected=expected, hint=f"{QUOTING} '{key}=\"{value}\"'")
+                Problem(repr(text), expected=expected, hint=f"{QUOTING} {_with_quotes(text)}")
             )
             continue
         if found := _name_problems(override, other_keys):
@@ -486,6 +520,36 @@ def _parse(
             parsed.pop(spelling, None)  # of equal overrides, too, the last one counts
             parsed[spelling] = parser.parse_override(spelling)
     return parsed, problems
+
+
+def _with_quotes(text: str) -> str:
+    """An override as it is typed in a shell, with its text, or each text of its list, in quotes.
+
+    >>> print(_with_quotes("data.sources.books.paths=[a (1).txt,b=2.txt]"))
+    'data.sources.books.paths=["a (1).txt","b=2.txt"]'
+    """
+    key, _, value = text.partition("=")
+    listed = re.fullmatch(r"\s*\[(.*)\]\s*", value, re.DOTALL)
+    if listed is None:
+        return shlex.quote(f"{key}={_hydra_quoted(value)}")
+    return shlex.quote(f"{key}=[{','.join(map(_hydra_quoted, listed[1].split(',')))}]")
+
+
+def _as_list(text: str) -> str:
+    """An override with several values as one whose value is a list, as it is typed in a shell."""
+    key, _, value = text.partition("=")
+    return shlex.quote(f"{key}=[{value}]")
+
+
+def _hydra_quoted(text: str) -> str:
+    """A text in Hydra's quotes; one that has them already stays as it is."""
+    text = text.strip()
+    if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
+        return text
+    # Backslashes mean themselves, but not in front of a quote, nor of the closing one.
+    escaped = re.sub(r'(\\*)"', r'\1\1\\"', text)
+    escaped = re.sub(r"(\\+)$", r"\1\1", escaped)
+    return f'"{escaped}"'
 
 
 def _name_problems(override: Override, other_keys: Sequence[str]) -> list[Problem]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import yaml
 
+from conf.text import read_text
 from conf.validation import flatten_keys
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
@@ -31,7 +32,7 @@ def default_choices() -> dict[str, str | None]:
 def meaning_of(group: str, choice: str) -> str:
     """The first sentence of the comment with which a file begins."""
     comment = []
-    for line in (CONF / group / f"{choice}.yaml").read_text(encoding="utf-8").splitlines():
+    for line in read_text(CONF / group / f"{choice}.yaml").splitlines():
         if not line.startswith("#"):
             break
         if not line.startswith("# @package"):
@@ -45,7 +46,7 @@ def settings_in(group: str, choice: str) -> dict[str, Any]:
     >>> settings_in("model", "phd_cswa")
     {'model.variant': 'phd_cswa'}
     """
-    text = (CONF / group / f"{choice}.yaml").read_text(encoding="utf-8")
+    text = read_text(CONF / group / f"{choice}.yaml")
     values = yaml.safe_load(text) or {}
     values.pop("defaults", None)
     path = "" if text.startswith("# @package _global_") else f"{group}."

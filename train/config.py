@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from conf.durations import Seconds
 from conf.errors import ConfigError, Problem
-from conf.settings import Settings, above, at_least, without_effect
+from conf.settings import Seed, Settings, above, at_least, seconds_to_wait, without_effect
 from conf.validation import as_dict, build
 from conf.wording import plural
 from data.config import DataConfig, TokenizerConfig
@@ -289,7 +289,8 @@ class FaultsConfig(Settings):
         return [
             *at_least(self, "faults", 1, "most_in_a_row"),
             *at_least(self, "faults", 8, "window"),
-            *above(self, "faults", 0, "spike", "step_timeout", "exit_timeout"),
+            *above(self, "faults", 0, "spike"),
+            *seconds_to_wait(self, "faults", "step_timeout", "exit_timeout"),
         ]
 
 
@@ -402,7 +403,7 @@ class Config(Settings):
     """
 
     run: RunConfig = field(default_factory=RunConfig)
-    seed: int = 0
+    seed: Seed = 0
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)

@@ -26,6 +26,7 @@ from torch import nn
 
 from conf.errors import ConfigError, reason_of
 from conf.standard_streams import reader_is_gone
+from conf.text import BOM, NotUtf8Error, decoded, read_text
 from data.detokenizer import IncrementalDetokenizer
 from phd.inference.sampling import Sampling, generate
 from train.arguments import GenerateArguments
@@ -121,7 +122,7 @@ def main(args: GenerateArguments) -> int:
             if reader_is_gone(sys.stdout):
                 break
     elif args.prompt is not None:
-        show(writer, args.prompt)
+        show(writer, args.prompt.removeprefix(BOM))
     elif sys.stdin.isatty():
         _converse(writer)
     else:
@@ -170,10 +171,17 @@ def read_input() -> str:
     """
     try:
         # Where the locale knows no encoding, Python hides each other byte in half a surrogate pair.
-        return sys.stdin.read().encode(errors="surrogateescape").decode()
-    except UnicodeError as error:
+        return decoded(_input_bytes())
+    except (UnicodeError, NotUtf8Error) as error:
         problem = f"the prompt on the standard input is not UTF-8 ({reason_of(error)})"
         raise ConfigError([problem], "the input") from error
+
+
+def _input_bytes() -> bytes:
+    try:
+        return sys.stdin.read().encode(errors="surrogateescape")
+    except UnicodeDecodeError as error:
+        return error.object  # what could not be read, from which the encoding is told
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -184,9 +192,13 @@ def read_prompts(path: Path) -> list[str]:
     """
     # Not `splitlines`: it also splits at characters such as U+2028, which a prompt may contain.
     try:
-        lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
-        prompts = [_prompt(line) for line in lines] if path.suffix == ".jsonl" else lines
-    except (OSError, UnicodeDecodeError, ValueError) as error:
+        lines = [line for line in read_text(path).split("\n") if line.strip()]
+        prompts = (
+            [_prompt(line) for line in lines]
+            if path.suffix.lower() in (".jsonl", ".ndjson")
+            else lines
+        )
+    except (OSError, ValueError) as error:
         problem = (
             f"file={path}: cannot be read ({reason_of(error)}); give a file of prompts, one a line"
         )

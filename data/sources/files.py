@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 from xxhash import xxh3_64_intdigest, xxh3_128_hexdigest
 
 from conf.errors import ConfigError, Problem
+from conf.text import BOM
 from data.config import FilesSource
 from data.source import Position, Record
 from data.sources.formats import (
-    BOM,
     ByteRange,
     Format,
     JsonLines,

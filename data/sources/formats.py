@@ -9,7 +9,7 @@ import io
 import json
 import sys
 import tokenize
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from threading import Lock
@@ -17,13 +17,12 @@ from typing import Any, BinaryIO, NamedTuple, Protocol
 from weakref import WeakValueDictionary
 
 import pyarrow as pa
+import pyarrow.compute as pc
 from pyarrow.parquet import ParquetFile
 
 from conf.errors import DataError, reason_of
-from data.source import BadRecord, Document, Record, no_such_field
-
-BOM = "\ufeff"
-"""The byte order mark, which is no part of the text that follows it."""
+from conf.text import BOM, NotUtf8Error, decoded
+from data.source import MISSING, BadRecord, Document, Record, field_of, no_such_field
 
 EXCERPT_CHARACTERS = 200
 """Characters that are shown of a bad record."""
@@ -104,9 +103,9 @@ def _record(
 
 def _decoded(content: bytes) -> str:
     try:
-        return content.decode().removeprefix(BOM)
-    except UnicodeDecodeError as error:
-        raise RecordError(f"not UTF-8 at byte {error.start}: {error.reason}") from None
+        return decoded(content)
+    except NotUtf8Error as error:
+        raise RecordError(reason_of(error)) from None
 
 
 @dataclass(frozen=True)
@@ -174,14 +173,14 @@ class JsonLines:
             raise RecordError(f"not JSON: {reason_of(error)}") from None
         if not isinstance(value, dict):
             raise RecordError(f"not a JSON object but {_kind(value)}")
-        if self.text_field not in value:
+        text = field_of(value, self.text_field)
+        if text is MISSING:
             # The names of a bad record may be megabytes, or hold half a surrogate pair.
             names = ", ".join(value)[:EXCERPT_CHARACTERS].encode(errors="replace").decode()
             raise RecordError(f"no field {self.text_field!r}; it has {names or 'none at all'}")
-        text = value[self.text_field]
         if not isinstance(text, str):
             raise RecordError(f"field {self.text_field!r} holds {_kind(text)}, not text")
-        return text
+        return text.removeprefix(BOM)
 
 
 def _kind(value: Any) -> str:
@@ -353,19 +352,68 @@ class Parquet:
 
     def _texts(self, table: ParquetFile, url: str, number: int) -> pa.ChunkedArray:
         with _naming_damage(url):
-            column = table.read_row_group(number, columns=[self.text_field], use_threads=False)
+            # A name with dots means a field in a structure, as it does for Arrow.
+            columns = table.read_row_group(number, columns=[self.text_field], use_threads=False)
+            column, parts = _column_and_parts(columns.schema, self.text_field)
+            texts = columns.column(column)
+            for part in parts:
+                texts = pc.struct_field(texts, part)
             # As bytes, since Arrow does not check that text is UTF-8.
-            return column.column(0).cast(pa.large_binary())
+            return texts.cast(pa.large_binary())
 
     def _check_column(self, schema: pa.Schema, url: str) -> None:
-        if self.text_field not in schema.names:
-            raise no_such_field(self.source, self.text_field, url, schema.names)
-        kind = schema.field(self.text_field).type
-        if (kind.value_type if pa.types.is_dictionary(kind) else kind) not in TEXT_TYPES:
-            raise DataError(
-                f"data.sources.{self.source}.text_field={self.text_field!r}: {url} holds {kind} "
-                f"there; choose a column that holds text"
-            )
+        """Make sure that there is one column, or field in a column, of that name with text."""
+        setting = f"data.sources.{self.source}.text_field={self.text_field!r}: {url}"
+        column, parts = _column_and_parts(schema, self.text_field)
+        if column >= 0 and (count := schema.names.count(schema.names[column])) > 1:
+            name = schema.names[column]
+            raise DataError(f"{setting} has {count} columns named {name!r}; rename one of them")
+        texts = list(dict.fromkeys(_text_fields(schema)))
+        kind = _type_of(schema, column, parts)
+        if kind is None:
+            nested = (text for text in texts if text not in schema.names)
+            raise no_such_field(self.source, self.text_field, url, [*schema.names, *nested])
+        if not _is_text(kind):
+            choice = f"a column that holds text{': ' if texts else ''}{', '.join(texts)}"
+            raise DataError(f"{setting} holds {kind} there; choose {choice}")
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return (kind.value_type if pa.types.is_dictionary(kind) else kind) in TEXT_TYPES
+
+
+def _column_and_parts(schema: pa.Schema, name: str) -> tuple[int, list[str]]:
+    """The number of the column that a name means, and the names of fields within it.
+
+    A column that is called so itself is meant rather than a field in another one: `a.b` may be
+    both. The number is -1 if there is no such column.
+    """
+    if name in schema.names:
+        return schema.names.index(name), []
+    first, *parts = name.split(".")
+    return (schema.names.index(first) if first in schema.names else -1), parts
+
+
+def _type_of(schema: pa.Schema, column: int, parts: Sequence[str]) -> pa.DataType | None:
+    """The type of a field; None if there is none."""
+    if column < 0:
+        return None
+    kind = schema.field(column).type
+    for part in parts:
+        if not pa.types.is_struct(kind) or kind.get_field_index(part) < 0:
+            return None
+        kind = kind.field(part).type
+    return kind
+
+
+def _text_fields(fields: Iterable[pa.Field], above: str = "") -> Iterator[str]:
+    """The names of all columns that hold text, and of the fields in structures that do."""
+    for field_ in fields:
+        kind, name = field_.type, above + field_.name
+        if _is_text(kind):
+            yield name
+        elif pa.types.is_struct(kind):
+            yield from _text_fields(kind, f"{name}.")
 
 
 @contextmanager

@@ -28,8 +28,9 @@ from weakref import WeakSet
 from conf.errors import ConfigError, DataError, Problem, TransientError, reason_of
 from conf.extras import pip_command
 from conf.redaction import redacted_tree
+from conf.text import BOM
 from data.config import DatasetsSource
-from data.source import BadRecord, Document, Position, no_such_field
+from data.source import MISSING, BadRecord, Document, Position, field_of, no_such_field
 from data.storage.retry import http_status, is_temporary
 
 if TYPE_CHECKING:
@@ -100,7 +101,9 @@ class HubCorpus:
         self.source = source
         self.stream = self._load()
         columns = self.stream.column_names
-        if columns is not None and source.text_field not in columns:
+        # The name of a column, or one that leads into a column.
+        wanted = {source.text_field, source.text_field.partition(".")[0]}
+        if columns is not None and not wanted & {*columns}:
             raise no_such_field(name, source.text_field, source.path, columns)
         self._lock = Lock()
         self._shared: dict[tuple[int, range], SharedReading] = {}
@@ -179,10 +182,11 @@ class HubCorpus:
 
     def _record(self, row: dict[str, Any], origin: str) -> Document | BadRecord:
         field = self.source.text_field
-        if field not in row:
+        text = field_of(row, field)
+        if text is MISSING:
             return BadRecord(f"no field {field!r}; it has {', '.join(row)}", origin)
-        if isinstance(text := row[field], str):
-            return Document(text, origin)
+        if isinstance(text, str):
+            return Document(text.removeprefix(BOM), origin)
         kind = "null" if text is None else f"a value of type {type(text).__name__}"
         return BadRecord(
             f"field {field!r} holds {kind}, not text", origin, repr(text)[:EXCERPT_CHARACTERS]

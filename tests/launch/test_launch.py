@@ -117,6 +117,10 @@ def test_a_site_is_written_down_once_and_yields_to_the_command_line(tmp_path: Pa
     )
     site.write_text("partiton: gpu\n")
     assert "partiton: unknown key. Did you mean partition?" in problems("slurm", f"site={site}")
+    site.write_text("partition: gpu\n", encoding="utf-8-sig")
+    assert read_command(["slurm", f"site={site}"]).config.partition == "gpu"  # type: ignore[union-attr]
+    site.write_text("partition: gpu\n", encoding="utf-16")
+    assert "cannot be read (UTF-16, not UTF-8: convert" in problems("slurm", f"site={site}")
     site.write_text("- gpu\n")
     assert "expected settings, one on each line" in problems("slurm", f"site={site}")
 

@@ -1,6 +1,8 @@
 """Claims about `train.compose`: what Hydra's overrides become, and what is refused how."""
 
 import os
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from conf.errors import ConfigError
+from train import compose, conf_files
 from train.compose import CONF, check, load
 from train.config import Config
 
@@ -107,7 +110,10 @@ def test_everything_wrong_with_a_command_line_is_told_at_once() -> None:
     ]
     assert found[3].startswith("'hooks.sample.prompt=def f(x):': not key=value as Hydra reads it")
     assert found[4:7] == [
-        "optim.betas=0.9,0.95: several values make a sweep, which needs -m; a list is [...]",
+        (
+            "optim.betas=0.9,0.95: several values make a sweep, which needs -m; "
+            "a list is 'optim.betas=[0.9,0.95]'"
+        ),
         "model.windw: unknown key. Did you mean model.window?",
         "model.K=0: expected an integer of at least 1",
     ]
@@ -475,3 +481,70 @@ def test_a_variant_without_chunks_may_be_asked_for_none(
 ) -> None:
     assert load([f"model={variant}", "model.chunk=null"]) == load([f"model={variant}"])
     assert capsys.readouterr().err == ""
+
+
+# Advice that is followed
+
+ODD_TEXTS = [
+    "a (1).txt",
+    "year=2024/a.txt",
+    "it's.txt",
+    'say "x".txt',
+    "https://host/a?x=1&y=2",
+    "{a,b}.txt",
+    "a;b",
+    "<|end|>",
+    "a#b",
+    "back\\slash=\\",
+    'x="\\"y',
+    "50%=",
+    "a!b",
+    "x y=z",
+]
+
+
+def advice(*overrides: str) -> list[str]:
+    """The arguments that a shell makes of what the refusal of an override advises."""
+    with pytest.raises(ConfigError) as refusal:
+        check(["data=files", *overrides])
+    [problem] = refusal.value.problems
+    typed = str(problem).rpartition("quotes within quotes: ")[2].rpartition("a list is ")[2]
+    return shlex.split(typed)
+
+
+def paths_of(arguments: list[str]) -> Any:
+    [config] = check(["data=files", *arguments]).jobs
+    return config.data.sources["files"].paths  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("text", ODD_TEXTS)
+def test_the_advice_for_a_text_with_special_characters_works_when_it_is_followed(text: str) -> None:
+    assert paths_of(advice(f"data.sources.files.paths={text}")) == text
+
+
+@pytest.mark.parametrize("text", [text for text in ODD_TEXTS if "," not in text])
+def test_the_advice_for_a_list_works_when_it_is_followed(text: str) -> None:
+    arguments = advice(f"data.sources.files.paths=[{text}, b c.txt]")
+    assert paths_of(arguments) == (text, "b c.txt")
+
+
+def test_a_list_without_brackets_is_told_how_it_is_written() -> None:
+    assert paths_of(advice("data.sources.files.paths=a.txt,b/*.txt")) == ("a.txt", "b/*.txt")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_a_file_of_settings_may_have_a_byte_order_mark_and_another_encoding_is_named(
+    encoding: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(CONF, tmp_path / "conf")
+    text = "sources: {mine: {kind: files, paths: a.txt}}\n"
+    (tmp_path / "conf/data/mine.yaml").write_text(text, encoding=encoding)
+    for module in (compose, conf_files):
+        monkeypatch.setattr(module, "CONF", tmp_path / "conf")
+    if encoding == "utf-8-sig":
+        assert list(load(["data=mine"]).data.sources) == ["mine"]
+    else:
+        with pytest.raises(
+            ConfigError, match=rf"mine\.yaml: {encoding.upper()}, not UTF-8: convert"
+        ):
+            load(["data=mine"])

@@ -3,14 +3,14 @@
 import json
 from copy import deepcopy
 from math import inf
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from conf.errors import ConfigError
-from conf.validation import defaults, keys
+from conf.validation import defaults, keys, settings_of
 from data.config import DataConfig, FilesSource, PythonSource
 from train.config import DEFAULT_STEPS, Config, RunConfig, ScheduleConfig, TrainConfig
 
@@ -45,6 +45,17 @@ def tree(settings: dict[str, Any]) -> dict[str, Any]:
 
 def config(settings: dict[str, Any] | None = None) -> Config:
     return Config.from_dict(tree(settings or {}))
+
+
+def hints(cls: Any, path: str = "") -> dict[str, Any]:
+    """The types of all settings of plain sections, by full name."""
+    found: dict[str, Any] = {}
+    for setting in settings_of(cls):
+        if len(setting.sections) == 1 and not setting.named:
+            found |= hints(setting.sections[0], f"{path}{setting.name}.")
+        elif not setting.sections:
+            found[path + setting.name] = setting.hint
+    return found
 
 
 def problems(settings: dict[str, Any]) -> list[str]:
@@ -340,7 +351,7 @@ def test_the_error_counts_its_lines() -> None:
         config({"model.K": 0, "seed": "x"})
     assert str(refusal.value) == (
         "2 problems in the configuration:\n"
-        "  seed='x': expected an integer\n"
+        "  seed='x': expected an integer from 0 to below 2^64\n"
         "  model.K=0: expected an integer of at least 1"
     )
     assert str(ConfigError(["a"], "the arguments")) == "1 problem in the arguments:\n  a"
@@ -451,3 +462,29 @@ def test_a_run_is_named_after_its_model_and_lives_under_runs() -> None:
     elsewhere = config({"run.dir": "/data/x", "model.variant": "vanilla", "model.K": 1})
     assert (elsewhere.name, str(elsewhere.run_dir)) == ("vanilla-tiny", "/data/x")
     assert elsewhere.run == RunConfig(dir="/data/x")
+
+
+INTEGERS = [key for key, hint in hints(Config).items() if int in (hint, *get_args(hint))]
+
+
+@pytest.mark.parametrize("value", [10**20, -(10**20), 1e20, 2**64])
+def test_an_integer_beyond_64_bits_is_told_by_its_name(value: float) -> None:
+    assert len(INTEGERS) > 30
+    for key in INTEGERS:
+        found = problems({key: value})
+        assert any(line.startswith(f"{key}=") and "expected an integer" in line for line in found)
+
+
+def test_a_seed_has_64_bits() -> None:
+    assert config({"seed": 2**64 - 1}).seed == 2**64 - 1
+    found = problems({"seed": 2**64})
+    assert found == [f"seed={2**64}: expected an integer from 0 to below 2^64"]
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, 1e30])
+@pytest.mark.parametrize(
+    "key", ["faults.step_timeout", "faults.exit_timeout", "data.remote.timeout_s"]
+)
+def test_a_time_that_nothing_can_wait_for_is_told_by_its_name(key: str, value: float) -> None:
+    [problem] = problems({key: value})
+    assert problem.startswith(f"{key}=")

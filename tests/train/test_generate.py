@@ -13,7 +13,7 @@ import torch
 from conf.arguments import parse
 from conf.errors import ConfigError
 from train.checkpoint.load_run import load_run
-from train.generate import GenerateArguments, main, read_input
+from train.generate import GenerateArguments, main, read_input, read_prompts
 from train.run import Run
 
 
@@ -237,7 +237,7 @@ def test_without_a_prompt_the_standard_input_gives_it(
     run = opened(config("model.tied=false"))
     tokens = [run.tokenizer.encode(text).tolist() for text in "akc"]
     reciting(run, [token for [token] in tokens] + [run.tokenizer.eos_id])
-    monkeypatch.setattr(sys, "stdin", io.StringIO("xa"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"xa")))
     assert written(capsys, run=str(run.directory), temperature=0) == "xakc\n"
     terminal = io.StringIO("k\na\n")
     terminal.isatty = lambda: True  # type: ignore[method-assign]
@@ -263,3 +263,35 @@ def test_a_file_without_prompts_is_refused(
         path.write_text(content)
     with pytest.raises(ConfigError, match=said):
         main(GenerateArguments(run="unread", file=str(path)))
+
+
+@pytest.mark.parametrize("ending", [".txt", ".jsonl", ".NDJSON"])
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+def test_a_byte_order_mark_is_no_part_of_the_first_prompt(
+    tmp_path: Path, ending: str, encoding: str
+) -> None:
+    prompts = ["the", "of é"]
+    lines = prompts if ending == ".txt" else [json.dumps({"prompt": text}) for text in prompts]
+    (path := tmp_path / f"prompts{ending}").write_text("\r\n".join(lines), encoding=encoding)
+    assert read_prompts(path) == prompts
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32"])
+def test_prompts_in_another_encoding_are_told_so(
+    tmp_path: Path, encoding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "the first prompt\nand the second"
+    (path := tmp_path / "prompts.txt").write_text(text, encoding=encoding)
+    named = f"{encoding[:6].upper()}, not UTF-8: convert it"
+    with pytest.raises(ConfigError, match=named):
+        read_prompts(path)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(path.read_bytes())))
+    with pytest.raises(ConfigError, match=f"the standard input is not UTF-8 .{named}"):
+        read_input()
+
+
+def test_a_prompt_on_the_standard_input_may_have_a_byte_order_mark(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xef\xbb\xbfthe\r\nend")))
+    assert read_input() == "the\nend"

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from conf.errors import ConfigError, DataError, Problem, reason_of
 from conf.extras import pip_command
+from conf.text import read_text
 from data.tokenizer import Tokenizer
 from data.tokenizer_training import TokenizerOfWeights
 from phd.config import ModelConfig
@@ -156,7 +157,7 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(read_text(path))
     except FileNotFoundError:
         raise DataError(
             f"{path.parent}: no {path.name} in it; expected the directory of a Hugging Face model"

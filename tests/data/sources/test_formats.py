@@ -14,6 +14,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from conf.errors import DataError
+from data.config import DatasetsSource
 from data.source import BadRecord, Document, Record
 from data.sources import formats
 from data.sources.formats import (
@@ -26,6 +27,7 @@ from data.sources.formats import (
     TextFile,
     pieces,
 )
+from data.sources.hub import HubCorpus
 from data.storage.transport import ShardUnavailableError
 
 LIMIT = 10_000
@@ -390,3 +392,100 @@ def test_what_is_wrong_with_the_file_itself_passes_through_arrow_as_it_is(tmp_pa
         pytest.raises(ShardUnavailableError, match=r"^gone$"),
     ):
         list(PARQUET.records(file, "u", ByteRange(0, 1, 1)))
+
+
+# Fields within records, and columns of one name
+
+NESTED: list[tuple[str, Any, str | None]] = [
+    ("data.text", {"data": {"text": "a"}}, "a"),
+    ("data.text", {"data": {"text": "a"}, "text": "no"}, "a"),
+    ("data.text", {"data.text": "a", "data": {"text": "no"}}, "a"),
+    ("data.text", {"data.text": "a"}, "a"),
+    ("a.b.c.d", {"a": {"b": {"c": {"d": "a"}}}}, "a"),
+    ("text", {"text": "a", "data": {"text": "no"}}, "a"),
+    ("data.text", {"data": None}, None),
+    ("data.text", {"data": {"text": None}}, None),
+]
+
+
+@pytest.mark.parametrize(("name", "record", "text"), NESTED)
+def test_a_text_field_may_lie_within_another_in_every_format(
+    name: str, record: dict[str, Any], text: str | None, tmp_path: Path
+) -> None:
+    # With a second record, since Arrow takes the types of fields from the values.
+    records = [record, record if text else {"data": {"text": "b"}}]
+    lines = "".join(json.dumps(item) + "\n" for item in records)
+    (path := tmp_path / "a.jsonl").write_text(lines)
+    source = DatasetsSource(kind="datasets", path="json", data_files=str(path), text_field=name)
+    found = {
+        "JSON lines": read(JsonLines(name, LIMIT), lines.encode()),
+        "Parquet": read(Parquet(name, "books"), parquet(pa.Table.from_pylist(records))),
+        "datasets": [item for item, _ in HubCorpus("books", source).documents(0, 1)],
+    }
+    for first, second in found.values():
+        assert isinstance(second, Document)
+        if text is None:
+            assert isinstance(first, BadRecord)
+        else:
+            assert isinstance(first, Document)
+            assert first.text == text
+
+
+@pytest.mark.parametrize("name", ["text", "data.text"])
+@pytest.mark.parametrize("twice", [["id"], ["id", "n"], ["n"]])
+def test_other_columns_of_one_name_do_not_matter(name: str, twice: list[str]) -> None:
+    texts = pa.array(["a", "b"])
+    column = texts if name == "text" else pa.StructArray.from_arrays([texts], names=["text"])
+    others = [other for other in twice for _ in range(2)]
+    table = pa.Table.from_arrays(
+        [column, *(pa.array([1, 2]) for _ in others)], names=[name.partition(".")[0], *others]
+    )
+    found = read(Parquet(name, "books"), parquet(table))
+    assert [record.text for record in found] == ["a", "b"]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("name", ["text", "data.text"])
+@pytest.mark.parametrize("count", [2, 3])
+def test_columns_of_the_name_of_the_text_are_refused_if_they_are_several(
+    name: str, count: int
+) -> None:
+    texts = pa.array(["a", "b"])
+    column = texts if name == "text" else pa.StructArray.from_arrays([texts], names=["text"])
+    table = pa.Table.from_arrays([column] * count, names=[name.partition(".")[0]] * count)
+    wording = rf"text_field='{name}': u has {count} columns named '(text|data)'; rename one"
+    with pytest.raises(DataError, match=wording):
+        read(Parquet(name, "books"), parquet(table))
+
+
+def test_a_column_that_holds_no_text_is_told_with_those_that_do() -> None:
+    table = {"data": [{"text": "a", "n": 1}], "id": [1], "title": ["b"]}
+    for name in ("data", "data.n", "id"):
+        with pytest.raises(DataError, match=r"a column that holds text: data\.text, title$"):
+            read(Parquet(name, "books"), parquet(table))
+    with pytest.raises(DataError, match=r"no such field; it has data, id, title, data\.text$"):
+        read(Parquet("data.body", "books"), parquet(table))
+
+
+# Byte order marks and other encodings
+
+
+@pytest.mark.parametrize("form", [JSONL, SeparatedText("|", LIMIT), TextFile(LIMIT), PARQUET])
+def test_a_byte_order_mark_is_no_part_of_a_document(form: Format) -> None:
+    contents = {
+        JsonLines: '\ufeff{"text": "\ufeffone"}\n{"text": "\\ufefftwo"}\n'.encode(),
+        SeparatedText: "\ufeffone|\ufefftwo".encode(),
+        TextFile: "\ufeffone".encode(),
+        Parquet: parquet({"text": ["\ufeffone", "two"]}),
+    }
+    found = [record.text for record in read(form, contents[type(form)])]  # type: ignore[union-attr]
+    assert found == (["one"] if isinstance(form, TextFile) else ["one", "two"])
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize("form", [JSONL, SeparatedText("\n\n", LIMIT), TextFile(LIMIT)])
+def test_text_in_utf_16_is_named_as_such(form: Format, encoding: str) -> None:
+    text = '{"text": "one line of text"}\n{"text": "and another, \u4e2d\u6587"}\n'
+    found = read(form, text.encode(encoding))
+    reasons = {record.reason for record in found if len(record.excerpt) > 4}  # type: ignore[union-attr]
+    name = encoding[:6].upper()
+    assert reasons == {f"{name}, not UTF-8: convert it, for example with iconv -f {name} -t UTF-8"}
