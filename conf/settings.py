@@ -1,9 +1,7 @@
-"""What all configuration dataclasses have in common; needs no torch."""
+"""What all configuration dataclasses have in common; needs nothing but the standard library."""
 
 from math import inf
-from typing import Annotated, Any
-
-from pydantic import Field
+from typing import Any
 
 from conf.errors import ConfigError, Problem
 
@@ -64,10 +62,6 @@ def without_effect(config: Any, section: str, reason: str, hint: str, *names: st
 
 LONGEST_S = 1e9
 """Seconds, 31 years: less than the 2^63 nanoseconds that operating systems count timeouts in."""
-
-Seed = Annotated[int, Field(lt=2**64), "an integer from 0 to below 2^64"]
-"""The type of a seed, which PyTorch's generators hold in 64 bits without a sign. `at_least` looks
-for negative ones."""
 
 
 def above(config: Any, section: str, bound: float, *names: str) -> list[Problem]:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from conf.errors import ConfigError, Problem
-from conf.settings import Seed, above, at_least
+from conf.seed import Seed
+from conf.settings import above, at_least
 from phd.config import SamplingConfig, SpanUnit
 from train.engine_config import device_problems
 from train.engines.accelerators import ACCELERATORS, accelerator

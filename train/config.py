@@ -13,7 +13,8 @@ from typing import Any, Literal
 
 from conf.durations import Seconds
 from conf.errors import ConfigError, Problem
-from conf.settings import Seed, Settings, above, at_least, seconds_to_wait, without_effect
+from conf.seed import Seed
+from conf.settings import Settings, above, at_least, seconds_to_wait, without_effect
 from conf.validation import as_dict, build
 from conf.wording import plural
 from data.config import DataConfig, TokenizerConfig
