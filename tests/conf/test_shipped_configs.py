@@ -78,7 +78,7 @@ def test_a_schedule_is_named_after_its_kind(kind: str) -> None:
 def test_groups_and_keys_mean_what_they_say_together() -> None:
     shape = ["model=phd_cswa", "model.K=3", "model.window=16", "model.chunk=32", "size=550m"]
     config = load([*shape, "data=fineweb_edu"])
-    assert config.name == "phd_cswa-3-16-32-550m"
+    assert config.name == "phd_cswa-3-16-32-550m-fineweb_edu"
     assert config.model.layers == 16
     source = config.data.sources["fineweb_edu"]
     assert isinstance(source, FilesSource)
@@ -105,7 +105,9 @@ def test_a_size_names_the_recipe_that_it_chooses(size: str) -> None:
     assert recipe.settings == {key: values[key] for key in recipe.settings}
     assert {"optim.lr", "train.global_batch", "train.max_tokens"} <= recipe.settings.keys()
     others = flatten_keys(load([f"size={size}", "recipe=default"]).to_dict())
-    assert {key for key in values if values[key] != others[key]} == recipe.settings.keys() - (
+    # The recipe alone differs, and with it the default name.
+    differing = {key for key in values if values[key] != others[key]} - {"run.name"}
+    assert differing == recipe.settings.keys() - (
         {"train.max_tokens"} if size in ("1b2", "7b") else set()
     )
 
@@ -119,8 +121,8 @@ def test_the_size_tiny_chooses_no_recipe_but_may_have_one() -> None:
 
 
 PAPER: dict[str, dict[str, Any]] = {
-    "paper_550m": {"name": "phd_swa-2-16-inf-550m", "steps": 300_000_000_000 // 2**22},
-    "paper_1b2": {"name": "phd_cswa-2-16-32-1b2", "steps": 500_000_000_000 // 2**22},
+    "paper_550m": {"name": "phd_swa-2-16-inf-550m-olmo_mix", "steps": 300_000_000_000 // 2**22},
+    "paper_1b2": {"name": "phd_cswa-2-16-32-1b2-olmo_mix", "steps": 500_000_000_000 // 2**22},
 }
 
 
@@ -172,7 +174,7 @@ def test_hybridnorms_experiment_has_the_settings_of_its_authors() -> None:
 
 def test_an_experiment_yields_to_the_command_line() -> None:
     config = load(["experiment=paper_550m", "model=vanilla", "size=151m", "optim.lr=1e-3"])
-    assert (config.name, config.optim.lr) == ("vanilla-151m", 1e-3)
+    assert (config.name, config.optim.lr) == ("vanilla-151m-olmo_mix-lr_0.001", 1e-3)
 
 
 def test_an_experiment_may_be_written_with_a_plus() -> None:
