@@ -21,6 +21,8 @@ import signal
 import sys
 import time
 
+from conf.errors import reason_of
+
 SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of linux/prctl.h; it survives exec, but not fork
 HELD = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -51,7 +53,7 @@ def _redirect(path: str, streams: str) -> None:
             here = f"{os.uname().nodename}, process {os.getpid()}"
             os.write(file, f"--- start {start}, {now}, {here}\n".encode())
     except OSError as error:
-        print(f"launch: no log of this rank: {error}", file=sys.stderr)
+        print(f"launch: no log of this rank: {reason_of(error)}", file=sys.stderr)
         return
     os.dup2(file, 2)
     if streams == "both":
