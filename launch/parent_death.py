@@ -21,8 +21,6 @@ import signal
 import sys
 import time
 
-from conf.errors import reason_of
-
 SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of linux/prctl.h; it survives exec, but not fork
 HELD = (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
@@ -53,7 +51,8 @@ def _redirect(path: str, streams: str) -> None:
             here = f"{os.uname().nodename}, process {os.getpid()}"
             os.write(file, f"--- start {start}, {now}, {here}\n".encode())
     except OSError as error:
-        print(f"launch: no log of this rank: {reason_of(error)}", file=sys.stderr)
+        # Not `reason_of`: this file runs alone, and imports nothing of the project.
+        print(f"launch: no log of this rank: {type(error).__name__}: {error}", file=sys.stderr)
         return
     os.dup2(file, 2)
     if streams == "both":
