@@ -445,8 +445,10 @@ def test_a_sink_that_fails_on_closing_keeps_nothing_else_open(
         monkeypatch.setattr(owner, "close", lambda _, name=owner.__name__: closed.append(name))
     monkeypatch.setattr("train.run.Wandb", lambda *_: Unclosable())
     settings = config("hooks.wandb.mode=offline")
-    with pytest.raises(ConnectionError), open_run(settings, Console(file=io.StringIO())):
+    written = io.StringIO()
+    with open_run(settings, Console(file=written)):
         pass
+    assert "the server is gone" in written.getvalue()
     assert closed == ["CheckpointStore", "MetricsFile", "FsdpEngine"]
     assert not (settings.run_dir / "stacks").exists()  # the watchdog has been left, too
 
