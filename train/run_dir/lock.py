@@ -223,6 +223,8 @@ class RunLock:
             try:
                 _create(path, self._own)
             except FileExistsError:
+                if path.is_symlink() and not path.exists():
+                    path.unlink(missing_ok=True)  # a link to nowhere is nobody's lock
                 sleep(random() * WATCH_S)  # another was faster, or is about to give up
                 continue
             # Whoever took over before may have removed the chain that this file continues.

@@ -153,6 +153,12 @@ def test_a_torn_lock_does_not_block(content: bytes, tmp_path: Path) -> None:
     assert files(tmp_path) == {}
 
 
+def test_a_link_to_nowhere_does_not_block(tmp_path: Path) -> None:
+    (tmp_path / LOCK).symlink_to("nowhere")
+    RunLock.acquire(tmp_path).release()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_of_many_that_take_over_one_gets_the_directory(tmp_path: Path) -> None:
     many = 6
     for dead in ("no holder", "dead", "dead while taking over"):
