@@ -111,7 +111,8 @@ def test_a_run_lives_under_the_folder_it_is_started_from(small, start, tmp_path:
     _, errors = run.communicate()
     assert (run.returncode, errors) == (0, "")
     assert [path.name for path in (tmp_path / "elsewhere").iterdir()] == ["runs"]
-    directory = tmp_path / "elsewhere/runs/phd_cswa-2-3-4-nano"
+    # The name goes on with what differs from the defaults.
+    [directory] = (tmp_path / "elsewhere/runs").glob("phd_cswa-2-3-4-nano-*")
     assert (directory / "checkpoints/step_00000001/COMPLETE").exists()
 
 
@@ -154,7 +155,7 @@ def test_what_a_run_cannot_be_made_of_is_refused_on_one_screen(
         "empty corpus": (
             f"data.sources.files.paths={tmp_path}/empty.jsonl",
             f"data.sources.files: no text in it ({tmp_path}/empty.jsonl; not documents: 1 empty",
-            "choose a source with documents",
+            "Choose a source with documents",
         ),
         "large tokenizer": (
             f"tokenizer.path={large_tokenizer}",
