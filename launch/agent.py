@@ -247,7 +247,7 @@ def _run(config: Local, command: Sequence[str], expected: Iterable[int]) -> int:
         except SignalException:
             return _code_after_signal(forwarder, [])
         except CONNECTION_ERRORS as error:
-            _log(f"the machine that serves the rendezvous cannot be reached ({reason_of(error)})")
+            _log(reason_of(error))
             return ExitCode.CRASHED
         # train/main.py unblocks the signals when it can handle them; other scripts may not.
         signals = "hold" if config.script is None else "deliver"
@@ -289,7 +289,8 @@ def _run_agent(agent: Agent, handler: RendezvousHandler, forwarder: SignalForwar
     except CONNECTION_ERRORS as error:
         reason = reason_of(error)
         if not agent.has_started:
-            _log(f"too few machines came: {reason}")
+            few = not isinstance(error, RendezvousConnectionError)
+            _log(f"too few machines came: {reason}" if few else reason)
             return ExitCode.CRASHED
         _log(
             f"the other machines are gone ({reason}); the same command continues the run "

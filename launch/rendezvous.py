@@ -1,10 +1,14 @@
 """The rendezvous: how the agents of a run find each other and agree on their ranks."""
 
 import re
+import socket
+import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 from uuid import uuid4
 
 from torch.distributed import DistNetworkError, DistStoreError, PrefixStore, TCPStore
@@ -18,8 +22,15 @@ from torch.distributed.elastic.rendezvous import (
 )
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
+from conf.errors import reason_of
 from launch.config import Local, Nodes
 from launch.torchelastic import use_one_store_per_start
+
+PAUSE_S = 1.0  # between attempts to connect, some of which fail at once
+STATIC_S = 10.0  # beyond `join_s`, in which a TCPStore says how many machines have come
+PROBE_S = 3.0  # in which a machine that can be reached accepts a connection
+
+T = TypeVar("T")
 
 
 def create_rendezvous_handler(config: Local) -> RendezvousHandler:
@@ -29,18 +40,65 @@ def create_rendezvous_handler(config: Local) -> RendezvousHandler:
         RendezvousConnectionError: that machine could not be reached within `join_s` seconds.
     """
     use_one_store_per_start()
-    if isinstance(config, Nodes) and config.rendezvous == "static":
+    if not isinstance(config, Nodes):
+        return get_rendezvous_handler(_parameters(config))
+    if config.rendezvous == "static":
         return StaticRendezvous(config)
+    try:
+        return _in_time(config.join_s, lambda: _connect(config))
+    except TimeoutError:
+        raise RendezvousConnectionError(_not_found(config)) from None
+
+
+def _connect(config: Nodes) -> RendezvousHandler:
+    """Connects to the machine that serves the rendezvous, which may start later than this one."""
     parameters = _parameters(config)
-    timeout_s = config.join_s if isinstance(config, Nodes) else 0
-    deadline = time.monotonic() + timeout_s
-    while True:  # an attempt takes up to a minute, so this loop needs no pause
+    deadline = time.monotonic() + config.join_s
+    while time.monotonic() < deadline:
+        with suppress(RendezvousConnectionError, DistNetworkError, DistStoreError):
+            return CountedRendezvous(config, get_rendezvous_handler(parameters))
+        time.sleep(PAUSE_S)
+    raise TimeoutError
+
+
+def _in_time(limit_s: float, call: Callable[[], T]) -> T:
+    """What a call returns or raises that may not return, and that signals do not interrupt.
+
+    A TCPStore waits in C++, where Python handles no signal. It has a timeout for a connection, but
+    none for the answer of a service that accepts one. So it gets a thread, which is left behind.
+
+    Raises:
+        TimeoutError: the call has not returned within `limit_s` seconds.
+    """
+    returned: list[T] = []
+    raised: list[BaseException] = []
+
+    def work() -> None:
         try:
-            handler = get_rendezvous_handler(parameters)
-            return CountedRendezvous(config, handler) if isinstance(config, Nodes) else handler
-        except RendezvousConnectionError:
-            if time.monotonic() > deadline:
-                raise
+            returned.append(call())
+        except BaseException as error:  # of any type: it is raised again by the one who waits
+            raised.append(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(limit_s)
+    if raised:
+        raise raised[0]
+    if not returned:
+        raise TimeoutError
+    return returned[0]
+
+
+def _not_found(config: Nodes) -> str:
+    """What is wrong with an address at which no rendezvous was found in time."""
+    host, _, port = config.address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=PROBE_S).close()
+    except OSError as error:
+        what = reason_of(error)
+    else:
+        what = "it accepts connections but does not answer as one; is the port another program's?"
+    return f"no rendezvous at {config.address} within join_s={config.join_s} seconds: {what}"
 
 
 def _parameters(config: Local) -> RendezvousParameters:
@@ -168,7 +226,12 @@ class StaticRendezvous(RendezvousHandler):
             timeout = timedelta(seconds=self.config.join_s)
             world_size = self.config.most_nodes
             try:
-                self.server = TCPStore(host, int(port), world_size, rank == 0, timeout)
+                self.server = _in_time(
+                    self.config.join_s + STATIC_S,
+                    lambda: TCPStore(host, int(port), world_size, rank == 0, timeout),
+                )
+            except TimeoutError:
+                raise RendezvousConnectionError(_not_found(self.config)) from None
             except DistStoreError as error:
                 # "Timed out after 601 seconds waiting for clients. 2/3 clients joined."
                 joined = re.search(r"(\d+)/\d+ clients joined", str(error))

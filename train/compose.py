@@ -134,6 +134,7 @@ def run(
         _refuse(error)
 
     sweep = Sweep(len(command.jobs))
+    crashes: list[Exception] = []
 
     def attempt(config: Config) -> int:
         if before and DistEnv.from_environment().world_size == 1:
@@ -151,6 +152,10 @@ def run(
             code = attempt(config)
         except USER_ERRORS as error:
             _refuse(error)
+        except Exception as error:
+            # Hydra would put a line with all settings in front of the traceback, also of secrets.
+            crashes.append(error)
+            return
         if code:
             sys.exit(code)
 
@@ -161,6 +166,8 @@ def run(
         hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(job)()
     finally:
         sweep.tell_failures()
+    if crashes:
+        raise crashes[0]
     sys.exit(sweep.code)
 
 

@@ -7,15 +7,18 @@ import json
 import os
 import shutil
 import signal
+import socket
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from launch.agent import SignalForwarder
-from launch.config import Local
+from launch.config import Local, Nodes
 from tests.launch.machines import WORKER, Machines, runs, wait_for
+from tests.patience import PATIENCE_S
 
 pytestmark = pytest.mark.process
 
@@ -97,6 +100,45 @@ def test_a_machine_that_finds_no_other_has_failed(machines: Machines) -> None:
     machines.pair(nodes=2, join_s=2, each=({},))
     assert machines.exit_code() == 1
     assert "too few machines came: 1 of 2 within join_s=2 seconds" in machines.stderr()
+
+
+MEETINGS: list[dict[str, Any]] = [{}, {"rendezvous": "static", "node_rank": 1}]
+
+
+@pytest.fixture
+def silent() -> Iterator[socket.socket]:
+    """A service that takes connections and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(PATIENCE_S)
+        yield server
+
+
+def waiter(server: socket.socket, **settings: Any) -> Nodes:
+    """A machine that looks for the rendezvous at a service."""
+    address = f"127.0.0.1:{server.getsockname()[1]}"
+    return Nodes(**{"processes": 1, "nodes": "2", "address": address, **settings})
+
+
+@pytest.mark.parametrize("settings", MEETINGS, ids=["c10d", "static"])
+def test_a_service_that_never_answers_is_no_rendezvous(
+    machines: Machines, silent: socket.socket, settings: dict[str, Any]
+) -> None:
+    config = waiter(silent, join_s=2, **settings)
+    machines.start(config)
+    assert machines.exit_code() == 1
+    told = f"launch: no rendezvous at {config.address} within join_s=2 seconds: it accepts"
+    assert machines.stderr().startswith(told)
+
+
+@pytest.mark.parametrize("settings", MEETINGS, ids=["c10d", "static"])
+def test_a_signal_ends_the_waiting_for_a_service_that_never_answers(
+    machines: Machines, silent: socket.socket, settings: dict[str, Any]
+) -> None:
+    machines.start(waiter(silent, join_s=9999, **settings))
+    connection, _ = silent.accept()
+    with connection:
+        machines.signal("SIGTERM")
+        assert machines.exit_code() == 75
 
 
 def test_a_signal_to_one_machine_ends_both_and_repeating_it_hurts_nobody(

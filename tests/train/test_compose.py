@@ -315,6 +315,15 @@ def test_a_job_gets_its_config_and_hydra_leaves_nothing_behind(tmp_path: Path) -
 
 
 @pytest.mark.process
+def test_a_crash_is_told_by_its_traceback_alone(tmp_path: Path) -> None:
+    done = script(tmp_path, "seed=4", "run.dir=here")
+    assert done.returncode == 1
+    assert done.stderr.startswith("Traceback (most recent call last):\n")
+    assert done.stderr.endswith("KeyError: 'a fault of the program'\n")
+    assert "run.dir" not in done.stderr
+
+
+@pytest.mark.process
 def test_a_run_of_a_sweep_that_fails_is_told_at_once_and_listed_and_the_others_go_on(
     tmp_path: Path,
 ) -> None:

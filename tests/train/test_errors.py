@@ -113,6 +113,5 @@ def test_a_fault_of_the_program_keeps_its_traceback(
         raise error
 
     monkeypatch.setattr("sys.argv", ["main.py", *small("train.max_steps=5")])
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     with pytest.raises(type(error), match="a bug"):
         compose.run(lambda config: main(config, hooks=[lambda _: AfterStep3(fail)]))
