@@ -294,6 +294,8 @@ def other_runs(config: Config) -> list[list[str]]:
             for changed in (("variant", "K"), OF_PHD)
         ],
     ]
+    if "sweep=k" in overrides:
+        del candidates[1]  # this run is one of that sweep's
     possible = (filter(_is_possible, versions) for versions in candidates)
     return [found for found in (next(versions, None) for versions in possible) if found]
 
@@ -526,6 +528,11 @@ def _parse(
             spelling = _spelling(text, override)
             parsed.pop(spelling, None)  # of equal overrides, too, the last one counts
             parsed[spelling] = parser.parse_override(spelling)
+    # Of the choices of a group the last one counts, and a sweep would be left out without a word.
+    sweeps = [name for o in parsed.values() if o.key_or_group == "sweep" for name in _chosen(o)]
+    if len(sweeps) > 1:
+        hint = "name one, and vary other settings by their values, as in optim.lr=1e-3,3e-3"
+        problems.append(Problem("sweep", ",".join(sweeps), "expected one sweep", hint))
     return parsed, problems
 
 

@@ -30,8 +30,8 @@ class RunConfig(Settings):
     """Where the run's files are and whether an earlier run is continued.
 
     Attributes:
-        name: the run's name; null: one is made of the variant and the size, such as
-            `phd_cswa-2-16-32-tiny`.
+        name: the run's name; null: one is made of the variant, the size, and what differs from the
+            size's defaults, such as `phd_cswa-2-16-32-tiny-lr_0.001`.
         dir: the run's directory; null: `runs/<name>` below the current directory.
         resume: `auto` continues from the newest checkpoint in the run's directory, or starts from
             step 0 if there is none. `must` continues or fails. `never` starts from step 0.
@@ -48,7 +48,11 @@ class RunConfig(Settings):
     def problems(self) -> list[Problem]:
         if self.name is None or re.fullmatch(r"[\w+-][\w.+-]*", self.name):
             return []
-        expected = "expected letters, digits and _ . + - only, because it names a directory"
+        why = "because it names a directory"
+        if self.name.startswith("."):
+            expected = f"expected a name that does not begin with a point, {why}"
+        else:
+            expected = f"expected letters, digits and _ . + - only, {why}"
         return [Problem("run.name", self.name, expected, "run.dir may be any path")]
 
 

@@ -360,6 +360,8 @@ def print_plan(plan: Plan, console: Console) -> None:
     """Print the plan as a table, and its warnings."""
     config = plan.config
     table = Table(title=f"the plan: {config.name}", title_justify="left", show_header=False)
+    table.add_column()
+    table.add_column(overflow="fold")  # a path that is cut could not be copied
     for name, text in _rows(plan):
         table.add_row(name, escape(text))
     console.print(table)

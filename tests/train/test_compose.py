@@ -273,6 +273,16 @@ def test_the_command_line_replaces_what_a_shipped_sweep_varies() -> None:
     assert [job.model.window for job in jobs] == [3, 5]
 
 
+@pytest.mark.parametrize(
+    "overrides", [["+sweep=k", "+sweep=lr"], ["sweep=lr", "seed=1", "++sweep=k"]]
+)
+def test_a_second_sweep_is_not_left_out_without_a_word(overrides: list[str]) -> None:
+    [problem] = problems(*overrides, multirun=True)
+    assert problem.startswith("sweep=")
+    assert "expected one sweep; name one" in problem
+    assert len(check(["+sweep=lr", "sweep=lr"], multirun=True).jobs) == 4
+
+
 def test_one_wrong_job_stops_a_sweep_before_the_first() -> None:
     assert sorted(problems("model.K=2,0", "seed=1,-2", multirun=True)) == [
         "model.K=0: expected an integer of at least 1",

@@ -212,6 +212,11 @@ WORDING: list[tuple[Any, ...]] = [
         "run.dir may be any path",
     ),
     (
+        {"run.name": ".mine"},
+        "run.name='.mine': expected a name that does not begin with a point, because it names a ",
+        "directory; run.dir may be any path",
+    ),
+    (
         {"model.kv_heads": 3},
         "model.kv_heads=3: must divide model.heads=4, because each key/value head serves the same ",
         "number of query heads",

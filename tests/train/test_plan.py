@@ -154,6 +154,14 @@ def test_the_plan_says_what_the_run_will_cost() -> None:
         assert expected in text
 
 
+@pytest.mark.parametrize("directory", [f"runs/{'n' * 90}", f"/{'deep/' * 40}run"])
+def test_the_runs_directory_is_printed_whole(directory: str) -> None:
+    text = io.StringIO()
+    print_plan(plan_of(f"run.dir={directory}"), Console(file=text, width=80))
+    _, _, row = text.getvalue().partition("run directory")
+    assert "".join(row.split()).replace("│", "").startswith(directory)
+
+
 def test_the_plan_says_what_a_size_sets_besides_the_model() -> None:
     text = printed(plan_of("size=550m", "optim.lr=1e-3"))
     for expected in (
