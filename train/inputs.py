@@ -8,19 +8,20 @@ from train.config import Config
 
 
 def check_inputs(config: Config) -> None:
-    """Refuses data and a tokenizer that are not where the settings say.
+    """Refuses data, weights and a tokenizer that are not where the settings say.
 
     What lies on other machines is asked for when the run is opened.
 
     Raises:
         ConfigError: paths do not exist, match no file, or hold something else.
-        DataError: tokens are damaged or not finished.
+        DataError: tokens are damaged or not finished, or weights to start from are not there.
         TransientError: a disk does not answer for now.
     """
     # These take a third of a second, which a misspelt setting does not have to wait for.
     from data.sources.documents import open_corpus
     from data.storage.shard_cache import ShardCache
     from data.tokenizer_training import given_tokenizer
+    from train.hf.pretrained import check_directory
 
     problems: list[Problem | str] = []
     cache = ShardCache(config.data.cache, config.data.remote)
@@ -38,6 +39,8 @@ def check_inputs(config: Config) -> None:
             problems += error.problems
     if problems:
         raise ConfigError(problems)
+    if config.run.start_from is not None and not _has_tokenizer(config):
+        check_directory(Path(config.run.start_from))
 
 
 def _is_here(source: Source) -> bool:

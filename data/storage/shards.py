@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from difflib import get_close_matches
 from functools import partial
 from pathlib import PurePosixPath
 
@@ -81,12 +82,13 @@ def list_shards(
     """
     local = pattern.removeprefix("file://")
     root = os.path.abspath(os.path.expanduser(local)) if is_local(local) else pattern
-    here = f" (relative paths start at {os.getcwd()})" if is_local(local) else ""
+    is_relative = is_local(local) and not os.path.isabs(os.path.expanduser(local))
+    here = f" (relative paths start at {os.getcwd()})" if is_relative else ""
     try:
         found = _find(root, suffixes, remote)
     except (PermanentError, OSError) as error:
         if isinstance(error, WRONG_PATH) or getattr(error, "errno", None) in WRONG_PATH_ERRNO:
-            expected = f"cannot be listed ({reason_of(error)})"
+            expected = _why_not_there(root, error)
             raise ConfigError([Problem(setting, pattern, expected, f"correct it{here}")]) from error
         raise TransientError(
             f"{setting}={pattern!r}: cannot be listed at present ({reason_of(error)}); make "
@@ -134,6 +136,22 @@ def counted(endings: Iterable[str]) -> str:
         f"{count} {ending if count == 1 and ending else words.get(ending, ending)}"
         for ending, count in counts
     )
+
+
+def _why_not_there(root: str, error: Exception) -> str:
+    """Why a path cannot be listed; of a misspelt file, the file whose name is closest."""
+    missing = error.filename if isinstance(error, FileNotFoundError) else None
+    if not is_local(root) or not missing:
+        return f"cannot be listed ({reason_of(error)})"
+    if os.path.islink(missing):
+        return f"{missing} is a link to {os.readlink(missing)}, which is not there"
+    if missing != root:
+        return f"there is no {missing}"
+    folder, name = os.path.split(root)
+    if not os.path.isdir(folder):
+        return f"no such file, and no folder {folder}"
+    close = get_close_matches(name, os.listdir(folder), n=1)
+    return "no such file or folder" + (f"; {close[0]} is there" if close else "")
 
 
 def _find(root: str, suffixes: tuple[str, ...], remote: RemoteConfig) -> Listing:

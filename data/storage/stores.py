@@ -189,6 +189,12 @@ def changed(shard: Shard, how: str) -> DataError:
 
 
 def _local_entry(path: str, status: os.stat_result) -> Entry:
+    """What is at a path; PermanentError for a pipe or a device.
+
+    These have no size, and cannot be read again or from the middle, as lanes and resumed runs do.
+    """
+    if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
+        raise PermanentError(f"{path} is no file but a pipe, a socket or a device: copy it to one")
     is_folder = stat.S_ISDIR(status.st_mode)
     return Entry(path, os.path.basename(path), is_folder, status.st_size, _local_tag(status))
 
@@ -196,7 +202,8 @@ def _local_entry(path: str, status: os.stat_result) -> Entry:
 def _local_child(item: os.DirEntry[str]) -> Entry:
     try:
         return _local_entry(item.path, item.stat())
-    except FileNotFoundError:  # a link to nothing; it matters only if the file is wanted
+    # A link to nothing, or a pipe; it matters only if the file is wanted.
+    except (FileNotFoundError, PermanentError):
         return Entry(item.path, item.name, is_folder=False)
 
 

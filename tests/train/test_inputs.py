@@ -4,10 +4,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from conf.errors import ConfigError, DataError
 from data.tokenizer import Tokenizer
 from train.compose import load
+from train.hf.pretrained import tokenizer_of_weights
 from train.inputs import check_inputs
 from train.main import main
 
@@ -59,6 +61,34 @@ def test_what_is_there_and_no_input_is_told_too(
     (nowhere / "half" / "unfinished.json").write_text("{}")
     with pytest.raises((ConfigError, DataError), match="half"):
         check_inputs(load(["data=tokens", f"{TOKENS}=half"]))
+
+
+@pytest.mark.parametrize(
+    ("start_from", "told"),
+    [
+        ("nosuch", "nosuch: no such directory; download a model"),
+        ("weights.safetensors", "weights.safetensors: not a directory; give the one"),
+        ("run", r"run: the directory of a run, .* `python train/export\.py run=run out="),
+    ],
+)
+def test_weights_that_are_not_there_are_told_before_the_plan(
+    small: Callable[..., list[str]],
+    nowhere: Path,
+    capsys: pytest.CaptureFixture[str],
+    start_from: str,
+    told: str,
+) -> None:
+    (nowhere / "weights.safetensors").write_bytes(b"")
+    (nowhere / "run").mkdir()
+    (nowhere / "run" / "config.yaml").write_text("{}")
+    config = load(small(f"run.start_from={start_from}"))
+    with pytest.raises(DataError, match=told):
+        main(config)
+    assert capsys.readouterr().out == ""
+    # Other commands look for the tokenizer of the weights, and have no remark on it to make.
+    with pytest.raises(DataError, match=told):
+        tokenizer_of_weights(start_from, Console())
+    assert capsys.readouterr().out == ""
 
 
 def test_what_lies_elsewhere_is_not_asked_for() -> None:

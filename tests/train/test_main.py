@@ -149,7 +149,7 @@ def test_what_a_run_cannot_be_made_of_is_refused_on_one_screen(
     setting, told, remedy = {
         "missing path": (
             f"data.sources.files.paths={tmp_path}/nowhere/*.txt",
-            f"data.sources.files.paths='{tmp_path}/nowhere/*.txt': cannot be listed (",
+            f"data.sources.files.paths='{tmp_path}/nowhere/*.txt': there is no {tmp_path}/nowhere",
             "correct it",
         ),
         "empty corpus": (

@@ -18,6 +18,7 @@ from phd.hf.convert import from_hugging_face, starting_state, to_hugging_face
 from train.console import warn
 
 CONFIG = "config.json"
+RUN_CONFIG = "config.yaml"  # which the directory of a run has
 WEIGHTS = "model.safetensors"
 TOKENIZER = "tokenizer.model"
 INDEX = "model.safetensors.index.json"
@@ -39,17 +40,33 @@ def load_pretrained(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
         DataError: a file is missing or damaged, or the model has features that
             `phd.hf.convert.from_hugging_face` does not support.
     """
-    if not path.is_dir():
-        raise DataError(
-            f"{path}: no such directory; download a model from the Hub first, for example with "
-            f"`hf download allenai/OLMo-2-0425-1B --local-dir {path}`"
-        )
+    check_directory(path)
     hf_config = _read_json(path / CONFIG)
     hf_state = _read_weights(path)
     try:
         return from_hugging_face(hf_config, hf_state)
     except ValueError as error:
         raise DataError(f"{path}: {reason_of(error)}") from error
+
+
+def check_directory(path: Path) -> None:
+    """Make sure that a path looks like the directory of a Hugging Face model.
+
+    Raises:
+        DataError: it is none; says what to do.
+    """
+    if path.is_dir() and not (path / CONFIG).exists() and (path / RUN_CONFIG).is_file():
+        raise DataError(
+            f"{path}: the directory of a run, not of a Hugging Face model; export it first, with "
+            f"`python train/export.py run={path} out={path}-exported`, and give that directory"
+        )
+    if not path.exists():
+        raise DataError(
+            f"{path}: no such directory; download a model from the Hub first, for example with "
+            f"`hf download allenai/OLMo-2-0425-1B --local-dir {path}`"
+        )
+    if not path.is_dir():
+        raise DataError(f"{path}: not a directory; give the one that {CONFIG} is in")
 
 
 def pretrained_start(path: Path, config: ModelConfig) -> dict[str, Tensor]:
@@ -79,9 +96,13 @@ def tokenizer_of_weights(start_from: str | None, console: Console) -> TokenizerO
 
     Weights are worth nothing under ids that mean other pieces. Nothing else would notice: such a
     run trains, only from a bad start.
+
+    Raises:
+        DataError: it is no such directory.
     """
     if start_from is None:
         return None
+    check_directory(Path(start_from))
     path = Path(start_from) / TOKENIZER
     try:
         return TokenizerOfWeights("run.start_from", start_from, Tokenizer.load(path))

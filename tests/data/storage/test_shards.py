@@ -196,6 +196,38 @@ def test_a_path_may_be_relative_to_here_or_to_home(
         list_shards("corpse", SUFFIXES)
 
 
+@pytest.mark.parametrize(
+    ("path", "told"),
+    [
+        ("train.json", "no such file or folder; train.jsonl is there"),
+        ("Train.jsonl", "no such file or folder; train.jsonl is there"),
+        ("quite-another", "no such file or folder; correct it$"),
+        ("nowhere/train.jsonl", "no such file, and no folder {0}/nowhere; correct it$"),
+        ("nowhere/*.jsonl", "there is no {0}/nowhere/; correct it$"),
+        ("linked", "{0}/linked/gone.jsonl is a link to /elsewhere/gone.jsonl, which is not there"),
+    ],
+)
+def test_a_path_that_is_not_there_is_told_with_what_is(
+    path: str, told: str, tmp_path: Path
+) -> None:
+    (tmp_path / "train.jsonl").touch()
+    (tmp_path / "linked").mkdir()
+    (tmp_path / "linked" / "gone.jsonl").symlink_to("/elsewhere/gone.jsonl")
+    with pytest.raises(ConfigError, match=told.format(tmp_path)) as refusal:
+        list_shards(str(tmp_path / path), SUFFIXES)
+    assert "relative paths" not in str(refusal.value)
+
+
+def test_a_pipe_is_no_file_of_a_corpus(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.jsonl")
+    with pytest.raises(ConfigError, match=r"a\.jsonl is no file but a pipe, .*: copy it to one"):
+        list_shards(str(tmp_path / "a.jsonl"), SUFFIXES)
+    with pytest.raises(ConfigError, match=r"a\.jsonl is no file but a pipe"):
+        list_shards(str(tmp_path), SUFFIXES)
+    with pytest.raises(ConfigError, match="/dev/null is no file but a pipe, a socket or a device"):
+        list_shards("/dev/null", SUFFIXES)
+
+
 def test_a_path_that_exists_is_no_glob(tmp_path: Path) -> None:
     (tmp_path / "[ab].txt").write_text("x")
     assert names(list_shards(str(tmp_path / "[ab].txt"), SUFFIXES)) == ["[ab].txt"]
@@ -210,7 +242,7 @@ def test_links_are_followed_but_not_in_circles_nor_into_nothing(tmp_path: Path) 
     (tmp_path / "near/gone.md").symlink_to(tmp_path / "gone")
     assert names(list_shards(str(tmp_path / "near"), SUFFIXES)) == ["far/1.txt"]
     (tmp_path / "near/gone.txt").symlink_to(tmp_path / "gone")
-    with pytest.raises(ConfigError, match="No such file"):
+    with pytest.raises(ConfigError, match=r"gone\.txt is a link to"):
         list_shards(str(tmp_path / "near"), SUFFIXES)
 
 
