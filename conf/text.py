@@ -34,7 +34,7 @@ def decoded(content: bytes) -> str:
     except UnicodeDecodeError as error:
         if other := _marked(content) or _with_zeros(content, of_all=0.02, of_pairs=0.0):
             raise _in(other) from None
-        raise NotUtf8Error(f"not UTF-8 at byte {error.start}: {error.reason}") from None
+        raise NotUtf8Error(f"not UTF-8: {error.reason} at byte {error.start}") from None
     # Latin letters in UTF-16 without a mark are UTF-8, too: a zero byte follows each.
     if "\0" in text and (other := _with_zeros(content, of_all=0.4, of_pairs=0.8)):
         raise _in(other)

@@ -45,15 +45,25 @@ def test_each_line_of_a_file_in_utf_16_is_named(encoding: str) -> None:
 
 
 def test_another_encoding_is_told_by_the_first_byte_that_is_wrong() -> None:
-    with pytest.raises(NotUtf8Error, match=r"^not UTF-8 at byte 3: "):
+    with pytest.raises(NotUtf8Error, match=r"^not UTF-8: .* at byte 3$"):
         decoded("café!".encode("latin-1"))
 
 
 def test_what_is_no_text_at_all_is_not_called_utf_16() -> None:
-    with pytest.raises(NotUtf8Error, match=r"^not UTF-8 at byte"):
+    with pytest.raises(NotUtf8Error, match=r"^not UTF-8: .* at byte"):
         decoded(b"\x89PNG\r\n\x1a\n" + bytes(range(256)) * 4)
 
 
 def test_a_file_is_read_with_one_kind_of_line_end(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\nthree\r")
     assert read_text(tmp_path / "a.txt") == "one\ntwo\nthree\n"
+
+
+def test_what_is_wrong_is_one_phrase_wherever_it_stands() -> None:
+    # What stands before the colon is how bad records are counted.
+    reasons = set()
+    for content in (b"\xff", b"a\xff", b"abc\x80d", b"ab\xc3"):
+        with pytest.raises(NotUtf8Error) as error:
+            decoded(content)
+        reasons.add(str(error.value).partition(":")[0])
+    assert reasons == {"not UTF-8"}

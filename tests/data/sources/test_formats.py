@@ -142,9 +142,9 @@ def test_a_long_row_of_overlapping_separators_is_cut_as_from_its_beginning() -> 
         (b'{"text": true}', "field 'text' holds a boolean, not text"),
         (b'{"text": ["a"]}', "field 'text' holds a list, not text"),
         (b'{"text": {"a": 1}}', "field 'text' holds an object, not text"),
-        (b'{"text": "\xff"}', "not UTF-8 at byte 10: invalid start byte"),
-        (b'{"text": "\xc3"}', "not UTF-8 at byte 10: invalid continuation byte"),
-        (b'{"text": "\xed\xa0\x80"}', "not UTF-8 at byte 10: invalid continuation byte"),
+        (b'{"text": "\xff"}', "not UTF-8: invalid start byte at byte 10"),
+        (b'{"text": "\xc3"}', "not UTF-8: invalid continuation byte at byte 10"),
+        (b'{"text": "\xed\xa0\x80"}', "not UTF-8: invalid continuation byte at byte 10"),
         (b'{"text": "%s"}' % (b"x" * LIMIT), f"too long: more than {LIMIT} bytes"),
     ],
 )
@@ -191,7 +191,7 @@ def test_bad_text_is_a_bad_record_at_its_byte_and_its_neighbours_are_unharmed() 
     content = b"a--b\xff--" + b"c" * (LIMIT + 1) + b"--d"
     assert read(SeparatedText("--", LIMIT), content) == [
         Document("a", "u@0"),
-        BadRecord("not UTF-8 at byte 1: invalid start byte", "u@3", "b\ufffd"),
+        BadRecord("not UTF-8: invalid start byte at byte 1", "u@3", "b\ufffd"),
         BadRecord(f"too long: more than {LIMIT} bytes", "u@7", "c" * 200),
         Document("d", f"u@{LIMIT + 10}"),
     ]
@@ -206,7 +206,7 @@ def test_a_whole_text_file_is_one_record_of_the_range_that_it_begins_in() -> Non
     )
     assert read(form, b"") == [Document("", "u")]
     assert read(form, b"a\xff") == [
-        BadRecord("not UTF-8 at byte 1: invalid start byte", "u", "a\ufffd")
+        BadRecord("not UTF-8: invalid start byte at byte 1", "u", "a\ufffd")
     ]
     assert read(form, b"x" * LIMIT) == [Document("x" * LIMIT, "u")]
     too_long = BadRecord(f"too long: more than {LIMIT} bytes", "u", "x" * 200)
@@ -273,7 +273,7 @@ def test_a_bad_value_is_a_bad_record_at_its_row_and_its_neighbours_are_unharmed(
     values = pa.array([b"a", b"b\xff", None, "\ufeffd".encode()]).view(pa.string())
     assert read(PARQUET, parquet({"text": values}, row_group_size=2)) == [
         Document("a", "u#0"),
-        BadRecord("not UTF-8 at byte 1: invalid start byte", "u#1", "b\ufffd"),
+        BadRecord("not UTF-8: invalid start byte at byte 1", "u#1", "b\ufffd"),
         BadRecord("field 'text' holds null, not text", "u#2"),
         Document("d", "u#3"),
     ]
