@@ -5,7 +5,7 @@ pyproject.toml lists them as extras of this project, such as `phd-transformer[hf
 
 import shlex
 import sys
-from importlib.util import find_spec
+from importlib import metadata
 
 
 def pip_command(requirement: str) -> str:
@@ -18,6 +18,8 @@ def pip_command(requirement: str) -> str:
     """
     quoted = f'"{requirement}"' if "[" in requirement else requirement
     python = shlex.quote(sys.executable)
-    if find_spec("pip") is None:
+    try:
+        metadata.version("pip")  # not `find_spec`, which a hook of setuptools answers with warnings
+    except metadata.PackageNotFoundError:
         return f"uv pip install --python {python} {quoted}"
     return f"{python} -m pip install {quoted}"

@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from importlib.metadata import distribution, packages_distributions, requires
+from importlib.metadata import PackageNotFoundError, distribution, packages_distributions, requires
 from pathlib import Path
 
 import pytest
@@ -41,6 +41,7 @@ def with_dependencies(requirements: list[str]) -> set[str]:
 # Runs `train/main.py` where some packages are not installed, for all that Python can tell.
 ISOLATED = """
 import json, runpy, sys
+from importlib.metadata import PackageNotFoundError
 from importlib.machinery import PathFinder
 
 hidden = set(json.loads(sys.argv.pop(1)))
@@ -169,7 +170,11 @@ def test_what_is_missing_is_added_to_the_environment_that_runs(
     requirement: str, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert pip_command(requirement) == said
-    monkeypatch.setattr(extras, "find_spec", lambda name: None)  # noqa: ARG005
+
+    def not_installed(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(extras.metadata, "version", not_installed)
     uv = said.replace(f"{PYTHON} -m pip install", f"uv pip install --python {PYTHON}")
     assert pip_command(requirement) == uv
 
