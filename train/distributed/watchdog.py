@@ -118,9 +118,9 @@ class Watchdog:
         self._thread.join()
         self._file.truncate(self._size)
         self._file.close()
-        if not _has_stacks(self.path):
-            self.path.unlink()
-            with suppress(OSError):  # another rank's file is there
+        with suppress(OSError):  # somebody removed it; another rank's file is in the folder
+            if not _has_stacks(self.path):
+                self.path.unlink()
                 self.path.parent.rmdir()
 
 

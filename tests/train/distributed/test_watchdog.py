@@ -1,6 +1,7 @@
 """A process that hangs writes every thread's stack and ends, whatever it hangs in."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -155,6 +156,13 @@ def test_what_a_killed_process_leaves_says_so_and_goes_with_the_next_clean_end(
     with Watchdog(tmp_path, 3, 60.0):
         assert stacks(tmp_path).startswith(lines[0])
     assert not (tmp_path / "stacks").exists()
+
+
+@pytest.mark.parametrize("removed", ["stacks/rank_0.txt", "stacks"])
+def test_a_run_ends_well_if_somebody_has_removed_its_stacks(removed: str, tmp_path: Path) -> None:
+    with Watchdog(tmp_path, 0, 60.0):
+        path = tmp_path / removed
+        path.unlink() if path.is_file() else shutil.rmtree(path)
 
 
 PEERS = """
