@@ -100,7 +100,7 @@ class ExportArguments:
         if self.dtype not in get_args(WeightDtype):
             names = ", ".join(get_args(WeightDtype))
             found.append(Problem("dtype", self.dtype, f"expected one of {names}"))
-        out = Path(self.out).resolve()
+        out = Path(self.out).expanduser().resolve()
         if out == Path.cwd() or any(parent.is_file() for parent in out.parents):
             expected = "expected a directory to make"
             found.append(Problem("out", self.out, expected, "choose another one"))

@@ -63,7 +63,7 @@ def _bench_step(args: BenchArguments, device: torch.device) -> Result:
 
 def _bench_checkpoint(args: BenchArguments, device: torch.device) -> Result:
     config = load([f"size={args.size}", f"engine.device={device.type}"])
-    return bench_saving(config, args.repeat, Path(args.out), device)
+    return bench_saving(config, args.repeat, Path(args.out).expanduser(), device)
 
 
 def _bench_inference(args: BenchArguments, device: torch.device) -> Result:
@@ -81,7 +81,7 @@ def _bench_inference(args: BenchArguments, device: torch.device) -> Result:
     if wider:
         model = replace(model, size="tiny, widened")
     grid = grid_of(device, args.prompts, args.contexts, args.copies, compiled=args.compile)
-    return bench_inference(model, grid, args.repeat, device, charts=Path(args.out))
+    return bench_inference(model, grid, args.repeat, device, charts=Path(args.out).expanduser())
 
 
 WIDENED = ("layers=8", "dim=512", "ffn_dim=1536", "heads=8", "kv_heads=2", "head_dim=64")
@@ -105,7 +105,9 @@ BENCHMARKS: dict[str, Callable[[BenchArguments, torch.device], Result]] = {
 
 def main(args: BenchArguments) -> int:
     """Run one benchmark, print its table and write it as JSON and as CSV."""
-    _make_directory(args.out)  # before minutes of measurements that could not be written
+    _make_directory(
+        str(Path(args.out).expanduser())
+    )  # before minutes of measurements that could not be written
     engine = EngineConfig(device=args.device)  # type: ignore[arg-type]
     device = choose_device(engine)
     configure_process(engine, device)
@@ -116,7 +118,7 @@ def main(args: BenchArguments) -> int:
     columns = [key for key in result.rows[0] if not key.endswith("seconds")]
     title = f"{args.name} on {device}: medians of {args.repeat} turns (the middle half of them)"
     _print_result(result, columns, f"{title}\n{result.subject}".rstrip(), console)
-    path = Path(args.out, f"{args.name}.json")
+    path = Path(args.out).expanduser() / f"{args.name}.json"
     _write_result(result, columns, path)
     for written in (path, path.with_suffix(".csv"), *result.files):
         console.print(f"written: {written}", markup=False)

@@ -442,7 +442,7 @@ class Config(Settings):
     @property
     def run_dir(self) -> Path:
         """The directory of the run's files, relative to the current directory."""
-        return Path(self.run.dir) if self.run.dir else Path("runs", self.name)
+        return Path(self.run.dir).expanduser() if self.run.dir else Path("runs", self.name)
 
     @property
     def flops_per_step(self) -> int:

@@ -51,10 +51,10 @@ OPTIONAL_IMPORTS = re.compile(r"^(import triton\b.*\n)+", re.MULTILINE)
 def main(args: ExportArguments) -> int:
     """Write the directory, and print how to load it; return the exit code."""
     _transformers()  # fails now, and not after the model has been loaded
-    out, dtype = Path(args.out).resolve(), getattr(torch, args.dtype)
-    model, tokenizer, step, config = load_run(Path(args.run), torch.device("cpu"))
+    out, dtype = Path(args.out).expanduser().resolve(), getattr(torch, args.dtype)
+    model, tokenizer, step, config = load_run(Path(args.run).expanduser(), torch.device("cpu"))
     facts = {"trained on": plural(step * config.train.tokens_per_step, "token")}
-    facts |= evaluations(Path(args.run) / "metrics.jsonl", step)
+    facts |= evaluations(Path(args.run).expanduser() / "metrics.jsonl", step)
     notes = not_converted(tokenizer)
     with new_directory(out) as directory:
         write_model(directory, model.to(dtype), tokenizer)

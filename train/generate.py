@@ -49,7 +49,7 @@ class Writer:
         self.device = choose_device(config)
         configure_process(config, self.device)
         self.dtype = precision(config, self.device)
-        self.model, self.tokenizer, *_ = load_run(Path(args.run), self.device)
+        self.model, self.tokenizer, *_ = load_run(Path(args.run).expanduser(), self.device)
         for part in self.model.modules():
             if isinstance(part, nn.Linear | nn.Embedding):
                 part.to(self.dtype)  # otherwise autocast would convert the weights for each token
@@ -112,7 +112,7 @@ class Writer:
 
 def main(args: GenerateArguments) -> int:
     """Write the texts to the standard output; return the exit code."""
-    prompts = read_prompts(Path(args.file)) if args.file else []
+    prompts = read_prompts(Path(args.file).expanduser()) if args.file else []
     writer = Writer(args)
     if args.file:
         for prompt, text in writer.write(prompts):

@@ -40,7 +40,7 @@ def check_inputs(config: Config) -> None:
     if problems:
         raise ConfigError(problems)
     if config.run.start_from is not None and not _has_tokenizer(config):
-        check_directory(Path(config.run.start_from))
+        check_directory(Path(config.run.start_from).expanduser())
 
 
 def _is_here(source: Source) -> bool:

@@ -280,7 +280,7 @@ def _restore(config: Config, engine: Engine, checkpoint: Checkpoint | None) -> N
     if checkpoint:
         engine.restore(checkpoint)
     elif config.run.start_from is not None:
-        engine.load(pretrained_start(Path(config.run.start_from), config.model))
+        engine.load(pretrained_start(Path(config.run.start_from).expanduser(), config.model))
 
 
 def open_engine(config: Config, groups: ProcessGroups) -> Engine:

@@ -8,6 +8,8 @@ from rich.console import Console
 
 from conf.errors import ConfigError, DataError
 from data.tokenizer import Tokenizer
+from train import export, generate
+from train.arguments import ExportArguments, GenerateArguments
 from train.compose import load
 from train.hf.pretrained import tokenizer_of_weights
 from train.inputs import check_inputs
@@ -116,3 +118,18 @@ def test_a_tokenizer_too_large_for_the_model_is_told_early(
     check_inputs(load(small(*new)))
     with pytest.raises(ConfigError, match=r"more than model\.vocab_size=64"):
         check_inputs(load(small(*new, "model.vocab_size=64")))
+
+
+def test_a_tilde_in_any_path_is_the_home_directory(
+    config, trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    run = trained(config('run.dir="~/runs/a"', "model=vanilla", "train.max_steps=1")).run
+    assert run.directory == tmp_path / "runs/a"
+    assert export.main(ExportArguments(run="~/runs/a", out="~/exported")) == 0
+    assert generate.main(GenerateArguments(run="~/runs/a", prompt="a", max_tokens=1)) == 0
+    start = config('run.dir="~/runs/b"', 'run.start_from="~/exported"', "model=phd")
+    check_inputs(start)
+    trained(start)
+    assert not (tmp_path / "~").exists()

@@ -102,8 +102,8 @@ def tokenizer_of_weights(start_from: str | None, console: Console) -> TokenizerO
     """
     if start_from is None:
         return None
-    check_directory(Path(start_from))
-    path = Path(start_from) / TOKENIZER
+    check_directory(Path(start_from).expanduser())
+    path = Path(start_from).expanduser() / TOKENIZER
     try:
         return TokenizerOfWeights("run.start_from", start_from, Tokenizer.load(path))
     except FileNotFoundError:
