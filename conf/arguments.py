@@ -14,6 +14,7 @@ from conf.cache_dirs import use_writable_caches
 from conf.completion import completion
 from conf.descriptions import entries, explanation, listed, summary
 from conf.errors import USER_ERRORS, ConfigError, Problem, report
+from conf.exit_codes import ExitCode
 from conf.standard_streams import guard_standard_streams
 from conf.validation import build, closest, did_you_mean, keys, nearest
 
@@ -57,7 +58,12 @@ def resolve(task: Callable[..., int] | str) -> Callable[..., int]:
     A command names its module, because what it imports takes seconds. That is too long for an
     answer to a misspelt argument.
     """
-    return import_module(task).main if isinstance(task, str) else task
+    if not isinstance(task, str):
+        return task
+    try:
+        return import_module(task).main
+    except KeyboardInterrupt:  # nothing was begun; where the import was is of no interest
+        sys.exit(ExitCode.INTERRUPTED)
 
 
 def refuse(error: Exception) -> NoReturn:

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from conf.arguments import parse, usage
+from conf.arguments import parse, resolve, usage
 from conf.errors import ConfigError, Problem
+from conf.exit_codes import ExitCode
 from conf.settings import Settings, at_least
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -138,3 +139,13 @@ def test_a_command_ends_with_its_code_and_one_screen(
         check=False,
     )
     assert (done.returncode, done.stdout, done.stderr) == (code, out, error)
+
+
+def test_an_interruption_of_the_import_is_no_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "interrupted_command.py").write_text("raise KeyboardInterrupt\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        resolve("interrupted_command")
+    assert ended.value.code == ExitCode.INTERRUPTED
