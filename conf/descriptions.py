@@ -155,7 +155,13 @@ def listed(rows: Mapping[str, str]) -> str:
     lines: list[str] = []
     for name, meaning in rows.items():
         lines.append(f"  {name}")
-        lines += textwrap.wrap(meaning, width(), initial_indent=" " * 6, subsequent_indent=" " * 6)
+        lines += textwrap.wrap(
+            meaning,
+            width(),
+            initial_indent=" " * 6,
+            subsequent_indent=" " * 6,
+            break_on_hyphens=False,  # names of runs, which are copied, have hyphens
+        )
     return "\n".join(lines)
 
 

@@ -56,8 +56,8 @@ from conf.text import NotUtf8Error, read_text
 from conf.validation import did_you_mean, keys, nearest, settings_of
 from launch import kubernetes, slurm
 from launch.config import LAUNCHERS, Check, Kubernetes, Local, MultiNode, Nodes, Slurm
-from train.compose import SECTIONS, check, collecting, explain_setting
-from train.config import Config
+from train.compose import check, collecting, explain_setting
+from train.config import SECTIONS, Config
 
 SWEEP = ("-m", "--multirun")
 

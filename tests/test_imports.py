@@ -34,7 +34,7 @@ SETTINGS_PAGE = "launch/settings_page.py"
 RUNS_WHEN_IMPORTED = "launch/__main__.py"
 
 # The front of the commands; train/main.py and the like get Hydra through it.
-HYDRA_IN = {"train/compose.py"}
+HYDRA_IN = {"train/compose.py", "train/overrides.py"}
 
 
 def modules(*packages: str) -> list[Path]:

@@ -4,35 +4,30 @@ Hydra composes the files, sweeps and prints, but it stops at the first thing tha
 `run` composes and validates every job of a command line first, and reports all problems at once.
 """
 
-import re
-import shlex
 import sys
 from argparse import Namespace
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import MISSING, fields, replace
-from functools import cache
 from itertools import product
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any, NamedTuple, NoReturn, TypeVar, cast
 
 import hydra
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, Transformer
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from conf import checkout
-from conf.arguments import help_page, misread, own_arguments, parse, refuse, resolve, to_explain
+from conf.arguments import help_page, own_arguments, parse, refuse, resolve, to_explain
 from conf.cache_dirs import use_writable_caches
 from conf.completion import completion
 from conf.descriptions import entries
@@ -43,39 +38,24 @@ from conf.standard_streams import guard_standard_streams
 from conf.text import NotUtf8Error, read_text
 from conf.validation import (
     HAS_TO_BE_GIVEN,
-    as_dict,
     defaults,
-    did_you_mean,
     flatten_keys,
     keys,
-    nearest,
 )
 from phd.config import ModelConfig
 from train.conf_files import CONF, choices, groups
-from train.config import Config
+from train.config import SECTIONS, Config
 from train.distributed.dist_env import DistEnv
 from train.engine_config import DeepSpeedConfig, FsdpConfig
 from train.explain import Composed, explain, overview
-from train.run_dir.name import default_name, holds, identity, is_fixed, readable, short_hash
+from train.overrides import Typed, as_list, chosen, labels, parse_overrides, points_of
+from train.run_dir.name import named
 from train.sweep import Sweep
 
 T = TypeVar("T")
 
-QUOTING = "a text with special characters needs quotes within quotes:"
-SECTIONS = {setting.name for setting in fields(Config)}
-
 NO_SWEEP = "several values make a sweep, which needs -m"
 SUBMITIT = "Could not find 'hydra/launcher/submitit"
-
-# Groups whose settings are all part of a run's name, as far as they differ from the usual ones.
-NAMED_GROUPS = {"model", "size", "recipe", "data", "tokenizer", "optim", "schedule", "experiment"}
-
-
-NAMED_EARLIER = {
-    *("model", "size", "model.size", "model.variant", "model.K", "model.window", "model.chunk")
-}
-"""What the names of earlier versions told of a sweep without being asked."""
-
 
 OF_PHD = (
     *("variant", "K", "window", "chunk", "span_unit"),
@@ -143,7 +123,7 @@ def run(
 
     def job(tree: DictConfig) -> None:
         hydra_config = HydraConfig.get()
-        config = _named(_read(tree), hydra_config.overrides.task, command.swept)
+        config = named(_read(tree), labels(hydra_config.overrides.task, command.swept))
         _hide_secrets(config)
         if hydra_config.mode == RunMode.MULTIRUN:
             sweep.run(config.name, lambda: attempt(config))
@@ -254,7 +234,7 @@ def compose_now(overrides: Iterable[str]) -> Composed:
     Raises:
         ConfigError: with every problem of the overrides and of the config.
     """
-    parsed, problems = _parse(overrides, [])
+    parsed, problems = parse_overrides(overrides, [])
     fixed = {text: o for text, o in parsed.items() if not o.is_sweep_override()}
     with _composing(), collecting(problems):
         tree = hydra.compose("config", list(fixed), return_hydra_config=True)
@@ -277,9 +257,9 @@ def _values(tree: DictConfig) -> dict[str, Any]:
 
 def _all_chosen(tree: DictConfig, overrides: Iterable[Override]) -> dict[str, Any]:
     """The choice of each group, or its choices, which Hydra tells of single ones only."""
-    chosen = cast(dict[str, Any], OmegaConf.to_container(tree.hydra.runtime.choices))
-    named = {o.key_or_group: _chosen(o) for o in overrides if choices(o.key_or_group)}
-    return chosen | {group: names for group, names in named.items() if names}
+    single = cast(dict[str, Any], OmegaConf.to_container(tree.hydra.runtime.choices))
+    several = {o.key_or_group: chosen(o) for o in overrides if choices(o.key_or_group)}
+    return single | {group: names for group, names in several.items() if names}
 
 
 def other_runs(config: Config) -> list[list[str]]:
@@ -423,7 +403,7 @@ def check(
         ConfigError: with the problems of all jobs, each once.
     """
     overrides = list(overrides)
-    parsed, problems = _parse(overrides, list(other_keys))
+    parsed, problems = parse_overrides(overrides, list(other_keys))
     jobs: list[Config] = []
     typed: list[Typed] = []
     swept: set[str] = set()
@@ -431,18 +411,18 @@ def check(
         one = [text for text, o in parsed.items() if not o.is_sweep_override()]
         whole = hydra.compose("config", one, return_hydra_config=True)
         if multirun or whole.hydra.mode == RunMode.MULTIRUN:
-            points, swept = _points(parsed.values(), whole.hydra.sweeper.params)
+            points, swept = points_of(parsed.values(), whole.hydra.sweeper.params)
             for point in points:
                 with collecting(problems):
-                    jobs.append(_named(_read(hydra.compose("config", point)), point, swept))
+                    jobs.append(named(_read(hydra.compose("config", point)), labels(point, swept)))
                     typed.append(Typed.of(point, swept))
         else:
             swept_texts = [text.lstrip("+") for text in parsed if text not in one]
             problems += [
-                Problem(text, expected=NO_SWEEP, hint=f"a list is {_as_list(text)}")
+                Problem(text, expected=NO_SWEEP, hint=f"a list is {as_list(text)}")
                 for text in swept_texts
             ]
-            jobs.append(_named(_read(whole), [], set()))
+            jobs.append(named(_read(whole), {}))
             typed.append(Typed.of(one, swept))
     # A setting that was given, and could not be read, is not told again as one that is missing.
     read = {o.key_or_group for o in parsed.values() if multirun or not o.is_sweep_override()}
@@ -503,155 +483,6 @@ def _not_in_utf8() -> Iterator[str]:
             yield f"{path}: {reason_of(error)}"
 
 
-def _parse(
-    texts: Iterable[str], other_keys: Sequence[str]
-) -> tuple[dict[str, Override], list[Problem | str]]:
-    """The overrides to give to Hydra, by their spelling, and what is wrong with the others."""
-    parser = OverridesParser.create()
-    parsed: dict[str, Override] = {}
-    words = Counter(choice for group in groups() for choice in choices(group))
-    alone = {c: group for group in groups() for c in choices(group) if words[c] == 1}
-    typed, problems = misread(texts, [*groups(), *other_keys, *keys(Config)], alone)
-    for text in typed:
-        try:
-            override = parser.parse_override(text)
-        except HydraException as error:
-            reason = str(error).partition("\n")[0]
-            expected = f"not key=value as Hydra reads it ({reason})"
-            problems.append(
-                Problem(repr(text), expected=expected, hint=f"{QUOTING} {_with_quotes(text)}")
-            )
-            continue
-        if found := _name_problems(override, other_keys):
-            problems += found
-        else:
-            spelling = _spelling(text, override)
-            parsed.pop(spelling, None)  # of equal overrides, too, the last one counts
-            parsed[spelling] = parser.parse_override(spelling)
-    # Of the choices of a group the last one counts, and a sweep would be left out without a word.
-    sweeps = [name for o in parsed.values() if o.key_or_group == "sweep" for name in _chosen(o)]
-    if len(sweeps) > 1:
-        hint = "name one, and vary other settings by their values, as in optim.lr=1e-3,3e-3"
-        problems.append(Problem("sweep", ",".join(sweeps), "expected one sweep", hint))
-    return parsed, problems
-
-
-def _with_quotes(text: str) -> str:
-    """An override as it is typed in a shell, with its text, or each text of its list, in quotes.
-
-    >>> print(_with_quotes("data.sources.books.paths=[a (1).txt,b=2.txt]"))
-    'data.sources.books.paths=["a (1).txt","b=2.txt"]'
-    """
-    key, _, value = text.partition("=")
-    listed = re.fullmatch(r"\s*\[(.*)\]\s*", value, re.DOTALL)
-    if listed is None:
-        return shlex.quote(f"{key}={_hydra_quoted(value)}")
-    return shlex.quote(f"{key}=[{','.join(map(_hydra_quoted, listed[1].split(',')))}]")
-
-
-def _as_list(text: str) -> str:
-    """An override with several values as one whose value is a list, as it is typed in a shell."""
-    key, _, value = text.partition("=")
-    return shlex.quote(f"{key}=[{value}]")
-
-
-def _hydra_quoted(text: str) -> str:
-    """A text in Hydra's quotes; one that has them already stays as it is."""
-    text = text.strip()
-    if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
-        return text
-    # Backslashes mean themselves, but not in front of a quote, nor of the closing one.
-    escaped = re.sub(r'(\\*)"', r'\1\1\\"', text)
-    escaped = re.sub(r"(\\+)$", r"\1\1", escaped)
-    return f'"{escaped}"'
-
-
-def _name_problems(override: Override, other_keys: Sequence[str]) -> list[Problem]:
-    """What is wrong with a group or its choice; keys of a section are left to `Config`."""
-    key = override.key_or_group
-    if _is_hydras(override) or "." in key:
-        return []
-    names = groups()
-    if key not in names:
-        guess = did_you_mean(nearest(key, [*names, *other_keys, *keys(Config)]))
-        hint = guess or f"the groups are {', '.join(names)}"
-        unknown = Problem(key, expected="unknown group or key", hint=hint)
-        return [] if key in SECTIONS else [unknown]
-    options = choices(key)
-    expected = f"expected one of {', '.join(options)}"
-    # The choices are words that nobody quotes, so they are part of the key here.
-    return [
-        Problem(f"{key}={name}", expected=expected, hint=did_you_mean(nearest(name, options)))
-        for name in _chosen(override)
-        if name not in options
-    ]
-
-
-class SizeRecipe(NamedTuple):
-    """What a size sets besides the model.
-
-    Attributes:
-        name: the file of conf/recipe/ that the size chooses.
-        settings: what this file and that of the size set, by full names.
-    """
-
-    name: str
-    settings: dict[str, Any]
-
-
-def recipe_of(size: str) -> SizeRecipe | None:
-    """The recipe that a file of conf/size/ chooses; None if there is no such file or recipe."""
-    if size not in choices("size"):
-        return None
-    own = _yaml(f"size/{size}.yaml")
-    names = [default.get("override /recipe") for default in own.pop("defaults", [])]
-    name = next(filter(None, names), None)
-    if name is None:
-        return None
-    both = {**flatten_keys(_yaml(f"recipe/{name}.yaml")), **flatten_keys(own)}
-    settings = {key: value for key, value in both.items() if not key.startswith("model.")}
-    return SizeRecipe(name, settings)
-
-
-def _yaml(file: str) -> dict[str, Any]:
-    return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(CONF / file)))
-
-
-def _chosen(override: Override) -> list[str]:
-    """The choices that an override names; none if it sets the group's keys instead."""
-    sweep = override.is_sweep_override()
-    values = override.sweep_iterator(Transformer.identity) if sweep else [override.value()]
-    names = [name for value in values for name in (value if isinstance(value, list) else [value])]
-    return ["null" if name is None else str(name) for name in names if not isinstance(name, dict)]
-
-
-def _is_hydras(override: Override) -> bool:
-    """Whether only Hydra has to understand an override: `hydra.verbose=true`, `~model.K`."""
-    return override.is_delete() or override.key_or_group.startswith(("hydra.", "hydra/"))
-
-
-def _spelling(text: str, override: Override) -> str:
-    """An override as Hydra gets it: groups without a plus, keys with two.
-
-    With two, Hydra also passes on keys that it does not know, and `Config` can report them all.
-    """
-    if _is_hydras(override):
-        return text
-    plain, key = text.lstrip("+"), override.key_or_group
-    return plain if choices(key) and _chosen(override) else f"++{plain}"
-
-
-def _points(
-    parsed: Iterable[Override], params: Mapping[str, str] | None
-) -> tuple[list[list[str]], set[str]]:
-    """The overrides of each job, as Hydra's sweeper makes them, and the keys that differ."""
-    parser = OverridesParser.create()
-    both = parser.parse_overrides([f"{k}={v}" for k, v in (params or {}).items()])
-    both += parsed
-    [points] = BasicSweeper.split_arguments(both, max_batch_size=None)
-    return points, {o.key_or_group for o in both if o.is_sweep_override()}
-
-
 def _read(tree: DictConfig) -> Config:
     """The config that Hydra has composed, without Hydra's own settings."""
     own = OmegaConf.masked_copy(tree, [str(key) for key in tree if key != "hydra"])
@@ -665,116 +496,6 @@ def _without_chunk(model: Any) -> Any:
         return model
     variant = "phd_swa" if model.get("variant") == "phd_cswa" else model.get("variant")
     return {**model, "variant": variant, "chunk": ModelConfig.chunk}
-
-
-def _named(config: Config, point: Iterable[str], swept: set[str]) -> Config:
-    """The config with the name of its run, so that no two runs share a directory.
-
-    A name that is given stays. In a sweep, what is swept is added to it, and a run whose directory
-    holds another run gets a directory beside it.
-    """
-    if config.run.name and not swept:
-        return config
-    parsed = OverridesParser.create().parse_overrides(list(point))
-    overrides = [override for override in parsed if override.key_or_group in swept]
-    if config.run.name:
-        name, *earlier = ["-".join([config.run.name, *map(_label, overrides)])]
-    else:
-        name, *earlier = _default_names(config, overrides)
-    run, found = replace(config.run, name=name), None
-    if run.dir is None:
-        found = holds(Path("runs", name), config)
-        if not found and (old := [n for n in earlier if holds(Path("runs", n), config)]):
-            run = replace(run, dir=f"runs/{old[0]}")
-        elif found is False and swept:
-            run = replace(run, name=f"{name}-{short_hash(identity(config))}")
-    same = run.name == config.name and run.dir == config.run.dir
-    return config if same else replace(config, run=run)
-
-
-def _default_names(config: Config, swept: Sequence[Override]) -> list[str]:
-    """The names of a run that was given none: today's, and that of earlier versions."""
-    silent = [
-        o for o in swept if o.key_or_group not in NAMED_GROUPS and not is_fixed(o.key_or_group)
-    ]
-    earlier = [o for o in swept if o.key_or_group not in NAMED_EARLIER]
-    name = default_name(config, *_usual(config))
-    return list(
-        dict.fromkeys(
-            "-".join([base, *map(_label, overrides)])
-            for base, overrides in ((name, silent), (config.name, earlier))
-        )
-    )
-
-
-def _usual(config: Config) -> tuple[dict[str, Any], str]:
-    """The usual settings of a run of this size and text, and the text's name.
-
-    Sources that no file of conf/data/ names have the defaults of their kind.
-    """
-    usual = dict(_size_defaults(config.model.size))
-    own, text = config.data.sources, []
-    for name, source in own.items():
-        usual |= {
-            f"data.sources.{name}.{setting.name}": as_dict(setting.default)
-            for setting in fields(source)
-            if setting.default is not MISSING
-        }
-    for preset in choices("data"):
-        settings = _yaml(f"data/{preset}.yaml")
-        if settings["sources"].keys() <= own.keys():
-            usual |= flatten_keys(settings, "data.")
-            text.append(preset)
-            own = {name: own[name] for name in own if name not in settings["sources"]}
-    text += own
-    return usual, "" if text == ["python"] else "+".join(text)
-
-
-@cache
-def _size_defaults(size: str) -> dict[str, Any]:
-    """The settings of `size=<size>`, or of the experiment that makes a size of this name."""
-    usual = flatten_keys(defaults(Config))
-    for group in ("experiment", "size"):
-        if size in choices(group):
-            own = flatten_keys(_yaml(f"{group}/{size}.yaml"))
-            usual |= {key: value for key, value in own.items() if key in usual}
-    if recipe := recipe_of(size):
-        usual |= recipe.settings
-    return usual
-
-
-def _label(override: Override) -> str:
-    """An override as a part of a directory's name: `lr_0.001`."""
-    setting = override.key_or_group.rpartition(".")[2]
-    return readable(f"{setting}_{override.get_value_element_as_str()}")
-
-
-class Typed(NamedTuple):
-    """The settings that a job's overrides name.
-
-    Attributes:
-        varied: for each by its full name, whether the sweep varies it.
-        no_chunk: whether `model.chunk=null` is one of them.
-    """
-
-    varied: dict[str, bool]
-    no_chunk: bool
-
-    @classmethod
-    def of(cls, point: Iterable[str], swept: set[str]) -> "Typed":
-        """Those of a job's overrides, with the keys that differ between the jobs."""
-        varied: dict[str, bool] = {}
-        values: dict[str, Any] = {}
-        for override in OverridesParser.create().parse_overrides(list(point)):
-            if not _is_hydras(override):
-                key = override.key_or_group
-                named = flatten_keys({key: override.value()})
-                values |= named
-                varied |= dict.fromkeys(named, key in swept)
-        no_chunk = values.get("model.chunk", "") is None
-        if no_chunk:
-            del varied["model.chunk"]  # every variant may be asked for no chunk
-        return cls(varied, no_chunk)
 
 
 def _unused(jobs: Sequence[Config], typed: Sequence[Typed]) -> list[Problem]:

@@ -2,9 +2,10 @@
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import yaml
+from omegaconf import OmegaConf
 
 from conf.text import read_text
 from conf.validation import flatten_keys
@@ -51,3 +52,34 @@ def settings_in(group: str, choice: str) -> dict[str, Any]:
     values.pop("defaults", None)
     path = "" if text.startswith("# @package _global_") else f"{group}."
     return flatten_keys(values, path)
+
+
+class SizeRecipe(NamedTuple):
+    """What a size sets besides the model.
+
+    Attributes:
+        name: the file of conf/recipe/ that the size chooses.
+        settings: what this file and that of the size set, by full names.
+    """
+
+    name: str
+    settings: dict[str, Any]
+
+
+def recipe_of(size: str) -> SizeRecipe | None:
+    """The recipe that a file of conf/size/ chooses; None if there is no such file or recipe."""
+    if size not in choices("size"):
+        return None
+    own = load_yaml(f"size/{size}.yaml")
+    names = [default.get("override /recipe") for default in own.pop("defaults", [])]
+    name = next(filter(None, names), None)
+    if name is None:
+        return None
+    both = {**flatten_keys(load_yaml(f"recipe/{name}.yaml")), **flatten_keys(own)}
+    settings = {key: value for key, value in both.items() if not key.startswith("model.")}
+    return SizeRecipe(name, settings)
+
+
+def load_yaml(file: str) -> dict[str, Any]:
+    """What a file of conf/ holds, its `defaults` included; numbers are read as Hydra reads them."""
+    return cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(CONF / file)))

@@ -6,7 +6,7 @@ from them. The model's settings are in `phd.config`, the data's in `data.config`
 """
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from math import ceil, inf
 from pathlib import Path
 from typing import Any, Literal
@@ -606,3 +606,7 @@ class Config(Settings):
                 )
             )
         return found
+
+
+SECTIONS = frozenset(setting.name for setting in fields(Config))
+"""The first parts of the settings' names: `model`, `train`, ..."""

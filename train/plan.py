@@ -38,6 +38,7 @@ from phd.inference.cache import kv_bytes
 from phd.model import count_parameters
 from train import compose
 from train.arguments import PlanArguments
+from train.conf_files import recipe_of
 from train.config import Config
 from train.console import warn
 from train.costs.disk import Disk, checkpoint_disk
@@ -485,7 +486,7 @@ def describe_recipe(config: Config) -> str:
     A size from 151m on chooses a recipe, and with it the learning rate, the batch, the length and
     more. Of these settings, the run may have replaced some.
     """
-    recipe = compose.recipe_of(config.model.size)
+    recipe = recipe_of(config.model.size)
     if recipe is None:
         return ""
     now = flatten_keys(config.to_dict())

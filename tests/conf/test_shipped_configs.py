@@ -7,7 +7,8 @@ import pytest
 from conf.errors import ConfigError
 from conf.validation import flatten_keys
 from data.config import DataConfig, FilesSource, PythonSource
-from train.compose import CONF, check, load, recipe_of
+from train.compose import CONF, check, load
+from train.conf_files import recipe_of
 from train.config import Config
 
 CHOICES = [

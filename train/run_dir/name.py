@@ -14,6 +14,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import MISSING, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,8 @@ import yaml
 from xxhash import xxh3_64_hexdigest
 
 from conf.redaction import redacted_tree
-from conf.validation import flatten_keys, keys
+from conf.validation import as_dict, defaults, flatten_keys, keys
+from train.conf_files import choices, load_yaml, recipe_of
 from train.config import Config
 
 MAY_CHANGE = (
@@ -40,6 +42,14 @@ LONGEST = 90
 
 LONGEST_VALUE = 24
 """Characters that are shown of a value."""
+
+NAMED_GROUPS = {"model", "size", "recipe", "data", "tokenizer", "optim", "schedule", "experiment"}
+"""Groups whose settings are all part of a run's name, as far as they differ from the usual ones."""
+
+NAMED_EARLIER = {
+    *("model", "size", "model.size", "model.variant", "model.K", "model.window", "model.chunk")
+}
+"""What the names of earlier versions told of a sweep without being asked."""
 
 
 def identity(config: Config) -> dict[str, Any]:
@@ -147,3 +157,77 @@ def _counted_names() -> Counter[str]:
     return Counter(
         key.rpartition(".")[2] for key in keys(Config) if "*" not in key and is_fixed(key)
     )
+
+
+def named(config: Config, swept: Mapping[str, str]) -> Config:
+    """The config with the name of its run, so that no two runs share a directory.
+
+    A name that is given stays. In a sweep, what is swept is added to it, and a run whose directory
+    holds another run gets a directory beside it.
+
+    Args:
+        swept: what differs between the runs of a sweep, such as `optim.lr`, with what a name says
+            of this run's value: `lr_0.001`.
+    """
+    if config.run.name and not swept:
+        return config
+    if config.run.name:
+        name, *earlier = ["-".join([config.run.name, *swept.values()])]
+    else:
+        name, *earlier = _default_names(config, swept)
+    run, found = replace(config.run, name=name), None
+    if run.dir is None:
+        found = holds(Path("runs", name), config)
+        if not found and (old := [n for n in earlier if holds(Path("runs", n), config)]):
+            run = replace(run, dir=f"runs/{old[0]}")
+        elif found is False and swept:
+            run = replace(run, name=f"{name}-{short_hash(identity(config))}")
+    same = run.name == config.name and run.dir == config.run.dir
+    return config if same else replace(config, run=run)
+
+
+def _default_names(config: Config, swept: Mapping[str, str]) -> list[str]:
+    """The names of a run that was given none: today's, and that of earlier versions."""
+    silent = [
+        label for key, label in swept.items() if key not in NAMED_GROUPS and not is_fixed(key)
+    ]
+    earlier = [label for key, label in swept.items() if key not in NAMED_EARLIER]
+    name = default_name(config, *_usual(config))
+    names = ("-".join([base, *ls]) for base, ls in ((name, silent), (config.name, earlier)))
+    return list(dict.fromkeys(names))
+
+
+def _usual(config: Config) -> tuple[dict[str, Any], str]:
+    """The usual settings of a run of this size and text, and the text's name.
+
+    Sources that no file of conf/data/ names have the defaults of their kind.
+    """
+    usual = dict(_size_defaults(config.model.size))
+    own, text = config.data.sources, []
+    for name, source in own.items():
+        usual |= {
+            f"data.sources.{name}.{setting.name}": as_dict(setting.default)
+            for setting in fields(source)
+            if setting.default is not MISSING
+        }
+    for preset in choices("data"):
+        settings = load_yaml(f"data/{preset}.yaml")
+        if settings["sources"].keys() <= own.keys():
+            usual |= flatten_keys(settings, "data.")
+            text.append(preset)
+            own = {name: own[name] for name in own if name not in settings["sources"]}
+    text += own
+    return usual, "" if text == ["python"] else "+".join(text)
+
+
+@cache
+def _size_defaults(size: str) -> dict[str, Any]:
+    """The settings of `size=<size>`, or of the experiment that makes a size of this name."""
+    usual = flatten_keys(defaults(Config))
+    for group in ("experiment", "size"):
+        if size in choices(group):
+            own = flatten_keys(load_yaml(f"{group}/{size}.yaml"))
+            usual |= {key: value for key, value in own.items() if key in usual}
+    if recipe := recipe_of(size):
+        usual |= recipe.settings
+    return usual

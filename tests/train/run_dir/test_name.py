@@ -129,10 +129,10 @@ def test_a_run_with_a_name_of_an_earlier_version_is_found(step: int | None) -> N
 
 def test_a_sweep_with_names_of_an_earlier_version_is_found() -> None:
     old = directory_of(of_earlier_version(f"{TINY}-data_c4", "data=c4"), step=4)
-    default = directory_of(of_earlier_version(f"{TINY}-lr_0.005"), step=4)
+    default = directory_of(of_earlier_version(f"{TINY}-lr_0.003"), step=4)
     jobs = check(["data=c4,fineweb_edu"], multirun=True).jobs
     assert [job.run_dir for job in jobs] == [old, Path(f"runs/{TINY}-fineweb_edu")]
-    jobs = check(["optim.lr=1e-3,5e-3"], multirun=True).jobs
+    jobs = check(["optim.lr=1e-3,3e-3"], multirun=True).jobs
     assert [job.run_dir for job in jobs] == [Path(f"runs/{TINY}-lr_0.001"), default]
 
 

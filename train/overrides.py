@@ -1,0 +1,185 @@
+"""The overrides of a command line, `model.K=3` and `data=files`, and what is wrong with them."""
+
+import re
+import shlex
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, Transformer
+from hydra.errors import HydraException
+
+from conf.arguments import misread
+from conf.errors import Problem
+from conf.validation import did_you_mean, flatten_keys, keys, nearest
+from train.conf_files import choices, groups
+from train.config import SECTIONS, Config
+from train.run_dir.name import readable
+
+QUOTING = "a text with special characters needs quotes within quotes:"
+
+
+def parse_overrides(
+    texts: Iterable[str], other_keys: Sequence[str]
+) -> tuple[dict[str, Override], list[Problem | str]]:
+    """The overrides to give to Hydra, by their spelling, and what is wrong with the others."""
+    parser = OverridesParser.create()
+    parsed: dict[str, Override] = {}
+    words = Counter(choice for group in groups() for choice in choices(group))
+    alone = {c: group for group in groups() for c in choices(group) if words[c] == 1}
+    typed, problems = misread(texts, [*groups(), *other_keys, *keys(Config)], alone)
+    for text in typed:
+        try:
+            override = parser.parse_override(text)
+        except HydraException as error:
+            reason = str(error).partition("\n")[0]
+            expected = f"not key=value as Hydra reads it ({reason})"
+            problems.append(
+                Problem(repr(text), expected=expected, hint=f"{QUOTING} {_with_quotes(text)}")
+            )
+            continue
+        if found := _name_problems(override, other_keys):
+            problems += found
+        else:
+            spelling = _spelling(text, override)
+            parsed.pop(spelling, None)  # of equal overrides, too, the last one counts
+            parsed[spelling] = parser.parse_override(spelling)
+    # Of the choices of a group the last one counts, and a sweep would be left out without a word.
+    sweeps = [name for o in parsed.values() if o.key_or_group == "sweep" for name in chosen(o)]
+    if len(sweeps) > 1:
+        hint = "name one, and vary other settings by their values, as in optim.lr=1e-3,3e-3"
+        problems.append(Problem("sweep", ",".join(sweeps), "expected one sweep", hint))
+    return parsed, problems
+
+
+def _with_quotes(text: str) -> str:
+    """An override as it is typed in a shell, with its text, or each text of its list, in quotes.
+
+    >>> print(_with_quotes("data.sources.books.paths=[a (1).txt,b=2.txt]"))
+    'data.sources.books.paths=["a (1).txt","b=2.txt"]'
+    """
+    key, _, value = text.partition("=")
+    listed = re.fullmatch(r"\s*\[(.*)\]\s*", value, re.DOTALL)
+    if listed is None:
+        return shlex.quote(f"{key}={_hydra_quoted(value)}")
+    return shlex.quote(f"{key}=[{','.join(map(_hydra_quoted, listed[1].split(',')))}]")
+
+
+def as_list(text: str) -> str:
+    """An override with several values as one whose value is a list, as it is typed in a shell."""
+    key, _, value = text.partition("=")
+    return shlex.quote(f"{key}=[{value}]")
+
+
+def _hydra_quoted(text: str) -> str:
+    """A text in Hydra's quotes; one that has them already stays as it is."""
+    text = text.strip()
+    if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"":
+        return text
+    # Backslashes mean themselves, but not in front of a quote, nor of the closing one.
+    escaped = re.sub(r'(\\*)"', r'\1\1\\"', text)
+    escaped = re.sub(r"(\\+)$", r"\1\1", escaped)
+    return f'"{escaped}"'
+
+
+def _name_problems(override: Override, other_keys: Sequence[str]) -> list[Problem]:
+    """What is wrong with a group or its choice; keys of a section are left to `Config`."""
+    key = override.key_or_group
+    if is_hydras(override) or "." in key:
+        return []
+    names = groups()
+    if key not in names:
+        guess = did_you_mean(nearest(key, [*names, *other_keys, *keys(Config)]))
+        hint = guess or f"the groups are {', '.join(names)}"
+        unknown = Problem(key, expected="unknown group or key", hint=hint)
+        return [] if key in SECTIONS else [unknown]
+    options = choices(key)
+    expected = f"expected one of {', '.join(options)}"
+    # The choices are words that nobody quotes, so they are part of the key here.
+    return [
+        Problem(f"{key}={name}", expected=expected, hint=did_you_mean(nearest(name, options)))
+        for name in chosen(override)
+        if name not in options
+    ]
+
+
+def chosen(override: Override) -> list[str]:
+    """The choices that an override names; none if it sets the group's keys instead."""
+    sweep = override.is_sweep_override()
+    values = override.sweep_iterator(Transformer.identity) if sweep else [override.value()]
+    names = [name for value in values for name in (value if isinstance(value, list) else [value])]
+    return ["null" if name is None else str(name) for name in names if not isinstance(name, dict)]
+
+
+def is_hydras(override: Override) -> bool:
+    """Whether only Hydra has to understand an override: `hydra.verbose=true`, `~model.K`."""
+    return override.is_delete() or override.key_or_group.startswith(("hydra.", "hydra/"))
+
+
+def _spelling(text: str, override: Override) -> str:
+    """An override as Hydra gets it: groups without a plus, keys with two.
+
+    With two, Hydra also passes on keys that it does not know, and `Config` can report them all.
+    """
+    if is_hydras(override):
+        return text
+    plain, key = text.lstrip("+"), override.key_or_group
+    return plain if choices(key) and chosen(override) else f"++{plain}"
+
+
+def points_of(
+    parsed: Iterable[Override], params: Mapping[str, str] | None
+) -> tuple[list[list[str]], set[str]]:
+    """The overrides of each job, as Hydra's sweeper makes them, and the keys that differ."""
+    parser = OverridesParser.create()
+    both = parser.parse_overrides([f"{k}={v}" for k, v in (params or {}).items()])
+    both += parsed
+    [points] = BasicSweeper.split_arguments(both, max_batch_size=None)
+    return points, {o.key_or_group for o in both if o.is_sweep_override()}
+
+
+def _label(override: Override) -> str:
+    """An override as a part of a directory's name: `lr_0.001`."""
+    setting = override.key_or_group.rpartition(".")[2]
+    return readable(f"{setting}_{override.get_value_element_as_str()}")
+
+
+def labels(point: Iterable[str], swept: set[str]) -> dict[str, str]:
+    """What the names of a sweep's runs say of the settings that differ: `{"optim.lr": "lr_0.001"}`.
+
+    Args:
+        point: the overrides of one run.
+        swept: the keys that differ between the runs.
+    """
+    parsed = OverridesParser.create().parse_overrides(list(point))
+    return {o.key_or_group: _label(o) for o in parsed if o.key_or_group in swept}
+
+
+class Typed(NamedTuple):
+    """The settings that a job's overrides name.
+
+    Attributes:
+        varied: for each by its full name, whether the sweep varies it.
+        no_chunk: whether `model.chunk=null` is one of them.
+    """
+
+    varied: dict[str, bool]
+    no_chunk: bool
+
+    @classmethod
+    def of(cls, point: Iterable[str], swept: set[str]) -> "Typed":
+        """Those of a job's overrides, with the keys that differ between the jobs."""
+        varied: dict[str, bool] = {}
+        values: dict[str, Any] = {}
+        for override in OverridesParser.create().parse_overrides(list(point)):
+            if not is_hydras(override):
+                key = override.key_or_group
+                named = flatten_keys({key: override.value()})
+                values |= named
+                varied |= dict.fromkeys(named, key in swept)
+        no_chunk = values.get("model.chunk", "") is None
+        if no_chunk:
+            del varied["model.chunk"]  # every variant may be asked for no chunk
+        return cls(varied, no_chunk)
