@@ -21,7 +21,6 @@ def check_inputs(config: Config) -> None:
     from data.sources.documents import open_corpus
     from data.storage.shard_cache import ShardCache
     from data.tokenizer_training import given_tokenizer
-    from train.hf.pretrained import check_directory
 
     problems: list[Problem | str] = []
     cache = ShardCache(config.data.cache, config.data.remote)
@@ -40,6 +39,8 @@ def check_inputs(config: Config) -> None:
     if problems:
         raise ConfigError(problems)
     if config.run.start_from is not None and not _has_tokenizer(config):
+        from train.hf.pretrained import check_directory  # needs torch, which takes seconds
+
         check_directory(Path(config.run.start_from).expanduser())
 
 

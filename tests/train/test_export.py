@@ -316,6 +316,13 @@ def long_documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(autouse=True)
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed leaves variables in this process that make accelerate wait for other ranks."""
+    for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+
+
 def harness(out: Path, **given: Any) -> Any:
     """lm-evaluation-harness's model of an exported directory, with its defaults."""
     models = pytest.importorskip("lm_eval.models.huggingface", reason="needs lm-eval")

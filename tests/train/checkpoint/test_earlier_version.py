@@ -13,7 +13,10 @@ from train.engines.device import choose_device
 EARLIER = Path(__file__).with_name("run_of_0_1")
 
 # The settings of that run, beside those of every small run.
-SETTINGS = ("model=phd_cswa", "model.K=3", "model.copy_embedding=true", "schedule=constant")
+SETTINGS = (
+    *("model=phd_cswa", "model.K=3", "model.copy_embedding=true", "schedule=constant"),
+    *("optim.lr=5e-3", "hooks.sample.prompt='def '"),  # the defaults of its time
+)
 
 
 @pytest.fixture
