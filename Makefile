@@ -29,7 +29,7 @@ PYTEST := OMP_NUM_THREADS=1 PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pyt
 help:
 	@echo "make train        create $(VENV), install what training needs, pretrain the default model (ARGS=\"model=phd_swa\" overrides)"
 	@echo "make test         install the rest, lint, check types, run all tests (TESTS=tests/phd: some of them)"
-	@echo "make fast         the same, without tests that start processes, compile or take long: two minutes"
+	@echo "make fast         the same, without tests that start processes, compile or take long: two to three minutes"
 	@echo "make check        install the rest, lint, check types"
 	@echo "make soak-data    CASES=500 SEED=0: random corpora, kills and changes of ranks: the same rows always"
 	@echo "make soak-faults  KILLS=20 SIGNALS=50 SEED=0: killed ranks and machines: the same run always"
