@@ -73,9 +73,10 @@ class Backoff:
         left_s = self.limit_s - self.waited_s
         if left_s <= 0:
             return False
-        # Never beyond the limit: the last try comes when the time is just up.
-        longest_s = min(MAX_PAUSE_S, left_s, FIRST_PAUSE_S * 2.0 ** (self.failures - 1))
-        time.sleep(SystemRandom().uniform(0, longest_s))
+        longest_s = min(MAX_PAUSE_S, FIRST_PAUSE_S * 2.0 ** (self.failures - 1))
+        # Never beyond the limit: the last try comes when the time is just up. The drawn time is cut
+        # and not the range, or the tries would come ever more densely towards the end.
+        time.sleep(min(left_s, SystemRandom().uniform(0, longest_s)))
         return True
 
 
