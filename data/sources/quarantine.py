@@ -9,7 +9,7 @@ from threading import Lock
 from conf.errors import DataError, reason_of
 from conf.redaction import redacted
 from data.source import BadRecord
-from data.storage.atomic import flush_to_disk, write_atomic
+from data.storage.atomic import write_atomic
 
 TOLERATED = 20
 """Bad records that never stop a run, unless none are allowed: a rate of so few means little."""
@@ -95,8 +95,7 @@ class Quarantine:
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with self._path.open("ab") as file:
-                file.write(lines.encode())
-                flush_to_disk(file)
+                file.write(lines.encode())  # no flush to the disk: all readers wait for the lock
             self.write_error = None
         except OSError as error:
             self.write_error = f"{self._path} is not written: {reason_of(error)}"

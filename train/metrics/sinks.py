@@ -119,14 +119,17 @@ class MetricsFile:
 
 
 def _append(path: Path, line: bytes) -> None:
-    """Append a complete line to a file. On an OSError nothing of it remains."""
+    """Append a complete line to a file. On an OSError nothing of it remains.
+
+    Not flushed to the disk: the training waits here, and a busy file server takes seconds for it.
+    What a loss of power takes is told on resume.
+    """
     with path.open("ab", buffering=0) as file:
         size = file.tell()
         try:
             # A nearly full disk takes the first bytes of a line, and refuses the rest then.
             while line:
                 line = line[file.write(line) :]
-            os.fsync(file.fileno())
         except OSError:
             file.truncate(size)
             raise

@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 from threading import Thread
 
@@ -136,3 +137,14 @@ def test_lines_that_were_not_written_here_are_skipped(tmp_path: Path) -> None:
     quarantine = Quarantine(1.0)
     quarantine.write_to(path)
     assert list(quarantine.bad_records) == ["a.jsonl@1"]
+
+
+def test_readers_do_not_wait_for_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quarantine = Quarantine(1.0)
+    quarantine.write_to(tmp_path / "quarantine.jsonl")
+    flushed: list[int] = []
+    monkeypatch.setattr(os, "fsync", flushed.append)
+    for number in range(3):
+        quarantine.add(BadRecord("empty", f"a@{number}"))
+    assert flushed == []
+    assert len((tmp_path / "quarantine.jsonl").read_text().splitlines()) == 3

@@ -496,6 +496,17 @@ def test_lost_lines_are_told(
     assert [line["step"] for line in lines_of(path)] == [x for x in lines if isinstance(x, int)]
 
 
+def test_the_training_does_not_wait_for_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = MetricsFile(tmp_path / "metrics.jsonl", 0, Console(file=io.StringIO()))
+    flushed: list[int] = []
+    monkeypatch.setattr(os, "fsync", flushed.append)
+    file.write(1, {"train/loss": 1.0})
+    assert flushed == []
+    assert json.loads(file.path.read_text())["train/loss"] == 1.0
+
+
 OFFLINE = """
 import sys
 from rich.console import Console
