@@ -93,26 +93,7 @@ def run(
         other_keys: as of `check`.
         problems: found already, and reported with those of the configuration.
     """
-    guard_standard_streams()
-    use_writable_caches()
-    arguments = _arguments()
-    flags = [argument for argument in sys.argv[1:] if argument not in arguments.overrides]
-    try:
-        checkout.claim()
-        if (answer := _completion(sys.argv[1:])) is not None:
-            print(answer)
-            sys.exit(0)
-        if arguments.help or arguments.explain is not None:
-            print(_page(arguments))
-            sys.exit(0)
-        found = list(problems)
-        with collecting(found):
-            command = check(arguments.overrides, multirun=arguments.multirun, other_keys=other_keys)
-        if found:
-            raise ConfigError(found)
-    except ConfigError as error:
-        _refuse(error)
-
+    command = _checked_or_answered(other_keys, problems)
     sweep = Sweep(len(command.jobs))
     crashes: list[Exception] = []
 
@@ -139,7 +120,6 @@ def run(
         if code:
             sys.exit(code)
 
-    sys.argv[1:] = [*flags, *command.overrides]
     if DistEnv.from_environment().rank:  # only rank 0 writes Hydra's multirun.yaml
         sys.argv.append(f"hydra.sweep.dir={mkdtemp()}")
     try:
@@ -149,6 +129,34 @@ def run(
     if crashes:
         raise crashes[0]
     sys.exit(sweep.code)
+
+
+def _checked_or_answered(other_keys: Iterable[str], problems: Iterable[Problem | str]) -> Command:
+    """This process's command line, for Hydra in `sys.argv`; the arguments are those of `run`.
+
+    A question such as `--help`, and a wrong configuration, end the process here.
+    """
+    guard_standard_streams()
+    use_writable_caches()
+    arguments = _arguments()
+    flags = [argument for argument in sys.argv[1:] if argument not in arguments.overrides]
+    try:
+        checkout.claim()
+        if (answer := _completion(sys.argv[1:])) is not None:
+            print(answer)
+            sys.exit(0)
+        if arguments.help or arguments.explain is not None:
+            print(_page(arguments))
+            sys.exit(0)
+        found = list(problems)
+        with collecting(found):
+            command = check(arguments.overrides, multirun=arguments.multirun, other_keys=other_keys)
+        if found:
+            raise ConfigError(found)
+    except ConfigError as error:
+        _refuse(error)
+    sys.argv[1:] = [*flags, *command.overrides]
+    return command
 
 
 def own_overrides() -> list[str]:

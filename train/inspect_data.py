@@ -30,9 +30,8 @@ from data.sources.documents import Documents, is_held_out
 from data.sources.quarantine import Quarantine
 from data.stream import BY_DOCUMENTS, BatchShape, TokenStream
 from data.tokenizer import Tokenizer
-from data.tokenizer_training import prepare_tokenizer
 from train.config import Config
-from train.hf.pretrained import tokenizer_of_weights
+from train.hf.pretrained import tokenizer_of_new_run
 
 READ_S = 10.0
 """Seconds for which each source is read to count its documents."""
@@ -163,12 +162,7 @@ def main(config: Config) -> int:
     documents = Documents(config.data)
     for remark in documents.remarks:
         console.print(remark, markup=False)
-    tokenizer = prepare_tokenizer(
-        config.tokenizer,
-        documents,
-        vocab_size=config.model.vocab_size,
-        of_weights=tokenizer_of_weights(config.run.start_from, console),
-    )
+    tokenizer = tokenizer_of_new_run(config, documents, console)
     # The tokenizer may have been trained on some of the records, which are counted from here on.
     quarantine = documents.quarantine = Quarantine(config.data.max_quarantined)
     for name in config.data.sources:

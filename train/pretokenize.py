@@ -55,11 +55,10 @@ from data.sources.token_files import (
     write_shard,
 )
 from data.tokenizer import Tokenizer
-from data.tokenizer_training import prepare_tokenizer
 from train.arguments import PretokenizeArguments
 from train.config import Config
 from train.console import progress_bar
-from train.hf.pretrained import tokenizer_of_weights
+from train.hf.pretrained import tokenizer_of_new_run
 
 T = TypeVar("T")
 REFRESH_S = 0.5
@@ -94,12 +93,7 @@ def pretokenize(args: PretokenizeArguments, config: Config, console: Console) ->
     documents = Documents(config.data)
     for remark in documents.remarks:
         console.print(remark, markup=False)
-    tokenizer = prepare_tokenizer(
-        config.tokenizer,
-        documents,
-        vocab_size=config.model.vocab_size,
-        of_weights=tokenizer_of_weights(config.run.start_from, console),
-    )
+    tokenizer = tokenizer_of_new_run(config, documents, console)
     written = {}
     for name, source in config.data.sources.items():
         # The shards do not depend on the mixture, so each source is read alone, at weight 1.

@@ -1,6 +1,5 @@
 """How long a run takes: its FLOPs over a speed that was given, measured or assumed."""
 
-import json
 from itertools import pairwise
 from math import inf
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any, NamedTuple
 
 from conf.errors import ConfigError, Problem
 from conf.wording import plural
+from train.metrics.sinks import read_line
 
 PER_DEVICE, MFU = "throughput/tokens_per_s_per_device", "throughput/mfu"
 FLOPS, TOKENS = "progress/train_flops", "progress/tokens"
@@ -95,7 +95,7 @@ def measure(metrics: Path) -> Measured | None:
         text = metrics.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return None
-    lines = [*filter(_has_speed, map(_json, text.splitlines()))]
+    lines = [line for line in map(read_line, text.splitlines()) if line and _has_speed(line)]
     # FLOPs of a token are what they have grown by since the line before.
     start = {FLOPS: 0.0, TOKENS: 0}
     pairs = [*pairwise([start, *lines])]
@@ -116,12 +116,3 @@ def _has_speed(line: dict[str, Any]) -> bool:
 
 def _is_above_zero(value: Any) -> bool:
     return isinstance(value, int | float) and 0 < value < inf
-
-
-def _json(line: str) -> dict[str, Any]:
-    """A line of `metrics.jsonl`; empty where a crash has cut it."""
-    try:
-        found = json.loads(line)
-    except json.JSONDecodeError:
-        return {}
-    return found if isinstance(found, dict) else {}

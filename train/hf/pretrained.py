@@ -11,10 +11,12 @@ from torch import Tensor
 from conf.errors import ConfigError, DataError, Problem, reason_of
 from conf.extras import pip_command
 from conf.text import read_text
+from data.sources.documents import Documents
 from data.tokenizer import Tokenizer
-from data.tokenizer_training import TokenizerOfWeights
+from data.tokenizer_training import TokenizerOfWeights, prepare_tokenizer
 from phd.config import ModelConfig
 from phd.hf.convert import from_hugging_face, starting_state, to_hugging_face
+from train.config import Config
 from train.console import warn
 
 CONFIG = "config.json"
@@ -116,6 +118,21 @@ def tokenizer_of_weights(start_from: str | None, console: Console) -> TokenizerO
         "with the tokenizer of this run; if they were not, they are no better than random ones",
     )
     return None
+
+
+def tokenizer_of_new_run(config: Config, documents: Documents, console: Console) -> Tokenizer:
+    """The tokenizer that a new run with this configuration has.
+
+    Raises:
+        ConfigError, DataError: as `data.tokenizer_training.prepare_tokenizer`, and as
+            `tokenizer_of_weights`.
+    """
+    return prepare_tokenizer(
+        config.tokenizer,
+        documents,
+        vocab_size=config.model.vocab_size,
+        of_weights=tokenizer_of_weights(config.run.start_from, console),
+    )
 
 
 def save_pretrained(path: Path, config: ModelConfig, state: dict[str, Tensor]) -> None:
