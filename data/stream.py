@@ -9,7 +9,6 @@ rank owns the lanes rank::world_size. So the same rows are read however many ran
 """
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from itertools import cycle, repeat
 from math import inf
@@ -22,7 +21,7 @@ from data.batch import Cursors
 from data.fingerprint import MIXTURE, check_fingerprint
 from data.mixture import Lane, LaneCursor
 from data.packing import PADDING, Row, pack, pack_best_fit
-from data.sources.documents import Documents, NoTrainingDocumentsError
+from data.sources.documents import Documents
 from data.tokenizer import Tokenizer
 
 BY_DOCUMENTS = "its lanes are cut by documents, because in equal bytes some would have none"
@@ -135,7 +134,7 @@ class TokenStream:
         return check_fingerprint(saved, self.fingerprint, tokens_read)
 
     def empty_lanes(self) -> set[str]:
-        """The sources of which a lane of this rank has nothing to train on.
+        """The sources, of all phases, of which a lane of this rank has nothing to train on.
 
         Those whose lanes were read before are left out: they stay as they are.
 
@@ -147,23 +146,35 @@ class TokenStream:
         return {
             name
             for name in used - self._read_before - set(self.documents.lane_starts)
-            if not all(self.documents.has_training_documents(name, n) for n in set(self.lanes))
+            if not all(self._has_text(name, lane) for lane in sorted(set(self.lanes)))
         }
 
-    def cut_by_documents(self, name: str) -> list[Any] | None:
+    def _has_text(self, name: str, lane: int) -> bool:
+        # What only a later phase reads would be held open until then.
+        at_once = not self._start and self.documents.config.mixture[0][1][name] > 0
+        return self.documents.has_training_documents(name, lane, keep=at_once)
+
+    def cut_by_documents(self, name: str) -> list[Any]:
         """Where the lanes of a source begin if it is cut by documents, so that none is empty.
 
         Returns:
-            a JSON value for `Documents.set_lane_starts`; None if only a later phase needs the
-            source and it has too few documents, which `check_later_phases` tells.
+            a JSON value for `Documents.set_lane_starts`.
 
         Raises:
             DataError: it has fewer documents than lanes.
         """
         starts = self.documents.cut_by_documents(name)
-        if starts is None and self.documents.config.mixture[0][1][name]:
-            raise self.documents.no_training_documents(name)
-        return starts
+        if starts is not None:
+            return starts
+        error = self.documents.no_training_documents(name)
+        if self.documents.config.mixture[0][1][name]:
+            raise error
+        # A run that goes on cannot change its lanes.
+        lanes = "" if self._start else "lower data.lanes, "
+        raise DataError(
+            f"data.phases give data.sources.{name} a weight later in the run, but {error.why}. "
+            f"Now {lanes}add documents to it, or leave it out of data.phases"
+        )
 
     def _tokens_read(self) -> float:
         """The token of the run up to which the cursors' lanes have read; inf if it is not known."""
@@ -173,35 +184,6 @@ class TokenStream:
             return inf  # checkpoints of the first versions do not say how far a group reaches
         tokens = max((cursor.tokens + cursor.ahead for cursor in cursors), default=0)
         return tokens * self.documents.config.lanes
-
-    def check_later_phases(self) -> None:
-        """Make sure that this rank's lanes have text of the sources that only later phases read.
-
-        The sources of the present phase are read for the first batch.
-
-        Raises:
-            DataError: a lane has none, or a source is damaged.
-            TransientError: a source cannot be read at present.
-        """
-        for lane in sorted(set(self.lanes)):
-            cursor = self._start_of(lane)
-            now, *later = (weights for _, weights in self.documents.config.mixture[cursor.phase :])
-            for name, state in cursor.sources.items():
-                if not now[name] and any(phase[name] for phase in later) and not state.tokens:
-                    self._check_has_text(name, lane)
-
-    def _check_has_text(self, name: str, lane: int) -> None:
-        training = self.documents.training(name, lane)
-        try:
-            with closing(training):
-                next(training)
-        except NoTrainingDocumentsError as error:
-            # A run that goes on cannot change its lanes.
-            lanes = "" if self._start else "lower data.lanes, "
-            raise DataError(
-                f"data.phases give data.sources.{name} a weight later in the run, but {error.why}. "
-                f"Now {lanes}add documents to it, or leave it out of data.phases"
-            ) from error
 
     def _start_of(self, lane: int) -> LaneCursor:
         # Cursors of all lanes are in the checkpoint; this rank takes those of its own.

@@ -172,10 +172,8 @@ def main(config: Config) -> int:
     shape = BatchShape(global_batch=config.train.global_batch, seq_len=config.train.seq_len)
     stream = TokenStream(documents, tokenizer, shape, seed=config.seed)
     for name in sorted(stream.empty_lanes()):
-        if (starts := stream.cut_by_documents(name)) is not None:
-            documents.set_lane_starts(name, starts)
-            console.print(f"data.sources.{name}: {BY_DOCUMENTS}", markup=False)
-    stream.check_later_phases()
+        documents.set_lane_starts(name, stream.cut_by_documents(name))
+        console.print(f"data.sources.{name}: {BY_DOCUMENTS}", markup=False)
     # The quarantine was counted before: the loader reads the same records again.
     speed, batch = loading_speed(stream, config, MEASURE_S)
     console.print(

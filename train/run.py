@@ -352,7 +352,6 @@ def _stream(
         for line in stream.check_resumes(checkpoint.state["stream"]):
             warn(console, f"changed since then: {line}")
     _fill_lanes(stream, groups, console)
-    raise_on_all_ranks(groups, stream.check_later_phases)
     return stream
 
 
@@ -365,9 +364,9 @@ def _fill_lanes(stream: TokenStream, groups: ProcessGroups, console: Console) ->
             return stream.cut_by_documents(name) if groups.is_rank_zero else None
 
         starts = groups.broadcast(raise_on_all_ranks(groups, cut))
-        if starts is not None:
-            stream.documents.set_lane_starts(name, starts)
-            console.print(f"data.sources.{name}: {BY_DOCUMENTS}", markup=False)
+        assert starts is not None
+        stream.documents.set_lane_starts(name, starts)
+        console.print(f"data.sources.{name}: {BY_DOCUMENTS}", markup=False)
 
 
 def _write_quarantine(documents: Documents, directory: Path, groups: ProcessGroups) -> None:

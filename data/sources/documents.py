@@ -171,19 +171,22 @@ class Documents:
             return BadRecord("empty", origin)
         return xxh3_64_intdigest(encoded)
 
-    def has_training_documents(self, name: str, lane: int) -> bool:
+    def has_training_documents(self, name: str, lane: int, *, keep: bool) -> bool:
         """Whether a lane finds a document of a source to train on.
 
-        What is read for it is not read again: the lane's first pass goes on from there.
+        Args:
+            keep: what is read for it is not read again: the lane's first pass goes on from there.
 
         Raises:
             DataError, TransientError: as `valid_records`.
         """
         documents = self._training(name, lane, None)
-        if (first := next(documents, None)) is None:
-            return False
-        self._begun[name, lane] = chain([first], documents)
-        return True
+        first = next(documents, None)
+        if keep and first is not None:
+            self._begun[name, lane] = chain([first], documents)
+        else:
+            documents.close()
+        return first is not None
 
     def cut_by_documents(self, name: str) -> list[Position] | None:
         """Where a source's lanes begin if each gets training documents; reads all of the source.
@@ -232,7 +235,7 @@ class Documents:
             if record.after == end:
                 return
 
-    def _training(self, name: str, lane: int, position: Position) -> Iterator[TrainingDocument]:
+    def _training(self, name: str, lane: int, position: Position) -> Generator[TrainingDocument]:
         for document, digest, after in self._lane_records(name, lane, position):
             if not is_held_out(digest, self.config.holdout):
                 yield document, after
