@@ -2,6 +2,8 @@
 end while the others have nothing to do. `make fast` leaves them out."""
 
 import signal
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -66,3 +68,11 @@ def pytest_configure() -> None:
     """
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture
+def streams_as_they_were() -> Iterator[None]:
+    """Puts the standard streams back that a test has replaced."""
+    before = sys.stdin, sys.stdout, sys.stderr
+    yield
+    sys.stdin, sys.stdout, sys.stderr = before

@@ -2,7 +2,6 @@
 
 import json
 import sys
-from collections.abc import Iterator
 
 import pytest
 
@@ -107,13 +106,6 @@ def test_secrets_of_the_environment_and_the_command_line_are_not_printed() -> No
     assert masked(text) == "*** *** *** *** '***'"
     kept = "12345678 /home/me/.ssh/key on /home/me"
     assert masked(kept) == kept
-
-
-@pytest.fixture
-def streams_as_they_were() -> Iterator[None]:
-    before = sys.stdin, sys.stdout, sys.stderr
-    yield
-    sys.stdin, sys.stdout, sys.stderr = before
 
 
 @pytest.mark.usefixtures("streams_as_they_were")

@@ -4,21 +4,15 @@ import io
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from conf.standard_streams import LossyStream, guard_standard_streams, reader_is_gone
 
+pytestmark = pytest.mark.usefixtures("streams_as_they_were")
 REPOSITORY = Path(__file__).parents[2]
-
-
-@pytest.fixture(autouse=True)
-def streams_as_they_were() -> Iterator[None]:
-    before = sys.stdin, sys.stdout, sys.stderr
-    yield
-    sys.stdin, sys.stdout, sys.stderr = before
 
 
 def to(descriptor: int, encoding: str = "utf-8", *, buffered: bool = True) -> None:

@@ -11,24 +11,13 @@ import pytest
 from conf import arguments
 from conf.standard_streams import LossyStream, guard_standard_streams
 from launch import __main__ as launch
+from tests.conf.test_standard_streams import pipe_without_reader
 from train import bench, compose, generate, main, tokenizer
 from train.arguments import BenchArguments, GenerateArguments, TokenizerArguments
 from train.checkpoint.store import CheckpointStore
 
+pytestmark = pytest.mark.usefixtures("streams_as_they_were")
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(autouse=True)
-def streams_as_they_were() -> Iterator[None]:
-    before = sys.stdin, sys.stdout, sys.stderr
-    yield
-    sys.stdin, sys.stdout, sys.stderr = before
-
-
-def pipe_without_reader() -> int:
-    read, write = os.pipe()
-    os.close(read)
-    return write
 
 
 def full_disk() -> int:
