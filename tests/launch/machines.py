@@ -135,12 +135,6 @@ def wait_for(true: Callable[[], bool], what: str) -> None:
         time.sleep(0.02)
 
 
-def runs(pid: int) -> bool:
-    """Whether a process runs; a zombie does not."""
-    status = Path(f"/proc/{pid}/status")
-    return status.exists() and "State:\tZ" not in status.read_text()
-
-
 def listens(port: int) -> bool:
     """Whether a process listens at a port of this machine."""
     tables = [Path("/proc/net/tcp"), Path("/proc/net/tcp6")]

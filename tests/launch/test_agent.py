@@ -17,7 +17,8 @@ import pytest
 
 from launch.agent import SignalForwarder
 from launch.config import Local, Nodes
-from tests.launch.machines import WORKER, Machines, runs, wait_for
+from tests.launch.machines import WORKER, Machines, wait_for
+from tests.launch.worker import runs
 from tests.patience import PATIENCE_S
 
 pytestmark = pytest.mark.process

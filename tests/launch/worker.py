@@ -20,8 +20,6 @@ import sys
 import time
 from pathlib import Path
 
-DEAD_S = 1.0  # without a sign of life, after which a rank counts as dead
-
 
 def main(directory: Path, options: list[str]) -> None:
     rank, world_size = os.environ["RANK"], int(os.environ["WORLD_SIZE"])
@@ -41,27 +39,28 @@ def main(directory: Path, options: list[str]) -> None:
     if "talk" in options:
         print(f"rank {rank} on stdout", flush=True)
         print(f"rank {rank} on stderr", file=sys.stderr, flush=True)
-    # Every start has a port of its own, so the signs of life of an earlier start are not seen.
-    life = directory / f"life_{os.environ['MASTER_PORT']}"
-    life.mkdir(exist_ok=True)
+    # Every start has a port of its own, so the processes of an earlier start are not seen.
+    start = directory / f"start_{os.environ['MASTER_PORT']}"
+    start.mkdir(exist_ok=True)
+    started = start / f"{rank}_{os.getpid()}"
+    started.touch()
 
     def leave(code: int) -> None:
-        (life / rank).unlink()  # so that it does not count as dead
+        started.unlink()  # so that it does not count as dead
         sys.exit(code)
 
     while True:
-        (life / rank).touch()
-        now = time.time()
-        alive = [file for file in life.iterdir() if file.name != "stop"]
-        if len(alive) == world_size and any(now - f.stat().st_mtime > DEAD_S for f in alive):
+        # By their state, and not by signs of life: a busy machine may keep a process from running.
+        ranks = list(start.glob("*_*"))
+        if len(ranks) == world_size and any(map(is_dead, ranks)):
             raise RuntimeError("Connection closed by peer")
         if (fault := directory / f"raise_{rank}").exists():
             raise ValueError(fault.read_text())
         for file in (directory / "exit", directory / f"exit_{rank}"):
             if file.exists() and (code := file.read_text()):
                 leave(int(code))
-        if "deaf" not in options and (received or (life / "stop").exists()):
-            (life / "stop").mkdir(exist_ok=True)
+        if "deaf" not in options and (received or (start / "stop").exists()):
+            (start / "stop").mkdir(exist_ok=True)
             log_line(f"received {' '.join(each.name for each in received)}".strip())
             time.sleep(sum(seconds))
             log_line(f"saved {' '.join(each.name for each in received)}".strip())
@@ -70,6 +69,19 @@ def main(directory: Path, options: list[str]) -> None:
             with (directory / "deaf_turns").open("ab") as turns:
                 turns.write(b".")
         time.sleep(0.02)
+
+
+def runs(pid: int) -> bool:
+    """Whether a process of this machine runs; a zombie does not."""
+    try:
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def is_dead(started: Path) -> bool:
+    """Whether the rank with this file has ended without leaving: one that leaves removes it."""
+    return not runs(int(started.name.partition("_")[2])) and started.exists()
 
 
 if __name__ == "__main__":
