@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import pytest
 
+from tests.patience import PATIENCE_S
+
 ROOT = Path(__file__).parents[2]
 FILE = ROOT / "launch" / "Dockerfile"
 
@@ -102,7 +104,7 @@ class Image:
             stdout=subprocess.PIPE,
             text=True,
             check=True,
-            timeout=60,
+            timeout=PATIENCE_S,
         )
         return done.stdout
 

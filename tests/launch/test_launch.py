@@ -14,6 +14,7 @@ from conf.errors import ConfigError
 from launch.__main__ import describe, main, read_command
 from launch.config import Check, Kubernetes, Nodes, Slurm, passed_on
 from tests.launch.machines import WORKER, free_port
+from tests.patience import PATIENCE_S
 from train.compose import check
 
 ROOT = Path(__file__).parents[2]
@@ -324,7 +325,7 @@ def test_the_command_line_runs_and_ends_as_its_processes_do(tmp_path: Path) -> N
     address = f"address=127.0.0.1:{free_port()}"
     settings = ["nodes", address, "processes=2", "local_address=127.0.0.1", f"script={WORKER}"]
     command = [sys.executable, "-m", "launch", *settings, str(tmp_path)]
-    assert subprocess.run(command, cwd=ROOT, check=False, timeout=60).returncode == 75
+    assert subprocess.run(command, cwd=ROOT, check=False, timeout=PATIENCE_S).returncode == 75
     assert {line[:3] for line in (tmp_path / "log").read_text().splitlines()} <= {"0/2", "1/2"}
     wrong = [sys.executable, "-m", "launch", "local", "model=nothing"]
     assert subprocess.run(wrong, cwd=ROOT, check=False, capture_output=True).returncode == 2

@@ -19,6 +19,7 @@ import torch
 from launch.config import Check
 from launch.preflight import CODE, ROOT, Probe, code_hash, look_around, pairs
 from tests.launch.machines import QUICK, Machines, listens, wait_for
+from tests.patience import PATIENCE_S
 
 FIRST, SECOND = "127.0.0.1", "127.0.0.2"
 # What sitecustomize.py does to the processes of one machine, as Python starts.
@@ -94,7 +95,7 @@ def test_every_fault_is_found_on_the_machine_that_has_it(
         stdout=subprocess.PIPE,
         text=True,
         check=False,
-        timeout=100,
+        timeout=PATIENCE_S,
     )
     assert [machines.exit_code(), second.returncode] == [1, 1]
     found = findings(machines.stdout() + second.stdout)

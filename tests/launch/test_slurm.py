@@ -17,6 +17,7 @@ import pytest
 from launch.config import Slurm
 from launch.slurm import render
 from tests.launch.machines import WORKER, wait_for
+from tests.patience import PATIENCE_S
 
 HOSTILE = [
     "optim.lr=1e-3,3e-3",
@@ -108,7 +109,7 @@ class Cluster:
         """Runs a job to its end, with a shell command in place of the agent."""
         python = self.tool("python", f"#!/bin/bash\n{command}\n")
         script = render(Slurm(python=str(python), **settings), [], [Path("run")])
-        return self.job(script, state).wait(30)
+        return self.job(script, state).wait(PATIENCE_S)
 
     @property
     def requeued(self) -> int:
@@ -176,7 +177,7 @@ def test_arguments_arrive_as_they_were_given(cluster: Cluster) -> None:
     tell = 'printf "%s\\n" "$@" >told'
     python = cluster.tool("python", f"#!/bin/bash\n{tell}\n")
     settings = Slurm(python=str(python), nodes=2, max_restarts=5, processes=4)
-    assert cluster.job(render(settings, HOSTILE, [])).wait(30) == 0
+    assert cluster.job(render(settings, HOSTILE, [])).wait(PATIENCE_S) == 0
     assert (cluster.directory / "told").read_text().splitlines() == [
         *("-m", "launch", "nodes", "address=127.0.0.1:20007", "id=7"),
         "rank_log=logs/phd-7/rank_%t.log",
@@ -231,7 +232,7 @@ def test_a_signal_reaches_the_processes_which_save_and_the_job_goes_on(
     wait_for(lambda: log.exists() and "0/1 started" in log.read_text(), "the start of the worker")
     (cluster.directory / "saves" / "step_1").mkdir(parents=True)
     job.send_signal(signal.Signals[sent])
-    assert job.wait(60) == 75
+    assert job.wait(PATIENCE_S) == 75
     assert f"0/1 saved {sent}" in log.read_text()
     assert cluster.requeued == 1
 
@@ -240,7 +241,7 @@ def test_a_signal_reaches_the_processes_which_save_and_the_job_goes_on(
 def test_the_job_makes_the_folders_of_its_logs(cluster: Cluster) -> None:
     settings = {"logs": f"{cluster.directory}/deep/logs", "rank_log": "ranks/%x/%j/%t"}
     python = cluster.tool("python", "#!/bin/bash\n")
-    assert cluster.job(render(Slurm(python=str(python), **settings), [], [])).wait(30) == 0
+    assert cluster.job(render(Slurm(python=str(python), **settings), [], [])).wait(PATIENCE_S) == 0
     assert (cluster.directory / "deep/logs").is_dir()
     assert (cluster.directory / "ranks/phd/7").is_dir()
 
@@ -257,7 +258,11 @@ def test_a_script_that_is_run_by_hand_makes_the_folder_and_submits_itself(
     cluster.tool("sbatch", f'#!/bin/bash\ntest -d {where}/logs && echo "$1" >submitted\n')
     path = f"{cluster.directory / 'bin'}:{os.environ['PATH']}"
     subprocess.run(
-        ["bash", str(script)], cwd=cluster.directory, env={"PATH": path}, check=True, timeout=30
+        ["bash", str(script)],
+        cwd=cluster.directory,
+        env={"PATH": path},
+        check=True,
+        timeout=PATIENCE_S,
     )
     assert (cluster.directory / "submitted").read_text() == f"{script}\n"
 
@@ -269,7 +274,7 @@ def test_each_rank_gets_a_log_and_the_variables_that_were_given(cluster: Cluster
     (cluster.directory / "exit").write_text("0")
     arguments = [str(cluster.directory), "talk", "tell=GREETING", "tell=NCCL_DEBUG"]
     job = cluster.job(render(config, arguments, []))
-    assert job.wait(60) == 0
+    assert job.wait(PATIENCE_S) == 0
     log = (cluster.directory / "log").read_text()
     for rank in (0, 1):
         assert f"{rank}/2 GREETING={given['GREETING']}\n" in log
@@ -289,7 +294,7 @@ def test_every_machine_activates_the_environment(cluster: Cluster) -> None:
     python.chmod(0o755)
     (venv / "bin/activate").write_text(f'PATH="{venv}/bin:$PATH"\n')
     config = Slurm(venv=str(venv), node_setup="export NAME=node")
-    assert cluster.job(render(config, [], [])).wait(30) == 0
+    assert cluster.job(render(config, [], [])).wait(PATIENCE_S) == 0
     told = (cluster.directory / "told").read_text()
     assert told == f"node: {python} -m launch nodes\n"
 
@@ -302,7 +307,7 @@ def test_conda_is_activated_in_a_shell_that_does_not_know_it(cluster: Cluster) -
     )
     cluster.tool("python", '#!/bin/bash\necho "$ACTIVE" >told\n')
     script = f"export CONDA_EXE={conda}\n" + render(Slurm(conda="my env"), [], [])
-    assert cluster.job(script).wait(30) == 0
+    assert cluster.job(script).wait(PATIENCE_S) == 0
     assert (cluster.directory / "told").read_text() == "activate my env\n"
 
 
@@ -314,7 +319,7 @@ def test_a_machine_whose_set_up_fails_is_named_and_trains_nothing(
     python = cluster.tool("python", "#!/bin/bash\ntouch trained\n")
     script = render(Slurm(python=str(python), node_setup=f"{lines}\ntrue"), [], [])
     job = cluster.job(script, stderr=subprocess.PIPE)
-    _, errors = job.communicate(timeout=30)
+    _, errors = job.communicate(timeout=PATIENCE_S)
     assert job.returncode not in (0, 75)
     assert f"failed on {socket.gethostname()}" in errors
     assert not (cluster.directory / "trained").exists()
@@ -325,7 +330,7 @@ def test_apptainer_runs_the_agent_in_the_image(cluster: Cluster) -> None:
     cluster.tool("apptainer", '#!/bin/bash\nprintf "%s\\n" "${@:1:7}" >options\n"${@:8}"\n')
     cluster.tool("python", '#!/bin/bash\nprintf "%s\\n" "$@" >told\n')
     config = Slurm(container="i.sif", runtime="apptainer", mounts="/data:/data")
-    assert cluster.job(render(config, HOSTILE, [])).wait(30) == 0
+    assert cluster.job(render(config, HOSTILE, [])).wait(PATIENCE_S) == 0
     here = cluster.directory
     assert (here / "options").read_text().splitlines() == [
         *("exec", "--nv", "--pwd", str(here), "--bind", f"{here}:{here},/data:/data", "i.sif"),

@@ -30,7 +30,7 @@ class Cluster:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         meeting = [f"address=127.0.0.1:{port}", "local_address=127.0.0.1", "nodes=2"]
-        haste = ["join_s=60", "heartbeat_s=2", "last_call_s=1", "max_restarts=1000", "grace_s=20"]
+        haste = ["join_s=60", "heartbeat_s=2", "last_call_s=1", "max_restarts=1000", "grace_s=120"]
         self._command = [sys.executable, "-m", "launch", "nodes", *meeting, *haste]
         self._command += ["processes=2", *overrides]
         self._log = log
@@ -85,9 +85,9 @@ class Cluster:
         finally:
             self.kill_everything()
 
-    def wait_for(self, done: Callable[[], bool], patience_s: float = PATIENCE_S) -> None:
+    def wait_for(self, done: Callable[[], bool]) -> None:
         """Wait, replacing the dead, until something is so or everybody is done."""
-        deadline = monotonic() + patience_s
+        deadline = monotonic() + PATIENCE_S
         while not done() and self.replace_the_dead():
             assert monotonic() < deadline, f"nothing happens; see\n{self.told()}"
             sleep(0.005)

@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests.patience import PATIENCE_S
 from train.distributed.process_groups import init_process_groups
 
 ROOT = Path(__file__).parents[2]
@@ -35,7 +36,7 @@ class RanksFailedError(Exception):
 
 
 def run_ranks(
-    world_size: int, function: Callable[..., Any], *arguments: Any, deadline_s: float = 60.0
+    world_size: int, function: Callable[..., Any], *arguments: Any, deadline_s: float = PATIENCE_S
 ) -> list[Any]:
     """Call `function(ranks, *arguments)` on `world_size` ranks; return what each returned.
 

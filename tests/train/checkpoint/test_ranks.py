@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
+from tests.patience import PATIENCE_S
 from tests.train.many_ranks import RanksFailedError, run_ranks
 from train.checkpoint.manifest import damage
 from train.checkpoint.reader import Checkpoint
@@ -235,6 +236,7 @@ def train_until_killed(groups: ProcessGroups, root: Path, unlucky: int, saves: f
 
 
 KILLS = 20
+OVERLOOKED_S = PATIENCE_S / 10  # for which a rank waits that has overlooked the other's death
 
 
 def test_a_rank_killed_at_any_moment_leaves_nothing_that_looks_whole_and_is_not(
@@ -245,7 +247,7 @@ def test_a_rank_killed_at_any_moment_leaves_nothing_that_looks_whole_and_is_not(
         rng = Random(seed)
         unlucky, saves = seed % 2, rng.uniform(0, 3)
         with pytest.raises(RanksFailedError) as error:
-            run_ranks(2, train_until_killed, tmp_path, unlucky, saves, deadline_s=30)
+            run_ranks(2, train_until_killed, tmp_path, unlucky, saves, deadline_s=OVERLOOKED_S)
         assert error.value.outcomes[unlucky] == "the process died"
         noticed += "peer" in error.value.outcomes[1 - unlucky]
         assert not [path for path in tmp_path.glob("step_*") if damage(path) and _marked(path)]

@@ -304,7 +304,7 @@ def test_a_hung_rank_ends_all_and_everybody_writes_down_where_it_was(
     run = tmp_path / "run"
     overrides = small_at(run, *FOUR, "faults.step_timeout=5s", "checkpoint.every=1")
     with pytest.raises(RanksFailedError) as error:
-        run_ranks(2, hanging, overrides, 1000.0, deadline_s=300)
+        run_ranks(2, hanging, overrides, 1000.0)
     assert error.value.outcomes == ["the process died"] * 2  # none had to be killed
     hung, waiting = ((run / "stacks" / f"rank_{r}.txt").read_text() for r in (1, 0))
     assert "in before" in hung  # where it sleeps

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.patience import PATIENCE_S
 from train.distributed.signals import SIGNALS, StopSignal, exit_immediately
 
 ROOT = Path(__file__).parents[3]
@@ -74,7 +75,7 @@ def test_the_first_signal_alone_is_told_to_another_thread() -> None:
     with StopSignal() as stop_signal, stop_signal.on_first(hear):
         assert not heard.wait(0.05)
         send(signal.SIGUSR1)
-        assert heard.wait(5)
+        assert heard.wait(PATIENCE_S)
         send(signal.SIGTERM)
     assert len(told) == 1
     assert told[0] != get_ident()
@@ -86,11 +87,11 @@ def test_signals_of_others_are_theirs() -> None:
     try:
         with StopSignal() as stop_signal, stop_signal.on_first(told.set):
             send(signal.SIGALRM)
-            assert others.wait(5)
+            assert others.wait(PATIENCE_S)
             assert not told.wait(0.05)
             assert stop_signal.received is None
             send(signal.SIGTERM)
-            assert told.wait(5)
+            assert told.wait(PATIENCE_S)
     finally:
         signal.signal(signal.SIGALRM, before)
 
@@ -169,6 +170,6 @@ def test_a_process_that_never_comes_back_from_c_has_left_by_its_deadline(tmp_pat
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGTERM)
-    _, told = process.communicate(timeout=20)
+    _, told = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 1
     assert "still there 0.5 s after it had to leave" in told

@@ -19,6 +19,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
+from tests.patience import PATIENCE_S
 from tests.train.cluster import Cluster, final_weights, kill, newest_step, random_moment
 from tests.train.many_ranks import run_ranks
 from train.compose import load
@@ -31,7 +32,6 @@ pytestmark = pytest.mark.process
 KILLS = int(os.environ.get("KILLS", "2"))
 SIGNALS = int(os.environ.get("SIGNALS", "1"))
 SEED = int(os.environ.get("SEED", "0"))
-DEADLINE_S = 60.0  # for four ranks, on two busy cores, to save and end
 
 FOUR_RANKS = [
     "data.lanes=4",
@@ -63,7 +63,7 @@ def send_signals(cluster: Cluster, run: Path, rng: Random) -> None:
             sent = len(groups) == 4 and kill(rng.choice(groups), how)
             assert cluster.agents(), "the run was too short for all signals"
         start = monotonic()
-        while cluster.ended() is None and monotonic() < start + DEADLINE_S:
+        while cluster.ended() is None and monotonic() < start + PATIENCE_S:
             sleep(0.01)
         assert cluster.ended() == [75, 75], (number, how, cluster.told())
         assert newest_step(run) >= reached
@@ -95,9 +95,9 @@ def test_signals_and_kills_at_random_moments_leave_no_trace(
         # Signals come first: after a kill it takes time until no rank of before is left.
         send_signals(cluster, run, rng)
         send_kills(cluster, run, rng)
-        cluster.wait_for(lambda: cluster.ended() == [0, 0], patience_s=600)
+        cluster.wait_for(lambda: cluster.ended() == [0, 0])
     overrides = small_at(undisturbed, *FOUR_RANKS, f"train.max_steps={steps}")
-    assert run_ranks(4, calm, overrides, deadline_s=600) == ["finished"] * 4
+    assert run_ranks(4, calm, overrides) == ["finished"] * 4
     assert logged(run) == logged(undisturbed)
     assert [line["step"] for line in logged(run)] == list(range(1, steps + 1))
     ours, theirs = (final_weights(path, steps) for path in (run, undisturbed))

@@ -195,7 +195,7 @@ def all_steps(groups: ProcessGroups, configs: list[Config]) -> list[list[np.ndar
 @pytest.mark.parametrize("cut", ["fsdp", "ddp"])
 def test_sharded_and_compiled_the_steps_stay_the_same(cut: str) -> None:
     configs = [load([*SMALL, f"engine={cut}", *others]) for others in ((), *SETTINGS.values())]
-    for expected, *found in run_ranks(2, all_steps, configs, deadline_s=240):
+    for expected, *found in run_ranks(2, all_steps, configs):
         for name, arrays in zip(SETTINGS, found, strict=True):
             exact = name in MODES
             for ours, theirs in zip(arrays, expected, strict=True):

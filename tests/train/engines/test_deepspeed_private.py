@@ -95,7 +95,7 @@ def on_a_rank(groups: ProcessGroups, _: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each rank has seen of stages 1 to 3, in one life of the processes."""
-    return run_ranks(WORLD, on_a_rank, tmp_path_factory.mktemp("deepspeed"), deadline_s=120)
+    return run_ranks(WORLD, on_a_rank, tmp_path_factory.mktemp("deepspeed"))
 
 
 @pytest.fixture(scope="module")

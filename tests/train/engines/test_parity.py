@@ -105,7 +105,7 @@ def trained(family: str) -> dict[Case, Training]:
     if family == "fsdp":
         reduced = (*half, "engine.reduce=bf16")
         cases += [Case(engine, "phd_cswa", 2, reduced) for engine in engines]
-    groups = run_ranks(WORLD, train_all, [config_of(case) for case in cases], deadline_s=300)
+    groups = run_ranks(WORLD, train_all, [config_of(case) for case in cases])
     return {case: united(case, parts) for case, *parts in zip(cases, *groups, strict=True)}
 
 

@@ -264,7 +264,7 @@ def everything(groups: ProcessGroups, folder: Path) -> dict[str, list[Any]]:
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, list[Any]]]:
     """By rank, by case, by stage."""
-    return run_ranks(WORLD, everything, tmp_path_factory.mktemp("checkpoints"), deadline_s=240)
+    return run_ranks(WORLD, everything, tmp_path_factory.mktemp("checkpoints"))
 
 
 def plain_steps(config: Config, steps: int) -> list[Seen]:
