@@ -1,12 +1,18 @@
 """The order of the suite: its longest files come first, so that no process is left with one at the
 end while the others have nothing to do. `make fast` leaves them out."""
 
+import os
 import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+
+# Triton reads this when it is imported. Where there is no GPU, its kernels then run on the CPU.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 LONGEST_FIRST = (
     "train/distributed/test_soak.py",
@@ -76,3 +82,10 @@ def streams_as_they_were() -> Iterator[None]:
     before = sys.stdin, sys.stdout, sys.stderr
     yield
     sys.stdin, sys.stdout, sys.stderr = before
+
+
+@pytest.fixture
+def triton_interpreter() -> None:
+    """Skips a test that runs Triton's kernels on the CPU where they are compiled for a GPU."""
+    if "TRITON_INTERPRET" not in os.environ:
+        pytest.skip("runs in Triton's interpreter, which stands in where there is no GPU")

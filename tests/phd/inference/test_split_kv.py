@@ -1,41 +1,51 @@
-"""The Triton kernel, run by Triton's interpreter, equals attention by its formula."""
-
-import os
-import subprocess
-import sys
-from pathlib import Path
+"""The Triton kernel equals attention by its formula, and compiles for GPUs."""
 
 import pytest
-
-pytestmark = pytest.mark.process
-
-pytest.importorskip("triton", reason="needs triton, which comes with CUDA builds of torch")
-
-# In another process, because Triton reads TRITON_INTERPRET when it is imported.
-SCRIPT = """
 import torch
-from phd.inference.split_kv import split_attention
 
-generator = torch.Generator().manual_seed(0)
-for B, G, rows, H, keys, splits in (
-    (2, 2, 8, 16, 100, 3), (1, 2, 70, 24, 300, None), (2, 1, 1, 64, 64, 1), (1, 1, 5, 96, 130, 9)
-):
-    q, k, v = (torch.randn(B, G, n, H, generator=generator) for n in (rows, keys + 7, keys + 7))
+from phd.inference.split_kv import KEYS_AT_ONCE, ROWS_AT_ONCE, split_attention
+from tests.gpu_compiler import Build, compile_for_gpus
+
+SHAPES = [
+    (2, 2, 8, 16, 100, 3),
+    (1, 2, 70, 24, 300, None),
+    (2, 1, 1, 64, 64, 1),
+    (1, 1, 5, 96, 130, 9),
+]
+
+
+@pytest.mark.usefixtures("triton_interpreter")
+@pytest.mark.parametrize(("B", "G", "rows", "H", "keys", "splits"), SHAPES)
+@pytest.mark.parametrize("limited", [True, False])
+def test_the_kernel_equals_attention_by_its_formula(
+    B: int, G: int, rows: int, H: int, keys: int, splits: int | None, limited: bool
+) -> None:
+    q, k, v = (torch.randn(B, G, n, H) for n in (rows, keys + 7, keys + 7))
     k, v = k[:, :, :keys], v[:, :, :keys]
-    visible = torch.randint(1, keys + 1, (B, rows), generator=generator)
-    for limit in (visible, None):
-        out, lse = split_attention(q, k, v, limit, splits)
-        scores = q @ k.mT * H**-0.5
-        if limit is not None:
-            hidden = torch.arange(keys) >= limit[:, None, :, None]
-            scores = scores.masked_fill(hidden, -torch.inf)
-        torch.testing.assert_close(out, scores.softmax(-1) @ v, rtol=0, atol=2e-6)
-        torch.testing.assert_close(lse, scores.logsumexp(-1), rtol=0, atol=2e-6)
-"""
+    visible = torch.randint(1, keys + 1, (B, rows)) if limited else None
+    out, lse = split_attention(q, k, v, visible, splits)
+    scores = q @ k.mT * H**-0.5
+    if visible is not None:
+        hidden = torch.arange(keys) >= visible[:, None, :, None]
+        scores = scores.masked_fill(hidden, -torch.inf)
+    torch.testing.assert_close(out, scores.softmax(-1) @ v, rtol=0, atol=2e-6)
+    torch.testing.assert_close(lse, scores.logsumexp(-1), rtol=0, atol=2e-6)
 
 
-def test_the_kernel_equals_attention_by_its_formula() -> None:
-    root = Path(__file__).parents[3]
-    path = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": path}
-    subprocess.run([sys.executable, "-c", SCRIPT], env=environment, check=True)
+@pytest.mark.process
+def test_the_kernel_compiles_for_gpus_without_spilling_registers() -> None:
+    keys, parts, lses, counts = (
+        torch.empty(8, dtype=dtype, device="meta")
+        for dtype in (torch.bfloat16, torch.float32, torch.float32, torch.int64)
+    )
+    builds = [
+        Build(
+            "phd.inference.split_kv:_kernel",
+            [keys, keys, keys, counts, parts, lses, 8, rows, H, 16, 8 * 4096 * H, 4096 * H, H, 0.1],
+            {"ROWS": rows, "KEYS": KEYS_AT_ONCE, "WIDTH": width, "PRECISION": "tf32"},
+        )
+        for rows in (16, ROWS_AT_ONCE)
+        for H, width in ((64, 64), (96, 128), (128, 128))
+    ]
+    for build, compiled in zip(builds, compile_for_gpus(builds), strict=True):
+        assert [one.spilled_bytes for one in compiled] == [0, 0], build
