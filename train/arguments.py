@@ -216,6 +216,7 @@ class BenchArguments:
             a corpus. `checkpoint`: how long a save takes, and for how much of it the training
             stands still. `inference`: prefill, decode and KV bytes of every variant, with charts.
         out: the directory for `<name>.json` and `<name>.csv`; `checkpoint` measures its disk.
+        short: the short form, of seconds: fewer and smaller pieces of work, at most 3 turns.
         repeat: how often everything is measured. A ratio is the median of those of the turns, and
             a time is that of the base, multiplied by the ratio.
         size: the model of `step`, `checkpoint` and `inference`, a file of conf/size/; `inference`
@@ -236,6 +237,7 @@ class BenchArguments:
 
     name: str
     out: str = "bench"
+    short: bool = False
     repeat: int = 11
     size: str = "tiny"
     span_unit: SpanUnit = "token"
@@ -247,6 +249,11 @@ class BenchArguments:
     seq_len: int = 1024
     gigabytes: float = 1.0
     device: str = "auto"
+
+    @property
+    def turns(self) -> int:
+        """How often everything is measured."""
+        return min(self.repeat, 3) if self.short else self.repeat
 
     def problems(self) -> list[Problem]:
         """Every impossible setting."""

@@ -23,6 +23,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
+from math import inf
 from tempfile import TemporaryFile
 from typing import Any
 
@@ -58,12 +59,17 @@ def _bench_step(args: BenchArguments, device: torch.device) -> Result:
         "schedule.warmup_tokens=null",
         f"engine.device={device.type}",
     ]
-    return bench_step(load(overrides), args.repeat, device)
+    return bench_step(load(overrides), args.turns, device)
 
 
 def _bench_checkpoint(args: BenchArguments, device: torch.device) -> Result:
     config = load([f"size={args.size}", f"engine.device={device.type}"])
-    return bench_saving(config, args.repeat, Path(args.out).expanduser(), device)
+    return bench_saving(config, args.turns, Path(args.out).expanduser(), device)
+
+
+def _bench_resume(args: BenchArguments, _: torch.device) -> Result:
+    most = SHORT_GIGABYTES if args.short else inf
+    return bench_resuming(args.turns, min(args.gigabytes, most))
 
 
 def _bench_inference(args: BenchArguments, device: torch.device) -> Result:
@@ -80,24 +86,37 @@ def _bench_inference(args: BenchArguments, device: torch.device) -> Result:
     model = replace(model, window=16, chunk=32, span_unit=args.span_unit)
     if wider:
         model = replace(model, size="tiny, widened")
-    grid = grid_of(device, args.prompts, args.contexts, args.copies, compiled=args.compile)
-    return bench_inference(model, grid, args.repeat, device, charts=Path(args.out).expanduser())
+    lengths: tuple[tuple[int, ...], ...] = args.prompts, args.contexts, args.copies
+    if args.short:
+        lengths = tuple(a or b for a, b in zip(lengths, SHORT_LENGTHS, strict=True))
+    grid = grid_of(device, *lengths, compiled=args.compile)
+    return bench_inference(model, grid, args.turns, device, charts=Path(args.out).expanduser())
+
+
+def _bench_attention(args: BenchArguments, device: torch.device) -> Result:
+    return bench_attention(args.turns, device, short=args.short)
 
 
 WIDENED = ("layers=8", "dim=512", "ffn_dim=1536", "heads=8", "kv_heads=2", "head_dim=64")
 """The shape in place of `tiny` for inference: wide enough that a token's time is its matrices'."""
 
-WIDTH = 100
+SHORT_LENGTHS = ((512,), (128,), (2,))
+"""Prompts, contexts and copies of the short form of inference."""
+
+SHORT_GIGABYTES = 0.02
+"""The most text that the short form of `resume` writes."""
+
+WIDTH = 112
 """Characters of a line of the table, at least: in a file, rich would wrap lines at 80."""
 
 SPREAD = ("x_low", "x_high")
 """The columns after a ratio: its quartiles over the turns."""
 
 BENCHMARKS: dict[str, Callable[[BenchArguments, torch.device], Result]] = {
-    "attention": lambda args, device: bench_attention(args.repeat, device),
+    "attention": _bench_attention,
     "step": _bench_step,
-    "data": lambda args, _: bench_loading(args.repeat),
-    "resume": lambda args, _: bench_resuming(args.repeat, args.gigabytes),
+    "data": lambda args, _: bench_loading(args.turns, short=args.short),
+    "resume": _bench_resume,
     "checkpoint": _bench_checkpoint,
     "inference": _bench_inference,
 }
@@ -116,11 +135,13 @@ def main(args: BenchArguments) -> int:
     result = BENCHMARKS[args.name](args, device)
     # The single measurements are for the JSON file; the table and the CSV file have the medians.
     columns = [key for key in result.rows[0] if not key.endswith("seconds")]
-    title = f"{args.name} on {device}: medians of {args.repeat} turns (the middle half of them)"
-    _print_result(result, columns, f"{title}\n{result.subject}".rstrip(), console)
+    title = f"{args.name} on {device}: medians of {args.turns} turns (the middle half of them)"
+    title = f"{title}\n{result.subject}".rstrip()
+    _print_result(result, columns, title, console)
     path = Path(args.out).expanduser() / f"{args.name}.json"
     _write_result(result, columns, path)
-    for written in (path, path.with_suffix(".csv"), *result.files):
+    charts = _draw(result, title, path.with_suffix(".png"), console)
+    for written in (path, path.with_suffix(".csv"), *result.files, *charts):
         console.print(f"written: {written}", markup=False)
     return 0
 
@@ -167,6 +188,20 @@ def _write_result(result: Result, columns: list[str], path: Path) -> None:
         writer = csv.DictWriter(file, columns, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(result.rows)
+
+
+def _draw(result: Result, title: str, path: Path, console: Console) -> list[Path]:
+    """Draw the result's panels; returns what was written, which may be nothing."""
+    if not result.panels:
+        return []
+    if find_spec("matplotlib") is None:
+        add = pip_command("phd-transformer[bench]")
+        console.print(f"no chart: it needs matplotlib; {add}", markup=False)
+        return []
+    from train.benchmarks.charts import draw
+
+    draw(result.panels, title, path)
+    return [path]
 
 
 def _spread(row: dict[str, Any], columns: list[str], name: str) -> str:

@@ -10,8 +10,9 @@ import torch
 from conf.arguments import parse
 from conf.errors import ConfigError
 from train.bench import BENCHMARKS, BenchArguments, main
+from train.benchmarks import attention as attention_benchmark
+from train.benchmarks import ceiling, timing
 from train.benchmarks import loader as loader_benchmark
-from train.benchmarks import timing
 from train.benchmarks.timing import beside, interleaved, within_turns
 
 CPU = torch.device("cpu")
@@ -145,25 +146,64 @@ def test_the_step_benchmark_writes_its_ratios_and_what_they_are_made_of(
 
 
 def test_the_attention_benchmark_gives_the_promised_ratios(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(ceiling.SIDES, "cpu", 64)
+    out = str(tmp_path)
+    assert main(BenchArguments(name="attention", short=True, device="cpu", out=out)) == 0
+    report = json.loads((tmp_path / "attention.json").read_text(encoding="utf-8"))
+    rows = {(row["pass"], row["work"]): row for row in report["rows"]}
+    works = {"vanilla", "vanilla_ours", "dense_mask_K3", "product"}
+    works |= {f"{variant}_K{K}" for variant in ("phd_cswa", "naive_repeat") for K in (2, 3)}
+    passes = ("forward", "+ backward")
+    assert set(rows) == {(name, work) for name in passes for work in works}
+    for (_, work), row in rows.items():
+        copies = 1 if work.startswith("vanilla") else int(work[-1]) if "_K" in work else None
+        assert row["over_K"] == (copies and row["x_vanilla"] / copies)
+    ms = {work: rows["+ backward", work]["ms"] for work in works}
+    expected = {}
+    for K in (2, 3):
+        phd, naive = ms[f"phd_cswa_K{K}"], ms[f"naive_repeat_K{K}"]
+        expected[f"phd_cswa_over_vanilla_K{K}_H32_T128"] = phd / ms["vanilla"]
+        expected[f"phd_cswa_over_K_vanilla_K{K}_H32_T128"] = phd / ms["vanilla"] / K
+        expected[f"naive_over_phd_cswa_K{K}_H32_T128"] = naive / phd
+    assert report["ratios"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("grids", [attention_benchmark.GRIDS, attention_benchmark.SHORT_GRIDS])
+def test_the_attention_benchmark_has_vanilla_first_and_on_cuda_every_peer(
+    grids: dict[str, attention_benchmark.Grid],
+) -> None:
+    """Only what runs on CUDA alone is left out here: nothing is computed."""
+    shape = attention_benchmark.Shape(1, 4, 2, 8, 16)
+    for grid in grids.values():
+        subjects = attention_benchmark.subjects_of(shape, grid, CPU)
+        assert next(iter(subjects)) == "vanilla"
+        assert {f"phd_cswa_K{K}" for K in grid.copies} <= set(subjects)
+        assert {f"phd_cswa_K{K}_flex" for K in grid.flex} <= set(subjects)
+        assert {f"rule_1_K{K}" for K in grid.rule_1} <= set(subjects)
+
+
+def test_flops_are_those_of_the_pairs_that_a_pattern_allows(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    randn = torch.randn  # what it measures is cut short: only the times depend on that
-    monkeypatch.setattr(
-        torch, "randn", lambda B, N, K, T, H, **kw: randn(B, N, K, T // 64, H, **kw)
-    )
-    result = BENCHMARKS["attention"](BenchArguments(name="attention", repeat=1), CPU)
-    promised = {f"packed_over_vanilla_K{K}_T{T}" for K in (2, 3, 4) for T in (1024, 2048)}
-    promised |= {f"naive_over_packed_K3_T{T}" for T in (1024, 2048)}
-    assert set(result.ratios) == promised
-    typical = {(row["T"], row["work"]): row["ms"] for row in result.rows}
-    works = ["vanilla", "packed_K2", "packed_K3", "packed_K4", "naive_K3", "dense_mask_K3"]
-    assert set(typical) == {(T, work) for T in (1024, 2048) for work in works}
-    for T in (1024, 2048):
-        for K in (2, 3, 4):
-            expected = typical[T, f"packed_K{K}"] / typical[T, "vanilla"]
-            assert result.ratios[f"packed_over_vanilla_K{K}_T{T}"] == pytest.approx(expected)
-        expected = typical[T, "naive_K3"] / typical[T, "packed_K3"]
-        assert result.ratios[f"naive_over_packed_K3_T{T}"] == pytest.approx(expected)
+    monkeypatch.setitem(ceiling.SIDES, "cpu", 100)
+    B, N, _, H, T = shape = attention_benchmark.Shape(2, 4, 2, 8, 16)
+    subjects = attention_benchmark.subjects_of(shape, attention_benchmark.GRIDS["cuda"], CPU)
+    pairs = T * (T + 1) // 2
+    assert subjects["vanilla"].flops == 4 * B * N * H * pairs
+    assert subjects["rule_1_K3"].flops == 3 * subjects["vanilla"].flops
+    # Token-major rows of K T slots; and with `phd`, K = 2, a hidden copy sees itself as well.
+    assert subjects["naive_repeat_K2"].flops == 4 * B * N * H * (2 * T) * (2 * T + 1) // 2
+    assert subjects["phd_K2"].flops == 4 * B * N * H * (2 * pairs + T)
+    # Vanilla takes a second, and the product, of 2 million operations, a half.
+    times = within_turns("vanilla", {work: [1.0] for work in subjects} | {"product": [0.5]})
+    rows = attention_benchmark.table(shape, "+ backward", subjects, times, CPU)
+    found = {row["work"]: row for row in rows}
+    assert found["product"]["tflop/s"] == pytest.approx(4e-6)
+    assert found["product"]["of_product"] == 1
+    assert found["vanilla"]["tflop/s"] == pytest.approx(3.5e-12 * subjects["vanilla"].flops)
+    assert found["vanilla"]["of_product"] == pytest.approx(subjects["vanilla"].flops * 3.5 / 4e6)
 
 
 def test_impossible_arguments_are_all_told_at_once() -> None:

@@ -38,6 +38,9 @@ SEQ_LEN, LANES, VOCAB_SIZE = 2048, 8, 4096
 MANY_TOKENS = 50_000_000
 """Pre-tokenised tokens that are read in a turn: at 120 M tokens/s about half a second."""
 
+SHORT_PART = 16
+"""The short form reads one text of so many."""
+
 PLACES = (0.01, 0.5, 0.99)
 """Where reading resumes, as fractions of the corpus."""
 
@@ -48,11 +51,15 @@ ROW_GROUP = 64
 """Documents of a Parquet row group: about a megabyte, so that a seek decodes little."""
 
 
-def bench_loading(repeat: int) -> Result:
-    """Time the loader without workers, on one core, against SentencePiece on the same texts."""
+def bench_loading(repeat: int, *, short: bool = False) -> Result:
+    """Time the loader without workers, on one core, against SentencePiece on the same texts.
+
+    The short form reads a part of them.
+    """
     with TemporaryDirectory() as name:
         folder = Path(name)
-        texts = _texts()
+        texts = _texts()[:: SHORT_PART if short else 1]
+        many_tokens = MANY_TOKENS // (SHORT_PART if short else 1)
         tokenizer = _tokenizer()
         total = sum(len(tokenizer.encode_document(text)) for text in texts)
         _write_jsonl(folder / "text.jsonl", texts)
@@ -64,11 +71,11 @@ def bench_loading(repeat: int) -> Result:
         }
         works = {n: _loading(source, folder, tokenizer, total) for n, source in sources.items()}
         tokens = TokensSource(kind="tokens", path=str(folder / "tokens"))
-        works["pre-tokenised"] = _loading(tokens, folder, tokenizer, MANY_TOKENS)
+        works["pre-tokenised"] = _loading(tokens, folder, tokenizer, many_tokens)
         alone: Work = lambda: [*map(tokenizer.encode, texts)]  # noqa: E731
         times = beside("SentencePiece", alone, works, repeat, CPU)
     # Tokens are read about a hundred times as fast as text, so a turn reads more of them.
-    amounts = dict.fromkeys(times.seconds, total) | {"pre-tokenised": MANY_TOKENS}
+    amounts = dict.fromkeys(times.seconds, total) | {"pre-tokenised": many_tokens}
     rows = {name: _speed(times, name, amount, total) for name, amount in amounts.items()}
     ratios = {f"{name}_over_sentencepiece": rows[name]["x_SentencePiece"] for name in sources}
     ratios["pretokenised_million_tokens_per_s"] = rows["pre-tokenised"]["million_tokens_per_s"]

@@ -1,0 +1,34 @@
+"""The device's speed at a large matrix product: the ceiling of what the other benchmarks reach."""
+
+import torch
+
+from train.benchmarks.timing import Times, Work
+
+NAME = "product"
+
+SIDES = {"cpu": 1024, "cuda": 8192}
+"""Rows and columns of the matrices: float32 on the CPU, bfloat16 on CUDA."""
+
+
+def product_work(device: torch.device) -> Work:
+    """A product of two square matrices."""
+    side = SIDES[device.type]
+    a, b = (torch.randn(side, side, device=device, dtype=dtype_of(device)) for _ in range(2))
+    return lambda: a @ b
+
+
+def product_flops_per_s(times: Times, device: torch.device) -> float:
+    """The speed of the work `NAME` among these times."""
+    return 2 * SIDES[device.type] ** 3 / times.typical_s(NAME)
+
+
+def dtype_of(device: torch.device) -> torch.dtype:
+    """What the benchmarks of training compute in on a device."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def conditions(device: torch.device) -> str:
+    """Precision, device and ceiling in words, for titles."""
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    dtype, side = str(dtype_of(device)).removeprefix("torch."), SIDES[device.type]
+    return f"{dtype}, {where}; the product is {side} x {side}"
