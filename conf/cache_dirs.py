@@ -13,13 +13,18 @@ from conf.errors import reason_of
 
 HOME_CACHE = "${XDG_CACHE_HOME}"
 
+COMPILED = "TORCHINDUCTOR_CACHE_DIR"
+"""The variable of what `torch.compile` makes. Several processes may write there at once: torch
+writes each file beside, and renames it."""
+
 CACHES = {
-    "PHD_CACHE": f"{HOME_CACHE}/phd",
+    "PHD_CACHE": "${PHD_CACHE}",
     "HF_HUB_CACHE": "${HF_HOME}/hub",
     "HF_ASSETS_CACHE": "${HF_HOME}/assets",
     "HF_XET_CACHE": "${HF_HOME}/xet",
     "HF_DATASETS_CACHE": "${HF_HOME}/datasets",
     "HF_MODULES_CACHE": "${HF_HOME}/modules",
+    COMPILED: "${PHD_CACHE}/torchinductor",
     "TRITON_CACHE_DIR": "${TRITON_HOME}/.triton/cache",
     "TORCH_EXTENSIONS_DIR": f"{HOME_CACHE}/torch_extensions",
     "MPLCONFIGDIR": "~/.config/matplotlib",
@@ -34,6 +39,7 @@ DEFAULTS = {
     "XDG_CACHE_HOME": "~/.cache",
     "HF_HOME": f"{HOME_CACHE}/huggingface",
     "TRITON_HOME": "~",
+    "PHD_CACHE": f"{HOME_CACHE}/phd",
 }
 
 
@@ -42,6 +48,9 @@ def use_writable_caches() -> None:
 
     Each command's entry point calls it, before the libraries that read the variables are imported.
     The processes that a command starts inherit what it decides. It is told once on stderr.
+
+    What `torch.compile` makes is kept with our own cache: torch's choice is the directory for
+    temporary files, which a machine empties when it starts, and a container begins without.
     """
     reasons: dict[Path, str] = {}
     moved = {}
@@ -54,6 +63,8 @@ def use_writable_caches() -> None:
         existing = next(p for p in (place, *place.parents) if _exists(p))
         if existing not in reasons:
             reasons[existing] = _why_not(existing)
+        if not reasons[existing] and variable == COMPILED:
+            os.environ[variable] = str(place)
         if reasons[existing]:
             moved[variable] = f"{place}: {reasons[existing]}"
     if not moved:

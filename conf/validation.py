@@ -224,8 +224,7 @@ class _Reader:
             # Strict JSON takes neither true for 1 nor "3" for 3, yet a list for a tuple.
             return TypeAdapter(hint).validate_json(json.dumps(_whole(value)), strict=True)
         except ValidationError:
-            options = map(str, get_args(hint)) if get_origin(hint) is Literal else ()
-            meant = did_you_mean(closest(value, options))
+            meant = did_you_mean(closest(value, _literals(hint)))
             return self.reject(key, value, type_in_words(hint), meant)
 
     def named(self, entry: Any, values: Mapping[str, Any], key: str) -> Mapping[str, Any]:
@@ -354,6 +353,18 @@ def _draft(cls: type[T], given: Mapping[str, Any]) -> T:
         elif not setting.required:
             object.__setattr__(draft, setting.name, setting.default)
     return draft
+
+
+def _literals(hint: Any) -> list[str]:
+    """The words that a type allows, alone or among other values.
+
+    >>> _literals(Literal["auto", "never"] | bool)
+    ['auto', 'never']
+    """
+    if get_origin(hint) is Literal:
+        return [str(word) for word in get_args(hint)]
+    members = get_args(hint) if get_origin(hint) in (Union, UnionType) else ()
+    return [word for member in members for word in _literals(member)]
 
 
 def _whole(value: Any) -> Any:

@@ -46,7 +46,9 @@ class EngineConfig(Settings):
             CPU otherwise.
         precision: the precision of matrix products; `auto` is bf16 on CUDA and fp32 on the CPU. The
             weights that the optimizer updates are always fp32.
-        compile: compile each block with `torch.compile`.
+        compile: compile each block with `torch.compile`; `auto` does so on CUDA, and not at ZeRO-3.
+            The first step then takes up to a minute longer, and seconds once the cache
+            (`TORCHINDUCTOR_CACHE_DIR`) is filled.
         threads: how many CPU threads a process uses for its computations; null: PyTorch's choice.
         activation_checkpointing: what a block stores for its backward pass. `none`: everything.
             `full`: only the block's input; the rest is computed again. `selective`: the results of
@@ -57,13 +59,17 @@ class EngineConfig(Settings):
 
     device: DeviceName = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    compile: bool = False
+    compile: Literal["auto"] | bool = "auto"
     threads: int | None = None
     activation_checkpointing: Literal["none", "full", "selective"] = "none"
     checkpoint_every_block: int = 1
 
     def problems(self) -> list[Problem]:
         return at_least(self, "engine", 1, "threads", "checkpoint_every_block")
+
+    def compiles_on(self, device: str) -> bool:
+        """Whether blocks are compiled on a device of this type, `cpu` or `cuda`."""
+        return device == "cuda" if self.compile == "auto" else self.compile
 
     def problems_on(self, world_size: int) -> list[Problem]:  # noqa: ARG002
         """Why the engine cannot spread the work over this many ranks."""
@@ -129,6 +135,10 @@ class DeepSpeedConfig(EngineConfig):
     offload_optimizer: bool = False
     offload_parameters: bool = False
     deepspeed: dict[str, Any] = field(default_factory=dict)
+
+    def compiles_on(self, device: str) -> bool:
+        """As in `EngineConfig`; `auto` is false where weights come and go within a block."""
+        return super().compiles_on(device) and not (self.stage == 3 and self.compile == "auto")
 
     def problems(self) -> list[Problem]:
         found = super().problems()

@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from conf.cache_dirs import COMPILED
 from conf.errors import USER_ERRORS, ConfigError, Problem, reason_of, spelled
 from conf.validation import flatten_keys
 from conf.wording import byte_size, duration, plural, short_count
@@ -53,6 +54,13 @@ CHINCHILLA = 20
 
 MOST_EPOCHS = 4
 """Text that is read more often teaches ever less than new text would (arXiv 2305.16264)."""
+
+
+FIRST_STEP = (
+    "each block by torch.compile; the first step takes up to a minute longer, and seconds where "
+    "an earlier start has filled "
+)
+"""What the plan says of compiling, before the directory of the cache."""
 
 
 class Target(NamedTuple):
@@ -119,6 +127,11 @@ class Plan:
     warnings: tuple[str, ...]
 
     @property
+    def compiled(self) -> bool:
+        """Whether blocks are compiled there."""
+        return self.config.engine.compiles_on(self.target.kind)
+
+    @property
     def tokens(self) -> int | None:
         """Tokens of the whole run; None if only `train.max_time` ends it."""
         steps = self.config.total_steps
@@ -163,6 +176,7 @@ class Plan:
             "name": config.name,
             "parameters": {"total": sum(self.parameters.values()), **self.parameters},
             "device": {**self.target._asdict(), "dtype": str(self.dtype).removeprefix("torch.")},
+            "compiled": self.compiled,
             "processes": self.world_size,
             "tokens_per_step": config.train.tokens_per_step,
             "steps": config.total_steps,
@@ -227,7 +241,7 @@ def make_plan(
             mfu=arguments.mfu,
             run=arguments.measured,
             own=config.run_dir,
-            compiled=config.engine.compile,
+            compiled=config.engine.compiles_on(target.kind),
         ),
         warnings=(),
     )
@@ -387,6 +401,8 @@ def _rows(plan: Plan) -> Iterator[tuple[str, str]]:
     if plan.flops is not None:
         yield "time", _time_row(plan)
     yield "memory", _memory_row(plan)
+    if plan.compiled:
+        yield "compiling", f"{FIRST_STEP}{os.environ.get(COMPILED) or 'its cache'}"
     yield "checkpoints", _disk_row(plan.disk)
     yield "text", "; ".join(_shares(start, w) for start, w in config.data.mixture)
     if plan.text is not None and plan.drawn:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from conf.cache_dirs import CACHES, DEFAULTS, use_writable_caches
+from conf.cache_dirs import CACHES, COMPILED, DEFAULTS, use_writable_caches
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -56,7 +56,7 @@ def test_where_all_can_be_written_nothing_is_set_made_or_told(
     home.mkdir()
     monkeypatch.setenv("HOME", str(home))
     use_writable_caches()
-    assert not set(CACHES) & set(os.environ)
+    assert set(CACHES) & set(os.environ) == {COMPILED}
     assert list(home.iterdir()) == []
     assert capsys.readouterr().err == ""
 
@@ -68,10 +68,30 @@ def test_one_cache_that_cannot_be_written_is_moved_alone(
     monkeypatch.setenv("PHD_CACHE", "/proc/1/cache")
     monkeypatch.setenv("TRITON_HOME", str(tmp_path))
     use_writable_caches()
-    assert set(CACHES) & set(os.environ) == {"PHD_CACHE"}
+    assert set(CACHES) & set(os.environ) == {"PHD_CACHE", COMPILED}
     told = capsys.readouterr().err
     assert "/proc/1/cache: No such file or directory" in told
-    assert told.endswith("set PHD_CACHE\n")
+    assert told.endswith(f"set PHD_CACHE, {COMPILED}\n")
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, "home/.cache/phd/torchinductor"),
+        ({"XDG_CACHE_HOME": "xdg"}, "xdg/phd/torchinductor"),
+        ({"PHD_CACHE": "mine"}, "mine/torchinductor"),
+        ({"PHD_CACHE": "mine", COMPILED: "other"}, "other"),
+    ],
+)
+def test_what_is_compiled_is_kept_for_later_starts(
+    given: dict[str, str], expected: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "home").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for variable, folder in given.items():
+        monkeypatch.setenv(variable, str(tmp_path / folder))
+    use_writable_caches()
+    assert os.environ[COMPILED] == str(tmp_path / expected)
 
 
 def test_without_any_place_each_user_of_a_cache_speaks_for_itself(

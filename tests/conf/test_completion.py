@@ -36,7 +36,7 @@ printf '%s\\n' "${{COMPREPLY[@]}}"
         ("model=phd_", ["model=phd_cswa", "model=phd_swa"]),
         ("model.chunk", ["model.chunk="]),
         ("engine.comp", ["engine.compile="]),
-        ("engine.compile=", ["engine.compile=false", "engine.compile=true"]),
+        ("engine.compile=", [f"engine.compile={x}" for x in ("auto", "false", "true")]),
         ("run.resume=", ["run.resume=auto", "run.resume=must", "run.resume=never"]),
         ("hooks.wandb.m", ["hooks.wandb.mode="]),
         ("train.max_steps=", ["train.max_steps=null"]),

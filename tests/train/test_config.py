@@ -134,7 +134,12 @@ WORDING: list[tuple[Any, ...]] = [
     ({"model.K": "3"}, "model.K='3': expected an integer"),
     ({"model.K": 2.5}, "model.K=2.5: expected an integer"),
     ({"model.K": None}, "model.K=null: expected an integer"),
-    ({"engine.compile": 1}, "engine.compile=1: expected true or false"),
+    ({"engine.compile": 1}, "engine.compile=1: expected auto or true or false"),
+    (
+        {"engine.compile": "atuo"},
+        "engine.compile='atuo': expected auto or true or false. ",
+        "Did you mean auto?",
+    ),
     ({"run.name": 3}, "run.name=3: expected text or null"),
     ({"optim.betas": [0.9]}, "optim.betas=[0.9]: expected [a number, a number]"),
     (

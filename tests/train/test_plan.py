@@ -278,18 +278,20 @@ def lines_of(mfu: float | None, per_s: float, flops_per_token: float) -> str:
 @pytest.mark.parametrize(
     ("given", "mfu", "basis"),
     [
-        ({}, 0.30, "at an assumed MFU of 30%"),
+        ({}, 0.40, "at an assumed MFU of 40%"),
+        ({"compile": "false"}, 0.30, "at an assumed MFU of 30%"),
         ({"mfu": 0.55}, 0.55, "at an MFU of 55%, as given"),
         ({"measured": "RUN"}, 0.25, "at an MFU of 25.0%, measured in RUN (4 lines)"),
     ],
-    ids=["assumed", "given", "measured"],
+    ids=["assumed", "assumed uncompiled", "given", "measured"],
 )
 def test_time_follows_from_an_mfu_and_its_origin_is_told(
     given: dict[str, Any], mfu: float, basis: str, tmp_path: Path
 ) -> None:
     (tmp_path / "metrics.jsonl").write_text(lines_of(0.25, 1000.0, 5.0))
     given = {k: str(tmp_path) if v == "RUN" else v for k, v in given.items()}
-    plan = plan_of("run.dir=/nowhere", device="H200", **given)
+    compiled = given.pop("compile", "auto")
+    plan = plan_of("run.dir=/nowhere", f"engine.compile={compiled}", device="H200", **given)
     assert plan.time_s == pytest.approx(plan.flops / (mfu * 989e12))
     assert basis.replace("RUN", str(tmp_path)) in printed(plan)
     assert plan.to_json()["speed"]["mfu"] == mfu
@@ -516,6 +518,24 @@ def test_the_planned_flops_are_those_that_a_run_counts(
     assert "about" in printed(plan)
 
 
+def test_where_it_compiles_and_keeps_that_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/kept/here")
+    told = "the first step takes up to a minute longer"
+    for compile, (on_cpu, on_cuda) in {
+        "auto": (False, True),
+        "true": (True, True),
+        "false": (False, False),
+    }.items():
+        setting = f"engine.compile={compile}"
+        here, there = plan_of(setting), plan_of(setting, device="H100")
+        assert (here.compiled, there.compiled) == (on_cpu, on_cuda)
+        for plan in (here, there):
+            assert (told in printed(plan)) == ("/kept/here" in printed(plan)) == plan.compiled
+    zero = ("engine=deepspeed", "engine.stage=3")
+    assert not plan_of(*zero, device="H100").compiled
+    assert plan_of("engine=deepspeed", device="H100").compiled
+
+
 # The command
 
 
@@ -540,8 +560,9 @@ def test_the_command_writes_json_for_every_job_of_a_sweep(
         assert plan["device"]["dtype"] == "bfloat16"
         assert plan["memory"]["total"] == sum(plan["memory"].values()) - plan["memory"]["total"]
         assert plan["sources"]["python"]["epochs"] == pytest.approx(0.25, abs=0.15)
-        assert plan["speed"]["basis"] == "an assumed MFU of 30%"
-        assert plan["time_s"] == pytest.approx(plan["flops"] / (0.3 * 989e12))
+        assert plan["speed"]["basis"] == "an assumed MFU of 40%"
+        assert plan["time_s"] == pytest.approx(plan["flops"] / (0.4 * 989e12))
+        assert plan["compiled"]
         assert plan["warnings"] == []
 
 

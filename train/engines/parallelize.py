@@ -1,5 +1,6 @@
 """PyTorch's parallelism, applied to a model from outside, in the one order that works."""
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from phd.model import ModelWithLoss
 from train.engine_config import FsdpConfig
 from train.engines.activation_checkpointing import checkpoint_activations
+from train.engines.compilation import compile_blocks
 from train.torch_private import drop_accumulated_gradients, ignore_in_ddp, init_fsdp_root
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -46,10 +48,10 @@ def parallelize(
     Returns:
         The model and its loss, wrapped by DDP where weights are replicated.
     """
-    checkpoint_activations(model_with_loss.model, config)
-    if config.compile:
-        for block in model_with_loss.model.blocks:
-            block.compile()
+    compiled = config.compiles_on(device.type)
+    checkpoint_activations(model_with_loss.model, replace(config, compile=compiled))
+    if compiled:
+        compile_blocks(model_with_loss.model)
     if world_size == 1:
         return model_with_loss.to_empty(device=device)
     if not config.shard:

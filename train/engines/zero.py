@@ -17,6 +17,7 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -37,6 +38,7 @@ from train.config import Config
 from train.distributed.process_groups import ProcessGroups
 from train.engine_config import DeepSpeedConfig
 from train.engines.activation_checkpointing import checkpoint_activations
+from train.engines.compilation import compile_blocks
 from train.engines.deepspeed_private import (
     check_json,
     disable_shared_memory_comm,
@@ -58,6 +60,7 @@ class DeepSpeedEngine(Engine):
         settings = config.engine
         assert isinstance(settings, DeepSpeedConfig)
         self.stage = settings.stage
+        settings = replace(settings, compile=settings.compiles_on(self.device.type))
         if self.stage == 3 and settings.compile:
             why = (
                 "not possible at engine.stage=3, which gathers and releases weights within a block"
@@ -75,8 +78,7 @@ class DeepSpeedEngine(Engine):
         self._make_weights(json)
         checkpoint_activations(self.model, settings)
         if settings.compile:
-            for block in self.model.blocks:
-                block.compile()
+            compile_blocks(self.model)
         # Its moments are made later, because DeepSpeed replaces the tensors that it updates.
         self.adamw = adamw(dict(self.model.named_parameters()), config.optim)
         self.adamw.register_step_pre_hook(self._before_adamw)
