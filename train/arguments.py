@@ -219,8 +219,8 @@ class BenchArguments:
         short: the short form, of seconds: fewer and smaller pieces of work, at most 3 turns.
         repeat: how often everything is measured. A ratio is the median of those of the turns, and
             a time is that of the base, multiplied by the ratio.
-        size: the model of `step`, `checkpoint` and `inference`, a file of conf/size/; `inference`
-            makes `tiny` wider.
+        size: the model of `step`, `checkpoint` and `inference`, a file of conf/size/; null: `tiny`,
+            which `inference` makes wider, and for a `step` on CUDA `151m`, `550m` and `1b2`.
         span_unit: whether W = 16 and C = 32 count `token`s or `hidden` copies in `inference`.
         copies: the values of K in `inference`; an empty list: a few for each chart.
         prompts: the lengths in tokens of the prompts in `inference`; an empty list: a short and a
@@ -229,8 +229,8 @@ class BenchArguments:
             a long one.
         compile: decode with `torch.compile` in `inference`; compiling takes up to a minute for each
             row of the table.
-        rows: the rows of a `step`.
-        seq_len: T, the tokens of a row of a `step`.
+        rows: the rows of a `step`; null: 4096 tokens on the CPU, 16384 on CUDA.
+        seq_len: T, the tokens of a row of a `step`; null: 1024 on the CPU, 4096 on CUDA.
         gigabytes: the size of the corpus that is written for `resume`.
         device: `auto`, `cpu` or `cuda`.
     """
@@ -239,14 +239,14 @@ class BenchArguments:
     out: str = "bench"
     short: bool = False
     repeat: int = 11
-    size: str = "tiny"
+    size: str | None = None
     span_unit: SpanUnit = "token"
     copies: tuple[int, ...] = ()
     prompts: tuple[int, ...] = ()
     contexts: tuple[int, ...] = ()
     compile: bool = False
-    rows: int = 4
-    seq_len: int = 1024
+    rows: int | None = None
+    seq_len: int | None = None
     gigabytes: float = 1.0
     device: str = "auto"
 

@@ -25,7 +25,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 from math import inf
 from tempfile import TemporaryFile
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -47,10 +47,23 @@ from train.run_dir.snapshot import read_revision
 
 
 def _bench_step(args: BenchArguments, device: torch.device) -> Result:
+    sizes = STEP_SIZES[device.type, args.short] if args.size is None else [args.size]
+    results = [_bench_step_of(size, args, device) for size in sizes]
+    return Result(
+        [row for result in results for row in result.rows],
+        {name: value for result in results for name, value in result.ratios.items()},
+        "\n".join(result.subject for result in results),
+        panels=[panel for result in results for panel in result.panels],
+    )
+
+
+def _bench_step_of(size: str, args: BenchArguments, device: torch.device) -> Result:
+    shape = SHORT_STEP if args.short and device.type == "cpu" else STEP[device.type]
+    seq_len = args.seq_len or shape.seq_len
     overrides = [
-        f"size={args.size}",
-        f"train.seq_len={args.seq_len}",
-        f"train.global_batch={args.rows}",
+        f"size={size}",
+        f"train.seq_len={seq_len}",
+        f"train.global_batch={args.rows or max(1, shape.tokens // seq_len)}",
         "data.lanes=1",
         # A size also sets the recipe that it is trained with, whose length must not matter here.
         "train.max_steps=1",
@@ -59,11 +72,11 @@ def _bench_step(args: BenchArguments, device: torch.device) -> Result:
         "schedule.warmup_tokens=null",
         f"engine.device={device.type}",
     ]
-    return bench_step(load(overrides), args.turns, device)
+    return bench_step(load(overrides), args.turns, device, short=args.short)
 
 
 def _bench_checkpoint(args: BenchArguments, device: torch.device) -> Result:
-    config = load([f"size={args.size}", f"engine.device={device.type}"])
+    config = load([f"size={args.size or 'tiny'}", f"engine.device={device.type}"])
     return bench_saving(config, args.turns, Path(args.out).expanduser(), device)
 
 
@@ -81,8 +94,9 @@ def _bench_inference(args: BenchArguments, device: torch.device) -> Result:
         raise ConfigError([f"{problem}; {add}"], "the arguments")
     from train.benchmarks.inference import bench_inference, grid_of
 
-    wider = [f"model.{setting}" for setting in WIDENED] if args.size == "tiny" else []
-    model = load([f"size={args.size}", f"engine.device={device.type}", *wider]).model
+    size = args.size or "tiny"
+    wider = [f"model.{setting}" for setting in WIDENED] if size == "tiny" else []
+    model = load([f"size={size}", f"engine.device={device.type}", *wider]).model
     model = replace(model, window=16, chunk=32, span_unit=args.span_unit)
     if wider:
         model = replace(model, size="tiny, widened")
@@ -100,13 +114,32 @@ def _bench_attention(args: BenchArguments, device: torch.device) -> Result:
 WIDENED = ("layers=8", "dim=512", "ffn_dim=1536", "heads=8", "kv_heads=2", "head_dim=64")
 """The shape in place of `tiny` for inference: wide enough that a token's time is its matrices'."""
 
+
+class StepShape(NamedTuple):
+    """What a step is measured with where nothing is asked for: T, and the tokens of all rows."""
+
+    seq_len: int
+    tokens: int
+
+
+STEP = {"cpu": StepShape(1024, 4096), "cuda": StepShape(4096, 16384)}
+SHORT_STEP = StepShape(128, 128)
+
+STEP_SIZES = {
+    ("cpu", False): ["tiny"],
+    ("cpu", True): ["tiny"],
+    ("cuda", False): ["151m", "550m", "1b2"],
+    ("cuda", True): ["151m"],
+}
+"""The sizes of `step` by device, and whether its short form is asked for."""
+
 SHORT_LENGTHS = ((512,), (128,), (2,))
 """Prompts, contexts and copies of the short form of inference."""
 
 SHORT_GIGABYTES = 0.02
 """The most text that the short form of `resume` writes."""
 
-WIDTH = 112
+WIDTH = 144
 """Characters of a line of the table, at least: in a file, rich would wrap lines at 80."""
 
 SPREAD = ("x_low", "x_high")

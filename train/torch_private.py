@@ -6,6 +6,7 @@ fails in one place.
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
@@ -77,6 +78,15 @@ def storage_key(tensor: Tensor) -> int:
     for every fake tensor.
     """
     return tensor.untyped_storage()._cdata
+
+
+def compile_each_shape() -> AbstractContextManager[object]:
+    """Let `torch.compile` compile each shape for itself, and up to 64 of them.
+
+    Otherwise a function that has been compiled for one shape is compiled for all of them at the
+    second one, which is slower, and gives up after 8.
+    """
+    return torch._dynamo.config.patch(automatic_dynamic_shapes=False, recompile_limit=64)
 
 
 def fuse_clip_and_skip(optimizer: torch.optim.Optimizer, scale: Tensor, skip: Tensor) -> None:

@@ -1,6 +1,9 @@
 """The benchmarks give the ratios that are relied on, of medians, of work taken in turn."""
 
+import inspect
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
@@ -9,11 +12,14 @@ import torch
 
 from conf.arguments import parse
 from conf.errors import ConfigError
+from phd.hf.convert import to_hugging_face
 from train.bench import BENCHMARKS, BenchArguments, main
 from train.benchmarks import attention as attention_benchmark
 from train.benchmarks import ceiling, timing
 from train.benchmarks import loader as loader_benchmark
+from train.benchmarks.step import prepare, step_of_engine, step_of_transformers
 from train.benchmarks.timing import beside, interleaved, within_turns
+from train.compose import load
 
 CPU = torch.device("cpu")
 pytest.importorskip("transformers")
@@ -103,26 +109,35 @@ def test_an_out_that_cannot_be_written_is_told_before_anything_is_measured(
 
 
 def test_the_step_benchmark_writes_its_ratios_and_what_they_are_made_of(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setitem(ceiling.SIDES, "cpu", 64)
     out = tmp_path / "new" / "bench"
     given = {"rows": 1, "seq_len": 32, "repeat": 3, "device": "cpu", "out": str(out)}
     assert main(BenchArguments(name="step", **given)) == 0
     report = json.loads((out / "step.json").read_text(encoding="utf-8"))
     rows = {row["work"]: row for row in report["rows"]}
-    assert set(rows) == {"vanilla", "phd_cswa_K2", "phd_cswa_K3", "transformers"}
+    assert set(rows) == {"vanilla", "phd_cswa_K2", "phd_cswa_K3", "transformers", "product"}
+    product = rows.pop("product")
+    assert product["of_product"] == 1
+    assert product["tokens_per_s"] is None
     for row in rows.values():
         # Of vanilla, which is the base, every run: one before each work and one at the end.
-        assert len(row["seconds"]) == (12 if row["work"] == "vanilla" else 3)
+        assert len(row["seconds"]) == (15 if row["work"] == "vanilla" else 3)
+        assert row["of_product"] == pytest.approx(row["tflop/s"] / product["tflop/s"])
+        assert row["tflop/s"] / row["tokens_per_s"] == pytest.approx(
+            rows["vanilla"]["tflop/s"] / rows["vanilla"]["tokens_per_s"] * row["x_flops"]
+        )
+        assert row["first_s"] > 0
+        assert (row["micro"], row["peak_gib"]) == (1, None)
         assert row["ms"] == pytest.approx(rows["vanilla"]["ms"] * row["x_vanilla"])
         assert row["x_low"] <= row["x_vanilla"] <= row["x_high"]
         assert row["tokens_per_s"] == pytest.approx(32e3 / row["ms"])
     assert rows["vanilla"]["ms"] == pytest.approx(1e3 * median(rows["vanilla"]["seconds"]))
     ratios = report["ratios"]
     assert set(ratios) == {
-        "step_over_flops_K2",
-        "step_over_flops_K3",
-        "vanilla_over_transformers",
+        *(f"step_over_{what}_K{K}_tiny" for what in ("flops", "vanilla") for K in (2, 3)),
+        "vanilla_over_transformers_tiny",
     }
 
     def ratio(work: str) -> float:
@@ -130,19 +145,60 @@ def test_the_step_benchmark_writes_its_ratios_and_what_they_are_made_of(
         pairs = zip(rows[work]["seconds"], rows[work]["vanilla_seconds"], strict=True)
         return median(a / b for a, b in pairs)
 
-    assert ratios["vanilla_over_transformers"] == 1 / ratio("transformers")
+    assert ratios["vanilla_over_transformers_tiny"] == 1 / ratio("transformers")
     for K in (2, 3):
         row = rows[f"phd_cswa_K{K}"]
-        assert 1 < row["flops_x_vanilla"] < K
-        assert row["x_vanilla"] == ratio(row["work"])
-        expected = ratio(row["work"]) / row["flops_x_vanilla"]
-        assert ratios[f"step_over_flops_K{K}"] == pytest.approx(expected)
+        assert 1 < row["x_flops"] < K
+        assert row["x_vanilla"] == ratio(row["work"]) == ratios[f"step_over_vanilla_K{K}_tiny"]
+        expected = ratio(row["work"]) / row["x_flops"]
+        assert ratios[f"step_over_flops_K{K}_tiny"] == pytest.approx(expected)
     assert report["machine"]["packages"]["torch"] == torch.__version__
     text = capsys.readouterr().out
-    files = [f"written: {out / name}" for name in ("step.json", "step.csv")]
+    files = [f"written: {out / name}" for name in ("step.json", "step.csv", "step.png")]
     assert all(name in text for name in [*rows, *ratios, *files])
     assert report["subject"] == "tiny: 3 layers, D = 256, 3.41 M parameters; float32, CPU"
     assert report["subject"] in text
+
+
+def test_a_step_has_the_largest_micro_batch_that_fits() -> None:
+    tried: list[int] = []
+
+    def build(micro_batch: int) -> Callable[[], None]:
+        """A step that has no room for more than 2 rows."""
+
+        def step() -> None:
+            tried.append(micro_batch)
+            if micro_batch > 2:
+                raise torch.OutOfMemoryError
+
+        return step
+
+    _, needs = prepare(build, 6, CPU)
+    assert tried == [6, 3, 2]
+    assert needs.micro_batch == 2
+    with pytest.raises(torch.OutOfMemoryError):
+        prepare(lambda _: build(3), 6, CPU)
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2])
+def test_transformers_takes_the_step_that_vanilla_takes(micro_batch: int) -> None:
+    """The same weights after two steps: the peer does the work that it is timed for."""
+    given = ["size=tiny", "train.seq_len=16", "train.global_batch=2", "data.lanes=1"]
+    # The names of transformers' embeddings do not keep them from weight decay.
+    given += ["train.max_steps=1", "engine.device=cpu", "optim.weight_decay=0"]
+    # A large eps keeps the update of a gradient of almost 0 from being one of its rounding.
+    config = load([*given, "optim.grad_clip=0.1", "optim.eps=1e-3"])
+    config = replace(config, model=config.model.vanilla_twin)
+    batch = torch.randint(0, 4096, (2, 17), generator=torch.Generator().manual_seed(0))
+    ours, theirs = step_of_engine(config, batch), step_of_transformers(config, batch, "sdpa")
+    works = ours(2), theirs(micro_batch)
+    engine, model = (inspect.getclosurevars(work).nonlocals for work in works)
+    for work in (*works, *works):
+        work()
+    _, weights = to_hugging_face(config.model, engine["engine"].model.state_dict())
+    found = model["model"].state_dict()
+    for name, weight in weights.items():
+        torch.testing.assert_close(found[name], weight, rtol=1e-4, atol=1e-5)
 
 
 def test_the_attention_benchmark_gives_the_promised_ratios(

@@ -20,6 +20,7 @@ from train.torch_private import (
     FakeTensorMode,
     KernelDispatchMode,
     StorageInfo,
+    compile_each_shape,
     drop_accumulated_gradients,
     fuse_clip_and_skip,
     ignore_in_ddp,
@@ -229,3 +230,18 @@ def test_a_tree_is_mapped_at_its_tensors_alone() -> None:
     assert first.tolist() == [2, 2]
     assert (number, nothing) == (3, None)
     assert inner["x"].tolist() == [2]
+
+
+@pytest.mark.compile
+def test_each_shape_can_be_compiled_for_itself() -> None:
+    seen: list[bool] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        seen.append(all(isinstance(x, Tensor) for x in inputs))
+        return graph.forward
+
+    doubled = torch.compile(lambda x: x * 2, backend=backend)
+    with compile_each_shape():
+        for size in range(2, 14):
+            assert doubled(torch.ones(size)).sum() == 2 * size
+    assert seen == [True] * 12  # a dynamic size would be an input of its own

@@ -123,6 +123,14 @@ class Times:
             f"{base}_seconds": self.beside.get(name, self.seconds[name]),
         }
 
+    def divided(self, number: int) -> "Times":
+        """The times of one of `number` equal parts of each piece of work."""
+        seconds, beside = (
+            {name: [value / number for value in spent] for name, spent in times.items()}
+            for times in (self.seconds, self.beside)
+        )
+        return replace(self, seconds=seconds, beside=beside)
+
     def with_works_of(self, other: "Times") -> "Times":
         """Add works that had turns of their own beside the same base."""
         added = {name: spent for name, spent in other.seconds.items() if name != self.base}
