@@ -26,7 +26,13 @@ EFFICIENT_LSE_ALIGNMENT = 32
 
 
 def cpu_flash_forward(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool, bias: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    *,
+    causal: bool = True,
+    bias: Tensor | None = None,
 ) -> OutLse:
     """(out, lse) of the CPU's flash kernel, in float64, float32 or half precision.
 
@@ -47,10 +53,39 @@ def cpu_flash_backward(
     )
 
 
-def cuda_flash_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> OutLse:
-    """(out, lse) of causal FlashAttention-2: half precision on CUDA, H a multiple of 8.
+def cuda_cudnn_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> OutLse:
+    """(out, lse) of cuDNN's causal attention: half precision on CUDA, H a multiple of 8.
 
-    Query head i reads key/value head `i // (N // G)`. lse is float32.
+    Query head i reads key/value head `i // (N // G)`. T is 2 or more. `out` has the memory layout
+    of q; lse is float32.
+    """
+    out, lse = aten._scaled_dot_product_cudnn_attention(
+        q, k, v, None, True, 0.0, True, scale=scale
+    )[:2]
+    return out, lse.view(q.shape[:3])
+
+
+def cuda_cudnn_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
+) -> Gradients:
+    """(dq, dk, dv) of `cuda_cudnn_forward`.
+
+    `out` and `dout` have the layout that `torch.empty_like(q)` has, and lse is contiguous. PyTorch
+    keeps cuDNN's plan by the strides of q, k and v alone: with other strides of `out` or `dout` a
+    plan of an earlier call would read them wrongly. cuDNN before 9.26 ignores the strides of lse.
+    """
+    T, unused = q.shape[2], q.new_zeros((), dtype=torch.int64)
+    return aten._scaled_dot_product_cudnn_attention_backward(
+        dout, q, k, v, out, lse[..., None], unused, unused, None, None, None, T, T, 0.0, True,
+        scale=scale,
+    )  # fmt: skip
+
+
+def cuda_flash_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> OutLse:
+    """(out, lse) of causal FlashAttention: half precision on CUDA, H a multiple of 8.
+
+    Query head i reads key/value head `i // (N // G)`. lse is float32. It is FlashAttention-2, or
+    the version that `torch.nn.attention.activate_flash_attention_impl` has put in its place.
     """
     out, lse = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True, scale=scale)[:2]
     return out, lse
@@ -69,8 +104,10 @@ def cuda_flash_backward(
 def cuda_efficient_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> OutLse:
     """(out, lse) of the causal memory-efficient (cutlass) kernel: any dtype but float64 on CUDA.
 
-    It wants as many key/value heads as query heads. lse (B, N, T) is float32.
+    The kernel wants as many key/value heads as query heads, so these are repeated: query head i
+    reads key/value head `i // (N // G)`. lse (B, N, T) is float32.
     """
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     out, lse = aten._scaled_dot_product_efficient_attention(
         q, k, v, None, compute_log_sumexp=True, is_causal=True, scale=scale
     )[:2]
@@ -85,19 +122,22 @@ def cuda_efficient_backward(
     The kernel reads rows of lse that are padded to `EFFICIENT_LSE_ALIGNMENT` queries. The padding
     is infinite, which makes the probabilities of queries that do not exist 0, and their gradients.
     """
+    G = k.shape[1]
+    k, v = (x.repeat_interleave(q.shape[1] // G, 1) for x in (k, v))
     lse = F.pad(lse, (0, -q.shape[2] % EFFICIENT_LSE_ALIGNMENT), value=torch.inf)
-    seed, offset = _generator_state(q).to(torch.int64).unbind()
+    seed, offset = q.new_zeros(2, dtype=torch.int64).unbind()
     dq, dk, dv, _ = aten._scaled_dot_product_efficient_attention_backward(
         dout, q, k, v, None, out, lse, seed, offset, 0.0, [True, True, True, False], True,
         scale=scale,
     )  # fmt: skip
+    dk, dv = (x.unflatten(1, (G, -1)).sum(2) for x in (dk, dv))
     return dq, dk, dv
 
 
 def cuda_varlen_forward(
     q: Tensor, k: Tensor, v: Tensor, scale: float, cu_seqlens: Tensor, longest: int
 ) -> OutLse:
-    """(out, lse) of causal FlashAttention-2 within documents that lie one after another.
+    """(out, lse) of `cuda_flash_forward` within documents that lie one after another.
 
     q (tokens, N, H), k and v (tokens, G, H), in half precision on CUDA; document i is the tokens
     from `cu_seqlens[i]` to `cu_seqlens[i + 1]`, at most `longest` of them. lse is (N, tokens).

@@ -3,47 +3,36 @@
 `scaled_dot_product_attention` hides the log-sum-exp, and its backward accepts only the one that its
 own forward made. Merging partial attentions needs both: every partial backward runs with the
 *merged* output and log-sum-exp, as in ring attention (arXiv 2310.01889).
+
+`phd.attention.causal_kernels` chooses the kernel. On CUDA each direction is a custom operator:
+`torch.compile` hands it the strides that it had while tracing, and it chooses when it runs.
 """
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from phd.torch_private import (
-    cpu_flash_backward,
-    cpu_flash_forward,
-    cuda_efficient_backward,
-    cuda_efficient_forward,
-    cuda_flash_backward,
-    cuda_flash_forward,
-    cuda_varlen_backward,
-    cuda_varlen_forward,
-)
+from phd.attention.causal_kernels import CausalKernel, Platform, causal_kernel
+from phd.torch_private import cpu_flash_backward, cpu_flash_forward
 
-# CUDA's kernels read heads in vectors of 16 bytes, which are 8 numbers in half precision.
-HEAD_ALIGNMENT = 8
-
-HALF_PRECISION = (torch.float16, torch.bfloat16)
+EXACT_STRIDES = (torch.Tag.needs_exact_strides,)
 
 
-def causal_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def causal_forward(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, *, varying_length: bool = False
+) -> tuple[Tensor, Tensor]:
     """Causal attention: q (B, N, T, H) over k, v (B, G, T, H) -> out (B, N, T, H), lse (B, N, T).
 
     `lse` is the natural log of the sum of exponentials of the scaled scores, in float32 or wider.
-    Query head i reads key/value head `i // (N // G)`. The kernel is chosen by device and dtype:
-    the CPU's flash kernel, FlashAttention-2 for half precision on CUDA, cutlass for float32.
+    Query head i reads key/value head `i // (N // G)`. With `varying_length`, T changes from call
+    to call, and kernels that plan every shape anew are passed over.
+
+    Raises:
+        ValueError: no kernel computes this on the device.
     """
     if q.device.type == "cpu":
-        return cpu_flash_forward(q, k, v, scale, causal=True)
-    H = q.shape[3]
-    q, k, v = (_with_aligned_heads(x) for x in (q, k, v))
-    if q.dtype in HALF_PRECISION:
-        out, lse = cuda_flash_forward(q, k, v, scale)
-    else:
-        # Cutlass knows no grouped heads.
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-        out, lse = cuda_efficient_forward(q, k, v, scale)
-    return out[..., :H], lse
+        return cpu_flash_forward(q, k, v, scale)
+    return _forward(q, k, v, scale, varying_length)
 
 
 def causal_backward(
@@ -52,19 +41,53 @@ def causal_backward(
     """Gradients (dq, dk, dv) of this part of an attention whose merged result is (out, lse).
 
     Shapes as in `causal_forward`. With the forward's own `out` and `lse` these are the ordinary
-    gradients; with merged ones, the exact share of this part's keys.
+    gradients; with merged ones, the exact share of this part's keys. On CUDA nothing is copied
+    where `out` and `dout` have the memory layout of q.
     """
     if q.device.type == "cpu":
         return cpu_flash_backward(dout, q, k, v, out, lse, scale)
-    H, G = q.shape[3], k.shape[1]
-    dout, q, k, v, out = (_with_aligned_heads(x) for x in (dout, q, k, v, out))
-    if q.dtype in HALF_PRECISION:
-        dq, dk, dv = cuda_flash_backward(dout, q, k, v, out, lse, scale)
-    else:
-        k, v = (x.repeat_interleave(q.shape[1] // G, 1) for x in (k, v))
-        dq, dk, dv = cuda_efficient_backward(dout, q, k, v, out, lse, scale)
-        dk, dv = (x.unflatten(1, (G, -1)).sum(2) for x in (dk, dv))
-    return dq[..., :H], dk[..., :H], dv[..., :H]
+    return _backward(dout, q, k, v, out, lse, scale)
+
+
+@torch.library.custom_op("phd::causal_forward", mutates_args=(), tags=EXACT_STRIDES)
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, varying_length: bool
+) -> tuple[Tensor, Tensor]:
+    kernel = _kernel(q, varying_length)
+    out, lse = kernel.forward(*(_aligned(x, kernel.alignment) for x in (q, k, v)), scale)
+    return _laid_out_like(q, out[..., : q.shape[3]]), lse.contiguous()
+
+
+@torch.library.custom_op("phd::causal_backward", mutates_args=(), tags=EXACT_STRIDES)
+def _backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    kernel, inputs = _kernel(q), (q, k, v)
+    q, k, v, out, dout = (_aligned(x, kernel.alignment) for x in (*inputs, out, dout))
+    dout, out = _laid_out_like(q, dout), _laid_out_like(q, out)
+    gradients = kernel.backward(dout, q, k, v, out, lse.contiguous(), scale)
+    dq, dk, dv = (
+        _laid_out_like(x, gradient[..., : x.shape[3]])
+        for x, gradient in zip(inputs, gradients, strict=True)
+    )
+    return dq, dk, dv
+
+
+@_forward.register_fake
+def _(q: Tensor, *others: object) -> tuple[Tensor, Tensor]:  # noqa: ARG001
+    wide = torch.promote_types(q.dtype, torch.float32)
+    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=wide)
+
+
+@_backward.register_fake
+def _(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *others: object) -> tuple[Tensor, ...]:  # noqa: ARG001
+    return tuple(torch.empty_like(x) for x in (q, k, v))
+
+
+def _kernel(q: Tensor, varying_length: bool = False) -> CausalKernel:
+    _, _, T, H = q.shape
+    platform = Platform.of(q.device)
+    return causal_kernel(platform, q.dtype, H, tokens=T, varying_length=varying_length)
 
 
 def merge(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -84,20 +107,28 @@ def merge_outputs(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> T
 
 
 def varlen_forward(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, cu_seqlens: Tensor, longest: int
+    kernel: CausalKernel,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    cu_seqlens: Tensor,
+    longest: int,
 ) -> tuple[Tensor, Tensor]:
-    """`causal_forward` within each document, by FlashAttention-2: half precision on CUDA only.
+    """`causal_forward` within each document, by the variable-length path of `kernel`.
 
     Document i is tokens `cu_seqlens[i]` to `cu_seqlens[i + 1]` of the B*T of all rows, on the
     device; `longest` is the most tokens that one has. Shapes as in `causal_forward`.
     """
+    assert kernel.varlen_forward is not None
     B, N, T, H = q.shape
-    q, k, v = (_pack_rows(x) for x in (q, k, v))
-    out, lse = cuda_varlen_forward(q, k, v, scale, cu_seqlens, longest)
+    q, k, v = (_pack_rows(x, kernel) for x in (q, k, v))
+    out, lse = kernel.varlen_forward(q, k, v, scale, cu_seqlens, longest)
     return _unpack_rows(out, B, H), lse.view(N, B, T).transpose(0, 1).contiguous()
 
 
 def varlen_backward(
+    kernel: CausalKernel,
     dout: Tensor,
     q: Tensor,
     k: Tensor,
@@ -109,17 +140,18 @@ def varlen_backward(
     longest: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`causal_backward` within each document; see `varlen_forward`."""
+    assert kernel.varlen_backward is not None
     B, H = q.shape[0], q.shape[-1]
-    dout, q, k, v, out = (_pack_rows(x) for x in (dout, q, k, v, out))
+    dout, q, k, v, out = (_pack_rows(x, kernel) for x in (dout, q, k, v, out))
     lse = lse.transpose(0, 1).flatten(1).contiguous()
-    gradients = cuda_varlen_backward(dout, q, k, v, out, lse, scale, cu_seqlens, longest)
+    gradients = kernel.varlen_backward(dout, q, k, v, out, lse, scale, cu_seqlens, longest)
     dq, dk, dv = (_unpack_rows(gradient, B, H) for gradient in gradients)
     return dq, dk, dv
 
 
-def _pack_rows(x: Tensor) -> Tensor:
+def _pack_rows(x: Tensor, kernel: CausalKernel) -> Tensor:
     """(B, heads, T, H) -> (B*T, heads, H), the head dimension aligned."""
-    return _with_aligned_heads(x.transpose(1, 2).flatten(0, 1))
+    return _aligned(x.transpose(1, 2).flatten(0, 1), kernel.alignment)
 
 
 def _unpack_rows(x: Tensor, batch: int, head_dim: int) -> Tensor:
@@ -127,7 +159,18 @@ def _unpack_rows(x: Tensor, batch: int, head_dim: int) -> Tensor:
     return x[..., :head_dim].contiguous().unflatten(0, (batch, -1)).transpose(1, 2)
 
 
-def _with_aligned_heads(x: Tensor) -> Tensor:
-    """Pad the head dimension to what CUDA's kernels accept; zeros change no score."""
-    excess = -x.shape[-1] % HEAD_ALIGNMENT
-    return pad(x, (0, excess)) if excess else x
+def _aligned(x: Tensor, alignment: int) -> Tensor:
+    """Pad the head dimension to what a kernel reads at once; zeros change no score."""
+    if excess := -x.shape[-1] % alignment:
+        return pad(x, (0, excess))
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _laid_out_like(like: Tensor, x: Tensor) -> Tensor:
+    """x with the strides that `torch.empty_like(like)` has, copied where its own are others."""
+    strides = torch.empty_like(like, device="meta").stride()
+    if x.stride() == strides:
+        return x
+    if all(a == b for a, b, n in zip(x.stride(), strides, x.shape, strict=True) if n > 1):
+        return x.as_strided(x.shape, strides)  # strides of a dimension of one element
+    return torch.empty_like(like).copy_(x)

@@ -3,13 +3,14 @@
     queries              keys: originals            keys: hidden copies
     originals  (s = 0)   causal over T    --.       -
     hidden     (s >= 1)  causal over T    --'       tiles of a chunk or a window:
-                         one flash kernel with      small batched products
+                         one stock kernel with      small batched products
                          K*N query heads
 
 Rule 1 is the same causal attention for all copies, so the K copies are K times as many query heads
-of the same key/value head, and one stock kernel reads the keys for all of them. By rules 2 and 3
-a hidden copy sees an interval of the hidden copies that ends with itself (`phd.attention.tiles`).
-The two results merge by their log-sum-exps, and the backward runs both parts on the merged ones:
+of the same key/value head, and one stock kernel reads the keys for all of them
+(`phd.attention.causal_kernels` chooses it). By rules 2 and 3 a hidden copy sees an interval of the
+hidden copies that ends with itself (`phd.attention.tiles`). The two results merge by their
+log-sum-exps, and the backward runs both parts on the merged ones:
 
     lse = log(exp(lse_1) + exp(lse_2))        out = exp(lse_1 - lse) out_1 + exp(lse_2 - lse) out_2
     p_ij = exp(s_ij - lse)                    ds_ij = p_ij (dout_i . v_j - dout_i . out_i)
@@ -23,11 +24,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import scaled_dot_product_attention
 
 from phd.attention.flash import merge
 from phd.attention.tiles import TileRange, Tiles
-from phd.attention.varlen import isolated_backward, isolated_forward
+from phd.attention.varlen import causal_attention, isolated_backward, isolated_forward
 from phd.pattern import Pattern
 from phd.segments import Segments
 
@@ -41,11 +41,7 @@ def packed_attention(
         return _Packed.apply(q, k, v, pattern, segments)
     # Every slot sees every slot before it: a plain causal row of K*T slots, token-major.
     q, k, v = (x.transpose(2, 3).flatten(2, 3) for x in (q, k, v))
-    if segments is None:
-        out = scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    else:
-        q, k, v = (x.unsqueeze(2) for x in (q, k, v))
-        out = _Packed.apply(q, k, v, Pattern("causal"), segments.repeated(Q))
+    out = causal_attention(q, k, v, None if segments is None else segments.repeated(Q))
     return out.view(B, N, T, Q, H).transpose(2, 3)
 
 

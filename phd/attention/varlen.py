@@ -2,27 +2,51 @@
 
                  keys: a0 a1 a2 b0 b1
     query a2            x  x  x  .  .
-    query b0            .  .  .  x  .       on CUDA in half precision one variable-length kernel,
+    query b0            .  .  .  x  .       where the kernel has it, its variable-length path,
     query b1            .  .  .  x  x       elsewhere `flash` on one document after another
 
-Both read on the host where documents begin. They are custom operators, which `torch.compile` does
-not look into: otherwise it would compile a graph for every new set of documents.
+Both read on the host where documents begin, from the copy there, and do not wait for the device.
+They are custom operators, which `torch.compile` does not look into: otherwise it would compile a
+graph for every new set of documents.
 """
 
 from collections.abc import Iterator
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from phd.attention.flash import (
-    HALF_PRECISION,
-    causal_backward,
-    causal_forward,
-    varlen_backward,
-    varlen_forward,
-)
+from phd.attention.causal_kernels import CausalKernel, Platform, causal_kernel
+from phd.attention.flash import causal_backward, causal_forward, varlen_backward, varlen_forward
 from phd.segments import Segments
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, segments: Segments | None = None) -> Tensor:
+    """Causal attention: q (B, N, T, H) over k, v (B, G, T, H) -> (B, N, T, H), differentiable.
+
+    It is `scaled_dot_product_attention(is_causal=True, enable_gqa=True)` by the kernel that
+    `phd.attention.causal_kernels` chooses, and within each document where segments are given.
+    """
+    return _Causal.apply(q, k, v, segments)
+
+
+class _Causal(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, segments: Segments | None) -> Tensor:
+        out, lse = isolated_forward(q, k, v, q.shape[-1] ** -0.5, segments)
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.segments = segments
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        q, k, v, out, lse = ctx.saved_tensors
+        scale = q.shape[-1] ** -0.5
+        dq, dk, dv = isolated_backward(grads[0], (q, k, v), (out, lse), scale, ctx.segments)
+        return dq, dk, dv, None
 
 
 def isolated_forward(
@@ -51,11 +75,12 @@ def isolated_backward(
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, scale: float, cu_seqlens: Tensor, cu_seqlens_cpu: Tensor
 ) -> tuple[Tensor, Tensor]:
-    if _has_varlen_kernel(q):
-        return varlen_forward(q, k, v, scale, cu_seqlens, _longest(cu_seqlens_cpu))
+    kernel = _kernel(q)
+    if kernel.varlen_forward:
+        return varlen_forward(kernel, q, k, v, scale, cu_seqlens, _longest(cu_seqlens_cpu))
     out, lse = _result_like(q)
     for at in _documents(cu_seqlens_cpu, q.shape[2]):
-        out[at], lse[at] = causal_forward(q[at], k[at], v[at], scale)
+        out[at], lse[at] = causal_forward(q[at], k[at], v[at], scale, varying_length=True)
     return out, lse
 
 
@@ -71,9 +96,10 @@ def _backward(
     cu_seqlens: Tensor,
     cu_seqlens_cpu: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if _has_varlen_kernel(q):
+    kernel = _kernel(q)
+    if kernel.varlen_backward:
         longest = _longest(cu_seqlens_cpu)
-        return varlen_backward(dout, q, k, v, out, lse, scale, cu_seqlens, longest)
+        return varlen_backward(kernel, dout, q, k, v, out, lse, scale, cu_seqlens, longest)
     dq, dk, dv = (_token_major(x) for x in (q, k, v))
     for at in _documents(cu_seqlens_cpu, q.shape[2]):
         dq[at], dk[at], dv[at] = causal_backward(
@@ -92,8 +118,8 @@ def _(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *others: object) -> tuple[T
     return tuple(_token_major(x) for x in (q, k, v))
 
 
-def _has_varlen_kernel(q: Tensor) -> bool:
-    return q.device.type == "cuda" and q.dtype in HALF_PRECISION
+def _kernel(q: Tensor) -> CausalKernel:
+    return causal_kernel(Platform.of(q.device), q.dtype, q.shape[3], documents=True)
 
 
 def _longest(cu_seqlens_cpu: Tensor) -> int:

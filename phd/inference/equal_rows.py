@@ -92,7 +92,7 @@ class EqualRows(IncrementalForward):
 
     def _attend_causally(self, q: Tensor, own: Pair, cached: Pair) -> Tensor:
         """Queries of the new cached slots over each other, and over all that were there before."""
-        result = causal_forward(q, *own, q.shape[-1] ** -0.5)
+        result = causal_forward(q, *own, q.shape[-1] ** -0.5, varying_length=True)
         if not self.past:
             return result[0]
         old = (x[:, :, : self.past * self.cached_per_token] for x in cached)

@@ -161,7 +161,8 @@ class RaggedPrompts(RaggedRows):
         first, outs = self.first_hidden(q, layer), []
         if first:
             own = k[:, :, : self.cached], v[:, :, : self.cached]
-            outs.append(causal_forward(q[:, :, :first], *own, q.shape[-1] ** -0.5)[0])
+            scale = q.shape[-1] ** -0.5
+            outs.append(causal_forward(q[:, :, :first], *own, scale, varying_length=True)[0])
         if first < q.shape[2]:
             q = q[:, :, first:]
             to_cached = attend_cached(q, *cached, self.visible_cached(layer)[:, first:])

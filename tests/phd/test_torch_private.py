@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from phd import torch_private
+from phd.attention.causal_kernels import Platform, causal_kernel
 from phd.loss import IGNORED
 
 needs_cuda = pytest.mark.skipif(
@@ -43,6 +44,7 @@ def merged_with_another_key(q: Tensor, k: Tensor, v: Tensor, dout: Tensor) -> li
     The gradients are those of q, k and v alone, which a kernel has to give for the merged result.
     """
     leaves = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    T = q.shape[2]
     out, lse = dense(*leaves, torch.ones(T, T, dtype=torch.bool, device=q.device).tril())
     share = torch.sigmoid(1 - lse)[..., None]
     merged = torch.lerp(out, torch.ones_like(out), share)
@@ -136,6 +138,7 @@ def test_the_recompile_limit_holds_during_a_call_alone() -> None:
 
 
 CUDA_KERNELS = {
+    "cudnn": (torch_private.cuda_cudnn_forward, torch_private.cuda_cudnn_backward, torch.bfloat16),
     "flash": (torch_private.cuda_flash_forward, torch_private.cuda_flash_backward, torch.bfloat16),
     "efficient": (
         torch_private.cuda_efficient_forward,
@@ -151,7 +154,7 @@ kernels = pytest.mark.parametrize(
 @kernels
 def test_cudas_kernels_take_our_arguments_and_return_our_shapes(forward, backward, dtype) -> None:
     """On the meta device, which knows the operators' signatures and shapes."""
-    q, k, v, dout = inputs(dtype, "meta", groups=N)
+    q, k, v, dout = inputs(dtype, "meta")
     out, lse = forward(q, k, v, SCALE)
     assert (out.shape, out.dtype) == (q.shape, dtype)
     assert (lse.shape, lse.dtype) == (q.shape[:3], torch.float32)
@@ -169,12 +172,55 @@ def test_cudas_varlen_kernel_takes_our_arguments_and_returns_our_shapes() -> Non
     assert [gradient.shape for gradient in gradients] == [x.shape for x in (q, k, v)]
 
 
+# The order in which we pass arguments: the same in torch 2.11 and in 2.13.
+POSITIONAL = {
+    "_scaled_dot_product_cudnn_attention": "query key value attn_bias compute_log_sumexp dropout_p "
+    "is_causal return_debug_mask",
+    "_scaled_dot_product_cudnn_attention_backward": "grad_out query key value out logsumexp "
+    "philox_seed philox_offset attn_bias cum_seq_q cum_seq_k max_q max_k dropout_p is_causal",
+    "_scaled_dot_product_flash_attention": "query key value dropout_p is_causal return_debug_mask",
+    "_scaled_dot_product_flash_attention_backward": "grad_out query key value out logsumexp "
+    "cum_seq_q cum_seq_k max_q max_k dropout_p is_causal philox_seed philox_offset",
+    "_flash_attention_forward": "query key value cum_seq_q cum_seq_k max_q max_k dropout_p "
+    "is_causal return_debug_mask",
+    "_flash_attention_backward": "grad_out query key value out logsumexp cum_seq_q cum_seq_k max_q "
+    "max_k dropout_p is_causal rng_state unused",
+    "_scaled_dot_product_efficient_attention": "query key value attn_bias compute_log_sumexp "
+    "dropout_p is_causal",
+    "_scaled_dot_product_efficient_attention_backward": "grad_out_ query key value attn_bias out "
+    "logsumexp philox_seed philox_offset dropout_p grad_input_mask is_causal",
+}
+
+
+@pytest.mark.parametrize("name", POSITIONAL)
+def test_the_operators_have_the_arguments_that_we_pass(name: str) -> None:
+    arguments = getattr(torch.ops.aten, name).default._schema.arguments
+    positional = [a.name for a in arguments if not a.kwarg_only]
+    assert positional == POSITIONAL[name].split()
+    assert "scale" in [a.name for a in arguments if a.kwarg_only]
+
+
+def skip_where_it_cannot_run(forward) -> None:
+    """cuDNN's attention is for the GPUs and versions that the table of kernels names."""
+    if forward is torch_private.cuda_cudnn_forward:
+        platform = Platform.of(torch.device("cuda"))
+        if causal_kernel(platform, torch.bfloat16, H).name != "cuDNN":
+            pytest.skip(f"needs cuDNN 9.15.1 and compute capability 9 or 10, not {platform}")
+
+
 @needs_cuda
 @kernels
+@pytest.mark.parametrize("heads_per_key", [1, 2, 6])
+@pytest.mark.parametrize("T", [37, 256])
 def test_cudas_kernels_return_the_log_sum_exp_and_accept_a_merged_result(
-    forward, backward, dtype
+    forward, backward, dtype, heads_per_key: int, T: int
 ) -> None:
-    q, k, v, dout = inputs(dtype, "cuda", groups=N)
+    """With as many query heads for a key head as K copies of them make."""
+    skip_where_it_cannot_run(forward)
+    q, k, v, dout = (
+        torch.randn(B, G * heads, T, H, device="cuda").to(dtype)
+        for heads in (heads_per_key, 1, 1, heads_per_key)
+    )
     tolerance = 3e-2 if dtype == torch.bfloat16 else 1e-4
     mask = torch.ones(T, T, dtype=torch.bool, device="cuda").tril()
     check(forward(q, k, v, SCALE), dense(*(x.double() for x in (q, k, v)), mask), tolerance)
@@ -184,11 +230,22 @@ def test_cudas_kernels_return_the_log_sum_exp_and_accept_a_merged_result(
 
 
 @needs_cuda
-def test_cudas_flash_kernel_groups_heads() -> None:
-    q, k, v, _ = inputs(torch.bfloat16, "cuda")
+@kernels
+def test_cudas_kernels_read_keys_that_are_slices_of_all_copies(forward, backward, dtype) -> None:
+    """q, out and dout token-major, too, as the last layer has them."""
+    skip_where_it_cannot_run(forward)
+    tolerance = 3e-2 if dtype == torch.bfloat16 else 1e-4
+    q, k, v, dout = inputs(dtype, "cuda")
+    q, dout = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, dout))
+    k, v = (torch.stack([x, torch.full_like(x, 1e4)], 2)[:, :, 0] for x in (k, v))
+    out, lse, *gradients = merged_with_another_key(q, k, v, dout)
+    merged = torch.empty_like(q).copy_(out)
+    check(backward(dout, q, k, v, merged, lse.float(), SCALE), gradients, 2 * tolerance)
     mask = torch.ones(T, T, dtype=torch.bool, device="cuda").tril()
-    expected = dense(*(x.double() for x in (q, k, v)), mask)
-    check(torch_private.cuda_flash_forward(q, k, v, SCALE), expected, 3e-2)
+    found = forward(q, k, v, SCALE)
+    check(found, dense(*(x.double() for x in (q, k, v)), mask), tolerance)
+    if forward is torch_private.cuda_cudnn_forward:
+        assert found[0].stride() == q.stride()
 
 
 @needs_cuda

@@ -22,6 +22,7 @@ MATRIX_PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
 # with T * W.
 ATTENTION = (
     *SDPA_KERNELS,
+    torch.ops.phd.causal_forward.default,
     torch.ops.phd.isolated_forward.default,
     torch.ops.higher_order.flex_attention,
 )

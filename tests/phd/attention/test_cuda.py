@@ -5,8 +5,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from phd.attention.attend import attend
+from phd.attention.varlen import causal_attention
 from phd.config import Backend, ModelConfig
 from phd.model import Transformer
 from phd.pattern import Pattern
@@ -121,20 +123,59 @@ def test_flex_documents_equal_the_dense_definition_on_cuda(
     check("flex", torch.float32, pattern, last_copy_only, Segments.of(STARTS))
 
 
-def test_documents_do_not_make_the_host_wait_for_the_device() -> None:
-    segments, pattern = Segments.of(STARTS), Pattern("hidden", K=3, window=16, chunk_tokens=16)
+@pytest.mark.parametrize("documents", [False, True])
+def test_attention_does_not_make_the_host_wait_for_the_device(documents: bool) -> None:
+    pattern = Pattern("hidden", K=3, window=16, chunk_tokens=16)
     shapes = [(B, heads, 3, T, H) for heads in (N, G, G)]
     q, k, v = (
         torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True)
         for shape in shapes
     )
+
+    def both_ways() -> None:
+        segments = Segments.of(STARTS).to("cuda") if documents else None
+        out = attend(q, k, v, pattern, "packed", segments)
+        torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
+
+    both_ways()  # the first call of a shape makes the kernel's plan, and may wait
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        out = attend(q, k, v, pattern, "packed", segments.to("cuda"))
-        torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
+        both_ways()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("pattern", [PATTERNS["causal"], PATTERNS["phd_cswa"]], ids=str)
+def test_gradients_do_not_depend_on_how_the_upstream_one_lies_in_memory(pattern: Pattern) -> None:
+    """One kernel's plan serves all calls with the same q, k and v: it must fit each of them."""
+    shapes = [(B, heads, pattern.K, T, H) for heads in (N, G, G, N)]
+    q, k, v, dout = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for shape in shapes)
+    qkv = [x.requires_grad_() for x in (q, k, v)]
+    exact = [x.detach().double().requires_grad_() for x in qkv]
+    for order in ((0, 1, 2, 3, 4), (0, 2, 3, 1, 4), (0, 3, 2, 1, 4), (3, 0, 1, 2, 4)):
+        back = torch.tensor(order).argsort().tolist()
+        upstream = dout.permute(order).contiguous().permute(back)
+        found = torch.autograd.grad(attend(q, k, v, pattern), qkv, upstream)
+        out = attend(*exact, pattern, "reference")
+        expected = torch.autograd.grad(out, exact, upstream.double())
+        for name, ours, theirs in zip(("dq", "dk", "dv"), found, expected, strict=True):
+            error = (ours.double() - theirs).abs().max() / theirs.abs().max()
+            assert error < TOLERANCE[torch.bfloat16], (name, order)
+
+
+def test_vanilla_computes_what_pytorchs_attention_computes() -> None:
+    q, k, v = (torch.randn(B, heads, T, H, device="cuda").bfloat16() for heads in (N, G, G))
+    qkv = [x.requires_grad_() for x in (q, k, v)]
+    results = []
+    for attention in (
+        lambda: causal_attention(q, k, v),
+        lambda: scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True),
+    ):
+        out = attention()
+        results.append([out, *torch.autograd.grad(out, qkv, torch.ones_like(out))])
+    for ours, theirs in zip(*results, strict=True):
+        assert (ours - theirs).abs().max() < TOLERANCE[torch.bfloat16] * theirs.abs().max()
 
 
 SETTINGS: dict[str, Any] = {"K": 3, "layers": 3, "dim": 128, "head_dim": 32, "vocab_size": 512}

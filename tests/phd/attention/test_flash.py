@@ -7,13 +7,8 @@ import torch
 from torch import Tensor
 
 import phd.torch_private
-from phd.attention.flash import (
-    HALF_PRECISION,
-    causal_backward,
-    causal_forward,
-    varlen_backward,
-    varlen_forward,
-)
+from phd.attention.causal_kernels import CAUSAL_KERNELS, HALF
+from phd.attention.flash import causal_backward, causal_forward, varlen_backward, varlen_forward
 from phd.attention.varlen import isolated_backward, isolated_forward
 from phd.segments import Segments
 
@@ -55,28 +50,19 @@ def test_backward_gives_the_share_of_its_keys_in_a_merged_attention() -> None:
     torch.testing.assert_close(tuple(found), expected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_the_kernels_of_cuda_take_our_arguments_and_return_our_shapes(dtype: torch.dtype) -> None:
-    """On the meta device, which goes the way of CUDA and knows its kernels' shapes."""
-    q, k, v, dout = tensors(dtype, "meta")
-    out, lse = causal_forward(q, k, v, SCALE)
-    assert (out.shape, out.dtype) == (q.shape, dtype)
-    assert (lse.shape, lse.dtype) == (q.shape[:3], torch.float32)
-    gradients = causal_backward(dout, q, k, v, out, lse, SCALE)
-    for gradient, x in zip(gradients, (q, k, v), strict=True):
-        assert (gradient.shape, gradient.dtype) == (x.shape, dtype)
+FLASH = next(kernel for kernel in CAUSAL_KERNELS if kernel.name == "FlashAttention-2")
 
 
-@pytest.mark.parametrize("dtype", HALF_PRECISION)
+@pytest.mark.parametrize("dtype", HALF)
 def test_the_kernels_of_documents_take_our_arguments_and_return_our_shapes(
     dtype: torch.dtype,
 ) -> None:
     q, k, v, dout = tensors(dtype, "meta")
     cu_seqlens = SEGMENTS.cu_seqlens.to("meta")
-    out, lse = varlen_forward(q, k, v, SCALE, cu_seqlens, 29)
+    out, lse = varlen_forward(FLASH, q, k, v, SCALE, cu_seqlens, 29)
     assert (out.shape, out.dtype) == (q.shape, dtype)
     assert (lse.shape, lse.dtype) == (q.shape[:3], torch.float32)
-    gradients = varlen_backward(dout, q, k, v, out, lse, SCALE, cu_seqlens, 29)
+    gradients = varlen_backward(FLASH, dout, q, k, v, out, lse, SCALE, cu_seqlens, 29)
     for gradient, x in zip(gradients, (q, k, v), strict=True):
         assert (gradient.shape, gradient.dtype) == (x.shape, dtype)
 
@@ -140,9 +126,9 @@ def test_one_kernel_for_all_documents_gives_what_a_kernel_for_each_gives(
     merged = out + torch.randn_like(out), lse + torch.rand_like(lse)
     expected = isolated_backward(dout, (q, k, v), merged, SCALE, SEGMENTS)
     monkeypatch.setattr(phd.torch_private, "aten", FlashAttention())
-    found = varlen_forward(q, k, v, SCALE, SEGMENTS.cu_seqlens, 29)
+    found = varlen_forward(FLASH, q, k, v, SCALE, SEGMENTS.cu_seqlens, 29)
     torch.testing.assert_close(found, (out, lse))
-    found_gradients = varlen_backward(dout, q, k, v, *merged, SCALE, SEGMENTS.cu_seqlens, 29)
+    found_gradients = varlen_backward(FLASH, dout, q, k, v, *merged, SCALE, SEGMENTS.cu_seqlens, 29)
     torch.testing.assert_close(found_gradients, expected)
     # The fake kernels, which tracing uses, declare one layout for both.
     for ours, theirs in zip((*found, *found_gradients), (out, lse, *expected), strict=True):
