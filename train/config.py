@@ -74,6 +74,11 @@ class TrainConfig(Settings):
         micro_batch: how many rows of a rank go through one forward and backward pass; null: all
             rows of the rank.
         seq_len: T, the tokens of a row.
+        profile: profile a few steps on rank 0: a trace, the memory's history on CUDA, and a table
+            of where the time of a step goes, in the folder `profile` of the run's directory.
+        profile_start: the first step that is profiled, counted from the beginning of the run; the
+            first steps compile and warm up.
+        profile_steps: how many steps are profiled.
     """
 
     max_steps: int | None = None
@@ -83,10 +88,13 @@ class TrainConfig(Settings):
     global_batch: int = 8
     micro_batch: int | None = None
     seq_len: int = 256
+    profile: bool = False
+    profile_start: int = 11
+    profile_steps: int = 3
 
     def problems(self) -> list[Problem]:
         positive = ("max_steps", "max_tokens", "global_batch", "micro_batch", "seq_len")
-        found = at_least(self, "train", 1, *positive)
+        found = at_least(self, "train", 1, *positive, "profile_start", "profile_steps")
         if self.max_time is not None and self.max_time <= 0:
             expected = "expected more than 0 seconds"
             found.append(Problem("train.max_time", self.max_time, expected))
@@ -120,6 +128,18 @@ class TrainConfig(Settings):
             return [Problem("train.micro_batch", rows, reason, others=others)]
         reason = f"not divisible by {world_size} ranks times train.micro_batch={rows} rows"
         return [Problem("train.global_batch", self.global_batch, reason, others=others)]
+
+    def unused(self) -> list[Problem]:
+        """The settings of a profile that is not made."""
+        if self.profile:
+            return []
+        reason, hint = "no step is profiled", "set train.profile=true"
+        return without_effect(self, "train", reason, hint, "profile_start", "profile_steps")
+
+    @property
+    def profiled_steps(self) -> range:
+        """The steps that are profiled; none if no profile is asked for."""
+        return range(self.profile_start, self.profile_start + self.profile * self.profile_steps)
 
     @property
     def tokens_per_step(self) -> int:
@@ -514,12 +534,14 @@ class Config(Settings):
     def problems(self) -> list[Problem]:
         """Every combination across sections that cannot be; each section checks its own."""
         found = [*at_least(self, "", 0, "seed"), *self._length_problems(), *self._shape_problems()]
+        found += self._profile_problems()
         # `auto` is decided on the machine that trains; train/run.py asks again with its device.
         return found + (self.device_problems("cpu") if self.engine.device == "cpu" else [])
 
     def unused(self) -> list[Problem]:
         """The settings of all sections that change nothing in this run."""
-        return [*self.model.unused(), *self.tokenizer.unused(), *self.schedule.unused()]
+        parts = (self.model, self.tokenizer, self.train, self.schedule)
+        return [problem for part in parts for problem in part.unused()]
 
     def _length_problems(self) -> list[Problem]:
         total, schedule = self.total_steps, self.schedule
@@ -546,6 +568,13 @@ class Config(Settings):
                 others=LENGTHS,
             )
         ]
+
+    def _profile_problems(self) -> list[Problem]:
+        steps, total = self.train.profiled_steps, self.total_steps
+        if not steps or total is None or steps[0] <= total:
+            return []
+        reason, hint = f"the run ends after step {total}", "choose an earlier step"
+        return [Problem("train.profile_start", steps[0], reason, hint, others=LENGTHS)]
 
     def _flops_problem(self) -> Problem:
         train = self.train

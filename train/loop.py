@@ -43,16 +43,18 @@ def train(run: Run, progress: Progress) -> tuple[StepRecord, Metrics]:
     bar = TrainingBar(progress, run.step, config.total_steps, config.train.max_time)
     started, hooks_s = perf_counter(), 0.0
     flops, record, ending = run.flops, None, None
-    with run.loader() as loader:
+    with run.loader() as loader, run.profile:
         wait_for_first_batch(run, loader)
         for step, batch in enumerate(loader, run.step + 1):
             assert batch.stats is not None
             lr = learning_rate(config, step - 1)
+            run.profile.begin(step)
             stop_sync.start(rank_flags(run, loader, perf_counter() - started - hooks_s))
             result = train_step(engine, batch, lr, policy.limits(step), stop_sync.stop_requested)
             flags = stop_sync.wait()
             if result is None:  # a signal came between micro-batches
                 break
+            run.profile.end(step)
             policy.observe(step, loader.number, batch, lr, result)
             flops += training_flops(config.model, *batch.document_lengths)
 

@@ -60,6 +60,7 @@ from train.metrics.sinks import (
     Wandb,
     keep_run_id,
 )
+from train.profiling.window import ProfileWindow
 from train.run_dir.lock import hold_run_dir
 from train.run_dir.prepare import prepare_run_dir
 
@@ -74,6 +75,7 @@ class Run:
     Attributes:
         hooks: what is measured, in the order in which it is: the run's own, then the user's.
         save, evaluations, sample: hooks that the loop calls after them, in this order.
+        profile: of a few steps, if one is asked for; the loop tells it of every step.
         flops: `phd.flops.training_flops` of all ranks so far, on rank 0; 0 on the others.
         batches: batches that the stream has given so far.
         skip_batches: numbers of batches that are not trained on.
@@ -95,6 +97,7 @@ class Run:
     evaluations: tuple[Evaluation, ...]
     sample: Sample
     sinks: tuple[Sink, ...]
+    profile: ProfileWindow
     step: int
     flops: int
     batches: int
@@ -268,6 +271,7 @@ def _open(
         evaluations=tuple(evaluations),
         sample=Sample(config, engine, tokenizer, prompt, stop_sync.stop_requested),
         sinks=_open_sinks(config, checkpoint, console, on_error) if groups.is_rank_zero else (),
+        profile=ProfileWindow(config.train, engine, config.run_dir / "profile", console, step),
         step=step,
         flops=flops if groups.is_rank_zero else 0,
         batches=state.get("batches", 0),
@@ -497,7 +501,10 @@ def _changes(saved: dict[str, Any], config: Config) -> dict[str, str]:
     """
     unused = {problem.key for problem in config.unused()}
     before = {**flatten_keys(defaults(Config)), **flatten_keys(saved)}
-    ignored = ("run.", "data.", "tokenizer.", "hooks.", "eval.", "checkpoint.", "model.attention")
+    ignored = (
+        *("run.", "data.", "tokenizer.", "hooks.", "eval.", "checkpoint."),
+        *("model.attention", "train.profile"),
+    )
     changed = changed_settings(before, flatten_keys(config.to_dict()))
     return {
         key: line

@@ -7,6 +7,7 @@ fails in one place.
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -87,6 +88,25 @@ def compile_each_shape() -> AbstractContextManager[object]:
     second one, which is slower, and gives up after 8.
     """
     return torch._dynamo.config.patch(automatic_dynamic_shapes=False, recompile_limit=64)
+
+
+MOST_ALLOCATIONS = 1_000_000
+"""Of a memory history; at 1 KB each, what the host pays for it at most is a gigabyte."""
+
+
+def record_memory_history() -> None:
+    """Note every allocation and release of CUDA memory from now on, with its stack."""
+    torch.cuda.memory._record_memory_history(max_entries=MOST_ALLOCATIONS)
+
+
+def write_memory_snapshot(path: Path) -> None:
+    """Write what was noted as a pickle, which https://docs.pytorch.org/memory_viz draws."""
+    torch.cuda.memory._dump_snapshot(str(path))
+
+
+def stop_memory_history() -> None:
+    """Note no more, and forget what was noted."""
+    torch.cuda.memory._record_memory_history(enabled=None)
 
 
 def fuse_clip_and_skip(optimizer: torch.optim.Optimizer, scale: Tensor, skip: Tensor) -> None:

@@ -1,5 +1,7 @@
 """What train/torch_private.py assumes of torch, one test for each assumption."""
 
+import inspect
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,8 +27,11 @@ from train.torch_private import (
     fuse_clip_and_skip,
     ignore_in_ddp,
     init_fsdp_root,
+    record_memory_history,
+    stop_memory_history,
     storage_key,
     tree_map_only,
+    write_memory_snapshot,
 )
 
 
@@ -245,3 +250,24 @@ def test_each_shape_can_be_compiled_for_itself() -> None:
         for size in range(2, 14):
             assert doubled(torch.ones(size)).sum() == 2 * size
     assert seen == [True] * 12  # a dynamic size would be an input of its own
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_allocations_are_noted_and_written(tmp_path: Path) -> None:
+    record_memory_history()
+    x = torch.ones(1 << 20, device="cuda")
+    write_memory_snapshot(tmp_path / "memory.pickle")
+    stop_memory_history()
+    del x
+    with (tmp_path / "memory.pickle").open("rb") as file:
+        traces = pickle.load(file)["device_traces"]
+    assert any(event["action"] == "alloc" for trace in traces for event in trace)
+
+
+def test_the_memory_history_takes_what_it_is_given() -> None:
+    """Where there is no CUDA, that the functions are there, and take these arguments."""
+    memory = torch.cuda.memory
+    signature = inspect.signature(memory._record_memory_history)
+    signature.bind(max_entries=1)
+    signature.bind(enabled=None)
+    inspect.signature(memory._dump_snapshot).bind("file")

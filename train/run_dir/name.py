@@ -29,7 +29,7 @@ from train.config import Config
 
 MAY_CHANGE = (
     *("run.name", "run.dir", "run.resume", "engine.", "checkpoint.", "faults.", "eval.", "hooks."),
-    *("model.attention", "train.max_", "train.micro_batch", "tokenizer.cache_dir"),
+    *("model.attention", "train.max_", "train.micro_batch", "train.profile", "tokenizer.cache_dir"),
     *("data.workers", "data.prefetch", "data.max_quarantined", "data.remote.", "data.cache."),
 )
 """How the settings begin that do not make another run; and those that end with `.epochs`."""
