@@ -216,6 +216,24 @@ def summed_linear_cross_entropy(
     )
 
 
+def add_product(total: Tensor, a: Tensor, b: Tensor, *, first: bool) -> None:
+    """Add a b (n, k) to `total` (n, k), in place; `first` overwrites what is there instead.
+
+    `total` has the dtype of a and b or, for those in half precision, float32. On CUDA one product
+    then reads half precision and adds float32, without a copy of (n, k): torch documents its
+    `out_dtype`, but not that `out` may be what is added to. It is `baddbmm` of one matrix because
+    some versions refuse to add to float32 in `addmm`.
+    """
+    beta = 0 if first else 1
+    if total.dtype == a.dtype:
+        torch.addmm(total, a, b, beta=beta, out=total)
+    elif total.is_cuda:
+        one = total[None]
+        torch.baddbmm(one, a[None], b[None], out_dtype=total.dtype, beta=beta, out=one)
+    else:
+        torch.addmm(total, a.to(total.dtype), b.to(total.dtype), beta=beta, out=total)
+
+
 def with_recompile_limit(function: Callable[..., Any], limit: int) -> Callable[..., Any]:
     """A compiled function that may be compiled for up to `limit` shapes; torch's own limit is 8.
 

@@ -24,7 +24,11 @@ ALLOWED = {
 }
 
 # What only some users of a module have: they import it where they need it.
-OPTIONAL = {"phd/inference/split_kv.py": {"triton"}, "phd/hf/modeling.py": {"transformers"}}
+OPTIONAL = {
+    "phd/cross_entropy.py": {"triton"},
+    "phd/inference/split_kv.py": {"triton"},
+    "phd/hf/modeling.py": {"transformers"},
+}
 
 # The launcher checks the settings of the training that it starts, as train/main.py does. The page
 # of all settings names those of every command.

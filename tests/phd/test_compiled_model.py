@@ -2,13 +2,13 @@
 
 import pytest
 import torch
+from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from phd.config import ModelConfig
+from phd.loss import fused_cross_entropy
 from phd.model import Transformer
 from phd.segments import Segments
-
-pytestmark = pytest.mark.compile
 
 # Dynamo's own: it instantiates autograd functions and reads `.grad` of what it traces.
 pytestmark = [
@@ -35,6 +35,27 @@ def test_the_traced_loss_and_its_gradients_equal_the_eager_ones() -> None:
         total = loss(tokens, targets).total
         results.append([total, *torch.autograd.grad(total, list(eager.parameters()))])
     torch.testing.assert_close(*results)
+
+
+@pytest.mark.usefixtures("triton_interpreter")
+def test_the_fused_loss_is_traced_once_for_any_number_of_rows() -> None:
+    """It is one operator in the graph: nothing is broken in two, and no chunks are unrolled."""
+    torch.compiler.reset()
+    counter = CompileCounterWithBackend(BACKEND)
+
+    def mean(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        return fused_cross_entropy(hidden, weight, targets, 1e-4)[0] / len(hidden)
+
+    traced = torch.compile(mean, backend=counter, fullgraph=True, dynamic=True)
+    weight = torch.randn(70, 8, requires_grad=True)
+    for rows in (5, 9, 12):
+        hidden, targets = torch.randn(rows, 8, requires_grad=True), torch.randint(0, 70, (rows,))
+        results = []
+        for loss in (mean, traced):
+            total = loss(hidden, weight, targets)
+            results.append([total, *torch.autograd.grad(total, (hidden, weight))])
+        torch.testing.assert_close(*results)
+    assert counter.frame_count == 1
 
 
 def test_traced_twice_at_most_the_model_holds_for_all_documents() -> None:

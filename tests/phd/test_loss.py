@@ -14,7 +14,17 @@ from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
 import phd.loss
-from phd.loss import IGNORED, chunked_cross_entropy, next_token_loss
+from phd import loss_memory
+from phd.loss import (
+    IGNORED,
+    Method,
+    chunked_cross_entropy,
+    fused_cross_entropy,
+    method_for,
+    next_token_loss,
+)
+from phd.loss_memory import fused_loss_bytes, fused_rows_at_once
+from phd.torch_private import HAS_LINEAR_CROSS_ENTROPY
 
 claim = settings(derandomize=True, deadline=None, max_examples=60)
 
@@ -47,6 +57,10 @@ def own(hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float = 0.0) ->
     return chunked_cross_entropy(hidden.flatten(0, 1), weight, targets.flatten(), z_loss)[0]
 
 
+def fused(hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: float = 0.0) -> Tensor:
+    return fused_cross_entropy(hidden.flatten(0, 1), weight, targets.flatten(), z_loss)[0]
+
+
 def through(loss: Callable[..., Tensor], b: Batch, *args: float) -> tuple[Tensor, ...]:
     """(value, gradient of hidden, gradient of weight), the value scaled as an average would be."""
     total = loss(*b, *args) / 7
@@ -74,6 +88,134 @@ def test_our_chunked_loss_is_the_textbook_in_chunks_of_any_size(
         patch.setattr(phd.loss, "LOGITS_AT_ONCE", at_once)
         found = through(own, b, z_loss)
     torch.testing.assert_close(found, through(textbook, b, z_loss), rtol=1e-11, atol=1e-12)
+
+
+def error(ours: Tensor, exact: Tensor) -> float:
+    return ((ours.double() - exact).norm() / exact.norm()).item()
+
+
+@pytest.mark.usefixtures("triton_interpreter")
+@pytest.mark.parametrize("z_loss", [0.0, 0.3])
+@pytest.mark.parametrize("rows", [1, 3, 4, 11, 100])
+def test_the_fused_loss_is_the_textbook_in_chunks_of_any_size(
+    rows: int, z_loss: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loss_memory, "ROWS", rows)
+    monkeypatch.setattr(loss_memory, "ROW_TILE", 1)
+    b = batch(B=1, V=70, dtype=torch.float32)
+    exact = through(textbook, Batch(b.hidden.double(), b.weight.double(), b.targets), z_loss)
+    for ours, theirs in zip(through(fused, b, z_loss), exact, strict=True):
+        assert ours.dtype == torch.float32
+        assert error(ours, theirs) < 1e-6
+
+
+@pytest.mark.usefixtures("triton_interpreter")
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("frozen", [None, "hidden", "weight"])
+def test_in_bfloat16_the_fused_loss_is_as_exact_as_plain_operations(
+    weight_dtype: torch.dtype, frozen: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It sums in float32, and gives each gradient that is needed in the dtype of its tensor."""
+    monkeypatch.setattr(loss_memory, "ROWS", 16)
+    monkeypatch.setattr(loss_memory, "ROW_TILE", 8)
+    b = batch(B=1, T=60, V=100, D=32, dtype=torch.bfloat16)
+    exact = through(textbook, Batch(b.hidden.double(), b.weight.double(), b.targets), 1e-4)
+    plain = [error(ours, theirs) for ours, theirs in zip(through(own, b, 1e-4), exact, strict=True)]
+    hidden, weight = b.hidden.detach(), b.weight.detach().to(weight_dtype)
+    hidden.requires_grad_(frozen != "hidden")
+    weight.requires_grad_(frozen != "weight")
+    total = fused(hidden, weight, b.targets, 1e-4) / 7
+    total.backward()
+    assert error(total.detach(), exact[0]) < 1.1 * plain[0] + 1e-6
+    for x, theirs, most in zip((hidden, weight), exact[1:], plain[1:], strict=True):
+        assert (x.grad is None) == (not x.requires_grad)
+        if x.grad is not None:
+            assert x.grad.dtype == x.dtype
+            assert error(x.grad, theirs) < 1.1 * most < 1e-2
+
+
+@pytest.mark.usefixtures("triton_interpreter")
+@pytest.mark.parametrize("loss", [fused, own])
+def test_a_bfloat16_weight_that_accumulates_in_float32_gets_float32(
+    loss: Callable[..., Tensor],
+) -> None:
+    b = batch(B=1, T=30, V=100, D=32, dtype=torch.bfloat16)
+    single = b.weight.detach().float().requires_grad_()
+    b.weight.grad_dtype = torch.float32
+    for weight in (b.weight, single):
+        (loss(b.hidden, weight, b.targets) / 7).backward()
+    assert b.weight.grad is not None
+    assert b.weight.grad.dtype == torch.float32
+    assert torch.equal(b.weight.grad, single.grad)
+
+
+@pytest.mark.usefixtures("triton_interpreter")
+def test_half_precision_does_not_round_the_scale_of_the_gradients() -> None:
+    """A mean over 1111 targets, which bfloat16 would take for one over 1112 or 1108."""
+    b = batch(B=1, T=30, V=100, D=32, dtype=torch.bfloat16)
+    for loss in (fused, own):
+        (plain,) = torch.autograd.grad(loss(*b), b.hidden)
+        (mean,) = torch.autograd.grad(loss(*b) / 1111, b.hidden)
+        torch.testing.assert_close(mean, (plain.double() / 1111).bfloat16(), rtol=0, atol=0)
+
+
+@pytest.mark.usefixtures("triton_interpreter")
+def test_held_out_targets_cost_no_gradient(tmp_path: Path) -> None:
+    b = batch(B=1, T=16, V=3000, D=128, dtype=torch.float32)
+    with torch.no_grad():
+        total = fused(*b, 1e-4)
+        largest = largest_allocation(lambda: fused(*b, 1e-4), tmp_path / "trace.json")
+    assert not total.requires_grad
+    assert error(total, textbook(*b, 1e-4)) < 1e-6
+    assert largest < b.weight.nbytes
+
+
+@pytest.mark.usefixtures("triton_interpreter")
+def test_the_fused_operator_keeps_torchs_contract() -> None:
+    """Its schema, and what it says of shapes and dtypes without computing."""
+    hidden, weight, targets = batch(B=1, V=70, dtype=torch.float32)
+    fused(hidden, weight, targets)  # registers the operator
+    for needs in ((True, True), (False, True), (False, False)):
+        torch.library.opcheck(
+            torch.ops.phd.linear_cross_entropy,
+            (hidden[0].detach(), weight.detach(), targets[0], IGNORED, 1e-4, *needs),
+        )
+
+
+@given(
+    rows=st.integers(1, 1 << 20),
+    V=st.integers(1, 300_000),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_chunks_are_even_and_fit(rows: int, V: int, dtype: torch.dtype) -> None:
+    step = fused_rows_at_once(rows, V, dtype)
+    assert 1 <= step <= min(rows, loss_memory.ROWS)
+    assert step * V * dtype.itemsize <= loss_memory.LOGITS_BYTES
+    chunks = -(-rows // step)
+    last = rows - (chunks - 1) * step
+    assert 0 <= step - last <= chunks * loss_memory.ROW_TILE
+    assert chunks == 1 or step % loss_memory.ROW_TILE == 0
+
+
+def test_the_paper_model_needs_less_than_4_gb() -> None:
+    """16,384 rows of size 1b2; `test_loss_cuda.py` measures it."""
+    shape = 16_384, 2048, 100_352
+    assert fused_rows_at_once(16_384, 100_352, torch.bfloat16) == 8192
+    for dtype in (torch.bfloat16, torch.float32):
+        for weight_dtype in {dtype, torch.float32}:
+            assert 2e9 < fused_loss_bytes(*shape, dtype, weight_dtype) < 4e9
+
+
+def test_the_fastest_exact_method_is_chosen() -> None:
+    half, single, double = torch.bfloat16, torch.float32, torch.float64
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    for weight, z_loss in ((single, 0.0), (half, 1e-4)):
+        assert method_for(cuda, half, weight, z_loss) == Method.FUSED
+        assert method_for(cuda, single, single, z_loss) == Method.FUSED
+        assert method_for(cpu, half, weight, z_loss) == Method.CHUNKED
+    assert method_for(cuda, double, double, 1e-4) == Method.CHUNKED
+    found = {method_for(cpu, dtype, dtype, 0.0) for dtype in (single, double)}
+    assert found == {Method.TORCH if HAS_LINEAR_CROSS_ENTROPY else Method.CHUNKED}
 
 
 @pytest.mark.parametrize("z_loss", [0.0, 0.3])

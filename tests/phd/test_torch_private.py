@@ -123,6 +123,35 @@ def test_the_fused_loss_is_the_sum_over_counted_targets(rows_at_once: int) -> No
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_products_add_up_in_float32(dtype: torch.dtype, device: str) -> None:
+    """Also transposed and padded ones, as the loss has them; NaN is overwritten at first."""
+    factors = [
+        (torch.randn(40, 72).to(device, dtype)[:, :70].T, torch.randn(40, 24).to(device, dtype))
+        for _ in range(3)
+    ]
+    total = torch.full((70, 24), torch.nan, device=device)
+    place = total.data_ptr()
+    for i, (a, b) in enumerate(factors):
+        torch_private.add_product(total, a, b, first=i == 0)
+    expected = sum(a.double() @ b.double() for a, b in factors)
+    assert (total.dtype, total.data_ptr()) == (torch.float32, place)
+    tolerance = 1e-2 if dtype == torch.float32 and device == "cuda" else 1e-5  # TensorFloat-32
+    torch.testing.assert_close(total.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+@needs_cuda
+def test_a_product_is_added_on_cuda_without_a_copy_of_the_total() -> None:
+    a, b = (torch.randn(64, n, device="cuda", dtype=torch.bfloat16) for n in (50_000, 256))
+    total = torch.zeros(50_000, 256, device="cuda")
+    torch_private.add_product(total, a.T, b, first=False)  # cuBLAS allocates its workspace
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    torch_private.add_product(total, a.T, b, first=False)
+    assert torch.cuda.max_memory_allocated() - before < total.nbytes // 2
+
+
 def test_the_recompile_limit_holds_during_a_call_alone() -> None:
     limits = []
 
