@@ -252,7 +252,7 @@ def test_each_shape_can_be_compiled_for_itself() -> None:
     assert seen == [True] * 12  # a dynamic size would be an input of its own
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_allocations_are_noted_and_written(tmp_path: Path) -> None:
     record_memory_history()
     x = torch.ones(1 << 20, device="cuda")

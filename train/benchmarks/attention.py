@@ -216,7 +216,8 @@ def _panel(
         if not work.startswith("dense_mask"):
             ours = work.startswith(("phd", "vanilla_")) and subject.backend == default
             kind = Kind.BASE if work == BASE else Kind.OURS if ours else Kind.PEER
-            label = f"{work.replace('_', ' ')} ({subject.backend})"
+            how = "" if work.endswith(subject.backend) else f" ({subject.backend})"
+            label = work.replace("_", " ") + how
             ratio = times.ratio(work)
             bars.append(Bar(label, ratio.median, kind, ratio.low, ratio.high))
     passes = "forward and backward" if name == BOTH else name

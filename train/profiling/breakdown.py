@@ -35,7 +35,7 @@ OWN = (
     (Group.PRODUCTS, r"^triton_tem_fused\w*mm"),
     (Group.COMMUNICATION, r"nccl|gloo|c10d"),
     (Group.OPTIMIZER, r"adam|multi_tensor|_foreach|lpnorm|optimizer"),
-    (Group.HIDDEN, r"^(forward|backward)_kernel|_packed|phd::|flex_attention"),
+    (Group.HIDDEN, r"^(forward|backward)_kernel|_packed|phd::\w*hidden|flex_attention"),
     (Group.RULE_1, r"flash|fmha|sdpa|scaled_dot_product|efficient_attention|cudnn.*attn"),
     (Group.LOSS, r"cross_entropy|softmax|nll_loss|logsumexp|^_kernel|_chunked"),
     (Group.PRODUCTS, r"gemm|gemv|cutlass|cublas|nvjet|wgmma|xmma|::(b|add|badd)?mm|matmul|linear"),

@@ -111,7 +111,7 @@ def test_a_profile_does_not_make_another_run(config: Callable[..., Config]) -> N
     assert identity(config(*PROFILE)) == identity(config())
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_on_cuda_kernels_are_told_and_memory_is_written(
     config: Callable[..., Config], trained: Callable[..., Any], tmp_path: Path
 ) -> None:
