@@ -17,6 +17,7 @@ from train.bench import BENCHMARKS, BenchArguments, main
 from train.benchmarks import attention as attention_benchmark
 from train.benchmarks import ceiling, timing
 from train.benchmarks import loader as loader_benchmark
+from train.benchmarks import step as step_benchmark
 from train.benchmarks.step import prepare, step_of_engine, step_of_transformers
 from train.benchmarks.timing import beside, interleaved, within_turns
 from train.compose import load
@@ -158,6 +159,19 @@ def test_the_step_benchmark_writes_its_ratios_and_what_they_are_made_of(
     assert all(name in text for name in [*rows, *ratios, *files])
     assert report["subject"] == "tiny: 3 layers, D = 256, 3.41 M parameters; float32, CPU"
     assert report["subject"] in text
+
+
+def test_a_step_is_measured_without_transformers_too(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(ceiling.SIDES, "cpu", 64)
+    monkeypatch.setattr(step_benchmark, "find_spec", lambda _: None)
+    given = {"short": True, "repeat": 1, "seq_len": 16, "rows": 1, "device": "cpu"}
+    assert main(BenchArguments(name="step", out=str(tmp_path), **given)) == 0
+    report = json.loads((tmp_path / "step.json").read_text(encoding="utf-8"))
+    works = [row["work"] for row in report["rows"]]
+    assert works == ["vanilla", "phd_cswa_K2", "product"]
+    assert "transformers is not installed" in report["subject"]
 
 
 def test_a_step_has_the_largest_micro_batch_that_fits() -> None:

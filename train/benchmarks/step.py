@@ -3,6 +3,7 @@
 import gc
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.util import find_spec
 from math import inf
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -11,8 +12,6 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
-from conf.errors import ConfigError
-from conf.extras import pip_command
 from conf.wording import plural
 from data.batch import Batch
 from phd.flops import training_flops_per_token
@@ -84,7 +83,10 @@ def bench_step(config: Config, repeat: int, device: torch.device, *, short: bool
     table = _table(model.size, rows * seq_len, flops, times, needs, device)
     panel = _panel(f"{model.size}, {plural(rows, 'row')} of {seq_len} tokens", table)
     ratios = _ratios(model.size, flops, times)
-    return Result(table, ratios, subject_of(model, device), panels=[panel])
+    subject = subject_of(model, device)
+    if not any(name.startswith("transformers") for name in builds):
+        subject += "; transformers is not installed, and left out"
+    return Result(table, ratios, subject, panels=[panel])
 
 
 def _measure(
@@ -233,15 +235,12 @@ def _transformers_steps(
 ) -> dict[str, Build]:
     """The steps of `Olmo2ForCausalLM`: with each attention that is installed, and compiled.
 
-    Raises:
-        ConfigError: transformers is not installed.
+    None where transformers is missing, as on a bare machine that is to be measured.
     """
-    try:
-        from transformers.utils import is_flash_attn_2_available
-    except ImportError:
-        add = pip_command("phd-transformer[hf]")
-        problem = f"name=step: compares with transformers, which is not installed; {add}"
-        raise ConfigError([problem], "the arguments") from None
+    if find_spec("transformers") is None:
+        return {}
+    from transformers.utils import is_flash_attn_2_available
+
     steps = {"transformers": step_of_transformers(config, batch, "sdpa")}
     if device.type == "cuda" and is_flash_attn_2_available():
         steps["transformers_fa2"] = step_of_transformers(config, batch, "flash_attention_2")
