@@ -49,6 +49,10 @@ class EngineConfig(Settings):
         compile: compile each block with `torch.compile`; `auto` does so on CUDA, and not at ZeRO-3.
             The first step then takes up to a minute longer, and seconds once the cache
             (`TORCHINDUCTOR_CACHE_DIR`) is filled.
+        flash_attention: which FlashAttention computes causal attention on CUDA in half precision.
+            `auto` leaves it to cuDNN where that is faster, and takes the newest version that is
+            installed for what cuDNN refuses, such as isolated documents. 2 is part of PyTorch; 3
+            and 4 are packages of their own. A number keeps attention from cuDNN.
         threads: how many CPU threads a process uses for its computations; null: PyTorch's choice.
         activation_checkpointing: what a block stores for its backward pass. `none`: everything.
             `full`: only the block's input; the rest is computed again. `selective`: the results of
@@ -60,6 +64,7 @@ class EngineConfig(Settings):
     device: DeviceName = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     compile: Literal["auto"] | bool = "auto"
+    flash_attention: Literal["auto", 2, 3, 4] = "auto"
     threads: int | None = None
     activation_checkpointing: Literal["none", "full", "selective"] = "none"
     checkpoint_every_block: int = 1

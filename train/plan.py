@@ -33,6 +33,7 @@ from data.config import FilesSource
 from data.sources.files import file_corpus
 from data.storage.shard_cache import ShardCache
 from data.storage.transport import is_local
+from phd.attention.causal_kernels import FIRST_CUDNN, Platform
 from phd.config import ModelConfig
 from phd.flops import training_flops
 from phd.inference.cache import kv_bytes
@@ -46,6 +47,7 @@ from train.costs.disk import Disk, checkpoint_disk
 from train.costs.duration import Speed, find_speed
 from train.costs.text import Text, look_at_text
 from train.engines.accelerators import ACCELERATORS, accelerator, accelerator_of_device
+from train.engines.attention import planned_attention
 from train.engines.device import precision
 from train.engines.memory import Memory, predict_memory
 
@@ -105,6 +107,7 @@ class Plan:
         world_size: number of ranks.
         target: the device that each rank trains on.
         dtype: of the matrix products there.
+        attention: the kernels that compute it there, by name; None: the device is not known.
         parameters: numbers of parameters by group. A tied LM head counts as the embedding.
         compute: FLOPs per token.
         memory: predicted bytes on one device.
@@ -118,6 +121,7 @@ class Plan:
     world_size: int
     target: Target
     dtype: torch.dtype
+    attention: str | None
     parameters: dict[str, int]
     compute: Compute
     memory: Memory
@@ -177,6 +181,7 @@ class Plan:
             "parameters": {"total": sum(self.parameters.values()), **self.parameters},
             "device": {**self.target._asdict(), "dtype": str(self.dtype).removeprefix("torch.")},
             "compiled": self.compiled,
+            "attention": self.attention,
             "processes": self.world_size,
             "tokens_per_step": config.train.tokens_per_step,
             "steps": config.total_steps,
@@ -231,6 +236,7 @@ def make_plan(
         world_size=world_size,
         target=target,
         dtype=dtype,
+        attention=_attention(config, target, dtype),
         parameters=parameters,
         compute=_compute(config, text),
         memory=predict_memory(config, sum(parameters.values()), dtype, world_size),
@@ -270,6 +276,18 @@ def _target(config: Config, device: str | None) -> Target:
         return Target("a CUDA device", "cuda", None, None, False)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return Target("this machine", "cpu", memory, None, True)
+
+
+def _attention(config: Config, target: Target, dtype: torch.dtype) -> str | None:
+    """The kernels that compute the run's attention on a device; None if it is not known."""
+    if target.is_here:
+        platform = Platform.of(torch.device(target.kind))
+    else:
+        known = ACCELERATORS.get(target.name)
+        if known is None or known.capability is None:
+            return None
+        platform = Platform("cuda", known.capability, cudnn=FIRST_CUDNN)
+    return planned_attention(config, platform, dtype, target.is_here)
 
 
 def _compute(config: Config, text: Text | None) -> Compute:
@@ -401,6 +419,8 @@ def _rows(plan: Plan) -> Iterator[tuple[str, str]]:
     if plan.flops is not None:
         yield "time", _time_row(plan)
     yield "memory", _memory_row(plan)
+    if plan.attention is not None:
+        yield "attention", plan.attention
     if plan.compiled:
         yield "compiling", f"{FIRST_STEP}{os.environ.get(COMPILED) or 'its cache'}"
     yield "checkpoints", _disk_row(plan.disk)

@@ -37,6 +37,7 @@ from train.distributed.stop_sync import RankFlags, StopSync
 from train.distributed.watchdog import Watchdog
 from train.ending import Ending
 from train.engine_config import DeepSpeedConfig, FsdpConfig
+from train.engines.attention import configure_attention
 from train.engines.device import choose_device, configure_process
 from train.engines.engine import Engine
 from train.engines.fsdp import FsdpEngine
@@ -211,6 +212,7 @@ def _open(
     torch.manual_seed(config.seed)  # else the generators would start from a random state
     device = raise_on_all_ranks(groups, lambda: _device(config))
     configure_process(config.engine, device)
+    raise_on_all_ranks(groups, lambda: configure_attention(config, device))
     store = CheckpointStore(
         config.run_dir / "checkpoints",
         keep=config.checkpoint.keep,

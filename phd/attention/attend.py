@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from phd.attention.causal_kernels import Platform, causal_kernel
 from phd.attention.flex import flex_attention
 from phd.attention.packed import packed_attention
 from phd.config import Backend
@@ -72,3 +73,44 @@ BACKENDS: dict[Backend, Callable[[Tensor, Tensor, Tensor, Pattern, Segments | No
     "packed": packed_attention,
     "flex": flex_attention,
 }
+
+
+RULES_2_AND_3: dict[Backend, str] = {"packed": "batched products"}
+"""What computes rules 2 and 3 in the backends whose rule 1 is a causal kernel."""
+
+
+def describe_attention(
+    pattern: Pattern,
+    backend: Backend,
+    platform: Platform,
+    dtype: torch.dtype,
+    head_dim: int,
+    documents: bool = False,
+) -> str:
+    """The kernels that compute attention, by name.
+
+    Args:
+        backend: any, `auto` as well.
+        dtype: of q, k and v.
+        documents: whether attention stays within documents.
+
+    Raises:
+        ValueError: no kernel computes this on the platform.
+
+    >>> pattern = Pattern("hidden", K=2, window=16)
+    >>> hopper = Platform("cuda", (9, 0), cudnn=91900)
+    >>> describe_attention(pattern, "packed", hopper, torch.bfloat16, 64)
+    'rule 1 by cuDNN 9.19, rules 2 and 3 by batched products'
+    """
+    backend = resolve_backend(backend, torch.device(platform.type))
+    if backend not in RULES_2_AND_3:
+        return {"reference": "dense mask", "flex": "FlexAttention"}[backend]
+    kernel = causal_kernel(platform, dtype, head_dim, documents=documents)
+    name = kernel.name
+    if kernel.cudnn:
+        major, minor = divmod(platform.cudnn // 100, 100)
+        name += f" {major}.{minor}"
+    if pattern.rule != "hidden":
+        return name
+    others = "rule 2" if pattern.window is None else "rules 2 and 3"
+    return f"rule 1 by {name}, {others} by {RULES_2_AND_3[backend]}"

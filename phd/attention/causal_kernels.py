@@ -5,9 +5,11 @@ Rule 1 of every pattern is causal attention, and so are all of vanilla and naive
 that it can be made, told and tested on a machine without a GPU.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 
@@ -177,8 +179,9 @@ CAUSAL_KERNELS = (
         plans=True,
         deterministic=False,
     ),
-    _flash_attention(4, 128, (9, 0), (10, 3)),
+    # Written for Hopper, and of these two the one that is no beta version there.
     _flash_attention(3, 256, (9, 0), (9, 0)),
+    _flash_attention(4, 128, (9, 0), (10, 3)),
     # Its backward refuses heads of 193 to 224 on GPUs other than an A100 and those of data centres.
     _flash_attention(2, 256, (8, 0), (8, 0)),
     _flash_attention(2, 256, (9, 0), (11, 9)),
@@ -237,3 +240,51 @@ def causal_kernel(
         f"model.head_dim={head_dim} on {platform}: choose engine.precision=fp32, a smaller "
         "model.head_dim or model.attention=reference"
     )
+
+
+def can_flash_attention(version: int, platform: Platform, head_dim: int) -> bool:
+    """Whether a version of FlashAttention, once active, can do heads of this size on a platform."""
+    active = replace(platform, flash_attention=version)
+    return any(
+        kernel.flash_attention == version and kernel.runs_on(active, torch.bfloat16, head_dim)
+        for kernel in CAUSAL_KERNELS
+    )
+
+
+def best_flash_attention(platform: Platform, head_dim: int, installed: Collection[int]) -> int:
+    """The version of FlashAttention to activate: the first of the table that is installed.
+
+    2, which is part of PyTorch, where no other one can do heads of this size on the platform.
+
+    >>> best_flash_attention(Platform("cuda", (9, 0)), 64, {2, 4})
+    4
+    """
+    versions = [k.flash_attention for k in CAUSAL_KERNELS if k.flash_attention in installed]
+    return next((v for v in versions if v and can_flash_attention(v, platform, head_dim)), 2)
+
+
+def installed_flash_attentions() -> frozenset[int]:
+    """The versions of FlashAttention that this Python has, without importing any."""
+    versions = {2}
+    if find_spec("flash_attn_interface"):
+        versions.add(3)
+    # The package `flash_attn` may be FlashAttention-2's, which takes long to import.
+    package = find_spec("flash_attn")
+    folders = package.submodule_search_locations if package else None
+    if any((Path(folder) / "cute" / "interface.py").exists() for folder in folders or ()):
+        versions.add(4)
+    return frozenset(versions)
+
+
+def activate_flash_attention(version: int) -> None:
+    """Have PyTorch's FlashAttention operators call this version, for the whole process.
+
+    Raises:
+        ImportError, RuntimeError: its package cannot be imported or is of another version.
+    """
+    if version == active_flash_attention():
+        return
+    if version == 2:
+        torch.nn.attention.restore_flash_attention_impl()
+    else:
+        torch.nn.attention.activate_flash_attention_impl(f"FA{version}")

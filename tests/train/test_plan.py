@@ -222,6 +222,32 @@ def test_memory_is_judged_by_the_named_device_and_its_precision(device: str) -> 
         assert f" of {MEMORY_GIB[device]:.3g} GiB ({each.target.name}, " in printed(each)
 
 
+@pytest.mark.parametrize(
+    ("device", "overrides", "told"),
+    [
+        (None, (), "rule 1 by PyTorch's CPU flash kernel, rules 2 and 3 by "),
+        ("H100", (), "rule 1 by cuDNN 9.15, rules 2 and 3 by "),
+        ("H100", ("data.documents=isolate",), "rule 1 by FlashAttention-2, rules 2 and 3 by "),
+        ("H100", ("engine.flash_attention=3",), "rule 1 by FlashAttention-3, rules 2 and 3 by "),
+        ("B200", ("model=vanilla",), "cuDNN 9.15"),
+        ("RTX 4090", ("model=naive_repeat",), "FlashAttention-2"),
+        ("H200", ("engine.precision=fp32", "model=vanilla"), "PyTorch's memory-efficient kernel"),
+        ("MI300X", (), None),
+    ],
+)
+def test_the_kernels_of_attention_are_told_for_the_device(
+    device: str | None, overrides: tuple[str, ...], told: str | None
+) -> None:
+    plan = plan_of(*overrides, **({"device": device} if device else {}))
+    assert plan.to_json()["attention"] == plan.attention
+    if told is None:
+        assert plan.attention is None
+    else:
+        assert plan.attention is not None
+        assert plan.attention.startswith(told)
+        assert f"attention       │ {told}" in printed(plan)
+
+
 def test_ranks_share_the_batch_the_memory_and_the_time() -> None:
     one, eight = (plan_of(*SHAPE, device="H100", processes=n) for n in (1, 8))
     assert eight.memory.moments == one.memory.moments // 8

@@ -11,22 +11,24 @@ class Accelerator(NamedTuple):
         peak_flops: dense bf16 peak of one device in FLOP/s, from the data sheets, which often state
             twice as much for sparse matrices.
         memory_gib: what its driver lets a program have, which is less than its name says.
+        capability: CUDA's compute capability; None: it is no CUDA device.
     """
 
     peak_flops: float
     memory_gib: float
+    capability: tuple[int, int] | None
 
 
 ACCELERATORS = {
-    "A100-40GB": Accelerator(312e12, 39.4),
-    "A100": Accelerator(312e12, 79.1),  # with 80 GB
-    "H100 PCIe": Accelerator(756e12, 79.1),
-    "H100": Accelerator(989e12, 79.1),
-    "H200": Accelerator(989e12, 139.7),
-    "B200": Accelerator(2250e12, 178.3),
-    "L40S": Accelerator(362e12, 44.4),
-    "RTX 4090": Accelerator(165e12, 23.5),
-    "MI300X": Accelerator(1307e12, 191.6),
+    "A100-40GB": Accelerator(312e12, 39.4, (8, 0)),
+    "A100": Accelerator(312e12, 79.1, (8, 0)),  # with 80 GB
+    "H100 PCIe": Accelerator(756e12, 79.1, (9, 0)),
+    "H100": Accelerator(989e12, 79.1, (9, 0)),
+    "H200": Accelerator(989e12, 139.7, (9, 0)),
+    "B200": Accelerator(2250e12, 178.3, (10, 0)),
+    "L40S": Accelerator(362e12, 44.4, (8, 9)),
+    "RTX 4090": Accelerator(165e12, 23.5, (8, 9)),
+    "MI300X": Accelerator(1307e12, 191.6, None),
 }
 """A name that contains another one stands before it."""
 
