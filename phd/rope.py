@@ -110,5 +110,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def _rotate_into(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
     # The table holds the sign of the sine, so the other half of a head needs no negation.
-    out.copy_(x * cos.to(x.dtype))
-    out.addcmul_(x.roll(x.shape[-1] // 2, -1), sin.to(x.dtype))
+    half, cos, sin = x.shape[-1] // 2, cos.to(x.dtype), sin.to(x.dtype)
+    out.copy_(x).mul_(cos)
+    out[..., :half].addcmul_(x[..., half:], sin[..., :half])
+    out[..., half:].addcmul_(x[..., :half], sin[..., half:])

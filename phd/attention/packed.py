@@ -118,7 +118,7 @@ def _merge_hidden(
         tiles, scores = part.tiles, part.scores
         # Finite, because each hidden copy sees itself.
         peak = scores.amax(-1, keepdim=True)
-        weights = scores.sub_(peak).exp_()
+        weights = _exp_(scores.sub_(peak))
         lse_1, lse_2 = tiles.cut_queries(lse), weights.sum(-1, keepdim=True).log_().add_(peak)
         total = torch.logaddexp(lse_1, lse_2)
         out_2 = (weights @ tiles.cut_keys(v[:, :, 1:]).to(lse.dtype)).mul_((peak - total).exp_())
@@ -150,7 +150,7 @@ def _add_hidden_gradients(
     hidden_dk, hidden_dv = (torch.zeros_like(x[:, :, 1:], dtype=lse.dtype) for x in (k, v))
     for part in _hidden_parts(q, k, pattern, segments, lse.dtype):
         tiles = part.tiles
-        p = part.scores.sub_(tiles.cut_queries(lse)).exp_()
+        p = _exp_(part.scores.sub_(tiles.cut_queries(lse)))
         tiled_dout = tiles.cut_queries(dout).to(lse.dtype)
         dp = tiled_dout @ tiles.cut_keys(v[:, :, 1:]).to(lse.dtype).mT
         ds = dp.sub_(tiles.cut_queries(delta)).mul_(p)
@@ -185,5 +185,16 @@ def _hidden_parts(
         keys = tile_range.cut_keys(k[:, :, 1:]).to(dtype) * H**-0.5
         scores = queries @ keys.mT
         masked = tile_range.masked(position)[:, None, :, None]
-        scores.unflatten(3, (-1, masked.shape[4])).masked_fill_(masked, -torch.inf)
+        # Adding -inf to the scores is ten times as fast as `masked_fill_` on the CPU.
+        bias = torch.zeros_like(masked, dtype=dtype).masked_fill_(masked, -torch.inf)
+        scores.unflatten(3, (-1, bias.shape[4])).add_(bias)
         yield _HiddenPart(tile_range, queries, keys, scores)
+
+
+def _exp_(x: Tensor) -> Tensor:
+    """exp(x) in place, also fast where x is -inf.
+
+    On the CPU torch's `exp` is MKL's, which takes 10 to 30 times as long there; its `exp2` is not.
+    """
+    log2_e = 1.4426950408889634
+    return x.mul_(log2_e).exp2_() if x.device.type == "cpu" else x.exp_()

@@ -105,7 +105,7 @@ class TileRange:
         B, N, Q, _, H = x.shape
         size = self.tiles.size
         x = x[..., self.tokens, :]
-        x = pad(x, (0, 0, 0, self.count * size - x.shape[3]))
+        x = _with_tokens(x, 0, self.count * size - x.shape[3])
         x = x.reshape(B, self.groups, N // self.groups, Q, self.count, size, H)
         return x.permute(0, 1, 4, 2, 3, 5, 6).reshape(B, self.groups, self.count, -1, H)
 
@@ -121,7 +121,7 @@ class TileRange:
         B, G, hidden, T, H = x.shape
         size, reach = self.tiles.size, self.tiles.reach
         start, stop = (self.start - self.tiles.back) * size, self.stop * size
-        x = pad(x[..., max(start, 0) : stop, :], (0, 0, max(-start, 0), max(stop - T, 0)))
+        x = _with_tokens(x[..., max(start, 0) : stop, :], max(-start, 0), max(stop - T, 0))
         x = x.unfold(3, reach, size)  # (B, G, K-1, tiles, H, reach)
         return x.permute(0, 1, 3, 2, 5, 4).reshape(B, G, self.count, hidden * reach, H)
 
@@ -159,3 +159,8 @@ class TileRange:
         key = torch.arange(-back * size, size, device=device) * hidden + number
         distance = query.flatten()[:, None] - key.flatten()
         return (distance < 0) | (distance >= visible)
+
+
+def _with_tokens(x: Tensor, before: int, after: int) -> Tensor:
+    """Add tokens of zeros to (..., T, H). Without any, x itself: `pad` would copy it."""
+    return pad(x, (0, 0, before, after)) if before or after else x
