@@ -59,6 +59,13 @@ def test_an_operator_is_known_by_its_callers_too(
     assert group_of(name, callers) == group
 
 
+def test_the_losss_own_kernel_is_known() -> None:
+    pytest.importorskip("triton")
+    from phd import cross_entropy
+
+    assert group_of(cross_entropy._kernel.__name__) == Group.LOSS
+
+
 def kernel(name: str, start: float, end: float, *, annotation: bool = False) -> FunctionEvent:
     return FunctionEvent(
         1, name, 0, start, end, device_type=DeviceType.CUDA, is_user_annotation=annotation
