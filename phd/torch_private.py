@@ -202,14 +202,16 @@ HAS_LINEAR_CROSS_ENTROPY = hasattr(torch.nn, "LinearCrossEntropyOptions")
 
 
 def summed_linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, rows_at_once: int
+    hidden: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, rows_at_once: int | None
 ) -> Tensor:
     """The sum of -log softmax(weight h)[target] over rows (R, D), a chunk of rows at a time.
 
-    The sum is in the dtype of `hidden`. Only where `HAS_LINEAR_CROSS_ENTROPY`.
+    The sum is in the dtype of `hidden`. With `rows_at_once` None torch chooses how many. Only where
+    `HAS_LINEAR_CROSS_ENTROPY`.
     """
+    method = "auto" if rows_at_once is None else None
     options = torch.nn.LinearCrossEntropyOptions(
-        batch_chunk_size=rows_at_once, chunking_method=None
+        batch_chunk_size=rows_at_once, chunking_method=method
     )
     return F.linear_cross_entropy(
         hidden, weight, targets, reduction="sum", ignore_index=ignore_index, options=options

@@ -15,7 +15,7 @@ from phd.config import SamplingConfig, SpanUnit
 from train.engine_config import device_problems
 from train.engines.accelerators import ACCELERATORS, accelerator
 
-Benchmark = Literal["attention", "step", "data", "resume", "checkpoint", "inference"]
+Benchmark = Literal["attention", "head", "step", "data", "resume", "checkpoint", "inference"]
 WeightDtype = Literal["float32", "bfloat16"]
 
 
@@ -211,6 +211,7 @@ class BenchArguments:
 
     Attributes:
         name: what is measured. `attention`: the forward and backward pass of one layer's attention.
+            `head`: those of the LM head and the loss, beside torch's and Liger's where installed.
             `step`: a whole training step, also of transformers' Olmo2. `data`: how fast the loader
             reads text and tokens. `resume`: how long it takes to continue at 1 %, 50 % and 99 % of
             a corpus. `checkpoint`: how long a save takes, and for how much of it the training

@@ -1,6 +1,7 @@
 """Measure what PHD costs on this machine.
 
 python train/bench.py attention out=bench
+python train/bench.py head out=bench
 python train/bench.py step out=bench
 python train/bench.py data out=bench
 python train/bench.py resume out=bench
@@ -36,6 +37,7 @@ from conf.extras import pip_command
 from train.arguments import BenchArguments
 from train.benchmarks.attention import bench_attention
 from train.benchmarks.checkpoint import bench_saving
+from train.benchmarks.head import bench_head
 from train.benchmarks.loader import bench_loading, bench_resuming
 from train.benchmarks.step import bench_step
 from train.benchmarks.timing import Result
@@ -147,6 +149,7 @@ SPREAD = ("x_low", "x_high")
 
 BENCHMARKS: dict[str, Callable[[BenchArguments, torch.device], Result]] = {
     "attention": _bench_attention,
+    "head": lambda args, device: bench_head(args.turns, device, short=args.short),
     "step": _bench_step,
     "data": lambda args, _: bench_loading(args.turns, short=args.short),
     "resume": _bench_resume,

@@ -106,8 +106,8 @@ def test_layer_norms_backward_accepts_any_mean_and_deviation() -> None:
 
 
 @needs_fused_loss
-@pytest.mark.parametrize("rows_at_once", [1, 3, 100])
-def test_the_fused_loss_is_the_sum_over_counted_targets(rows_at_once: int) -> None:
+@pytest.mark.parametrize("rows_at_once", [1, 3, 100, None])
+def test_the_fused_loss_is_the_sum_over_counted_targets(rows_at_once: int | None) -> None:
     hidden, weight = (torch.randn(n, 8, dtype=torch.float64).requires_grad_() for n in (11, 13))
     targets = torch.randint(0, 13, (11,))
     targets[::4] = IGNORED

@@ -13,6 +13,7 @@ import torch
 from conf.arguments import parse
 from conf.errors import ConfigError
 from phd.hf.convert import to_hugging_face
+from phd.torch_private import HAS_LINEAR_CROSS_ENTROPY
 from train.bench import BENCHMARKS, BenchArguments, main
 from train.benchmarks import attention as attention_benchmark
 from train.benchmarks import ceiling, timing
@@ -252,6 +253,28 @@ def test_the_attention_benchmark_has_vanilla_first_and_on_cuda_every_peer(
         assert {f"phd_cswa_K{K}" for K in grid.copies} <= set(subjects)
         assert {f"phd_cswa_K{K}_flex" for K in grid.flex} <= set(subjects)
         assert {f"rule_1_K{K}" for K in grid.rule_1} <= set(subjects)
+
+
+def test_the_head_benchmark_tells_speed_and_error_of_every_implementation(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(ceiling.SIDES, "cpu", 64)
+    out = str(tmp_path)
+    assert main(BenchArguments(name="head", short=True, device="cpu", out=out)) == 0
+    report = json.loads((tmp_path / "head.json").read_text(encoding="utf-8"))
+    rows = {row["work"]: row for row in report["rows"]}
+    peers = {"plain", "chunked"} | ({"torch"} if HAS_LINEAR_CROSS_ENTROPY else set())
+    assert set(rows) == {"ours", "ours_z_loss", "product"} | peers
+    flops = 6 * 256 * 64 * 512
+    for work in set(rows) - {"product"}:
+        assert rows[work]["tflop/s"] == pytest.approx(flops / rows[work]["ms"] / 1e9)
+        # The z-loss has another gradient; all others are float32's.
+        assert (rows[work]["d_weight error %"] < 1e-3) == (work != "ours_z_loss")
+    product = rows["product"]["tflop/s"]
+    expected = {f"{work}_over_ours": rows[work]["ms"] / rows["ours"]["ms"] for work in peers}
+    expected["ours_over_product"] = rows["ours"]["tflop/s"] / product
+    assert report["ratios"] == pytest.approx(expected)
+    assert "256 rows, D 64, V 512" in report["subject"]
 
 
 def test_flops_are_those_of_the_pairs_that_a_pattern_allows(
