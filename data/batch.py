@@ -121,9 +121,17 @@ class Batch(NamedTuple):
 
         7 rows, world_size = 3    rank 0: 0 3 6    rank 1: 1 4 -    rank 2: 2 5 -
         """
-        B, T = self.inputs.shape
         # All ranks make the same collective calls, so all need the same number of rows.
-        wanted = np.arange(rank, ceil(B / world_size) * world_size, world_size)
+        filled = ceil(len(self.rows) / world_size) * world_size
+        return self._filled_up(np.arange(rank, filled, world_size))
+
+    def filled_up(self, size: int) -> "Batch":
+        """These rows, filled up with rows that do not count to a multiple of `size`."""
+        return self._filled_up(np.arange(ceil(len(self.rows) / size) * size))
+
+    def _filled_up(self, wanted: np.ndarray) -> "Batch":
+        """The wanted rows; those past the end repeat the last one, and do not count."""
+        B, T = self.inputs.shape
         part = self._taken(np.minimum(wanted, B - 1))
         mask = np.ones((len(wanted), T), dtype=bool) if part.mask is None else part.mask
         return part._replace(mask=mask & (wanted < B)[:, None])

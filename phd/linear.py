@@ -4,10 +4,11 @@ import platform
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 # A weight of fewer values stays in a core's cache (2^19 in float32 are 2 MiB): reading it again
@@ -40,16 +41,36 @@ class Linear(nn.Linear):
 
     Attributes:
         fused: `fuse_weights` has moved the weight.
+        rounded: a copy of the weight in half precision that its owner keeps up to date. Under
+            autocast the product takes it, and the gradient goes to the weight, as if autocast had
+            rounded the weight at this call.
     """
 
     fused = False
+    rounded: Tensor | None = None
 
     def __init__(self, fan_in: int, fan_out: int) -> None:
         super().__init__(fan_in, fan_out, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        return project(x, self.weight)
+        if self.rounded is None or not torch.is_autocast_enabled(x.device.type):
+            return project(x, self.weight)
+        return project(x, _Rounded.apply(self.weight, self.rounded))
+
+
+class _Rounded(torch.autograd.Function):
+    """The copy of a weight in place of the weight; its gradient is the weight's."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, rounded: Tensor) -> Tensor:
+        ctx.dtype = weight.dtype
+        return rounded.view_as(rounded)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0].to(ctx.dtype), None
 
 
 def fuse_weights(layers: Sequence[Linear]) -> None:

@@ -93,7 +93,8 @@ class FsdpConfig(EngineConfig):
             the shards (HSDP); must divide the number of ranks.
         reshard_after_forward: whether a block's gathered weights are freed between its forward and
             its backward pass. `auto` frees those of all blocks but the last, whose backward pass
-            comes at once.
+            comes at once. With `never` they are gathered once a step, and not again for each
+            micro-batch.
         reduce: the precision in which gradients are summed over ranks.
     """
 

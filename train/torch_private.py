@@ -10,7 +10,9 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
+import torch._functorch.config as functorch
 from torch import Tensor, nn
+from torch._dynamo.decorators import maybe_mark_dynamic
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint.filesystem import _StorageInfo as StorageInfo
 from torch.distributed.fsdp import FSDPModule
@@ -70,6 +72,23 @@ def drop_accumulated_gradients(modules: Sequence[FSDPModule]) -> None:
 def ignore_in_ddp(module: nn.Module, names: Sequence[str]) -> None:
     """Have DDP neither broadcast nor reduce the buffers and parameters with these names."""
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, list(names))
+
+
+def mark_dynamic(tensor: Tensor) -> None:
+    """Have torch.compile make a graph for every length of a vector, and not for this one alone.
+
+    Otherwise the second length would compile it again.
+    """
+    maybe_mark_dynamic(tensor, 0)
+
+
+def keep_graphs_with_functions() -> None:
+    """Have torch.compile keep graphs with autograd functions for later starts, too.
+
+    It keeps them by their traced operations, as any other graph. This saves tracing their backward
+    again.
+    """
+    functorch.autograd_cache_allow_custom_autograd_functions = True
 
 
 def storage_key(tensor: Tensor) -> int:

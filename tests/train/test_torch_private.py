@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -27,6 +28,7 @@ from train.torch_private import (
     fuse_clip_and_skip,
     ignore_in_ddp,
     init_fsdp_root,
+    mark_dynamic,
     record_memory_history,
     stop_memory_history,
     storage_key,
@@ -227,6 +229,20 @@ def test_a_dispatch_mode_sees_flex_attention() -> None:
     with torch.no_grad(), Seen() as seen:
         flex_attention(q, q, q)
     assert torch.ops.higher_order.flex_attention in seen.operators
+
+
+@pytest.mark.compile
+def test_a_marked_vector_is_compiled_once_for_all_its_lengths() -> None:
+    for marked, graphs in ((True, 1), (False, 2)):
+        torch.compiler.reset()
+        counter = CompileCounter()
+        doubled = torch.compile(lambda x: x * 2, backend=counter)
+        for length in (4, 7, 5):
+            vector = torch.arange(length)
+            if marked:
+                mark_dynamic(vector)
+            assert torch.equal(doubled(vector), vector * 2)
+        assert counter.frame_count == graphs
 
 
 def test_a_tree_is_mapped_at_its_tensors_alone() -> None:

@@ -3,6 +3,7 @@
 import torch
 
 from phd.model import Transformer
+from train.torch_private import keep_graphs_with_functions
 
 
 def compile_blocks(model: Transformer) -> None:
@@ -20,5 +21,6 @@ def compile_blocks(model: Transformer) -> None:
     # Graphs count against one limit for the whole process, of which those of an earlier engine, as
     # in a sweep, would use up a part. Beyond the limit blocks would silently run uncompiled.
     torch.compiler.reset()
+    keep_graphs_with_functions()
     for block in model.blocks:
         block.compile()

@@ -22,6 +22,7 @@ from train.config import Config
 from train.distributed.process_groups import ProcessGroups
 from train.engines.device import autocast, choose_device, precision
 from train.engines.limits import Limits
+from train.torch_private import mark_dynamic
 
 
 class StepResult(NamedTuple):
@@ -57,6 +58,7 @@ class Engine(ABC):
         dtype: of the matrix products.
         model_with_loss: the model and its loss, wrapped by the engine.
         micro_batch: rows of a micro-batch on one rank.
+        compiled: whether blocks are compiled.
     """
 
     model_with_loss: nn.Module
@@ -76,6 +78,9 @@ class Engine(ABC):
         ]:
             raise ConfigError(problems)
         self.micro_batch = config.train.micro_batch_on(world_size)
+        self.compiled = config.engine.compiles_on(self.device.type)
+        # An evaluation runs without gradients, and so has graphs of its own.
+        self._evaluation_to_compile = self.compiled and config.data.holdout > 0
 
     @torch.no_grad()
     def evaluate(
@@ -91,6 +96,8 @@ class Engine(ABC):
             (summed cross-entropy in nats, number of targets), or None if it was ended.
         """
         shard = batch.shard(self.groups.rank, self.groups.world_size)
+        if self.compiled:  # else the last micro-batch could need graphs for fewer rows
+            shard = shard.filled_up(self.micro_batch)
         # A sum in float32 would lose the small terms of long evaluations.
         total = torch.zeros((), device=self.device, dtype=torch.float64)
         for number, micro_batch in enumerate(shard.split(self.micro_batch)):
@@ -108,9 +115,16 @@ class Engine(ABC):
 
     def forward(self, micro_batch: Batch) -> Loss:
         """The loss of one micro-batch on this rank, in the precision of the products."""
+        if self._evaluation_to_compile:
+            # Now, as part of the first step, and not when a run has long begun.
+            self._evaluation_to_compile = False
+            self.evaluate(micro_batch)
         segments = None
         if micro_batch.document_starts is not None:
             segments = Segments.of(torch.from_numpy(micro_batch.document_starts)).to(self.device)
+            if self.compiled:  # the number of documents differs from batch to batch
+                mark_dynamic(segments.cu_seqlens)
+                mark_dynamic(segments.cu_seqlens_cpu)
         tokens, targets = (
             self._to_device(torch.from_numpy(x)) for x in (micro_batch.inputs, micro_batch.targets)
         )

@@ -23,6 +23,7 @@ from train.engines.engine import Engine
 from train.engines.limits import Limits
 from train.engines.optimizer import adamw, add_moments, set_clip_and_skip
 from train.engines.parallelize import drop_unreduced_gradients, parallelize, sharded_modules
+from train.engines.rounded_weights import RoundedWeights
 
 
 class FsdpEngine(Engine):
@@ -41,6 +42,7 @@ class FsdpEngine(Engine):
         super().__init__(config, groups)
         assert isinstance(config.engine, FsdpConfig)
         assert isinstance(self.model_with_loss, ModelWithLoss)
+        self.keeps_gathered = config.engine.reshard_after_forward == "never"
         self.model_with_loss = parallelize(
             self.model_with_loss,
             config.engine,
@@ -53,6 +55,9 @@ class FsdpEngine(Engine):
         self.shards = {name: _local(p.detach()) for name, p in self.parameters.items()}
         self.optimizer = adamw(self.shards, config.optim)
         add_moments(self.optimizer)
+        # Where weights are sharded, FSDP2 rounds the shards that it gathers.
+        exact = isinstance(self.model_with_loss, FSDPModule)
+        self.rounded = RoundedWeights(self.model, torch.float32 if exact else self.dtype)
         self._fill(initial_weights(self.model, config.seed))
 
     def grad_sync(self, last: bool) -> AbstractContextManager[object]:
@@ -61,6 +66,10 @@ class FsdpEngine(Engine):
         # bytes per parameter. ZeRO-2 and ZeRO-3 reduce with every micro-batch instead.
         if isinstance(self.model_with_loss, FSDPModule):
             self.model_with_loss.set_requires_gradient_sync(last)
+            # Weights that stay gathered from forward to backward stay so until the step's end: no
+            # micro-batch but the first gathers and rounds them.
+            if self.keeps_gathered:
+                self.model_with_loss.set_reshard_after_backward(last)
         if isinstance(self.model_with_loss, DistributedDataParallel) and not last:
             return self.model_with_loss.no_sync()
         return nullcontext()
@@ -84,6 +93,7 @@ class FsdpEngine(Engine):
             group["lr"] = lr
         set_clip_and_skip(self.optimizer, grad_norm, self.config.optim.grad_clip, applied)
         self.optimizer.step()
+        self.rounded.refresh()
         # Both: the shards' gradients are references to those of the parameters.
         self.optimizer.zero_grad()
         self.model_with_loss.zero_grad()
@@ -93,6 +103,7 @@ class FsdpEngine(Engine):
         """Drop the gradients of the micro-batches so far, reduced or not."""
         self.model_with_loss.zero_grad()
         drop_unreduced_gradients(self.model_with_loss)
+        self._reshard()
 
     def evaluate(
         self, batch: Batch, stop_requested: Callable[[], bool] = never
@@ -131,6 +142,7 @@ class FsdpEngine(Engine):
         random = self.random_state()
         tensors = {name: x for group in self._checkpoint_tensors() for name, x in group.items()}
         checkpoint.load({**tensors, "random": random})
+        self.rounded.refresh()
         self.set_random_state(random)
 
     def load(self, weights: dict[str, Tensor]) -> None:
@@ -144,6 +156,7 @@ class FsdpEngine(Engine):
         for name, weight in weights:
             self.shards[name].copy_(_local(_sharded_like(self.parameters[name], weight)))
         self.model.rope.build(self.device)
+        self.rounded.refresh()
 
     def _checkpoint_tensors(self) -> Iterator[dict[str, Tensor]]:
         """For each parameter the tensors of a checkpoint, by canonical name."""

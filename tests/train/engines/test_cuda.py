@@ -25,7 +25,8 @@ def config_on(device: str, *others: str) -> Config:
     small = ("data=files", "data.sources.files.paths=unread.jsonl", "data.lanes=1", "model.K=3")
     steps = ("train.max_steps=9", "train.global_batch=4", "train.micro_batch=2", "train.seq_len=64")
     shape = ("model.vocab_size=320", "hooks=quiet", "hooks.sample.tokens=4")
-    return load([*small, *steps, *shape, f"engine.device={device}", *others])
+    device = f"engine.device={device}"
+    return load([*small, *steps, *shape, device, "engine.compile=false", *others])
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "full", "selective"])
@@ -41,13 +42,22 @@ def test_steps_are_those_of_the_cpu(checkpointing: str) -> None:
         assert ours.grad_norm.item() == pytest.approx(exact.grad_norm.item(), rel=3e-2)
 
 
-def test_a_step_does_not_make_the_host_wait() -> None:
-    engine = FsdpEngine(config_on("cuda"), ProcessGroups())
-    train_step(engine, batch_of(ROWS), 1e-3)
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not:UserWarning")
+@pytest.mark.parametrize("documents", [False, True], ids=["rows", "documents"])
+@pytest.mark.parametrize("compile", ["false", "auto"])
+def test_a_step_does_not_make_the_host_wait(compile: str, documents: bool) -> None:
+    engine = FsdpEngine(config_on("cuda", f"engine.compile={compile}"), ProcessGroups())
+    assert engine.compiled == (compile == "auto")
+    starts = torch.arange(64).div(20, rounding_mode="floor").mul(20).expand(4, 64).contiguous()
+    batch = batch_of(ROWS, starts=starts if documents else None)
+    for _ in range(2):
+        train_step(engine, batch, 1e-3)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        train_step(engine, batch_of(ROWS), 1e-3, Limits(loss=100.0))
+        for _ in range(3):
+            train_step(engine, batch, 1e-3, Limits(loss=100.0))
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

@@ -1,0 +1,114 @@
+"""Blocks are compiled once, in the first step, and from the cache at a later start."""
+
+import os
+from functools import partialmethod
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
+
+from data.batch import Batch
+from phd.block import Block
+from phd.inference.sampling import Sampling, generate
+from tests.train.batches import batch_of
+from tests.train.many_ranks import run_ranks
+from tests.train.uneven import COPIES, UNEVEN
+from train.compose import load
+from train.config import Config
+from train.distributed.process_groups import ProcessGroups
+from train.engines.fsdp import FsdpEngine
+from train.loop import train_step
+
+pytestmark = [
+    pytest.mark.compile,
+    # Dynamo's own: it instantiates autograd functions and reads `.grad` of what it traces.
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not:UserWarning"),
+]
+
+
+def config_of(*overrides: str) -> Config:
+    small = (*UNEVEN, *COPIES, "model.copy_embedding=false", "train.max_steps=9")
+    return load([*small, "engine.compile=true", *overrides])
+
+
+def drawn(rows: int, seed: int, *, documents: bool) -> Batch:
+    """Rows of 16 tokens, cut into another number of documents with each seed."""
+    generator = torch.Generator().manual_seed(seed)
+    batch = batch_of(torch.randint(0, 61, (rows, 17), generator=generator))
+    first = np.arange(16) % (3 + seed) == 0
+    starts = np.maximum.accumulate(np.where(first, np.arange(16), 0))
+    return batch._replace(document_starts=np.tile(starts, (rows, 1))) if documents else batch
+
+
+@pytest.fixture
+def counter(monkeypatch: pytest.MonkeyPatch) -> CompileCounterWithBackend:
+    # It traces, functionalises and differentiates as the default backend does, and builds no C++.
+    found = CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(Block, "compile", partialmethod(nn.Module.compile, backend=found))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("documents", "precision"), [(False, "fp32"), (True, "bf16")], ids=["rows", "documents"]
+)
+def test_nothing_is_compiled_after_the_first_step(
+    documents: bool, precision: str, counter: CompileCounterWithBackend
+) -> None:
+    settings = ("model.layers=5", "train.micro_batch=4", f"engine.precision={precision}")
+    engine = FsdpEngine(config_of(*settings), ProcessGroups())
+    train_step(engine, drawn(8, 0, documents=documents), 1e-3)
+    # The first block, those between, and the last; each with and without gradients.
+    assert counter.frame_count == 6
+    for seed in range(1, 4):
+        train_step(engine, drawn(8, seed, documents=documents), 1e-3)
+        engine.evaluate(drawn(8 + seed, seed, documents=documents))
+        with engine.summon_full_params() as model:
+            prompt = torch.arange(seed + 2)
+            generate(model, [prompt], Sampling(temperature=0), [torch.Generator()], 9)
+    assert counter.frame_count == 6
+
+
+def test_rows_that_fill_up_an_evaluation_do_not_count(counter: CompileCounterWithBackend) -> None:
+    batch = drawn(5, 0, documents=False)
+    found = []
+    for compiled in ("true", "false"):
+        settings = config_of(f"engine.compile={compiled}", "train.micro_batch=4")
+        engine = FsdpEngine(settings, ProcessGroups())
+        result = engine.evaluate(batch)
+        assert result is not None
+        found.append([x.item() for x in result])
+    assert counter.frame_count > 0
+    (ours, targets), (theirs, expected) = found
+    assert targets == expected == 80
+    assert ours == pytest.approx(theirs, rel=1e-5)
+
+
+def test_each_engine_has_all_graphs_that_torch_allows(counter: CompileCounterWithBackend) -> None:
+    """As in a sweep, whose runs share a process."""
+    for width in (8, 16):
+        settings = config_of("model.layers=3", f"model.ffn_dim={width}")
+        engine = FsdpEngine(settings, ProcessGroups())
+        before = counter.frame_count
+        train_step(engine, drawn(8, 0, documents=False), 1e-3)
+        assert counter.frame_count == before + 6
+
+
+def hits_and_misses(groups: ProcessGroups, cache: str) -> tuple[int, int]:
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
+    torch._inductor.config.compile_threads = 1
+    small = (*UNEVEN, "model=vanilla", "model.layers=1", "train.max_steps=9", "data.holdout=0")
+    settings = load([*small, "engine.compile=true"])
+    train_step(FsdpEngine(settings, groups), drawn(8, 0, documents=False), 1e-3)
+    graphs = counters["aot_autograd"]
+    return graphs["autograd_cache_hit"], graphs["autograd_cache_miss"]
+
+
+@pytest.mark.process
+def test_a_later_start_compiles_nothing_again(tmp_path: Path) -> None:
+    first, second = (run_ranks(1, hits_and_misses, str(tmp_path)) for _ in range(2))
+    assert (first, second) == ([(0, 1)], [(1, 0)])
