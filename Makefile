@@ -8,6 +8,7 @@ CASES ?= 500
 KILLS ?= 20
 SIGNALS ?= 50
 SEED ?= 0
+WHEELS ?=
 
 # `uv pip` where uv is installed, else pip; `make train UV=` takes pip, which alone reads pip.conf.
 # Neither compiles all that it installs, as pip would by default: that takes longer than the first
@@ -24,17 +25,18 @@ endif
 PYTEST := OMP_NUM_THREADS=1 PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest \
 	-n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help train test fast check soak-data soak-faults install clean
+.PHONY: help train test fast check gpu soak-data soak-faults install clean
 
 help:
 	@echo "make train        create $(VENV), install what training needs, pretrain the default model (ARGS=\"model=phd_swa\" overrides)"
 	@echo "make test         install the rest, lint, check types, run all tests (TESTS=tests/phd: some of them)"
 	@echo "make fast         the same, without tests that start processes, compile or take long: two to three minutes"
 	@echo "make check        install the rest, lint, check types"
+	@echo "make gpu          on a machine with a GPU: its tests and benchmarks, as a page in docs/gpu, in six minutes"
 	@echo "make soak-data    CASES=500 SEED=0: random corpora, kills and changes of ranks: the same rows always"
 	@echo "make soak-faults  KILLS=20 SIGNALS=50 SEED=0: killed ranks and machines: the same run always"
 	@echo "make install      create $(VENV), install everything: what training, every command and the tests need"
-	@echo "make clean        remove $(VENV), runs and bench"
+	@echo "make clean        remove $(VENV), $(VENV)-gpu, runs and bench"
 
 train: $(VENV)/.training
 	$(BIN)/python train/main.py $(ARGS)
@@ -49,6 +51,14 @@ check: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# On a bare machine, $(PYTHON) has PyTorch, and WHEELS is a folder with the wheels of what else is
+# needed: there may be no network.
+gpu: PACKAGES := $(VENV)-gpu
+gpu:
+	$(if $(WHEELS),@$(PYTHON) -m pip install --quiet --no-index --no-deps --upgrade --target $(PACKAGES) $(WHEELS)/*.whl)
+	@PYTHONPATH="$(abspath $(PACKAGES)):$$PYTHONPATH" \
+		$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m tests.gpu $(ARGS)
 
 # A failing case is named after its seed: test_...[17] is CASES=1 SEED=17.
 soak-data: $(VENV)/.installed
@@ -76,4 +86,4 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
 clean:
-	rm -rf $(VENV) runs bench
+	rm -rf $(VENV) $(VENV)-gpu runs bench

@@ -47,6 +47,7 @@ LONGEST_FIRST = (
     "train/test_tokenizer_of_weights.py",
     "train/engines/test_memory.py",
     "phd/attention/test_flex.py",
+    "gpu/test_gpu.py",
     "train/test_loop.py",
     "train/test_report.py",
     "phd/test_segments.py",
@@ -58,6 +59,9 @@ LONGEST_FIRST = (
 
 collect_ignore = ["train/preloaded.py"]  # a look for doctests would import seconds of DeepSpeed
 
+NEEDS_CUDA = "needs an NVIDIA GPU"
+"""How the reason begins for which a test is skipped where there is no GPU."""
+
 RANK = {Path(__file__).parent / name: rank for rank, name in enumerate(LONGEST_FIRST)}
 
 
@@ -66,6 +70,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path in RANK:
             item.add_marker("slow")
+        if any(
+            mark.kwargs["reason"].startswith(NEEDS_CUDA) for mark in item.iter_markers("skipif")
+        ):
+            item.add_marker("cuda")
     items.sort(key=lambda item: RANK.get(item.path, len(RANK)))
 
 

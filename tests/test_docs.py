@@ -68,6 +68,8 @@ def commands() -> list[Command]:
     for page in PAGES:
         for words in shell_lines(page):
             name = page.relative_to(ROOT).as_posix()
+            if words[:2] == ["make", "gpu"]:  # tests/gpu looks at these
+                continue
             if words[:1] == ["make"]:  # its ARGS are those of train/main.py
                 given = [word[5:] for word in words if word.startswith("ARGS=")]
                 words = ["python", "train/main.py", *shlex.split(given[0])] if given else []

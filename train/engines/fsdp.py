@@ -34,8 +34,9 @@ class FsdpEngine(Engine):
         true           m                  HSDP: m replicas, each of n / m shards
         false          1                  DDP: n replicas
 
-    On one rank each of these is a plain model. AdamW treats each element alone, so the optimizer
-    works on this rank's shards as plain tensors: DTensors would dispatch each operation in Python.
+    In a lone process each of these is a plain model. AdamW treats each element alone, so the
+    optimizer works on this rank's shards as plain tensors: DTensors would dispatch each operation
+    in Python.
     """
 
     def __init__(self, config: Config, groups: ProcessGroups) -> None:
@@ -46,7 +47,7 @@ class FsdpEngine(Engine):
         self.model_with_loss = parallelize(
             self.model_with_loss,
             config.engine,
-            world_size=groups.world_size,
+            groups=groups,
             device=self.device,
             dtype=self.dtype,
         )

@@ -13,6 +13,7 @@ from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
 
 from phd.model import ModelWithLoss
+from train.distributed.process_groups import ProcessGroups
 from train.engine_config import FsdpConfig
 from train.engines.activation_checkpointing import checkpoint_activations
 from train.engines.compilation import compile_blocks
@@ -25,7 +26,7 @@ def parallelize(
     model_with_loss: ModelWithLoss,
     config: FsdpConfig,
     *,
-    world_size: int,
+    groups: ProcessGroups,
     device: torch.device,
     dtype: torch.dtype,
 ) -> nn.Module:
@@ -41,7 +42,8 @@ def parallelize(
     Args:
         model_with_loss: on the meta device; it is changed in place.
         config: of the engine.
-        world_size: ranks.
+        groups: the ranks. A lone process keeps a plain model. A single rank that has joined a
+            group is sharded or replicated as many are, which tries the collectives on one device.
         device: of this rank.
         dtype: of the matrix products.
 
@@ -52,11 +54,11 @@ def parallelize(
     checkpoint_activations(model_with_loss.model, replace(config, compile=compiled))
     if compiled:
         compile_blocks(model_with_loss.model)
-    if world_size == 1:
+    if groups.control is None:
         return model_with_loss.to_empty(device=device)
     if not config.shard:
         return replicate(model_with_loss.to_empty(device=device), config)
-    shard(model_with_loss, config, mesh_of(config, world_size, device), dtype)
+    shard(model_with_loss, config, mesh_of(config, groups.world_size, device), dtype)
     model_with_loss.to_empty(device=device)
     make_root(model_with_loss)
     return model_with_loss

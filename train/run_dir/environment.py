@@ -25,6 +25,8 @@ PACKAGES = (
     "wandb",
     "deepspeed",
     "transformers",
+    "triton",
+    "torchao",
 )
 LAUNCHED_BY = "LAUNCHED_BY"  # the variable in which `python -m launch` hands on what was typed
 DRIVER_FILE = Path("/proc/driver/nvidia/version")
@@ -83,6 +85,7 @@ def _devices() -> dict[str, Any]:
             "device_memory_gib": None,
             "driver": None,
             "cuda": torch.version.cuda,
+            "cudnn": None,
             "nccl": None,
         }
     device = torch.cuda.get_device_properties(torch.cuda.current_device())
@@ -93,6 +96,7 @@ def _devices() -> dict[str, Any]:
         "device_memory_gib": round(device.total_memory / 2**30, 1),
         "driver": driver(),
         "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
         "nccl": ".".join(map(str, nccl)) if nccl else None,
     }
 

@@ -66,12 +66,13 @@ def test_a_machine_without_a_gpu_says_so() -> None:
     assert [found[name] for name in ("device_memory_gib", "driver", "nccl")] == [None] * 3
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_a_gpu_is_named_with_its_libraries() -> None:
     found = environment(Revision())
     assert found["device"] == torch.cuda.get_device_name()
     assert found["devices"] == torch.cuda.device_count()
     assert found["driver"]
+    assert found["cudnn"] == torch.backends.cudnn.version()
     assert found["nccl"].split(".") == [str(number) for number in torch.cuda.nccl.version()]
 
 

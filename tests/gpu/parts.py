@@ -1,0 +1,227 @@
+"""What `make gpu` runs: commands, how long each may take, and where its rows come from."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic, sleep
+
+from tests.gpu.lines import FAIL, PASS, Row, told
+from tests.gpu.report import Section
+
+ROOT = Path(__file__).parents[2]
+LAST_WORDS_S = 5
+"""How long a part whose time is over may still write after SIGINT."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A command whose output is rows.
+
+    Attributes:
+        title: of its section.
+        words: the command.
+        limit_s: its time.
+        rows: the rows in what it has printed, and in what it has written.
+        together: it measures no time, and runs beside the others that measure none.
+    """
+
+    title: str
+    words: list[str]
+    limit_s: float
+    rows: Callable[[str], list[Row]] = told
+    together: bool = False
+
+
+def parts(device: str, logs: Path, processes: int) -> dict[str, Part]:
+    """All parts by name; the most important ones first."""
+    python = sys.executable
+    own = {
+        name: [python, "-m", f"tests.gpu.{name}", device]
+        for name in ("default_run", "ceilings", "steps")
+    }
+    pytest = [python, "-m", "pytest", "-v", "-m", "cuda", "-p", "no:cacheprovider"]
+    # Warnings of another version of torch are not what is tested here.
+    pytest += ["-o", "filterwarnings=default", "--continue-on-collection-errors"]
+    pytest += ["-n", str(processes), *cuda_tests()]
+    found = {
+        "tests": Part("Tests that need CUDA", pytest, 160, rows_of_tests, together=True),
+        "default_run": Part(
+            "The default run: kill, resume, export", own["default_run"], 160, together=True
+        ),
+        "ceilings": Part("Ceilings", own["ceilings"], 20),
+    }
+    for name, arguments in SHORT_FORMS[device].items():
+        words = [python, str(ROOT / "train/bench.py"), name, f"device={device}", f"out={logs}"]
+        rows = bench_rows(logs / f"{name}.json")
+        found[name] = Part(f"`bench.py {name}`", [*words, *arguments], 50, rows)
+    found["steps"] = Part("Twenty steps of every engine, eager", own["steps"], 60)
+    return found | {name: found.pop(name) for name in LAST if name in found}
+
+
+SHORT_FORMS = {
+    "cuda": {
+        "attention": ["repeat=3"],
+        "step": ["repeat=3", "size=1b2", "rows=2", "seq_len=4096"],
+        "inference": [
+            "repeat=2",
+            "size=1b2",
+            "copies=[2,16,64]",
+            "prompts=[1024]",
+            "contexts=[1024]",
+        ],
+    },
+    "cpu": {
+        "step": ["repeat=1", "rows=1", "seq_len=64"],
+    },
+}
+"""The arguments of each benchmark with which it ends within a minute. Those of the CPU only try
+the way that its rows take."""
+
+LAST = ("inference",)
+
+
+def cuda_tests() -> list[str]:
+    """The files with tests that need CUDA: the others may need packages that are not there."""
+    files = sorted((ROOT / "tests").rglob("test_*.py"))
+    return [str(path) for path in files if "cuda.is_available" in path.read_text(encoding="utf-8")]
+
+
+def rows_of_tests(text: str) -> list[Row]:
+    """The counts and the failures in what pytest -v has printed, to its end or until it was ended.
+
+    >>> line = "[gw1] [ 50%] FAILED tests/a.py::test_b[x y] "
+    >>> rows_of_tests(f"[gw0] [ 25%] PASSED tests/a.py::test_a \\n{line}\\n")
+    [{'what': '1 passed'}, {'what': 'tests/a.py::test_b[x y]', 'result': 'FAIL'}]
+    """
+    word = re.compile(r"(PASSED|FAILED|SKIPPED|XFAIL|ERROR)")
+    bad_words = ("FAILED", "ERROR")
+    found = [(word.search(line), line) for line in text.splitlines() if "::" in line]
+    # With one process the word follows the test, with several it stands before it.
+    ended = [(m[1], line) for m, line in found if m and re.search(r"\[ *\d+%\]", line)]
+    counts = [f"{sum(1 for w, _ in ended if w == x)} {x.lower()}" for x in ("PASSED", "SKIPPED")]
+    names = [
+        re.search(r"\S+::.*?(?= (?:FAILED|ERROR)|\s*$)", line)
+        for w, line in ended
+        if w in bad_words
+    ]
+    broken = re.findall(r"^ERROR (\S+)(?: - .*)?$", text, re.MULTILINE)
+    bad = [*dict.fromkeys([*(m[0] for m in names if m), *broken])]
+    shown = ", ".join(count for count in counts if not count.startswith("0 "))
+    return [{"what": shown or "none ran"}, *({"what": name, "result": FAIL} for name in bad)]
+
+
+def bench_rows(path: Path) -> Callable[[str], list[Row]]:
+    """The rows and ratios that a benchmark has written."""
+
+    def rows(_: str) -> list[Row]:
+        if not path.is_file():
+            return []
+        found = json.loads(path.read_text(encoding="utf-8"))
+        shown = [
+            {key: value for key, value in row.items() if not key.endswith("seconds")}
+            for row in found["rows"]
+        ]
+        return [*shown, *({"ratio": name, "is": value} for name, value in found["ratios"].items())]
+
+    return rows
+
+
+class Started:
+    """A part that runs; what it prints goes to a file."""
+
+    def __init__(self, part: Part, log: Path, limit_s: float) -> None:
+        self.part, self.log = part, log
+        self.began = monotonic()
+        self.end = self.began + min(part.limit_s, limit_s)
+        variables = {"PYTHONUNBUFFERED": "1", "WANDB_MODE": "offline", "HF_HUB_OFFLINE": "1"}
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        with log.open("wb") as file:
+            self.process = subprocess.Popen(
+                part.words,
+                cwd=ROOT,
+                env=os.environ | variables | {"PYTHONPATH": path},
+                stdout=file,
+                stderr=file,
+                start_new_session=True,
+            )
+
+    def ended(self) -> bool:
+        """Whether it has ended, or its time is over."""
+        return self.process.poll() is not None or monotonic() > self.end
+
+    def close(self) -> Section:
+        """End it, if it has not ended, and return what it has come to."""
+        code = self.process.poll()
+        for how in (signal.SIGINT, signal.SIGKILL):
+            if self.process.poll() is None:
+                os.killpg(self.process.pid, how)
+                self._wait(LAST_WORDS_S)
+        text = self.log.read_text(encoding="utf-8", errors="replace")
+        section = Section(self.part.title, rows=self.part.rows(text))
+        section.seconds = monotonic() - self.began
+        if code is None:
+            section.result = f"{FAIL}: out of time"
+        elif code or section.failed or not section.rows:
+            section.result = f"{FAIL}: {last_line(text)}" if code else FAIL
+            section.result += f" ({self.log.name})"
+        else:
+            section.result = PASS
+        return section
+
+    def _wait(self, seconds: float) -> None:
+        try:
+            self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return
+
+
+def last_line(text: str) -> str:
+    """The last line that says something.
+
+    >>> last_line("Traceback\\nValueError: no\\n\\n")
+    'ValueError: no'
+    """
+    return next(
+        (line for line in reversed(text.splitlines()) if line.strip()), "it printed nothing"
+    )
+
+
+def run(
+    chosen: dict[str, Part], logs: Path, deadline: float, done: Callable[[str, Section], None]
+) -> None:
+    """Run the parts until a moment of `monotonic`: those that measure no time beside each other,
+    then the others, one after the other.
+
+    Args:
+        chosen: the parts by name.
+        logs: the directory for what they print.
+        deadline: parts that have not begun by then are left out.
+        done: is called with the name of a part and what it has come to.
+    """
+    logs.mkdir(parents=True, exist_ok=True)
+    beside = [name for name, part in chosen.items() if part.together]
+    for names in [beside, *([name] for name in chosen if name not in beside)]:
+        _run_together({name: chosen[name] for name in names}, logs, deadline, done)
+
+
+def _run_together(
+    chosen: dict[str, Part], logs: Path, deadline: float, done: Callable[[str, Section], None]
+) -> None:
+    left = deadline - monotonic()
+    if left <= 0:
+        return
+    running = {name: Started(part, logs / f"{name}.log", left) for name, part in chosen.items()}
+    try:
+        while running:
+            for name in [name for name, part in running.items() if part.ended()]:
+                done(name, running.pop(name).close())
+            sleep(0.05)
+    finally:
+        for part in running.values():  # by Ctrl-C
+            part.close()
