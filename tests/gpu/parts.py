@@ -10,9 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic, sleep
+from typing import get_args
 
 from tests.gpu.lines import FAIL, PASS, Row, told
 from tests.gpu.report import Section
+from train.arguments import Benchmark
 
 ROOT = Path(__file__).parents[2]
 LAST_WORDS_S = 5
@@ -56,34 +58,22 @@ def parts(device: str, logs: Path, processes: int) -> dict[str, Part]:
         ),
         "ceilings": Part("Ceilings", own["ceilings"], 20),
     }
-    for name, arguments in SHORT_FORMS[device].items():
-        words = [python, str(ROOT / "train/bench.py"), name, f"device={device}", f"out={logs}"]
-        rows = bench_rows(logs / f"{name}.json")
-        found[name] = Part(f"`bench.py {name}`", [*words, *arguments], 50, rows)
+    for name in sorted(get_args(Benchmark), key=lambda name: (name in LAST, name)):
+        words = [python, str(ROOT / "train/bench.py"), name, f"device={device}", "short=true"]
+        words += [f"out={logs}", *(AT_SCALE.get(name, []) if device == "cuda" else [])]
+        found[name] = Part(f"`bench.py {name}`", words, 50, bench_rows(logs / f"{name}.json"))
     found["steps"] = Part("Twenty steps of every engine, eager", own["steps"], 60)
-    return found | {name: found.pop(name) for name in LAST if name in found}
+    return found | {name: found.pop(name) for name in LAST}
 
 
-SHORT_FORMS = {
-    "cuda": {
-        "attention": ["repeat=3"],
-        "step": ["repeat=3", "size=1b2", "rows=2", "seq_len=4096"],
-        "inference": [
-            "repeat=2",
-            "size=1b2",
-            "copies=[2,16,64]",
-            "prompts=[1024]",
-            "contexts=[1024]",
-        ],
-    },
-    "cpu": {
-        "step": ["repeat=1", "rows=1", "seq_len=64"],
-    },
+AT_SCALE = {
+    "step": ["size=1b2", "rows=2", "seq_len=4096"],
+    "inference": ["size=1b2", "copies=[2,16,64]", "prompts=[1024]", "contexts=[1024]"],
 }
-"""The arguments of each benchmark with which it ends within a minute. Those of the CPU only try
-the way that its rows take."""
+"""On a GPU, the sizes of benchmarks that take the CPU's sizes otherwise."""
 
-LAST = ("inference",)
+LAST = ("inference", "checkpoint", "data", "resume")
+"""The benchmarks that come after everything else: most of what they measure is not the GPU's."""
 
 
 def cuda_tests() -> list[str]:
