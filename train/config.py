@@ -534,13 +534,13 @@ class Config(Settings):
     def problems(self) -> list[Problem]:
         """Every combination across sections that cannot be; each section checks its own."""
         found = [*at_least(self, "", 0, "seed"), *self._length_problems(), *self._shape_problems()]
-        found += self._profile_problems()
+        found += [*self._profile_problems(), *self._float8_problems()]
         # `auto` is decided on the machine that trains; train/run.py asks again with its device.
         return found + (self.device_problems("cpu") if self.engine.device == "cpu" else [])
 
     def unused(self) -> list[Problem]:
         """The settings of all sections that change nothing in this run."""
-        parts = (self.model, self.tokenizer, self.train, self.schedule)
+        parts = (self.model, self.tokenizer, self.train, self.schedule, self.engine)
         return [problem for part in parts for problem in part.unused()]
 
     def _length_problems(self) -> list[Problem]:
@@ -599,6 +599,25 @@ class Config(Settings):
                 "schedule=constant",
                 others=("schedule.kind", *LENGTHS),
             )
+        ]
+
+    def _float8_problems(self) -> list[Problem]:
+        """Why the blocks' products cannot be float8, whose operands have sides of 16 n numbers."""
+        if self.engine.precision != "fp8":
+            return []
+        model = self.model
+        sides = {
+            "model.dim": model.dim,
+            "model.ffn_dim": model.ffn_dim,
+            "model.heads x model.head_dim": model.heads * model.head_dim,
+            "model.kv_heads x model.head_dim": model.kv_heads * model.head_dim,
+            "train.seq_len": self.train.seq_len,  # the rows of a product are whole rows of text
+        }
+        reason = "with engine.precision=fp8 it must be divisible by 16"
+        return [
+            Problem(name, side, reason, "choose another, or engine.precision=bf16")
+            for name, side in sides.items()
+            if side % 16
         ]
 
     def _shape_problems(self) -> list[Problem]:

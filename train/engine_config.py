@@ -4,9 +4,13 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from conf.errors import Problem
-from conf.settings import Settings, at_least
+from conf.settings import Settings, at_least, without_effect
 
 DeviceName = Literal["auto", "cpu", "cuda"]
+Float8Scaling = Literal["tensorwise", "rowwise"]
+
+LEAST_CAPABILITY: dict[Float8Scaling, tuple[int, int]] = {"tensorwise": (8, 9), "rowwise": (9, 0)}
+"""CUDA's compute capability that multiplies in float8: 8.9 is Ada, 9.0 Hopper."""
 
 # Keys of DeepSpeed's configuration that our own settings decide.
 DECIDED_ELSEWHERE = {
@@ -44,8 +48,13 @@ class EngineConfig(Settings):
     Attributes:
         device: where the model is trained; `auto` is CUDA where there is a usable device, and the
             CPU otherwise.
-        precision: the precision of matrix products; `auto` is bf16 on CUDA and fp32 on the CPU. The
-            weights that the optimizer updates are always fp32.
+        precision: the precision of matrix products; `auto` is bf16 on CUDA and fp32 on the CPU.
+            `fp8`: the projections of the blocks multiply in float8, and all else as with bf16; it
+            needs torchao and an Ada, Hopper or newer GPU. The weights that the optimizer updates
+            are always fp32.
+        fp8_scaling: how `fp8` scales the operands of a product: by one number for each tensor
+            (`tensorwise`, the faster one), or for each row (`rowwise`, the more exact one, on
+            Hopper or newer).
         compile: compile each block with `torch.compile`; `auto` does so on CUDA, and not at ZeRO-3.
             The first step then takes up to a minute longer, and seconds once the cache
             (`TORCHINDUCTOR_CACHE_DIR`) is filled.
@@ -62,7 +71,8 @@ class EngineConfig(Settings):
     """
 
     device: DeviceName = "auto"
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp8"] = "auto"
+    fp8_scaling: Float8Scaling = "tensorwise"
     compile: Literal["auto"] | bool = "auto"
     flash_attention: Literal["auto", 2, 3, 4] = "auto"
     threads: int | None = None
@@ -70,11 +80,21 @@ class EngineConfig(Settings):
     checkpoint_every_block: int = 1
 
     def problems(self) -> list[Problem]:
-        return at_least(self, "engine", 1, "threads", "checkpoint_every_block")
+        found = at_least(self, "engine", 1, "threads", "checkpoint_every_block")
+        if self.precision == "fp8" and self.device == "cpu":
+            found.append(no_float8(self.fp8_scaling, "the CPU"))
+        return found
 
     def compiles_on(self, device: str) -> bool:
         """Whether blocks are compiled on a device of this type, `cpu` or `cuda`."""
         return device == "cuda" if self.compile == "auto" else self.compile
+
+    def unused(self) -> list[Problem]:
+        """How float8 is scaled, where there is none."""
+        if self.precision == "fp8":
+            return []
+        reason, hint = f"engine.precision={self.precision} scales nothing", "choose fp8"
+        return without_effect(self, "engine", reason, f"{hint} for it", "fp8_scaling")
 
     def problems_on(self, world_size: int) -> list[Problem]:  # noqa: ARG002
         """Why the engine cannot spread the work over this many ranks."""
@@ -156,6 +176,10 @@ class DeepSpeedConfig(EngineConfig):
             reason = f"engine.stage={self.stage} keeps all weights on every device"
             hint, others = "choose engine.stage=3", ("engine.stage",)
             found.append(Problem("engine.offload_parameters", True, reason, hint, others))
+        if self.precision == "fp8":
+            reason = "not possible with engine=deepspeed, which replaces or moves the weights"
+            hint = "choose engine=fsdp, or engine.precision=bf16"
+            found.append(Problem("engine.precision", "fp8", reason, hint, ("engine.kind",)))
         zero = self.deepspeed.get("zero_optimization")
         given = {*self.deepspeed, *(f"zero_optimization.{key}" for key in zero or ())}
         found += [
@@ -189,3 +213,11 @@ def no_cuda(key: str) -> Problem:
     """The problem of a setting that asks for CUDA on a machine without it."""
     hint = f"choose {key}=cpu or {key}=auto"
     return Problem(key, "cuda", "this machine has no usable CUDA device", hint)
+
+
+def no_float8(scaling: Float8Scaling, device: str) -> Problem:
+    """The problem of `engine.precision=fp8` on a device without such products."""
+    least = "{}.{}".format(*LEAST_CAPABILITY[scaling])
+    reason = f"engine.fp8_scaling={scaling} needs CUDA's compute capability {least}, not {device}"
+    hint, others = "choose engine.precision=bf16", ("engine.fp8_scaling", "engine.device")
+    return Problem("engine.precision", "fp8", reason, hint, others)

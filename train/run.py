@@ -40,6 +40,7 @@ from train.engine_config import DeepSpeedConfig, FsdpConfig
 from train.engines.attention import configure_attention
 from train.engines.device import choose_device, configure_process
 from train.engines.engine import Engine
+from train.engines.float8 import check_float8
 from train.engines.fsdp import FsdpEngine
 from train.engines.schedule import config_before, schedule_change
 from train.hf.pretrained import pretrained_start, tokenizer_of_weights
@@ -305,6 +306,7 @@ def _device(config: Config) -> torch.device:
     device = choose_device(config.engine)
     if problems := config.device_problems(device.type):
         raise ConfigError(problems)
+    check_float8(config.engine, device)
     return device
 
 

@@ -62,7 +62,9 @@ def parts(device: str, logs: Path, processes: int) -> dict[str, Part]:
         words = [python, str(ROOT / "train/bench.py"), name, f"device={device}", "short=true"]
         words += [f"out={logs}", *(AT_SCALE.get(name, []) if device == "cuda" else [])]
         found[name] = Part(f"`bench.py {name}`", words, 50, bench_rows(logs / f"{name}.json"))
-    found["steps"] = Part("Twenty steps of every engine, eager", own["steps"], 60)
+    steps = own["steps"]
+    found["engines"] = Part("Twenty steps of every engine, eager", [*steps, "engines"], 60)
+    found["float8"] = Part("Twenty steps in float8, compiled", [*steps, "float8"], 60)
     return found | {name: found.pop(name) for name in LAST}
 
 

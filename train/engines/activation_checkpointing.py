@@ -17,7 +17,11 @@ from phd.model import Transformer
 from train.engine_config import EngineConfig
 from train.torch_private import SDPA_KERNELS, KernelDispatchMode, TorchDispatchMode, tree_map_only
 
-MATRIX_PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+MATRIX_PRODUCTS = (
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten._scaled_mm.default,  # float8's
+)
 # Of packed attention only rule 1 is in this list: its FLOPs grow with T^2, those of rules 2 and 3
 # with T * W.
 ATTENTION = (

@@ -57,10 +57,13 @@ def keep_freed_memory() -> None:
 
 
 def precision(config: EngineConfig, device: torch.device) -> torch.dtype:
-    """The dtype of matrix products. Weights and the optimizer's state are always float32."""
+    """The dtype of matrix products. Weights and the optimizer's state are always float32.
+
+    That of the products which are not float8, and of the results of those that are, with `fp8`.
+    """
     if config.precision == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return torch.bfloat16 if config.precision == "bf16" else torch.float32
+    return torch.float32 if config.precision == "fp32" else torch.bfloat16
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:
@@ -96,7 +99,11 @@ class AsyncScalars:
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """The device's dense bf16 peak in FLOP/s; None if it is not in the table."""
+    """The device's dense bf16 peak in FLOP/s; None if it is not in the table.
+
+    It is the measure with `engine.precision=fp8`, too, whose products have twice this peak, and all
+    other work has not. So the MFU of two precisions compares their speeds.
+    """
     if device.type != "cuda":
         return None
     model = accelerator_of_device(torch.cuda.get_device_name(device))

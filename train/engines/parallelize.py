@@ -17,6 +17,7 @@ from train.distributed.process_groups import ProcessGroups
 from train.engine_config import FsdpConfig
 from train.engines.activation_checkpointing import checkpoint_activations
 from train.engines.compilation import compile_blocks
+from train.engines.float8 import check_float8, use_float8
 from train.torch_private import drop_accumulated_gradients, ignore_in_ddp, init_fsdp_root
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -32,8 +33,9 @@ def parallelize(
 ) -> nn.Module:
     """Parallelize a model on the meta device, and allocate its weights without values.
 
-        checkpointing    first, so that it is compiled with its block, and the recomputation does
-                         not all-gather the weights again
+        float8           first, because it replaces the projections within the blocks
+        checkpointing    before compiling, so that it is compiled with its block, and the
+                         recomputation does not all-gather the weights again
         compiling        block by block: all blocks share one compiled graph
         sharding         around compiled blocks, whose weights are gathered before they are called
         allocation       after sharding, so that no rank ever holds the whole model
@@ -50,6 +52,9 @@ def parallelize(
     Returns:
         The model and its loss, wrapped by DDP where weights are replicated.
     """
+    check_float8(config, device)
+    if config.precision == "fp8":
+        use_float8(model_with_loss.model, config.fp8_scaling)
     compiled = config.compiles_on(device.type)
     checkpoint_activations(model_with_loss.model, replace(config, compile=compiled))
     if compiled:

@@ -95,8 +95,9 @@ class Throughput:
     """Speed since the last call, without hooks and evaluation, and peak memory.
 
     `throughput/mfu` (model FLOPs utilization, arXiv 2204.02311) is what `progress/train_flops` has
-    grown by, over what the devices' bf16 peak would allow. It is absent if the peak is not known.
-    The wait for data is that of the rank that waited most, because the other ranks wait for it.
+    grown by, over what the devices' bf16 peak would allow, also with `engine.precision=fp8`: so the
+    MFUs of two precisions compare their speeds. It is absent if the peak is not known. The wait for
+    data is that of the rank that waited most, because the other ranks wait for it.
 
     Args:
         tokens, flops: of the run before this start, as a `StepRecord` counts them.
