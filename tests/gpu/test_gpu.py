@@ -35,7 +35,7 @@ def rows_of_engines(_: ProcessGroups) -> list[Row]:
 @pytest.mark.process
 def test_every_engine_takes_the_steps_of_a_lone_process_and_float8_comes_close() -> None:
     """FSDP2 cut into one shard, DDP and ZeRO of one rank, in the process group of this rank."""
-    [found] = run_ranks(1, rows_of_engines, deadline_s=120)
+    [found] = run_ranks(1, rows_of_engines)
     assert [row["what"] for row in found] == [
         name for part in cases("cpu").values() for name in part
     ]
