@@ -69,10 +69,9 @@ def parts(device: str, logs: Path, processes: int) -> dict[str, Part]:
 
 
 AT_SCALE = {
-    "step": ["size=1b2", "rows=2", "seq_len=4096"],
     "inference": ["size=1b2", "copies=[2,16,64]", "prompts=[1024]", "contexts=[1024]"],
 }
-"""On a GPU, the sizes of benchmarks that take the CPU's sizes otherwise."""
+"""On a GPU, the sizes of a benchmark whose short form is of the CPU's size."""
 
 LAST = ("inference", "checkpoint", "data", "resume")
 """The benchmarks that come after everything else: most of what they measure is not the GPU's."""
