@@ -4,6 +4,7 @@ Tests and scenarios run beside each other; then the benchmarks, one after the ot
 times are their own.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic, strftime
@@ -27,7 +28,7 @@ class GpuArguments:
         device: `cuda`; `cpu` tries the parts at small sizes where there is no GPU.
         budget_s: the seconds after which no part begins and none goes on.
         processes: how many processes run the tests.
-        parts: names of the parts to run; an empty list: all.
+        parts: names of the parts to run, with commas between them; null: all.
         commit: of the source, if it is not in a git repository any more.
     """
 
@@ -36,7 +37,7 @@ class GpuArguments:
     device: str = "cuda"
     budget_s: float = 345
     processes: int = 8
-    parts: tuple[str, ...] = ()
+    parts: str | None = None
     commit: str | None = None
 
     def problems(self) -> list[Problem]:
@@ -48,9 +49,13 @@ class GpuArguments:
         known = parts(self.device, Path(self.logs), 1)
         return found + [
             Problem("parts", name, f"expected one of {', '.join(known)}")
-            for name in self.parts
+            for name in self.names(known)
             if name not in known
         ]
+
+    def names(self, known: Iterable[str]) -> list[str]:
+        """The names of the parts to run."""
+        return self.parts.split(",") if self.parts else list(known)
 
 
 def main(args: GpuArguments) -> int:
@@ -58,7 +63,7 @@ def main(args: GpuArguments) -> int:
     deadline = monotonic() + args.budget_s
     logs = Path(args.logs).expanduser().absolute()
     known = parts(args.device, logs, args.processes)
-    chosen = {name: part for name, part in known.items() if name in (args.parts or known)}
+    chosen = {name: part for name, part in known.items() if name in args.names(known)}
     machine = environment(read_revision())
     if args.commit:
         machine["revision"] = args.commit

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import monotonic, sleep
 from typing import get_args
@@ -51,27 +51,37 @@ def parts(device: str, logs: Path, processes: int) -> dict[str, Part]:
     # Warnings of another version of torch are not what is tested here.
     pytest += ["-o", "filterwarnings=default", "--continue-on-collection-errors"]
     pytest += ["-n", str(processes), *cuda_tests()]
+    benchmarks = {name: bench(name, device, logs) for name in get_args(Benchmark)}
     found = {
         "tests": Part("Tests that need CUDA", pytest, 160, rows_of_tests, together=True),
         "default_run": Part(
             "The default run: kill, resume, export", own["default_run"], 160, together=True
         ),
         "ceilings": Part("Ceilings", own["ceilings"], 20),
+        **{name: part for name, part in benchmarks.items() if name not in LAST},
+        "engines": Part("Twenty steps of every engine, eager", [*own["steps"], "engines"], 45),
+        "float8": Part("Twenty steps in float8, compiled", [*own["steps"], "float8"], 45),
+        **{name: benchmarks[name] for name in LAST},
     }
-    for name in sorted(get_args(Benchmark), key=lambda name: (name in LAST, name)):
-        words = [python, str(ROOT / "train/bench.py"), name, f"device={device}", "short=true"]
-        words += [f"out={logs}", *(AT_SCALE.get(name, []) if device == "cuda" else [])]
-        found[name] = Part(f"`bench.py {name}`", words, 50, bench_rows(logs / f"{name}.json"))
-    steps = own["steps"]
-    found["engines"] = Part("Twenty steps of every engine, eager", [*steps, "engines"], 60)
-    found["float8"] = Part("Twenty steps in float8, compiled", [*steps, "float8"], 60)
-    return found | {name: found.pop(name) for name in LAST}
+    if device == "cuda":
+        first = bench("step", device, logs / "first", "repeat=1")
+        title = "The first `bench.py step`, which compiles while the tests run"
+        found["compile"] = replace(first, title=title, limit_s=160, together=True)
+    return found
+
+
+def bench(name: str, device: str, logs: Path, *others: str) -> Part:
+    """The short form of a benchmark."""
+    words = [sys.executable, str(ROOT / "train/bench.py"), name, f"device={device}", "short=true"]
+    words += [f"out={logs}", *(AT_SCALE.get(name, []) if device == "cuda" else []), *others]
+    return Part(f"`bench.py {name}`", words, 50, bench_rows(logs / f"{name}.json"))
 
 
 AT_SCALE = {
+    "step": ["size=1b2"],
     "inference": ["size=1b2", "copies=[2,16,64]", "prompts=[1024]", "contexts=[1024]"],
 }
-"""On a GPU, the sizes of a benchmark whose short form is of the CPU's size."""
+"""On a GPU, the sizes of the benchmarks whose short form is too small to tell much there."""
 
 LAST = ("inference", "checkpoint", "data", "resume")
 """The benchmarks that come after everything else: most of what they measure is not the GPU's."""

@@ -129,9 +129,11 @@ def test_a_test_that_needs_a_gpu_says_so_as_the_others_do() -> None:
 def test_the_names_of_parts_are_checked() -> None:
     names = parts("cuda", Path("logs"), 8)
     assert list(names)[:3] == ["tests", "default_run", "ceilings"]
-    assert parse(GpuArguments, ['parts=["engines"]', "device=cpu"]).parts == ("engines",)
+    given = parse(GpuArguments, ["parts=engines,ceilings", "device=cpu"])
+    assert given.names(names) == ["engines", "ceilings"]
+    assert parse(GpuArguments, ["device=cpu"]).names(names) == list(names)
     with pytest.raises(ConfigError, match=r"parts='engine': expected one of tests, default_run"):
-        parse(GpuArguments, ['parts=["engine"]', "device=cpu"])
+        parse(GpuArguments, ["parts=ceilings,engine", "device=cpu"])
 
 
 @pytest.mark.process
