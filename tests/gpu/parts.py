@@ -47,15 +47,27 @@ def parts(device: str, logs: Path, processes: int) -> dict[str, Part]:
         name: [python, "-m", f"tests.gpu.{name}", device]
         for name in ("default_run", "ceilings", "steps")
     }
-    pytest = [python, "-m", "pytest", "-v", "-m", "cuda", "-p", "no:cacheprovider"]
+    # Eight processes with as many threads as cores each would wait for each other.
+    pytest = [
+        "env",
+        "OMP_NUM_THREADS=1",
+        python,
+        "-m",
+        "pytest",
+        "-v",
+        "-m",
+        "cuda",
+        "-p",
+        "no:cacheprovider",
+    ]
     # Warnings of another version of torch are not what is tested here.
     pytest += ["-o", "filterwarnings=default", "--continue-on-collection-errors"]
     pytest += ["-n", str(processes), *cuda_tests()]
     benchmarks = {name: bench(name, device, logs) for name in get_args(Benchmark)}
     found = {
-        "tests": Part("Tests that need CUDA", pytest, 160, rows_of_tests, together=True),
+        "tests": Part("Tests that need CUDA", pytest, 190, rows_of_tests, together=True),
         "default_run": Part(
-            "The default run: kill, resume, export", own["default_run"], 160, together=True
+            "The default run: kill, resume, export", own["default_run"], 190, together=True
         ),
         "ceilings": Part("Ceilings", own["ceilings"], 20),
         **{name: part for name, part in benchmarks.items() if name not in LAST},
@@ -66,7 +78,7 @@ def parts(device: str, logs: Path, processes: int) -> dict[str, Part]:
     if device == "cuda":
         first = bench("step", device, logs / "first", "repeat=1")
         title = "The first `bench.py step`, which compiles while the tests run"
-        found["compile"] = replace(first, title=title, limit_s=160, together=True)
+        found["compile"] = replace(first, title=title, limit_s=190, together=True)
     return found
 
 
