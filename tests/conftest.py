@@ -2,6 +2,7 @@
 end while the others have nothing to do. `make fast` leaves them out."""
 
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterator
@@ -59,8 +60,8 @@ LONGEST_FIRST = (
 
 collect_ignore = ["train/preloaded.py"]  # a look for doctests would import seconds of DeepSpeed
 
-NEEDS_CUDA = "needs an NVIDIA GPU"
-"""How the reason begins for which a test is skipped where there is no GPU."""
+NEEDS_CUDA = re.compile(r"needs .*\b(GPU|CUDA)\b")
+"""The reason for which a test is skipped where there is no GPU."""
 
 RANK = {Path(__file__).parent / name: rank for rank, name in enumerate(LONGEST_FIRST)}
 
@@ -70,9 +71,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path in RANK:
             item.add_marker("slow")
-        if any(
-            mark.kwargs["reason"].startswith(NEEDS_CUDA) for mark in item.iter_markers("skipif")
-        ):
+        if any(NEEDS_CUDA.match(mark.kwargs["reason"]) for mark in item.iter_markers("skipif")):
             item.add_marker("cuda")
     items.sort(key=lambda item: RANK.get(item.path, len(RANK)))
 
