@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 def missing() -> list[str]:
     """The packages without which nothing of this runs, and which this Python lacks."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    needed = [*project["dependencies"], "pytest", "pytest-xdist"]
+    needed = [*project["dependencies"], "pytest", "pytest-xdist", "hypothesis"]
     installed = {_plain(str(found.name)) for found in metadata.distributions()}
     names = [re.split(r"[^\w.-]", text)[0] for text in needed]
     return [name for name in names if _plain(name) not in installed]
