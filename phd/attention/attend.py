@@ -75,7 +75,7 @@ BACKENDS: dict[Backend, Callable[[Tensor, Tensor, Tensor, Pattern, Segments | No
 }
 
 
-RULES_2_AND_3: dict[Backend, str] = {"packed": "batched products"}
+RULES_2_AND_3: dict[str, str] = {"packed": "batched products", "fused": "a fused kernel"}
 """What computes rules 2 and 3 in the backends whose rule 1 is a causal kernel."""
 
 
