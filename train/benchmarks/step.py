@@ -22,6 +22,7 @@ from train.benchmarks.subject import subject_of
 from train.benchmarks.timing import Bar, Kind, Panel, Result, Times, Work, beside
 from train.config import Config
 from train.distributed.process_groups import ProcessGroups
+from train.engines.attention import configure_attention
 from train.engines.device import autocast
 from train.engines.fsdp import FsdpEngine
 from train.engines.optimizer import build_optimizer
@@ -69,6 +70,7 @@ def bench_step(config: Config, repeat: int, device: torch.device, *, short: bool
     models = {BASE: model.vanilla_twin}
     for K in SHORT_COPIES if short else COPIES:
         models[f"phd_cswa_K{K}"] = replace(model, variant="phd_cswa", K=K)
+    kernels = configure_attention(config, device)  # as a run does it, for all engines here
     generator = torch.Generator().manual_seed(0)
     batch = torch.randint(0, model.vocab_size, (rows, seq_len + 1), generator=generator)
     builds = {name: step_of_engine(replace(config, model=m), batch) for name, m in models.items()}
@@ -83,7 +85,7 @@ def bench_step(config: Config, repeat: int, device: torch.device, *, short: bool
     table = _table(model.size, rows * seq_len, flops, times, needs, device)
     panel = _panel(f"{model.size}, {plural(rows, 'row')} of {seq_len} tokens", table)
     ratios = _ratios(model.size, flops, times)
-    subject = subject_of(model, device)
+    subject = f"{subject_of(model, device)}\n{kernels}"
     if not any(name.startswith("transformers") for name in builds):
         subject += "; transformers is not installed, and left out"
     return Result(table, ratios, subject, panels=[panel])
