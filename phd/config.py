@@ -11,7 +11,7 @@ Variant = Literal["vanilla", "naive_repeat", "phd", "phd_swa", "phd_cswa"]
 SpanUnit = Literal["hidden", "token"]
 CopyPositions = Literal["shared", "flattened"]
 Norm = Literal["reordered", "pre", "hybrid", "hybrid_star"]
-Backend = Literal["auto", "reference", "packed", "flex"]
+Backend = Literal["auto", "reference", "packed", "fused", "flex"]
 HeadInit = Literal["embedding", "fan_in"]
 
 
@@ -35,8 +35,9 @@ class ModelConfig(Settings):
             copies; `flattened`: n*K + s.
         copy_embedding: add one learned vector per copy to the token embedding.
         attention: the implementation of attention. `reference` is the definition, with a dense
-            mask; `packed` is fast everywhere; `flex` is FlexAttention, on CUDA only; `auto` is
-            `packed`.
+            mask; `packed` is fast everywhere; `fused` is `packed` with Triton kernels for hidden
+            copies, on CUDA only; `flex` is FlexAttention, on CUDA only; `auto` is `fused` on CUDA
+            where Triton is installed, else `packed`.
         size: the name of the size, which becomes part of the run's name.
         layers: how many transformer blocks the model has.
         dim: D, the width of the residual stream.

@@ -47,6 +47,8 @@ LONGEST_FIRST = (
     "phd/inference/test_cuda_graph.py",
     "train/test_tokenizer_of_weights.py",
     "train/engines/test_memory.py",
+    "phd/attention/test_fused.py",
+    "phd/attention/test_fused_compiler.py",
     "phd/attention/test_flex.py",
     "gpu/test_gpu.py",
     "train/test_loop.py",
@@ -94,7 +96,24 @@ def streams_as_they_were() -> Iterator[None]:
 
 
 @pytest.fixture
-def triton_interpreter() -> None:
+def triton_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     """Skips a test that runs Triton's kernels on the CPU where they are compiled for a GPU."""
     if "TRITON_INTERPRET" not in os.environ:
         pytest.skip("runs in Triton's interpreter, which stands in where there is no GPU")
+    # The interpreter of Triton 3.6 and 3.7 keeps bfloat16 as integers of its bits, and multiplies
+    # those; it converts them right. A product in float32 is what a tensor core computes.
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    dot = InterpreterBuilder.create_dot
+
+    def widened(x: TensorHandle) -> TensorHandle:
+        if x.dtype.scalar != tl.bfloat16:
+            return x
+        return TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    def create_dot(self: InterpreterBuilder, a: TensorHandle, b: TensorHandle, *more: object):  # type: ignore[no-untyped-def]
+        return dot(self, widened(a), widened(b), *more)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)

@@ -25,6 +25,7 @@ ALLOWED = {
 
 # What only some users of a module have: they import it where they need it.
 OPTIONAL = {
+    "phd/attention/fused.py": {"triton"},
     "phd/cross_entropy.py": {"triton"},
     "phd/inference/split_kv.py": {"triton"},
     "phd/hf/modeling.py": {"transformers"},

@@ -525,11 +525,17 @@ class Config(Settings):
 
     def device_problems(self, device: str) -> list[Problem]:
         """Why the run cannot train on a device of this type, `cpu` or `cuda`."""
-        if self.model.attention != "flex" or device == "cuda":
+        reasons = {
+            "flex": f"FlexAttention has no backward pass on the device {device}",
+            "fused": f"there are no Triton kernels on the device {device}",
+        }
+        chosen = self.model.attention
+        if chosen not in reasons or device == "cuda":
             return []
-        reason = f"FlexAttention has no backward pass on the device {device}"
         hint = "choose model.attention=packed"
-        return [Problem("model.attention", "flex", reason, hint, others=("engine.device",))]
+        return [
+            Problem("model.attention", chosen, reasons[chosen], hint, others=("engine.device",))
+        ]
 
     def problems(self) -> list[Problem]:
         """Every combination across sections that cannot be; each section checks its own."""

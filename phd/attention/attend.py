@@ -7,7 +7,7 @@ from torch import Tensor
 
 from phd.attention.causal_kernels import Platform, causal_kernel
 from phd.attention.flex import flex_attention
-from phd.attention.packed import packed_attention
+from phd.attention.packed import HAS_TRITON, fused_attention, packed_attention
 from phd.config import Backend
 from phd.pattern import Pattern
 from phd.segments import Segments
@@ -28,8 +28,9 @@ def attend(
             which is all that the last layer needs.
         k, v: (B, G, K, T, H); query head i reads key/value head `i // (N // G)`.
         pattern: which slot may attend to which, over K copies of T tokens.
-        backend: `reference` (dense mask, the definition), `packed` (fast, everywhere), `flex`
-            (CUDA only), or `auto`, which `resolve_backend` resolves.
+        backend: `reference` (dense mask, the definition), `packed` (PyTorch's operators, fast
+            everywhere), `fused` (Triton kernels, CUDA only), `flex` (CUDA only), or `auto`, which
+            `resolve_backend` resolves.
         segments: the documents of each row, none of which sees another; None: each row is one.
 
     Returns:
@@ -45,13 +46,15 @@ def attend(
     return BACKENDS[resolve_backend(backend, q.device)](q, k, v, pattern, segments)
 
 
-def resolve_backend(backend: Backend, device: torch.device) -> Backend:  # noqa: ARG001
+def resolve_backend(backend: Backend, device: torch.device) -> Backend:
     """The backend that runs on a device: what `auto` stands for there, or the one that is named.
 
-    Today `auto` is `packed` on every device: it is the fastest on the CPU, and flex has not been
-    measured to beat it on a GPU.
+    `auto` is `fused` on CUDA where Triton is installed, which is wherever torch comes as a CUDA
+    build for Linux, and `packed` elsewhere.
     """
-    return "packed" if backend == "auto" else backend
+    if backend != "auto":
+        return backend
+    return "fused" if device.type == "cuda" and HAS_TRITON else "packed"
 
 
 def reference_attention(
@@ -71,6 +74,7 @@ def reference_attention(
 BACKENDS: dict[Backend, Callable[[Tensor, Tensor, Tensor, Pattern, Segments | None], Tensor]] = {
     "reference": reference_attention,
     "packed": packed_attention,
+    "fused": fused_attention,
     "flex": flex_attention,
 }
 

@@ -16,9 +16,12 @@ log-sum-exps, and the backward runs both parts on the merged ones:
     p_ij = exp(s_ij - lse)                    ds_ij = p_ij (dout_i . v_j - dout_i . out_i)
 
 which is exact, because p and out there are those of the whole attention.
+
+The fused backend is the same with Triton's kernels for rules 2 and 3 (`phd.attention.fused`).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
@@ -31,14 +34,51 @@ from phd.attention.varlen import causal_attention, isolated_backward, isolated_f
 from phd.pattern import Pattern
 from phd.segments import Segments
 
+# A CUDA build of torch brings Triton along on Linux. Other builds do not need it.
+HAS_TRITON = find_spec("triton") is not None
+
 
 def packed_attention(
     q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, segments: Segments | None = None
 ) -> Tensor:
     """Attention by `pattern`; shapes and meaning as `phd.attention.attend`."""
+    return _packed(q, k, v, pattern, segments, fused=False)
+
+
+def fused_attention(
+    q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, segments: Segments | None = None
+) -> Tensor:
+    """`packed_attention` with rules 2 and 3 in Triton kernels; in half precision and float32.
+
+    Raises:
+        ValueError: off CUDA (but for tests, which set TRITON_INTERPRET=1), without Triton, in
+            another dtype, or with wider heads than there are kernels for.
+    """
+    _check_fused(q)
+    return _packed(q, k, v, pattern, segments, fused=True)
+
+
+def _check_fused(q: Tensor) -> None:
+    hint = "choose model.attention=packed, which runs everywhere"
+    if not HAS_TRITON:
+        raise ValueError(f"model.attention=fused: the package triton is not installed; {hint}")
+    from phd.attention.fused import IS_INTERPRETED, has_kernels
+
+    if q.device.type != "cuda" and not IS_INTERPRETED:
+        raise ValueError(
+            f"model.attention=fused: no Triton kernels on the device {q.device}; {hint}"
+        )
+    if not has_kernels(q.dtype, q.shape[-1]):
+        reason = f"no kernel for {q.dtype} with model.head_dim={q.shape[-1]}"
+        raise ValueError(f"model.attention=fused: {reason}; {hint}")
+
+
+def _packed(
+    q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, segments: Segments | None, fused: bool
+) -> Tensor:
     B, N, Q, T, H = q.shape
     if pattern.rule == "hidden" or Q < pattern.K:
-        return _Packed.apply(q, k, v, pattern, segments)
+        return _Packed.apply(q, k, v, pattern, segments, fused)
     # Every slot sees every slot before it: a plain causal row of K*T slots, token-major.
     q, k, v = (x.transpose(2, 3).flatten(2, 3) for x in (q, k, v))
     out = causal_attention(q, k, v, None if segments is None else segments.repeated(Q))
@@ -54,11 +94,17 @@ def _causal_copies(pattern: Pattern) -> range:
 
 
 class _Packed(torch.autograd.Function):
-    """Causal attention to originals, merged with tiled attention among hidden copies."""
+    """Causal attention to originals, merged with attention among hidden copies."""
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, segments: Segments | None
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        pattern: Pattern,
+        segments: Segments | None,
+        fused: bool,
     ) -> Tensor:
         assert pattern.rule == "hidden" or q.shape[2] == 1
         B, N, Q, T, H = q.shape
@@ -71,14 +117,14 @@ class _Packed(torch.autograd.Function):
         if pattern.rule == "hidden":
             # The products among hidden copies are in the precision of lse, float32 at least.
             with torch.autocast(q.device.type, enabled=False):
-                _merge_hidden((q, k, v), (out, lse), pattern, segments)
+                _hidden_kernels(fused).merge((q, k, v), (out, lse), pattern, segments)
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.pattern, ctx.segments = pattern, segments
+        ctx.pattern, ctx.segments, ctx.fused = pattern, segments, fused
         return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
         dout = grads[0].contiguous()
         B, N, Q, T, H = q.shape
@@ -98,10 +144,26 @@ class _Packed(torch.autograd.Function):
         dq = dq.view(B, N, Q, T, H)
         if ctx.pattern.rule == "hidden":
             with torch.autocast(q.device.type, enabled=False):
-                _add_hidden_gradients(
+                _hidden_kernels(ctx.fused).add_gradients(
                     (dq, dk, dv), (q, k, v), (out, lse, dout), ctx.pattern, ctx.segments
                 )
-        return dq, dk, dv, None, None
+        return dq, dk, dv, None, None, None
+
+
+class _HiddenKernels(NamedTuple):
+    """Rules 2 and 3, forward and backward; the arguments are those of `_merge_hidden` and
+    `_add_hidden_gradients`."""
+
+    merge: Callable[..., None]
+    add_gradients: Callable[..., None]
+
+
+def _hidden_kernels(fused: bool) -> _HiddenKernels:
+    if not fused:
+        return _HiddenKernels(_merge_hidden, _add_hidden_gradients)
+    from phd.attention.fused import add_hidden_gradients, merge_hidden
+
+    return _HiddenKernels(merge_hidden, add_hidden_gradients)
 
 
 def _merge_hidden(

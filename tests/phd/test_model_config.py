@@ -15,7 +15,9 @@ PROBLEMS = {
     "model.span_unit='copies': expected one of hidden, token": {"span_unit": "copies"},
     "model.copy_positions='own': expected one of shared, flattened": {"copy_positions": "own"},
     "model.norm='post': expected one of reordered, pre, hybrid, hybrid_star": {"norm": "post"},
-    "model.attention='fast': expected one of auto, reference, packed, flex": {"attention": "fast"},
+    "model.attention='fast': expected one of auto, reference, packed, fused, flex": {
+        "attention": "fast"
+    },
     "model.K=0: expected an integer of at least 1": {"K": 0},
     "model.window=0: expected an integer of at least 1": {"window": 0},
     "model.chunk=-3: expected an integer of at least 1": {"chunk": -3},

@@ -294,6 +294,11 @@ WORDING: list[tuple[Any, ...]] = [
         "model.attention='flex': FlexAttention has no backward pass on the device cpu; choose ",
         "model.attention=packed",
     ),
+    (
+        {"model.attention": "fused", "engine.device": "cpu"},
+        "model.attention='fused': there are no Triton kernels on the device cpu; choose ",
+        "model.attention=packed",
+    ),
 ]
 
 

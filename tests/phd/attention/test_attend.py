@@ -9,6 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+import phd.attention.attend
+import phd.attention.fused
+import phd.attention.packed
 import phd.attention.tiles
 from phd.attention.attend import attend, resolve_backend
 from phd.config import Backend
@@ -138,10 +141,30 @@ def test_autocast_does_not_reach_into_the_packed_backend() -> None:
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda", "meta"])
-def test_a_named_backend_is_taken_and_auto_is_packed_on_every_device(device: str) -> None:
+@pytest.mark.parametrize("has_triton", [True, False])
+def test_a_named_backend_is_taken_and_auto_is_fused_where_triton_compiles(
+    device: str, has_triton: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(phd.attention.attend, "HAS_TRITON", has_triton)
     for backend in get_args(Backend):
-        expected = "packed" if backend == "auto" else backend
+        chosen = "fused" if device == "cuda" and has_triton else "packed"
+        expected = chosen if backend == "auto" else backend
         assert resolve_backend(backend, torch.device(device)) == expected
+
+
+def test_fused_without_triton_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(phd.attention.packed, "HAS_TRITON", False)
+    q = torch.randn(1, 2, 2, 8, 4)
+    with pytest.raises(ValueError, match=r"^model\.attention=fused: .*triton is not installed"):
+        attend(q, q, q, Pattern("hidden", K=2), "fused")
+
+
+def test_fused_on_the_cpu_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests run in Triton's interpreter, which users do not."""
+    monkeypatch.setattr(phd.attention.fused, "IS_INTERPRETED", False)
+    q = torch.randn(1, 2, 2, 8, 4)
+    with pytest.raises(ValueError, match=r"^model\.attention=fused: .* device cpu; .*=packed"):
+        attend(q, q, q, Pattern("hidden", K=2), "fused")
 
 
 def test_auto_computes_what_packed_computes() -> None:

@@ -81,6 +81,20 @@ def test_gradients_are_the_same_to_the_last_bit(
             assert all(map(torch.equal, found, expected))
 
 
+@pytest.mark.usefixtures("triton_interpreter")
+@pytest.mark.parametrize("mode", MODES)
+def test_kernels_that_change_results_in_place_change_none_that_is_kept(mode: str) -> None:
+    shape = SHAPE | {"layers": 2, "K": 2, "attention": "fused"}
+    plain, checkpointed = (Transformer(ModelConfig(**shape)).reset(0) for _ in range(2))
+    checkpoint_activations(checkpointed, FsdpConfig(activation_checkpointing=mode))  # type: ignore[arg-type]
+    rows = TOKENS[:1, :24], TARGETS[:1, :24]
+    found, expected = (
+        torch.autograd.grad(model.loss(*rows).total, list(model.parameters()))
+        for model in (checkpointed, plain)
+    )
+    assert all(map(torch.equal, found, expected))
+
+
 def counted(function: Callable[[], Any]) -> tuple[dict[Any, int], Any]:
     """How often each operator ran, and what the function returned."""
 
