@@ -107,21 +107,27 @@ class BackwardBlocks(NamedTuple):
         return {"num_warps": self.warps, "num_stages": self.stages}
 
 
+# Chosen by what Triton 3.7 and ptxas report for sm_90, not yet by time: so many rows that a step's
+# loads feed several products, and so few that hardly a register spills. The figures are registers
+# of a thread, of which a processor has 65,536, and bytes that spill where there are any.
 FORWARD = {
-    # (bytes of a number, padded H): rows, keys, warps, stages      registers of a thread, sm_90
+    # (bytes of a number, padded H): rows, keys, warps, stages
     (2, 64): (64, 32, 4, 2),  # 96 to 107
     (2, 128): (64, 32, 4, 2),  # 132 to 168
-    (2, 256): (32, 32, 4, 2),
+    (2, 256): (32, 32, 4, 2),  # 190
     (4, 64): (32, 16, 4, 2),  # 168
-    (4, 128): (32, 16, 8, 2),  # 254
+    (4, 128): (32, 16, 8, 2),  # 246
 }
 BACKWARD = {
     # (bytes of a number, padded H): {keys of a tile: (rows, warps, stages)}
+    # 98; with 4 warps 255. In tiles of 64, 216 for a chunk of 33, and 240 to 249 with a halo: there
+    # 128 rows would spill, and 132 queries (4 heads of 33) fill five blocks of 32 rows, two of 128.
     (2, 64): {32: (128, 8, 2), 64: (32, 4, 2)},
+    # 247. In tiles of 64, 255, with 8 bytes for a chunk of 33 and up to 68 with documents.
     (2, 128): {32: (32, 8, 2), 64: (32, 8, 2)},
-    (2, 256): {32: (16, 8, 1)},
-    (4, 64): {32: (16, 8, 1)},
-    (4, 128): {16: (16, 8, 1)},
+    (2, 256): {32: (16, 8, 1)},  # 197
+    (4, 64): {32: (16, 8, 1)},  # 255
+    (4, 128): {16: (16, 8, 1)},  # 255, and 1,008 bytes; float32 is for comparisons
 }
 HALO = 16  # the fewest that a product takes
 

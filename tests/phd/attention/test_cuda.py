@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from phd.attention.attend import attend
+from phd.attention.fused import add_hidden_gradients, merge_hidden
 from phd.attention.varlen import causal_attention
 from phd.config import Backend, ModelConfig
 from phd.model import Transformer
@@ -56,10 +57,12 @@ def check(
     pattern: Pattern,
     last_copy_only: bool,
     segments: Segments | None = None,
+    heads: tuple[int, int, int] = (N, G, H),
 ) -> None:
     """Output and gradients on the GPU against the dense definition in float64 on the CPU."""
     Q, K = 1 if last_copy_only else pattern.K, pattern.K
-    shapes = [(B, N, Q, T, H), (B, G, K, T, H), (B, G, K, T, H), (B, N, Q, T, H)]
+    n, g, h = heads
+    shapes = [(B, n, Q, T, h), (B, g, K, T, h), (B, g, K, T, h), (B, n, Q, T, h)]
     rounded = [torch.randn(shape).to(dtype) for shape in shapes]
 
     def solve(backend: Backend, tensors: list[Tensor]) -> tuple[Tensor, ...]:
@@ -104,6 +107,51 @@ def test_packed_documents_equal_the_dense_definition_on_cuda(
     check("packed", dtype, pattern, last_copy_only, Segments.of(STARTS))
 
 
+@patterns
+@last_copy_only
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("segments", [None, Segments.of(STARTS)], ids=["rows", "documents"])
+def test_fused_equals_the_dense_definition_on_cuda(
+    dtype: torch.dtype, pattern: Pattern, last_copy_only: bool, segments: Segments | None
+) -> None:
+    check("fused", dtype, pattern, last_copy_only, segments)
+
+
+@pytest.mark.parametrize(
+    "heads",
+    [(8, 1, 64), (4, 4, 64), (3, 1, 20), (4, 2, 96), (4, 2, 128), (2, 2, 256)],
+    ids=lambda heads: "N{}-G{}-H{}".format(*heads),
+)
+@pytest.mark.parametrize("name", ["phd_swa", "phd_cswa"])
+@last_copy_only
+def test_fused_takes_any_heads_on_cuda(
+    heads: tuple[int, int, int], name: str, last_copy_only: bool
+) -> None:
+    check("fused", torch.bfloat16, PATTERNS[name], last_copy_only, heads=heads)
+
+
+@pytest.mark.parametrize("name", ["phd", "phd_swa", "phd_swa-long", "phd_cswa"])
+@pytest.mark.parametrize("segments", [None, Segments.of(STARTS)], ids=["rows", "documents"])
+def test_fused_kernels_give_the_same_bits_each_time(name: str, segments: Segments | None) -> None:
+    pattern, documents = PATTERNS[name], None if segments is None else segments.to("cuda")
+    out, q, dout, dq = (
+        torch.randn(B, N, pattern.K, T, H, device="cuda", dtype=torch.bfloat16) for _ in range(4)
+    )
+    k, v = (torch.randn_like(out[:, :G]) for _ in range(2))
+    lse = torch.randn(B, N, pattern.K, T, device="cuda")
+
+    def solve() -> tuple[Tensor, ...]:
+        merged = out.clone(), lse.clone()
+        gradients = dq.clone(), torch.zeros_like(k), torch.zeros_like(v)
+        merge_hidden((q, k, v), merged, pattern, documents)
+        add_hidden_gradients(gradients, (q, k, v), (*merged, dout), pattern, documents)
+        return *merged, *gradients
+
+    expected = solve()
+    for _ in range(5):
+        assert all(map(torch.equal, solve(), expected))
+
+
 @pytest.mark.parametrize("head_dim", [64, 20])
 def test_documents_of_one_token_each_run_on_cuda(head_dim: int) -> None:
     segments = Segments.of(torch.arange(9).expand(2, 9)).to("cuda")
@@ -123,8 +171,11 @@ def test_flex_documents_equal_the_dense_definition_on_cuda(
     check("flex", torch.float32, pattern, last_copy_only, Segments.of(STARTS))
 
 
+@pytest.mark.parametrize("backend", ["packed", "fused"])
 @pytest.mark.parametrize("documents", [False, True])
-def test_attention_does_not_make_the_host_wait_for_the_device(documents: bool) -> None:
+def test_attention_does_not_make_the_host_wait_for_the_device(
+    documents: bool, backend: Backend
+) -> None:
     pattern = Pattern("hidden", K=3, window=16, chunk_tokens=16)
     shapes = [(B, heads, 3, T, H) for heads in (N, G, G)]
     q, k, v = (
@@ -134,7 +185,7 @@ def test_attention_does_not_make_the_host_wait_for_the_device(documents: bool) -
 
     def both_ways() -> None:
         segments = Segments.of(STARTS).to("cuda") if documents else None
-        out = attend(q, k, v, pattern, "packed", segments)
+        out = attend(q, k, v, pattern, backend, segments)
         torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
 
     both_ways()  # the first call of a shape makes the kernel's plan, and may wait
@@ -188,7 +239,7 @@ def loss_and_gradients(
     return [total, *torch.autograd.grad(total, list(model.parameters()))]
 
 
-@pytest.mark.parametrize("backend", ["packed", "flex"])
+@pytest.mark.parametrize("backend", ["packed", "fused", "flex"])
 def test_a_training_step_under_autocast_is_close_to_float32s_on_the_cpu(backend: Backend) -> None:
     model = Transformer(ModelConfig(**SETTINGS, attention=backend)).reset(0)
     rows = torch.randint(0, 512, (2, 201))

@@ -126,6 +126,17 @@ NAMED = {
     "long": Case(Pattern("hidden", K=3, window=90, chunk_tokens=30), T=36, Q=3, sharing=1),
     "endless": Case(Pattern("hidden", K=2, window=10**12), T=70, Q=2, G=1),
     "endless-tokens": Case(Pattern("hidden", 3, 10**12, 10**12, "token"), T=40, Q=1),
+    # What reaches over the edge of a tile: the last key that is seen, and the last query that sees.
+    "window": Case(Pattern("hidden", K=2, window=6), T=70, Q=2, G=1),
+    "window-last-copy": Case(Pattern("hidden", K=3, window=6), T=36, Q=1, G=1),
+    "window-of-tokens": Case(Pattern("hidden", 3, 4, None, "token"), T=36, Q=3, G=1),
+    "window-of-documents": Case(
+        Pattern("hidden", K=2, window=6), T=70, Q=2, B=2, G=1, documents=((40, 30), (5, 65))
+    ),
+    "chunks-off-the-tiles": Case(HIDDEN, T=45, Q=3, G=1, documents=((5, 40),)),
+    "window-half-precision": Case(
+        Pattern("hidden", K=2, window=6), T=70, Q=2, G=1, sharing=3, dtype=torch.bfloat16
+    ),
     "more-copies-than-a-tile-has": Case(Pattern("hidden", K=70, window=100), T=3, Q=1, sharing=1),
     "one-key-head": Case(HIDDEN, T=20, Q=3, G=1, sharing=8),
     "as-many-key-heads": Case(HIDDEN, T=20, Q=3, G=4, sharing=1),
@@ -149,6 +160,15 @@ def test_what_only_tokens_at_the_end_of_the_row_would_see_stays_unread() -> None
     k[..., -1, :] = torch.nan
     found = attend(q, k, v, case.pattern, "fused")
     assert torch.equal(found[..., :-1, :], expected[..., :-1, :])
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")  # of p that is masked
+def test_very_low_scores_stay_finite() -> None:
+    """Where lse is -200, exp(-lse) of a key that only fills a tile up would be infinite."""
+    case = Case(Pattern("hidden", K=3, window=9), T=37, Q=3, G=1)
+    q, k, v, dout = leaves(case)
+    found = solve(case, "fused", [q.abs() * 50 + 50, -k.abs() - 1, v, dout])
+    assert all(x.isfinite().all() for x in found)
 
 
 @pytest.mark.parametrize("pattern", [Pattern("causal"), Pattern("flat", K=2)])
