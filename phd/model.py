@@ -38,13 +38,18 @@ class RowContext:
         return x[:, -1:] if self.last_copy_only else x
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = self.rotated(q, k, v)
+        return attend(q, k, v, self.pattern, self.backend, self.segments)
+
+    def rotated(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What `phd.attention.attend` takes: (B, heads, copies, T, H), rotated by RoPE."""
         cos, sin = self.rope
         K, Q = self.pattern.K, 1 if self.last_copy_only else self.pattern.K
         q = rotate(q, cos[:, -Q:], sin[:, -Q:])
         k, v = rotate(k, cos, sin), v.transpose(1, 2)
         # Copies that are still equal were projected once.
         q, k, v = (x.expand(-1, -1, copies, -1, -1) for x, copies in ((q, Q), (k, K), (v, K)))
-        return attend(q, k, v, self.pattern, self.backend, self.segments)
+        return q, k, v
 
 
 class Transformer(nn.Module):

@@ -49,6 +49,7 @@ LONGEST_FIRST = (
     "train/engines/test_memory.py",
     "phd/attention/test_fused.py",
     "phd/attention/test_fused_compiler.py",
+    "train/engines/test_fitting.py",
     "phd/attention/test_flex.py",
     "gpu/test_gpu.py",
     "train/test_loop.py",

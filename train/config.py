@@ -72,7 +72,8 @@ class TrainConfig(Settings):
             limit of this kind. Only `schedule=constant` can do without one of the others.
         global_batch: how many rows an optimizer step has, over all ranks.
         micro_batch: how many rows of a rank go through one forward and backward pass; null: all
-            rows of the rank.
+            rows of the rank. `auto`: the most whose predicted memory fits the device, with the
+            least activation checkpointing with which at least one row does.
         seq_len: T, the tokens of a row.
         profile: profile a few steps on rank 0: a trace, the memory's history on CUDA, and a table
             of where the time of a step goes, in the folder `profile` of the run's directory.
@@ -86,22 +87,26 @@ class TrainConfig(Settings):
     max_flops: float | None = None
     max_time: Seconds | None = None
     global_batch: int = 8
-    micro_batch: int | None = None
+    micro_batch: Literal["auto"] | int | None = None
     seq_len: int = 256
     profile: bool = False
     profile_start: int = 11
     profile_steps: int = 3
 
     def problems(self) -> list[Problem]:
-        positive = ("max_steps", "max_tokens", "global_batch", "micro_batch", "seq_len")
-        found = at_least(self, "train", 1, *positive, "profile_start", "profile_steps")
+        positive = ["max_steps", "max_tokens", "global_batch", "seq_len"]
+        positive += ["profile_start", "profile_steps"]
+        rows = self.micro_batch
+        if rows != "auto":
+            positive.append("micro_batch")
+        found = at_least(self, "train", 1, *positive)
         if self.max_time is not None and self.max_time <= 0:
             expected = "expected more than 0 seconds"
             found.append(Problem("train.max_time", self.max_time, expected))
         if self.max_flops is not None and not 0 < self.max_flops < inf:
             expected = "expected a number above 0, or null"
             found.append(Problem("train.max_flops", self.max_flops, expected))
-        if self.micro_batch is None or self.micro_batch > 0:
+        if rows is None or rows == "auto" or rows > 0:
             found += self.problems_on(1)
         if 0 < (self.max_tokens or 0) < self.tokens_per_step:
             found.append(
@@ -147,8 +152,13 @@ class TrainConfig(Settings):
         return self.global_batch * self.seq_len
 
     def micro_batch_on(self, world_size: int = 1) -> int:
-        """The rows of one forward pass on each of `world_size` ranks."""
-        return self.micro_batch or ceil(self.global_batch / world_size)
+        """The rows of one forward pass on each of `world_size` ranks.
+
+        Of `auto`, these are the most that may be chosen; see `train.engines.memory`.
+        """
+        whole = ceil(self.global_batch / world_size)
+        rows = self.micro_batch
+        return whole if rows is None or rows == "auto" else rows
 
     def accumulation(self, world_size: int = 1) -> int:
         """The forward passes of a step on each of `world_size` ranks.

@@ -64,8 +64,10 @@ class EngineConfig(Settings):
             and 4 are packages of their own. A number keeps attention from cuDNN.
         threads: how many CPU threads a process uses for its computations; null: PyTorch's choice.
         activation_checkpointing: what a block stores for its backward pass. `none`: everything.
-            `full`: only the block's input; the rest is computed again. `selective`: the results of
-            matrix products and attention.
+            `selective`: the results of matrix products and attention; what is cheap is computed
+            again. `full`: only the block's input; all else is computed again. `auto`: on CUDA the
+            first of these whose predicted memory fits the device; on the CPU `none`. Gradients do
+            not depend on it.
         checkpoint_every_block: 1 checkpoints the activations of every block, 2 of every second
             block, and so on.
     """
@@ -76,7 +78,7 @@ class EngineConfig(Settings):
     compile: Literal["auto"] | bool = "auto"
     flash_attention: Literal["auto", 2, 3, 4] = "auto"
     threads: int | None = None
-    activation_checkpointing: Literal["none", "full", "selective"] = "none"
+    activation_checkpointing: Literal["auto", "none", "selective", "full"] = "auto"
     checkpoint_every_block: int = 1
 
     def problems(self) -> list[Problem]:

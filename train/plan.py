@@ -48,8 +48,8 @@ from train.costs.duration import Speed, find_speed
 from train.costs.text import Text, look_at_text
 from train.engines.accelerators import ACCELERATORS, accelerator, accelerator_of_device
 from train.engines.attention import planned_attention
-from train.engines.device import precision
-from train.engines.memory import Memory, predict_memory
+from train.engines.device import machine_memory, precision
+from train.engines.memory import FITS, Memory, fit, predict_memory
 
 CHINCHILLA = 20
 """Tokens per parameter that are optimal for a compute budget (arXiv 2203.15556)."""
@@ -111,6 +111,7 @@ class Plan:
         parameters: numbers of parameters by group. A tied LM head counts as the embedding.
         compute: FLOPs per token.
         memory: predicted bytes on one device.
+        chosen: the settings that are `auto`, and what they are on this device.
         disk: bytes of checkpoints.
         text: what is known of the text; None if nobody has looked.
         speed: of one device; None if it is not known.
@@ -125,6 +126,7 @@ class Plan:
     parameters: dict[str, int]
     compute: Compute
     memory: Memory
+    chosen: dict[str, int | str]
     disk: Disk
     text: Text | None
     speed: Speed | None
@@ -191,6 +193,9 @@ class Plan:
             "flops_per_token": self.compute.flops,
             "vanilla_flops_per_token": self.compute.vanilla,
             "flops_basis": self.compute.basis,
+            "micro_batch": config.train.micro_batch_on(self.world_size),
+            "activation_checkpointing": config.engine.activation_checkpointing,
+            "chosen": self.chosen,
             "memory": {"total": self.memory.total, **self.memory._asdict()},
             "disk": {**self.disk._asdict(), "total": self.disk.total},
             "sources": {
@@ -231,6 +236,8 @@ def make_plan(
     target = _target(config, arguments.device)
     parameters = count_parameters(config.model)
     dtype = precision(config.engine, torch.device(target.kind))
+    fitted = fit(config, dtype, world_size=world_size, device=target.kind, available=target.memory)
+    config = fitted.config
     plan = Plan(
         config=config,
         world_size=world_size,
@@ -239,7 +246,8 @@ def make_plan(
         attention=_attention(config, target, dtype),
         parameters=parameters,
         compute=_compute(config, text),
-        memory=predict_memory(config, sum(parameters.values()), dtype, world_size),
+        memory=predict_memory(config, dtype, world_size, target.kind),
+        chosen=fitted.chosen,
         disk=checkpoint_disk(config, sum(parameters.values())),
         text=text,
         speed=find_speed(
@@ -274,8 +282,7 @@ def _target(config: Config, device: str | None) -> Target:
         return Target(properties.name, "cuda", properties.total_memory, peak, True)
     if wanted == "cuda":
         return Target("a CUDA device", "cuda", None, None, False)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return Target("this machine", "cpu", memory, None, True)
+    return Target("this machine", "cpu", machine_memory(), None, True)
 
 
 def _attention(config: Config, target: Target, dtype: torch.dtype) -> str | None:
@@ -309,7 +316,6 @@ def _compute(config: Config, text: Text | None) -> Compute:
 def _size_warnings(plan: Plan) -> list[str]:
     """Of memory, disk and length."""
     found = []
-    # Memory without the scratch space of kernels: where this is too much, the run certainly is.
     if plan.target.memory is not None and plan.memory.total > plan.target.memory:
         found.append(
             f"needs about {byte_size(plan.memory.total)}, {plan.target.name} has "
@@ -423,6 +429,8 @@ def _rows(plan: Plan) -> Iterator[tuple[str, str]]:
         yield "attention", plan.attention
     if plan.compiled:
         yield "compiling", f"{FIRST_STEP}{os.environ.get(COMPILED) or 'its cache'}"
+    if row := _chosen_row(plan):
+        yield "chosen for it", row
     yield "checkpoints", _disk_row(plan.disk)
     yield "text", "; ".join(_shares(start, w) for start, w in config.data.mixture)
     if plan.text is not None and plan.drawn:
@@ -483,6 +491,16 @@ def _memory_row(plan: Plan) -> str:
     of = "" if plan.target.memory is None else f" of {byte_size(plan.target.memory)}"
     where = f"{plan.target.name}, {dtype}"
     return f"{each} {byte_size(plan.memory.total)}{of} ({where}): {parts}"
+
+
+def _chosen_row(plan: Plan) -> str:
+    """What was `auto` and depends on the memory; empty where nothing had to be computed again."""
+    checkpointing = plan.config.engine.activation_checkpointing
+    if "train.micro_batch" not in plan.chosen and checkpointing == "none":
+        return ""
+    chosen = ", ".join(f"{key}={value}" for key, value in plan.chosen.items())
+    limit = f"at most {FITS[plan.target.kind]:.0%} of the device" if plan.target.memory else ""
+    return f"{chosen}: {limit or 'the memory of the device is not known'}" if chosen else ""
 
 
 def _disk_row(disk: Disk) -> str:

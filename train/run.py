@@ -38,10 +38,11 @@ from train.distributed.watchdog import Watchdog
 from train.ending import Ending
 from train.engine_config import DeepSpeedConfig, FsdpConfig
 from train.engines.attention import configure_attention
-from train.engines.device import choose_device, configure_process
+from train.engines.device import choose_device, configure_process, device_memory, precision
 from train.engines.engine import Engine
 from train.engines.float8 import check_float8
 from train.engines.fsdp import FsdpEngine
+from train.engines.memory import fit
 from train.engines.schedule import config_before, schedule_change
 from train.hf.pretrained import pretrained_start, tokenizer_of_weights
 from train.metrics.hooks import (
@@ -291,7 +292,23 @@ def _restore(config: Config, engine: Engine, checkpoint: Checkpoint | None) -> N
 
 
 def open_engine(config: Config, groups: ProcessGroups) -> Engine:
-    """The engine that the configuration names, with new weights."""
+    """The engine that the configuration names, with new weights.
+
+    What is `auto` is chosen for the smallest of the ranks' devices, so all choose the same.
+
+    Raises:
+        ConfigError: the configuration fits neither the ranks nor the memory of a device.
+    """
+    world_size = groups.world_size
+    if problems := [
+        *config.train.problems_on(world_size),
+        *config.engine.problems_on(world_size),
+    ]:
+        raise ConfigError(problems)
+    device = choose_device(config.engine)
+    memory = min(groups.gather(device_memory(device, groups.dist_env.local_world_size)))
+    dtype = precision(config.engine, device)
+    config = fit(config, dtype, world_size=world_size, device=device.type, available=memory).config
     match config.engine:
         case FsdpConfig():
             return FsdpEngine(config, groups)

@@ -5,9 +5,11 @@ tests/train/test_torch_private.py check one assumption each, so that an upgrade 
 fails in one place.
 """
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch._functorch.config as functorch
@@ -16,11 +18,13 @@ from torch._dynamo.decorators import maybe_mark_dynamic
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint.filesystem import _StorageInfo as StorageInfo
 from torch.distributed.fsdp import FSDPModule
+from torch.fx import GraphModule, Node
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.checkpoint import CheckpointPolicy
 
-__all__ = ["FakeTensorMode", "StorageInfo", "TorchDispatchMode", "tree_map_only"]
+__all__ = ["FakeTensorMode", "StorageInfo", "TorchDispatchMode", "tree_leaves", "tree_map_only"]
 
 aten = torch.ops.aten
 
@@ -126,6 +130,82 @@ def write_memory_snapshot(path: Path) -> None:
 def stop_memory_history() -> None:
     """Note no more, and forget what was noted."""
     torch.cuda.memory._record_memory_history(enabled=None)
+
+
+def on_free(tensor: Tensor, freed: Callable[[], object]) -> None:
+    """Call `freed` when the last tensor with this tensor's storage is gone.
+
+    A storage has one Python object for as long as it exists, also where only autograd holds it.
+    """
+    weakref.finalize(tensor.untyped_storage(), freed)
+
+
+class AotGraphs(NamedTuple):
+    """The graphs that AOTAutograd makes of a function: what inductor compiles.
+
+    The forward's outputs are the function's own, `results` of them, and then what is kept for the
+    backward pass. The backward's inputs are what was kept, in this order, and the gradients of the
+    results. Each node's value, a fake tensor, is `node.meta["val"]`.
+    """
+
+    forward: GraphModule
+    backward: GraphModule
+    results: int
+
+
+def aot_graphs(
+    function: Callable[..., Tensor],
+    inputs: Sequence[Tensor],
+    keeps: Callable[[Any], bool] | None = None,
+) -> AotGraphs:
+    """Trace a function of fake tensors as `torch.compile` does, and cut it as that does.
+
+    Args:
+        keeps: which operators' results a checkpointed region keeps, as the lists of
+            `create_selective_checkpoint_contexts` say; None: the region is not checkpointed.
+    """
+    # These load inductor, which takes seconds; most commands need none of it.
+    from torch._functorch.aot_autograd import aot_function, make_boxed_func
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+    from torch._inductor.decomposition import select_decomp_table
+
+    graphs: list[GraphModule] = []
+    results: list[int] = []
+
+    def partition(joint: GraphModule, inputs: Any, **settings: Any) -> Any:
+        results.append(settings["num_fwd_outputs"])
+        if keeps is not None:
+            [end] = (node for node in joint.graph.nodes if node.op == "output")
+            _checkpoint_graph(joint, tree_leaves(end.args)[0], keeps)
+        return min_cut_rematerialization_partition(joint, inputs, **settings)
+
+    def note(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:  # noqa: ARG001
+        graphs.append(gm)
+        return make_boxed_func(gm.forward)
+
+    traced = aot_function(
+        function, note, note, partition_fn=partition, decompositions=select_decomp_table()
+    )
+    out = traced(*inputs)
+    out.backward(torch.empty_like(out))
+    return AotGraphs(graphs[0], graphs[1], results[0])
+
+
+def _checkpoint_graph(joint: GraphModule, result: Node, keeps: Callable[[Any], bool]) -> None:
+    """Mark the forward part of a joint graph as one region, as a compiled `checkpoint` does.
+
+    Args:
+        result: of the forward part, which it ends with.
+    """
+    for node in joint.graph.nodes:
+        if isinstance(node.target, torch._ops.OpOverload):  # not the parts of a result
+            kept = keeps(node.target)
+            node.meta["recompute"] = (
+                CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+            )
+            node.meta["ac_graph_id"] = 0
+        if node is result:
+            return
 
 
 def fuse_clip_and_skip(optimizer: torch.optim.Optimizer, scale: Tensor, skip: Tensor) -> None:

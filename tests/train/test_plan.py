@@ -248,6 +248,19 @@ def test_the_kernels_of_attention_are_told_for_the_device(
         assert f"attention       │ {told}" in printed(plan)
 
 
+def test_the_plan_says_what_the_memory_of_a_device_has_chosen() -> None:
+    eager = "engine.compile=false"
+    plan = plan_of("size=1b2", "model.K=3", eager, device="H100")
+    told = "chosen for it engine.activation_checkpointing=selective: at most 90% of the device"
+    assert told in " ".join(printed(plan).replace("│", " ").split())
+    assert plan.to_json()["activation_checkpointing"] == "selective"
+    rows = plan_of("size=1b2", "model.K=3", eager, "train.micro_batch=auto", device="H100")
+    assert rows.chosen == {"train.micro_batch": 2, "engine.activation_checkpointing": "none"}
+    assert rows.to_json()["micro_batch"] == 2
+    assert "in 512 forward passes" in printed(rows)
+    assert "chosen for it" not in printed(plan_of())
+
+
 def test_ranks_share_the_batch_the_memory_and_the_time() -> None:
     one, eight = (plan_of(*SHAPE, device="H100", processes=n) for n in (1, 8))
     assert eight.memory.moments == one.memory.moments // 8

@@ -3,6 +3,7 @@
 import inspect
 import pickle
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,28 +11,38 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounter
+from torch._functorch.aot_autograd import make_boxed_func
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch._inductor.decomposition import select_decomp_table
 from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.fx import GraphModule
 from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from train.torch_private import (
     SDPA_KERNELS,
+    AotGraphs,
     FakeTensorMode,
     KernelDispatchMode,
     StorageInfo,
+    aot_graphs,
     compile_each_shape,
     drop_accumulated_gradients,
     fuse_clip_and_skip,
     ignore_in_ddp,
     init_fsdp_root,
     mark_dynamic,
+    on_free,
     record_memory_history,
     stop_memory_history,
     storage_key,
+    tree_leaves,
     tree_map_only,
     write_memory_snapshot,
 )
@@ -287,3 +298,78 @@ def test_the_memory_history_takes_what_it_is_given() -> None:
     signature.bind(max_entries=1)
     signature.bind(enabled=None)
     inspect.signature(memory._dump_snapshot).bind("file")
+
+
+def test_a_freed_storage_is_told_once_also_where_only_autograd_held_it() -> None:
+    freed: list[str] = []
+    with FakeTensorMode():
+        x = torch.ones(3, requires_grad=True)
+        y = x.exp()  # which saves its result
+        on_free(y, lambda: freed.append("y"))
+        total = y[1:].sum()
+        del y
+        assert freed == []
+        total.backward()
+        assert freed == ["y"]
+
+
+def test_the_leaves_of_a_tree_are_found_in_their_order() -> None:
+    assert tree_leaves((1, [2, {"x": 3}], None)) == [1, 2, 3, None]
+
+
+def pointwise_and_products(x: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    x, first, second = (t.bfloat16() for t in (x, first, second))
+    return ((x @ first).sin().exp() @ second).cos()
+
+
+def saved(graphs: Any) -> dict[str, Any]:
+    """What the forward graph keeps besides its results and inputs, by name, with the operator."""
+    [end] = (node for node in graphs.forward.graph.nodes if node.op == "output")
+    kept = tree_leaves(end.args)[graphs.results :]
+    return {node.name: node.target for node in kept if node.op != "placeholder"}
+
+
+def test_a_function_is_cut_as_compiling_cuts_it() -> None:
+    mm = torch.ops.aten.mm.default
+    with FakeTensorMode():
+        x, *weights = (torch.empty(4, 4, requires_grad=True) for _ in range(3))
+        free, full, selective = (
+            aot_graphs(pointwise_and_products, (x, *weights), keeps)
+            for keeps in (None, lambda _: False, lambda operator: operator is mm)
+        )
+    assert list(saved(selective).values()).count(mm) == 2
+    assert mm not in saved(full).values()
+    assert mm in saved(free).values()
+    names = [node.name for node in free.backward.graph.nodes if node.op == "placeholder"]
+    assert set(saved(free)) < set(names)
+    assert names[-1].startswith("tangents")
+
+
+@pytest.mark.compile
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_a_checkpointed_function_is_cut_as_torch_compile_cuts_it() -> None:
+    mm, kept = torch.ops.aten.mm.default, []
+
+    def forward_only(graph: GraphModule, _: Any) -> Any:
+        kept.append(saved(AotGraphs(graph, graph, 1)))
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(
+        fw_compiler=forward_only,
+        bw_compiler=lambda graph, _: make_boxed_func(graph.forward),
+        partition_fn=min_cut_rematerialization_partition,
+        decompositions=select_decomp_table(),
+    )
+    contexts = partial(create_selective_checkpoint_contexts, [mm])
+
+    @torch.compile(backend=backend)
+    def checkpointed(*inputs: Tensor) -> Tensor:
+        return checkpoint(pointwise_and_products, *inputs, use_reentrant=False, context_fn=contexts)
+
+    inputs = [torch.rand(4, 4, requires_grad=True) for _ in range(3)]
+    checkpointed(*inputs).sum().backward()
+    with FakeTensorMode():
+        fakes = [torch.empty(4, 4, requires_grad=True) for _ in range(3)]
+        found = aot_graphs(pointwise_and_products, fakes, lambda operator: operator is mm)
+    assert kept[0] == saved(found)
+    assert list(kept[0].values())[:2] == [mm, mm]

@@ -6,8 +6,9 @@ selective     keeps a block's input and the results of matrix products and of ca
 full          keeps a block's input and recomputes everything
 """
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -39,49 +40,61 @@ def checkpoint_activations(model: Transformer, config: EngineConfig) -> None:
     keep their names. Hooks on the block, such as FSDP2's all-gather, are outside of `forward` and
     do not run again in the recomputation.
     """
-    if config.activation_checkpointing == "none":
+    mode = config.activation_checkpointing
+    if mode == "none" or mode == "auto":  # `auto` where `train.engines.memory.fit` was not asked
         return
+    for block in model.blocks[:: config.checkpoint_every_block]:
+        block.forward = checkpointed(block.forward, mode, compiled=config.compile is True)
+
+
+def checkpointed(
+    forward: Callable[..., Tensor],
+    mode: Literal["selective", "full"],
+    *,
+    compiled: bool,
+    attention: Sequence[Any] = ATTENTION,
+) -> Callable[..., Tensor]:
+    """A block's `forward` that computes parts of itself again in the backward pass.
+
+    Args:
+        attention: the operators of which `selective` keeps the results, besides matrix products.
+    """
     # A block has no dropout or other randomness, so the generators' states need not be saved.
     settings: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
-    if config.activation_checkpointing == "selective":
-        settings["context_fn"] = _selective if config.compile else _selective_in_place
-    for block in model.blocks[:: config.checkpoint_every_block]:
-        block.forward = _checkpointed(block.forward, settings)
+    if mode == "selective":
+        contexts = _selective if compiled else _selective_in_place
+        settings["context_fn"] = partial(contexts, attention)
 
-
-def _checkpointed(
-    forward: Callable[..., Tensor], settings: dict[str, Any]
-) -> Callable[..., Tensor]:
     # This is a function and not a `partial`, because torch.compile recognizes `checkpoint` only
     # where a traced function calls it.
-    def checkpointed(*args: Any) -> Tensor:
+    def checkpointed_forward(*args: Any) -> Tensor:
         return checkpoint(forward, *args, **settings)
 
-    return checkpointed
+    return checkpointed_forward
 
 
-def _selective() -> tuple[TorchDispatchMode, TorchDispatchMode]:
+def _selective(attention: Sequence[Any]) -> tuple[TorchDispatchMode, TorchDispatchMode]:
     """The contexts of a block's forward pass and of its recomputation."""
-    return create_selective_checkpoint_contexts([*MATRIX_PRODUCTS, *ATTENTION])
+    return create_selective_checkpoint_contexts([*MATRIX_PRODUCTS, *attention])
 
 
-def _selective_in_place() -> tuple[TorchDispatchMode, TorchDispatchMode]:
+def _selective_in_place(attention: Sequence[Any]) -> tuple[TorchDispatchMode, TorchDispatchMode]:
     """The same contexts for eager execution, where attention's results are changed in place.
 
     Packed attention merges rules 2 and 3 into the result of rule 1. The kept tensor must not
     change with it. torch.compile makes every operation functional, so it needs no copy.
     """
-    keeping, recomputing = _selective()
-    return _CopiedAttention(keeping), _CopiedAttention(recomputing)
+    keeping, recomputing = _selective(attention)
+    return _CopiedAttention(keeping, attention), _CopiedAttention(recomputing, attention)
 
 
 class _CopiedAttention(KernelDispatchMode):
     """Passes each operator to another mode, and copies the results of attention."""
 
-    def __init__(self, inner: TorchDispatchMode) -> None:
+    def __init__(self, inner: TorchDispatchMode, attention: Sequence[Any]) -> None:
         super().__init__()
-        self.inner = inner
+        self.inner, self.attention = inner, attention
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = self.inner.__torch_dispatch__(func, types, args, kwargs)
-        return tree_map_only(Tensor, torch.clone, out) if func in ATTENTION else out
+        return tree_map_only(Tensor, torch.clone, out) if func in self.attention else out

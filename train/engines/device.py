@@ -1,9 +1,11 @@
 """The device of a run: choice, settings of the process, precision, memory and peak FLOP/s."""
 
 import ctypes
+import os
 import resource
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -11,6 +13,12 @@ from torch import Tensor
 from conf.errors import ConfigError
 from train.engine_config import EngineConfig, no_cuda
 from train.engines.accelerators import ACCELERATORS, accelerator_of_device
+
+# The memory limit of a container, in the second and in the first version of Linux's control groups.
+CGROUP_LIMITS = (
+    Path("/sys/fs/cgroup/memory.max"),
+    Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+)
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # from malloc.h
 
@@ -71,6 +79,26 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
     if dtype == torch.float32:
         return nullcontext()
     return torch.autocast(device.type, dtype=dtype)
+
+
+def device_memory(device: torch.device, processes: int = 1) -> int:
+    """The bytes that a device has in total; on the CPU, this process's part of the machine's.
+
+    Args:
+        processes: how many share the machine's memory.
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return machine_memory() // processes
+
+
+def machine_memory() -> int:
+    """The bytes of this machine's memory, or those that a container may have of it."""
+    found = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for path in CGROUP_LIMITS:
+        with suppress(OSError, ValueError):  # no such file, or `max`
+            found = min(found, int(path.read_text()))
+    return found
 
 
 class AsyncScalars:

@@ -1,55 +1,164 @@
-"""A prediction of the memory that a training step needs, without allocating it."""
+"""A prediction of the memory that a training step needs, without allocating it.
 
+The peak is the highest point of a step's timeline, and not the sum of all that is ever allocated:
+
+    bytes
+      |                         loss
+      |                        _    _
+      |                   ____| |__| |_            activations of the blocks, saved one by one
+      |              ____|             |____       and freed one by one
+      |         ____|                       |____________
+      |    ____|                                         |___   their gradients take the place
+      |___|_________________________________________________|____
+      |   weights, moments, gradients of earlier micro-batches, which are always there
+      +----------------------------------------------------------->
+          block 0 .. L-1         loss      block L-1 .. 0   AdamW
+
+Where activations are few, as with full checkpointing, gradients are the most, and the peak is at
+the end of the backward pass or in the optimizer's step, which works in place.
+
+`fit` chooses the micro-batch and the activation checkpointing by this prediction, which is a
+function of the configuration, and by the memory that the device has in total: what is free at the
+moment changes nothing. So all ranks choose the same, and so does a run that is resumed on such
+devices.
+"""
+
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 
-from phd.model import Transformer
+from conf.errors import ConfigError, Problem
+from conf.wording import byte_size
+from phd.model import count_parameters
 from train.config import Config
 from train.engine_config import DeepSpeedConfig, FsdpConfig
-from train.engines.activation_checkpointing import checkpoint_activations
-from train.engines.device import autocast
-from train.torch_private import FakeTensorMode, storage_key
+from train.engines.footprint import Footprint, Pass, Recompute, block_footprints, head_footprint
+
+# cuBLAS and cuBLASLt share a workspace of 32 MiB on Hopper, which PyTorch's allocator gives them.
+CUBLAS = 32 << 20
 
 
 class Memory(NamedTuple):
-    """Bytes on one device."""
+    """Bytes on one device at the peak of a step.
+
+    Attributes:
+        weights: float32 shards, and copies of them in the dtype of the products.
+        gradients: those that there are at the peak.
+        moments: AdamW's.
+        activations: what the forward pass has saved and the backward pass still needs.
+        working: what is being computed: the inside of a block, the loss, the scratch of kernels.
+    """
 
     weights: int
     gradients: int
     moments: int
     activations: int
+    working: int
 
     @property
     def total(self) -> int:
         return sum(self)
 
 
+class _Placed(NamedTuple):
+    """What a rank holds of the model, and how: bytes.
+
+    Attributes:
+        weights: what stays of them.
+        moments: AdamW's.
+        before: gradients that are there before a backward pass begins.
+        gathered: the most that is gathered of sharded weights at one time.
+        reduced: the most that a block's gradients take while they are summed over ranks.
+        shards: into how many the new gradients are cut.
+    """
+
+    weights: int
+    moments: int
+    before: int
+    gathered: int
+    reduced: int
+    shards: int
+
+
 def predict_memory(
-    config: Config, parameters: int, dtype: torch.dtype, world_size: int = 1
+    config: Config, dtype: torch.dtype, world_size: int = 1, device: str = "cpu"
 ) -> Memory:
     """Predict the peak memory of training on each of `world_size` devices.
 
-    Weights, gradients and AdamW's two moments are float32, 16 bytes per parameter in total. Where
-    they are sharded, this counts a rank's shards, without the blocks that are gathered at the same
-    time. Activations are what the forward pass of one micro-batch saves for its backward pass.
-    The scratch memory of kernels is not counted.
+    Weights, gradients and AdamW's two moments are float32. On CUDA it is what
+    `torch.cuda.max_memory_allocated` shows: the CUDA context and what the allocator cannot use come
+    on top.
 
     Args:
-        config: of the run.
-        parameters: number of the model's parameters.
+        config: of the run, whose micro-batch and activation checkpointing are no longer `auto`.
         dtype: of the matrix products.
         world_size: ranks, one device each.
+        device: `cpu` or `cuda`.
     """
+    given = pass_of(config, dtype, world_size, device)
+    placed = _placed(config, given, world_size)
+    blocks = block_footprints(given, config.engine.checkpoint_every_block)
+    head = head_footprint(given, config.optim.z_loss)
+    if config.model.tied:
+        # It waits for the embedding's, also where earlier micro-batches have left a gradient.
+        head = head._replace(gradients=_head_bytes(given))
+    peak = _peak(placed, [_embedding(given), *blocks, head])
+    return peak._replace(working=peak.working + (CUBLAS if device == "cuda" else 0))
+
+
+def pass_of(config: Config, dtype: torch.dtype, world_size: int, device: str) -> Pass:
+    """The forward and backward pass of the step's last micro-batch."""
+    engine = config.engine
+    recompute = engine.activation_checkpointing
+    assert recompute != "auto", "`fit` chooses it first"
+    sharded = isinstance(engine, FsdpConfig) and engine.shard and world_size > 1
+    replicated = isinstance(engine, FsdpConfig) and not engine.shard and world_size > 1
+    return Pass(
+        model=config.model,
+        rows=config.train.micro_batch_on(world_size),
+        tokens=config.train.seq_len,
+        dtype=dtype,
+        weights=dtype if sharded else torch.float32,
+        device=device,
+        compiled=engine.compiles_on(device),
+        recompute=recompute,
+        # DDP's buckets hold all gradients from the beginning.
+        accumulates=replicated or config.train.accumulation(world_size) > 1,
+    )
+
+
+def _placed(config: Config, given: Pass, world_size: int) -> _Placed:
+    """Where weights, gradients and moments are on each of `world_size` ranks."""
+    counts = count_parameters(config.model)
+    parameters = sum(counts.values())
     weights, gradients, moments = shard_counts(config, world_size)
-    return Memory(
-        4 * parameters // weights,
-        4 * parameters // gradients,
-        8 * parameters // moments,
-        activation_bytes(config, dtype, world_size),
+    before = 4 * parameters // gradients
+    gathered = reduced = 0
+    if weights > 1:
+        outside = counts["embedding"] + counts["head"]
+        block = (parameters - outside) // config.model.layers
+        together = 2 if _frees_gathered(config) else config.model.layers
+        gathered = given.weights.itemsize * (outside + together * block)
+        if isinstance(config.engine, FsdpConfig):
+            # Until the last micro-batch every rank has whole gradients.
+            reduce = 4 if config.engine.reduce == "fp32" else 2
+            before, reduced = reduce * parameters, reduce * block
+    return _Placed(
+        weights=4 * parameters // weights,
+        moments=8 * parameters // moments,
+        before=before if given.accumulates else 0,
+        gathered=gathered,
+        reduced=reduced,
+        shards=gradients,
+    )
+
+
+def _frees_gathered(config: Config) -> bool:
+    """Whether a block's gathered weights are freed before its backward pass."""
+    return not (
+        isinstance(config.engine, FsdpConfig) and config.engine.reshard_after_forward == "never"
     )
 
 
@@ -67,39 +176,181 @@ def shard_counts(config: Config, world_size: int) -> tuple[int, int, int]:
             return weights, gradients, moments
 
 
-def activation_bytes(config: Config, dtype: torch.dtype, world_size: int = 1) -> int:
-    """Bytes of the activations of one micro-batch, at the peak.
+def _embedding(given: Pass) -> Footprint:
+    """The footprint of the embedding. A tied one adds its gradient to that of the head."""
+    model = given.model
+    tokens = given.rows * given.tokens
+    out = 4 * tokens * model.dim * (1 + model.K if model.copy_embedding else 1)
+    gradient = _head_bytes(given)
+    new = 0 if model.tied or given.accumulates else gradient
+    return Footprint(out, 8 * tokens, 0, out + gradient, new)
 
-    With `full` activation checkpointing this is every block's input and all activations of the one
-    block that is being recomputed. `selective` is counted like `none`, which is an upper bound.
+
+def _head_bytes(given: Pass) -> int:
+    return given.weights.itemsize * given.model.vocab_size * given.model.dim
+
+
+def _peak(placed: _Placed, parts: Sequence[Footprint]) -> Memory:
+    """The moment with the most bytes in the pass through the parts and back."""
+    moments, saved, new = [], 0, 0
+
+    def note(activations: int, working: int) -> None:
+        gradients = placed.before + new // placed.shards
+        moments.append(Memory(placed.weights, gradients, placed.moments, activations, working))
+
+    casts = 0
+    for part in parts:
+        note(saved + casts, placed.gathered + part.forward)
+        saved, casts = saved + part.saved, casts + part.casts
+    for part in reversed(parts):
+        note(saved, placed.gathered + placed.reduced + part.backward - part.saved)
+        saved, new = saved - part.saved, new + part.gradients
+    note(0, 0)  # the optimizer's step
+    return max(moments, key=lambda memory: memory.total)
+
+
+# What fits
+
+LEVELS: tuple[Recompute, ...] = ("none", "selective", "full")
+"""What may be computed again, from the least to the most."""
+
+FITS = {"cuda": 0.9, "cpu": 0.5}
+"""The part of a device's memory that the predicted peak may take.
+
+On CUDA the rest is for the error of the prediction, for the context of about 0.5 GiB, and for what
+the allocator cannot use; on the CPU for all other processes, such as those that read the data.
+"""
+
+
+class Fit(NamedTuple):
+    """A configuration without `auto`.
+
+    Attributes:
+        config: with a micro-batch and an activation checkpointing.
+        chosen: the settings that were `auto`, with what they are now.
     """
-    everything = saved_bytes(config, dtype, world_size, "none")
-    if config.engine.activation_checkpointing != "full":
-        return everything
-    return saved_bytes(config, dtype, world_size, "full") + everything // config.model.layers
+
+    config: Config
+    chosen: dict[str, int | str]
 
 
-def saved_bytes(
-    config: Config, dtype: torch.dtype, world_size: int, checkpointing: Literal["none", "full"]
-) -> int:
-    """Bytes that the forward pass of one micro-batch saves for its backward pass.
+class _Fitter(NamedTuple):
+    """What the memory is predicted for."""
 
-    The pass runs on fake tensors, which have shapes but no memory.
+    config: Config
+    dtype: torch.dtype
+    world_size: int
+    device: str
+
+    def with_choice(self, recompute: Recompute, rows: int) -> Config:
+        """The configuration with these two settings."""
+        train, engine = self.config.train, self.config.engine
+        return replace(
+            self.config,
+            train=replace(train, micro_batch=rows),
+            engine=replace(engine, activation_checkpointing=recompute),
+        )
+
+    def memory(self, recompute: Recompute, rows: int) -> Memory:
+        """The memory that these two settings take."""
+        config = self.with_choice(recompute, rows)
+        return predict_memory(config, self.dtype, self.world_size, self.device)
+
+
+def fit(
+    config: Config,
+    dtype: torch.dtype,
+    *,
+    world_size: int = 1,
+    device: str = "cpu",
+    available: int | None = None,
+) -> Fit:
+    """Choose the settings that are `auto`: first the least recomputation, then the most rows.
+
+    Recomputation costs time always. A smaller micro-batch costs almost none, as long as a row has
+    some thousand slots.
+
+    Args:
+        config: of the run, whose batch can be divided among the ranks.
+        dtype: of the matrix products.
+        world_size: ranks, one device each.
+        device: `cpu` or `cuda`.
+        available: bytes of the smallest of the devices; None: not known, and all of it fits.
+
+    Raises:
+        ConfigError: not even one row fits.
     """
-    rows = config.train.micro_batch_on(world_size)
-    sizes: dict[int, int] = {}  # by storage: a tensor and its views are counted once
+    fitter = _Fitter(config, dtype, world_size, device)
+    given = config.engine.activation_checkpointing
+    levels: Sequence[Recompute] = LEVELS
+    if given != "auto":
+        levels = (given,)
+    elif device == "cpu" or available is None:
+        levels = ("none",)
+    recompute, rows = _choice(fitter, levels, available)
+    settled = fitter.with_choice(recompute, rows)
+    chosen: dict[str, int | str] = {}
+    if config.train.micro_batch == "auto":
+        chosen["train.micro_batch"] = settled.train.micro_batch_on(world_size)
+    if given == "auto":
+        chosen["engine.activation_checkpointing"] = recompute
+    return Fit(settled, chosen)
 
-    def note(tensor: Tensor) -> Tensor:
-        sizes[storage_key(tensor)] = tensor.untyped_storage().nbytes()
-        return tensor
 
-    with FakeTensorMode(), autocast(torch.device("cpu"), dtype):
-        model = Transformer(replace(config.model, attention="auto"))
-        engine = replace(config.engine, compile=False, activation_checkpointing=checkpointing)
-        checkpoint_activations(model, engine)
-        weights = {storage_key(parameter) for parameter in model.parameters()}
-        tokens = torch.zeros(rows, config.train.seq_len, dtype=torch.int64)
-        with saved_tensors_hooks(note, lambda tensor: tensor):
-            loss = model.loss(tokens, tokens, config.optim.z_loss)
-        del loss
-    return sum(size for storage, size in sizes.items() if storage not in weights)
+def _choice(
+    fitter: _Fitter, levels: Sequence[Recompute], available: int | None
+) -> tuple[Recompute, int]:
+    """The recomputation and the rows of a micro-batch."""
+    train = fitter.config.train
+    most = train.micro_batch_on(fitter.world_size)
+    rows = divisors(most) if train.micro_batch == "auto" else [most]
+    if available is None or (train.micro_batch != "auto" and len(levels) == 1):
+        return levels[0], rows[-1]
+    limit = int(available * FITS[fitter.device])
+    for recompute in levels:
+        if (found := _most_rows(fitter, recompute, rows, limit)) is not None:
+            return recompute, found
+    if train.micro_batch != "auto":
+        # The user has chosen the rows, and the prediction may err; the plan warns.
+        return min(levels, key=lambda level: fitter.memory(level, most).total), most
+    raise ConfigError([_too_large(fitter, levels[-1], available)])
+
+
+def _most_rows(
+    fitter: _Fitter, recompute: Recompute, rows: Sequence[int], limit: int
+) -> int | None:
+    """The last of `rows`, in their order, whose memory is within the limit."""
+    # Memory grows with the rows along an almost straight line, and each prediction takes seconds.
+    first, *others = rows
+    least = fitter.memory(recompute, first)
+    if not others:
+        return first if least.total <= limit else None
+    slope = (fitter.memory(recompute, others[0]).total - least.total) / (others[0] - first)
+    # One pass with all rows adds to no gradients of earlier ones.
+    spared = {rows[-1]: least.gradients}
+    estimates = {n: least.total + slope * (n - first) - spared.get(n, 0) for n in rows}
+    promising = [n for n in reversed(rows) if estimates[n] <= limit]
+    return next((n for n in promising if fitter.memory(recompute, n).total <= limit), None)
+
+
+def _too_large(fitter: _Fitter, recompute: Recompute, available: int) -> Problem:
+    """Why no micro-batch fits."""
+    train = fitter.config.train
+    needed = fitter.memory(recompute, 1).total
+    share = FITS[fitter.device]
+    reason = (
+        f"one row of train.seq_len={train.seq_len} tokens needs about {byte_size(needed)} with "
+        f"engine.activation_checkpointing={recompute}, and the device has {byte_size(available)}, "
+        f"of which a step may take {share:.0%}"
+    )
+    hint = "choose a smaller size, a shorter train.seq_len, or more ranks that share the weights"
+    return Problem("train.micro_batch", "auto", reason, hint, others=("train.seq_len", "model"))
+
+
+def divisors(number: int) -> list[int]:
+    """In their order.
+
+    >>> divisors(12)
+    [1, 2, 3, 4, 6, 12]
+    """
+    return [n for n in range(1, number + 1) if number % n == 0]

@@ -9,7 +9,9 @@ from train.config import Config
 from train.distributed.process_groups import ProcessGroups
 from train.engines.fsdp import FsdpEngine
 from train.engines.limits import Limits
+from train.engines.memory import predict_memory
 from train.loop import train_step
+from train.run import open_engine
 
 pytestmark = [
     pytest.mark.skipif(
@@ -69,3 +71,35 @@ def test_a_bad_step_changes_no_bit() -> None:
     for limits in (Limits(loss=0.1), Limits(grad_norm=1e-6)):
         assert not train_step(engine, batch_of(ROWS), 1e-3, limits).applied
         assert all(torch.equal(x, before) for x, before in held)
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("variant", ["model=vanilla model.K=1", "model=phd_cswa model.K=3"])
+def test_the_predicted_peak_is_what_a_step_allocates(
+    variant: str, compiled: bool, checkpointing: str
+) -> None:
+    shape = ("size=151m", "model.vocab_size=32768", "train.seq_len=2048", *variant.split())
+    batch = ("data.lanes=1", "train.global_batch=8", "train.micro_batch=4")
+    config = config_on(
+        "cuda",
+        *(*shape, *batch, "hooks.sample.tokens=4", "engine.precision=bf16"),
+        *(f"engine.compile={str(compiled).lower()}",),
+        f"engine.activation_checkpointing={checkpointing}",
+    )
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    engine = FsdpEngine(config, ProcessGroups())
+    batches = batch_of(torch.randint(0, 32768, (8, 2049)))
+    train_step(engine, batches, 1e-3)  # compiles and tunes
+    torch.cuda.reset_peak_memory_stats()
+    train_step(engine, batches, 1e-3)
+    measured = torch.cuda.max_memory_allocated() - before
+    predicted = predict_memory(engine.config, torch.bfloat16, device="cuda").total
+    assert predicted == pytest.approx(measured, rel=0.1)
+
+
+def test_the_engine_chooses_the_micro_batch_by_the_memory_of_the_device() -> None:
+    engine = open_engine(config_on("cuda", "train.micro_batch=auto"), ProcessGroups())
+    assert engine.micro_batch == 4
+    assert engine.config.engine.activation_checkpointing == "none"
