@@ -28,6 +28,7 @@ class Group(Enum):
 
 
 OWN = (
+    (Group.HIDDEN, r"^(forward|backward)_kernel(_\d+)?$"),  # of phd/attention/fused.py
     # Inductor names a kernel after all operators that are fused in it.
     (Group.LOSS, r"^triton_\w*(softmax|nll_loss|logsumexp|cross_entropy)"),
     (Group.COPIES, r"^triton_poi_fused(__to_copy|_clone|_copy)+_\d+$"),
