@@ -25,7 +25,9 @@ from torch.fx import GraphModule, Node
 
 from phd.block import Block
 from phd.config import ModelConfig
+from phd.linear import Linear
 from phd.loss import next_token_loss
+from phd.loss_memory import fused_loss_bytes
 from phd.model import RowContext
 from phd.norm import RMSNorm
 from phd.pattern import Pattern
@@ -93,6 +95,8 @@ class Pass:
         rows, tokens: of the micro-batch: B and T.
         dtype: of the matrix products.
         weights: the dtype that matrices are given in: float32, which autocast casts, or `dtype`.
+        rounded: blocks have copies of their matrices in `dtype` that are kept for many passes
+            (`train.engines.rounded_weights`), so that autocast casts none.
         device: that is meant, `cpu` or `cuda`. The fake tensors are always on the CPU, because
             autograd takes none on CUDA where PyTorch is built without it.
         compiled: whether blocks are compiled.
@@ -105,6 +109,7 @@ class Pass:
     tokens: int
     dtype: torch.dtype
     weights: torch.dtype
+    rounded: bool
     device: str
     compiled: bool
     recompute: Recompute
@@ -135,6 +140,9 @@ def _block_footprint(given: Pass, layer: int) -> Footprint:
     shape = (given.rows, copies, given.tokens, model.dim)
     with FakeTensorMode():
         block = _weighted(Block(model, layer), given.weights)
+        if given.rounded:
+            for linear in _linears(block):
+                linear.rounded = torch.empty_like(linear.weight, dtype=given.dtype).detach()
         context = _context(given, last_copy_only=layer == model.layers - 1)
         if given.compiled:
             return _compiled_footprint(block, context, shape, given)
@@ -152,6 +160,8 @@ def _block_footprint(given: Pass, layer: int) -> Footprint:
 def head_footprint(given: Pass, z_loss: float) -> Footprint:
     """The footprint of the final norm, the LM head and the loss, whose weight counts as its own."""
     model = given.model
+    if given.device == "cuda" and given.dtype != torch.float64:
+        return _fused_head(given)
     with FakeTensorMode():
         module = nn.ModuleDict({"norm": RMSNorm(model.dim, model.norm_eps)})
         head = nn.Linear(model.dim, model.vocab_size, bias=False)
@@ -162,6 +172,29 @@ def head_footprint(given: Pass, z_loss: float) -> Footprint:
             return next_token_loss(module["norm"](x), head.weight, targets, z_loss).total
 
         return _eager_footprint(loss, module, (given.rows, given.tokens, model.dim), given)
+
+
+def _fused_head(given: Pass) -> Footprint:
+    """The same where the loss is `phd.loss.fused_cross_entropy`, which runs on CUDA alone.
+
+    Around it are the norm's input and output, both in float32, and the output in `dtype`.
+    """
+    model, rows = given.model, given.rows * given.tokens
+    states, weights = rows * model.dim, model.vocab_size * model.dim
+    loss = fused_loss_bytes(rows, model.dim, model.vocab_size, given.dtype, given.weights)
+    narrow = states * given.dtype.itemsize if given.dtype != torch.float32 else 0
+    saved = 4 * (states + rows) + states * given.dtype.itemsize + 4 * weights
+    return Footprint(
+        forward=8 * states + 4 * rows + narrow + loss,
+        saved=saved,
+        casts=0,
+        backward=max(4 * (states + rows) + loss, saved + 4 * weights + 8 * states),
+        gradients=0 if given.accumulates else given.weights.itemsize * weights,
+    )
+
+
+def _linears(block: nn.Module) -> list[Linear]:
+    return [layer for layer in block.modules() if isinstance(layer, Linear)]
 
 
 def _weighted(module: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -292,8 +325,14 @@ def _compiled_footprint(
     """The footprint of a block that `torch.compile` compiles."""
     names, weights = zip(*block.named_parameters(), strict=True)
 
-    def run(x: Tensor, cos: Tensor, sin: Tensor, *weights: Tensor) -> Tensor:
+    layers = _linears(block) if given.rounded else []
+    copies = [layer.rounded for layer in layers if layer.rounded is not None]
+
+    def run(x: Tensor, cos: Tensor, sin: Tensor, *given_weights: Tensor) -> Tensor:
         rows = replace(context, rope=(cos, sin))
+        weights = given_weights[: len(names)]
+        for layer, rounded in zip(layers, given_weights[len(names) :], strict=True):
+            layer.rounded = rounded
         with autocast(CPU, given.dtype):
             return functional_call(block, dict(zip(names, weights, strict=True)), (x, rows))
 
@@ -301,21 +340,21 @@ def _compiled_footprint(
     keeps = {"none": None, "full": set(), "selective": {*MATRIX_PRODUCTS, ATTENTION}}
     kept = keeps[given.recompute]
     graphs = aot_graphs(
-        run, (x, *context.rope, *weights), None if kept is None else kept.__contains__
+        run, (x, *context.rope, *weights, *copies), None if kept is None else kept.__contains__
     )
     forward, backward = _Liveness(graphs.forward), _Liveness(graphs.backward)
     first, *others = forward.inputs
-    names_of_weights = {node.name for node in others}  # and of RoPE's tables
+    constant = {_key(node) for node in others}  # weights and RoPE's tables
     saved = forward.outputs[graphs.results :]
-    stored = {_key(node): _size(node) for node in saved if node.name not in names_of_weights}
+    stored = {_key(node): _size(node) for node in saved if _key(node) not in constant}
+    # The backward graph names its inputs as the forward graph does what it saves.
+    views = {node.name for node in saved if _key(node) in constant}
     gradients = sum(map(_size, backward.outputs[1:]))
     return Footprint(
         forward.most(owned=(), held=[first]),
         sum(stored.values()),
         0,
-        backward.most(
-            owned=[n for n in backward.inputs if n.name not in names_of_weights], held=()
-        ),
+        backward.most(owned=[n for n in backward.inputs if n.name not in views], held=()),
         0 if given.accumulates else gradients,
     )
 

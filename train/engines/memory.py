@@ -121,6 +121,8 @@ def pass_of(config: Config, dtype: torch.dtype, world_size: int, device: str) ->
         tokens=config.train.seq_len,
         dtype=dtype,
         weights=dtype if sharded else torch.float32,
+        # As in `train.engines.fsdp`: FSDP2 gathers rounded shards, and DeepSpeed has none.
+        rounded=isinstance(engine, FsdpConfig) and not sharded and dtype != torch.float32,
         device=device,
         compiled=engine.compiles_on(device),
         recompute=recompute,
@@ -145,8 +147,9 @@ def _placed(config: Config, given: Pass, world_size: int) -> _Placed:
             # Until the last micro-batch every rank has whole gradients.
             reduce = 4 if config.engine.reduce == "fp32" else 2
             before, reduced = reduce * parameters, reduce * block
+    matrices = counts["attention"] + counts["feed-forward"] if given.rounded else 0
     return _Placed(
-        weights=4 * parameters // weights,
+        weights=4 * parameters // weights + given.dtype.itemsize * matrices,
         moments=8 * parameters // moments,
         before=before if given.accumulates else 0,
         gathered=gathered,
@@ -251,6 +254,13 @@ class _Fitter(NamedTuple):
             engine=replace(engine, activation_checkpointing=recompute),
         )
 
+    def saved(self, recompute: Recompute, rows: int) -> int:
+        """What the blocks save."""
+        config = self.with_choice(recompute, rows)
+        given = pass_of(config, self.dtype, self.world_size, self.device)
+        blocks = block_footprints(given, config.engine.checkpoint_every_block)
+        return sum(block.saved for block in blocks)
+
     def memory(self, recompute: Recompute, rows: int) -> Memory:
         """The memory that these two settings take."""
         config = self.with_choice(recompute, rows)
@@ -320,17 +330,15 @@ def _most_rows(
     fitter: _Fitter, recompute: Recompute, rows: Sequence[int], limit: int
 ) -> int | None:
     """The last of `rows`, in their order, whose memory is within the limit."""
-    # Memory grows with the rows along an almost straight line, and each prediction takes seconds.
-    first, *others = rows
+    # Each prediction takes seconds. What the blocks save grows with the rows in proportion, and
+    # with the weights and moments it is always less than the peak.
+    first, second = rows[0], rows[min(1, len(rows) - 1)]
+    saved = fitter.saved(recompute, first)
+    slope = (fitter.saved(recompute, second) - saved) / max(1, second - first)
     least = fitter.memory(recompute, first)
-    if not others:
-        return first if least.total <= limit else None
-    slope = (fitter.memory(recompute, others[0]).total - least.total) / (others[0] - first)
-    # One pass with all rows adds to no gradients of earlier ones.
-    spared = {rows[-1]: least.gradients}
-    estimates = {n: least.total + slope * (n - first) - spared.get(n, 0) for n in rows}
-    promising = [n for n in reversed(rows) if estimates[n] <= limit]
-    return next((n for n in promising if fitter.memory(recompute, n).total <= limit), None)
+    room = limit - least.weights - least.moments
+    possible = [n for n in rows if saved + slope * (n - first) <= room]
+    return next((n for n in reversed(possible) if fitter.memory(recompute, n).total <= limit), None)
 
 
 def _too_large(fitter: _Fitter, recompute: Recompute, available: int) -> Problem:

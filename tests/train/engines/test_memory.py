@@ -10,6 +10,7 @@ from time import process_time
 import pytest
 import torch
 
+from phd.loss_memory import fused_loss_bytes
 from phd.model import Transformer, count_parameters
 from train.compose import load
 from train.config import Config
@@ -62,7 +63,7 @@ def test_what_the_real_model_saves_is_predicted_to_the_byte(
     overrides: list[str], dtype: torch.dtype, config
 ) -> None:
     settings = adjusted(config(*overrides), "none")
-    given = pass_of(settings, dtype, 1, "cpu")
+    given = replace(pass_of(settings, dtype, 1, "cpu"), rounded=False)  # which engines do
     parts = [*block_footprints(given), head_footprint(given, settings.optim.z_loss)]
     assert sum(part.saved for part in parts) == really_saved(settings, dtype)
 
@@ -114,11 +115,32 @@ def test_the_more_is_computed_again_the_less_is_saved(compiled: bool) -> None:
     assert saved["full"] < 0.2 * saved["selective"]
 
 
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_weights_that_are_rounded_once_a_step_are_not_saved_for_each_pass(compiled: bool) -> None:
+    config = adjusted(load(["size=151m", "model=vanilla", "model.layers=1"]), "none")
+    once = replace(pass_of(config, torch.bfloat16, 1, "cuda"), compiled=compiled)
+    assert once.rounded
+    [kept], [cast] = (block_footprints(replace(once, rounded=rounded)) for rounded in (True, False))
+    counts = count_parameters(config.model)
+    assert cast.saved - kept.saved == 2 * (counts["attention"] + counts["feed-forward"])
+    memory = predicted(config, torch.bfloat16, device="cuda")
+    assert memory.weights == 4 * sum(counts.values()) + cast.saved - kept.saved
+
+
+def test_the_loss_on_cuda_takes_what_it_says_itself() -> None:
+    config = adjusted(load(["size=1b2"]), "none")
+    given = pass_of(config, torch.bfloat16, 1, "cuda")
+    states = 4 * 4096 * 2048
+    itself = fused_loss_bytes(4 * 4096, 2048, 100_352, torch.bfloat16, torch.float32)
+    forward = head_footprint(given, 0.0).forward
+    assert 0 < forward - itself - (4 + 4 + 2) * states < 1 << 20  # norm in and out, and a scale
+
+
 def test_shards_are_counted_and_what_is_gathered_of_them() -> None:
     config = load(["size=550m", "model=vanilla", "model.layers=4", "data.lanes=8"])
     parameters = sum(count_parameters(config.model).values())
     one, eight = (predicted(config, torch.bfloat16, n, "cuda") for n in (1, 8))
-    assert eight.weights == one.weights // 8
+    assert eight.weights == 4 * parameters // 8
     assert eight.moments == one.moments // 8
     # Gradients of earlier micro-batches are reduced with those of the last.
     assert eight.gradients >= 4 * parameters
