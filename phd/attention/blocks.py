@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
+
 from phd.pattern import Pattern
 
 # Windows and chunks beyond this many hidden copies are as good as endless; the kernels count in 32
@@ -130,6 +132,13 @@ BACKWARD = {
     (4, 128): {16: (16, 8, 1)},  # 255, and 1,008 bytes; float32 is for comparisons
 }
 HALO = 16  # the fewest that a product takes
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def has_kernels(dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether there are kernels for a dtype and H."""
+    return dtype in DTYPES and (dtype.itemsize, table_width(head_dim)) in BACKWARD
 
 
 def padded_head(head_dim: int) -> int:

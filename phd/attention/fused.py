@@ -26,26 +26,18 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 from phd.attention.blocks import (
-    BACKWARD,
     ENDLESS,
     LocalRule,
     backward_blocks,
     forward_blocks,
+    has_kernels,
     padded_head,
-    table_width,
 )
 from phd.pattern import Pattern
 from phd.segments import Segments
 
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
 # exp(x) = 2^(x log2 e): the hardware has an instruction for powers of 2.
 LOG2_E = tl.constexpr(1.4426950408889634)
-
-
-def has_kernels(dtype: torch.dtype, head_dim: int) -> bool:
-    """Whether there are kernels for a dtype and H."""
-    return dtype in DTYPES and (dtype.itemsize, table_width(head_dim)) in BACKWARD
 
 
 def merge_hidden(
@@ -436,7 +428,7 @@ def _arguments(
 
 def _constants(q: Tensor, k: Tensor, starts: Tensor | None, rule: LocalRule) -> dict[str, Any]:
     _, N, Q, T, H = q.shape
-    assert q.dtype in DTYPES, q.dtype
+    assert has_kernels(q.dtype, H), (q.dtype, H)
     assert rule.hidden * T < ENDLESS, (rule, T)
     return {
         "SHARING": N // k.shape[1],

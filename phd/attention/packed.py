@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from phd.attention.blocks import has_kernels
 from phd.attention.flash import merge
 from phd.attention.tiles import TileRange, Tiles
 from phd.attention.varlen import causal_attention, isolated_backward, isolated_forward
@@ -62,7 +63,7 @@ def _check_fused(q: Tensor) -> None:
     hint = "choose model.attention=packed, which runs everywhere"
     if not HAS_TRITON:
         raise ValueError(f"model.attention=fused: the package triton is not installed; {hint}")
-    from phd.attention.fused import IS_INTERPRETED, has_kernels
+    from phd.attention.fused import IS_INTERPRETED
 
     if q.device.type != "cuda" and not IS_INTERPRETED:
         raise ValueError(

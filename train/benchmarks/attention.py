@@ -127,7 +127,8 @@ def bench_attention(repeat: int, device: torch.device, *, short: bool = False) -
             if name == BOTH:
                 ratios |= attention_ratios(shape, grid, times)
             panels.append(_panel(shape, name, subjects, times, device))
-    subject = f"W = 16, C = 32; backend {resolve_backend('auto', device)}; {conditions(device)}"
+    backends = {_backend("auto", shape, device): None for shape in grid.shapes}
+    subject = f"W = 16, C = 32; backend {' and '.join(backends)}; {conditions(device)}"
     return Result(rows, ratios, subject, panels=panels)
 
 
@@ -137,7 +138,7 @@ def subjects_of(shape: Shape, grid: Grid, device: torch.device) -> dict[str, Sub
 
     def subject(variant: Variant, K: int, backend: Backend = "auto") -> Subject:
         pattern = Pattern.of(ModelConfig(variant=variant, K=K))
-        chosen = resolve_backend(backend, device)
+        chosen = _backend(backend, shape, device)
         works = _autograd_works(lambda q, k, v: attend(q, k, v, pattern, chosen), *inputs(K))
         return Subject(K, chosen, *works, _flops(shape, pattern))
 
@@ -211,7 +212,7 @@ def _panel(
     shape: Shape, name: str, subjects: dict[str, Subject], times: Times, device: torch.device
 ) -> Panel:
     """The times over vanilla's; the dense mask would make all others too short to compare."""
-    bars, default = [], resolve_backend("auto", device)
+    bars, default = [], _backend("auto", shape, device)
     for work, subject in subjects.items():
         if not work.startswith("dense_mask"):
             ours = work.startswith(("phd", "vanilla_")) and subject.backend == default
@@ -222,6 +223,10 @@ def _panel(
             bars.append(Bar(label, ratio.median, kind, ratio.low, ratio.high))
     passes = "forward and backward" if name == BOTH else name
     return Panel(f"{passes}: {shape}", "time / vanilla's", bars)
+
+
+def _backend(backend: Backend, shape: Shape, device: torch.device) -> Backend:
+    return resolve_backend(backend, device.type, dtype_of(device), shape.H)
 
 
 def _inputs(shape: Shape, device: torch.device, K: int) -> tuple[list[Tensor], Tensor]:

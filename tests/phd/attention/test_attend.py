@@ -149,7 +149,14 @@ def test_a_named_backend_is_taken_and_auto_is_fused_where_triton_compiles(
     for backend in get_args(Backend):
         chosen = "fused" if device == "cuda" and has_triton else "packed"
         expected = chosen if backend == "auto" else backend
-        assert resolve_backend(backend, torch.device(device)) == expected
+        assert resolve_backend(backend, device, torch.bfloat16, 64) == expected
+
+
+def test_auto_is_packed_where_there_is_no_fused_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(phd.attention.attend, "HAS_TRITON", True)
+    for dtype, head_dim in ((torch.float64, 64), (torch.float32, 129), (torch.bfloat16, 257)):
+        assert resolve_backend("auto", "cuda", dtype, head_dim) == "packed"
+        assert resolve_backend("auto", "cuda", torch.bfloat16, 64) == "fused"
 
 
 def test_fused_without_triton_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from phd.attention.blocks import LocalRule
-from phd.attention.fused import backward_launch, forward_launch, has_kernels
+from phd.attention.blocks import LocalRule, has_kernels
+from phd.attention.fused import backward_launch, forward_launch
 from phd.pattern import Pattern
 from tests.gpu_compiler import Build, compile_for_gpus
 
