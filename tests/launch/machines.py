@@ -104,6 +104,7 @@ class Machines:
 
 
 def _run(config: Local, command: list[str], files: list[Path]) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which `nohup make test` ignores
     _write_to(files)
     sys.exit(agent.run(config, command))
 
