@@ -16,7 +16,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from phd.torch_private import HAS_LINEAR_CROSS_ENTROPY, summed_linear_cross_entropy
+from phd.torch_private import (
+    HAS_LINEAR_CROSS_ENTROPY,
+    HAS_TRITON,
+    summed_linear_cross_entropy,
+)
 
 IGNORED = -100  # a target that never counts, as in torch's own losses
 
@@ -50,13 +54,17 @@ class Method(Enum):
 
 
 def method_for(
-    device: torch.device, dtype: torch.dtype, weight_dtype: torch.dtype, z_loss: float
+    device: torch.device,
+    dtype: torch.dtype,
+    weight_dtype: torch.dtype,
+    z_loss: float,
+    has_triton: bool = HAS_TRITON,
 ) -> Method:
     """The fastest way that is exact, for hidden states of `dtype`.
 
     | method | where | why |
     | --- | --- | --- |
-    | `FUSED` | on CUDA, but for float64 | large products and one kernel between them |
+    | `FUSED` | on CUDA with Triton, but for float64 | large products, one kernel between them |
     | `TORCH` | else, in float32 and float64 without z-loss | torch's `linear_cross_entropy` |
     | `CHUNKED` | else | takes any dtype and the z-loss, in any version of torch |
 
@@ -67,7 +75,7 @@ def method_for(
     as `FUSED`, but holds all logits: 3.3 GB of 16,384 rows.
     """
     single = dtype.itemsize >= 4
-    if device.type == "cuda" and dtype != torch.float64:
+    if device.type == "cuda" and has_triton and dtype != torch.float64:
         return Method.FUSED
     if HAS_LINEAR_CROSS_ENTROPY and z_loss == 0 and single and dtype == weight_dtype:
         return Method.TORCH
@@ -165,9 +173,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         fused: bool,
     ) -> tuple[Tensor, Tensor]:
         if fused:
-            from phd.cross_entropy import (
-                linear_cross_entropy,
-            )  # Triton comes with CUDA builds alone
+            # Here, because Triton need not be installed where this is not used.
+            from phd.cross_entropy import linear_cross_entropy
 
             sums = Sums(*linear_cross_entropy(hidden, weight, targets, IGNORED, z_loss, *needs))
         else:

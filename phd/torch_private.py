@@ -10,6 +10,7 @@ backwards accept an (out, lse) that their own forward did not make.
 """
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -196,6 +197,9 @@ def layer_norm_backward(
     )
     return dx, dweight
 
+
+# A CUDA build of torch brings Triton along on Linux. Other builds do not need it.
+HAS_TRITON = find_spec("triton") is not None
 
 # Recent versions of torch have it; with others `phd.loss` uses its own.
 HAS_LINEAR_CROSS_ENTROPY = hasattr(torch.nn, "LinearCrossEntropyOptions")

@@ -41,7 +41,7 @@ from train.loop import StoppedEarlyError, train
 from train.metrics.record import Hook, Metrics, StepRecord
 from train.plan import make_plan, print_plan
 from train.report import print_report
-from train.run import Run, open_run
+from train.run import Run, open_run, smallest_memory
 from train.run_dir.lock import hold_run_dir
 
 MakeHook = Callable[[Run], Hook]
@@ -70,7 +70,9 @@ def main(config: Config, hooks: Sequence[MakeHook] = ()) -> int:
         with hold_run_dir(config.run_dir, groups, console):
             raise_on_all_ranks(groups, lambda: check_inputs(config))
             text = look_at_text(config) if groups.is_rank_zero else None
-            print_plan(make_plan(config, groups.world_size, text=text), console)
+            memory = smallest_memory(config, groups)
+            plan = make_plan(config, groups.world_size, text=text, memory=memory)
+            print_plan(plan, console)
             if config.run.resume == "never" and any(groups.gather(groups.dist_env.restarts)):
                 config = _resuming(config)  # it was this very run that began anew
             return train_to_the_end(config, console, groups, stop_signal, hooks)

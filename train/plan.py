@@ -220,12 +220,14 @@ def make_plan(
     *,
     text: Text | None = None,
     arguments: PlanArguments | None = None,
+    memory: int | None = None,
 ) -> Plan:
     """Make the plan of a run on `world_size` ranks, without allocating the model.
 
     Args:
         text: what is known of the run's text; None: nothing is.
         arguments: the device to plan for, and its speed; None: this machine's device.
+        memory: bytes of the smallest device of the ranks, where they are known.
 
     Raises:
         ConfigError: the batch cannot be divided among the ranks, or the arguments do not fit.
@@ -234,6 +236,8 @@ def make_plan(
         raise ConfigError(problems)
     arguments = arguments or PlanArguments()
     target = _target(config, arguments.device)
+    if memory is not None:
+        target = target._replace(memory=memory)
     parameters = count_parameters(config.model)
     dtype = precision(config.engine, torch.device(target.kind))
     fitted = fit(config, dtype, world_size=world_size, device=target.kind, available=target.memory)
@@ -316,11 +320,12 @@ def _compute(config: Config, text: Text | None) -> Compute:
 def _size_warnings(plan: Plan) -> list[str]:
     """Of memory, disk and length."""
     found = []
-    if plan.target.memory is not None and plan.memory.total > plan.target.memory:
+    share = FITS[plan.target.kind]
+    if plan.target.memory is not None and plan.memory.total > share * plan.target.memory:
         found.append(
             f"needs about {byte_size(plan.memory.total)}, {plan.target.name} has "
-            f"{byte_size(plan.target.memory)}: lower train.micro_batch or train.seq_len, or choose "
-            "a smaller size"
+            f"{byte_size(plan.target.memory)}, of which a step should take at most {share:.0%}: "
+            "lower train.micro_batch or train.seq_len, or choose a smaller size"
         )
     free = _free_disk(plan.config) if plan.target.is_here else None
     if free is not None and plan.disk.total is not None and plan.disk.total > free:

@@ -291,6 +291,12 @@ def _restore(config: Config, engine: Engine, checkpoint: Checkpoint | None) -> N
         engine.load(pretrained_start(Path(config.run.start_from).expanduser(), config.model))
 
 
+def smallest_memory(config: Config, groups: ProcessGroups) -> int:
+    """Bytes of the smallest of the ranks' devices. Every rank calls this."""
+    device = choose_device(config.engine)
+    return min(groups.gather(device_memory(device, groups.dist_env.local_world_size)))
+
+
 def open_engine(config: Config, groups: ProcessGroups) -> Engine:
     """The engine that the configuration names, with new weights.
 
@@ -306,8 +312,7 @@ def open_engine(config: Config, groups: ProcessGroups) -> Engine:
     ]:
         raise ConfigError(problems)
     device = choose_device(config.engine)
-    memory = min(groups.gather(device_memory(device, groups.dist_env.local_world_size)))
-    dtype = precision(config.engine, device)
+    dtype, memory = precision(config.engine, device), smallest_memory(config, groups)
     config = fit(config, dtype, world_size=world_size, device=device.type, available=memory).config
     match config.engine:
         case FsdpConfig():

@@ -8,10 +8,11 @@ from torch import Tensor
 from phd.attention.blocks import has_kernels
 from phd.attention.causal_kernels import Platform, causal_kernel
 from phd.attention.flex import flex_attention
-from phd.attention.packed import HAS_TRITON, fused_attention, packed_attention
+from phd.attention.packed import fused_attention, packed_attention
 from phd.config import Backend
 from phd.pattern import Pattern
 from phd.segments import Segments
+from phd.torch_private import HAS_TRITON
 
 
 def attend(
@@ -44,24 +45,24 @@ def attend(
     assert q.shape[2] in (1, pattern.K), (q.shape, pattern)
     assert q.shape[1] % k.shape[1] == 0, (q.shape, k.shape)
     assert segments is None or segments.starts.shape == (q.shape[0], q.shape[3]), q.shape
-    chosen = resolve_backend(backend, q.device.type, q.dtype, q.shape[4])
+    chosen = resolve_backend(backend, q.device.type, q.dtype, q.shape[4], HAS_TRITON)
     return BACKENDS[chosen](q, k, v, pattern, segments)
 
 
 def resolve_backend(
-    backend: Backend, device_type: str, dtype: torch.dtype, head_dim: int
+    backend: Backend, device_type: str, dtype: torch.dtype, head_dim: int, has_triton: bool
 ) -> Backend:
     """The backend that runs on a device: what `auto` stands for there, or the one that is named.
 
     `auto` is `fused` on CUDA where there are kernels for the dtype and H and Triton is installed,
     as it is wherever torch comes as a CUDA build for Linux. Elsewhere it is `packed`.
 
-    >>> resolve_backend("auto", "cpu", torch.float32, 64)
-    'packed'
+    >>> resolve_backend("auto", "cuda", torch.bfloat16, 64, has_triton=True)
+    'fused'
     """
     if backend != "auto":
         return backend
-    fused = device_type == "cuda" and HAS_TRITON and has_kernels(dtype, head_dim)
+    fused = device_type == "cuda" and has_triton and has_kernels(dtype, head_dim)
     return "fused" if fused else "packed"
 
 
@@ -114,7 +115,7 @@ def describe_attention(
     >>> describe_attention(pattern, "packed", hopper, torch.bfloat16, 64)
     'rule 1 by cuDNN 9.19, rules 2 and 3 by batched products'
     """
-    backend = resolve_backend(backend, platform.type, dtype, head_dim)
+    backend = resolve_backend(backend, platform.type, dtype, head_dim, platform.triton)
     if backend not in RULES_2_AND_3:
         return {"reference": "dense mask", "flex": "FlexAttention"}[backend]
     kernel = causal_kernel(platform, dtype, head_dim, documents=documents)

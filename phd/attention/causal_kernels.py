@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from phd.torch_private import (
+    HAS_TRITON,
     cpu_flash_backward,
     cpu_flash_forward,
     cuda_cudnn_backward,
@@ -39,9 +40,11 @@ class Platform:
         type: `cpu` or `cuda`.
         capability: CUDA's compute capability.
         cudnn: the version of cuDNN as a number, 91900 for 9.19; 0: there is none, or
-            `torch.backends.cuda.enable_cudnn_sdp(False)` keeps attention from it.
+            `torch.backends.cuda.enable_cudnn_sdp(False)` keeps attention from it. A run sets that
+            by `engine.flash_attention`.
         flash_attention: the version of FlashAttention that PyTorch's operators call, 2, 3 or 4.
         deterministic: `torch.use_deterministic_algorithms(True)` is set.
+        triton: Triton is installed.
     """
 
     type: str
@@ -49,12 +52,13 @@ class Platform:
     cudnn: int = 0
     flash_attention: int = 2
     deterministic: bool = False
+    triton: bool = True
 
     @classmethod
     def of(cls, device: torch.device) -> "Platform":
         """This process on a device."""
         if device.type != "cuda":
-            return cls(device.type)
+            return cls(device.type, triton=HAS_TRITON)
         enabled = torch.backends.cuda.cudnn_sdp_enabled()
         return cls(
             "cuda",
@@ -62,6 +66,7 @@ class Platform:
             (torch.backends.cudnn.version() or 0) if enabled else 0,
             active_flash_attention(),
             torch.are_deterministic_algorithms_enabled(),
+            HAS_TRITON,
         )
 
     def __str__(self) -> str:

@@ -21,7 +21,6 @@ The fused backend is the same with Triton's kernels for rules 2 and 3 (`phd.atte
 """
 
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
@@ -34,9 +33,7 @@ from phd.attention.tiles import TileRange, Tiles
 from phd.attention.varlen import causal_attention, isolated_backward, isolated_forward
 from phd.pattern import Pattern
 from phd.segments import Segments
-
-# A CUDA build of torch brings Triton along on Linux. Other builds do not need it.
-HAS_TRITON = find_spec("triton") is not None
+from phd.torch_private import HAS_TRITON
 
 
 def packed_attention(
@@ -55,7 +52,8 @@ def fused_attention(
         ValueError: off CUDA (but for tests, which set TRITON_INTERPRET=1), without Triton, in
             another dtype, or with wider heads than there are kernels for.
     """
-    _check_fused(q)
+    if pattern.rule == "hidden":
+        _check_fused(q)
     return _packed(q, k, v, pattern, segments, fused=True)
 
 

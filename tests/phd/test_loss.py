@@ -214,6 +214,7 @@ def test_the_fastest_exact_method_is_chosen() -> None:
         assert method_for(cuda, single, single, z_loss) == Method.FUSED
         assert method_for(cpu, half, weight, z_loss) == Method.CHUNKED
     assert method_for(cuda, double, double, 1e-4) == Method.CHUNKED
+    assert method_for(cuda, half, single, 0.0, has_triton=False) == Method.CHUNKED
     found = {method_for(cpu, dtype, dtype, 0.0) for dtype in (single, double)}
     assert found == {Method.TORCH if HAS_LINEAR_CROSS_ENTROPY else Method.CHUNKED}
 

@@ -13,6 +13,7 @@ from phd.attention.attend import attend, resolve_backend
 from phd.attention.flash import causal_backward, causal_forward
 from phd.config import Backend, ModelConfig, Variant
 from phd.pattern import Pattern
+from phd.torch_private import HAS_TRITON
 from train.benchmarks import ceiling
 from train.benchmarks.ceiling import conditions, dtype_of, product_flops_per_s, product_work
 from train.benchmarks.timing import Bar, Kind, Panel, Result, Times, Work, beside
@@ -226,7 +227,7 @@ def _panel(
 
 
 def _backend(backend: Backend, shape: Shape, device: torch.device) -> Backend:
-    return resolve_backend(backend, device.type, dtype_of(device), shape.H)
+    return resolve_backend(backend, device.type, dtype_of(device), shape.H, HAS_TRITON)
 
 
 def _inputs(shape: Shape, device: torch.device, K: int) -> tuple[list[Tensor], Tensor]:

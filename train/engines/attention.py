@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import torch
 
-from conf.errors import ConfigError, Problem
+from conf.errors import ConfigError, Problem, reason_of
 from phd.attention.attend import describe_attention
 from phd.attention.causal_kernels import (
     HALF,
@@ -43,7 +43,7 @@ def configure_attention(config: Config, device: torch.device) -> str:
         activate_flash_attention(platform.flash_attention)
     except (ImportError, RuntimeError) as error:
         name = f"FlashAttention-{platform.flash_attention}"
-        reason = f"{name} is installed, but cannot be used: {error}"
+        reason = f"{name} is installed, but cannot be used: {reason_of(error)}"
         raise ConfigError([Problem(KEY, wanted, reason, f"choose {KEY}=2")]) from error
     return attention_kernels(config, platform, dtype)
 

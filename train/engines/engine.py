@@ -119,6 +119,10 @@ class Engine(ABC):
             # Now, as part of the first step, and not when a run has long begun.
             self._evaluation_to_compile = False
             self.evaluate(micro_batch)
+        return self.loss_of(micro_batch)
+
+    def loss_of(self, micro_batch: Batch) -> Loss:
+        """`forward` alone, also where it is not the first step's."""
         segments = None
         if micro_batch.document_starts is not None:
             segments = Segments.of(torch.from_numpy(micro_batch.document_starts)).to(self.device)

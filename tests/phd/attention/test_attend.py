@@ -143,20 +143,17 @@ def test_autocast_does_not_reach_into_the_packed_backend() -> None:
 @pytest.mark.parametrize("device", ["cpu", "cuda", "meta"])
 @pytest.mark.parametrize("has_triton", [True, False])
 def test_a_named_backend_is_taken_and_auto_is_fused_where_triton_compiles(
-    device: str, has_triton: bool, monkeypatch: pytest.MonkeyPatch
+    device: str, has_triton: bool
 ) -> None:
-    monkeypatch.setattr(phd.attention.attend, "HAS_TRITON", has_triton)
     for backend in get_args(Backend):
         chosen = "fused" if device == "cuda" and has_triton else "packed"
         expected = chosen if backend == "auto" else backend
-        assert resolve_backend(backend, device, torch.bfloat16, 64) == expected
+        assert resolve_backend(backend, device, torch.bfloat16, 64, has_triton) == expected
 
 
-def test_auto_is_packed_where_there_is_no_fused_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(phd.attention.attend, "HAS_TRITON", True)
+def test_auto_is_packed_where_there_is_no_fused_kernel() -> None:
     for dtype, head_dim in ((torch.float64, 64), (torch.float32, 129), (torch.bfloat16, 257)):
-        assert resolve_backend("auto", "cuda", dtype, head_dim) == "packed"
-        assert resolve_backend("auto", "cuda", torch.bfloat16, 64) == "fused"
+        assert resolve_backend("auto", "cuda", dtype, head_dim, has_triton=True) == "packed"
 
 
 def test_fused_without_triton_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
