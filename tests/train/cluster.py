@@ -129,7 +129,7 @@ def random_moment(cluster: Cluster, run: Path, rng: Random) -> str:
     kind = rng.choice(["training", "training", "saving", "starting"])
     if kind == "starting":
         cluster.wait_for(lambda: len(cluster.groups()) == 4)
-        sleep(rng.uniform(0, 10))
+        _pause(run, rng.uniform(0, 10))
         return kind
     reached = newest_step(run)
     cluster.wait_for(lambda: newest_step(run) > reached)
@@ -137,5 +137,12 @@ def random_moment(cluster: Cluster, run: Path, rng: Random) -> str:
         cluster.wait_for(lambda: any((run / "checkpoints").glob(".step_*.partial")))
         sleep(rng.uniform(0, 0.1))
     else:
-        sleep(rng.uniform(0, 1))
+        _pause(run, rng.uniform(0, 1))
     return kind
+
+
+def _pause(run: Path, seconds: float) -> None:
+    """Sleep, but not for longer than to the next checkpoint: a fast run would be over."""
+    reached, end = newest_step(run), monotonic() + seconds
+    while newest_step(run) == reached and monotonic() < end:
+        sleep(0.01)

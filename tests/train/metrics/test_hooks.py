@@ -114,6 +114,8 @@ def nats(engine: FsdpEngine, rows: torch.Tensor, mask: torch.Tensor) -> float:
 def test_a_logging_step_has_the_promised_names_and_no_others(config, trained, logged) -> None:
     run = trained(config("train.max_steps=3")).run
     first, _, last = logged(run.directory, measured=True)
+    for line in (first, last):
+        line.pop("throughput/warning", None)  # a busy machine makes the loader slow
     assert set(first) == {"step", "time"} | LOGGED
     assert set(last) == {"step", "time"} | LOGGED | AT_THE_END | {"throughput/eta_s"}
 
