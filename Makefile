@@ -20,10 +20,10 @@ else
 INSTALL := $(UV) pip install --quiet --python $(BIN)/python
 endif
 
-# Two test processes of one thread each: more would wait for each other on two cores. The tests of a
-# file run in one process, because they look at runs that they share.
+# Three test processes of one thread each on two cores: a third of their time is waiting for other
+# processes. The tests of a file run in one process, because they look at runs that they share.
 PYTEST := OMP_NUM_THREADS=1 PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest \
-	-n 2 --dist loadfile --no-loadscope-reorder
+	-n 3 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help train test fast check gpu soak-data soak-faults soak-kernels install clean
 
