@@ -71,12 +71,16 @@ def logits(run: Path, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return model.to(dtype).logits(torch.tensor(IDS))
 
 
+UNSAID = "ignore:invalid escape sequence"
+
+
 def elsewhere(script: str, tmp_path: Path, *arguments: str) -> Any:
     """What a process that knows nothing of our package prints, as JSON."""
     environment = {name: x for name, x in os.environ.items() if name != "PYTHONPATH"}
     environment |= {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-P", "-W", "error", "-c", script, *arguments],
+        # The second is said of torchao's source, which transformers imports.
+        [sys.executable, "-P", "-W", "error", "-W", UNSAID, "-c", script, *arguments],
         cwd=tmp_path,
         env=environment,
         stdin=subprocess.DEVNULL,  # who is asked whether to trust says no
