@@ -106,14 +106,21 @@ def check(case: Case) -> None:
     tensors = leaves(case)
     found = solve(case, "fused", tensors)
     expected = solve(case, "reference", [x.double() for x in tensors])
-    for name, ours, exact in zip(("out", "dq", "dk", "dv"), found, expected, strict=True):
+    # The dk and dv of originals are rule 1's alone. In half precision the CPU's kernel for it adds
+    # up the heads in that precision: at K = 40, 5 heads a key head, dv is 4 % off, also `packed`'s.
+    packed = solve(case, "packed", tensors)
+    for name, ours, theirs, exact in zip(
+        ("out", "dq", "dk", "dv"), found, packed, expected, strict=True
+    ):
         assert ours.dtype == case.dtype
-        error = (ours.double() - exact).abs() / exact.abs().max()
-        if name in ("dk", "dv") and case.dtype != torch.float32:
-            # Those of originals are rule 1's alone. The CPU's kernel for it adds up the heads in
-            # half precision: at K = 40 and 5 heads a key head, dv is 4 % off.
-            error = error[:, :, 1:]
-        assert error.max() < TOLERANCE[case.dtype], (name, float(error.max()), case)
+        error, same_rule_1 = (
+            (x.double() - exact).abs() / exact.abs().max() for x in (ours, theirs)
+        )
+        allowed = torch.full_like(error, TOLERANCE[case.dtype])
+        if name in ("dk", "dv"):
+            worst = 1.1 * same_rule_1[:, :, 0].max()
+            allowed[:, :, 0] = allowed[:, :, 0].clamp(min=worst.item())
+        assert (error < allowed).all(), (name, float(error.max()), case)
 
 
 @pytest.mark.parametrize("seed", range(FIRST, FIRST + CASES))

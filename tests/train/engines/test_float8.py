@@ -68,12 +68,13 @@ def apart(found: list[float], expected: list[float]) -> float:
 
 @scalings
 def test_the_loss_falls_as_in_full_precision(scaling: Float8Scaling) -> None:
-    """Each of 6 steps is within 2 % of float32's loss, and none is the same."""
+    """Each of 6 steps is close to float32's loss, and none is the same."""
     expected = losses(FsdpEngine(config_on("cpu"), ProcessGroups()))
     engine = emulated(scaling)
     found = losses(engine)
     assert expected[-1] < expected[0] / 2
-    assert 1e-6 < apart(found, expected) < 0.02
+    # One scale for a whole tensor rounds small values more than one for each row.
+    assert 1e-6 < apart(found, expected) < {"tensorwise": 0.02, "rowwise": 0.01}[scaling]
     total, targets = engine.evaluate(batch_of(ROWS))
     assert 0 < (total / targets).item() < found[-1] * 1.05
 
