@@ -111,7 +111,9 @@ def _compile(order: dict[str, Any]) -> Compiled:
             value = order["constants"].get(parameter.name, parameter.default)
         else:
             value = next(arguments)
-        if parameter.is_constexpr or value is None or value is True or value is False or value == 1:
+        special = not parameter.do_not_specialize
+        known = value is None or value is True or value is False or (special and value == 1)
+        if parameter.is_constexpr or known:
             signature[parameter.name], constants[(i,)] = "constexpr", value
         elif isinstance(value, float):
             signature[parameter.name] = "fp32"
@@ -119,7 +121,7 @@ def _compile(order: dict[str, Any]) -> Compiled:
             is_pointer = isinstance(value, str)
             narrow = is_pointer or -(2**31) <= value < 2**31
             signature[parameter.name] = value if is_pointer else "i32" if narrow else "i64"
-            if is_pointer or value % 16 == 0:
+            if is_pointer or (special and value % 16 == 0):
                 attributes[(i,)] = [["tt.divisibility", 16]]
     assert next(arguments, None) is None, "more arguments than parameters"
     capability = order["capability"]
