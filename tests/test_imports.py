@@ -28,6 +28,10 @@ OPTIONAL = {
     "phd/attention/fused.py": {"triton"},
     "phd/cross_entropy.py": {"triton"},
     "phd/inference/split_kv.py": {"triton"},
+    **{
+        path.relative_to(ROOT).as_posix(): {"triton"}
+        for path in (ROOT / "phd/inference/kernels").glob("*.py")
+    },
     "phd/hf/modeling.py": {"transformers"},
 }
 
