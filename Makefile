@@ -35,7 +35,7 @@ help:
 	@echo "make gpu          on a machine with a GPU: its tests and benchmarks, as a page in docs/gpu, in six minutes"
 	@echo "make soak-data    CASES=500 SEED=0: random corpora, kills and changes of ranks: the same rows always"
 	@echo "make soak-faults  KILLS=20 SIGNALS=50 SEED=0: killed ranks and machines: the same run always"
-	@echo "make soak-kernels CASES=500 SEED=0: random attention problems in Triton's interpreter; every setting compiled for GPUs"
+	@echo "make soak-kernels CASES=500 SEED=0: random attention problems and prompts in Triton's interpreter; every setting compiled for GPUs"
 	@echo "make install      create $(VENV), install everything: what training, every command and the tests need"
 	@echo "make clean        remove $(VENV), $(VENV)-gpu, runs and bench"
 
@@ -70,7 +70,7 @@ soak-faults: $(VENV)/.installed
 
 # Compiling every setting of the kernels for two GPUs takes half an hour of one core.
 soak-kernels: $(VENV)/.installed
-	OMP_NUM_THREADS=1 CASES=$(CASES) SEED=$(SEED) $(BIN)/python -m pytest -q -n 2 tests/phd/attention/test_fused.py tests/phd/attention/test_fused_compiler.py
+	OMP_NUM_THREADS=1 CASES=$(CASES) SEED=$(SEED) $(BIN)/python -m pytest -q -n 2 tests/phd/attention/test_fused.py tests/phd/attention/test_fused_compiler.py tests/phd/inference/test_fused_rows.py
 
 install: $(VENV)/.installed
 

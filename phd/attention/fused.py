@@ -59,6 +59,38 @@ def merge_hidden(
     _merge(*inputs, *result, starts, rule.window, rule.chunk, rule.in_tokens)
 
 
+class Suffix(NamedTuple):
+    """The tokens at the end of a row that queries and hidden keys belong to.
+
+    row       0  1  2  3  4  5  6  7
+    keys                  4  5  6  7        first_key = 4
+    queries                     6  7        first_query = 6
+    """
+
+    first_query: int
+    first_key: int
+
+
+def merge_suffix(
+    inputs: tuple[Tensor, Tensor, Tensor],
+    result: tuple[Tensor, Tensor],
+    pattern: Pattern,
+    suffix: Suffix,
+) -> None:
+    """Add rules 2 and 3 to rule 1's result of a row's last tokens: updates (out, lse) in place.
+
+    Args:
+        inputs: q (B, N, Q, queries, H) with Q = K - 1, or 1: the last copy, and k, v
+            (B, G, K - 1, keys, H). Both are of hidden copies alone.
+        result: out as q, and lse float32 (B, N, Q, queries).
+        pattern: one whose rule is `hidden`.
+        suffix: where they begin. The keys are all that the queries see, at least.
+    """
+    assert suffix.first_key <= pattern.first_influential_token(suffix.first_query, layers=1)
+    launch = forward_launch(inputs, result, None, LocalRule.of(pattern), suffix)
+    forward_kernel[launch.grid](*launch.arguments, **launch.constants, **launch.options)
+
+
 def add_hidden_gradients(
     gradients: tuple[Tensor, Tensor, Tensor],
     inputs: tuple[Tensor, Tensor, Tensor],
@@ -165,17 +197,21 @@ def _store(base, at, x, valid, H: tl.constexpr, WIDTH: tl.constexpr):  # type: i
     tl.store(base + at[:, None] + column[None, :], x.to(base.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+# One compiled kernel serves all places in a row.
+@triton.jit(do_not_specialize=["first_query", "first_key"])
 def forward_kernel(  # type: ignore[no-untyped-def]
     q, k, v, out, lse, starts,
     q_b, q_n, q_c, q_t, k_b, k_g, k_c, k_t, v_b, v_g, v_c, v_t,
     o_b, o_n, o_c, o_t, l_b, l_n, l_c, l_t,
-    groups, tokens, scale,
+    groups, tokens, scale, first_query, first_key,
     SHARING: tl.constexpr, HIDDEN: tl.constexpr, ASKING: tl.constexpr, COPIES: tl.constexpr,
     WINDOW: tl.constexpr, CHUNK: tl.constexpr, IN_TOKENS: tl.constexpr, DOCUMENTS: tl.constexpr,
     H: tl.constexpr, WIDTH: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, QUERIES: tl.constexpr, HEADS: tl.constexpr, KEYS: tl.constexpr,
+    SUFFIX: tl.constexpr,
 ):  # fmt: skip
+    # With SUFFIX h, low and key are numbers in the row, of which q and k have the end.
+    key_copies: tl.constexpr = HIDDEN if SUFFIX else HIDDEN + 1
     blocks: tl.constexpr = (SHARING + HEADS - 1) // HEADS
     program = tl.program_id(1)
     b, g = (program // blocks // groups).to(tl.int64), (program // blocks % groups).to(tl.int64)
@@ -188,27 +224,32 @@ def forward_kernel(  # type: ignore[no-untyped-def]
     valid = (query < stop) & (row // QUERIES < HEADS) & (head < SHARING)
     starts += b * tokens
 
-    h = _hidden_copy(query, HIDDEN, ASKING)
+    own = _hidden_copy(query, HIDDEN, ASKING)
+    h = own + first_query if SUFFIX else own
     low = _first_seen(starts, h, valid, HIDDEN, WINDOW, CHUNK, IN_TOKENS, DOCUMENTS)
     head = g * SHARING + head  # of all N
-    q_at = head * q_n + _offsets(h, q_c, q_t, HIDDEN, COPIES)
-    out_at = head * o_n + _offsets(h, o_c, o_t, HIDDEN, COPIES)
-    lse_at = head * l_n + _offsets(h, l_c, l_t, HIDDEN, COPIES)
+    q_at = head * q_n + _offsets(own, q_c, q_t, HIDDEN, COPIES)
+    out_at = head * o_n + _offsets(own, o_c, o_t, HIDDEN, COPIES)
+    lse_at = head * l_n + _offsets(own, l_c, l_t, HIDDEN, COPIES)
     queries = _load(q + b * q_b, q_at, valid, H, WIDTH)
     mixed = _load(out + b * o_b, out_at, valid, H, WIDTH).to(tl.float32)
     peak = tl.load(lse + b * l_b + lse_at, mask=valid, other=0.0) * LOG2_E
     share = tl.full([ROWS], 1.0, tl.float32)
 
     first = _hidden_copy(begin, HIDDEN, ASKING)
-    first = _first_seen(starts, first, True, HIDDEN, WINDOW, CHUNK, IN_TOKENS, DOCUMENTS)
     end = _hidden_copy(stop - 1, HIDDEN, ASKING) + 1
+    if SUFFIX:
+        first += first_query
+        end += first_query
+    first = _first_seen(starts, first, True, HIDDEN, WINDOW, CHUNK, IN_TOKENS, DOCUMENTS)
     k += b * k_b + g * k_g
     v += b * v_b + g * v_g
     for near in range(first, end, KEYS):
         key = near + tl.arange(0, KEYS)
         there = key < end
-        keys = _load(k, _offsets(key, k_c, k_t, HIDDEN, HIDDEN + 1), there, H, WIDTH)
-        values = _load(v, _offsets(key, v_c, v_t, HIDDEN, HIDDEN + 1), there, H, WIDTH)
+        at = key - first_key if SUFFIX else key
+        keys = _load(k, _offsets(at, k_c, k_t, HIDDEN, key_copies), there, H, WIDTH)
+        values = _load(v, _offsets(at, v_c, v_t, HIDDEN, key_copies), there, H, WIDTH)
         scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * (scale * LOG2_E)
         seen = (key[None, :] <= h[:, None]) & (key[None, :] >= low[:, None])
         scores = tl.where(seen, scores, -float("inf"))
@@ -379,18 +420,24 @@ class Launch(NamedTuple):
 
 
 def forward_launch(
-    inputs: tuple[Tensor, ...], result: tuple[Tensor, ...], starts: Tensor | None, rule: LocalRule
+    inputs: tuple[Tensor, ...],
+    result: tuple[Tensor, ...],
+    starts: Tensor | None,
+    rule: LocalRule,
+    suffix: Suffix | None = None,
 ) -> Launch:
-    """How `forward_kernel` is called; arguments as in `merge_hidden`."""
+    """How `forward_kernel` is called; arguments as in `merge_hidden` or `merge_suffix`."""
     q, k, _ = inputs
     B, N, Q, T, H = q.shape
     G, asking = k.shape[1], min(Q, rule.hidden)
     blocks = forward_blocks(rule, H, q.element_size(), asking, N // G)
     constants = _constants(q, k, starts, rule) | blocks.constants
+    first_query, first_key = (rule.hidden * token for token in suffix or (0, 0))
+    sizes = G, T, H**-0.5, first_query, first_key
     return Launch(
         (ceil(T * asking / blocks.queries), B * G * ceil(N // G / blocks.heads)),
-        _arguments((*inputs, *result), q if starts is None else starts, (G, T, H**-0.5)),
-        constants,
+        _arguments((*inputs, *result), q if starts is None else starts, sizes),
+        constants | {"SUFFIX": suffix is not None},
         blocks.options,
     )
 

@@ -58,18 +58,23 @@ def fused_attention(
 
 
 def _check_fused(q: Tensor) -> None:
-    hint = "choose model.attention=packed, which runs everywhere"
+    reason = fused_obstacle(q.device, q.dtype, q.shape[-1])
+    if reason is not None:
+        hint = "choose model.attention=packed, which runs everywhere"
+        raise ValueError(f"model.attention=fused: {reason}; {hint}")
+
+
+def fused_obstacle(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why the fused kernels cannot do attention on a device; None: they can."""
     if not HAS_TRITON:
-        raise ValueError(f"model.attention=fused: the package triton is not installed; {hint}")
+        return "the package triton is not installed"
     from phd.attention.fused import IS_INTERPRETED
 
-    if q.device.type != "cuda" and not IS_INTERPRETED:
-        raise ValueError(
-            f"model.attention=fused: no Triton kernels on the device {q.device}; {hint}"
-        )
-    if not has_kernels(q.dtype, q.shape[-1]):
-        reason = f"no kernel for {q.dtype} with model.head_dim={q.shape[-1]}"
-        raise ValueError(f"model.attention=fused: {reason}; {hint}")
+    if device.type != "cuda" and not IS_INTERPRETED:
+        return f"no Triton kernels on the device {device}"
+    if not has_kernels(dtype, head_dim):
+        return f"no kernel for {dtype} with model.head_dim={head_dim}"
+    return None
 
 
 def _packed(

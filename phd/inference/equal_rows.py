@@ -78,13 +78,17 @@ class EqualRows(IncrementalForward):
     def attention(self, q: Tensor, k: Tensor, v: Tensor, cached: Pair, layer: int) -> Tensor:
         if not self.is_last(layer):
             own = k[:, :, : self.cached], v[:, :, : self.cached]
-            out = self._attend_causally(q[:, :, : self.cached], own, cached)
+            causal = self._attend_causally(q[:, :, : self.cached], own, cached)
             if q.shape[2] == self.cached:
-                return out
-            hidden = self._attend_in_tiles(q[:, :, self.cached :], (k, v), cached, layer)
-            return torch.cat([out, hidden], 2)
+                return causal
+            # Token by token, as the output projection reads it: then it copies nothing.
+            out = q.new_empty(*q.transpose(1, 2).shape).transpose(1, 2)
+            out[:, :, : self.cached] = causal
+            hidden = q[:, :, self.cached :]
+            out[:, :, self.cached :] = self.attend_hidden(hidden, (k, v), cached, layer)
+            return out
         if self.hidden_per_token:
-            return self._attend_in_tiles(q, (k, v), cached, layer)
+            return self.attend_hidden(q, (k, v), cached, layer)
         # The last copy of each of the last tokens sees all cached slots up to itself.
         past, device = self.end - self.keep, q.device
         visible = torch.arange(past + 1, self.end + 1, device=device) * self.cached_per_token
@@ -98,7 +102,7 @@ class EqualRows(IncrementalForward):
         old = (x[:, :, : self.past * self.cached_per_token] for x in cached)
         return merge_outputs(result, attend_cached(q, *old))
 
-    def _attend_in_tiles(self, q: Tensor, new: Pair, cached: Pair, layer: int) -> Tensor:
+    def attend_hidden(self, q: Tensor, new: Pair, cached: Pair, layer: int) -> Tensor:
         """Queries of hidden copies, a tile of tokens at a time.
 
         All queries of a tile see every original before the tile, so only the rest needs a mask.

@@ -12,6 +12,7 @@ row: in each layer for those that influence a logit or a later token.
 Each case is one class, which can be read alone:
 
     EqualRows           equal_rows     any number of tokens, the same in rows of one length
+    FusedRows           fused_rows     the same on CUDA, by Triton's kernels
     RaggedRows          ragged_rows    any numbers of tokens, in rows of any lengths
     RaggedPrompts       ragged_rows    the same, in rows that are empty before
     EqualDecodeStep     decode_step    one token of each row, in rows of one length

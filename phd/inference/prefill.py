@@ -14,6 +14,7 @@ from torch import Tensor
 from phd.inference.cache import KVCache
 from phd.inference.decode_step import EqualDecodeStep, RaggedDecodeStep
 from phd.inference.equal_rows import EqualRows
+from phd.inference.fused_rows import FusedRows, has_fused_rows
 from phd.inference.incremental import IncrementalForward, LayerContext
 from phd.inference.ragged_rows import RaggedPrompts, RaggedRows
 from phd.model import Transformer
@@ -55,8 +56,11 @@ def prefill(
         last = extend(model, tokens[:, start : start + piece], cache, new, keep=int(any(ends)))
         if not any(ends):
             continue
-        last, is_end = last[:, 0], torch.tensor(ends, device=last.device)[:, None]
-        logits = last if logits is None else torch.where(is_end, last, logits)
+        last = last[:, 0]
+        if logits is not None:
+            is_end = torch.tensor(ends, device=last.device)[:, None]
+            last = torch.where(is_end, last, logits)
+        logits = last
     assert logits is not None
     return logits, cache
 
@@ -118,7 +122,8 @@ def _forward_of(
     if len(set(cache.host_lengths)) == len(set(new)) == 1:
         if one_token and cache.pattern.cached_slots_per_token == 1:
             return EqualDecodeStep(cache, rope)
-        return EqualRows(cache, rope, new[0], keep)
+        rows = FusedRows if has_fused_rows(cache) else EqualRows
+        return rows(cache, rope, new[0], keep)
     if one_token:
         return RaggedDecodeStep(cache, rope, reach=max(cache.host_lengths) + 1)
     if max(cache.host_lengths) == 0:

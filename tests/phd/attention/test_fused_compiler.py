@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from phd.attention.blocks import LocalRule, has_kernels
-from phd.attention.fused import backward_launch, forward_launch
+from phd.attention.fused import Suffix, backward_launch, forward_launch
 from phd.pattern import Pattern
 from tests.gpu_compiler import Build, compile_for_gpus
 
@@ -102,6 +102,45 @@ def test_the_kernels_compile_for_gpus_and_hardly_spill_registers() -> None:
         for one in compiled:
             print(build.kernel, *setting, *one)
             assert one.spilled_bytes <= MOST_SPILLED[setting.dtype], (setting, build, one)
+
+
+class Prefill(NamedTuple):
+    """A launch for the last tokens of a prompt."""
+
+    pattern: str
+    H: int
+    dtype: torch.dtype
+    tokens: int
+    last_copy_only: bool = False
+
+    def build(self, N: int = 16, G: int = 4) -> Build:
+        """The keys and values follow those of 8192 originals, as in the slots of a layer."""
+        pattern = PATTERNS[self.pattern]
+        hidden, S = pattern.K - 1, self.tokens
+
+        def by_copy(heads: int, copies: int, dtype: torch.dtype = self.dtype) -> Tensor:
+            whole = torch.empty(1, heads, 8192 + S * copies, self.H, device="meta", dtype=dtype)
+            return whole[:, :, 8192:].unflatten(2, (S, copies)).transpose(2, 3)
+
+        Q = 1 if self.last_copy_only else hidden
+        q, k, v, out = (by_copy(*sizes) for sizes in ((N, Q), (G, hidden), (G, hidden), (N, Q)))
+        lse = torch.empty(1, N, -(-S * Q // 16) * 16, device="meta")[..., : S * Q]
+        lse = lse.unflatten(2, (S, Q)).transpose(2, 3)
+        suffix = Suffix(8192 - S, 8192 - S)
+        launch = forward_launch((q, k, v), (out, lse), None, LocalRule.of(pattern), suffix)
+        warps, stages = launch.options["num_warps"], launch.options["num_stages"]
+        kernel = "phd.attention.fused:forward_kernel"
+        return Build(kernel, launch.arguments, launch.constants, warps, stages)
+
+
+def test_the_kernel_compiles_for_the_end_of_a_prompt() -> None:
+    prefills = [
+        Prefill("cswa-2", 64, BF16, 17),
+        Prefill("cswa-4", 96, BF16, 7, last_copy_only=True),
+    ]
+    found = compile_for_gpus([prefill.build() for prefill in prefills])
+    for prefill, compiled in zip(prefills, found, strict=True):
+        assert [one.spilled_bytes for one in compiled] == [0, 0], prefill
 
 
 # Triton's compiler without a GPU, for a graph that is made and not run.

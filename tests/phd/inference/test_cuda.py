@@ -95,6 +95,35 @@ def test_several_tokens_at_once_are_those_one_by_one(variant: Variant) -> None:
 
 @torch.no_grad()
 @variants
+@pytest.mark.parametrize("copies", [2, 16])
+def test_a_prompt_in_pieces_gives_what_the_full_forward_gives(
+    variant: Variant, copies: int
+) -> None:
+    model = model_of(variant, K=1 if variant == "vanilla" else copies)
+    tokens = tokens_of(2, 300)
+    full = model.logits(tokens)
+    logits, cache = prefill(model, tokens[:, :203], piece=90)
+    torch.testing.assert_close(logits, full[:, 202], rtol=0, atol=1e-3)
+    logits = extend(model, tokens[:, 203:250], cache, keep=20)
+    torch.testing.assert_close(logits, full[:, 230:250], rtol=0, atol=1e-3)
+
+
+@torch.no_grad()
+@variants
+def test_the_host_does_not_wait_for_a_prompt(variant: Variant) -> None:
+    model, tokens = model_of(variant), tokens_of(2, 80)
+    with torch.autocast("cuda", torch.bfloat16):
+        prefill(model, tokens, piece=50)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            prefill(model, tokens, piece=50)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@torch.no_grad()
+@variants
 def test_the_host_does_not_wait_for_a_decoded_token(variant: Variant) -> None:
     model, tokens = model_of(variant), tokens_of(2, 40)
     _, cache = prefill(model, tokens, capacity=100)
