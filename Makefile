@@ -32,7 +32,7 @@ help:
 	@echo "make test         install the rest, lint, check types, run all tests (TESTS=tests/phd: some of them)"
 	@echo "make fast         the same, without tests that start processes, compile or take long: two to three minutes"
 	@echo "make check        install the rest, lint, check types"
-	@echo "make gpu          on a machine with a GPU: its tests and benchmarks, as a page in docs/gpu, in six minutes"
+	@echo "make gpu          on a machine with a GPU: its tests and benchmarks, as a page in docs/gpu, in nine minutes"
 	@echo "make soak-data    CASES=500 SEED=0: random corpora, kills and changes of ranks: the same rows always"
 	@echo "make soak-faults  KILLS=20 SIGNALS=50 SEED=0: killed ranks and machines: the same run always"
 	@echo "make soak-kernels CASES=500 SEED=0: random attention problems and prompts in Triton's interpreter; every setting compiled for GPUs"

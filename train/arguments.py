@@ -11,11 +11,13 @@ from typing import Any, Literal, get_args
 from conf.errors import ConfigError, Problem
 from conf.seed import Seed
 from conf.settings import above, at_least
-from phd.config import SamplingConfig, SpanUnit
+from phd.config import SamplingConfig, SpanUnit, Variant
 from train.engine_config import device_problems
 from train.engines.accelerators import ACCELERATORS, accelerator
 
-Benchmark = Literal["attention", "head", "step", "data", "resume", "checkpoint", "inference"]
+Benchmark = Literal[
+    "attention", "head", "step", "data", "resume", "checkpoint", "inference", "throughput"
+]
 WeightDtype = Literal["float32", "bfloat16"]
 
 
@@ -216,18 +218,23 @@ class BenchArguments:
             reads text and tokens. `resume`: how long it takes to continue at 1 %, 50 % and 99 % of
             a corpus. `checkpoint`: how long a save takes, and for how much of it the training
             stands still. `inference`: prefill, decode and KV bytes of every variant, with charts.
+            `throughput`: tokens per second of batches of PHD-CSWA, vanilla and transformers.
         out: the directory for `<name>.json` and `<name>.csv`; `checkpoint` measures its disk.
         short: the short form, of seconds: fewer and smaller pieces of work, at most 3 turns.
         repeat: how often everything is measured. A ratio is the median of those of the turns, and
             a time is that of the base, multiplied by the ratio.
-        size: the model of `step`, `checkpoint` and `inference`, a file of conf/size/; null: `tiny`,
-            which `inference` makes wider, and for a `step` on CUDA `151m`, `550m` and `1b2`.
-        span_unit: whether W = 16 and C = 32 count `token`s or `hidden` copies in `inference`.
-        copies: the values of K in `inference`; an empty list: a few for each chart.
+        size: the model of `step`, `checkpoint`, `inference` and `throughput`, a file of conf/size/;
+            null: `tiny`, which the last two make wider, and for a `step` on CUDA `151m`, `550m` and
+            `1b2`.
+        span_unit: whether W = 16 and C = 32 count `token`s or `hidden` copies in `inference` and
+            `throughput`; null: hidden copies, and in `inference` tokens as well from K = 16 on.
+        variants: what is measured beside vanilla in `inference`; an empty list: all variants.
+        copies: the values of K in `inference` and `throughput`; an empty list: a few.
+        batches: how many rows are decoded at a time in `throughput`; an empty list: one and more.
         prompts: the lengths in tokens of the prompts in `inference`; an empty list: a short and a
             long one.
         contexts: the lengths in tokens up to which `inference` decodes; an empty list: a short and
-            a long one.
+            a long one. `throughput` decodes rows from half the longest to all of it.
         compile: decode with `torch.compile` in `inference`; compiling takes up to a minute for each
             row of the table.
         rows: the rows of a `step`; null: 4096 tokens on the CPU, 16384 on CUDA.
@@ -241,8 +248,10 @@ class BenchArguments:
     short: bool = False
     repeat: int = 11
     size: str | None = None
-    span_unit: SpanUnit = "token"
+    span_unit: SpanUnit | None = None
+    variants: tuple[Variant, ...] = ()
     copies: tuple[int, ...] = ()
+    batches: tuple[int, ...] = ()
     prompts: tuple[int, ...] = ()
     contexts: tuple[int, ...] = ()
     compile: bool = False
@@ -259,7 +268,7 @@ class BenchArguments:
     def problems(self) -> list[Problem]:
         """Every impossible setting."""
         found = at_least(self, "", 1, "repeat", "rows", "seq_len")
-        for key, least in (("copies", 2), ("prompts", 1), ("contexts", 1)):
+        for key, least in (("copies", 2), ("batches", 1), ("prompts", 1), ("contexts", 1)):
             found += [
                 Problem(key, value, f"expected integers of at least {least}")
                 for value in getattr(self, key)

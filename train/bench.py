@@ -7,6 +7,7 @@ python train/bench.py data out=bench
 python train/bench.py resume out=bench
 python train/bench.py checkpoint size=151m out=bench
 python train/bench.py inference out=bench
+python train/bench.py throughput out=bench
 """
 
 import sys
@@ -34,6 +35,7 @@ from rich.table import Table
 
 from conf.errors import ConfigError, Problem, reason_of
 from conf.extras import pip_command
+from phd.config import ModelConfig
 from train.arguments import BenchArguments
 from train.benchmarks.attention import bench_attention
 from train.benchmarks.checkpoint import bench_saving
@@ -88,25 +90,58 @@ def _bench_resume(args: BenchArguments, _: torch.device) -> Result:
 
 
 def _bench_inference(args: BenchArguments, device: torch.device) -> Result:
-    # Both packages are optional, and the module imports them at its top. So this says what is
-    # missing first.
-    if missing := [name for name in ("transformers", "matplotlib") if find_spec(name) is None]:
-        problem = f"name=inference: needs {' and '.join(missing)}"
-        add = pip_command("phd-transformer[bench]")
-        raise ConfigError([f"{problem}; {add}"], "the arguments")
-    from train.benchmarks.inference import bench_inference, grid_of
+    _need_packages(args.name)
+    from train.benchmarks.inference import Asked, bench_inference, grid_of
 
-    size = args.size or "tiny"
-    wider = [f"model.{setting}" for setting in WIDENED] if size == "tiny" else []
-    model = load([f"size={size}", f"engine.device={device.type}", *wider]).model
-    model = replace(model, window=16, chunk=32, span_unit=args.span_unit)
-    if wider:
-        model = replace(model, size="tiny, widened")
     lengths: tuple[tuple[int, ...], ...] = args.prompts, args.contexts, args.copies
     if args.short:
         lengths = tuple(a or b for a, b in zip(lengths, SHORT_LENGTHS, strict=True))
-    grid = grid_of(device, *lengths, compiled=args.compile)
-    return bench_inference(model, grid, args.turns, device, charts=Path(args.out).expanduser())
+    prompts, contexts, copies = lengths
+    asked = Asked(
+        prompts=prompts,
+        contexts=contexts,
+        copies=copies,
+        variants=args.variants,
+        span_unit=args.span_unit,
+        compiled=args.compile,
+    )
+    model = _model_of_inference(args, device)
+    charts = Path(args.out).expanduser()
+    return bench_inference(model, grid_of(device, asked), args.turns, device, charts=charts)
+
+
+def _bench_throughput(args: BenchArguments, device: torch.device) -> Result:
+    _need_packages(args.name)
+    from train.benchmarks.throughput import bench_throughput, load_of
+
+    given: tuple[tuple[int, ...], ...] = args.batches, args.contexts, args.copies
+    if args.short:
+        given = tuple(a or b for a, b in zip(given, SHORT_BATCHES, strict=True))
+    load = load_of(device, *given)
+    model = _model_of_inference(args, device)
+    charts = Path(args.out).expanduser()
+    return bench_throughput(model, load, args.turns, device, charts=charts)
+
+
+def _model_of_inference(args: BenchArguments, device: torch.device) -> ModelConfig:
+    """The model of `inference` and `throughput`: the size that is asked for, or a widened tiny."""
+    size = args.size or "tiny"
+    wider = [f"model.{setting}" for setting in WIDENED] if size == "tiny" else []
+    model = load([f"size={size}", f"engine.device={device.type}", *wider]).model
+    model = replace(model, window=16, chunk=32, span_unit=args.span_unit or "hidden")
+    return replace(model, size="tiny, widened") if wider else model
+
+
+def _need_packages(name: str) -> None:
+    """Say which packages a benchmark lacks that its module imports at its top.
+
+    Raises:
+        ConfigError: transformers or matplotlib is missing. Both are optional.
+    """
+    if missing := [package for package in ("transformers", "matplotlib") if not find_spec(package)]:
+        problem = f"name={name}: needs {' and '.join(missing)}"
+        add = pip_command("phd-transformer[bench]")
+        raise ConfigError([f"{problem}; {add}"], "the arguments")
 
 
 def _bench_attention(args: BenchArguments, device: torch.device) -> Result:
@@ -138,6 +173,9 @@ STEP_SIZES = {
 SHORT_LENGTHS = ((512,), (128,), (2,))
 """Prompts, contexts and copies of the short form of inference."""
 
+SHORT_BATCHES = ((1, 4), (128,), (2,))
+"""Batches, contexts and copies of the short form of throughput."""
+
 SHORT_GIGABYTES = 0.02
 """The most text that the short form of `resume` writes."""
 
@@ -155,6 +193,7 @@ BENCHMARKS: dict[str, Callable[[BenchArguments, torch.device], Result]] = {
     "resume": _bench_resume,
     "checkpoint": _bench_checkpoint,
     "inference": _bench_inference,
+    "throughput": _bench_throughput,
 }
 
 
@@ -205,11 +244,14 @@ def _print_result(result: Result, columns: list[str], title: str, console: Conso
     shown = [column for column in columns if column not in SPREAD]
     for column in shown:
         table.add_column(column, justify="left" if column == "work" else "right")
+    digits = {column: _digits([row[column] for row in result.rows]) for column in columns}
     for row in result.rows:
-        table.add_row(*(_cell(row[name]) + _spread(row, columns, name) for name in shown))
+        cells = {name: _cell(row[name], digits[name]) for name in columns}
+        table.add_row(*(cells[name] + _spread(row, columns, digits, name) for name in shown))
     console.print(table)
+    longest = max(map(len, result.ratios), default=0)
     for name, value in result.ratios.items():
-        console.print(f"{name:32} {value:.3f}")
+        console.print(f"{name:{longest}} {value:10,.3f}")
 
 
 def _write_result(result: Result, columns: list[str], path: Path) -> None:
@@ -240,16 +282,26 @@ def _draw(result: Result, title: str, path: Path, console: Console) -> list[Path
     return [path]
 
 
-def _spread(row: dict[str, Any], columns: list[str], name: str) -> str:
+def _spread(row: dict[str, Any], columns: list[str], digits: dict[str, int], name: str) -> str:
     """The quartiles of a ratio, whose columns follow it; "" for any other column."""
     place = columns.index(name) + 1
-    if tuple(columns[place : place + 2]) != SPREAD:
+    if tuple(columns[place : place + 2]) != SPREAD or row[name] is None:
         return ""
-    low, high = (_cell(row[column]) for column in SPREAD)
+    low, high = (_cell(row[column], digits[name]) for column in SPREAD)
     return f" ({low}-{high})"
 
 
-def _cell(value: Any) -> str:
+def _digits(values: list[Any]) -> int:
+    """The decimals of a column, which are those of its smallest number.
+
+    >>> _digits([0.45, 25.5]), _digits([12.5, None]), _digits([744.2, 0.0])
+    (3, 1, 0)
+    """
+    least = min((abs(x) for x in values if isinstance(x, float) and x), default=100.0)
+    return 3 if least < 10 else int(least < 100)
+
+
+def _cell(value: Any, digits: int) -> str:
     if value is None:
         return ""
-    return f"{value:,.2f}" if isinstance(value, float) else str(value)
+    return f"{value:,.{digits}f}" if isinstance(value, float) else str(value)

@@ -6,14 +6,15 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import monotonic, sleep
-from typing import get_args
+from typing import NamedTuple, get_args
 
 from tests.gpu.lines import FAIL, PASS, Row, told
 from tests.gpu.report import Section
+from tests.gpu.targets import TARGETS, Target
 from train.arguments import Benchmark
 
 ROOT = Path(__file__).parents[2]
@@ -40,6 +41,55 @@ class Part:
     together: bool = False
 
 
+class Short(NamedTuple):
+    """The short form of a benchmark.
+
+    Attributes:
+        benchmark: its name for `train/bench.py`.
+        arguments: where it would be too small to tell much otherwise.
+        limit_s: its time.
+    """
+
+    benchmark: str
+    arguments: tuple[str, ...] = ()
+    limit_s: float = 50
+
+
+ON_CPU = {name: Short(name) for name in get_args(Benchmark)}
+
+ON_CUDA = {
+    "inference_1b2": Short(
+        "inference",
+        (
+            *("size=1b2", "variants=phd_cswa", "copies=[2,16,64,256]"),
+            *("prompts=1024", "contexts=1024"),
+        ),
+        limit_s=110,
+    ),
+    "inference_550m": Short(
+        "inference",
+        (
+            *("size=550m", 'variants=["phd","phd_swa","phd_cswa"]', "copies=16"),
+            *("prompts=8192", "contexts=1024"),
+        ),
+        limit_s=90,
+    ),
+    "throughput": Short(
+        "throughput",
+        ("size=550m", "batches=[1,4,16,64]", "copies=[2,16,64]", "contexts=1024"),
+        limit_s=90,
+    ),
+    **{
+        name: at_scale
+        for name, at_scale in ON_CPU.items()
+        if name not in ("inference", "throughput")
+    },
+    "step": Short("step", ("size=1b2",)),
+}
+"""The benchmarks on a GPU, by the names of their parts. The most important ones come first, and
+last those of which most is not the GPU's."""
+
+
 def parts(device: str, logs: Path, processes: int) -> dict[str, Part]:
     """All parts by name; the most important ones first."""
     python = sys.executable
@@ -63,7 +113,8 @@ def parts(device: str, logs: Path, processes: int) -> dict[str, Part]:
     # Warnings of another version of torch are not what is tested here.
     pytest += ["-o", "filterwarnings=default", "--continue-on-collection-errors"]
     pytest += ["-n", str(processes), *cuda_tests()]
-    benchmarks = {name: bench(name, device, logs) for name in get_args(Benchmark)}
+    short = ON_CUDA if device == "cuda" else ON_CPU
+    benchmarks = {name: bench(name, device, logs) for name in short}
     found = {
         "tests": Part("Tests that need CUDA", pytest, 190, rows_of_tests, together=True),
         "default_run": Part(
@@ -76,27 +127,26 @@ def parts(device: str, logs: Path, processes: int) -> dict[str, Part]:
         **{name: benchmarks[name] for name in LAST},
     }
     if device == "cuda":
-        first = bench("step", device, logs / "first", "repeat=1")
-        title = "The first `bench.py step`, which compiles while the tests run"
-        found["compile"] = replace(first, title=title, limit_s=190, together=True)
+        for name in ("step", "inference_1b2"):
+            first = bench(name, device, logs / "first", "repeat=1")
+            title = f"The first {first.title}, which compiles while the tests run"
+            found[f"compile_{name}"] = replace(first, title=title, limit_s=190, together=True)
     return found
 
 
 def bench(name: str, device: str, logs: Path, *others: str) -> Part:
-    """The short form of a benchmark."""
-    words = [sys.executable, str(ROOT / "train/bench.py"), name, f"device={device}", "short=true"]
-    words += [f"out={logs}", *(AT_SCALE.get(name, []) if device == "cuda" else []), *others]
-    return Part(f"`bench.py {name}`", words, 50, bench_rows(logs / f"{name}.json"))
+    """The part of a benchmark's short form, which writes into a folder of its own."""
+    benchmark, arguments, limit_s = (ON_CUDA if device == "cuda" else ON_CPU)[name]
+    out = logs / name
+    words = [sys.executable, str(ROOT / "train/bench.py"), benchmark, *arguments, *others]
+    words += [f"device={device}", "short=true", f"out={out}"]
+    size = [word for word in arguments if word.startswith("size=")]
+    title = f"`bench.py {' '.join([benchmark, *size])}`"
+    return Part(title, words, limit_s, bench_rows(out / f"{benchmark}.json", TARGETS.get(name, {})))
 
 
-AT_SCALE = {
-    "step": ["size=1b2"],
-    "inference": ["size=1b2", "copies=[2,16,64]", "prompts=[1024]", "contexts=[1024]"],
-}
-"""On a GPU, the sizes of the benchmarks whose short form is too small to tell much there."""
-
-LAST = ("inference", "checkpoint", "data", "resume")
-"""The benchmarks that come after everything else: most of what they measure is not the GPU's."""
+LAST = ("checkpoint", "data", "resume")
+"""The benchmarks that come after everything else."""
 
 
 def cuda_tests() -> list[str]:
@@ -129,8 +179,8 @@ def rows_of_tests(text: str) -> list[Row]:
     return [{"what": shown or "none ran"}, *({"what": name, "result": FAIL} for name in bad)]
 
 
-def bench_rows(path: Path) -> Callable[[str], list[Row]]:
-    """The rows and ratios that a benchmark has written."""
+def bench_rows(path: Path, targets: Mapping[str, Target]) -> Callable[[str], list[Row]]:
+    """The rows and ratios that a benchmark has written, and beside a ratio what is hoped for."""
 
     def rows(_: str) -> list[Row]:
         if not path.is_file():
@@ -140,7 +190,11 @@ def bench_rows(path: Path) -> Callable[[str], list[Row]]:
             {key: value for key, value in row.items() if not key.endswith("seconds")}
             for row in found["rows"]
         ]
-        return [*shown, *({"ratio": name, "is": value} for name, value in found["ratios"].items())]
+        ratios = [
+            {"ratio": name, "is": value} | (targets[name]._asdict() if name in targets else {})
+            for name, value in found["ratios"].items()
+        ]
+        return [*shown, *ratios]
 
     return rows
 

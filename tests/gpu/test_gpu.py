@@ -4,6 +4,7 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -17,10 +18,13 @@ from tests.conftest import NEEDS_CUDA
 from tests.gpu.command import GpuArguments
 from tests.gpu.default_run import apart, losses
 from tests.gpu.lines import Row
-from tests.gpu.parts import ROOT, Part, cuda_tests, parts, rows_of_tests, run
+from tests.gpu.parts import ROOT, Part, bench_rows, cuda_tests, parts, rows_of_tests, run
 from tests.gpu.report import VERSIONS, Report, Section
 from tests.gpu.steps import ENGINES, cases, rows
+from tests.gpu.targets import TARGETS
 from tests.train.many_ranks import run_ranks
+from train import bench
+from train.arguments import BenchArguments
 from train.distributed.process_groups import ProcessGroups
 
 MACHINE: dict[str, Any] = dict.fromkeys(("driver", "cuda", "cudnn", "nccl", "python", "cores"), "1")
@@ -126,9 +130,34 @@ def test_a_test_that_needs_a_gpu_says_so_as_the_others_do() -> None:
     assert {reason for reason in reasons if not NEEDS_CUDA.match(reason)} == set()
 
 
+@pytest.mark.parametrize("name", TARGETS)
+def test_a_target_is_one_of_a_ratio_that_its_part_measures(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The part's own command at a smaller size and length, with the numbers beside its ratios."""
+    pytest.importorskip("transformers")
+    pytest.importorskip("matplotlib")
+    from train.benchmarks import ceiling
+
+    monkeypatch.setitem(ceiling.COPIED_BYTES, "cpu", 1 << 12)
+    shape = {"layers": 2, "dim": 32, "ffn_dim": 48, "heads": 4, "kv_heads": 2, "head_dim": 8}
+    monkeypatch.setattr(bench, "WIDENED", [f"{key}={value}" for key, value in shape.items()])
+    words = [w.replace("=cuda", "=cpu") for w in parts("cuda", tmp_path, 1)[name].words[2:]]
+    given = parse(BenchArguments, words, positional=["name"])
+    assert given.contexts == (1024,)  # of which the targets are
+    smaller = replace(given, size=None, prompts=(6,), contexts=(10,), repeat=1)
+    assert bench.main(smaller) == 0
+    written = tmp_path / name / "inference.json"
+    rows = {row["ratio"]: row for row in bench_rows(written, TARGETS[name])("") if "ratio" in row}
+    for ratio, target in TARGETS[name].items():
+        assert rows[ratio] == {"ratio": ratio, "is": rows[ratio]["is"], **target._asdict()}
+    assert "must" not in rows["copy_gb_per_s"]
+
+
 def test_the_names_of_parts_are_checked() -> None:
     names = parts("cuda", Path("logs"), 8)
-    assert list(names)[:3] == ["tests", "default_run", "ceilings"]
+    first = ["tests", "default_run", "ceilings", "inference_1b2", "inference_550m", "throughput"]
+    assert list(names)[:6] == first
     given = parse(GpuArguments, ["parts=engines,ceilings", "device=cpu"])
     assert given.names(names) == ["engines", "ceilings"]
     assert parse(GpuArguments, ["device=cpu"]).names(names) == list(names)

@@ -1,4 +1,4 @@
-"""The device's speed at a large matrix product: the ceiling of what the other benchmarks reach."""
+"""The device's speed at a large matrix product and a copy: the ceilings of the other benchmarks."""
 
 import torch
 
@@ -8,6 +8,11 @@ NAME = "product"
 
 SIDES = {"cpu": 1024, "cuda": 8192}
 """Rows and columns of the matrices: float32 on the CPU, bfloat16 on CUDA."""
+
+COPY = "copy"
+
+COPIED_BYTES = {"cpu": 1 << 28, "cuda": 1 << 30}
+"""Of the copy: more than any cache holds, and on CUDA enough for half a millisecond."""
 
 
 def product_work(device: torch.device) -> Work:
@@ -20,6 +25,18 @@ def product_work(device: torch.device) -> Work:
 def product_flops_per_s(times: Times, device: torch.device) -> float:
     """The speed of the work `NAME` among these times."""
     return 2 * SIDES[device.type] ** 3 / times.typical_s(NAME)
+
+
+def copy_work(device: torch.device) -> Work:
+    """A copy within the device's memory."""
+    source = torch.zeros(COPIED_BYTES[device.type], dtype=torch.uint8, device=device)
+    target = torch.zeros_like(source)
+    return lambda: target.copy_(source)
+
+
+def copied_bytes_per_s(times: Times, device: torch.device) -> float:
+    """Bytes read plus written per second by the work `COPY` among these times."""
+    return 2 * COPIED_BYTES[device.type] / times.typical_s(COPY)
 
 
 def dtype_of(device: torch.device) -> torch.dtype:

@@ -1,42 +1,43 @@
 """The costs of PHD at inference: prefill time, decode latency and KV bytes, beside vanilla."""
 
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from math import ceil
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import Olmo2Config, Olmo2ForCausalLM
-from transformers.generation.streamers import BaseStreamer
 
 from conf.errors import ConfigError
-from phd.config import ModelConfig, Variant
-from phd.hf.convert import to_hugging_face
-from phd.inference.cuda_graph import Decoder
-from phd.inference.prefill import decode, new_cache, prefill
+from phd.config import ModelConfig, SpanUnit, Variant
+from phd.inference.prefill import prefill
 from phd.model import Transformer
+from train.benchmarks import ceiling
+from train.benchmarks.ceiling import copied_bytes_per_s, copy_work
+from train.benchmarks.decoding import Decode, TransformersDecode, floor, in_transformers
+from train.benchmarks.family import Models, random_tokens
 from train.benchmarks.inference_plots import draw
 from train.benchmarks.subject import subject_of
-from train.benchmarks.timing import Result, Times, Work, beside
+from train.benchmarks.timing import Result, Work, beside
 from train.engines.device import autocast
 
 Measurement = dict[str, Any]
-"""One row of the table: the work, the variant, K, its length, its times and its bytes."""
+"""One row of the table: the work, the variant, K, W's unit, its length, its times and its bytes."""
 
-PHD: tuple[Variant, ...] = ("phd", "phd_swa", "phd_cswa")
 SHORT = {"naive_repeat": "_naive", "phd": "_phd", "phd_swa": "_swa", "phd_cswa": "_cswa"}
 
-COPIED_BYTES = 1 << 28
-"""Size of the copy that measures the memory's bandwidth: 256 MiB, more than any CPU cache."""
+WINDOWED = ("phd_swa", "phd_cswa")
+"""The variants that have a window."""
+
+TOKENS_FROM_K = 16
+"""From this K on, windows in tokens are measured beside those in hidden copies. At K = 2 both are
+the same, and at few copies they cost almost the same."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
-    """The lengths and copies that are measured.
+    """The variants, lengths and copies that are measured.
 
     Attributes:
         prompts: lengths of the prompts for prefill, in tokens.
@@ -45,6 +46,9 @@ class Grid:
         decode_copies: K of PHD's variants in decode.
         naive_copies: K of naive repetition. They are few, because its cost grows as K^2.
         steps: tokens that are decoded in a turn. They are the last ones of the context.
+        variants: those of PHD that are measured.
+        span_unit: what windows and chunks count; None: hidden copies, and from `TOKENS_FROM_K` on
+            tokens as well.
         compiled: whether decode uses `torch.compile`.
     """
 
@@ -54,7 +58,25 @@ class Grid:
     decode_copies: tuple[int, ...]
     naive_copies: tuple[int, ...]
     steps: int
+    variants: tuple[Variant, ...] = ("phd", "phd_swa", "phd_cswa")
+    span_unit: SpanUnit | None = None
     compiled: bool = False
+
+    def phd_models(self, models: Models, copies: Iterable[int]) -> list[Transformer]:
+        """PHD's variants for these K, each with the units that its window is measured in."""
+        return [
+            models.of(variant, K, unit)
+            for K in copies
+            for variant in self.variants
+            for unit in self.units(variant, K)
+        ]
+
+    def units(self, variant: Variant, K: int) -> tuple[SpanUnit, ...]:
+        """The units that a variant's window is measured in; of one without a window only one."""
+        if self.span_unit is not None:
+            return (self.span_unit,)
+        both = variant in WINDOWED and K >= TOKENS_FROM_K
+        return ("hidden", "token") if both else ("hidden",)
 
 
 GRIDS = {
@@ -77,181 +99,57 @@ GRIDS = {
 }
 
 
-def grid_of(
-    device: torch.device,
-    prompts: tuple[int, ...] = (),
-    contexts: tuple[int, ...] = (),
-    copies: tuple[int, ...] = (),
-    *,
-    compiled: bool = False,
-) -> Grid:
-    """The usual grid of a device, with the lengths and copies that are given in their place."""
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What a user asks for in place of what is usual; empty: nothing."""
+
+    prompts: tuple[int, ...] = ()
+    contexts: tuple[int, ...] = ()
+    copies: tuple[int, ...] = ()
+    variants: tuple[Variant, ...] = ()
+    span_unit: SpanUnit | None = None
+    compiled: bool = False
+
+
+def grid_of(device: torch.device, asked: Asked = Asked()) -> Grid:
+    """The usual grid of a device, with what is asked for in place of what is usual."""
     usual = GRIDS[device.type]
-    prompts, contexts, copies = (tuple(dict.fromkeys(x)) for x in (prompts, contexts, copies))
+    copies = tuple(dict.fromkeys(asked.copies))
+    variants = asked.variants or ("naive_repeat", *usual.variants)
+    naive = "naive_repeat" in variants
     return replace(
         usual,
-        prompts=prompts or usual.prompts,
-        contexts=contexts or usual.contexts,
+        prompts=tuple(dict.fromkeys(asked.prompts)) or usual.prompts,
+        contexts=tuple(dict.fromkeys(asked.contexts)) or usual.contexts,
         prefill_copies=copies or usual.prefill_copies,
         decode_copies=copies or usual.decode_copies,
-        naive_copies=tuple(K for K in usual.naive_copies if not copies or K in copies),
-        compiled=compiled,
+        naive_copies=tuple(K for K in usual.naive_copies if naive and (not copies or K in copies)),
+        variants=tuple(x for x in dict.fromkeys(variants) if x in SHORT and x != "naive_repeat"),
+        span_unit=asked.span_unit,
+        compiled=asked.compiled,
     )
 
 
-class Models:
-    """Models of one size that share their weights: float32 on the CPU, bfloat16 on CUDA."""
-
-    # Sharing saves memory: the grid for CUDA has 34 models.
-    def __init__(self, size: ModelConfig, device: torch.device) -> None:
-        self.size, self.device = size, device
-        vanilla = Transformer(size.vanilla_twin).reset(seed=0)
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        self.weights = vanilla.to(device, dtype).fuse_projections().state_dict()
-
-    def of(self, variant: Variant, K: int) -> Transformer:
-        """Return the model of a variant. It holds the shared weights, not a copy of them."""
-        with torch.device("meta"):
-            model = Transformer(replace(self.size, variant=variant, K=K))
-        model.load_state_dict(self.weights, assign=True)
-        model.rope.build(self.device)
-        return model.eval()
-
-
-class InferenceWork:
-    """A piece of work of one model, which becomes one row of the table.
+class Prefill:
+    """Prefill of a prompt into a new KV cache. Allocating the cache is part of the time.
 
     Attributes:
-        kind: `prefill` or `decode`.
-        tokens: length of the prompt or of the context.
-        steps: how many tokens are decoded in a turn; 1 for prefill.
-        kv_bytes: bytes of the KV cache that was allocated for `tokens`.
+        kv_bytes: bytes of the KV cache that was allocated for the prompt.
     """
 
-    kind: str
     kv_bytes: int
 
-    def __init__(self, model: Transformer, tokens: int, steps: int = 1) -> None:
-        self.model, self.config, self.tokens, self.steps = model, model.config, tokens, steps
+    def __init__(self, model: Transformer, tokens: int) -> None:
+        self.model, self.config = model, model.config
         weight = model.embed.weight
         self.precision = partial(autocast, weight.device, weight.dtype)
-
-    @property
-    def name(self) -> str:
-        """The key of this work among all that are timed in turn."""
-        return f"{self.config.variant} {self.config.K} {self.tokens}"
-
-
-class Prefill(InferenceWork):
-    """Prefill of a prompt into a new KV cache. Allocating the cache is part of the time."""
-
-    kind = "prefill"
-
-    def __init__(self, model: Transformer, tokens: int) -> None:
-        super().__init__(model, tokens)
-        self.prompt = random_tokens(model, tokens)
+        self.prompt = random_tokens(self.config.vocab_size, 1, tokens).to(weight.device)
 
     @torch.inference_mode()
     def __call__(self) -> None:
         with self.precision():
             _, cache = prefill(self.model, self.prompt)
         self.kv_bytes = cache.nbytes
-
-
-class Decode(InferenceWork):
-    """Greedy decoding of the last `steps` tokens of a context, the same tokens in every turn.
-
-    The keys and values of earlier tokens are random numbers: their values do not change the time,
-    and filling the cache by a prefill would take minutes at 8192 tokens and K = 256. A ring of
-    hidden copies still holds those of the turn before.
-    """
-
-    kind = "decode"
-
-    def __init__(
-        self, model: Transformer, tokens: int, steps: int, *, compiled: bool = False
-    ) -> None:
-        super().__init__(model, tokens, steps)
-        with self.precision():
-            self.cache = new_cache(model, 1, capacity=tokens)
-        for x in (*self.cache.originals, *self.cache.ring):
-            x.normal_()
-        self.kv_bytes = self.cache.nbytes
-        self.first = random_tokens(model, 1)[0]
-        self.decode: Callable[[Tensor], Tensor] = partial(decode, model, cache=self.cache)
-        # `Decoder` replays a CUDA graph. On the CPU it pays off only if it is compiled.
-        if compiled or self.first.is_cuda:
-            self.decode = Decoder(model, self.cache, compiled=compiled)
-
-    @torch.inference_mode()
-    def __call__(self) -> None:
-        # The cache is set back, so that every turn does the same work.
-        begin = self.tokens - self.steps
-        self.cache.host_lengths = [begin]
-        self.cache.lengths.fill_(begin)
-        token = self.first
-        with self.precision():
-            for _ in range(self.steps):
-                token = self.decode(token).argmax(-1)
-
-    @property
-    def bytes_read(self) -> int:
-        """Bytes that a step at the end of the context reads: each weight once, and the cache."""
-        # An untied embedding is a table: a token reads one row of it.
-        unread = 0 if self.config.tied else self.model.embed.weight.nbytes
-        return sum(p.nbytes for p in self.model.parameters()) - unread + self.kv_bytes
-
-
-class TokenTimes(BaseStreamer):
-    """A streamer of transformers that notes the time at which each token arrives."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def put(self, value: Tensor) -> None:  # noqa: ARG002
-        self.times.append(perf_counter())
-
-    def end(self) -> None:
-        pass
-
-
-class TransformersDecode:
-    """The same decoding by transformers: greedy `generate` with its static cache.
-
-    Attributes:
-        seconds: time per token of each turn. The clock starts when the prompt has given the first
-            token, so that prefill does not count.
-    """
-
-    def __init__(self, vanilla: Transformer, tokens: int, steps: int) -> None:
-        weight = vanilla.embed.weight
-        shape, weights = to_hugging_face(vanilla.config, vanilla.state_dict())
-        self.model = Olmo2ForCausalLM(Olmo2Config(**shape)).to(weight.device, weight.dtype).eval()  # type: ignore[arg-type]
-        self.model.load_state_dict(weights)
-        self.prompt = random_tokens(vanilla, tokens - steps)
-        self.steps = steps
-        self.seconds: list[float] = []
-
-    def __call__(self) -> None:
-        arrivals = TokenTimes()
-        self.model.generate(
-            self.prompt,
-            attention_mask=torch.ones_like(self.prompt),
-            max_new_tokens=self.steps + 1,
-            do_sample=False,
-            cache_implementation="static",
-            streamer=arrivals,
-        )
-        # The streamer is also called with the prompt.
-        _prompt, first, *_, last = arrivals.times
-        self.seconds.append((last - first) / self.steps)
-
-
-def random_tokens(model: Transformer, tokens: int) -> Tensor:
-    """int64 (1, tokens) on the model's device; the same tokens for every model of a size."""
-    generator = torch.Generator().manual_seed(0)
-    drawn = torch.randint(model.config.vocab_size, (1, tokens), generator=generator)
-    return drawn.to(model.embed.weight.device)
 
 
 def bench_inference(
@@ -267,7 +165,17 @@ def bench_inference(
         raise ConfigError([problem], "the arguments")
     result = measure_inference(model, grid, repeat, device)
     subject = subject_of(model, device)
-    return replace(result, subject=subject, files=draw(result.rows, subject, charts))
+    files = draw(result.rows, subject, charts)
+    return replace(result, subject=f"{subject}\n{_legend(model, result)}", files=files)
+
+
+def _legend(model: ModelConfig, result: Result) -> str:
+    """What the columns mean, in a line."""
+    speed = result.ratios["copy_gb_per_s"]
+    return (
+        f"W = {model.window} and C = {model.chunk} in hidden copies or tokens (W_in); floor_ms: "
+        f"weights and cache read once at the {speed:,.3g} GB/s of a copy; of_copy: floor_ms / ms"
+    )
 
 
 def measure_inference(size: ModelConfig, grid: Grid, repeat: int, device: torch.device) -> Result:
@@ -280,8 +188,8 @@ def measure_inference(size: ModelConfig, grid: Grid, repeat: int, device: torch.
     models = Models(replace(size, max_seq_len=max(*grid.prompts, *grid.contexts)), device)
     vanilla = models.of("vanilla", 1)
     naive = [models.of("naive_repeat", K) for K in grid.naive_copies]
-    prefilled = [models.of(variant, K) for K in grid.prefill_copies for variant in PHD]
-    decoded = [models.of(variant, K) for K in grid.decode_copies for variant in PHD]
+    prefilled = grid.phd_models(models, grid.prefill_copies)
+    decoded = grid.phd_models(models, grid.decode_copies)
     rows: list[Measurement] = []
     for tokens in grid.prompts:
         rows += _prefill_rows(vanilla, prefilled, naive, tokens, repeat, device)
@@ -303,14 +211,17 @@ def _prefill_rows(
 ) -> list[Measurement]:
     """The rows of one length of prompts."""
     base = Prefill(vanilla, tokens)
-    works = {work.name: work for work in (Prefill(model, tokens) for model in models)}
-    slow = {work.name: work for work in (Prefill(model, tokens) for model in naive)}
+    works = {_name(model): Prefill(model, tokens) for model in models}
+    slow = {_name(model): Prefill(model, tokens) for model in naive}
     times = beside("vanilla", base, dict(works), repeat, device)
     if slow:
         turns = ceil(repeat / 4)
         times = times.with_works_of(beside("vanilla", base, dict(slow), turns, device))
     return [
-        _measurement(work, times, name) for name, work in ({"vanilla": base} | works | slow).items()
+        {"work": "prefill", **_labels(work.config), "tokens": tokens}
+        | times.columns(name)
+        | {"floor_ms": None, "of_copy": None, "kv_mib": work.kv_bytes / 2**20}
+        for name, work in ({"vanilla": base} | works | slow).items()
     ]
 
 
@@ -322,54 +233,49 @@ def _decode_rows(
     That is in bytes read plus written per second, by a copy that is timed beside vanilla like all
     the rest.
     """
-    base, *works = (Decode(model, tokens, grid.steps, compiled=grid.compiled) for model in models)
-    source = torch.zeros(COPIED_BYTES, dtype=torch.uint8, device=device)
-    target = torch.zeros_like(source)
-    turns: dict[str, Work] = {"copy": lambda: target.copy_(source)}
+    base, *works = (Decode(model, [tokens], grid.steps, compiled=grid.compiled) for model in models)
+    turns: dict[str, Work] = {ceiling.COPY: copy_work(device)}
     transformers = None
     if tokens == max(grid.contexts):
-        transformers = TransformersDecode(models[0], tokens, grid.steps)
+        transformers = TransformersDecode(in_transformers(models[0]), [tokens], grid.steps)
         turns["transformers"] = transformers
-    times = beside("vanilla", base, turns | {work.name: work for work in works}, repeat, device)
-    copy_speed = 2 * COPIED_BYTES / times.typical_s("copy")
-    rows = []
-    for name, work in {"vanilla": base, **{work.name: work for work in works}}.items():
-        read_speed = work.bytes_read * work.steps / times.typical_s(name)
-        rows.append(_measurement(work, times, name) | {"bandwidth_used": read_speed / copy_speed})
+    named = {_name(work.model): work for work in works}
+    times = beside("vanilla", base, turns | named, repeat, device)
+    copy_speed = copied_bytes_per_s(times, device)
+    times = times.divided(grid.steps)
+    rows = [
+        {"work": "decode", **_labels(work.config), "tokens": tokens}
+        | times.columns(name)
+        | floor(work, times.typical_s(name), copy_speed)
+        | {"kv_mib": work.kv_bytes / 2**20}
+        for name, work in {"vanilla": base, **named}.items()
+    ]
     if transformers is not None:
         # Its own clock leaves out the prompt; the first turn is a warm-up here, too.
-        spent = [seconds * grid.steps for seconds in transformers.seconds[1:]]
-        times = replace(times, seconds=times.seconds | {"transformers": spent})
-        row = _measurement(base, times, "transformers")
-        rows.append(row | {"variant": "transformers", "kv_bytes": None})
+        times = replace(times, seconds=times.seconds | {"transformers": transformers.seconds[1:]})
+        rows.append(
+            {**dict.fromkeys(rows[0]), "work": "decode", "variant": "transformers", "K": 1}
+            | {"tokens": tokens, **times.columns("transformers")}
+        )
     return rows, copy_speed
 
 
-def _measurement(work: Prefill | Decode, times: Times, name: str) -> Measurement:
-    """The row of a piece of work, with the times of `name`, by which another program may be meant.
+def _name(model: Transformer) -> str:
+    """The key of a model's work among all that are timed in turn."""
+    return f"{model.config.variant} {model.config.K} {model.config.span_unit}"
 
-    A time is that of one token in decode.
-    """
-    columns = times.columns(name)
-    shares = {
-        "ms": columns["ms"] / work.steps,
-        "seconds": [seconds / work.steps for seconds in columns["seconds"]],
-        "vanilla_seconds": [seconds / work.steps for seconds in columns["vanilla_seconds"]],
-    }
-    return {
-        "work": work.kind,
-        "variant": work.config.variant,
-        "K": work.config.K,
-        "tokens": work.tokens,
-        **columns,
-        **shares,
-        "kv_bytes": work.kv_bytes,
-        "bandwidth_used": None,
-    }
+
+def _labels(config: ModelConfig) -> Measurement:
+    """The columns that tell which model a row is of."""
+    unit = config.span_unit if config.variant in WINDOWED else None
+    return {"variant": config.variant, "K": config.K, "W_in": unit}
 
 
 def _ratios(rows: list[Measurement]) -> dict[str, float]:
-    """The ratios to vanilla at the longest prompt and context; `decode_K2` is PHD-CSWA's."""
+    """The ratios to vanilla at the longest prompt and context; `decode_K2` is PHD-CSWA's.
+
+    A name that ends in `_token` is of a window in tokens, the others are of one in hidden copies.
+    """
     ratios = {}
     for kind in ("prefill", "decode"):
         tokens = max(row["tokens"] for row in rows if row["work"] == kind)
@@ -378,9 +284,12 @@ def _ratios(rows: list[Measurement]) -> dict[str, float]:
             match row["variant"]:
                 case "vanilla":
                     ratios[f"{kind}_vanilla_ms"] = row["ms"]
+                    if kind == "decode":
+                        ratios["decode_vanilla_of_copy"] = row["of_copy"]
                 case "transformers":
                     ratios["decode_vanilla_over_transformers"] = 1 / row["x_vanilla"]
                 case variant:
                     short = "" if (kind, variant) == ("decode", "phd_cswa") else SHORT[variant]
-                    ratios[f"{kind}{short}_K{row['K']}"] = row["x_vanilla"]
+                    unit = "_token" if row["W_in"] == "token" else ""
+                    ratios[f"{kind}{short}_K{row['K']}{unit}"] = row["x_vanilla"]
     return ratios

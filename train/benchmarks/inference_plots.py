@@ -14,6 +14,8 @@ Measurement = dict[str, Any]
 Coordinate = Callable[[Measurement], float]
 """What a chart shows of a measurement along one of its axes."""
 
+FLOOR = "weights and cache at the copy's speed"
+
 
 class Style(NamedTuple):
     """The look of a variant in every chart. Lines that others may cover have larger markers."""
@@ -36,8 +38,9 @@ VARIANTS = {
 def draw(rows: list[Measurement], subject: str, folder: Path) -> list[Path]:
     """Write `figure_1c.png`, `figure_1d.png`, `figure_9.png` and `kv_bytes.png`; returns them.
 
-    Times are drawn as the table has them: vanilla's, multiplied by the ratio to it. A bar at a
-    point goes from the first to the third quartile of the ratio.
+    Times are drawn as the table has them: as ratios to vanilla, and on a second axis in ms, which
+    is vanilla's time, multiplied by the ratio. A bar at a point goes from the first to the third
+    quartile of the ratio.
 
     Args:
         rows: the rows of `train.benchmarks.inference.measure_inference`.
@@ -69,34 +72,30 @@ def longest(rows: list[Measurement], work: str) -> list[Measurement]:
 def latency_over_cache(rows: list[Measurement], subject: str) -> Figure:
     """Figure 1c: decode latency over KV bytes. Each point is a K."""
     figure, axes = _chart(f"Decoding at {rows[0]['tokens']} tokens\n{subject}")
-    _lines(axes, _from_vanilla(rows), x=_mebibytes, y=_milliseconds)
-    _bars(axes, rows, x=_mebibytes, y=_milliseconds)
+    _lines(axes, _from_vanilla(rows), x=_mebibytes, y=_ratio)
+    _bars(axes, rows, x=_mebibytes)
     # Labels on all variants would overlap: their points lie close together.
     for variant in ("naive_repeat", "phd_cswa"):
-        labelled = sorted((row for row in rows if row["variant"] == variant), key=_copies)
+        labelled = sorted((row for row in rows if _series(row)[0] == variant), key=_copies)
+        if variant == "phd_cswa":
+            labelled = [row for row in labelled if row["W_in"] == labelled[0]["W_in"]]
         for below, row in enumerate(reversed(labelled)):
             # PHD-CSWA's points may lie side by side, so that each label is lower than the next.
             place = (7, -11 - 10 * below * (variant == "phd_cswa"))
-            point = (_mebibytes(row), _milliseconds(row))
+            point = (_mebibytes(row), _ratio(row))
             axes.annotate(f"K={row['K']}", point, place, textcoords="offset points", fontsize=8)
     _powers_of_two(axes)
-    axes.set(xlabel="KV cache of a sequence (MiB)", ylabel="decode latency (ms per token)")
+    axes.set_xlabel("KV cache of a sequence (MiB)")
     axes.margins(x=0.12)
-    _from_zero(axes)
-    axes.legend()
+    _ratio_axes(axes, rows, "decode latency", "ms per token")
+    axes.legend(fontsize=8)
     return figure
 
 
 def prefill_over_copies(rows: list[Measurement], subject: str) -> Figure:
     """Figure 1d: prefill time over vanilla's, as K grows."""
     figure, axes = _chart(f"Reading a prompt of {rows[0]['tokens']} tokens\n{subject}")
-    _lines(axes, _from_vanilla(rows), x=_copies, y=_ratio)
-    _bars(axes, rows, x=_copies, y=_ratio)
-    _copies_axis(axes, rows)
-    axes.axhline(1, color="black", linewidth=0.8, linestyle="--")
-    axes.set(ylabel="prefill time / vanilla's")
-    _from_zero(axes)
-    axes.legend()
+    _over_copies(axes, rows, "prefill time", "ms")
     return figure
 
 
@@ -104,27 +103,46 @@ def times_over_copies(
     prefills: list[Measurement], decodes: list[Measurement], subject: str
 ) -> Figure:
     """Figure 9: prefill and decode times of PHD, PHD-SWA and PHD-CSWA as K grows."""
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    figure = Figure(figsize=(12, 4.6), layout="constrained")
     figure.suptitle(subject)
-    for axes, rows, what, unit in zip(
+    for axes, rows, what, time, unit in zip(
         figure.subplots(1, 2),
         (prefills, decodes),
         ("Prefill", "Decode"),
-        ("prefill time (ms)", "decode latency (ms per token)"),
+        ("prefill time", "decode latency"),
+        ("ms", "ms per token"),
         strict=True,
     ):
         # Naive repetition would stretch the y axis to several times the height of the others.
-        rows = [row for row in rows if row["variant"] != "naive_repeat"]
-        [vanilla] = [row for row in rows if row["variant"] == "vanilla"]
-        _lines(axes, _from_vanilla(rows), x=_copies, y=_milliseconds)
-        _bars(axes, rows, x=_copies, y=_milliseconds)
-        axes.axhline(_milliseconds(vanilla), color="black", linewidth=0.8, linestyle="--")
-        _copies_axis(axes, rows)
-        axes.set(title=f"{what} at {vanilla['tokens']} tokens", ylabel=unit)
-        _from_zero(axes)
+        _over_copies(axes, [r for r in rows if r["variant"] != "naive_repeat"], time, unit)
+        axes.set_title(f"{what} at {rows[0]['tokens']} tokens")
         axes.grid(alpha=0.3)
-        axes.legend()
     return figure
+
+
+def _over_copies(axes: Axes, rows: list[Measurement], time: str, unit: str) -> None:
+    """Draw the ratios as K grows."""
+    _lines(axes, _from_vanilla(rows), x=_copies, y=_ratio)
+    _bars(axes, rows, x=_copies)
+    _copies_axis(axes, rows)
+    axes.axhline(1, color="black", linewidth=0.8, linestyle="--")
+    _ratio_axes(axes, rows, time, unit)
+    axes.legend(fontsize=8)
+
+
+def _ratio_axes(axes: Axes, rows: list[Measurement], time: str, unit: str) -> None:
+    """Scale y from 0 on in ratios to vanilla on the left, and in milliseconds on the right.
+
+    In decode a dotted line shows the least that vanilla could take.
+    """
+    [vanilla] = [row for row in rows if row["variant"] == "vanilla"]
+    ms = vanilla["ms"]
+    if vanilla["of_copy"] is not None:
+        axes.axhline(vanilla["of_copy"], color="gray", linewidth=1, linestyle=":", label=FLOOR)
+    axes.set_ylabel(f"{time} / vanilla's")
+    _from_zero(axes)
+    right = axes.secondary_yaxis("right", functions=(lambda ratio: ratio * ms, lambda y: y / ms))
+    right.set_ylabel(f"{time} ({unit})")
 
 
 def cache_over_context(rows: list[Measurement], subject: str) -> Figure:
@@ -136,12 +154,12 @@ def cache_over_context(rows: list[Measurement], subject: str) -> Figure:
     naive = [row["K"] for row in rows if row["variant"] == "naive_repeat"]
     most = max(naive or [row["K"] for row in rows])
     found = [row for row in rows if row["variant"] in VARIANTS and row["K"] in (1, most)]
-    vanilla = {row["tokens"]: row["kv_bytes"] for row in found if row["K"] == 1}
+    vanilla = {row["tokens"]: row["kv_mib"] for row in found if row["K"] == 1}
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     figure.suptitle(f"KV cache of a sequence at K = {most}; {subject}")
     whole, relative = figure.subplots(1, 2)
     _lines(whole, found, x=_tokens, y=_mebibytes)
-    _lines(relative, found, x=_tokens, y=lambda row: row["kv_bytes"] / vanilla[row["tokens"]])
+    _lines(relative, found, x=_tokens, y=lambda row: row["kv_mib"] / vanilla[row["tokens"]])
     whole.set(ylabel="KV cache (MiB)")
     relative.set(ylabel="KV cache / vanilla's")
     for axes in (whole, relative):
@@ -162,27 +180,47 @@ def _chart(title: str) -> tuple[Figure, Axes]:
 
 
 def _from_vanilla(rows: list[Measurement]) -> list[Measurement]:
-    """Add vanilla as the point K = 1 of every variant, which it is."""
+    """Add vanilla as the point K = 1 of every variant, which it is.
+
+    Where a window was measured in tokens as well, its points begin where both units are the same:
+    at K = 2.
+    """
     [vanilla] = [row for row in rows if row["variant"] == "vanilla"]
-    variants = dict.fromkeys(row["variant"] for row in rows)
-    return [*rows, *(vanilla | {"variant": variant} for variant in variants)]
+    series = dict.fromkeys(_series(row) for row in rows)
+    added = [vanilla | {"variant": variant, "W_in": unit} for variant, unit in series]
+    both = {variant for variant, unit in series if unit == "token"}
+    shared = [row | {"W_in": "token"} for row in rows if row["variant"] in both and row["K"] == 2]
+    return [*rows, *added, *shared]
+
+
+def _series(row: Measurement) -> tuple[str, str | None]:
+    """The line of a chart that a row belongs to."""
+    return row["variant"], row["W_in"]
 
 
 def _lines(axes: Axes, rows: list[Measurement], x: Coordinate, y: Coordinate) -> None:
-    """Draw a line for each variant, from left to right. Vanilla's lies above the others."""
+    """Draw a line for each variant and unit of its window, from left to right.
+
+    Vanilla's lies above the others. Those of windows in tokens are dashed, with hollow markers.
+    """
     for variant, style in VARIANTS.items():
-        points = sorted({(x(row), y(row)) for row in rows if row["variant"] == variant})
-        above = 3 if variant == "vanilla" else 2
-        axes.plot(*zip(*points, strict=True), **style._asdict(), zorder=above)
+        for unit in (None, "hidden", "token"):
+            found = {(x(row), y(row)) for row in rows if _series(row) == (variant, unit)}
+            if not found:
+                continue
+            look = style._asdict()
+            if unit == "token":
+                look |= {"label": f"{style.label}, W in tokens", "fillstyle": "none"}
+                look |= {"linestyle": "--"}
+            above = 3 if variant == "vanilla" else 2
+            axes.plot(*zip(*sorted(found), strict=True), **look, zorder=above)
 
 
-def _bars(axes: Axes, rows: list[Measurement], *, x: Coordinate, y: Coordinate) -> None:
-    """Draw the quartiles of each ratio, as far from its point as they are from the median."""
+def _bars(axes: Axes, rows: list[Measurement], *, x: Coordinate) -> None:
+    """Draw the quartiles of each ratio."""
     for row in rows:
-        scale = y(row) / row["x_vanilla"]
-        ends = [row["x_low"] * scale, row["x_high"] * scale]
         color = VARIANTS[row["variant"]].color
-        axes.plot([x(row)] * 2, ends, color=color, linewidth=1, alpha=0.6, zorder=1)
+        axes.plot([x(row)] * 2, [row["x_low"], row["x_high"]], color=color, linewidth=1, alpha=0.6)
 
 
 def _from_zero(axes: Axes) -> None:
@@ -198,16 +236,12 @@ def _tokens(row: Measurement) -> float:
     return row["tokens"]
 
 
-def _milliseconds(row: Measurement) -> float:
-    return row["ms"]
-
-
 def _ratio(row: Measurement) -> float:
     return row["x_vanilla"]
 
 
 def _mebibytes(row: Measurement) -> float:
-    return row["kv_bytes"] / 2**20
+    return row["kv_mib"]
 
 
 def _copies_axis(axes: Axes, rows: list[Measurement]) -> None:

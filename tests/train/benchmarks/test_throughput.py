@@ -1,0 +1,139 @@
+"""Throughput is measured on the same rows for everybody, told per batch, and drawn."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+
+import pytest
+import torch
+
+from conf.arguments import parse
+from conf.errors import ConfigError
+from phd.config import ModelConfig
+from train import bench
+from train.bench import BenchArguments
+from train.benchmarks.timing import Result
+
+pytest.importorskip("transformers")
+pytest.importorskip("matplotlib")
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+from train.benchmarks import ceiling, throughput
+from train.benchmarks.throughput import LOADS, Load, bench_throughput, lengths_of, load_of
+from train.benchmarks.throughput_plot import chart
+
+CPU = torch.device("cpu")
+SHAPE = {"layers": 2, "dim": 32, "ffn_dim": 48, "heads": 4, "kv_heads": 2, "head_dim": 8}
+SIZE = ModelConfig(**SHAPE, vocab_size=64, window=4, chunk=8)
+LOAD = Load(batches=(1, 4), copies=(2, 5), context=16, steps=3)
+
+
+@pytest.fixture(autouse=True)
+def little_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ceiling.COPIED_BYTES, "cpu", 1 << 12)
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Result:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(ceiling.COPIED_BYTES, "cpu", 1 << 12)
+        return bench_throughput(SIZE, LOAD, 3, CPU, charts=tmp_path_factory.mktemp("charts"))
+
+
+def test_every_batch_has_vanilla_every_k_and_transformers(measured: Result) -> None:
+    found = [(row["batch"], row["variant"], row["K"]) for row in measured.rows]
+    works = [("vanilla", 1), ("phd_cswa", 2), ("phd_cswa", 5), ("transformers", 1)]
+    assert found == [(batch, *work) for batch in (1, 4) for work in works]
+
+
+def test_a_row_of_the_table_agrees_with_itself(measured: Result) -> None:
+    for row in measured.rows:
+        assert row["tokens_per_s"] == pytest.approx(1e3 * row["batch"] / row["ms"])
+        if row["variant"] == "vanilla":
+            assert row["x_vanilla"] == 1
+            vanilla = row
+            continue
+        pairs = zip(row["seconds"], row["vanilla_seconds"], strict=True)
+        assert row["x_vanilla"] == pytest.approx(median(a / b for a, b in pairs))
+        assert row["ms"] == pytest.approx(row["x_vanilla"] * vanilla["ms"])
+        if row["variant"] == "transformers":
+            assert row["floor_ms"] is row["of_copy"] is None
+        else:
+            assert row["floor_ms"] == pytest.approx(row["of_copy"] * row["ms"])
+
+
+def test_rows_have_unequal_lengths_up_to_the_context() -> None:
+    assert lengths_of(4, 16) == [10, 12, 14, 16]
+    for batch in (1, 3, 64):
+        lengths = lengths_of(batch, 1024)
+        assert max(lengths) == 1024
+        assert min(lengths) >= 512
+        assert len(set(lengths)) == len(lengths) == batch
+
+
+def test_the_ratios_are_told_for_every_batch(measured: Result) -> None:
+    rows = {(row["batch"], row["variant"], row["K"]): row for row in measured.rows}
+    expected = {}
+    for batch in (1, 4):
+        vanilla = rows[batch, "vanilla", 1]["tokens_per_s"]
+        expected[f"vanilla_tokens_per_s_B{batch}"] = vanilla
+        for K in (2, 5):
+            speed = rows[batch, "phd_cswa", K]["tokens_per_s"]
+            expected[f"over_vanilla_K{K}_B{batch}"] = speed / vanilla
+        theirs = rows[batch, "transformers", 1]["tokens_per_s"]
+        expected[f"vanilla_over_transformers_B{batch}"] = vanilla / theirs
+    assert measured.ratios == pytest.approx(expected)
+
+
+def test_the_chart_has_a_line_for_each_k_and_clips_nothing(measured: Result) -> None:
+    figure = chart(measured.rows, measured.subject)
+    FigureCanvasAgg(figure).draw()
+    whole, relative = figure.axes
+    for axes, value in ((whole, "tokens_per_s"), (relative, None)):
+        lines = {line.get_label(): line for line in axes.get_lines()}
+        expected = ["vanilla", "transformers", "PHD-CSWA, K = 2", "PHD-CSWA, K = 5"]
+        assert list(lines) == expected
+        assert len({line.get_color() for line in lines.values()}) == 4
+        found = [row for row in measured.rows if (row["variant"], row["K"]) == ("phd_cswa", 5)]
+        line = lines["PHD-CSWA, K = 5"]
+        assert list(line.get_xdata()) == [1, 4]
+        expected_y = [row[value] if value else 1 / row["x_vanilla"] for row in found]
+        assert list(line.get_ydata()) == pytest.approx(expected_y)
+        frame = axes.get_window_extent()
+        for line in lines.values():
+            x, y = axes.transData.transform(line.get_xydata()).T
+            assert frame.x0 < x.min() < x.max() < frame.x1
+            assert frame.y0 < y.min() <= y.max() < frame.y1
+
+
+def test_what_is_asked_takes_the_place_of_what_is_usual() -> None:
+    usual = LOADS["cpu"]
+    assert load_of(CPU) == usual
+    asked = load_of(CPU, (4, 2), (99, 50), (3, 2))
+    assert asked == replace(usual, batches=(2, 4), context=99, copies=(2, 3))
+
+
+def test_the_command_writes_a_table_json_csv_and_a_chart(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(throughput.LOADS, "cpu", LOAD)
+    monkeypatch.setattr(bench, "WIDENED", [f"{name}={value}" for name, value in SHAPE.items()])
+    given = ["throughput", "repeat=1", "device=cpu", "copies=3", f"out={tmp_path}"]
+    assert bench.main(parse(BenchArguments, given, positional=["name"])) == 0
+    written = sorted(path.name for path in tmp_path.iterdir())
+    assert written == ["throughput.csv", "throughput.json", "throughput.png"]
+    report = json.loads((tmp_path / "throughput.json").read_text(encoding="utf-8"))
+    assert {row["K"] for row in report["rows"]} == {1, 3}
+    text = capsys.readouterr().out
+    assert report["subject"] in text
+    assert "rows of 8 to 16 tokens" in text
+    assert "W = 16 and C = 32 in hidden copies" in text
+
+
+def test_a_context_that_is_too_short_and_an_empty_batch_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"contexts=8: expected more than 8: rows of half of it"):
+        bench.main(BenchArguments(name="throughput", contexts=(8,), device="cpu"))
+    with pytest.raises(ConfigError, match=r"batches=0: expected integers of at least 1"):
+        parse(BenchArguments, ["throughput", "batches=[4,0]"], positional=["name"])

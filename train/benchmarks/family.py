@@ -1,0 +1,50 @@
+"""Models of one size that share their weights, so that a benchmark has room for many of them."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from phd.config import ModelConfig, SpanUnit, Variant
+from phd.linear import Linear
+from phd.model import Transformer
+
+STD = 0.02
+"""Of the weights. What a token costs does not depend on their values."""
+
+
+class Models:
+    """Models of one size that share their weights: float32 on the CPU, bfloat16 on CUDA."""
+
+    # Sharing saves memory: the grid of `inference` on CUDA has some 40 models.
+    def __init__(self, size: ModelConfig, device: torch.device) -> None:
+        self.size, self.device = size, device
+        with torch.device("meta"):
+            vanilla = Transformer(size.vanilla_twin)
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        vanilla.to(dtype).to_empty(device=device)
+        # Drawn on the device: 1b2's would take the CPU half a minute.
+        generator = torch.Generator(device).manual_seed(0)
+        for name, weight in vanilla.named_parameters():
+            if "norm" in name:
+                torch.nn.init.ones_(weight)
+            else:
+                torch.nn.init.normal_(weight, std=STD, generator=generator)
+        self.weights = vanilla.fuse_projections().state_dict()
+
+    def of(self, variant: Variant, K: int, span_unit: SpanUnit | None = None) -> Transformer:
+        """Return the model of a variant. It holds the shared weights, not a copy of them."""
+        unit = span_unit or self.size.span_unit
+        with torch.device("meta"):
+            model = Transformer(replace(self.size, variant=variant, K=K, span_unit=unit))
+        model.load_state_dict(self.weights, assign=True)
+        model.rope.build(self.device)
+        for layer in model.modules():
+            if isinstance(layer, Linear):
+                layer.fused = True  # the shared weights lie one after another already
+        return model.eval()
+
+
+def random_tokens(vocab_size: int, *shape: int) -> Tensor:
+    """int64 of this shape; the same tokens for every model of a size."""
+    return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(0))
