@@ -39,7 +39,7 @@ class Build:
     """A kernel and the arguments of one launch.
 
     Attributes:
-        kernel: module and name of a `triton.jit` function, as `phd.inference.split_kv:_kernel`.
+        kernel: module and name of a `triton.jit` function, as `phd.attention.fused:forward_kernel`.
         arguments: those that are not `tl.constexpr`, in their order. Tensors may be on the device
             `meta`; they count as aligned to 16 bytes.
         constants: the `tl.constexpr` ones by name.

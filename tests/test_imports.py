@@ -27,7 +27,6 @@ ALLOWED = {
 OPTIONAL = {
     "phd/attention/fused.py": {"triton"},
     "phd/cross_entropy.py": {"triton"},
-    "phd/inference/split_kv.py": {"triton"},
     **{
         path.relative_to(ROOT).as_posix(): {"triton"}
         for path in (ROOT / "phd/inference/kernels").glob("*.py")

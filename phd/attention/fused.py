@@ -127,7 +127,7 @@ def _start_of(starts, h, valid, HIDDEN: tl.constexpr, DOCUMENTS: tl.constexpr): 
 
 
 @triton.jit
-def _first_seen(  # type: ignore[no-untyped-def]
+def first_seen(  # type: ignore[no-untyped-def]
     starts, h, valid,
     HIDDEN: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr, IN_TOKENS: tl.constexpr,
     DOCUMENTS: tl.constexpr,
@@ -226,7 +226,7 @@ def forward_kernel(  # type: ignore[no-untyped-def]
 
     own = _hidden_copy(query, HIDDEN, ASKING)
     h = own + first_query if SUFFIX else own
-    low = _first_seen(starts, h, valid, HIDDEN, WINDOW, CHUNK, IN_TOKENS, DOCUMENTS)
+    low = first_seen(starts, h, valid, HIDDEN, WINDOW, CHUNK, IN_TOKENS, DOCUMENTS)
     head = g * SHARING + head  # of all N
     q_at = head * q_n + _offsets(own, q_c, q_t, HIDDEN, COPIES)
     out_at = head * o_n + _offsets(own, o_c, o_t, HIDDEN, COPIES)
@@ -241,7 +241,7 @@ def forward_kernel(  # type: ignore[no-untyped-def]
     if SUFFIX:
         first += first_query
         end += first_query
-    first = _first_seen(starts, first, True, HIDDEN, WINDOW, CHUNK, IN_TOKENS, DOCUMENTS)
+    first = first_seen(starts, first, True, HIDDEN, WINDOW, CHUNK, IN_TOKENS, DOCUMENTS)
     k += b * k_b + g * k_g
     v += b * v_b + g * v_g
     for near in range(first, end, KEYS):
@@ -329,14 +329,14 @@ def backward_kernel(  # type: ignore[no-untyped-def]
     first = begin
     if (HALO > 0) & (first_query < past_query):
         first = _hidden_copy(first_query, HIDDEN, ASKING)
-        first = _first_seen(starts, first, True, HIDDEN, WINDOW, CHUNK, IN_TOKENS, DOCUMENTS)
+        first = first_seen(starts, first, True, HIDDEN, WINDOW, CHUNK, IN_TOKENS, DOCUMENTS)
 
     for block in range((SHARING * QUERIES + ROWS - 1) // ROWS):
         row = block * ROWS + tl.arange(0, ROWS)
         query, head = first_query + row % QUERIES, (row // QUERIES).to(tl.int64)
         valid = (query < past_query) & (head < SHARING)
         h = _hidden_copy(query, HIDDEN, ASKING)
-        low = _first_seen(starts, h, valid, HIDDEN, WINDOW, CHUNK, IN_TOKENS, DOCUMENTS)
+        low = first_seen(starts, h, valid, HIDDEN, WINDOW, CHUNK, IN_TOKENS, DOCUMENTS)
         queries, douts, base_2, delta = _query_rows(
             q, out, lse, dout,
             head * q_n + _offsets(h, q_c, q_t, HIDDEN, COPIES),
@@ -381,7 +381,7 @@ def backward_kernel(  # type: ignore[no-untyped-def]
                 query, head = later + row % HALO, (row // HALO).to(tl.int64)
                 valid = (query < end) & (head < SHARING)
                 h = _hidden_copy(query, HIDDEN, ASKING)
-                low = _first_seen(starts, h, valid, HIDDEN, WINDOW, CHUNK, IN_TOKENS, DOCUMENTS)
+                low = first_seen(starts, h, valid, HIDDEN, WINDOW, CHUNK, IN_TOKENS, DOCUMENTS)
                 valid = valid & (low < stop)  # those of the next document are not read
                 queries, douts, base_2, delta = _query_rows(
                     q, out, lse, dout,

@@ -30,7 +30,8 @@ def attend_cached(
     B, N, Q, H = q.shape
     rows = q.to(k.dtype).reshape(B, k.shape[1], -1, H)
     if q.is_cuda:
-        from phd.inference.split_kv import split_attention  # Triton comes with CUDA builds alone
+        # Triton comes with CUDA builds alone.
+        from phd.inference.kernels.split_kv import split_attention
 
         visible = None if visible is None else visible.repeat(1, N // k.shape[1])  # (B, rows)
         out, lse = split_attention(rows, k, v, visible)

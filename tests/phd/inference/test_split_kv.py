@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from phd.inference.split_kv import KEYS_AT_ONCE, ROWS_AT_ONCE, split_attention
+from phd.inference.kernels.split_kv import KEYS_AT_ONCE, ROWS_AT_ONCE, split_attention
 from tests.gpu_compiler import Build, compile_for_gpus
 
 SHAPES = [
@@ -40,7 +40,7 @@ def test_the_kernel_compiles_for_gpus_without_spilling_registers() -> None:
     )
     builds = [
         Build(
-            "phd.inference.split_kv:_kernel",
+            "phd.inference.kernels.split_kv:_kernel",
             [keys, keys, keys, counts, parts, lses, 8, rows, H, 16, 8 * 4096 * H, 4096 * H, H, 0.1],
             {"ROWS": rows, "KEYS": KEYS_AT_ONCE, "WIDTH": width, "PRECISION": "tf32"},
         )

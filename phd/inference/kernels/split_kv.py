@@ -16,12 +16,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from phd.inference.kernels.online_softmax import LOG2_E, mean_and_lse, nothing_seen, see_keys
+
 KEYS_AT_ONCE, ROWS_AT_ONCE = 64, 64
 # Programs for each multiprocessor. Some have no keys, where rows are shorter than the cache, and
 # more programs than one keep the processor busy then.
 PROGRAMS_PER_PROCESSOR = 4
-# exp(x) = 2^(x log2 e): the hardware has an instruction for powers of 2.
-LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 # A custom operator, which torch.compile does not look into.
@@ -50,7 +50,7 @@ def split_attention(
     tile = min(ROWS_AT_ONCE, max(16, triton.next_power_of_2(R)))
     tiles = ceil(R / tile)
     if splits is None:
-        splits = max(1, _programs(q.device) // (B * G * tiles))
+        splits = PROGRAMS_PER_PROCESSOR * multiprocessors(q.device) // (B * G * tiles)
     splits = max(1, min(splits, ceil(keys / KEYS_AT_ONCE)))
     parts = q.new_empty((B, G, splits, R, H), dtype=torch.float32)
     lses = q.new_empty((B, G, splits, R), dtype=torch.float32)
@@ -71,10 +71,11 @@ def _(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
 
 
 @cache
-def _programs(device: torch.device) -> int:
-    if device.type != "cuda":  # Triton's interpreter
-        return PROGRAMS_PER_PROCESSOR
-    return PROGRAMS_PER_PROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
+def multiprocessors(device: torch.device) -> int:
+    """How many a device has; 1 for the CPU, where Triton's interpreter runs."""
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @triton.jit
@@ -98,33 +99,18 @@ def _kernel(  # type: ignore[no-untyped-def]
     at = (head * rows + row[:, None]) * width + column[None, :]
     queries = tl.load(q + at, mask=is_row[:, None] & (column < width)[None, :], other=0.0)
     base = b * stride_b + g * stride_g
-    peak = tl.full([ROWS], -float("inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    out = tl.zeros([ROWS, WIDTH], tl.float32)
+    peak, total, out = nothing_seen(ROWS, WIDTH)
     for first in range(start, stop, KEYS):
         key = first + tl.arange(0, KEYS)
         address = base + key[:, None] * stride_k + column[None, :]
         in_range = (key < stop)[:, None] & (column < width)[None, :]
-        keys = tl.load(k + address, mask=in_range, other=0.0)
-        scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale
-        allowed = (key[None, :] < visible[:, None]) & (key < stop)[None, :]
-        scores = tl.where(allowed, scores, -float("inf"))
-        higher = tl.maximum(peak, tl.max(scores, 1))
-        # The peak of a row that has seen no key yet is -inf, and -inf - (-inf) would be NaN.
-        safe = tl.where(higher == -float("inf"), 0.0, higher)
-        weights = tl.exp2(scores - safe[:, None])
-        kept = tl.exp2(peak - safe)
-        values = tl.load(v + address, mask=in_range, other=0.0)
-        out = out * kept[:, None] + tl.dot(
-            weights.to(values.dtype), values, input_precision=PRECISION
+        seen = (key[None, :] < visible[:, None]) & (key < stop)[None, :]
+        peak, total, out = see_keys(
+            peak, total, out, queries, k + address, v + address, in_range, seen, scale, PRECISION
         )
-        total = total * kept + tl.sum(weights, 1)
-        peak = higher
+    out, lse = mean_and_lse(peak, total, out)
     part = (head * splits + split) * rows + row
-    empty = total == 0
-    out = out / tl.where(empty, 1.0, total)[:, None]
-    lse = tl.where(empty, -float("inf"), (peak + tl.log2(tl.where(empty, 1.0, total))) / LOG2_E)
-    tl.store(lses + part, lse, mask=is_row)
+    tl.store(lses + part, lse / LOG2_E, mask=is_row)
     tl.store(
         parts + part[:, None] * width + column[None, :],
         out,
