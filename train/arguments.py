@@ -16,7 +16,15 @@ from train.engine_config import device_problems
 from train.engines.accelerators import ACCELERATORS, accelerator
 
 Benchmark = Literal[
-    "attention", "head", "step", "data", "resume", "checkpoint", "inference", "throughput"
+    "attention",
+    "head",
+    "step",
+    "data",
+    "resume",
+    "checkpoint",
+    "inference",
+    "throughput",
+    "decode",
 ]
 WeightDtype = Literal["float32", "bfloat16"]
 
@@ -219,24 +227,28 @@ class BenchArguments:
             a corpus. `checkpoint`: how long a save takes, and for how much of it the training
             stands still. `inference`: prefill, decode and KV bytes of every variant, with charts.
             `throughput`: tokens per second of batches of PHD-CSWA, vanilla and transformers.
+            `decode`: the kernels of a decoded token on CUDA, each beside torch's.
         out: the directory for `<name>.json` and `<name>.csv`; `checkpoint` measures its disk.
         short: the short form, of seconds: fewer and smaller pieces of work, at most 3 turns.
         repeat: how often everything is measured. A ratio is the median of those of the turns, and
             a time is that of the base, multiplied by the ratio.
-        size: the model of `step`, `checkpoint`, `inference` and `throughput`, a file of conf/size/;
-            null: `tiny`, which the last two make wider, and for a `step` on CUDA `151m`, `550m` and
-            `1b2`.
+        size: the model of `step`, `checkpoint`, `inference`, `throughput` and `decode`, a file of
+            conf/size/; null: `tiny`, which `inference` and `throughput` make wider, and on CUDA
+            `151m`, `550m` and `1b2` for a `step`, `550m` and `1b2` for `decode`.
         span_unit: whether W = 16 and C = 32 count `token`s or `hidden` copies in `inference` and
             `throughput`; null: hidden copies, and in `inference` tokens as well from K = 16 on.
         variants: what is measured beside vanilla in `inference`; an empty list: all variants.
-        copies: the values of K in `inference` and `throughput`; an empty list: a few.
+        copies: the values of K in `inference`, `throughput` and `decode`; an empty list: a few.
         batches: how many rows are decoded at a time in `throughput`; an empty list: one and more.
         prompts: the lengths in tokens of the prompts in `inference`; an empty list: a short and a
             long one.
         contexts: the lengths in tokens up to which `inference` decodes; an empty list: a short and
-            a long one. `throughput` decodes rows from half the longest to all of it.
+            a long one. `throughput` decodes rows from half the longest to all of it, and in
+            `decode` they are the lengths of the caches.
         compile: decode with `torch.compile` in `inference`; compiling takes up to a minute for each
             row of the table.
+        tune: try the products of `decode` in many blocks, and its attention in many splits, which
+            takes minutes to compile.
         rows: the rows of a `step`; null: 4096 tokens on the CPU, 16384 on CUDA.
         seq_len: T, the tokens of a row of a `step`; null: 1024 on the CPU, 4096 on CUDA.
         gigabytes: the size of the corpus that is written for `resume`.
@@ -255,6 +267,7 @@ class BenchArguments:
     prompts: tuple[int, ...] = ()
     contexts: tuple[int, ...] = ()
     compile: bool = False
+    tune: bool = False
     rows: int | None = None
     seq_len: int | None = None
     gigabytes: float = 1.0

@@ -8,6 +8,7 @@ python train/bench.py resume out=bench
 python train/bench.py checkpoint size=151m out=bench
 python train/bench.py inference out=bench
 python train/bench.py throughput out=bench
+python train/bench.py decode out=bench
 """
 
 import sys
@@ -36,6 +37,7 @@ from rich.table import Table
 from conf.errors import ConfigError, Problem, reason_of
 from conf.extras import pip_command
 from phd.config import ModelConfig
+from phd.torch_private import HAS_TRITON
 from train.arguments import BenchArguments
 from train.benchmarks.attention import bench_attention
 from train.benchmarks.checkpoint import bench_saving
@@ -123,6 +125,20 @@ def _bench_throughput(args: BenchArguments, device: torch.device) -> Result:
     return bench_throughput(model, load, args.turns, device, charts=charts)
 
 
+def _bench_decode(args: BenchArguments, device: torch.device) -> Result:
+    if not HAS_TRITON:
+        raise ConfigError(["name=decode: needs Triton, which CUDA's torch has"], "the arguments")
+    from train.benchmarks.token_kernels import bench_decode, shapes_of
+
+    names = [args.size] if args.size else ["550m", "1b2"]
+    sizes = [load([f"size={name}", f"engine.device={device.type}"]).model for name in names]
+    if device.type == "cpu" and not args.size:
+        sizes = [load([f"model.{setting}" for setting in INTERPRETED]).model]
+    contexts = args.contexts or ((1024,) if args.short and device.type == "cuda" else ())
+    shapes = shapes_of(sizes, device, args.copies, contexts, tune=args.tune)
+    return bench_decode(shapes, args.turns, device)
+
+
 def _model_of_inference(args: BenchArguments, device: torch.device) -> ModelConfig:
     """The model of `inference` and `throughput`: the size that is asked for, or a widened tiny."""
     size = args.size or "tiny"
@@ -170,6 +186,12 @@ STEP_SIZES = {
 }
 """The sizes of `step` by device, and whether its short form is asked for."""
 
+INTERPRETED = (
+    *("layers=1", "dim=64", "ffn_dim=96", "heads=4", "kv_heads=2", "head_dim=16"),
+    *("size=small", "vocab_size=256"),
+)
+"""The shape for `decode` in Triton's interpreter, which takes a second for a small product."""
+
 SHORT_LENGTHS = ((512,), (128,), (2,))
 """Prompts, contexts and copies of the short form of inference."""
 
@@ -181,6 +203,9 @@ SHORT_GIGABYTES = 0.02
 
 WIDTH = 144
 """Characters of a line of the table, at least: in a file, rich would wrap lines at 80."""
+
+TEXTS = ("work", "size", "kernel", "by")
+"""The columns of words, which begin at the left."""
 
 SPREAD = ("x_low", "x_high")
 """The columns after a ratio: its quartiles over the turns."""
@@ -194,6 +219,7 @@ BENCHMARKS: dict[str, Callable[[BenchArguments, torch.device], Result]] = {
     "checkpoint": _bench_checkpoint,
     "inference": _bench_inference,
     "throughput": _bench_throughput,
+    "decode": _bench_decode,
 }
 
 
@@ -243,7 +269,7 @@ def _print_result(result: Result, columns: list[str], title: str, console: Conso
     table = Table(title=title)
     shown = [column for column in columns if column not in SPREAD]
     for column in shown:
-        table.add_column(column, justify="left" if column == "work" else "right")
+        table.add_column(column, justify="left" if column in TEXTS else "right")
     digits = {column: _digits([row[column] for row in result.rows]) for column in columns}
     for row in result.rows:
         cells = {name: _cell(row[name], digits[name]) for name in columns}

@@ -48,14 +48,20 @@ class Short(NamedTuple):
         benchmark: its name for `train/bench.py`.
         arguments: where it would be too small to tell much otherwise.
         limit_s: its time.
+        variables: of its environment, each NAME=value.
     """
 
     benchmark: str
     arguments: tuple[str, ...] = ()
     limit_s: float = 50
+    variables: tuple[str, ...] = ()
 
+
+INFERENCE = ("inference", "throughput", "decode")
+"""The benchmarks of inference."""
 
 ON_CPU = {name: Short(name) for name in get_args(Benchmark)}
+ON_CPU["decode"] = Short("decode", variables=("TRITON_INTERPRET=1",))
 
 ON_CUDA = {
     "inference_1b2": Short(
@@ -79,11 +85,8 @@ ON_CUDA = {
         ("size=550m", "batches=[1,4,16,64]", "copies=[2,16,64]", "contexts=1024"),
         limit_s=90,
     ),
-    **{
-        name: at_scale
-        for name, at_scale in ON_CPU.items()
-        if name not in ("inference", "throughput")
-    },
+    "decode": Short("decode", limit_s=70),
+    **{name: Short(name) for name in get_args(Benchmark) if name not in INFERENCE},
     "step": Short("step", ("size=1b2",)),
 }
 """The benchmarks on a GPU, by the names of their parts. The most important ones come first, and
@@ -136,9 +139,11 @@ def parts(device: str, logs: Path, processes: int) -> dict[str, Part]:
 
 def bench(name: str, device: str, logs: Path, *others: str) -> Part:
     """The part of a benchmark's short form, which writes into a folder of its own."""
-    benchmark, arguments, limit_s = (ON_CUDA if device == "cuda" else ON_CPU)[name]
+    short = (ON_CUDA if device == "cuda" else ON_CPU)[name]
+    benchmark, arguments, limit_s, variables = short
     out = logs / name
-    words = [sys.executable, str(ROOT / "train/bench.py"), benchmark, *arguments, *others]
+    words = ["env", *variables] if variables else []
+    words += [sys.executable, str(ROOT / "train/bench.py"), benchmark, *arguments, *others]
     words += [f"device={device}", "short=true", f"out={out}"]
     size = [word for word in arguments if word.startswith("size=")]
     title = f"`bench.py {' '.join([benchmark, *size])}`"
