@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from phd.attention.blocks import padded_head
+from phd.attention.blocks import padded_head, table_width
 from phd.attention.fused import first_seen
 from phd.inference.kernels.online_softmax import LOG2_E, mean_and_lse, nothing_seen, see_keys
 from phd.inference.kernels.products import Launch
@@ -68,7 +68,6 @@ class TokenBlocks(NamedTuple):
         keys: keys that are multiplied at a time.
         programs: programs for each multiprocessor, where the keys can be cut into so many.
         warps, stages: of the attention kernel.
-        merged_rows, merged_splits: what a program of the merge adds up at a time.
     """
 
     rows: int
@@ -76,28 +75,62 @@ class TokenBlocks(NamedTuple):
     programs: int
     warps: int
     stages: int
-    merged_rows: int
-    merged_splits: int
+
+    @property
+    def merged_rows(self) -> int:
+        """Rows that a program of the merge has."""
+        return max(1, self.rows // 32)
+
+    @property
+    def merged_splits(self) -> int:
+        """Splits that it adds up at a time."""
+        return 32 // self.merged_rows
+
+
+# Chosen by what Triton 3.7 and ptxas report for sm_90 and by arithmetic, not yet by time. A few
+# rows are bound by memory: a step's keys and values are 16 KiB, with two steps under way, and four
+# programs have 64 K registers and 160 KiB of a multiprocessor between them. Many rows are bound by
+# products, and each more split writes `rows` outputs in float32: two programs.
+BLOCKS = {
+    # (bytes of a number, padded H): TokenBlocks, of which the first that has all rows is taken
+    (2, 64): (
+        TokenBlocks(16, 64, 4, 4, 3),  # 84 registers
+        TokenBlocks(32, 64, 4, 4, 3),
+        TokenBlocks(64, 64, 2, 4, 3),  # 128
+        TokenBlocks(128, 64, 2, 8, 2),  # 127; with three stages 135, for which there is no room
+    ),
+    (2, 128): (
+        TokenBlocks(16, 32, 4, 4, 3),  # 92
+        TokenBlocks(32, 32, 4, 4, 3),
+        TokenBlocks(64, 32, 2, 4, 3),  # 161
+    ),
+    (2, 256): (TokenBlocks(16, 32, 2, 4, 2), TokenBlocks(32, 32, 2, 4, 2)),
+    (4, 64): (TokenBlocks(16, 32, 2, 4, 2), TokenBlocks(32, 32, 2, 4, 2)),
+    (4, 128): (TokenBlocks(16, 32, 2, 4, 2),),
+    (4, 256): (TokenBlocks(16, 16, 1, 4, 2),),
+}
 
 
 def token_blocks(rows: int, head_dim: int, itemsize: int) -> TokenBlocks:
-    """The blocks for `rows` queries of each key head."""
-    width = max(64, padded_head(head_dim))
-    most = 128 if itemsize == 2 and width <= 128 else 64
-    if itemsize == 4 and width > 64:
-        most = 32
-    tile = min(most, max(16, triton.next_power_of_2(rows)))
-    keys = 64 if itemsize == 2 and width <= 128 else 32
-    merged_rows = max(1, tile // 32)
-    return TokenBlocks(
-        rows=tile,
-        keys=keys,
-        programs=4 if tile <= 32 else 2,
-        warps=8 if tile == 128 else 4,
-        stages=2,
-        merged_rows=merged_rows,
-        merged_splits=32 // merged_rows,
-    )
+    """The blocks for `rows` queries of each key head, from `BLOCKS`."""
+    choices = BLOCKS[itemsize, table_width(head_dim)]
+    return next((blocks for blocks in choices if blocks.rows >= rows), choices[-1])
+
+
+def splits_of(blocks: TokenBlocks, processors: int, tiles: int, most: int) -> int:
+    """Into how many parts the keys of a head are cut.
+
+    Args:
+        processors: multiprocessors of the device.
+        tiles: tiles of rows, over all heads and the batch.
+        most: blocks of keys that there may be.
+
+    >>> splits_of(token_blocks(8, 64, 2), processors=132, tiles=8, most=17 + 1)
+    18
+    >>> splits_of(token_blocks(8, 64, 2), processors=132, tiles=8 * 64, most=17 + 1)
+    1
+    """
+    return max(1, min(blocks.programs * processors // tiles, most))
 
 
 def attention_launches(
@@ -113,8 +146,7 @@ def attention_launches(
     tiles = ceil(rows / blocks.rows)
     most = ceil(slots / blocks.keys) + ceil((ring_size + hidden) / blocks.keys)
     if splits is None:
-        splits = blocks.programs * multiprocessors(q.device) // (B * G * tiles)
-    splits = max(1, min(splits, most))
+        splits = splits_of(blocks, multiprocessors(q.device), B * G * tiles, most)
     parts = q.new_empty((B * G, splits, rows, H), dtype=torch.float32)
     lses = q.new_empty((B * G, splits, rows), dtype=torch.float32)
     out = torch.empty_like(q)
@@ -189,6 +221,55 @@ def _row_offset(  # type: ignore[no-untyped-def]
     return (query * SHARING + row % SHARING) * H
 
 
+@triton.jit
+def _see_originals(  # type: ignore[no-untyped-def]
+    peak, total, out, queries, originals, first_k, first_v, start, stop, cached, visible, scale,
+    H: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Blocks `start` to before `stop` of a head's slots, of which there are `cached`.
+
+    Its keys begin with vector `first_k` of `originals`, its values with `first_v`.
+    """
+    offset, column = tl.arange(0, KEYS), tl.arange(0, WIDTH)
+    at = offset[:, None] * H + column[None, :]
+    for block in range(start, stop):
+        key = block * KEYS + offset
+        loaded = (key < cached)[:, None] & (column < H)[None, :]
+        k = originals + (first_k + block * KEYS) * H + at
+        v = originals + (first_v + block * KEYS) * H + at
+        seen = key[None, :] < visible[:, None]
+        peak, total, out = see_keys(peak, total, out, queries, k, v, loaded, seen, scale, PRECISION)
+    return peak, total, out
+
+
+@triton.jit
+def _see_hidden(  # type: ignore[no-untyped-def]
+    peak, total, out, queries, ring_k, ring_v, new_k, new_v, start, stop, low, end, written,
+    ring_size, copy, scale,
+    HIDDEN: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr, IN_TOKENS: tl.constexpr,
+    H: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Blocks `start` to before `stop` of hidden copies `low` to before `end`.
+
+    Those from `written` on are the token's own.
+    """
+    offset, column = tl.arange(0, KEYS), tl.arange(0, WIDTH)
+    h = written + copy - 1
+    h_low = first_seen(h, h, True, HIDDEN, WINDOW, CHUNK, IN_TOKENS, False)
+    for block in range(start, stop):
+        key = low + block * KEYS + offset
+        is_new = (key >= written)[:, None]
+        at_new = (key - written)[:, None] * H + column[None, :]
+        at_ring = (key % ring_size)[:, None] * H + column[None, :]
+        k = tl.where(is_new, new_k + at_new, ring_k + at_ring)
+        v = tl.where(is_new, new_v + at_new, ring_v + at_ring)
+        loaded = (key < end)[:, None] & (column < H)[None, :]
+        seen = (key[None, :] <= h[:, None]) & (key[None, :] >= h_low[:, None])
+        seen = seen & (copy > 0)[:, None]
+        peak, total, out = see_keys(peak, total, out, queries, k, v, loaded, seen, scale, PRECISION)
+    return peak, total, out
+
+
 @triton.jit(do_not_specialize=["batch", "slots", "ring_size", "splits"])
 def attention_kernel(  # type: ignore[no-untyped-def]
     q, originals, ring, new, lengths, parts, lses, batch, slots, ring_size, splits, scale,
@@ -203,8 +284,8 @@ def attention_kernel(  # type: ignore[no-untyped-def]
     b, g = head // GROUPS, head % GROUPS
     length = tl.load(lengths + b).to(tl.int32)
     cached, low, end, cached_blocks, blocks = _keys_of_tile(
-        length, tile, slots, CACHED, HIDDEN, FIRST, SHARING, TOTAL, ROWS, KEYS,
-        WINDOW, CHUNK, IN_TOKENS,
+        length, tile, slots, CACHED, HIDDEN, FIRST, SHARING, TOTAL, ROWS, KEYS, WINDOW, CHUNK,
+        IN_TOKENS,
     )  # fmt: skip
     each = tl.cdiv(blocks, splits)
     start = split * each
@@ -212,48 +293,28 @@ def attention_kernel(  # type: ignore[no-untyped-def]
     if start < stop:
         row = tile * ROWS + tl.arange(0, ROWS)
         column = tl.arange(0, WIDTH)
-        is_row, is_column = row < TOTAL, (column < H)[None, :]
+        is_row = row < TOTAL
         copy = FIRST + row // SHARING
-        at = _row_offset(b, g, row, K, FIRST, GROUPS, SHARING, H)
-        there = is_row[:, None] & is_column
-        queries = tl.load(q + at[:, None] + column[None, :], mask=there, other=0.0)
+        at = _row_offset(b, g, row, K, FIRST, GROUPS, SHARING, H)[:, None] + column[None, :]
+        there = is_row[:, None] & (column < H)[None, :]
+        queries = tl.load(q + at, mask=there, other=0.0)
         peak, total, out = nothing_seen(ROWS, WIDTH)
-
-        offset = tl.arange(0, KEYS)
-        at = offset[:, None] * H + column[None, :]
-        values = (batch * GROUPS).to(tl.int64)  # heads of keys, after which values begin
-        visible = tl.minimum(length * CACHED + tl.minimum(copy, CACHED - 1) + 1, slots)
-        for block in range(start, tl.minimum(stop, cached_blocks)):
-            key = block * KEYS + offset
-            k = originals + (head * slots + block * KEYS) * H + at
-            v = originals + ((head + values) * slots + block * KEYS) * H + at
-            loaded = (key < cached)[:, None] & is_column
-            seen = key[None, :] < visible[:, None]
-            peak, total, out = see_keys(
-                peak, total, out, queries, k, v, loaded, seen, scale, PRECISION
-            )
-
+        value_head = head + batch * GROUPS
+        peak, total, out = _see_originals(
+            peak, total, out, queries, originals, head * slots, value_head * slots,
+            start, tl.minimum(stop, cached_blocks), cached,
+            tl.minimum(length * CACHED + tl.minimum(copy, CACHED - 1) + 1, slots), scale,
+            H, WIDTH, KEYS, PRECISION,
+        )  # fmt: skip
         if HIDDEN > 0:
-            written = length * HIDDEN
-            h = written + copy - 1
-            h_low = first_seen(h, h, True, HIDDEN, WINDOW, CHUNK, IN_TOKENS, False)
-            sees = (copy > 0)[:, None]
-            for block in range(tl.maximum(start - cached_blocks, 0), stop - cached_blocks):
-                key = low + block * KEYS + offset
-                is_new = (key >= written)[:, None]
-                at_new = (key - written)[:, None] * H + column[None, :]
-                at_ring = (key % ring_size)[:, None] * H + column[None, :]
-                new_k, ring_k = new + head * HIDDEN * H, ring + head * ring_size * H
-                new_v = new + (head + values) * HIDDEN * H
-                ring_v = ring + (head + values) * ring_size * H
-                k = tl.where(is_new, new_k + at_new, ring_k + at_ring)
-                v = tl.where(is_new, new_v + at_new, ring_v + at_ring)
-                loaded = (key < end)[:, None] & is_column
-                seen = sees & (key[None, :] <= h[:, None]) & (key[None, :] >= h_low[:, None])
-                peak, total, out = see_keys(
-                    peak, total, out, queries, k, v, loaded, seen, scale, PRECISION
-                )
-
+            peak, total, out = _see_hidden(
+                peak, total, out, queries,
+                ring + head * ring_size * H, ring + value_head * ring_size * H,
+                new + head * HIDDEN * H, new + value_head * HIDDEN * H,
+                tl.maximum(start - cached_blocks, 0), stop - cached_blocks, low, end,
+                length * HIDDEN, ring_size, copy, scale,
+                HIDDEN, WINDOW, CHUNK, IN_TOKENS, H, WIDTH, KEYS, PRECISION,
+            )  # fmt: skip
         out, lse = mean_and_lse(peak, total, out)
         part = (head * splits + split) * TOTAL + row
         tl.store(lses + part, lse, mask=is_row)
@@ -290,7 +351,7 @@ def _merge_splits(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _write_ring(  # type: ignore[no-untyped-def]
-    new, ring, head, values, length, ring_size, program,
+    new, ring, head, length, value_heads, ring_size, program,
     HIDDEN: tl.constexpr, H: tl.constexpr, WIDTH: tl.constexpr, COPIES: tl.constexpr,
 ):  # fmt: skip
     """Write hidden copy number h into slot h % R; of more than R new ones, the last ones stay."""
@@ -299,7 +360,7 @@ def _write_ring(  # type: ignore[no-untyped-def]
     there = (copy < HIDDEN)[:, None] & (column < H)[None, :]
     slot = (length * HIDDEN + copy) % ring_size
     for part in tl.static_range(2):
-        kept = head + part * values
+        kept = head + part * value_heads
         source = (kept * HIDDEN + copy[:, None]) * H + column[None, :]
         target = (kept * ring_size + slot[:, None]) * H + column[None, :]
         tl.store(ring + target, tl.load(new + source, mask=there, other=0.0), mask=there)
@@ -337,7 +398,7 @@ def merge_kernel(  # type: ignore[no-untyped-def]
         mask = is_row[:, None] & (column < H)[None, :]
         tl.store(result + at, out.to(result.dtype.element_ty), mask=mask)
     elif HIDDEN > 0:
-        values = (batch * GROUPS).to(tl.int64)
         _write_ring(
-            new, ring, head, values, length, ring_size, program - merging, HIDDEN, H, WIDTH, COPIES
-        )
+            new, ring, head, length, batch * GROUPS, ring_size, program - merging,
+            HIDDEN, H, WIDTH, COPIES,
+        )  # fmt: skip

@@ -6,11 +6,12 @@ from typing import Any, get_args
 import pytest
 import torch
 
-from phd.config import ModelConfig, Variant
+from phd.config import ModelConfig, Norm, SpanUnit, Variant
 from phd.inference.cached_attention import attend_cached
 from phd.inference.cuda_graph import Decoder
 from phd.inference.prefill import decode, extend, prefill
 from phd.model import Transformer
+from tests.phd.inference.token_twins import Twins
 
 pytestmark = [
     pytest.mark.skipif(
@@ -148,3 +149,41 @@ def test_half_precision_is_near(variant: Variant) -> None:
         for n in range(40, 60):
             off = (decoder(tokens[:, n]).float() - full[:, n]).abs().max()
             assert off < 0.1 * full.std()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+@pytest.mark.parametrize("variant", get_args(Variant))
+def test_the_kernels_of_a_token_equal_the_slow_step(
+    variant: Variant, head_dim: int, dtype: torch.dtype
+) -> None:
+    K = 1 if variant == "vanilla" else 3
+    config = replace(SMALL, variant=variant, K=K, head_dim=head_dim, layers=2)
+    twins = Twins(config, [300, 0, 63, 32, 511], 600, dtype, "cuda")
+    for _ in range(3):
+        twins.add_token()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("norm", get_args(Norm))
+@pytest.mark.parametrize(("K", "span_unit"), [(2, "hidden"), (16, "token"), (256, "token")])
+def test_the_kernels_of_a_token_take_any_norm_and_many_copies(
+    K: int, span_unit: SpanUnit, norm: Norm, dtype: torch.dtype
+) -> None:
+    others = {"norm": norm, "copy_positions": "flattened", "layers": 2}
+    config = replace(SMALL, variant="phd_cswa", K=K, span_unit=span_unit, **others)
+    twins = Twins(config, [100, 31], 130, dtype, "cuda")
+    for _ in range(2):
+        twins.add_token()
+
+
+def test_the_kernels_of_a_token_give_the_same_bits_every_time() -> None:
+    config = replace(SMALL, variant="phd_cswa", K=16, layers=2)
+    twins = Twins(config, [300, 5], 600, torch.bfloat16, "cuda")
+    qkv = torch.randn(32, 512, dtype=torch.bfloat16)
+    # The first call changes the ring, and the later ones write the same into it.
+    _, second = (twins.fast_output(qkv, 0, last=False, splits=None) for _ in range(2))
+    ring = twins.fast.ring[0].clone()
+    third = twins.fast_output(qkv, 0, last=False, splits=None)
+    assert torch.equal(second, third)
+    assert torch.equal(ring, twins.fast.ring[0])

@@ -13,7 +13,7 @@ from phd.inference.kernels.token_attention import attend_token
 from phd.inference.kernels.token_cache import TokenCache, new_hidden_copies
 from phd.model import Transformer
 
-TOLERANCE = {torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}
 
 
 class Twins:
@@ -40,7 +40,7 @@ class Twins:
             QkvNorms(*(None if x is None else x.to(device) for x in norms[:3]), *norms[3:])
             for norms in (QkvNorms.of(block.attention) for block in self.model.blocks)
         ]
-        self.model.double()
+        self.model.double().rope.build(torch.device("cpu"))  # in float32 again
         self.fast_rope = Transformer(config).rope.to(device)
         self.slow = KVCache(config, len(lengths), capacity=capacity, dtype=torch.float64)
         self.fast = KVCache(config, len(lengths), capacity=capacity, dtype=dtype, device=device)
