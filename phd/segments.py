@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from phd.pattern import Pattern
+from phd.transfer import to_device
 
 
 # Two values are equal where they hold the very same tensors: so they may be keys of a cache.
@@ -47,7 +48,7 @@ class Segments:
 
     def to(self, device: torch.device | str) -> "Segments":
         """The same documents on a device, without waiting for it."""
-        starts, cu_seqlens = (_copied(x, device) for x in (self.starts, self.cu_seqlens_cpu))
+        starts, cu_seqlens = (to_device(x, device) for x in (self.starts, self.cu_seqlens_cpu))
         return Segments(starts, cu_seqlens, self.cu_seqlens_cpu)
 
     @property
@@ -67,10 +68,3 @@ class Segments:
         n, m = self.position[:, None, :, None, None], self.position[:, None, None, None]
         same = self.starts[:, None, :, None, None] == self.starts[:, None, None, None]
         return same & pattern.allows(n, copy[:, None, None, None], m, copy[:, None])
-
-
-def _copied(x: Tensor, device: torch.device | str) -> Tensor:
-    if x.device.type == "cpu" and torch.device(device).type == "cuda":
-        # From pageable memory the copy would wait for the device.
-        x = x.contiguous().pin_memory()
-    return x.to(device, non_blocking=True)

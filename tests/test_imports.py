@@ -194,7 +194,7 @@ def test_a_model_needs_nothing_but_torch() -> None:
     ]
     script = (
         f"import sys; sys.modules.update(dict.fromkeys({hidden!r})); "
-        "import phd.model, phd.inference.sampling, phd.flops, phd.hf.convert"
+        "import phd.model, phd.inference.generator, phd.flops, phd.hf.convert"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-c", script], env=environment, check=True)

@@ -86,7 +86,7 @@ class GenerateArguments:
 
     @property
     def sampling(self) -> dict[str, Any]:
-        """How tokens are drawn: the settings of `phd.inference.sampling.Sampling`."""
+        """How tokens are drawn: the settings of `phd.config.SamplingConfig`."""
         return {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
 
 

@@ -17,8 +17,9 @@ if __name__ == "__main__":  # first of all: the imports below take seconds
     arguments.run(GenerateArguments, "train.generate")
 
 import json
+from collections import deque
 from collections.abc import Iterator, Sequence
-from itertools import product
+from itertools import islice, product
 
 import numpy as np
 import torch
@@ -28,7 +29,8 @@ from conf.errors import ConfigError, reason_of
 from conf.standard_streams import reader_is_gone
 from conf.text import BOM, NotUtf8Error, decoded, read_text
 from data.detokenizer import IncrementalDetokenizer
-from phd.inference.sampling import Sampling, generate
+from phd.config import SamplingConfig
+from phd.inference.generator import Generator, NewToken, Request
 from train.arguments import GenerateArguments
 from train.checkpoint.load_run import load_run
 from train.engine_config import EngineConfig
@@ -58,56 +60,71 @@ class Writer:
     def stream(self, prompt: str) -> Iterator[str]:
         """Yield the prompt, and then its continuation piece by piece."""
         yield prompt  # shown at once, before the prefill
-        text = self._detokenizer(prompt)
-        for token in self._tokens([text], [(0, 0)]):
-            yield text.add(int(token[0]))
-            if text.ending:
-                break
+        text, generator = self._detokenizer(prompt), self._generator(batch=1)
+        generator.submit(self._request(text, (0, 0)))
+        while not text.ending and generator.unfinished:
+            for new in self._step(generator):
+                if not text.ending:
+                    yield text.add(new.token)
         yield text.finish()
 
     def write(self, prompts: Sequence[str]) -> Iterator[tuple[str, IncrementalDetokenizer]]:
-        """Yield `n` texts for each prompt, in order. They are generated in batches."""
-        jobs = list(product(enumerate(prompts), range(self.args.n)))
-        for begin in range(0, len(jobs), self.args.batch):
-            batch = jobs[begin : begin + self.args.batch]
-            texts = [self._detokenizer(prompt) for (_, prompt), _ in batch]
-            # A text that has ended stays in the batch until all have ended; its tokens are ignored.
-            for tokens in self._tokens(texts, [(index, sample) for (index, _), sample in batch]):
-                for text, token in zip(texts, tokens.tolist(), strict=True):
-                    if not text.ending:
-                        text.add(token)
-                if all(text.ending for text in texts):
-                    break
-            for ((_, prompt), _), text in zip(batch, texts, strict=True):
-                text.finish()
-                yield prompt, text
+        """Yield `n` texts for each prompt, in order. As many as `batch` are written at once."""
+        jobs = product(enumerate(prompts), range(self.args.n))
+        batch = min(self.args.batch, len(prompts) * self.args.n)
+        generator = self._generator(batch)
+        texts: dict[int, IncrementalDetokenizer] = {}
+        unyielded: deque[tuple[str, IncrementalDetokenizer]] = deque()
+        while True:
+            # So many wait that no row is idle, without tokenizing a long file at once.
+            for (index, prompt), sample in islice(jobs, max(0, 2 * batch - generator.unfinished)):
+                text = self._detokenizer(prompt)
+                texts[generator.submit(self._request(text, (index, sample)))] = text
+                unyielded.append((prompt, text))
+            if not unyielded:
+                return
+            for new in self._step(generator):
+                if new.request in texts and _is_ended(texts[new.request], new):
+                    generator.cancel(new.request)
+                    del texts[new.request]
+            while unyielded and unyielded[0][1].ending:
+                yield unyielded.popleft()
 
     def _detokenizer(self, prompt: str) -> IncrementalDetokenizer:
         return IncrementalDetokenizer(self.tokenizer, prompt, self.args.stop)
 
-    @torch.inference_mode()  # less overhead per operation than no_grad
-    def _tokens(
-        self, texts: Sequence[IncrementalDetokenizer], keys: Sequence[tuple[int, int]]
-    ) -> Iterator[torch.Tensor]:
-        """Yield the next token of each text, int64 (texts,).
+    def _generator(self, batch: int) -> Generator:
+        return Generator(self.model, batch=batch, compiled=self.args.compile)
+
+    def _request(self, text: IncrementalDetokenizer, key: tuple[int, int]) -> Request:
+        """The request to continue a prompt.
 
         Args:
-            texts: hold the prompts.
-            keys: (prompt's index, sample's index) of each text. With the seed it keys its own
-                generator. So a text does not depend on the texts beside it in the batch.
+            text: holds the prompt.
+            key: (prompt's index, sample's index). With the seed it gives the text its own random
+                numbers. So a text does not depend on the texts beside it in the batch.
         """
-        prompts = [torch.tensor(text.ids, device=self.device) for text in texts]
-        seeds = [np.random.SeedSequence([self.args.seed, *key]) for key in keys]
-        generators = [torch.Generator().manual_seed(int(s.generate_state(1)[0])) for s in seeds]
+        seed = np.random.SeedSequence([self.args.seed, *key]).generate_state(1)[0]
+        return Request(
+            list(text.ids),
+            max_tokens=self.args.max_tokens,
+            sampling=SamplingConfig(**self.args.sampling),
+            seed=int(seed),
+            stop_ids=(self.tokenizer.eos_id,),
+        )
+
+    @torch.inference_mode()  # less overhead per operation than no_grad
+    def _step(self, generator: Generator) -> list[NewToken]:
         with autocast(self.device, self.dtype):
-            yield from generate(
-                self.model,
-                prompts,
-                Sampling(**self.args.sampling),
-                generators,
-                self.args.max_tokens,
-                compiled=self.args.compile,
-            )
+            return generator.step()
+
+
+def _is_ended(text: IncrementalDetokenizer, new: NewToken) -> bool:
+    """Take a token; whether it is the last."""
+    text.add(new.token)
+    if new.finish_reason:
+        text.finish()
+    return text.ending is not None
 
 
 def main(args: GenerateArguments) -> int:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from phd.config import ModelConfig
 from phd.pattern import Pattern
+from phd.transfer import to_device
 
 # The capacity of a cache that grows is a multiple of this number of tokens.
 CAPACITY_STEP = 256
@@ -93,13 +94,37 @@ class KVCache:
         self.lengths = self.lengths.index_select(0, rows)
         self.host_lengths = [self.host_lengths[row] for row in rows.tolist()]
 
+    def replace(self, rows: Sequence[int], other: "KVCache") -> None:
+        """Let these rows remember what the rows of another cache do, in the same order.
+
+        All else stays where it is, so a captured graph goes on with the new rows.
+
+        Args:
+            other: of the same model, and of no more room.
+        """
+        assert other.capacity <= self.capacity, (other.capacity, self.capacity)
+        index = to_device(rows, self.lengths.device)
+        for mine, theirs in (*zip(self.originals, other.originals, strict=True),
+                             *zip(self.ring, other.ring, strict=True)):  # fmt: skip
+            # A smaller ring was never full, so its hidden copies have the same slots in this one.
+            mine.narrow(3, 0, theirs.shape[3]).index_copy_(1, index, theirs)
+        self.lengths.index_copy_(0, index, other.lengths)
+        for row, length in zip(rows, other.host_lengths, strict=True):
+            self.host_lengths[row] = length
+
+    def clear(self, rows: Sequence[int]) -> None:
+        """Forget all tokens of these rows."""
+        self.lengths.index_fill_(0, to_device(rows, self.lengths.device), 0)
+        for row in rows:
+            self.host_lengths[row] = 0
+
     def advance(self, tokens: Sequence[int]) -> None:
         """Add the number of new tokens of each row to its length."""
         self.host_lengths = [a + b for a, b in zip(self.host_lengths, tokens, strict=True)]
         if len(set(tokens)) == 1:
             self.lengths += tokens[0]
         else:
-            self.lengths += torch.tensor(tokens, device=self.lengths.device)
+            self.lengths += to_device(tokens, self.lengths.device)
 
     def write_slice(self, layer: int, k: Tensor, v: Tensor, first: int) -> None:
         """Write new cached slots (B, G, new, H) from slot `first` on, the same in all rows."""

@@ -18,6 +18,7 @@ from phd.inference.fused_rows import FusedRows, has_fused_rows
 from phd.inference.incremental import IncrementalForward, LayerContext
 from phd.inference.ragged_rows import RaggedPrompts, RaggedRows
 from phd.model import Transformer
+from phd.transfer import to_device
 
 
 @torch.no_grad()
@@ -58,8 +59,7 @@ def prefill(
             continue
         last = last[:, 0]
         if logits is not None:
-            is_end = torch.tensor(ends, device=last.device)[:, None]
-            last = torch.where(is_end, last, logits)
+            last = torch.where(to_device(ends, last.device)[:, None], last, logits)
         logits = last
     assert logits is not None
     return logits, cache

@@ -16,6 +16,7 @@ from phd.inference.incremental import (
     sees_hidden,
 )
 from phd.rope import Rope
+from phd.transfer import to_device
 
 
 class RaggedRows(IncrementalForward):
@@ -43,7 +44,7 @@ class RaggedRows(IncrementalForward):
         spans = [max(of_layer) for of_layer in zip(*rows, strict=True)]
         self.keep, self.longest = keep, max(cache.host_lengths) + tokens
         self.begins = cache.lengths[:, None]
-        self.counts = torch.tensor(new, device=device)[:, None]
+        self.counts = to_device(new, device)[:, None]
         # (B, span): which new tokens of a row have hidden copies; below 0 where it has too few.
         self.hidden_tokens = self.counts - torch.arange(spans[0], 0, -1, device=device)
         position = (self.begins + self.hidden_tokens).clamp(min=0)

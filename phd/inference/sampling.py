@@ -1,100 +1,107 @@
-"""Sampling text from a model, token by token."""
+"""Drawing the next token of each row of a batch, on the device."""
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
-from math import ceil
+from collections.abc import Sequence
+from math import isqrt
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
+from torch.nn import functional as F
 
 from phd.config import SamplingConfig
-from phd.inference.cache import CAPACITY_STEP, KVCache
-from phd.inference.cuda_graph import Decoder
-from phd.inference.prefill import decode, prefill
-from phd.model import Transformer
+from phd.transfer import to_device
+
+# What is drawn from logits that are not finite. No device can raise an error without a wait.
+NOT_FINITE = -1
+# Weights of 1 and less as integers in units of 2^-40: the sum of 2^22 of them fits in 64 bits.
+FIXED_POINT = 2.0**40
 
 
-@dataclass(frozen=True, kw_only=True)
-class Sampling(SamplingConfig):
-    """Draws the next token from logits."""
+class Sampler:
+    """Draws tokens by the inverse of the cumulative distribution, each row by its own settings.
 
-    def draw(self, logits: Tensor, generator: torch.Generator) -> Tensor:
-        """logits (B, V) -> token ids (B,), drawn by `generator`, which is on the CPU."""
-        if self.temperature == 0:
-            return logits.argmax(-1)
-        logits = logits.float().cpu()
-        # Less the largest first: a small temperature would make the others overflow.
-        logits = (logits - logits.amax(-1, keepdim=True)) / self.temperature
-        if self.top_k is not None:
-            least = logits.topk(min(self.top_k, logits.shape[-1])).values[..., -1:]
-            logits = logits.masked_fill(logits < least, -torch.inf)
-        if self.top_p is not None:
-            ordered, order = logits.sort(descending=True)
-            before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
-            ordered = ordered.masked_fill(before >= self.top_p, -torch.inf)
-            logits = torch.empty_like(logits).scatter_(-1, order, ordered)
-        return logits.softmax(-1).multinomial(1, generator=generator).squeeze(-1)
+        weights   |  a  |   b   | c |      d      |     a uniform number u of [0, 1) falls
+                  0            u * sum          sum     into one of them
 
-
-@torch.no_grad()
-def generate(
-    model: Transformer,
-    prompts: Sequence[Tensor],
-    sampling: Sampling,
-    generators: Sequence[torch.Generator],
-    max_tokens: int,
-    *,
-    compiled: bool = False,
-) -> Iterator[Tensor]:
-    """Yield `max_tokens` times the new token ids (B,), one for each text.
-
-    When a text fills the model's context, generation continues from a new prefill of its last half.
+    Weights are integers, whose sums do not depend on the order of summation. So a row's token
+    depends neither on the rows beside it nor on the device, apart from the rounding of logits.
 
     Args:
-        prompts: int64 (T,) each, T >= 1, of any lengths.
-        generators: one for each text, so that a text does not depend on the texts beside it.
-        compiled: decode by `torch.compile`, which compiles once for each number of texts and each
-            capacity of the cache.
+        rows: how each row is sampled.
+        device: where the logits will be.
     """
-    limit = model.config.max_seq_len
-    texts = [prompt if len(prompt) <= limit else _end(prompt, limit) for prompt in prompts]
-    while max_tokens:
-        longest = max(map(len, texts))
-        capacity = min(limit, longest + max_tokens)
-        if compiled:
-            # Few different capacities, so that little is compiled.
-            capacity = min(limit, ceil(capacity / CAPACITY_STEP) * CAPACITY_STEP)
-        logits, cache = _prefill_texts(model, texts, capacity)
-        new: list[Tensor] = []
-        step: Callable[[Tensor], Tensor] = partial(decode, model, cache=cache)
-        if compiled or logits.is_cuda:
-            step = Decoder(model, cache, compiled=compiled)
-        while True:
-            rows = zip(logits, generators, strict=True)
-            new.append(torch.cat([sampling.draw(row[None], generator) for row, generator in rows]))
-            yield new[-1]
-            max_tokens -= 1
-            if not max_tokens or max(cache.host_lengths) == limit:
-                break
-            logits = step(new[-1].to(logits.device))
-        added = torch.stack(new, 1).to(prompts[0].device)
-        texts = [torch.cat(pair) for pair in zip(texts, added, strict=True)]
-        texts = [text if len(text) <= limit else _end(text, limit) for text in texts]
+
+    def __init__(self, rows: Sequence[SamplingConfig], device: torch.device) -> None:
+        is_greedy = [row.temperature == 0 for row in rows]
+        drawn = [row for row in rows if row.temperature]
+        self.all_greedy = not drawn
+        self._is_greedy = to_device(is_greedy, device) if any(is_greedy) and drawn else None
+        temperatures = [[row.temperature or 1.0] for row in rows]
+        self._temperature = to_device(temperatures, device, torch.float32)
+        # 0 for all tokens, here and below.
+        self._most = max((row.top_k or 0 for row in drawn), default=0)
+        self._top_k = to_device([[row.top_k or 0] for row in rows], device)
+        self._top_p: Tensor | None = None
+        # By rounding, the tokens before the last could seem to reach 1 together.
+        nuclei = [row.top_p if row.top_p and row.top_p < 1 else 2.0 for row in rows]
+        if min(nuclei) < 1:
+            self._top_p = to_device([[p] for p in nuclei], device, torch.float64)
+
+    def draw(self, logits: Tensor, uniforms: Tensor | None) -> Tensor:
+        """Logits (B, V) -> token ids, int64 (B,), or `NOT_FINITE`.
+
+        Args:
+            uniforms: float64 (B,) on the device, a number of [0, 1) for each row; unused, and may
+                be None, where all temperatures are 0.
+        """
+        largest, likeliest = logits.max(-1)
+        tokens = likeliest
+        if not self.all_greedy:
+            assert uniforms is not None
+            tokens = _inverse_cdf(self._weights(logits, largest), uniforms)
+            if self._is_greedy is not None:
+                tokens = torch.where(self._is_greedy, likeliest, tokens)
+        return torch.where(largest.isfinite(), tokens, NOT_FINITE)
+
+    def _weights(self, logits: Tensor, largest: Tensor) -> Tensor:
+        """exp(logits / temperature) of the tokens that are kept, int64 (B, V)."""
+        # Less the largest first: a small temperature would make the others overflow.
+        x = (logits.float() - largest.float()[:, None]).div_(self._temperature)
+        if self._most:
+            k = min(self._most, x.shape[-1])
+            least = x.topk(k).values.gather(-1, (self._top_k - 1).clamp_(0, k - 1))
+            x = x.masked_fill_((x < least) & (self._top_k > 0), -torch.inf)
+        weights = x.exp_().mul_(FIXED_POINT).long()
+        return weights if self._top_p is None else self._nucleus(weights, self._top_p)
+
+    @staticmethod
+    def _nucleus(weights: Tensor, top_p: Tensor) -> Tensor:
+        """The weights without those of tokens before which others already reach `top_p`."""
+        ordered, order = weights.sort(dim=-1, descending=True, stable=True)
+        sums = ordered.cumsum(-1)
+        is_out = (sums - ordered).double() >= top_p * sums[:, -1:].double()
+        return torch.empty_like(weights).scatter_(-1, order, ordered.masked_fill_(is_out, 0))
 
 
-def _prefill_texts(
-    model: Transformer, texts: list[Tensor], capacity: int
-) -> tuple[Tensor, KVCache]:
-    return prefill(
-        model,
-        pad_sequence(texts, batch_first=True),
-        [len(text) for text in texts],
-        capacity=capacity,
-    )
+def _inverse_cdf(weights: Tensor, uniforms: Tensor) -> Tensor:
+    """The first place whose cumulative weight exceeds u times the sum.
 
+    The place is found among blocks first and then in its block, because a GPU sums many short rows
+    faster than a few long ones.
 
-def _end(text: Tensor, limit: int) -> Tensor:
-    """The last tokens of a text, half as many as the context has room for."""
-    return text[-max(1, limit // 2) :]
+    Args:
+        weights: int64 (B, V), with a sum above 0.
+        uniforms: float64 (B,), of [0, 1).
+    """
+    B, V = weights.shape
+    width = isqrt(V - 1) + 1
+    blocks = F.pad(weights, (0, -V % width)).view(B, -1, width)
+    sums = blocks.sum(-1).cumsum(-1)
+    total = sums[:, -1:]
+    # In float64 the product may round up to the sum itself.
+    level = torch.minimum((uniforms[:, None] * total).long(), total - 1)
+    # Where weights are not numbers, there is no such block.
+    block = torch.searchsorted(sums, level, right=True).clamp_(max=sums.shape[-1] - 1)
+    own = blocks.gather(1, block[..., None].expand(-1, -1, width)).squeeze(1).cumsum(-1)
+    # From the level less what comes before the block.
+    level = level - sums.gather(-1, block) + own[:, -1:]
+    return (block * width + torch.searchsorted(own, level, right=True)).squeeze(-1)

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from phd.config import Variant
 from phd.flops import forward_flops
+from phd.inference.generator import Generator, Request
 from phd.inference.prefill import decode, extend, prefill
-from phd.inference.sampling import Sampling, generate
 from phd.initialization import initial_weights
 from phd.model import Transformer
 from phd.segments import Segments
@@ -37,8 +37,10 @@ def results(model: Transformer) -> Iterator[Tensor]:
         yield extend(model, TOKENS[:, 11:20], cache, [9, 9], keep=2)
         yield extend(model, TOKENS[:, 20:23], cache, [3, 1])
         yield from (*cache.originals, *cache.ring, cache.lengths)
-    generators = [torch.Generator("cpu").manual_seed(n) for n in range(2)]
-    yield from generate(model, [TOKENS[0, :9], TOKENS[1, :4]], Sampling(), generators, 70)
+    prompts = (TOKENS[0, :9].tolist(), TOKENS[1, :4].tolist())
+    requests = [Request(prompt, max_tokens=70, seed=n) for n, prompt in enumerate(prompts)]
+    written = Generator(model).generate(requests)
+    yield torch.tensor(written, device="cpu")
 
 
 @variants

@@ -20,7 +20,8 @@ from conf.errors import ConfigError
 from data.sources.documents import Documents
 from data.tokenizer import Tokenizer
 from data.tokenizer_training import LOSSLESS, train
-from phd.inference.sampling import Sampling, generate
+from phd.config import SamplingConfig
+from phd.inference.generator import Generator, Request
 from train.checkpoint.load_run import load_run
 from train.export import ExportArguments, main, own_modules
 from train.hf.tokenizer_json import converted, not_converted, write_tokenizer
@@ -398,9 +399,8 @@ def test_a_pipeline_continues_the_text_and_begins_a_document_where_there_is_none
     model, tokenizer, *_ = load_run(run, torch.device("cpu"))
 
     def ours(prompt: list[int]) -> list[int]:
-        generators = [torch.Generator().manual_seed(0)]
-        new = generate(model, [torch.tensor(prompt)], Sampling(temperature=0), generators, 9)
-        return prompt + [int(token) for token in new]
+        request = Request(prompt, max_tokens=9, sampling=SamplingConfig(temperature=0))
+        return prompt + Generator(model).generate([request])[0]
 
     def theirs(prompt: str, **given: Any) -> list[int]:
         loaded = transformers.AutoTokenizer.from_pretrained(out, **given)

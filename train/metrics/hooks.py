@@ -16,7 +16,7 @@ from data.batch import Batch
 from data.sources.quarantine import Quarantine
 from data.tokenizer import Tokenizer
 from phd.inference.cache import kv_bytes
-from phd.inference.sampling import Sampling, generate
+from phd.inference.generator import Generator, Request
 from train.checkpoint.format import TOKENIZER
 from train.checkpoint.store import CheckpointError, CheckpointStore, Saved
 from train.config import Config
@@ -255,16 +255,17 @@ class Sample:
         """The prompt and its continuation until the end of the document, equal on every rank."""
         settings = self.config.hooks.sample
         prompt = [self.tokenizer.eos_id, *self.tokenizer.encode(self.prompt).tolist()]
-        tokens = torch.tensor(prompt, device=self.engine.device)
-        generator = torch.Generator().manual_seed(self.config.seed)
+        request = Request(prompt, max_tokens=settings.tokens, seed=self.config.seed)
         new: list[int] = []
         with self.engine.summon_full_params() as model:
             # This goes on after the end of the document. `stop` is collective and weights may be
             # sharded, so all ranks must take the same number of steps.
-            for token in generate(model, [tokens], Sampling(), [generator], settings.tokens):
+            generator = Generator(model, batch=1)
+            generator.submit(request)
+            for _, token, _ in generator:
                 if self.stop():
                     return None
-                new.append(int(token.item()))
+                new.append(token)
         end = new.index(self.tokenizer.eos_id) if self.tokenizer.eos_id in new else None
         return self.tokenizer.decode(prompt + new[:end])
 

@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 
 from data.batch import Batch
 from phd.block import Block
-from phd.inference.sampling import Sampling, generate
+from phd.inference.generator import Generator, Request
 from tests.train.batches import batch_of
 from tests.train.many_ranks import run_ranks
 from tests.train.uneven import COPIES, UNEVEN
@@ -68,8 +68,7 @@ def test_nothing_is_compiled_after_the_first_step(
         train_step(engine, drawn(8, seed, documents=documents), 1e-3)
         engine.evaluate(drawn(8 + seed, seed, documents=documents))
         with engine.summon_full_params() as model:
-            prompt = torch.arange(seed + 2)
-            generate(model, [prompt], Sampling(temperature=0), [torch.Generator()], 9)
+            Generator(model).generate([Request(range(seed + 2), max_tokens=9)])
     assert counter.frame_count == 6
 
 

@@ -7,10 +7,10 @@ from typing import get_args
 import pytest
 import torch
 from rich.console import Console
-from torch import Tensor
 
 from conf.errors import ConfigError
-from phd.inference.sampling import Sampling, generate
+from phd.config import SamplingConfig
+from phd.inference.generator import Generator, Request
 from phd.model import Transformer
 from tests.train.batches import batch_of
 from train.compose import load
@@ -103,8 +103,10 @@ def test_the_projections_of_blocks_are_converted_and_the_head_is_not() -> None:
     assert kinds["head"] == "Linear"
 
 
-def written(model: Transformer) -> list[Tensor]:
-    return list(generate(model, [ROWS[0, :9]], Sampling(temperature=0), [torch.Generator()], 5))
+def written(model: Transformer) -> list[int]:
+    prompt, greedy = ROWS[0, :9].tolist(), SamplingConfig(temperature=0)
+    [tokens] = Generator(model).generate([Request(prompt, max_tokens=5, sampling=greedy)])
+    return tokens
 
 
 def test_a_model_generates_after_it_was_trained() -> None:
@@ -180,6 +182,4 @@ def test_on_cuda_the_loss_falls_as_with_bf16(scaling: Float8Scaling, compile: st
     total, targets = engine.evaluate(batch_of(ROWS))
     assert torch.isfinite(total / targets)
     with engine.summon_full_params() as model, torch.no_grad():
-        prompt = [ROWS[0, :9].cuda()]
-        texts = generate(model, prompt, Sampling(temperature=0), [torch.Generator()], 5)
-        assert len(list(texts)) == 5
+        assert len(written(model)) == 5

@@ -14,7 +14,8 @@ from torch.distributed.tensor import DTensor
 
 from data.batch import Batch
 from phd.block import Block
-from phd.inference.sampling import Sampling, generate
+from phd.config import SamplingConfig
+from phd.inference.generator import Generator, Request
 from phd.model import Transformer
 from tests.train.batches import batch_of
 from tests.train.many_ranks import RanksFailedError, run_ranks
@@ -277,7 +278,7 @@ def test_compiled_blocks_write_without_being_compiled_again(monkeypatch) -> None
     torch.compiler.reset()
     counter = CompileCounterWithBackend("aot_eager")
     monkeypatch.setattr(Block, "compile", partialmethod(nn.Module.compile, backend=counter))
-    rng, prompt = torch.Generator(), torch.tensor([5, 7, 11])
+    request = Request([5, 7, 11], max_tokens=12, sampling=SamplingConfig(temperature=0))
     written = []
     for compiled in ("true", "false"):
         engine = FsdpEngine(config_of(f"engine.compile={compiled}"), ProcessGroups())
@@ -285,8 +286,7 @@ def test_compiled_blocks_write_without_being_compiled_again(monkeypatch) -> None
         compilations = counter.frame_count
         assert compilations > 0
         with engine.summon_full_params() as model:
-            tokens = generate(model, [prompt], Sampling(temperature=0), [rng], 12)
-            written.append([int(token) for token in tokens])
+            written += Generator(model).generate([request])
         assert counter.frame_count == compilations
         train_step(engine, batch_of(ROWS), 0.01)
         assert counter.frame_count == compilations

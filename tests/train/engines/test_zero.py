@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from conf.errors import ConfigError
 from data.batch import Batch
-from phd.inference.sampling import Sampling, generate
+from phd.config import SamplingConfig
+from phd.inference.generator import Generator, Request
 from phd.initialization import initial_weights
 from phd.loss import IGNORED
 from phd.model import Transformer
@@ -194,8 +195,9 @@ def given_up(groups: ProcessGroups, stage: int, _: Path) -> dict[str, Any]:
 
 def greedy(model: Transformer) -> list[int]:
     """What a model writes through its cache."""
-    rng = [torch.Generator()]
-    return [int(x) for x in generate(model, [TOKENS[0, :5]], Sampling(temperature=0), rng, 6)]
+    prompt, greedy = TOKENS[0, :5].tolist(), SamplingConfig(temperature=0)
+    [tokens] = Generator(model).generate([Request(prompt, max_tokens=6, sampling=greedy)])
+    return tokens
 
 
 def used(groups: ProcessGroups, stage: int, _: Path) -> dict[str, Any]:

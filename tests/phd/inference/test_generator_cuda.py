@@ -1,0 +1,104 @@
+"""On a GPU, requests that share a batch get what each gets alone, and the host runs ahead."""
+
+from dataclasses import replace
+from typing import Any, get_args
+
+import pytest
+import torch
+from torch import Tensor
+
+from phd.config import ModelConfig, SamplingConfig, Variant
+from phd.inference.generator import Generator, Request
+from phd.model import Transformer
+
+pytestmark = [
+    pytest.mark.skipif(
+        not torch.cuda.is_available(), reason="needs an NVIDIA GPU and a CUDA build of torch"
+    ),
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Synchronization debug mode is a proto:UserWarning"),
+]
+variants = pytest.mark.parametrize("variant", get_args(Variant))
+SMALL = ModelConfig(
+    window=16,
+    chunk=32,
+    layers=3,
+    dim=128,
+    ffn_dim=256,
+    heads=4,
+    kv_heads=2,
+    head_dim=64,
+    vocab_size=257,
+    max_seq_len=600,
+)
+
+
+def model_of(variant: Variant) -> Transformer:
+    K = 1 if variant == "vanilla" else 3
+    return Transformer(replace(SMALL, variant=variant, K=K)).reset(0).cuda()
+
+
+def requests_of(count: int, **settings: Any) -> list[Request]:
+    """Prompts of unequal lengths, and texts some of which end early."""
+    tokens = torch.randint(0, 257, (count, 300), generator=torch.Generator().manual_seed(0))
+    return [
+        Request(
+            tokens[n, : 5 + 40 * n].tolist(),
+            max_tokens=5 + 7 * n,
+            sampling=SamplingConfig(**settings),
+            seed=n,
+            stop_ids=(1, 2, 3),
+        )
+        for n in range(count)
+    ]
+
+
+def logits_of(model: Transformer, request: Request, tokens: list[int]) -> Tensor:
+    """Those of a full forward pass from which the tokens were drawn, (tokens, V)."""
+    text = torch.tensor([*request.prompt, *tokens], device="cuda")
+    return model.logits(text[None])[0, len(request.prompt) - 1 : -1].double().cpu()
+
+
+@torch.no_grad()
+@variants
+def test_requests_get_the_most_likely_tokens(variant: Variant) -> None:
+    model, requests = model_of(variant), requests_of(8, temperature=0)
+    written = Generator(model, batch=3).generate(requests)
+    for request, tokens in zip(requests, written, strict=True):
+        assert len(tokens) == request.max_tokens or tokens[-1] in request.stop_ids
+        logits = logits_of(model, request, tokens)
+        chosen = logits.gather(-1, torch.tensor(tokens)[:, None]).squeeze(-1)
+        assert (logits.amax(-1) - chosen).max() < 2e-3  # rounding may decide between two
+
+
+@torch.no_grad()
+@variants
+def test_requests_get_the_tokens_that_their_own_numbers_draw(variant: Variant) -> None:
+    model, requests = model_of(variant), requests_of(8, temperature=0.8)
+    written = Generator(model, batch=3).generate(requests)
+    for request, tokens in zip(requests, written, strict=True):
+        own = torch.Generator().manual_seed(request.seed)
+        u = torch.rand(request.max_tokens, generator=own, dtype=torch.float64)[: len(tokens)]
+        shares = (logits_of(model, request, tokens) / 0.8).softmax(-1)
+        chosen = torch.tensor(tokens)[:, None]
+        above = shares.cumsum(-1).gather(-1, chosen).squeeze(-1)
+        below = above - shares.gather(-1, chosen).squeeze(-1)
+        assert (below - 1e-3 <= u).all()
+        assert (u <= above + 1e-3).all()
+
+
+@variants
+def test_the_host_waits_for_nothing_but_tokens_that_it_reads(variant: Variant) -> None:
+    """Neither a prefill nor a decoded token makes it wait; the wait for an event is no error."""
+    generator = Generator(model_of(variant), batch=3, capacity=600)
+    kinds: list[dict[str, Any]] = [{"temperature": 0}, {}, {"top_k": 9}, {"top_p": 0.9}]
+    requests = [request for kind in kinds for request in requests_of(4, **kind)]
+    generator.generate(requests[:3])  # captures the graph
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = generator.generate(requests)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(found)
