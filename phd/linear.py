@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
+from phd.torch_private import has_hooks
+
 # A weight of fewer values stays in a core's cache (2^19 in float32 are 2 MiB): reading it again
 # costs little, so other numbers of rows gain from the transposed product.
 LARGE_WEIGHT = 1 << 19
@@ -76,8 +78,11 @@ class _Rounded(torch.autograd.Function):
 def fuse_weights(layers: Sequence[Linear]) -> None:
     """Move the weights into one tensor, one after another, for `project_all` to use.
 
-    They stay separate parameters, as with `torch.nn.RNN.flatten_parameters`.
+    They stay separate parameters, as with `torch.nn.RNN.flatten_parameters`. Weights that are fused
+    already stay where they are.
     """
+    if all(layer.fused for layer in layers) and are_adjacent(layers):
+        return
     whole = torch.cat([layer.weight.detach() for layer in layers])
     parts = whole.split([layer.out_features for layer in layers])
     for layer, part in zip(layers, parts, strict=True):
@@ -91,9 +96,13 @@ def project_all(x: Tensor, layers: Sequence[Linear]) -> Sequence[Tensor]:
     """
     if not _are_fused(x, layers):
         return [layer(x) for layer in layers]
-    sizes, fan_in = [layer.out_features for layer in layers], layers[0].in_features
-    whole = layers[0].weight.as_strided((sum(sizes), fan_in), (fan_in, 1))
-    return project(x, whole).split(sizes, -1)
+    return project(x, fused_weight(layers)).split([layer.out_features for layer in layers], -1)
+
+
+def fused_weight(layers: Sequence[Linear]) -> Tensor:
+    """The weights that `fuse_weights` has moved, as one tensor (outs of all layers, in)."""
+    outs, fan_in = sum(layer.out_features for layer in layers), layers[0].in_features
+    return layers[0].weight.as_strided((outs, fan_in), (fan_in, 1))
 
 
 def _are_fused(x: Tensor, layers: Sequence[Linear]) -> bool:
@@ -106,9 +115,17 @@ def _are_fused(x: Tensor, layers: Sequence[Linear]) -> bool:
         return False
     if not all(type(layer) is Linear and layer.fused for layer in layers):
         return False
+    if any(map(has_hooks, layers)):
+        return False
     first, kind = layers[0].weight, x.device.type
     if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != first.dtype:
         return False  # autocast keeps converted parameters, but converts a view at every call
+    return are_adjacent(layers)
+
+
+def are_adjacent(layers: Sequence[Linear]) -> bool:
+    """Whether the layers' weights lie one after another in one tensor."""
+    first = layers[0].weight
     storage, end = first.untyped_storage().data_ptr(), first.data_ptr()
     for weight in (layer.weight for layer in layers):
         if weight.data_ptr() != end or weight.untyped_storage().data_ptr() != storage:

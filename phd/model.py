@@ -112,8 +112,8 @@ class Transformer(nn.Module):
         """Multiply q, k, v and gate, up by one product each, which makes inference faster.
 
         The weights move into one tensor, and keep their names. A move to another device or dtype
-        undoes it, as does loading by `assign`; `torch.compile` ignores it. Hooks on q, k, v, gate
-        and up do not run while the weights are fused. Returns itself.
+        undoes it, as does loading by `assign`; `torch.compile` ignores it. Layers with hooks are
+        called one by one. Returns itself.
         """
         for block in self.blocks:
             assert isinstance(block, Block)

@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 aten = torch.ops.aten
@@ -246,3 +246,13 @@ def with_recompile_limit(function: Callable[..., Any], limit: int) -> Callable[.
     The limit holds during its calls alone: torch's global setting stays what it is.
     """
     return torch._dynamo.config.patch(recompile_limit=limit)(function)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling the module runs more, or something else, than its class's `forward`.
+
+    That is: hooks before or after `forward`, or a `forward` set on the instance, as accelerate does
+    for weights that are elsewhere.
+    """
+    hooks = module._forward_pre_hooks or module._forward_hooks
+    return bool(hooks) or "forward" in vars(module)

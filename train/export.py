@@ -45,7 +45,7 @@ from train.run_dir.snapshot import ROOT
 ROOT_MODULE, AUTO_MODEL = "phd.hf.modeling", "AutoModelForCausalLM"
 CLASSES = {"AutoConfig": "modeling.PhdConfig", AUTO_MODEL: "modeling.PhdForCausalLM"}
 OWN_IMPORT = re.compile(r"^(\s*)from ((?:phd|conf)\.(?:\w+\.)*(\w+)) import", re.MULTILINE)
-OPTIONAL_IMPORTS = re.compile(r"^(import triton\b.*\n)+", re.MULTILINE)
+OPTIONAL_IMPORTS = re.compile(r"^((?:import|from) triton\b.*\n)+", re.MULTILINE)
 
 
 def main(args: ExportArguments) -> int:
@@ -104,12 +104,14 @@ def own_modules() -> dict[str, str]:
     needed on CUDA only, so its import is put into a `try`.
     """
     found: dict[str, str] = {}
-    names = [ROOT_MODULE]
+    names, seen = [ROOT_MODULE], set()
     while names:
         name = names.pop()
-        flat = name.rpartition(".")[2]
-        if flat in found:
+        if name in seen:
             continue
+        seen.add(name)
+        flat = name.rpartition(".")[2]
+        assert flat not in found, f"{name}: another module of an export is called {flat}"
         source = (ROOT / f"{name.replace('.', '/')}.py").read_text(encoding="utf-8")
         names += [match[2] for match in OWN_IMPORT.finditer(source)]
         source = OPTIONAL_IMPORTS.sub(_in_try, source)

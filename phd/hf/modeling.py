@@ -8,9 +8,12 @@ Rows may be padded on either side, or in between. Our model and its cache want l
 the tokens are moved to the left first. The output for a token (A for a) goes back to the token's
 column. A column of padding gets the output of the last token before it, or of the first token.
 
+Where `generate` adds one token to every row, the work of a token is one CUDA graph: see `PhdCache`.
+
 transformers is used through its public interface, and through what subclasses of `PreTrainedModel`
-are expected to override (`_is_stateful`, `_supports_default_dynamic_cache`, `initialize_weights`)
-or to read (`_is_hf_initialized`). tests/phd/hf/test_modeling.py checks what follows from each.
+are expected to override (`_is_stateful`, `_supports_default_dynamic_cache`, `initialize_weights`,
+`_prepare_cache_for_generation`, `_update_model_kwargs_for_generation`) or to read
+(`_is_hf_initialized`). tests/phd/hf/test_modeling.py checks what follows from each.
 """
 
 from collections.abc import Iterator
@@ -23,6 +26,7 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    GenerationConfig,
     GenerationMixin,
     PreTrainedConfig,
     PreTrainedModel,
@@ -33,9 +37,11 @@ from transformers.utils.generic import can_return_tuple
 
 from phd.config import ModelConfig
 from phd.inference.cache import KVCache
+from phd.inference.cuda_graph import Decoder
 from phd.inference.prefill import extend, new_cache
 from phd.initialization import initial_weights
 from phd.model import Transformer
+from phd.torch_private import has_hooks
 
 # The arguments of `forward` that have a meaning besides tokens and cache; `cache_position` follows
 # from the cache, and is ignored.
@@ -103,15 +109,27 @@ class PhdCache(Cache):
     Attributes:
         kv: the keys and values of each row's tokens, without padding.
         columns: columns of `input_ids` seen so far, with padding.
+        captured: a call with one token of each row goes through `phd.inference.cuda_graph.Decoder`,
+            which captures the work once and then replays it. None: on CUDA. Elsewhere there is no
+            graph, and the step reads all that the cache has room for.
     """
 
     is_croppable = False
     is_compileable = False
 
-    def __init__(self, kv: KVCache) -> None:
+    def __init__(self, kv: KVCache, *, captured: bool | None = None) -> None:
         super().__init__(layers=[])
         self.kv = kv
         self.columns = 0
+        self.captured = kv.lengths.is_cuda if captured is None else captured
+        # Since the last call. A graph reads the memory that rows had when it was captured, and in
+        # a beam search they get another at each token.
+        self.rows_moved = False
+        self._decoder: _DecoderOf | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the graph, which cannot be copied."""
+        return {**vars(self), "_decoder": None}
 
     def __len__(self) -> int:
         return self.kv.config.layers
@@ -131,15 +149,16 @@ class PhdCache(Cache):
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows, in this order."""
         self.kv.select(indices)
+        self.rows_moved, self._decoder = True, None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Keep the rows of these beams, in this order."""
-        self.kv.select(beam_idx)
+        self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row, each copy after the last."""
         rows = torch.arange(self.batch_size, device=self.kv.lengths.device)
-        self.kv.select(rows.repeat_interleave(repeats))
+        self.batch_select_indices(rows.repeat_interleave(repeats))
 
     def crop(self, tokens_to_remove: int) -> None:  # noqa: ARG002
         """Refuse: hidden copies that the ring has overwritten cannot be restored."""
@@ -154,14 +173,44 @@ class PhdCache(Cache):
         self.kv.host_lengths = [0] * self.batch_size
         self.kv.lengths.zero_()
 
+    def decoder(self, model: "PhdForCausalLM") -> Decoder | None:
+        """What decodes one token of each row of this cache; None: the ordinary path is to be taken.
+
+        It is: where nothing is captured, where rows have just moved, and where a part of the model
+        is not ours, or has hooks that are to run.
+        """
+        if not self.captured or self.rows_moved:
+            return None
+        known = self._decoder
+        if known is None or known.model is not model or known.moves != model.moves:
+            if not _is_plain(model.model):
+                return None
+            model.model.fuse_projections()
+            known = _DecoderOf(model, model.moves, Decoder(model.model, self.kv))
+            self._decoder = known
+        return known.decoder
+
+
+class _DecoderOf(NamedTuple):
+    """A decoder, and of which model it is, after how many `moves` of its weights."""
+
+    model: "PhdForCausalLM"
+    moves: int
+    decoder: Decoder
+
 
 class PhdForCausalLM(PreTrainedModel, GenerationMixin):
-    """A `phd.model.Transformer` with the interface of transformers' causal language models."""
+    """A `phd.model.Transformer` with the interface of transformers' causal language models.
+
+    Attributes:
+        moves: how often weights or tables may have moved in memory.
+    """
 
     config_class = PhdConfig
     base_model_prefix = "model"
     main_input_name = "input_ids"
     _is_stateful = True  # the cache cannot be cut back
+    moves = 0
 
     def __init__(self, config: PhdConfig) -> None:
         super().__init__(config)
@@ -198,6 +247,7 @@ class PhdForCausalLM(PreTrainedModel, GenerationMixin):
         """Move or convert the weights, and rebuild RoPE's tables, which stay float32."""
         super()._apply(fn, recurse)
         self.model.rope.build(self.device)
+        self.moves += 1
         return self
 
     def get_input_embeddings(self) -> nn.Module:
@@ -205,6 +255,7 @@ class PhdForCausalLM(PreTrainedModel, GenerationMixin):
 
     def set_input_embeddings(self, value: nn.Embedding) -> None:  # type: ignore[override]
         self.model.embed = value
+        self.moves += 1
         self.model.config = replace(self.model.config, vocab_size=len(value.weight))
 
     def get_output_embeddings(self) -> nn.Module | None:
@@ -213,11 +264,48 @@ class PhdForCausalLM(PreTrainedModel, GenerationMixin):
 
     def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         self.model.head = new_embeddings
+        self.moves += 1
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
         """No: `forward` makes a `PhdCache`, which `generate` passes to the next call."""
         return False
+
+    def new_cache(self, batch: int, tokens: int, *, captured: bool | None = None) -> PhdCache:
+        """An empty cache with room for rows of `tokens` tokens; see `PhdCache` for `captured`.
+
+        One that `generate` has filled serves again after `cache.reset()`, without a new capture.
+        """
+        room = min(tokens, self.config.max_seq_len)
+        return PhdCache(new_cache(self.model, batch, room), captured=captured)
+
+    def _prepare_cache_for_generation(  # type: ignore[override]
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> None:
+        """Make a cache that need not grow before the text is done."""
+        super()._prepare_cache_for_generation(  # type: ignore[misc]
+            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+        )
+        if generation_config.use_cache and model_kwargs.get("past_key_values") is None:
+            # transformers has repeated the rows already, but not in `batch_size`.
+            rows = max(generation_config.num_beams, generation_config.num_return_sequences)
+            cache = self.new_cache(batch_size * rows, max_cache_length)
+            model_kwargs["past_key_values"] = cache
+
+    def _update_model_kwargs_for_generation(
+        self, outputs: Any, model_kwargs: dict[str, Any], *others: Any, **more: Any
+    ) -> dict[str, Any]:
+        """Tell `forward` that the next columns are tokens: `generate` has made them itself."""
+        model_kwargs = super()._update_model_kwargs_for_generation(
+            outputs, model_kwargs, *others, **more
+        )
+        # Without a cache, the prompt and its padding are passed again.
+        return model_kwargs | {"no_padding": bool(model_kwargs.get("use_cache"))}
 
     @can_return_tuple
     def forward(
@@ -228,6 +316,7 @@ class PhdForCausalLM(PreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        no_padding: bool = False,
         **others: Any,
     ) -> CausalLMOutputWithPast:
         """The logits of each column, and the loss.
@@ -241,6 +330,8 @@ class PhdForCausalLM(PreTrainedModel, GenerationMixin):
             use_cache: return a cache for later calls. There are no gradients then.
             logits_to_keep: for how many columns from the end there are logits, 0 for all, or for
                 which columns.
+            no_padding: all columns of `input_ids` are tokens, and the mask is not read, for which
+                the host would wait.
 
         Raises:
             ValueError: the model does not support an argument, the cache is not a `PhdCache`, or a
@@ -251,31 +342,41 @@ class PhdForCausalLM(PreTrainedModel, GenerationMixin):
         if problems := list(_problems(input_ids, past_key_values, cached, given)):
             raise ValueError("; ".join(problems))
         assert input_ids is not None
-        text = _Text.of(input_ids, attention_mask)
-        columns = torch.arange(input_ids.shape[1], device="cpu")
-        if isinstance(logits_to_keep, int):
-            columns = columns[-logits_to_keep:]
-        else:
-            columns = columns[logits_to_keep.cpu()]
+        text = _Text.of(input_ids, None if no_padding else attention_mask)
         with self._precision():
             if cached:
                 if past_key_values is None:
-                    past_key_values = PhdCache(new_cache(self.model, *input_ids.shape))
-                logits = self._extend(text, text.token_index[:, columns], past_key_values)
+                    past_key_values = self.new_cache(*input_ids.shape)
+                logits = self._cached_logits(text, logits_to_keep, past_key_values)
             else:
                 hidden = self.model(text.tokens)
-                logits = self.model.predict(_gather_tokens(hidden, text.token_index[:, columns]))
+                logits = self.model.predict(_gather_tokens(hidden, text.tokens_of(logits_to_keep)))
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=logits.shape[-1], **others)
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+
+    def _cached_logits(
+        self, text: "_Text", logits_to_keep: int | Tensor, cache: PhdCache
+    ) -> Tensor:
+        """Add all tokens to the cache; the logits (B, columns, V) of the columns to keep."""
+        is_step = text.tokens.shape[1] == 1 and all(text.lengths)
+        decoder = None
+        if is_step and isinstance(logits_to_keep, int):
+            decoder = cache.decoder(self)
+        if decoder is None:
+            logits = self._extend(text, text.tokens_of(logits_to_keep), cache)
+        else:
+            logits = decoder(text.tokens[:, 0]).clone()[:, None]  # the next token overwrites it
+        cache.columns += text.tokens.shape[1]
+        cache.rows_moved = False
+        return logits
 
     def _extend(self, text: "_Text", index: Tensor, cache: PhdCache) -> Tensor:
         """Add all tokens to the cache; the logits (B, columns, V) of those at `index`."""
         counts = torch.tensor(text.lengths, device="cpu")[:, None]
         keep = int((counts - index).max())
         logits = extend(self.model, text.tokens, cache.kv, text.lengths, keep=keep)
-        cache.columns += text.tokens.shape[1]
         if keep == 0:  # nothing but padding
             return logits.new_zeros(*index.shape, logits.shape[2])
         return _gather_tokens(logits, (index - counts + keep).clamp(0, keep - 1))
@@ -308,6 +409,20 @@ class _Text(NamedTuple):
         index = (is_token.cumsum(1) - 1).clamp(min=0)
         tokens = input_ids.gather(1, order.to(input_ids.device))
         return cls(tokens, is_token.sum(1).tolist(), index)
+
+    def tokens_of(self, logits_to_keep: int | Tensor) -> Tensor:
+        """Which of its row's tokens belongs to each column to keep, (B, columns) on the host."""
+        if isinstance(logits_to_keep, int):
+            return self.token_index[:, -logits_to_keep:]
+        return self.token_index[:, logits_to_keep.cpu()]
+
+
+def _is_plain(model: Transformer) -> bool:
+    """Whether there are no hooks, adapters, quantised weights or other parts put in place."""
+    with torch.device("meta"):
+        plain = Transformer(model.config)
+    same = [type(x) for x in model.modules()] == [type(x) for x in plain.modules()]
+    return same and not any(map(has_hooks, model.modules()))
 
 
 def _gather_tokens(x: Tensor, index: Tensor) -> Tensor:

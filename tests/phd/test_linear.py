@@ -125,6 +125,30 @@ def test_layers_that_others_have_put_in_place_are_called() -> None:
     torch.testing.assert_close(found, [layer(x) for layer in several])
 
 
+def test_layers_with_hooks_are_called() -> None:
+    x, several = torch.randn(2, FAN_IN, dtype=torch.float64), layers()
+    fuse_weights(list(several))  # type: ignore[arg-type]
+    handle = several[1].register_forward_hook(lambda *call: 2 * call[2])
+    count, found = products(several, x)
+    assert count == 3
+    torch.testing.assert_close(found, [layer(x) for layer in several])
+    handle.remove()
+    assert products(several, x)[0] == 1
+
+
+def test_fused_weights_stay_where_they_are() -> None:
+    several = layers()
+    before = [layer.weight.data_ptr() for layer in several]
+    for moves in (True, False):
+        fuse_weights(list(several))  # type: ignore[arg-type]
+        after = [layer.weight.data_ptr() for layer in several]
+        assert (after != before) == moves
+        before = after
+    several.float().double()
+    fuse_weights(list(several))  # type: ignore[arg-type]
+    assert products(several, torch.randn(2, FAN_IN, dtype=torch.float64))[0] == 1
+
+
 def test_layers_that_have_moved_are_multiplied_one_by_one() -> None:
     x, several = torch.randn(2, FAN_IN, dtype=torch.float64), layers()
     fuse_weights(list(several))  # type: ignore[arg-type]

@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from phd import torch_private
@@ -289,3 +289,16 @@ def test_cudas_varlen_kernel_keeps_documents_apart(lengths: list[int]) -> None:
         expected_out, expected_lse = dense(*document, mask)
         check([out[start:stop].transpose(0, 1)], [expected_out[0]], 3e-2)
         check([lse[:, start:stop]], [expected_lse[0]], 3e-2)
+
+
+def test_hooks_and_a_replaced_forward_are_seen() -> None:
+    layer = nn.Linear(2, 2)
+    assert not torch_private.has_hooks(layer)
+    for register in (layer.register_forward_hook, layer.register_forward_pre_hook):
+        for with_kwargs in (True, False):
+            handle = register(lambda *_: None, with_kwargs=with_kwargs)
+            assert torch_private.has_hooks(layer)
+            handle.remove()
+            assert not torch_private.has_hooks(layer)
+    layer.forward = lambda x: x
+    assert torch_private.has_hooks(layer)

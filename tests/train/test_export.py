@@ -96,6 +96,7 @@ def elsewhere(script: str, tmp_path: Path, *arguments: str) -> Any:
 ALONE = f"""
 import json, sys
 sys.modules["phd"] = None  # installed or not, it cannot be imported
+sys.modules["triton"] = None
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 first, second = sys.argv[1:]

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, fields, replace
 from itertools import pairwise
@@ -12,20 +13,26 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from phd.config import ModelConfig, Variant
 from phd.inference.cache import KVCache
+from phd.inference.cuda_graph import Decoder
 from phd.model import Transformer
 from tests.phd.small_models import SMALL, VOCAB, model_of, of_variant
 
 transformers = pytest.importorskip("transformers", reason="needs transformers")
 
+from transformers.generation.streamers import BaseStreamer  # noqa: E402
+
 from phd.hf.modeling import PhdCache, PhdConfig, PhdForCausalLM  # noqa: E402
 
 V, PAD = VOCAB, 3
 EMPTY = torch.empty(0, V, dtype=torch.float64)
+needs_cuda = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs an NVIDIA GPU and a CUDA build of torch"
+)
 variants = pytest.mark.parametrize("variant", get_args(Variant))
 
 
@@ -246,6 +253,222 @@ def test_a_cache_changes_nothing_of_what_is_generated(variant: Variant, how: dic
     assert torch.equal(*outputs)
 
 
+def text_steps(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """The tokens of each step that goes through a `Decoder`, as they come."""
+    steps: list[Tensor] = []
+    step = Decoder.__call__
+
+    def recorded(decoder: Decoder, tokens: Tensor) -> Tensor:
+        steps.append(tokens.clone())
+        return step(decoder, tokens)
+
+    monkeypatch.setattr(Decoder, "__call__", recorded)
+    return steps
+
+
+class Streamer(BaseStreamer):
+    """Keeps what `generate` streams."""
+
+    def __init__(self) -> None:
+        self.tokens: list[list[int]] = []
+
+    def put(self, value: Tensor) -> None:
+        self.tokens.append(value.flatten().tolist())
+
+    def end(self) -> None:
+        self.tokens.append([])
+
+
+HOW: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "scores": {"return_dict_in_generate": True, "output_logits": True, "output_scores": True},
+    "samples": {"do_sample": True, "num_return_sequences": 2, "top_k": 9, "temperature": 2.0},
+    "end": {"do_sample": True, "eos_token_id": [2, 5, 8], "repetition_penalty": 1.3},
+    "processors": {"no_repeat_ngram_size": 2, "min_new_tokens": 9, "eos_token_id": 4},
+}
+
+
+@variants
+@pytest.mark.parametrize("how", HOW)
+def test_a_captured_step_changes_nothing_of_what_is_generated(
+    variant: Variant, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, settings = theirs(of_variant(variant)), HOW[how]
+    batch = padded_left([text(3), text(14, seed=1), text(9, seed=2)])
+    ids, rows = batch.pop("input_ids"), 3 * settings.get("num_return_sequences", 1)
+    steps = text_steps(monkeypatch)
+
+    def run(**given: Any) -> Any:
+        torch.manual_seed(0)
+        return generated(model, ids, **batch, **settings, **given)
+
+    cache = model.new_cache(rows, 24, captured=True)
+    found = run(past_key_values=cache)
+    assert len(steps) == cache.get_seq_length() - 14 > 1
+    assert (cache.kv.capacity, max(cache.kv.host_lengths)) == (24, cache.get_seq_length())
+    expected = run()
+    assert len(steps) == cache.get_seq_length() - 14
+    if how != "scores":
+        assert torch.equal(found, expected)
+        return
+    assert torch.equal(found.sequences, expected.sequences)
+    # Logits of earlier steps are not what the last one left.
+    close(torch.stack(found.logits), torch.stack(expected.logits))
+    close(torch.stack(found.scores), torch.stack(expected.scores))
+
+
+def test_captured_steps_are_streamed() -> None:
+    model, ids = theirs(), text(1, 9)
+    streamed: list[list[list[int]]] = []
+    for captured in (True, False):
+        streamer, cache = Streamer(), model.new_cache(1, 20, captured=captured)
+        out = generated(model, ids, past_key_values=cache, streamer=streamer)
+        assert [token for tokens in streamer.tokens for token in tokens] == out[0].tolist()
+        assert len(streamer.tokens) == 1 + 11 + 1
+        streamed.append(streamer.tokens)
+    assert streamed[0] == streamed[1]
+
+
+def test_a_beam_search_captures_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids, steps = theirs(), text(2, 9), text_steps(monkeypatch)
+    cache = model.new_cache(6, 20, captured=True)
+    found = generated(model, ids, num_beams=3, past_key_values=cache)
+    assert torch.equal(found, generated(model, ids, num_beams=3, use_cache=False))
+    assert not steps
+    # Once rows stay where they are, steps are captured again, with as many rows as there are.
+    cache.batch_select_indices(torch.tensor([4, 0]))
+    for n in range(3):
+        model(text(2, 1, seed=n), past_key_values=cache)
+    assert [len(tokens) for tokens in steps] == [2, 2]
+
+
+def test_what_is_not_one_token_of_each_row_is_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids, steps = theirs(), text(2, 12), text_steps(monkeypatch)
+    mask = torch.ones_like(ids)
+    mask[0, 9] = 0
+    cache, whole = model.new_cache(2, 12, captured=True), model(ids, attention_mask=mask).logits
+    cuts = [0, 8, 9, 10, 12]  # a prompt, one token of each row, of one row alone, two of each
+    parts = [
+        model(ids[:, a:b], attention_mask=mask[:, :b], past_key_values=cache).logits
+        for a, b in pairwise(cuts)
+    ]
+    close(torch.cat(parts, 1)[mask == 1], whole[mask == 1])
+    assert len(steps) == 1
+
+
+class Adapter(nn.Module):
+    """Something beside a projection, as LoRA puts there."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer, self.calls = layer, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.layer(x) * 1.5
+
+
+def test_hooks_and_adapters_within_the_model_run_for_every_token(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, ids, steps = theirs(), text(1, 9), text_steps(monkeypatch)
+    model.model.fuse_projections()
+    plain, calls = model(ids).logits, []
+    ffn = model.model.blocks[1].ffn
+    handle = ffn.gate.register_forward_hook(lambda *call: calls.append(1) or 1.5 * call[2])
+
+    def run() -> Tensor:
+        return generated(model, ids, past_key_values=model.new_cache(1, 20, captured=True))
+
+    hooked = run()
+    assert (len(calls), steps) == (11, [])
+    handle.remove()
+    ffn.gate = Adapter(ffn.gate)
+    assert torch.equal(run(), hooked)
+    assert (ffn.gate.calls, steps) == (11, [])
+    assert (model(ids).logits - plain).abs().max() > 1e-3
+    ffn.gate = ffn.gate.layer
+    assert torch.equal(run(), generated(model, ids))
+    assert len(steps) == 10
+
+
+def test_weights_that_have_moved_are_captured_again() -> None:
+    model, other, ids = theirs(), theirs(), text(2, 9)
+    cache = model.new_cache(2, 20, captured=True)
+    model(ids, past_key_values=cache)
+    decoder = cache.decoder(model)
+    assert cache.decoder(model) is decoder
+    other.model.fuse_projections()
+    assert cache.decoder(model) is decoder
+    for change in (
+        lambda: model.to(torch.float64),
+        lambda: model.set_input_embeddings(model.get_input_embeddings()),
+    ):
+        change()
+        assert cache.decoder(model) is not decoder
+        decoder = cache.decoder(model)
+    assert cache.decoder(other) is not decoder
+
+
+def test_a_cache_serves_again_without_another_capture() -> None:
+    model = theirs()
+    cache = model.new_cache(2, 24, captured=True)
+    decoder = cache.decoder(model)
+    for seed, length in enumerate((9, 5, 13)):
+        ids = text(2, length, seed=seed)
+        found = generated(model, ids, past_key_values=cache)
+        assert torch.equal(found, generated(model, ids))
+        assert cache.decoder(model) is decoder
+        cache.reset()
+
+
+def test_generate_leaves_room_for_all_that_it_may_write() -> None:
+    model, ids = theirs(), text(2, 9)
+    for new, room in ((5, 13), (100, 64)):  # the last token is not fed; max_seq_len is 64
+        expected = generated(model, ids, max_new_tokens=min(new, 56))
+        cut = {"max_new_tokens": new, "stopping_criteria": [lambda ids, _: ids.shape[1] >= 65]}
+        out = generated(model, ids, **cut, return_dict_in_generate=True)
+        assert torch.equal(out.sequences, expected)
+        assert out.past_key_values.kv.capacity == room
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_generate_lets_the_mask_of_the_prompt_alone_be_read(use_cache: bool) -> None:
+    model, batch = theirs(), padded_left([text(3), text(14, seed=1)])
+    unread: list[bool] = []
+    model.register_forward_pre_hook(
+        lambda *call: unread.append(call[2].get("no_padding", False)), with_kwargs=True
+    )
+    generated(model, batch.pop("input_ids"), **batch, use_cache=use_cache)
+    assert unread == [False] + [use_cache] * 10  # without a cache the padding comes every time
+
+
+def test_a_mask_of_no_padding_is_not_read() -> None:
+    model, ids, step = theirs(), text(2, 9), text(2, 1, seed=1)
+    mask = torch.ones(2, 10, device="meta")
+    caches = [model(ids, use_cache=True).past_key_values for _ in range(2)]
+    found = model(step, past_key_values=caches[0], attention_mask=mask, no_padding=True)
+    close(found.logits, model(step, past_key_values=caches[1]).logits)
+
+
+def test_a_long_prompt_is_cut_into_chunks() -> None:
+    model, ids = theirs(), text(2, 13)
+    assert torch.equal(generated(model, ids, prefill_chunk_size=4), generated(model, ids))
+
+
+def test_a_captured_step_fuses_weights_and_changes_no_file(tmp_path: Path) -> None:
+    model, ids = theirs(), text(2, 9)
+    written = []
+    for name in ("before", "after"):
+        model.save_pretrained(tmp_path / name)
+        written.append({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()})
+        first = generated(model, ids, past_key_values=model.new_cache(2, 20, captured=True))
+        layers = model.model.blocks[0].attention
+        assert len({x.weight.untyped_storage().data_ptr() for x in (layers.q, layers.k)}) == 1
+    assert written[0] == written[1]
+    assert torch.equal(generated(PhdForCausalLM.from_pretrained(tmp_path / "after"), ids), first)
+
+
 @variants
 def test_a_padded_batch_is_each_row_alone(variant: Variant) -> None:
     model = theirs(of_variant(variant))
@@ -256,10 +479,17 @@ def test_a_padded_batch_is_each_row_alone(variant: Variant) -> None:
         assert torch.equal(generated(model, row[None])[0], whole[13 - len(row) :])
 
 
-def test_text_goes_on_from_a_cache_that_was_returned() -> None:
+@pytest.mark.parametrize("captured", [True, False])
+def test_text_goes_on_from_a_cache_that_was_returned(captured: bool) -> None:
     model, ids = theirs(), text(2, 9)
     whole = generated(model, ids, max_new_tokens=15)
-    first = generated(model, ids, max_new_tokens=6, return_dict_in_generate=True)
+    first = generated(
+        model,
+        ids,
+        max_new_tokens=6,
+        return_dict_in_generate=True,
+        past_key_values=model.new_cache(2, 9, captured=captured),
+    )
     kept = copy.deepcopy(first.past_key_values)
     for cache in (first.past_key_values, kept):
         assert cache.get_seq_length() == 14
@@ -280,6 +510,29 @@ def test_a_cache_selects_repeats_and_forgets_rows() -> None:
     close(out.logits, model.model.logits(rows)[:, -2:])
     cache.reset()
     close(model(rows, past_key_values=cache).logits, model.model.logits(rows))
+
+
+@needs_cuda
+def test_generate_on_cuda_captures_its_steps_and_waits_once_for_each(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, batch = theirs().float().cuda(), padded_left([text(3), text(14, seed=1)])
+    batch = {name: x.cuda() for name, x in batch.items()}
+    ids, steps, waits = batch.pop("input_ids"), text_steps(monkeypatch), []
+    slow = generated(model, ids, past_key_values=model.new_cache(2, 50, captured=False), **batch)
+    assert not steps
+    for new in (11, 31):
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            torch.cuda.set_sync_debug_mode("warn")
+            try:
+                found = generated(model, ids, **batch, max_new_tokens=new)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+        waits.append(sum("synchronizing" in str(warning.message) for warning in said))
+        assert torch.equal(found[:, : slow.shape[1]], slow)
+    assert len(steps) == 10 + 30
+    assert waits[1] - waits[0] == 20  # transformers asks after each token whether all rows ended
 
 
 # Saving and loading
