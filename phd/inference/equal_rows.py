@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from phd.attention.flash import causal_forward, merge_outputs
+from phd.attention.flash import merge_outputs, prompt_forward
 from phd.attention.tiles import SCORES_AT_ONCE
 from phd.inference.cache import KVCache
 from phd.inference.cached_attention import attend_cached, attend_masked, bias_of
@@ -96,7 +96,7 @@ class EqualRows(IncrementalForward):
 
     def _attend_causally(self, q: Tensor, own: Pair, cached: Pair) -> Tensor:
         """Queries of the new cached slots over each other, and over all that were there before."""
-        result = causal_forward(q, *own, q.shape[-1] ** -0.5, varying_length=True)
+        result = prompt_forward(q, *own, q.shape[-1] ** -0.5)
         if not self.past:
             return result[0]
         old = (x[:, :, : self.past * self.cached_per_token] for x in cached)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from phd.attention.flash import causal_forward, merge_outputs
+from phd.attention.flash import merge_outputs, prompt_forward
 from phd.inference.cache import KVCache
 from phd.inference.cached_attention import attend_cached, attend_masked, bias_of
 from phd.inference.incremental import (
@@ -163,7 +163,7 @@ class RaggedPrompts(RaggedRows):
         if first:
             own = k[:, :, : self.cached], v[:, :, : self.cached]
             scale = q.shape[-1] ** -0.5
-            outs.append(causal_forward(q[:, :, :first], *own, scale, varying_length=True)[0])
+            outs.append(prompt_forward(q[:, :, :first], *own, scale)[0])
         if first < q.shape[2]:
             q = q[:, :, first:]
             to_cached = attend_cached(q, *cached, self.visible_cached(layer)[:, first:])

@@ -208,6 +208,28 @@ def test_a_kernel_gets_what_cudnn_assumes(
     assert len(seen) == 2
 
 
+def test_lengths_that_plans_are_made_for_are_few_and_near() -> None:
+    planned = {T: flash.planned_tokens(T) for T in range(flash.LONG_PROMPT, 4 * flash.LONG_PROMPT)}
+    assert all(T <= length <= T * 17 / 16 for T, length in planned.items())
+    assert len(set(planned.values())) == 33
+
+
+@layouts
+@pytest.mark.parametrize("tokens", [63, 64, 65, 127])
+def test_a_long_prompt_is_filled_up_for_a_kernel_that_plans(
+    tokens: int, layout: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    q, k, v = (layout(torch.randn(2, n, tokens, 6, dtype=FP64)) for n in (6, 2, 2))
+    expected = flash.causal_forward(q, k, v, 0.3)
+    planning = replace(causal_kernel(CPU, FP64, 6), plans=True)
+    monkeypatch.setattr(flash, "causal_kernel", lambda *_, **__: planning)
+    monkeypatch.setattr(flash, "LONG_PROMPT", 64)
+    out, lse = flash.prompt_forward(q, k, v, 0.3)
+    torch.testing.assert_close((out, lse), expected, rtol=0, atol=1e-12)
+    is_filled_up = out.untyped_storage().nbytes() > expected[0].nbytes
+    assert is_filled_up == (tokens in (65, 127))
+
+
 def test_a_tensor_that_lies_right_is_not_copied() -> None:
     x = torch.randn(1, 4, 5, 8)
     assert flash._laid_out_like(x, x) is x

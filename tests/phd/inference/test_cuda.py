@@ -6,6 +6,7 @@ from typing import Any, get_args
 import pytest
 import torch
 
+from phd.attention.flash import LONG_PROMPT, causal_forward, prompt_forward
 from phd.config import ModelConfig, Norm, SpanUnit, Variant
 from phd.inference.cached_attention import attend_cached
 from phd.inference.cuda_graph import Decoder
@@ -62,6 +63,19 @@ def test_the_kernel_for_few_queries_equals_attention(dtype: torch.dtype, rows: i
         tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-5
         torch.testing.assert_close(out.double(), exact, rtol=0, atol=tolerance)
         torch.testing.assert_close(lse.double(), scores.logsumexp(-1), rtol=0, atol=10 * tolerance)
+
+
+@pytest.mark.parametrize("tokens", [LONG_PROMPT, LONG_PROMPT + 1])
+def test_a_long_prompt_is_attended_to_as_a_short_one(tokens: int) -> None:
+    """Where there is cuDNN, in its kernel, filled up."""
+    q, k, v = (
+        torch.randn(1, n, tokens, 96, device="cuda", dtype=torch.bfloat16) for n in (4, 2, 2)
+    )
+    out, lse = prompt_forward(q, k, v, 96**-0.5)
+    assert out.shape == q.shape
+    expected = causal_forward(q, k, v, 96**-0.5, varying_length=True)
+    torch.testing.assert_close(out, expected[0], rtol=0, atol=2e-2)
+    torch.testing.assert_close(lse, expected[1], rtol=0, atol=1e-2)
 
 
 @torch.no_grad()
