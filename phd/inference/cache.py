@@ -59,6 +59,11 @@ class KVCache:
         return self.originals[0].shape[3] // self.pattern.cached_slots_per_token
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of the keys and values."""
+        return self.originals[0].dtype
+
+    @property
     def ring_size(self) -> int:
         """R, the hidden copies that there is room for in each row."""
         return self.ring[0].shape[3]

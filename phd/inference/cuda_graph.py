@@ -1,6 +1,7 @@
 """Decoding as one CUDA graph: the host starts all work of a token with a single call."""
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -8,7 +9,7 @@ from torch import Tensor
 from phd.inference.cache import KVCache
 from phd.inference.prefill import make_room, static_decode_step
 from phd.model import Transformer
-from phd.torch_private import with_recompile_limit
+from phd.torch_private import HAS_TRITON, with_recompile_limit
 
 # Steps before the capture, in which libraries allocate what a graph must not; torch's own examples
 # take 3.
@@ -24,16 +25,31 @@ class Decoder:
     serves all lengths. When the cache grows, the work is captured again: `reserve` the room before.
     On the CPU the same work runs without a graph.
 
+    On CUDA the work is that of `phd.inference.fused_step`, a few kernels for each layer, where
+    `why_not_fused` has no objection; elsewhere it is `static_decode_step`.
+
     Args:
         compiled: fuse the work by `torch.compile` first, which takes about a minute.
+
+    Attributes:
+        kind: what computes a token: `fused`, `compiled` or `eager`.
     """
 
     def __init__(self, model: Transformer, cache: KVCache, *, compiled: bool = False) -> None:
         self.model, self.cache = model, cache
-        self._work: Callable[..., Tensor] = static_decode_step
+        self.kind: Literal["fused", "compiled", "eager"] = "compiled" if compiled else "eager"
+        self._work: Callable[[Tensor], Tensor] = lambda tokens: static_decode_step(
+            model, tokens, cache
+        )
         if compiled:
-            work = torch.compile(self._work, fullgraph=True, dynamic=False)
-            self._work = with_recompile_limit(work, RECOMPILE_LIMIT)
+            work = torch.compile(static_decode_step, fullgraph=True, dynamic=False)
+            limited = with_recompile_limit(work, RECOMPILE_LIMIT)
+            self._work = lambda tokens: limited(model, tokens, cache)
+        elif HAS_TRITON and cache.lengths.is_cuda:
+            from phd.inference.fused_step import FusedStep, why_not_fused
+
+            if why_not_fused(model, cache) is None:
+                self.kind, self._work = "fused", FusedStep(model, cache)
         # A graph reads its input from a fixed address, to which each call copies its tokens.
         self._tokens = torch.zeros_like(cache.lengths)
         self._logits: Tensor | None = None
@@ -74,7 +90,7 @@ class Decoder:
             enabled=torch.is_autocast_enabled(kind),
             cache_enabled=False,
         ):
-            logits = self._work(self.model, self._tokens, self.cache)
+            logits = self._work(self._tokens)
         self.cache.lengths += 1
         return logits
 

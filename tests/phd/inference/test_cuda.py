@@ -89,12 +89,26 @@ def test_a_graph_decodes_what_the_full_forward_gives(variant: Variant, compiled:
     # It grows on the way, and is captured again.
     _, cache = prefill(model, tokens[:, :250], lengths, piece=100, capacity=255)
     decoder = Decoder(model, cache, compiled=compiled)
+    assert decoder.kind == ("compiled" if compiled else "fused")
     for _ in range(70):
         logits = decoder(torch.stack([tokens[row, n] for row, n in enumerate(lengths)]))
         expected = torch.stack([full[row, n] for row, n in enumerate(lengths)])
         torch.testing.assert_close(logits, expected, rtol=0, atol=1e-3)
         lengths = [n + 1 for n in lengths]
     assert cache.host_lengths == cache.lengths.tolist() == lengths
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [1, 25])  # 1 and 75 slots: Triton's products, and cuBLAS's
+@pytest.mark.parametrize("norm", get_args(Norm))
+def test_a_graph_decodes_every_wiring(norm: Norm, rows: int) -> None:
+    model, tokens = model_of("phd_cswa", norm=norm), tokens_of(rows, 60)
+    full = model.logits(tokens)
+    _, cache = prefill(model, tokens[:, :40], capacity=60)
+    decoder = Decoder(model, cache)
+    assert decoder.kind == "fused"
+    for n in range(40, 60):
+        torch.testing.assert_close(decoder(tokens[:, n]), full[:, n], rtol=0, atol=1e-3)
 
 
 @torch.no_grad()
@@ -154,12 +168,16 @@ def test_the_host_does_not_wait_for_a_decoded_token(variant: Variant) -> None:
 
 @torch.no_grad()
 @variants
-def test_half_precision_is_near(variant: Variant) -> None:
+@pytest.mark.parametrize("kind", ["fused", "eager"])
+def test_half_precision_is_near(variant: Variant, kind: str) -> None:
     model, tokens = model_of(variant), tokens_of(2, 60)
     full = model.logits(tokens)
+    if kind == "fused":  # its kernels convert no weights
+        model.to(torch.bfloat16).rope.build(tokens.device)
     with torch.autocast("cuda", torch.bfloat16):
         _, cache = prefill(model, tokens[:, :40], capacity=60)
         decoder = Decoder(model, cache)
+        assert decoder.kind == kind
         for n in range(40, 60):
             off = (decoder(tokens[:, n]).float() - full[:, n]).abs().max()
             assert off < 0.1 * full.std()

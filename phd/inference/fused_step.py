@@ -1,0 +1,143 @@
+"""A decoded token on CUDA: all copies of it in nine kernels a layer, most of them Triton's.
+
+    kernel            reads                                  writes
+    product           h, the weights of q, k and v           their projections
+    place_token       the projections                        q; k and v into the cache
+    attend_token (2)  q, the cache                           the output of attention
+    product           the output, the weight of o            y
+    end_sublayer      the residual stream, y                 the stream, h
+    gated_product     h, the weights of gate and up          SwiGLU
+    product           SwiGLU, the weight of down             y
+    end_sublayer      the residual stream, y                 the stream, h
+
+Rows are slots: row b*K + s is copy s of the new token of row b of the cache. The weights are read
+once for all rows, as they are: nothing is converted on the way. With more than
+`phd.inference.kernels.products.MOST_ROWS` rows, cuBLAS multiplies, and SwiGLU is a tenth kernel.
+
+Triton compiles a kernel for each shape of the model, not for lengths or capacities, and keeps it in
+its cache on disk. Nothing on the host depends on lengths, so a CUDA graph of a step serves all.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from phd.attention.blocks import has_kernels
+from phd.attention.fused import IS_INTERPRETED
+from phd.block import Block
+from phd.inference.cache import KVCache
+from phd.inference.kernels.placement import QkvNorms, place_token
+from phd.inference.kernels.products import gated_product, product
+from phd.inference.kernels.residual import SublayerEnd, end_sublayer
+from phd.inference.kernels.token_attention import attend_token
+from phd.inference.kernels.token_cache import TokenCache, new_hidden_copies
+from phd.linear import Linear, are_adjacent, fused_weight
+from phd.model import Transformer
+
+
+class FusedLayer(NamedTuple):
+    """The weights of a block, as its kernels read them: q, k, v as one, gate and up as one."""
+
+    norms: QkvNorms
+    qkv: Tensor
+    o: Tensor
+    gate_up: Tensor
+    down: Tensor
+    after_attention: SublayerEnd
+    after_ffn: SublayerEnd
+
+
+class FusedStep:
+    """The work of one new token of each row of a cache.
+
+    Fuses the model's projections (`Transformer.fuse_projections`), and keeps their weights: a model
+    that has moved, or whose weights were replaced, needs a new step.
+    """
+
+    def __init__(self, model: Transformer, cache: KVCache) -> None:
+        model.fuse_projections()
+        self.model, self.cache = model, cache
+        blocks = [block for block in model.blocks if isinstance(block, Block)]
+        starts = [_norm_before(block) for block in blocks]
+        self.before = SublayerEnd(of_sum=starts[0])
+        self.layers = [
+            _fused_layer(block, following)
+            for block, following in zip(blocks, [*starts[1:], model.norm.weight], strict=True)
+        ]
+
+    @torch.no_grad()
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """Tokens, int64 (B,) -> logits (B, V) after them; the cache gets their keys and values.
+
+        The caller adds 1 to the lengths.
+        """
+        model, cache, eps = self.model, self.cache, self.model.norm.eps
+        B, K, D, dtype = len(tokens), model.config.K, model.config.dim, cache.dtype
+        stream = model.embedded(tokens[:, None]).expand(B, K, 1, D).reshape(B * K, D).contiguous()
+        h = end_sublayer(stream, None, self.before, eps, dtype)
+        pattern, new = cache.pattern, new_hidden_copies(cache)
+        for i, layer in enumerate(self.layers):
+            last = i == len(self.layers) - 1
+            kv, qkv = TokenCache.of(cache, i, new), product(h, layer.qkv)
+            q = place_token(qkv, layer.norms, model.rope, kv, pattern, last_copy_only=last)
+            out = attend_token(q, kv, pattern)
+            if last:
+                stream = stream.view(B, K, D)[:, -1].contiguous()
+            h = end_sublayer(stream, product(out, layer.o), layer.after_attention, eps, dtype)
+            out = product(gated_product(h, layer.gate_up), layer.down)
+            h = end_sublayer(stream, out, layer.after_ffn, eps, dtype)
+        return product(h, model.head_weight)
+
+
+def why_not_fused(model: Transformer, cache: KVCache) -> str | None:
+    """Why the kernels cannot compute a model's token, in words; None: they can."""
+    dtype, weights = cache.dtype, {w.dtype for w in _products(model)}
+    device, H = model.embed.weight.device, model.config.head_dim
+    if device.type != "cuda" and not IS_INTERPRETED:
+        return f"the model is on {device}, and Triton's kernels run on CUDA"
+    if weights != {dtype}:
+        named = " and ".join(sorted(str(x) for x in weights))
+        return f"the weights are in {named}, and the cache is in {dtype}"
+    if not has_kernels(dtype, H):
+        return f"there is no kernel for {dtype} with model.head_dim={H}"
+    return None
+
+
+def _products(model: Transformer) -> list[Tensor]:
+    """The weights of all products, and the embedding."""
+    layers = [layer.weight for layer in model.modules() if isinstance(layer, Linear)]
+    return [*layers, model.embed.weight]
+
+
+def _norm_before(block: Block) -> Tensor | None:
+    """The weight of the norm between the residual stream and attention, if there is one."""
+    return block.attention_norm.weight if block.wiring == "pre" else None
+
+
+def _fused_layer(block: Block, following: Tensor | None) -> FusedLayer:
+    """A block, and the norm between the residual stream after it and what reads that next."""
+    attention, ffn = block.attention, block.ffn
+    match block.wiring:
+        case "reordered":
+            after_attention = SublayerEnd(of_output=block.attention_norm.weight)
+            after_ffn = SublayerEnd(of_output=block.ffn_norm.weight, of_sum=following)
+        case "pre":
+            after_attention = SublayerEnd(of_sum=block.ffn_norm.weight)
+            after_ffn = SublayerEnd(of_sum=following)
+        case wiring:
+            assert wiring == "hybrid", wiring
+            after_attention = SublayerEnd(of_sum=block.ffn_norm.weight, normed_stream=True)
+            after_ffn = SublayerEnd(of_sum=following)
+    qkv, gate_up = (attention.q, attention.k, attention.v), (ffn.gate, ffn.up)
+    assert are_adjacent(qkv)
+    assert are_adjacent(gate_up)
+    return FusedLayer(
+        QkvNorms.of(attention),
+        fused_weight(qkv),
+        attention.o.weight,
+        fused_weight(gate_up),
+        ffn.down.weight,
+        after_attention,
+        after_ffn,
+    )
