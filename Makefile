@@ -70,7 +70,7 @@ soak-faults: $(VENV)/.installed
 
 # Compiling every setting of the kernels for two GPUs takes half an hour of one core.
 soak-kernels: $(VENV)/.installed
-	OMP_NUM_THREADS=1 CASES=$(CASES) SEED=$(SEED) $(BIN)/python -m pytest -q -n 2 tests/phd/attention/test_fused.py tests/phd/attention/test_fused_compiler.py tests/phd/inference/test_fused_rows.py
+	OMP_NUM_THREADS=1 CASES=$(CASES) SEED=$(SEED) $(BIN)/python -m pytest -q -n 2 tests/phd/attention/test_fused.py tests/phd/attention/test_fused_compiler.py tests/phd/inference/test_fused_rows.py tests/phd/inference/test_token_kernels.py
 
 install: $(VENV)/.installed
 

@@ -303,7 +303,7 @@ def attention_kernel(  # type: ignore[no-untyped-def]
         peak, total, out = _see_originals(
             peak, total, out, queries, originals, head * slots, value_head * slots,
             start, tl.minimum(stop, cached_blocks), cached,
-            tl.minimum(length * CACHED + tl.minimum(copy, CACHED - 1) + 1, slots), scale,
+            length * CACHED + tl.minimum(copy, CACHED - 1) + 1, scale,
             H, WIDTH, KEYS, PRECISION,
         )  # fmt: skip
         if HIDDEN > 0:
