@@ -1,6 +1,13 @@
-"""Tokens per second of a batch of rows, over the batch and K, beside transformers."""
+"""Tokens per second of a batch, over its rows and K, beside transformers.
 
+decoder        rows of unequal lengths, all of which get a token at each step
+generator      requests: a row that is done takes the next one; reading prompts is part of it
+transformers   the rows of the decoder, padded, in its static cache
+"""
+
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,14 +15,17 @@ import torch
 from transformers import Olmo2ForCausalLM
 
 from conf.errors import ConfigError
-from phd.config import ModelConfig
+from phd.config import ModelConfig, SamplingConfig
+from phd.inference.generator import Generator, Request
+from phd.model import Transformer
 from train.benchmarks import ceiling
 from train.benchmarks.ceiling import copied_bytes_per_s, copy_work
 from train.benchmarks.decoding import Decode, TransformersDecode, floor, in_transformers
-from train.benchmarks.family import Models
+from train.benchmarks.family import Models, random_tokens
 from train.benchmarks.subject import subject_of
 from train.benchmarks.throughput_plot import draw
-from train.benchmarks.timing import Result, Times, Work, beside
+from train.benchmarks.timing import Result, Work, beside
+from train.engines.device import autocast
 
 Row = dict[str, Any]
 
@@ -28,7 +38,7 @@ class Load:
         batches: how many rows are decoded at a time.
         copies: K of PHD-CSWA.
         context: the length of the longest row, in tokens; see `lengths_of`.
-        steps: tokens of each row that are decoded in a turn.
+        steps: tokens of each row that are decoded in a turn. Requests get as many to twice as many.
     """
 
     batches: tuple[int, ...]
@@ -38,7 +48,7 @@ class Load:
 
 
 LOADS = {
-    "cpu": Load(batches=(1, 4, 16), copies=(2, 4, 16), context=256, steps=4),
+    "cpu": Load(batches=(1, 4, 16), copies=(2, 16), context=256, steps=4),
     "cuda": Load(batches=(1, 4, 16, 64), copies=(2, 4, 16, 64), context=1024, steps=32),
 }
 
@@ -97,6 +107,38 @@ def _conditions(size: ModelConfig, load: Load) -> str:
     return f"rows of {half} to {whole} tokens, greedy; PHD-CSWA with {window}"
 
 
+def requests_of(batch: int, load: Load, vocab_size: int) -> list[Request]:
+    """Twice as many requests as rows, with prompts of unequal lengths and unequal new tokens."""
+    prompts = [max(1, length // 8) for length in lengths_of(2 * batch, load.context)]
+    tokens = random_tokens(vocab_size, max(prompts)).tolist()
+    greedy = SamplingConfig(temperature=0)
+    return [
+        Request(tokens[:length], max_tokens=load.steps * (2 + i % 3) // 2, sampling=greedy)
+        for i, length in enumerate(prompts)
+    ]
+
+
+class Serve:
+    """Greedy decoding of requests by a `Generator`, the same ones in every turn.
+
+    Attributes:
+        tokens: how many new tokens they get in all.
+    """
+
+    def __init__(self, model: Transformer, batch: int, requests: Sequence[Request]) -> None:
+        self.config = model.config
+        self.requests, self.tokens = requests, sum(request.max_tokens for request in requests)
+        room = max(len(request.prompt) + request.max_tokens for request in requests)
+        self.generator = Generator(model, batch=batch, capacity=room)
+        weight = model.embed.weight
+        self.precision = partial(autocast, weight.device, weight.dtype)
+
+    @torch.inference_mode()
+    def __call__(self) -> None:
+        with self.precision():
+            self.generator.generate(self.requests)
+
+
 def _rows(
     models: Models,
     twin: Olmo2ForCausalLM,
@@ -105,56 +147,60 @@ def _rows(
     repeat: int,
     device: torch.device,
 ) -> list[Row]:
-    """The rows of one batch, of which vanilla's is the first.
+    """The rows of one batch, of which vanilla's decoder is the first.
 
     Args:
         twin: vanilla in transformers; one for all batches, so that it is compiled once.
     """
     lengths = lengths_of(batch, load.context)
-    base = Decode(models.of("vanilla", 1), lengths, load.steps)
-    decodes = {K: Decode(models.of("phd_cswa", K), lengths, load.steps) for K in load.copies}
+    phd = [models.of("phd_cswa", K) for K in load.copies]
+    vanilla = models.of("vanilla", 1)
+    requests = requests_of(batch, load, vanilla.config.vocab_size)
+    base = Decode(vanilla, lengths, load.steps)
     theirs = TransformersDecode(twin, lengths, load.steps)
+    decoders = {f"decoder K{m.config.K}": Decode(m, lengths, load.steps) for m in phd}
+    servers = {f"generator K{m.config.K}": Serve(m, batch, requests) for m in [vanilla, *phd]}
     works: dict[str, Work] = {ceiling.COPY: copy_work(device), "transformers": theirs}
-    named = {f"phd_cswa K{K}": work for K, work in decodes.items()}
-    times = beside("vanilla", base, works | named, repeat, device)
+    times = beside("vanilla", base, {**works, **decoders, **servers}, repeat, device)
     copy_speed = copied_bytes_per_s(times, device)
     times = times.divided(load.steps)
     # Its own clock leaves out the prompts; the first turn is a warm-up here, too.
-    times = replace(times, seconds=times.seconds | {"transformers": theirs.seconds[1:]})
+    seconds = times.seconds | {"transformers": theirs.seconds[1:]}
+    for name, server in servers.items():
+        share = load.steps * batch / server.tokens  # of a turn, a token of each row
+        seconds[name] = [spent * share for spent in seconds[name]]
+    times = replace(times, seconds=seconds)
     rows = [
-        _row(batch, name, times)
-        | {"variant": work.config.variant, "K": work.config.K}
+        _row(batch, "decoder", work.config, times.columns(name))
         | floor(work, times.typical_s(name), copy_speed)
-        for name, work in {"vanilla": base, **named}.items()
+        for name, work in {"vanilla": base, **decoders}.items()
     ]
-    nothing = {"floor_ms": None, "of_copy": None}
-    return [
-        *rows,
-        _row(batch, "transformers", times) | {"variant": "transformers", "K": 1} | nothing,
+    rows += [
+        _row(batch, "generator", server.config, times.columns(name))
+        for name, server in servers.items()
     ]
+    return [*rows, _row(batch, "transformers", base.config, times.columns("transformers"))]
 
 
-def _row(batch: int, name: str, times: Times) -> Row:
+def _row(batch: int, by: str, config: ModelConfig, columns: Row) -> Row:
     """The columns that every piece of work has. A time is that of a token of each row."""
-    return {
-        "batch": batch,
-        "variant": None,
-        "K": None,
-        "tokens_per_s": batch / times.typical_s(name),
-        **times.columns(name),
-    }
+    speed = 1e3 * batch / columns["ms"]
+    labels = {"batch": batch, "by": by, "variant": config.variant, "K": config.K}
+    return labels | {"tokens_per_s": speed} | columns | {"floor_ms": None, "of_copy": None}
 
 
 def _ratios(rows: list[Row]) -> dict[str, float]:
-    """Tokens per second of all, and vanilla's over transformers'."""
+    """Vanilla's tokens per second, and what PHD-CSWA and transformers reach of them."""
     ratios = {}
     for row in rows:
-        batch = f"B{row['batch']}"
-        match row["variant"]:
-            case "transformers":
-                ratios[f"vanilla_over_transformers_{batch}"] = row["x_vanilla"]
-            case "vanilla":
+        of_vanilla, batch = 1 / row["x_vanilla"], f"B{row['batch']}"
+        match row["by"], row["variant"]:
+            case "decoder", "vanilla":
                 ratios[f"vanilla_tokens_per_s_{batch}"] = row["tokens_per_s"]
+            case "decoder", _:
+                ratios[f"K{row['K']}_of_vanilla_{batch}"] = of_vanilla
+            case "generator", _:
+                ratios[f"generator_K{row['K']}_of_vanilla_{batch}"] = of_vanilla
             case _:
-                ratios[f"over_vanilla_K{row['K']}_{batch}"] = 1 / row["x_vanilla"]
+                ratios[f"vanilla_over_transformers_{batch}"] = row["x_vanilla"]
     return ratios

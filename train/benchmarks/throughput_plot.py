@@ -11,8 +11,7 @@ from matplotlib.ticker import LogLocator, NullFormatter, NullLocator, StrMethodF
 Row = dict[str, Any]
 """A row of `train.benchmarks.throughput`."""
 
-OTHERS = {"vanilla": ("black", "*"), "transformers": ("tab:orange", "s")}
-"""The color and marker of what has no K."""
+GENERATOR = "dashed: requests through Generator"
 
 
 def draw(rows: list[Row], subject: str, path: Path) -> None:
@@ -31,14 +30,16 @@ def chart(rows: list[Row], subject: str) -> Figure:
     figure = Figure(figsize=(11, 4.8), layout="constrained")
     figure.suptitle(subject, fontsize=10)
     whole, relative = figure.subplots(1, 2)
-    for label, (color, marker) in _looks(rows).items():
-        found = sorted((row for row in rows if _label(row) == label), key=lambda r: r["batch"])
+    for (by, label), color in _lines(rows).items():
+        found = [row for row in rows if (row["by"], _label(row)) == (by, label)]
+        found.sort(key=lambda row: row["batch"])
+        look: dict[str, Any] = {"color": color, "marker": "o", "label": label}
+        if by == "generator":
+            look |= {"linestyle": "--", "fillstyle": "none", "label": None}
         batches = [row["batch"] for row in found]
-        for axes, values in (
-            (whole, [row["tokens_per_s"] for row in found]),
-            (relative, [1 / row["x_vanilla"] for row in found]),
-        ):
-            axes.plot(batches, values, color=color, marker=marker, label=label)
+        whole.plot(batches, [row["tokens_per_s"] for row in found], **look)
+        relative.plot(batches, [1 / row["x_vanilla"] for row in found], **look)
+    whole.plot([], [], color="gray", linestyle="--", marker="o", fillstyle="none", label=GENERATOR)
     whole.set_yscale("log")
     whole.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     whole.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
@@ -53,17 +54,20 @@ def chart(rows: list[Row], subject: str) -> Figure:
 
 
 def _label(row: Row) -> str:
-    return row["variant"] if row["variant"] in OTHERS else f"PHD-CSWA, K = {row['K']}"
+    if row["by"] == "transformers":
+        return "transformers, static cache"
+    return "vanilla" if row["variant"] == "vanilla" else f"PHD-CSWA, K = {row['K']}"
 
 
-def _looks(rows: list[Row]) -> dict[str, tuple[Any, str]]:
-    """The color and marker of each line: the darker, the more copies."""
-    copies = sorted({row["K"] for row in rows if row["variant"] not in OTHERS})
-    looks: dict[str, tuple[Any, str]] = dict(OTHERS)
-    for place, K in enumerate(copies):
-        shade = 0.4 + 0.5 * (place + 1) / len(copies)
-        looks[f"PHD-CSWA, K = {K}"] = (colormaps["Blues"](shade), "D")
-    return looks
+def _lines(rows: list[Row]) -> dict[tuple[str, str], Any]:
+    """The color of each line, by who decodes and by its label: the darker, the more copies."""
+    copies = sorted({row["K"] for row in rows if row["variant"] != "vanilla"})
+    colors: dict[str, Any] = {
+        f"PHD-CSWA, K = {K}": colormaps["Blues"](0.4 + 0.5 * (place + 1) / len(copies))
+        for place, K in enumerate(copies)
+    }
+    colors |= {"vanilla": "black", "transformers, static cache": "tab:orange"}
+    return {(row["by"], label): colors[label] for row in rows if (label := _label(row))}
 
 
 def _batch_axis(axes: Axes, batches: list[int]) -> None:

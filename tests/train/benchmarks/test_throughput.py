@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from statistics import median
 
@@ -13,6 +14,7 @@ from conf.errors import ConfigError
 from phd.config import ModelConfig
 from train import bench
 from train.bench import BenchArguments
+from train.benchmarks import timing
 from train.benchmarks.timing import Result
 
 pytest.importorskip("transformers")
@@ -21,7 +23,16 @@ pytest.importorskip("matplotlib")
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from train.benchmarks import ceiling, throughput
-from train.benchmarks.throughput import LOADS, Load, bench_throughput, lengths_of, load_of
+from train.benchmarks.family import Models
+from train.benchmarks.throughput import (
+    LOADS,
+    Load,
+    Serve,
+    bench_throughput,
+    lengths_of,
+    load_of,
+    requests_of,
+)
 from train.benchmarks.throughput_plot import chart
 
 CPU = torch.device("cpu")
@@ -42,26 +53,52 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Result:
         return bench_throughput(SIZE, LOAD, 3, CPU, charts=tmp_path_factory.mktemp("charts"))
 
 
-def test_every_batch_has_vanilla_every_k_and_transformers(measured: Result) -> None:
-    found = [(row["batch"], row["variant"], row["K"]) for row in measured.rows]
-    works = [("vanilla", 1), ("phd_cswa", 2), ("phd_cswa", 5), ("transformers", 1)]
+def test_every_batch_has_vanilla_and_every_k_by_both_and_transformers(measured: Result) -> None:
+    found = [(row["batch"], row["by"], row["variant"], row["K"]) for row in measured.rows]
+    models = [("vanilla", 1), ("phd_cswa", 2), ("phd_cswa", 5)]
+    works = [(by, *model) for by in ("decoder", "generator") for model in models]
+    works.append(("transformers", "vanilla", 1))
     assert found == [(batch, *work) for batch in (1, 4) for work in works]
 
 
 def test_a_row_of_the_table_agrees_with_itself(measured: Result) -> None:
     for row in measured.rows:
         assert row["tokens_per_s"] == pytest.approx(1e3 * row["batch"] / row["ms"])
-        if row["variant"] == "vanilla":
+        if (row["by"], row["variant"]) == ("decoder", "vanilla"):
             assert row["x_vanilla"] == 1
             vanilla = row
             continue
         pairs = zip(row["seconds"], row["vanilla_seconds"], strict=True)
         assert row["x_vanilla"] == pytest.approx(median(a / b for a, b in pairs))
         assert row["ms"] == pytest.approx(row["x_vanilla"] * vanilla["ms"])
-        if row["variant"] == "transformers":
-            assert row["floor_ms"] is row["of_copy"] is None
-        else:
+        if row["by"] == "decoder":
             assert row["floor_ms"] == pytest.approx(row["of_copy"] * row["ms"])
+        else:
+            assert row["floor_ms"] is row["of_copy"] is None
+
+
+def test_all_tokens_of_all_requests_count(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """With a clock by which every piece of work takes 6 s."""
+    monkeypatch.setattr(timing, "perf_counter", count(0, 6).__next__)
+    load = replace(LOAD, batches=(4,))
+    rows = bench_throughput(SIZE, load, 1, CPU, charts=tmp_path).rows
+    tokens = sum(request.max_tokens for request in requests_of(4, load, SIZE.vocab_size))
+    assert tokens == 3 + 4 + 6 + 3 + 4 + 6 + 3 + 4
+    for row in rows:
+        expected = {"decoder": 4 * 3 / 6, "generator": tokens / 6}
+        if row["by"] in expected:
+            assert row["tokens_per_s"] == pytest.approx(expected[row["by"]])
+
+
+def test_requests_have_unequal_prompts_and_new_tokens_and_all_are_served() -> None:
+    requests = requests_of(4, LOAD, SIZE.vocab_size)
+    assert len({len(request.prompt) for request in requests}) > 2
+    assert {request.max_tokens for request in requests} == {3, 4, 6}
+    model = Models(replace(SIZE, max_seq_len=16), CPU).of("phd_cswa", 3)
+    served = Serve(model, 4, requests)
+    texts = served.generator.generate(requests)
+    assert served.tokens == sum(map(len, texts))
+    assert [len(text) for text in texts] == [request.max_tokens for request in requests]
 
 
 def test_rows_have_unequal_lengths_up_to_the_context() -> None:
@@ -74,16 +111,18 @@ def test_rows_have_unequal_lengths_up_to_the_context() -> None:
 
 
 def test_the_ratios_are_told_for_every_batch(measured: Result) -> None:
-    rows = {(row["batch"], row["variant"], row["K"]): row for row in measured.rows}
+    speeds = {(row["batch"], row["by"], row["K"]): row["tokens_per_s"] for row in measured.rows}
     expected = {}
     for batch in (1, 4):
-        vanilla = rows[batch, "vanilla", 1]["tokens_per_s"]
+        vanilla = speeds[batch, "decoder", 1]
         expected[f"vanilla_tokens_per_s_B{batch}"] = vanilla
-        for K in (2, 5):
-            speed = rows[batch, "phd_cswa", K]["tokens_per_s"]
-            expected[f"over_vanilla_K{K}_B{batch}"] = speed / vanilla
-        theirs = rows[batch, "transformers", 1]["tokens_per_s"]
+        theirs = speeds[batch, "transformers", 1]
         expected[f"vanilla_over_transformers_B{batch}"] = vanilla / theirs
+        for K in (1, 2, 5):
+            served = speeds[batch, "generator", K]
+            expected[f"generator_K{K}_of_vanilla_B{batch}"] = served / vanilla
+        for K in (2, 5):
+            expected[f"K{K}_of_vanilla_B{batch}"] = speeds[batch, "decoder", K] / vanilla
     assert measured.ratios == pytest.approx(expected)
 
 
@@ -92,17 +131,21 @@ def test_the_chart_has_a_line_for_each_k_and_clips_nothing(measured: Result) -> 
     FigureCanvasAgg(figure).draw()
     whole, relative = figure.axes
     for axes, value in ((whole, "tokens_per_s"), (relative, None)):
-        lines = {line.get_label(): line for line in axes.get_lines()}
-        expected = ["vanilla", "transformers", "PHD-CSWA, K = 2", "PHD-CSWA, K = 5"]
-        assert list(lines) == expected
-        assert len({line.get_color() for line in lines.values()}) == 4
-        found = [row for row in measured.rows if (row["variant"], row["K"]) == ("phd_cswa", 5)]
-        line = lines["PHD-CSWA, K = 5"]
-        assert list(line.get_xdata()) == [1, 4]
-        expected_y = [row[value] if value else 1 / row["x_vanilla"] for row in found]
-        assert list(line.get_ydata()) == pytest.approx(expected_y)
+        lines = [line for line in axes.get_lines() if len(line.get_xdata())]
+        assert [line.get_linestyle() for line in lines] == ["-"] * 3 + ["--"] * 3 + ["-"]
+        labels = [line.get_label() for line in lines if line.get_linestyle() == "-"]
+        ours = ["vanilla", "PHD-CSWA, K = 2", "PHD-CSWA, K = 5"]
+        assert labels == [*ours, "transformers, static cache"]
+        colors = [line.get_color() for line in lines]
+        assert colors[:3] == colors[3:6]
+        assert len(set(colors)) == 4
+        for by, line in (("decoder", lines[2]), ("generator", lines[5])):
+            found = [row for row in measured.rows if (row["by"], row["K"]) == (by, 5)]
+            assert list(line.get_xdata()) == [1, 4]
+            expected = [row[value] if value else 1 / row["x_vanilla"] for row in found]
+            assert list(line.get_ydata()) == pytest.approx(expected)
         frame = axes.get_window_extent()
-        for line in lines.values():
+        for line in lines:
             x, y = axes.transData.transform(line.get_xydata()).T
             assert frame.x0 < x.min() < x.max() < frame.x1
             assert frame.y0 < y.min() <= y.max() < frame.y1
