@@ -28,6 +28,9 @@ class Decode:
         lengths: the tokens of each row in the end.
         steps: how many tokens of each row are decoded in a turn.
         compiled: decode by `torch.compile`.
+
+    Attributes:
+        step: what computes a token: `fused`, `compiled` or `eager`.
     """
 
     def __init__(
@@ -44,9 +47,11 @@ class Decode:
         self.begins = torch.tensor(lengths, device=weight.device) - steps
         self.first = random_tokens(self.config.vocab_size, len(lengths)).to(weight.device)
         self.decode: Callable[[Tensor], Tensor] = partial(decode, model, cache=self.cache)
+        self.step = "eager"
         # `Decoder` replays a CUDA graph. On the CPU it pays off only if it is compiled.
         if compiled or self.first.is_cuda:
-            self.decode = Decoder(model, self.cache, compiled=compiled)
+            self.decode = decoder = Decoder(model, self.cache, compiled=compiled)
+            self.step = decoder.kind
 
     @torch.inference_mode()
     def __call__(self) -> None:

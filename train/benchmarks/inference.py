@@ -1,6 +1,6 @@
 """The costs of PHD at inference: prefill time, decode latency and KV bytes, beside vanilla."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from math import ceil
@@ -19,7 +19,7 @@ from train.benchmarks.decoding import Decode, TransformersDecode, floor, in_tran
 from train.benchmarks.family import Models, random_tokens
 from train.benchmarks.inference_plots import draw
 from train.benchmarks.subject import subject_of
-from train.benchmarks.timing import Result, Work, beside
+from train.benchmarks.timing import Result, Times, Work, beside
 from train.engines.device import autocast
 
 Measurement = dict[str, Any]
@@ -50,6 +50,7 @@ class Grid:
         span_unit: what windows and chunks count; None: hidden copies, and from `TOKENS_FROM_K` on
             tokens as well.
         compiled: whether decode uses `torch.compile`.
+        rare_units: windows in these units, measured beside others, have a quarter of the turns.
     """
 
     prompts: tuple[int, ...]
@@ -61,6 +62,15 @@ class Grid:
     variants: tuple[Variant, ...] = ("phd", "phd_swa", "phd_cswa")
     span_unit: SpanUnit | None = None
     compiled: bool = False
+    rare_units: tuple[SpanUnit, ...] = ()
+
+    def is_rare(self, config: ModelConfig) -> bool:
+        """Whether a model has a quarter of the turns, so that all of them take less time."""
+        return (
+            self.span_unit is None
+            and config.variant in WINDOWED
+            and config.span_unit in self.rare_units
+        )
 
     def phd_models(self, models: Models, copies: Iterable[int]) -> list[Transformer]:
         """PHD's variants for these K, each with the units that its window is measured in."""
@@ -87,6 +97,7 @@ GRIDS = {
         decode_copies=(2, 4, 8, 16),
         naive_copies=(2, 4),
         steps=8,
+        rare_units=("token",),
     ),
     "cuda": Grid(
         prompts=(1024, 8192),
@@ -183,72 +194,70 @@ def measure_inference(size: ModelConfig, grid: Grid, repeat: int, device: torch.
 
     All of them have the same weights. Prefill of naive repetition takes more than K times as long
     as vanilla's (2.3 times at K = 2, 2048 tokens, two CPU cores). So it has turns of its own beside
-    vanilla, a quarter as many as the others.
+    vanilla, a quarter as many as the others, like windows in tokens on the CPU.
     """
     models = Models(replace(size, max_seq_len=max(*grid.prompts, *grid.contexts)), device)
     vanilla = models.of("vanilla", 1)
     naive = [models.of("naive_repeat", K) for K in grid.naive_copies]
-    prefilled = grid.phd_models(models, grid.prefill_copies)
-    decoded = grid.phd_models(models, grid.decode_copies)
+    prefilled = [vanilla, *grid.phd_models(models, grid.prefill_copies), *naive]
+    decoded = [vanilla, *naive, *grid.phd_models(models, grid.decode_copies)]
     rows: list[Measurement] = []
     for tokens in grid.prompts:
-        rows += _prefill_rows(vanilla, prefilled, naive, tokens, repeat, device)
+        rows += _prefill_rows(prefilled, grid, tokens, repeat, device)
     for tokens in sorted(grid.contexts):  # the ratios are those of the longest, the last
-        decode_rows, copy_speed = _decode_rows(
-            [vanilla, *naive, *decoded], grid, tokens, repeat, device
-        )
+        decode_rows, copy_speed = _decode_rows(decoded, grid, tokens, repeat, device)
         rows += decode_rows
     return Result(rows, _ratios(rows) | {"copy_gb_per_s": copy_speed / 1e9})
 
 
 def _prefill_rows(
-    vanilla: Transformer,
-    models: list[Transformer],
-    naive: list[Transformer],
-    tokens: int,
-    repeat: int,
-    device: torch.device,
+    models: list[Transformer], grid: Grid, tokens: int, repeat: int, device: torch.device
 ) -> list[Measurement]:
-    """The rows of one length of prompts."""
-    base = Prefill(vanilla, tokens)
-    works = {_name(model): Prefill(model, tokens) for model in models}
-    slow = {_name(model): Prefill(model, tokens) for model in naive}
-    times = beside("vanilla", base, dict(works), repeat, device)
-    if slow:
-        turns = ceil(repeat / 4)
-        times = times.with_works_of(beside("vanilla", base, dict(slow), turns, device))
+    """The rows of one length of prompts; the first model is vanilla."""
+    base, *others = (Prefill(model, tokens) for model in models)
+    works = {_name(work.config): work for work in others}
+    rare = {
+        name
+        for name, work in works.items()
+        if work.config.variant == "naive_repeat" or grid.is_rare(work.config)
+    }
+    times = _beside(base, works, rare, repeat, device)
     return [
         {"work": "prefill", **_labels(work.config), "tokens": tokens}
         | times.columns(name)
-        | {"floor_ms": None, "of_copy": None, "kv_mib": work.kv_bytes / 2**20}
-        for name, work in ({"vanilla": base} | works | slow).items()
+        | {"step": None, "floor_ms": None, "of_copy": None, "kv_mib": work.kv_bytes / 2**20}
+        for name, work in ({"vanilla": base} | works).items()
     ]
 
 
 def _decode_rows(
     models: list[Transformer], grid: Grid, tokens: int, repeat: int, device: torch.device
 ) -> tuple[list[Measurement], float]:
-    """The rows of one length of contexts, and the memory's bandwidth.
+    """The rows of one length of contexts, and the memory's bandwidth; the first model is vanilla.
 
     That is in bytes read plus written per second, by a copy that is timed beside vanilla like all
     the rest.
     """
-    base, *works = (Decode(model, [tokens], grid.steps, compiled=grid.compiled) for model in models)
+    base, *others = (
+        Decode(model, [tokens], grid.steps, compiled=grid.compiled) for model in models
+    )
+    works = {_name(work.config): work for work in others}
     turns: dict[str, Work] = {ceiling.COPY: copy_work(device)}
     transformers = None
     if tokens == max(grid.contexts):
         transformers = TransformersDecode(in_transformers(models[0]), [tokens], grid.steps)
         turns["transformers"] = transformers
-    named = {_name(work.model): work for work in works}
-    times = beside("vanilla", base, turns | named, repeat, device)
+    rare = {name for name, work in works.items() if grid.is_rare(work.config)}
+    times = _beside(base, turns | works, rare, repeat, device)
     copy_speed = copied_bytes_per_s(times, device)
     times = times.divided(grid.steps)
     rows = [
         {"work": "decode", **_labels(work.config), "tokens": tokens}
         | times.columns(name)
+        | {"step": work.step}
         | floor(work, times.typical_s(name), copy_speed)
         | {"kv_mib": work.kv_bytes / 2**20}
-        for name, work in {"vanilla": base, **named}.items()
+        for name, work in {"vanilla": base, **works}.items()
     ]
     if transformers is not None:
         # Its own clock leaves out the prompt; the first turn is a warm-up here, too.
@@ -260,9 +269,21 @@ def _decode_rows(
     return rows, copy_speed
 
 
-def _name(model: Transformer) -> str:
+def _beside(
+    base: Work, works: Mapping[str, Work], rare: set[str], repeat: int, device: torch.device
+) -> Times:
+    """Time works beside vanilla, the rare ones in turns of their own."""
+    often = {name: work for name, work in works.items() if name not in rare}
+    times = beside("vanilla", base, often, repeat, device)
+    if rare:
+        few = {name: works[name] for name in works if name in rare}
+        times = times.with_works_of(beside("vanilla", base, few, ceil(repeat / 4), device))
+    return times
+
+
+def _name(config: ModelConfig) -> str:
     """The key of a model's work among all that are timed in turn."""
-    return f"{model.config.variant} {model.config.K} {model.config.span_unit}"
+    return f"{config.variant} {config.K} {config.span_unit}"
 
 
 def _labels(config: ModelConfig) -> Measurement:

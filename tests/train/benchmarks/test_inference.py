@@ -53,6 +53,7 @@ GRID = Grid(
     decode_copies=(2, 16),
     naive_copies=(2,),
     steps=3,
+    rare_units=("token",),
 )
 TURNS = 3
 PHD = ("phd", "phd_swa", "phd_cswa")
@@ -124,6 +125,7 @@ def test_table_ratios_and_figures_have_one_statistic(measured: Result) -> None:
             assert row["ms"] == pytest.approx(1e3 * median(row["seconds"]))
             continue
         slow = (row["work"], row["variant"]) == ("prefill", "naive_repeat")
+        slow |= row["W_in"] == "token"
         assert len(row["seconds"]) == (1 if slow else TURNS)
         assert row["x_vanilla"] == pytest.approx(ratio(row))
 
@@ -214,8 +216,9 @@ def test_a_tokens_floor_is_what_it_must_read_at_the_speed_of_a_copy() -> None:
     speeds: dict[int, set[float]] = {}
     for row in result.rows:
         if row["work"] == "prefill" or row["variant"] == "transformers":
-            assert row["floor_ms"] is row["of_copy"] is None
+            assert row["step"] is row["floor_ms"] is row["of_copy"] is None
             continue
+        assert row["step"] == "eager"  # on the CPU
         read = 4 * (matrices + norms) + row["kv_mib"] * 2**20
         assert row["floor_ms"] == pytest.approx(row["of_copy"] * row["ms"])
         speeds.setdefault(row["tokens"], set()).add(round(read / row["floor_ms"] / 1e6, 6))
@@ -446,6 +449,16 @@ def test_windows_in_hidden_copies_are_always_measured_and_in_tokens_where_they_d
         expected = ("hidden", "token") if variant in WINDOWED and K >= 16 else ("hidden",)
         assert grid.units(variant, K) == expected
         assert replace(grid, span_unit="token").units(variant, K) == ("token",)
+
+
+def test_windows_that_are_measured_in_one_unit_alone_have_all_turns() -> None:
+    in_tokens, in_hidden = (replace(SIZE, K=16, span_unit=unit) for unit in ("token", "hidden"))
+    grid = GRIDS["cpu"]
+    assert grid.is_rare(in_tokens)
+    assert not grid.is_rare(in_hidden)
+    assert not replace(grid, span_unit="token").is_rare(in_tokens)
+    assert not grid.is_rare(replace(in_tokens, variant="phd"))
+    assert not GRIDS["cuda"].is_rare(in_tokens)
 
 
 def test_one_number_of_copies_without_naive_repetition_is_drawn_too(

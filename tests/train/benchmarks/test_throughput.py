@@ -92,7 +92,7 @@ def test_all_tokens_of_all_requests_count(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 def test_requests_have_unequal_prompts_and_new_tokens_and_all_are_served() -> None:
     requests = requests_of(4, LOAD, SIZE.vocab_size)
-    assert len({len(request.prompt) for request in requests}) > 2
+    assert len({len(request.prompt) for request in requests}) > 1
     assert {request.max_tokens for request in requests} == {3, 4, 6}
     model = Models(replace(SIZE, max_seq_len=16), CPU).of("phd_cswa", 3)
     served = Serve(model, 4, requests)
