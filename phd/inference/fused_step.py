@@ -1,13 +1,13 @@
 """A decoded token on CUDA: all copies of it in nine kernels a layer, most of them Triton's.
 
     kernel            reads                                  writes
-    product           h, the weights of q, k and v           their projections
+    partial_products  h, the weights of q, k and v           partial sums of the projections
     place_token       the projections                        q; k and v into the cache
     attend_token (2)  q, the cache                           the output of attention
-    product           the output, the weight of o            y
+    partial_products  the output, the weight of o            partial sums of y
     end_sublayer      the residual stream, y                 the stream, h
     gated_product     h, the weights of gate and up          SwiGLU
-    product           SwiGLU, the weight of down             y
+    partial_products  SwiGLU, the weight of down             partial sums of y
     end_sublayer      the residual stream, y                 the stream, h
 
 Rows are slots: row b*K + s is copy s of the new token of row b of the cache. The weights are read
@@ -28,7 +28,7 @@ from phd.attention.fused import IS_INTERPRETED
 from phd.block import Block
 from phd.inference.cache import KVCache
 from phd.inference.kernels.placement import QkvNorms, place_token
-from phd.inference.kernels.products import gated_product, product
+from phd.inference.kernels.products import gated_product, partial_products, product
 from phd.inference.kernels.residual import SublayerEnd, end_sublayer
 from phd.inference.kernels.token_attention import attend_token
 from phd.inference.kernels.token_cache import TokenCache, new_hidden_copies
@@ -79,14 +79,15 @@ class FusedStep:
         pattern, new = cache.pattern, new_hidden_copies(cache)
         for i, layer in enumerate(self.layers):
             last = i == len(self.layers) - 1
-            kv, qkv = TokenCache.of(cache, i, new), product(h, layer.qkv)
+            kv, qkv = TokenCache.of(cache, i, new), partial_products(h, layer.qkv)
             q = place_token(qkv, layer.norms, model.rope, kv, pattern, last_copy_only=last)
             out = attend_token(q, kv, pattern)
             if last:
                 stream = stream.view(B, K, D)[:, -1].contiguous()
-            h = end_sublayer(stream, product(out, layer.o), layer.after_attention, eps, dtype)
-            out = product(gated_product(h, layer.gate_up), layer.down)
-            h = end_sublayer(stream, out, layer.after_ffn, eps, dtype)
+            y = partial_products(out, layer.o)
+            h = end_sublayer(stream, y, layer.after_attention, eps, dtype)
+            y = partial_products(gated_product(h, layer.gate_up), layer.down)
+            h = end_sublayer(stream, y, layer.after_ffn, eps, dtype)
         return product(h, model.head_weight)
 
 

@@ -28,6 +28,7 @@ from phd.inference.kernels.products import (
     ProductBlocks,
     few_rows_kernel,
     gated_product,
+    partial_products,
     product,
     product_launch,
 )
@@ -61,12 +62,13 @@ TRIED_SPLITS = (2, 4, 8, 16, 32, 64)
 """Into how many parts the keys are cut with `tune`."""
 
 TRIED = tuple(
-    ProductBlocks(outs, depth, warps, stages)
+    ProductBlocks(outs, depth, warps, stages, splits)
     for outs in (16, 32, 64)
     for depth, stages in ((128, 4), (128, 6), (256, 3), (256, 4))
     for warps in (4, 8)
+    for splits in (1, 2, 4)
 )
-"""Blocks that are tried for each product with `tune`."""
+"""Blocks that are tried for each product with `tune`; of those that are whole, without splits."""
 
 
 class Case(NamedTuple):
@@ -113,12 +115,16 @@ class Graph:
 
 
 class Product(NamedTuple):
-    """A projection: its weight is (2 * outs, fan_in) with a gate, else (outs, fan_in)."""
+    """A projection: its weight is (2 * outs, fan_in) with a gate, else (outs, fan_in).
+
+    One that is `whole` is not left in partial sums.
+    """
 
     name: str
     outs: int
     fan_in: int
     gated: bool = False
+    whole: bool = False
 
 
 def products_of(size: ModelConfig) -> list[Product]:
@@ -127,9 +133,9 @@ def products_of(size: ModelConfig) -> list[Product]:
     return [
         Product("q, k, v", heads + 2 * size.kv_heads * size.head_dim, size.dim),
         Product("attention's output", size.dim, heads),
-        Product("gate, up, SwiGLU", size.ffn_dim, size.dim, gated=True),
+        Product("gate, up, SwiGLU", size.ffn_dim, size.dim, gated=True, whole=True),
         Product("down", size.dim, size.ffn_dim),
-        Product("LM head", size.vocab_size, size.dim),
+        Product("LM head", size.vocab_size, size.dim, whole=True),
     ]
 
 
@@ -210,14 +216,17 @@ def product_case(shape: Product, rows: int, device: torch.device, *, tune: bool)
     x = torch.randn(rows, shape.fan_in, device=device, dtype=dtype)
     first = torch.randn(parts * shape.outs, shape.fan_in, device=device, dtype=dtype) * 0.02
     weights = [first, *(first.clone() for _ in range(_copies(first.nbytes, device) - 1))]
-    ours, theirs = (gated_product, _swiglu) if shape.gated else (product, linear)
+    ours = gated_product if shape.gated else product if shape.whole else partial_products
+    theirs = _swiglu if shape.gated else linear
     calls: dict[str, Calls] = {
         TORCH: [partial(theirs, x, weight) for weight in weights],
         OURS: [partial(ours, x, weight) for weight in weights],
     }
     if tune and rows <= MOST_ROWS:  # of more, ours is cuBLAS's as well
         for blocks in TRIED:
-            name = "outs={} depth={} warps={} stages={}".format(*blocks)
+            if shape.whole and blocks.splits > 1:
+                continue
+            name = "outs={} depth={} warps={} stages={} splits={}".format(*blocks)
             tried = partial(product_in, blocks, x, gated=shape.gated)
             calls[name] = [partial(tried, weight) for weight in weights]
     moved = first.nbytes + x.nbytes + rows * shape.outs * x.element_size()
@@ -225,14 +234,10 @@ def product_case(shape: Product, rows: int, device: torch.device, *, tune: bool)
 
 
 def product_in(blocks: ProductBlocks, x: Tensor, weight: Tensor, *, gated: bool) -> Tensor:
-    """`product` or `gated_product` in other blocks than its table has."""
-    outs = len(weight) // (2 if gated else 1)
-    out = x.new_empty(len(x), outs)
-    launch = product_launch(x, weight, out, gated=gated)
-    constants = launch.constants | {"OUTS": blocks.outs, "DEPTH": blocks.depth}
-    few_rows_kernel[(ceil(outs / blocks.outs),)](
-        *launch.arguments, **constants, num_warps=blocks.warps, num_stages=blocks.stages
-    )
+    """Partial sums of a product, or a gated product, in other blocks than its table has."""
+    dtype = torch.float32 if blocks.splits > 1 else None
+    launch, out = product_launch(x, weight, blocks, gated=gated, dtype=dtype)
+    few_rows_kernel[launch.grid](*launch.arguments, **launch.constants, **launch.options)
     return out
 
 
@@ -284,14 +289,14 @@ def placement_case(size: ModelConfig, K: int, device: torch.device) -> Case:
     context, H, N, G = 64, size.head_dim, size.heads, size.kv_heads
     cache = _full_cache(size, K, context, device)
     dtype, layer = dtype_of(device), TokenCache.of(cache, 0, new_hidden_copies(cache))
-    qkv = torch.randn(K, (N + 2 * G) * H, device=device, dtype=dtype)
+    qkv = torch.randn(1, K, (N + 2 * G) * H, device=device)
     of_q, of_k = (torch.ones(heads * H, device=device, dtype=dtype) for heads in (N, G))
     norms = QkvNorms(of_q, of_k, None, size.norm_eps, per_head=False)
     with device:
         rope = Rope(cache.config)
 
     def theirs() -> Tensor:
-        q, k, v = qkv.split([N * H, G * H, G * H], 1)
+        q, k, v = qkv[0].split([N * H, G * H, G * H], 1)
         q = rms_norm(q, (N * H,), of_q, size.norm_eps)
         k = rms_norm(k, (G * H,), of_k, size.norm_eps)
         cos, sin = (x[:, None, None] for x in rope.at(cache.lengths[:, None], cache.lengths[:1]))
@@ -311,11 +316,11 @@ def residual_case(size: ModelConfig, rows: int, device: torch.device) -> Case:
     """The end of a sublayer of OLMo 2: the norm of its output, and the sum."""
     dtype = dtype_of(device)
     stream = torch.randn(rows, size.dim, device=device)
-    output = torch.randn(rows, size.dim, device=device, dtype=dtype)
+    output = torch.randn(1, rows, size.dim, device=device)
     end = SublayerEnd(of_output=torch.ones(size.dim, device=device, dtype=dtype))
 
     def theirs() -> Tensor:
-        normed = rms_norm(output, (size.dim,), end.of_output, size.norm_eps)
+        normed = rms_norm(output[0], (size.dim,), end.of_output, size.norm_eps)
         return stream.add_(normed).to(dtype)
 
     calls: dict[str, Calls] = {

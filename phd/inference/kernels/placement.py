@@ -59,7 +59,8 @@ def place_token(
     Everything is computed in float32 and rounded once. A row that has no room left writes nothing.
 
     Args:
-        qkv: (B*K, (N+2G)*H), the copies of a row one after another.
+        qkv: (parts, B*K, (N+2G)*H), of which the projections are the sum; the copies of a row one
+            after another.
         norms: of `qkv`.
         rope: its tables; the positions are `cache.lengths`.
         cache: gets cached copies in `originals`, from slot `lengths` on, and the others in `new`.
@@ -70,9 +71,9 @@ def place_token(
     """
     cache.check(pattern)
     B, G, _, H = cache.shape
-    N = qkv.shape[1] // H - 2 * G
+    N = qkv.shape[2] // H - 2 * G
     assert qkv.is_contiguous(), qkv.stride()
-    assert qkv.shape == (B * pattern.K, (N + 2 * G) * H), (qkv.shape, cache.shape, pattern)
+    assert qkv.shape[1:] == (B * pattern.K, (N + 2 * G) * H), (qkv.shape, cache.shape, pattern)
     q = cache.originals.new_empty(B * (1 if last_copy_only else pattern.K), N * H)
     launch = placement_launch(qkv, norms, rope, cache, pattern, q)
     placement_kernel[launch.grid](*launch.arguments, **launch.constants, **launch.options)
@@ -84,9 +85,10 @@ def placement_launch(
 ) -> Launch:
     """How `placement_kernel` is called; arguments as in `place_token`, which returns q."""
     B, G, slots, H = cache.shape
-    N, rows = q.shape[1] // H, len(qkv)
+    N, rows = q.shape[1] // H, qkv.shape[1]
     flattened = rope.config.copy_positions == "flattened"
     constants = copies_of(pattern) | {
+        "PARTS": len(qkv),
         "HEADS": N,
         "GROUPS": G,
         # Filled up to powers of 2, which blocks have to be.
@@ -113,9 +115,9 @@ def placement_launch(
 
 @triton.jit
 def _two_halves(  # type: ignore[no-untyped-def]
-    x, weight, eps,
-    HEADS: tl.constexpr, FILLED: tl.constexpr, H: tl.constexpr, HALF: tl.constexpr,
-    PER_HEAD: tl.constexpr,
+    x, part_stride, weight, eps,
+    PARTS: tl.constexpr, HEADS: tl.constexpr, FILLED: tl.constexpr,
+    H: tl.constexpr, HALF: tl.constexpr, PER_HEAD: tl.constexpr,
 ):  # fmt: skip
     """The halves of HEADS heads of a projection, normalised: two (FILLED, HALF)."""
     column = tl.arange(0, HALF)
@@ -124,6 +126,10 @@ def _two_halves(  # type: ignore[no-untyped-def]
     at = x + head * H + column[None, :]
     first = tl.load(at, mask=there, other=0.0).to(tl.float32)
     second = tl.load(at + H // 2, mask=there, other=0.0).to(tl.float32)
+    for _ in tl.static_range(1, PARTS):
+        at += part_stride
+        first += tl.load(at, mask=there, other=0.0).to(tl.float32)
+        second += tl.load(at + H // 2, mask=there, other=0.0).to(tl.float32)
     if weight is not None:
         square = tl.sum(first * first + second * second, 1, keep_dims=True)
         if PER_HEAD:
@@ -168,7 +174,7 @@ def _store(  # type: ignore[no-untyped-def]
 def placement_kernel(  # type: ignore[no-untyped-def]
     qkv, q_weight, k_weight, v_weight, cos, sin, lengths, q, originals, new,
     batch, slots, positions, eps,
-    K: tl.constexpr, CACHED: tl.constexpr, HIDDEN: tl.constexpr,
+    K: tl.constexpr, CACHED: tl.constexpr, HIDDEN: tl.constexpr, PARTS: tl.constexpr,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, HEADS_2: tl.constexpr, GROUPS_2: tl.constexpr,
     H: tl.constexpr, HALF: tl.constexpr, PER_HEAD: tl.constexpr,
     EVERY_COPY: tl.constexpr, FLATTENED: tl.constexpr,
@@ -182,19 +188,26 @@ def placement_kernel(  # type: ignore[no-untyped-def]
     cos += position * H
     sin += position * H
     x = qkv + row * ((HEADS + 2 * GROUPS) * H)
+    part_stride = tl.num_programs(0).to(tl.int64) * ((HEADS + 2 * GROUPS) * H)
     if part == 0:
         if EVERY_COPY | (copy == K - 1):
-            first, second = _two_halves(x, q_weight, eps, HEADS, HEADS_2, H, HALF, PER_HEAD)
+            first, second = _two_halves(
+                x, part_stride, q_weight, eps, PARTS, HEADS, HEADS_2, H, HALF, PER_HEAD
+            )  # fmt: skip
             first, second = _rotated(first, second, cos, sin, H, HALF)
             at = q + (row if EVERY_COPY else b) * (HEADS * H)
             _store(at, H, first, second, True, HEADS, HEADS_2, H, HALF)
     else:
         x += (HEADS + (part - 1) * GROUPS) * H
         if part == 1:
-            first, second = _two_halves(x, k_weight, eps, GROUPS, GROUPS_2, H, HALF, PER_HEAD)
+            first, second = _two_halves(
+                x, part_stride, k_weight, eps, PARTS, GROUPS, GROUPS_2, H, HALF, PER_HEAD
+            )  # fmt: skip
             first, second = _rotated(first, second, cos, sin, H, HALF)
         else:
-            first, second = _two_halves(x, v_weight, eps, GROUPS, GROUPS_2, H, HALF, PER_HEAD)
+            first, second = _two_halves(
+                x, part_stride, v_weight, eps, PARTS, GROUPS, GROUPS_2, H, HALF, PER_HEAD
+            )  # fmt: skip
         group = ((part - 1) * batch + b) * GROUPS
         if copy < CACHED:
             slot = length * CACHED + copy

@@ -1,12 +1,16 @@
 """Products of a few rows with a weight, which is read once at the speed of memory.
 
     weight (outs, D)                                rows (R, D), R = batch * copies
-    |---- OUTS x DEPTH ----|---- ... ----|  x       |---- R x DEPTH ----|---- ... ----|
-      a program has OUTS outputs of all rows, and walks along D with STAGES tiles under way
+    |-- OUTS x DEPTH --|-- ... --|| split 1 --|  x  |-- R x DEPTH --|-- ... --|| split 1 --|
+      a program has OUTS outputs of all rows, and walks along its part of D with several tiles
+      under way
 
 A decoded token has few rows, so its time is that of reading the weights. The weight is the left
-operand of the tensor cores' product, and rows are filled up to 16 or more on its right. With
-`gated`, a program has the same outputs of the gate and of the up projection, and their SwiGLU
+operand of the tensor cores' product, and rows are filled up to 16 or more on its right. Each
+program reads all rows, so with more rows a program has more outputs, and D is cut so that there are
+still programs enough. Their partial sums are added by the kernel that reads them next.
+
+With a gate, a program has the same outputs of the gate and of the up projection, and their SwiGLU
 never reaches memory unmultiplied. More rows than `MOST_ROWS` are cuBLAS's.
 """
 
@@ -23,8 +27,7 @@ MOST_ROWS = 64
 """Beyond it a tile of rows no longer fits beside the weight's, and the product is not bound by
 memory alone."""
 
-# Programs that a weight is cut into at least, where it has the outputs for it: a processor such as
-# the H100 has 132 multiprocessors.
+# Programs that a product is cut into, if it can be: the H100 and H200 have 132 multiprocessors.
 PROGRAMS = 128
 GATE_WIDTH = 1024  # values of SwiGLU that a program has at a time
 
@@ -37,55 +40,100 @@ class ProductBlocks(NamedTuple):
         depth: values of D at a time.
         warps: warps of 32 threads.
         stages: tiles of the weight whose loads are under way at a time.
+        splits: parts of D.
     """
 
     outs: int
     depth: int
-    warps: int
-    stages: int
+    warps: int = 4
+    stages: int = 4
+    splits: int = 1
 
 
-def product_blocks(outs: int, itemsize: int, *, gated: bool) -> ProductBlocks:
-    """The blocks of a product with `outs` outputs of `itemsize` bytes.
+def product_blocks(rows: int, outs: int, D: int, itemsize: int) -> ProductBlocks:
+    """The blocks of a product of `rows` rows (R, D), whose partial sums may be added later.
 
-    Outputs are cut so finely that there are `PROGRAMS`, down to the 16 that a product takes. The
-    loads under way, `outs * depth * itemsize * stages`, are 32 KiB or more for each program: by
-    Little's law 4 TB/s at a latency of 0.7 us need 21 KB for each of 132 multiprocessors.
+    A program reads at most as many values of the rows as of the weight. Loads of 24 KiB of the
+    weight are under way in a program: by Little's law, 4 TB/s at a latency of 0.7 us need 21 KB for
+    each of 132 multiprocessors.
 
-    >>> product_blocks(2048, 2, gated=False)
-    ProductBlocks(outs=16, depth=256, warps=4, stages=4)
-    >>> product_blocks(100352, 2, gated=False)
-    ProductBlocks(outs=64, depth=128, warps=4, stages=4)
+    >>> product_blocks(1, 2048, 2048, itemsize=2)
+    ProductBlocks(outs=16, depth=256, warps=4, stages=4, splits=1)
+    >>> product_blocks(16, 2048, 2048, itemsize=2)
+    ProductBlocks(outs=32, depth=128, warps=4, stages=4, splits=2)
     """
+    tile = 16 if rows <= 8 else 32 if rows <= 16 else 64
+    tile = max(tile, _tile_of(outs))
+    depth = _depth_of(tile, D, itemsize)
+    most = max(1, D // depth // 2)  # two tiles at least
+    splits = max(1, min(most, ceil(PROGRAMS / ceil(outs / tile))))
+    return ProductBlocks(tile, depth, splits=splits)
+
+
+def whole_blocks(rows: int, outs: int, D: int, itemsize: int, *, gated: bool) -> ProductBlocks:
+    """The blocks of a product that is done in one part, which SwiGLU needs and the LM head's size
+    allows.
+
+    >>> whole_blocks(1, 8192, 2048, itemsize=2, gated=True)
+    ProductBlocks(outs=32, depth=128, warps=4, stages=4, splits=1)
+    >>> whole_blocks(64, 100352, 2048, itemsize=2, gated=False)
+    ProductBlocks(outs=64, depth=128, warps=4, stages=4, splits=1)
+    """
+    tile = 32 if gated and rows <= 32 else 64
+    while tile > 16 and outs < tile * PROGRAMS:
+        tile //= 2
+    return ProductBlocks(tile, _depth_of(2 * tile if gated else tile, D, itemsize))
+
+
+def _tile_of(outs: int) -> int:
+    """Outputs of a program where there are many: four programs for each multiprocessor."""
     tile = 16
     while tile < 64 and outs >= 4 * tile * PROGRAMS:
         tile *= 2
-    tile = min(tile, 32) if gated else tile
-    depth = (256 if tile == 16 and not gated else 128) * 2 // itemsize
-    return ProductBlocks(tile, depth, warps=4, stages=4)
+    return tile
+
+
+def _depth_of(tile: int, D: int, itemsize: int) -> int:
+    depth = (256 if tile == 16 else 128) * 2 // itemsize
+    return min(depth, max(16, triton.next_power_of_2(D)))
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
     """x (rows, D) times the transpose of weight (outs, D) -> (rows, outs), as x."""
     if len(x) > MOST_ROWS:
         return linear(x, weight)
-    return _few_rows(x, weight, gated=False)
+    blocks = whole_blocks(len(x), len(weight), x.shape[1], x.element_size(), gated=False)
+    return _few_rows(x, weight, blocks, gated=False)[0]
+
+
+def partial_products(x: Tensor, weight: Tensor) -> Tensor:
+    """The same in parts (parts, rows, outs), float32, of which it is the sum.
+
+    With more than `MOST_ROWS` rows it is one part, as x.
+    """
+    if len(x) > MOST_ROWS:
+        return linear(x, weight)[None]
+    blocks = product_blocks(len(x), len(weight), x.shape[1], x.element_size())
+    return _few_rows(x, weight, blocks, gated=False, dtype=torch.float32)
 
 
 def gated_product(x: Tensor, weight: Tensor) -> Tensor:
     """silu(x gate^T) * (x up^T), where weight (2F, D) is gate and then up -> (rows, F), as x."""
     if len(x) > MOST_ROWS:
         return silu_and_multiply(linear(x, weight))
-    return _few_rows(x, weight, gated=True)
+    blocks = whole_blocks(len(x), len(weight) // 2, x.shape[1], x.element_size(), gated=True)
+    return _few_rows(x, weight, blocks, gated=True)[0]
 
 
-def _few_rows(x: Tensor, weight: Tensor, *, gated: bool) -> Tensor:
-    rows, D = x.shape
-    outs = len(weight) // (2 if gated else 1)
-    assert weight.shape[1] == D, (weight.shape, x.shape)
-    assert x.stride(1) == weight.stride(1) == 1, (x.stride(), weight.stride())
-    out = x.new_empty(rows, outs)
-    launch = product_launch(x, weight, out, gated=gated)
+def _few_rows(
+    x: Tensor,
+    weight: Tensor,
+    blocks: ProductBlocks,
+    *,
+    gated: bool,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    launch, out = product_launch(x, weight, blocks, gated=gated, dtype=dtype)
     few_rows_kernel[launch.grid](*launch.arguments, **launch.constants, **launch.options)
     return out
 
@@ -99,32 +147,47 @@ class Launch(NamedTuple):
     options: dict[str, int]
 
 
-def product_launch(x: Tensor, weight: Tensor, out: Tensor, *, gated: bool) -> Launch:
-    """How `few_rows_kernel` is called for x (rows, D)."""
+def product_launch(
+    x: Tensor,
+    weight: Tensor,
+    blocks: ProductBlocks,
+    *,
+    gated: bool,
+    dtype: torch.dtype | None = None,
+) -> tuple[Launch, Tensor]:
+    """How `few_rows_kernel` is called, and what it writes: (splits, rows, outs) in a dtype.
+
+    `dtype` None: as x.
+    """
     rows, D = x.shape
-    outs = out.shape[1]
-    blocks = product_blocks(outs, x.element_size(), gated=gated)
+    outs = len(weight) // (2 if gated else 1)
+    assert weight.shape[1] == D, (weight.shape, x.shape)
+    assert x.stride(1) == weight.stride(1) == 1, (x.stride(), weight.stride())
+    assert blocks.splits == 1 or not gated, blocks
+    out = x.new_empty(blocks.splits, rows, outs, dtype=dtype)
     constants = {
         "D": D,
         "ROWS": max(16, triton.next_power_of_2(rows)),
         "OUTS": blocks.outs,
-        "DEPTH": min(blocks.depth, max(16, triton.next_power_of_2(D))),
+        "DEPTH": blocks.depth,
+        "SPLITS": blocks.splits,
         "GATED": gated,
         "PRECISION": "tf32x3" if x.dtype == torch.float32 else "tf32",
     }
-    return Launch(
-        (ceil(outs / blocks.outs),),
+    launch = Launch(
+        (ceil(outs / blocks.outs), blocks.splits),
         (x, weight, out, rows, outs, x.stride(0), weight.stride(0)),
         constants,
         {"num_warps": blocks.warps, "num_stages": blocks.stages},
     )
+    return launch, out
 
 
 @triton.jit(do_not_specialize=["rows", "outs"])
 def few_rows_kernel(  # type: ignore[no-untyped-def]
     x, weight, result, rows, outs, x_row, weight_row,
     D: tl.constexpr, ROWS: tl.constexpr, OUTS: tl.constexpr, DEPTH: tl.constexpr,
-    GATED: tl.constexpr, PRECISION: tl.constexpr,
+    SPLITS: tl.constexpr, GATED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     out = tl.program_id(0) * OUTS + tl.arange(0, OUTS)
     row = tl.arange(0, ROWS)
@@ -135,7 +198,12 @@ def few_rows_kernel(  # type: ignore[no-untyped-def]
     inputs = x + row[None, :] * x_row + depth[:, None]
     total = tl.zeros([OUTS, ROWS], tl.float32)
     other = tl.zeros([OUTS, ROWS], tl.float32)
-    for first in range(0, D, DEPTH):
+    each: tl.constexpr = ((D + DEPTH - 1) // DEPTH + SPLITS - 1) // SPLITS * DEPTH
+    split = tl.program_id(1)
+    # With one split, bounds that are known when it is compiled take fewer registers.
+    begin = 0 if SPLITS == 1 else split * each
+    end = D if SPLITS == 1 else tl.minimum(begin + each, D)
+    for first in range(begin, end, DEPTH):
         there = depth < D - first
         values = tl.load(inputs + first, mask=there[:, None] & is_row[None, :], other=0.0)
         tile = tl.load(
@@ -156,7 +224,7 @@ def few_rows_kernel(  # type: ignore[no-untyped-def]
             other = tl.dot(up, values, other, input_precision=PRECISION)
     if GATED:
         total = total * tl.sigmoid(total) * other
-    at = result + row[None, :].to(tl.int64) * outs + out[:, None]
+    at = result + (split * rows + row[None, :]).to(tl.int64) * outs + out[:, None]
     tl.store(at, total.to(result.dtype.element_ty), mask=is_out[:, None] & is_row[None, :])
 
 

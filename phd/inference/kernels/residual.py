@@ -31,19 +31,27 @@ class SublayerEnd(NamedTuple):
 def end_sublayer(
     stream: Tensor, output: Tensor | None, end: SublayerEnd, eps: float, dtype: torch.dtype
 ) -> Tensor:
-    """Add a sublayer's output (rows, D) to the residual stream (rows, D), float32, in place.
+    """Add a sublayer's output to the residual stream (rows, D), float32, in place.
 
-    Returns what the next product reads, (rows, D) in `dtype`. Without an output, before the first
-    sublayer, the sum is the stream.
+    Args:
+        stream: the residual stream.
+        output: (parts, rows, D), of which the output is the sum; None, before the first sublayer.
+        end: what else happens.
+        eps: of the norms.
+        dtype: of the result.
+
+    Returns:
+        What the next product reads, (rows, D).
     """
     rows, D = stream.shape
     assert stream.is_contiguous(), stream.stride()
     assert output is None or output.is_contiguous(), output.stride()
+    assert output is None or output.shape[1:] == stream.shape, (output.shape, stream.shape)
     h = stream.new_empty(rows, D, dtype=dtype)
     width = triton.next_power_of_2(D)
     end_kernel[(rows,)](
         stream, output, end.of_output, end.of_sum, h, eps,
-        D=D, WIDTH=width, HAS_OUTPUT=output is not None,
+        D=D, WIDTH=width, PARTS=0 if output is None else len(output),
         NORMS_OUTPUT=end.of_output is not None, NORMS_SUM=end.of_sum is not None,
         NORMED_STREAM=end.normed_stream, num_warps=warps_of(width),
     )  # fmt: skip
@@ -68,15 +76,18 @@ def _normed(x, weight, column, there, eps, D: tl.constexpr):  # type: ignore[no-
 @triton.jit
 def end_kernel(  # type: ignore[no-untyped-def]
     stream, output, of_output, of_sum, h, eps,
-    D: tl.constexpr, WIDTH: tl.constexpr, HAS_OUTPUT: tl.constexpr, NORMS_OUTPUT: tl.constexpr,
+    D: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr, NORMS_OUTPUT: tl.constexpr,
     NORMS_SUM: tl.constexpr, NORMED_STREAM: tl.constexpr,
 ):  # fmt: skip
     column = tl.arange(0, WIDTH)
     there = column < D
     at = tl.program_id(0).to(tl.int64) * D + column
     x = tl.load(stream + at, mask=there, other=0.0)
-    if HAS_OUTPUT:
+    if PARTS > 0:
         y = tl.load(output + at, mask=there, other=0.0).to(tl.float32)
+        for part in tl.static_range(1, PARTS):
+            more = output + part * tl.num_programs(0).to(tl.int64) * D
+            y += tl.load(more + at, mask=there, other=0.0).to(tl.float32)
         if NORMS_OUTPUT:
             y = _normed(y, of_output, column, there, eps, D)
         x += y
@@ -85,6 +96,6 @@ def end_kernel(  # type: ignore[no-untyped-def]
         z = _normed(x, of_sum, column, there, eps, D)
     if NORMED_STREAM:
         x = z
-    if HAS_OUTPUT:
+    if PARTS > 0:
         tl.store(stream + at, x, mask=there)
     tl.store(h + at, z.to(h.dtype.element_ty), mask=there)

@@ -136,7 +136,7 @@ def launches_of(
     layer = TokenCache.of(cache, 0, new_hidden_copies(cache))
     with torch.device("meta"):
         rope = Rope(config)
-        qkv = torch.empty(B * K, (heads + 2 * kv_heads) * H, dtype=dtype)
+        qkv = torch.empty(2, B * K, (heads + 2 * kv_heads) * H)
         q = torch.empty(B * K, heads * H, dtype=dtype)
         weights = torch.empty(heads * H, dtype=dtype), torch.empty(kv_heads * H, dtype=dtype)
     norms = QkvNorms(*weights, None, 1e-6, per_head=False)

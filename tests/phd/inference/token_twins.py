@@ -85,8 +85,9 @@ class Twins:
 
     def fast_output(self, qkv: Tensor, layer: int, last: bool, splits: int | None) -> Tensor:
         cache, pattern = TokenCache.of(self.fast, layer, self.new), self.fast.pattern
+        parts = torch.stack([qkv.float() - 1, torch.ones(qkv.shape)])  # two halves of D
         q = place_token(
-            qkv.to(self.device),
+            parts.to(self.device),
             self.norms[layer],
             self.fast_rope,
             cache,
