@@ -297,6 +297,13 @@ class PhdForCausalLM(PreTrainedModel, GenerationMixin):
             cache = self.new_cache(batch_size * rows, max_cache_length)
             model_kwargs["past_key_values"] = cache
 
+    def init_continuous_batching(self, *_: Any, **__: Any) -> Any:
+        """Refuse: pages of tokens have no place for hidden copies."""
+        raise ValueError(
+            "continuous batching of transformers: its pages have no place for hidden copies; use "
+            "generate, or phd.inference.generator.Generator"
+        )
+
     def _update_model_kwargs_for_generation(
         self, outputs: Any, model_kwargs: dict[str, Any], *others: Any, **more: Any
     ) -> dict[str, Any]:

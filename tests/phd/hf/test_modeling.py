@@ -661,3 +661,8 @@ def test_a_cache_is_not_cut_back() -> None:
         cache.crop(1)
     with pytest.raises(ValueError, match="not supported with stateful models"):
         generated(model, text(1, 5), assistant_model=model)
+
+
+def test_continuous_batching_with_pages_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"\Acontinuous batching of transformers: .*Generator"):
+        theirs().generate_batch([[1, 2, 3], [4, 5]], max_new_tokens=3)
