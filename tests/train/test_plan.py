@@ -47,7 +47,7 @@ def printed(plan: Plan) -> str:
 
 # What a setting should draw a warning of, and one that should not.
 WARNINGS = {
-    "train.global_batch=8000 train.seq_len=4096 model.vocab_size=16 train.max_tokens=1e13": (
+    "train.global_batch=128000 model.vocab_size=16 train.max_tokens=1e13": (
         "needs about",
         "this machine has",
         "lower train.micro_batch",
