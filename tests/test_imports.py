@@ -198,3 +198,12 @@ def test_a_model_needs_nothing_but_torch() -> None:
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-c", script], env=environment, check=True)
+
+
+@pytest.mark.process
+def test_commands_without_a_model_do_not_wait_for_torch() -> None:
+    """It takes seconds, in each process that makes tokens, too."""
+    commands = "train.pretokenize, train.inspect_data, train.tokenizer, launch.__main__"
+    script = f"import sys; sys.modules['torch'] = None; import {commands}"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", script], env=environment, check=True)

@@ -39,7 +39,7 @@ def check_inputs(config: Config) -> None:
     if problems:
         raise ConfigError(problems)
     if config.run.start_from is not None and not _has_tokenizer(config):
-        from train.hf.pretrained import check_directory  # needs torch, which takes seconds
+        from train.hf.tokenizer_of_weights import check_directory
 
         check_directory(Path(config.run.start_from).expanduser())
 

@@ -44,7 +44,8 @@ from train.engines.float8 import check_float8
 from train.engines.fsdp import FsdpEngine
 from train.engines.memory import fit
 from train.engines.schedule import config_before, schedule_change
-from train.hf.pretrained import pretrained_start, tokenizer_of_weights
+from train.hf.pretrained import pretrained_start
+from train.hf.tokenizer_of_weights import tokenizer_of_weights
 from train.metrics.hooks import (
     DataProgress,
     Evaluation,

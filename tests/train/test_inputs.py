@@ -11,7 +11,7 @@ from data.tokenizer import Tokenizer
 from train import export, generate
 from train.arguments import ExportArguments, GenerateArguments
 from train.compose import load
-from train.hf.pretrained import tokenizer_of_weights
+from train.hf.tokenizer_of_weights import tokenizer_of_weights
 from train.inputs import check_inputs
 from train.main import main
 

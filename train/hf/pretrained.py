@@ -5,24 +5,16 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from rich.console import Console
 from torch import Tensor
 
 from conf.errors import ConfigError, DataError, Problem, reason_of
 from conf.extras import pip_command
 from conf.text import read_text
-from data.sources.documents import Documents
-from data.tokenizer import Tokenizer
-from data.tokenizer_training import TokenizerOfWeights, prepare_tokenizer
 from phd.config import ModelConfig
 from phd.hf.convert import from_hugging_face, starting_state, to_hugging_face
-from train.config import Config
-from train.console import warn
+from train.hf.tokenizer_of_weights import CONFIG, check_directory
 
-CONFIG = "config.json"
-RUN_CONFIG = "config.yaml"  # which the directory of a run has
 WEIGHTS = "model.safetensors"
-TOKENIZER = "tokenizer.model"
 INDEX = "model.safetensors.index.json"
 # The settings that must be equal for two models to compute the same from the same weights.
 SHAPE = (
@@ -51,26 +43,6 @@ def load_pretrained(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
         raise DataError(f"{path}: {reason_of(error)}") from error
 
 
-def check_directory(path: Path) -> None:
-    """Make sure that a path looks like the directory of a Hugging Face model.
-
-    Raises:
-        DataError: it is none; says what to do.
-    """
-    if path.is_dir() and not (path / CONFIG).exists() and (path / RUN_CONFIG).is_file():
-        raise DataError(
-            f"{path}: the directory of a run, not of a Hugging Face model; export it first, with "
-            f"`python train/export.py run={path} out={path}-exported`, and give that directory"
-        )
-    if not path.exists():
-        raise DataError(
-            f"{path}: no such directory; download a model from the Hub first, for example with "
-            f"`hf download allenai/OLMo-2-0425-1B --local-dir {path}`"
-        )
-    if not path.is_dir():
-        raise DataError(f"{path}: not a directory; give the one that {CONFIG} is in")
-
-
 def pretrained_start(path: Path, config: ModelConfig) -> dict[str, Tensor]:
     """The weights of an OLMo 2 or Llama directory as the initial weights of any variant.
 
@@ -91,48 +63,6 @@ def pretrained_start(path: Path, config: ModelConfig) -> dict[str, Tensor]:
         problem = Problem("run.start_from", str(path), "a model of another shape", hint)
         raise ConfigError([problem])
     return starting_state(config, state)
-
-
-def tokenizer_of_weights(start_from: str | None, console: Console) -> TokenizerOfWeights | None:
-    """The tokenizer in the directory of `run.start_from`; None, with a warning, if it has none.
-
-    Weights are worth nothing under ids that mean other pieces. Nothing else would notice: such a
-    run trains, only from a bad start.
-
-    Raises:
-        DataError: it is no such directory.
-    """
-    if start_from is None:
-        return None
-    check_directory(Path(start_from).expanduser())
-    path = Path(start_from).expanduser() / TOKENIZER
-    try:
-        return TokenizerOfWeights("run.start_from", start_from, Tokenizer.load(path))
-    except FileNotFoundError:
-        why = f"it has no {TOKENIZER}"
-    except (DataError, OSError) as error:
-        why = str(error)
-    warn(
-        console,
-        f"run.start_from={start_from}: {why}, so nothing says whether its weights were trained "
-        "with the tokenizer of this run; if they were not, they are no better than random ones",
-    )
-    return None
-
-
-def tokenizer_of_new_run(config: Config, documents: Documents, console: Console) -> Tokenizer:
-    """The tokenizer that a new run with this configuration has.
-
-    Raises:
-        ConfigError, DataError: as `data.tokenizer_training.prepare_tokenizer`, and as
-            `tokenizer_of_weights`.
-    """
-    return prepare_tokenizer(
-        config.tokenizer,
-        documents,
-        vocab_size=config.model.vocab_size,
-        of_weights=tokenizer_of_weights(config.run.start_from, console),
-    )
 
 
 def save_pretrained(path: Path, config: ModelConfig, state: dict[str, Tensor]) -> None:
