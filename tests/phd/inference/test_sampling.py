@@ -98,12 +98,13 @@ def test_a_vanishing_temperature_leaves_the_most_likely_token(temperature: float
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", [1.0, 1e-3])  # near 0, all weights are near the largest
 @pytest.mark.parametrize("settings", [{}, {"top_k": 7}, {"top_p": 0.5}])
 def test_the_ends_of_the_interval_draw_the_first_and_the_last_token_that_is_kept(
-    settings: dict[str, Any], dtype: torch.dtype
+    settings: dict[str, Any], scale: float, dtype: torch.dtype
 ) -> None:
     """Whatever is masked before the first and after the last token."""
-    logits = torch.randn(100_000, generator=torch.Generator().manual_seed(0)).to(dtype)
+    logits = torch.randn(100_000, generator=torch.Generator().manual_seed(0)).mul(scale).to(dtype)
     logits[:500] = logits[-500:] = -torch.inf
     sampler = Sampler([SamplingConfig(temperature=1.0, **settings)] * 4, CPU)
     drawn = sampler.draw(logits.expand(4, -1), EXTREMES)
