@@ -198,10 +198,16 @@ class Generator:
     def generate(self, requests: Iterable[Request]) -> list[list[int]]:
         """Submit requests to an idle generator; returns the new tokens of each, in order."""
         assert not self._unfinished, "requests in progress would lose their tokens"
-        texts: dict[int, list[int]] = {self.submit(request): [] for request in requests}
-        for new in self:
-            texts[new.request].append(new.token)
-        return list(texts.values())
+        texts: dict[int, list[int]] = {}
+        try:
+            for request in requests:
+                texts[self.submit(request)] = []
+            for new in self:
+                texts[new.request].append(new.token)
+            return list(texts.values())
+        finally:  # after an error or Ctrl-C, none of them is in progress
+            for number in texts:
+                self.cancel(number)
 
     @torch.no_grad()
     def step(self) -> list[NewToken]:

@@ -195,6 +195,12 @@ def test_impossible_requests_are_refused() -> None:
             generator.submit(request)
         assert list(map(str, caught.value.problems)) == problems
     assert generator.unfinished == 1
+    generator.cancel(0)
+    possible = Request((1,), max_tokens=1)
+    with pytest.raises(ConfigError):
+        generator.generate([possible, request])
+    assert generator.unfinished == 0
+    assert len(generator.generate([possible] * 3)) == 3
 
 
 def test_a_damaged_model_is_told_and_writes_nothing() -> None:
