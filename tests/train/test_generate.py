@@ -12,8 +12,9 @@ import torch
 
 from conf.arguments import parse
 from conf.errors import ConfigError
+from phd.inference.generator import Generator
 from train.checkpoint.load_run import load_run
-from train.generate import GenerateArguments, main, read_input, read_prompts
+from train.generate import GenerateArguments, Writer, main, read_input, read_prompts
 from train.run import Run
 
 
@@ -209,6 +210,30 @@ def test_a_file_of_prompts_gives_a_line_of_json_for_each_text(config, trained, c
     both = written(capsys, prompt=prompts[0], **given)
     assert both.startswith(f"--- 1 of 2, ended by {found[0]['ending']}\n{prompts[0]}")
     assert both.endswith(prompts[0] + found[1]["text"] + "\n")
+
+
+class WriterAhead(Writer):
+    """One whose generator has fixed rows and runs ahead, as on CUDA."""
+
+    def _generator(self, batch: int) -> Generator:
+        generator = super()._generator(batch)
+        generator._is_fixed, generator._ahead = True, 1
+        return generator
+
+
+def test_tokens_that_are_launched_after_a_text_has_ended_are_not_part_of_it(
+    config, trained
+) -> None:
+    directory = trained(config("model.K=3")).run.directory
+    args = GenerateArguments(
+        run=str(directory), device="cpu", n=3, batch=2, max_tokens=20, temperature=2.0, stop=("e",)
+    )
+    prompts, found = ["def é", "one", "a b c"], []
+    for writer in (Writer(args), WriterAhead(args)):
+        texts = [(prompt, text.text, text.ending) for prompt, text in writer.write(prompts)]
+        found.append((texts, ["".join(writer.stream(prompt)) for prompt in prompts]))
+    assert found[0] == found[1]
+    assert {ending for _, _, ending in found[0][0]} >= {"stop", "length"}
 
 
 def test_a_stop_ends_a_text_and_is_not_part_of_it(config, opened, capsys, tmp_path) -> None:
