@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from phd.config import SamplingConfig
+from phd.torch_private import HAS_TRITON
 from phd.transfer import to_device
 
 # What is drawn from logits that are not finite. No device can raise an error without a wait.
@@ -23,7 +24,8 @@ class Sampler:
                   0            u * sum          sum     into one of them
 
     Weights are integers, whose sums do not depend on the order of summation. So a row's token
-    depends neither on the rows beside it nor on the device, apart from the rounding of logits.
+    depends neither on the rows beside it nor on the device, apart from rounding. On CUDA three
+    kernels draw rows without `top_k` and `top_p`.
 
     Args:
         rows: how each row is sampled.
@@ -45,6 +47,11 @@ class Sampler:
         nuclei = [row.top_p if row.top_p and row.top_p < 1 else 2.0 for row in rows]
         if min(nuclei) < 1:
             self._top_p = to_device([[p] for p in nuclei], device, torch.float64)
+        # 0 where a row is greedy; None: the kernels cannot draw these rows.
+        self._in_kernels: Tensor | None = None
+        if HAS_TRITON and device.type == "cuda" and drawn and not self._most and min(nuclei) >= 1:
+            given = [row.temperature for row in rows]
+            self._in_kernels = to_device(given, device, torch.float32)
 
     def draw(self, logits: Tensor, uniforms: Tensor | None) -> Tensor:
         """Logits (B, V) -> token ids, int64 (B,), or `NOT_FINITE`.
@@ -53,6 +60,12 @@ class Sampler:
             uniforms: float64 (B,) on the device, a number of [0, 1) for each row; unused, and may
                 be None, where all temperatures are 0.
         """
+        if self._in_kernels is not None:
+            # Triton comes with CUDA builds alone.
+            from phd.inference.kernels.inverse_cdf import draw_by_inverse_cdf
+
+            assert uniforms is not None
+            return draw_by_inverse_cdf(logits, self._in_kernels, uniforms, FIXED_POINT, NOT_FINITE)
         largest, likeliest = logits.max(-1)
         tokens = likeliest
         if not self.all_greedy:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from phd.config import ModelConfig, SamplingConfig, Variant
 from phd.inference.generator import Generator, Request
+from phd.inference.sampling import Sampler
 from phd.model import Transformer
 
 pytestmark = [
@@ -102,3 +103,20 @@ def test_the_host_waits_for_nothing_but_tokens_that_it_reads(variant: Variant) -
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert all(found)
+
+
+@pytest.mark.parametrize("vocabulary", [257, 100_352])
+@pytest.mark.parametrize("cuts", [{}, {"top_k": 20}, {"top_p": 0.9}])
+def test_the_same_number_draws_the_same_token_on_the_cpu(
+    cuts: dict[str, Any], vocabulary: int
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = [SamplingConfig(temperature=t) for t in (0, 1e-30, 0.5)]
+    rows += [SamplingConfig(temperature=t, **cuts) for t in (0.5, 1.0, 0)]
+    logits = torch.randn(6, vocabulary, generator=generator).mul(2).bfloat16()  # has ties
+    for _ in range(20):
+        uniforms = torch.rand(6, generator=generator, dtype=torch.float64)
+        expected = Sampler(rows, torch.device("cpu")).draw(logits, uniforms)
+        device = torch.device("cuda")
+        found = Sampler(rows, device).draw(logits.to(device), uniforms.to(device))
+        assert torch.equal(found.cpu(), expected)
