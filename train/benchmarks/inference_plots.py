@@ -14,6 +14,9 @@ Measurement = dict[str, Any]
 Coordinate = Callable[[Measurement], float]
 """What a chart shows of a measurement along one of its axes."""
 
+SAME_LABEL = 0.05
+"""The share of an axis's height within which labels would lie on each other."""
+
 FLOOR = "weights and cache at the copy's speed"
 
 
@@ -74,22 +77,48 @@ def latency_over_cache(rows: list[Measurement], subject: str) -> Figure:
     figure, axes = _chart(f"Decoding at {rows[0]['tokens']} tokens\n{subject}")
     _lines(axes, _from_vanilla(rows), x=_mebibytes, y=_ratio)
     _bars(axes, rows, x=_mebibytes)
-    # Labels on all variants would overlap: their points lie close together.
-    for variant in ("naive_repeat", "phd_cswa"):
-        labelled = sorted((row for row in rows if _series(row)[0] == variant), key=_copies)
-        if variant == "phd_cswa":
-            labelled = [row for row in labelled if row["W_in"] == labelled[0]["W_in"]]
-        for below, row in enumerate(reversed(labelled)):
-            # PHD-CSWA's points may lie side by side, so that each label is lower than the next.
-            place = (7, -11 - 10 * below * (variant == "phd_cswa"))
-            point = (_mebibytes(row), _ratio(row))
-            axes.annotate(f"K={row['K']}", point, place, textcoords="offset points", fontsize=8)
+    _name_copies(axes, rows)
     _powers_of_two(axes)
     axes.set_xlabel("KV cache of a sequence (MiB)")
     axes.margins(x=0.12)
     _ratio_axes(axes, rows, "decode latency", "ms per token")
     axes.legend(fontsize=8)
     return figure
+
+
+def _name_copies(axes: Axes, rows: list[Measurement]) -> None:
+    """Write K beside the points of naive repetition, and of PHD-CSWA in one unit of its window.
+
+    On all variants labels would overlap: their points lie close together. Points that are almost
+    the same share a label.
+    """
+    heights = [_ratio(row) for row in rows]
+    for variant, place in (("naive_repeat", (7, -11)), ("phd_cswa", (9, -3))):
+        labelled = sorted((row for row in rows if row["variant"] == variant), key=_copies)
+        groups: list[list[Measurement]] = []
+        for row in labelled:
+            if row["W_in"] != labelled[0]["W_in"]:
+                continue
+            last = groups[-1][-1] if groups else None
+            if (
+                last is not None
+                and _mebibytes(last) == _mebibytes(row)
+                and abs(_ratio(last) - _ratio(row)) < max(heights) * SAME_LABEL
+            ):
+                groups[-1].append(row)
+            else:
+                groups.append([row])
+        for group in groups:
+            middle = sum(map(_ratio, group)) / len(group)
+            text = f"K={', '.join(str(row['K']) for row in group)}"
+            axes.annotate(
+                text,
+                (_mebibytes(group[0]), middle),
+                place,
+                textcoords="offset points",
+                fontsize=8,
+                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.5},
+            )
 
 
 def prefill_over_copies(rows: list[Measurement], subject: str) -> Figure:

@@ -11,8 +11,9 @@ def subject_of(model: ModelConfig, device: torch.device) -> str:
 
     The shape is that of the model at hand; its size's name alone may stand for another one.
     """
-    parameters = sum(count_parameters(model.vanilla_twin).values()) / 1e6
+    millions = sum(count_parameters(model.vanilla_twin).values()) / 1e6
+    count = f"{millions:.3g} M" if millions < 999.5 else f"{millions / 1e3:.3g} B"
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     dtype = "bfloat16" if device.type == "cuda" else "float32"
-    shape = f"{model.layers} layers, D = {model.dim}, {parameters:.3g} M parameters"
+    shape = f"{model.layers} layers, D = {model.dim}, {count} parameters"
     return f"{model.size}: {shape}; {dtype}, {where}"
