@@ -60,8 +60,10 @@ class Short(NamedTuple):
 INFERENCE = ("inference", "throughput", "decode")
 """The benchmarks of inference."""
 
-ON_CPU = {name: Short(name) for name in get_args(Benchmark)}
-ON_CPU["decode"] = Short("decode", variables=("TRITON_INTERPRET=1",))
+ON_CPU = {
+    name: Short(name, limit_s=100 if name in INFERENCE else 50) for name in get_args(Benchmark)
+}
+ON_CPU["decode"] = ON_CPU["decode"]._replace(variables=("TRITON_INTERPRET=1",))
 
 ON_CUDA = {
     "inference_1b2": Short(
