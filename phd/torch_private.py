@@ -256,3 +256,12 @@ def has_hooks(module: nn.Module) -> bool:
     """
     hooks = module._forward_pre_hooks or module._forward_hooks
     return bool(hooks) or "forward" in vars(module)
+
+
+def mark_dynamic(tensor: Tensor, *dims: int) -> None:
+    """Have torch.compile make a graph for every size of these dimensions but 0 and 1.
+
+    Where a graph cannot, it is made for the size at hand.
+    """
+    for dim in dims:
+        torch._dynamo.maybe_mark_dynamic(tensor, dim)

@@ -44,7 +44,7 @@ LONGEST_FIRST = (
     "conf/test_shipped_configs.py",
     "train/checkpoint/test_store.py",
     "train/distributed/test_watchdog.py",
-    "phd/inference/test_cuda_graph.py",
+    "phd/inference/test_compiled_step.py",
     "train/test_tokenizer_of_weights.py",
     "train/engines/test_memory.py",
     "phd/attention/test_fused.py",

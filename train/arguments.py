@@ -49,9 +49,10 @@ class GenerateArguments:
             all.
         stop: a text, or a JSON list of texts, at which writing ends; it is not part of the result.
         seed: the same seed writes the same text for a prompt, whatever else is in the batch.
-        compile: compile the computation of a token with `torch.compile`, which takes about a minute
-            at first. A token then takes about three quarters of the time, if a text fills most of
-            the room that its prompt and `max_tokens` ask for.
+        compile: compile the computation of a token with `torch.compile`, which takes half a minute
+            of two cores at first and seconds once the cache (`TORCHINDUCTOR_CACHE_DIR`) is filled.
+            A token then takes about three quarters of the time, if a text fills most of the room
+            that its prompt and `max_tokens` ask for.
         device: `auto`, `cpu` or `cuda`.
     """
 
@@ -246,7 +247,7 @@ class BenchArguments:
             a long one. `throughput` decodes rows from half the longest to all of it, and in
             `decode` they are the lengths of the caches.
         compile: decode with `torch.compile` in `inference`; compiling takes up to a minute for each
-            row of the table.
+            model.
         tune: try the products of `decode` in many blocks, and its attention in many splits, which
             takes minutes to compile.
         rows: the rows of a `step`; null: 4096 tokens on the CPU, 16384 on CUDA.

@@ -1,6 +1,7 @@
 """The key/value cache: originals stay, hidden copies pass through a ring."""
 
 from collections.abc import Sequence
+from copy import copy
 from math import ceil
 from typing import NamedTuple
 
@@ -91,6 +92,12 @@ class KVCache:
             # A ring grows only while the capacity is less than a window or a chunk. Until then it
             # has never been full, so every hidden copy keeps its slot.
             self.ring[i] = _grown(hidden, ring)
+
+    def of_layers(self, first: int, stop: int | None) -> "KVCache":
+        """The same cache, of these layers alone: what is written to it is written here."""
+        part = copy(self)
+        part.originals, part.ring = self.originals[first:stop], self.ring[first:stop]
+        return part
 
     def select(self, rows: Tensor) -> None:
         """Keep these rows, int64 (new B,), in this order; a row may be taken several times."""

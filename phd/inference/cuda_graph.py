@@ -7,15 +7,14 @@ import torch
 from torch import Tensor
 
 from phd.inference.cache import KVCache
+from phd.inference.compiled_step import CompiledStep
 from phd.inference.prefill import make_room, static_decode_step
 from phd.model import Transformer
-from phd.torch_private import HAS_TRITON, with_recompile_limit
+from phd.torch_private import HAS_TRITON
 
 # Steps before the capture, in which libraries allocate what a graph must not; torch's own examples
 # take 3.
 WARM_UP_STEPS = 3
-# All models and shapes are compiled from one function, and torch's own limit is 8 for each.
-RECOMPILE_LIMIT = 256
 
 
 class Decoder:
@@ -29,7 +28,7 @@ class Decoder:
     `why_not_fused` has no objection; elsewhere it is `static_decode_step`.
 
     Args:
-        compiled: fuse the work by `torch.compile` first, which takes about a minute.
+        compiled: fuse the work by `torch.compile` first, which takes up to half a minute once.
 
     Attributes:
         kind: what computes a token: `fused`, `compiled` or `eager`.
@@ -42,9 +41,7 @@ class Decoder:
             model, tokens, cache
         )
         if compiled:
-            work = torch.compile(static_decode_step, fullgraph=True, dynamic=False)
-            limited = with_recompile_limit(work, RECOMPILE_LIMIT)
-            self._work = lambda tokens: limited(model, tokens, cache)
+            self._work = CompiledStep(model, cache)
         elif HAS_TRITON and cache.lengths.is_cuda:
             from phd.inference.fused_step import FusedStep, why_not_fused
 

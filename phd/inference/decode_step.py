@@ -22,13 +22,17 @@ class DecodeStep(IncrementalForward):
 
     Args:
         position: int64 (B, 1), or (1, 1) where all rows have one: the new token's position.
+        more_layers: the cache has layers before the last one alone (`KVCache.of_layers`).
     """
 
-    def __init__(self, cache: KVCache, rope: Rope, position: Tensor) -> None:
+    def __init__(
+        self, cache: KVCache, rope: Rope, position: Tensor, *, more_layers: bool = False
+    ) -> None:
         _, hidden = slots_per_token(cache.pattern)
         copy = torch.arange(cache.pattern.K, device=position.device)
         cos, sin = (x[:, None, None] for x in rope.at(position, copy))
-        super().__init__(cache, 1, [1 if hidden else 0] * len(cache.originals), (cos, sin))
+        spans = [1 if hidden else 0] * (len(cache.originals) + more_layers)
+        super().__init__(cache, 1, spans, (cos, sin))
         if hidden:
             self.bias = bias_of(self._sees_hidden(position)[:, None], cache.ring[0].dtype)
 
@@ -48,7 +52,7 @@ class DecodeStep(IncrementalForward):
         """How many cached slots the K copies see, (B, K); None: all that `write_cache` returns."""
 
     def slots(self, x: Tensor) -> Tensor:
-        return x.expand(-1, self.cache.pattern.K, -1, -1).transpose(1, 2)
+        return slots_of_token(x, self.cache.pattern.K)
 
     def last_queries(self, x: Tensor) -> Tensor:
         return x[..., -1:, :]
@@ -110,11 +114,14 @@ class RaggedDecodeStep(DecodeStep):
     Args:
         reach: tokens of the cache that queries are given; at least the longest row's, with its new
             token.
+        more_layers: as in `DecodeStep`.
     """
 
-    def __init__(self, cache: KVCache, rope: Rope, reach: int) -> None:
+    def __init__(
+        self, cache: KVCache, rope: Rope, reach: int, *, more_layers: bool = False
+    ) -> None:
         self.begins, self.reach = cache.lengths[:, None], reach
-        super().__init__(cache, rope, self.begins)
+        super().__init__(cache, rope, self.begins, more_layers=more_layers)
         number = torch.arange(1, self.cached + 1, device=self.begins.device)
         of_cached = self.begins * self.cached_per_token + number
         of_hidden = (self.begins + 1).expand(-1, self.hidden_per_token)
@@ -136,3 +143,8 @@ class RaggedDecodeStep(DecodeStep):
 
     def write_ring(self, k: Tensor, v: Tensor, layer: int) -> None:
         self.cache.write_ring_rows(layer, k, v, self.ring_source, self.ring_is_new)
+
+
+def slots_of_token(x: Tensor, copies: int) -> Tensor:
+    """All copies' input (B, K or 1, 1, D) of one token -> its slots (B, 1, K, D)."""
+    return x.expand(-1, copies, -1, -1).transpose(1, 2)

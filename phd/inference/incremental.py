@@ -54,7 +54,7 @@ class IncrementalForward(ABC):
 
     def __init__(self, cache: KVCache, tokens: int, spans: Sequence[int], rope: Pair) -> None:
         self.cache, self.spans, self.rope = cache, spans, rope
-        self.layers = len(cache.originals)
+        self.layers = len(spans)
         self.cached_per_token, self.hidden_per_token = slots_per_token(cache.pattern)
         self.cached = tokens * self.cached_per_token
 

@@ -5,6 +5,7 @@ from itertools import pairwise
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
 
 from phd import torch_private
@@ -302,3 +303,17 @@ def test_hooks_and_a_replaced_forward_are_seen() -> None:
             assert not torch_private.has_hooks(layer)
     layer.forward = lambda x: x
     assert torch_private.has_hooks(layer)
+
+
+@pytest.mark.compile
+def test_marked_dimensions_are_compiled_once_for_all_sizes_but_one() -> None:
+    for marked, graphs in ((True, 2), (False, 4)):
+        torch.compiler.reset()
+        counter = CompileCounter()
+        doubled = torch.compile(lambda x: x * 2, backend=counter, dynamic=False)
+        for rows, columns in ((2, 4), (3, 4), (3, 7), (1, 7)):
+            x = torch.ones(rows, columns)
+            if marked:
+                torch_private.mark_dynamic(x, 0, 1)
+            assert torch.equal(doubled(x), x * 2)
+        assert counter.frame_count == graphs

@@ -4,12 +4,11 @@ from typing import get_args
 
 import pytest
 import torch
-from torch._dynamo.testing import CompileCounterWithBackend
 
 from phd.config import Variant
 from phd.inference.cache import KVCache
 from phd.inference.cuda_graph import Decoder
-from phd.inference.prefill import prefill, static_decode_step
+from phd.inference.prefill import prefill
 from phd.model import Transformer
 from tests.phd.small_models import model_of, of_variant
 
@@ -42,34 +41,3 @@ def test_it_decodes_what_the_full_forward_gives(variant: Variant, capacity: int)
         assert cache.host_lengths == cache.lengths.tolist() == lengths
     with pytest.raises(ValueError, match="a row of 41 tokens is longer"):
         decoder(TOKENS[:, 0])
-
-
-@pytest.mark.compile
-@variants
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-def test_its_work_is_one_graph_for_all_lengths(variant: Variant) -> None:
-    torch.compiler.reset()
-    model = model_of_40(variant)
-    full = model.logits(TOKENS)
-    _, cache = prefill(model, TOKENS[:, :9], capacity=40)
-    counter = CompileCounterWithBackend("aot_eager")
-    work = torch.compile(static_decode_step, backend=counter, fullgraph=True, dynamic=False)
-    with torch.no_grad():
-        for n in range(9, 15):
-            logits = work(model, TOKENS[:, n], cache)
-            torch.testing.assert_close(logits, full[:, n], rtol=0, atol=1e-9)
-            cache.advance([1, 1])
-    assert counter.frame_count == 1
-
-
-@pytest.mark.compile
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, of its compiler
-def test_more_models_and_shapes_are_compiled_than_torch_would() -> None:
-    torch.compiler.reset()
-    with torch._dynamo.config.patch(recompile_limit=2):
-        for capacity in range(10, 14):
-            model = model_of(of_variant("vanilla", max_seq_len=40, layers=1))
-            _, cache = prefill(model, TOKENS[:, :9], capacity=capacity)
-            logits = Decoder(model, cache, compiled=True)(TOKENS[:, 9])
-            torch.testing.assert_close(logits, model.logits(TOKENS)[:, 9], rtol=0, atol=1e-9)
-        assert torch._dynamo.config.recompile_limit == 2
