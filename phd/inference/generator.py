@@ -127,6 +127,7 @@ class Generator:
         compiled: bool = False,
     ) -> None:
         assert batch >= 1, batch
+        assert capacity is None or capacity >= 1, capacity
         self.model, self.batch, self.capacity, self.compiled = model, batch, capacity, compiled
         self.device = model.embed.weight.device
         self._limit = model.config.max_seq_len
