@@ -309,7 +309,8 @@ def placement_case(size: ModelConfig, K: int, device: torch.device) -> Case:
         TORCH: [theirs] * HOT_CALLS,
         OURS: [lambda: place_token(qkv, norms, rope, layer, cache.pattern)] * HOT_CALLS,
     }
-    return Case("q/k norm, RoPE, cache", K, 2 * qkv.nbytes, calls)
+    moved = qkv.nbytes + qkv.numel() * dtype.itemsize
+    return Case("q/k norm, RoPE, cache", K, moved, calls)
 
 
 def residual_case(size: ModelConfig, rows: int, device: torch.device) -> Case:
@@ -327,7 +328,8 @@ def residual_case(size: ModelConfig, rows: int, device: torch.device) -> Case:
         TORCH: [theirs] * HOT_CALLS,
         OURS: [lambda: end_sublayer(stream, output, end, size.norm_eps, dtype)] * HOT_CALLS,
     }
-    return Case("residual and norm", rows, 2 * stream.nbytes + 2 * output.nbytes, calls)
+    moved = 2 * stream.nbytes + output.nbytes + rows * size.dim * dtype.itemsize
+    return Case("residual and norm", rows, moved, calls)
 
 
 def _copies(nbytes: int, device: torch.device) -> int:
