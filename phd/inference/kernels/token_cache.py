@@ -60,7 +60,7 @@ def new_hidden_copies(cache: KVCache) -> Tensor:
     """Room for the hidden copies of one token of each row, (2, B, G, K-1, H)."""
     hidden = cache.pattern.K - cache.pattern.cached_slots_per_token
     originals = cache.originals[0]
-    return originals.new_zeros(*originals.shape[:3], hidden, originals.shape[4])
+    return originals.new_empty(*originals.shape[:3], hidden, originals.shape[4])
 
 
 def copies_of(pattern: Pattern) -> dict[str, int]:

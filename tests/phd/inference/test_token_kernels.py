@@ -48,7 +48,7 @@ ONE_HEAD = ModelConfig(
 
 
 @interpreted
-@settings(derandomize=True, deadline=None, max_examples=10)
+@settings(derandomize=True, deadline=None, max_examples=8)
 @given(
     config=...,
     lengths=st.lists(st.integers(0, 4) | st.integers(5, 120), min_size=1, max_size=2),
@@ -66,14 +66,13 @@ def test_tokens_equal_those_of_the_slow_step(
 
 # What random small models do not reach.
 SPECIAL = {
-    "several tiles of rows, and a ring of several blocks": (
-        {"K": 41, "window": 4, "span_unit": "token", "heads": 4},
-        [70],
+    "more new hidden copies than the ring holds": (
+        {"K": 20, "window": 3, "heads": 1},
+        [40],
         torch.bfloat16,
     ),
-    "more new hidden copies than the ring holds": ({"K": 9, "window": 3}, [40, 2], torch.float32),
     "a chunk that ends": (
-        {"variant": "phd_cswa", "K": 3, "window": 20, "chunk": 8},
+        {"variant": "phd_cswa", "K": 3, "window": 20, "chunk": 8, "heads": 3},
         [7, 6],
         torch.float32,
     ),
@@ -88,6 +87,12 @@ SPECIAL = {
         torch.bfloat16,
     ),
     "a wide head, not a power of 2": ({"K": 2, "head_dim": 96}, [90], torch.bfloat16),
+    # Copies 16 to 20 see a block more than copies 0 to 15.
+    "several tiles of rows, and a ring of several blocks": (
+        {"K": 21, "window": 13, "span_unit": "token", "heads": 8},
+        [70],
+        torch.bfloat16,
+    ),
 }
 
 
@@ -156,7 +161,7 @@ def build_of(kernel: str, launch: Launch) -> Build:
 
 
 SOME = [(64, 2), (64, 256), (96, 16), (128, 1)]
-EVERY = list(product((64, 96, 128, 256), (1, 2, 4, 16, 256)))
+EVERY = list(product((64, 96, 128, 256), (1, 2, 16, 256)))
 
 
 @pytest.mark.process
