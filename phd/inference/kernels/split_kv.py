@@ -22,6 +22,7 @@ KEYS_AT_ONCE, ROWS_AT_ONCE = 64, 64
 # Programs for each multiprocessor. Some have no keys, where rows are shorter than the cache, and
 # more programs than one keep the processor busy then.
 PROGRAMS_PER_PROCESSOR = 4
+SPLITS_AT_ONCE = 32  # of a row, which the merge reads together
 
 
 # A custom operator, which torch.compile does not look into.
@@ -60,9 +61,14 @@ def split_attention(
         ROWS=tile, KEYS=KEYS_AT_ONCE, WIDTH=max(16, triton.next_power_of_2(H)),
         PRECISION="tf32" if q.dtype != torch.float32 else "ieee",
     )  # fmt: skip
-    lse = lses.logsumexp(2)
-    out = (parts * (lses - lse.unsqueeze(2)).exp().unsqueeze(-1)).sum(2)
-    return out.to(q.dtype), lse
+    if splits == 1:
+        return parts[:, :, 0].to(q.dtype), lses[:, :, 0].clone()
+    out, lse = torch.empty_like(q), lses.new_empty((B, G, R))
+    merge_kernel[(R, B * G)](
+        parts, lses, out, lse, R, H, splits,
+        WIDTH=max(16, triton.next_power_of_2(H)), SPLITS=SPLITS_AT_ONCE,
+    )  # fmt: skip
+    return out, lse
 
 
 @split_attention.register_fake
@@ -116,3 +122,33 @@ def _kernel(  # type: ignore[no-untyped-def]
         out,
         mask=is_row[:, None] & (column < width)[None, :],
     )
+
+
+@triton.jit(do_not_specialize=["rows", "splits"])
+def merge_kernel(  # type: ignore[no-untyped-def]
+    parts, lses, out, lse, rows, width, splits, WIDTH: tl.constexpr, SPLITS: tl.constexpr
+):  # fmt: skip
+    """The splits' results of one row together."""
+    row, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    column = tl.arange(0, WIDTH)
+    in_head = column < width
+    peak = -float("inf")
+    total = 0.0
+    mixed = tl.zeros([WIDTH], tl.float32)
+    # The first split has keys for every row that sees any, so no peak stays -inf.
+    for first in range(0, splits, SPLITS):
+        split = first + tl.arange(0, SPLITS)
+        part = (head * splits + split) * rows + row
+        there = split < splits
+        scores = tl.load(lses + part, mask=there, other=-float("inf"))
+        address = parts + part[:, None] * width + column[None, :]
+        values = tl.load(address, mask=there[:, None] & in_head[None, :], other=0.0)
+        higher = tl.maximum(peak, tl.max(scores, 0))
+        weights = tl.exp(scores - higher)
+        kept = tl.exp(peak - higher)
+        mixed = mixed * kept + tl.sum(values * weights[:, None], 0)
+        total = total * kept + tl.sum(weights, 0)
+        peak = higher
+    at = head * rows + row
+    tl.store(out + at * width + column, mixed / total, mask=in_head)
+    tl.store(lse + at, peak + tl.log(total))

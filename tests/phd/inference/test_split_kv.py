@@ -3,7 +3,12 @@
 import pytest
 import torch
 
-from phd.inference.kernels.split_kv import KEYS_AT_ONCE, ROWS_AT_ONCE, split_attention
+from phd.inference.kernels.split_kv import (
+    KEYS_AT_ONCE,
+    ROWS_AT_ONCE,
+    SPLITS_AT_ONCE,
+    split_attention,
+)
 from tests.gpu_compiler import Build, compile_for_gpus
 
 SHAPES = [
@@ -11,6 +16,7 @@ SHAPES = [
     (1, 2, 70, 24, 300, None),
     (2, 1, 1, 64, 64, 1),
     (1, 1, 5, 96, 130, 9),
+    (1, 1, 3, 16, 2300, 35),  # more splits than the merge reads together
 ]
 
 
@@ -46,6 +52,13 @@ def test_the_kernel_compiles_for_gpus_without_spilling_registers() -> None:
         )
         for rows in (16, ROWS_AT_ONCE)
         for H, width in ((64, 64), (96, 128), (128, 128))
+    ]
+    builds += [
+        Build(
+            "phd.inference.kernels.split_kv:merge_kernel",
+            [parts, lses, keys, lses, 180, 96, 44],
+            {"WIDTH": 128, "SPLITS": SPLITS_AT_ONCE},
+        )
     ]
     for build, compiled in zip(builds, compile_for_gpus(builds), strict=True):
         assert [one.spilled_bytes for one in compiled] == [0, 0], build
