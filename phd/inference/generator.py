@@ -101,8 +101,8 @@ class Generator:
     computes while the caller handles tokens, and the host waits once a token. It learns one token
     late that a text has ended, and drops that token.
 
-        device    | token 0 | token 1 | token 2 |
-        host            launch 1 | read 0 | launch 2 | read 1 | ...
+        device    | token 1 | token 2 | token 3 |
+        host            launch 2 | read 1 | launch 3 | read 2 | ...
 
     >>> from phd.config import ModelConfig
     >>> model = Transformer(ModelConfig(dim=8, ffn_dim=8, vocab_size=9)).reset(0)
@@ -219,8 +219,10 @@ class Generator:
         Raises:
             FloatingPointError: the model's logits are not finite.
         """
+        was_running = any(self._rows)
         is_launched = self._fill_rows() or self._decode()
-        ahead = self._ahead if is_launched else 0
+        # The first tokens are read at once: the next launch may have to capture a graph.
+        ahead = self._ahead if is_launched and was_running else 0
         new = [*self._read_ahead]
         self._read_ahead.clear()
         while len(self._unread) > ahead:
