@@ -106,8 +106,8 @@ BLOCKS = {
     ),
     (2, 256): (TokenBlocks(16, 32, 2, 4, 2), TokenBlocks(32, 32, 2, 4, 2)),
     (4, 64): (TokenBlocks(16, 32, 2, 4, 2), TokenBlocks(32, 32, 2, 4, 2)),
-    (4, 128): (TokenBlocks(16, 32, 2, 4, 2),),
-    (4, 256): (TokenBlocks(16, 16, 1, 4, 2),),
+    (4, 128): (TokenBlocks(16, 16, 2, 4, 2),),
+    (4, 256): (TokenBlocks(16, 16, 1, 8, 2),),
 }
 
 
