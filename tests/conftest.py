@@ -1,6 +1,7 @@
 """The order of the suite: its longest files come first, so that no process is left with one at the
 end while the others have nothing to do. `make fast` leaves them out."""
 
+import gc
 import os
 import re
 import signal
@@ -77,6 +78,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if any(NEEDS_CUDA.match(mark.kwargs["reason"]) for mark in item.iter_markers("skipif")):
             item.add_marker("cuda")
     items.sort(key=lambda item: RANK.get(item.path, len(RANK)))
+
+
+def pytest_collection_finish() -> None:
+    """Let the garbage collector leave alone what was imported: it is most of all objects."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_configure() -> None:

@@ -9,7 +9,7 @@ import sysconfig
 from collections.abc import Callable, Iterator
 from math import log
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -72,12 +72,14 @@ def logits(run: Path, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return model.to(dtype).logits(torch.tensor(IDS))
 
 
+# DeepSpeed leaves them in this process, and accelerate would wait for other ranks.
+RANKS = ("LOCAL_RANK", "RANK", "WORLD_SIZE")
 UNSAID = "ignore:invalid escape sequence"
 
 
 def elsewhere(script: str, tmp_path: Path, *arguments: str) -> Any:
     """What a process that knows nothing of our package prints, as JSON."""
-    environment = {name: x for name, x in os.environ.items() if name != "PYTHONPATH"}
+    environment = {name: x for name, x in os.environ.items() if name not in ("PYTHONPATH", *RANKS)}
     environment |= {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         # The second is said of torchao's source, which transformers imports.
@@ -99,35 +101,63 @@ sys.modules["phd"] = None  # installed or not, it cannot be imported
 sys.modules["triton"] = None
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-first, second = sys.argv[1:]
-model = AutoModelForCausalLM.from_pretrained(first, trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained(first, trust_remote_code=True)
-model.save_pretrained(second)
-tokenizer.save_pretrained(second)
-again = AutoModelForCausalLM.from_pretrained(second, trust_remote_code=True)
-ids = torch.tensor({IDS})
-batch = tokenizer(["def f(", "x"], return_tensors="pt", padding=True)
-print(json.dumps({{
-    "class": type(model).__name__,
-    "module": type(model).__module__.partition(".")[0],
-    "logits": model(ids).logits.tolist(),
-    "cached": model(ids, use_cache=True).logits.tolist(),
-    "again": again(ids).logits.tolist(),
-    "padding": batch["attention_mask"].tolist(),
-    "texts": tokenizer.batch_decode(model.generate(**batch, max_new_tokens=5, do_sample=False)),
-    "tokens": batch["input_ids"].tolist(),
-}}))
+
+def look(first):
+    model = AutoModelForCausalLM.from_pretrained(first, trust_remote_code=True)
+    tokenizer = AutoTokenizer.from_pretrained(first, trust_remote_code=True)
+    second = first + "-second"
+    model.save_pretrained(second)
+    tokenizer.save_pretrained(second)
+    again = AutoModelForCausalLM.from_pretrained(second, trust_remote_code=True)
+    ids = torch.tensor({IDS})
+    batch = tokenizer(["def f(", "x"], return_tensors="pt", padding=True)
+    written = model.generate(**batch, max_new_tokens=5, do_sample=False)
+    return {{
+        "class": type(model).__name__,
+        "module": type(model).__module__.partition(".")[0],
+        "logits": model(ids).logits.tolist(),
+        "cached": model(ids, use_cache=True).logits.tolist(),
+        "again": again(ids).logits.tolist(),
+        "padding": batch["attention_mask"].tolist(),
+        "texts": tokenizer.batch_decode(written),
+        "tokens": batch["input_ids"].tolist(),
+    }}
+
+print(json.dumps([look(first) for first in sys.argv[1:]]))
 """
+
+OURS, OLMO, LLAMA = ("model.K=3",), ("model=vanilla",), ("model=vanilla", "model.norm=pre")
+
+
+class Export(NamedTuple):
+    """An export, its run, and what a process that knows nothing of our package says of it."""
+
+    run: Path
+    out: Path
+    found: dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def alone_of(
+    run_of: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[tuple[str, ...], Export]:
+    """By the settings of a run; one process looks at all, for its imports take seconds."""
+    folder = tmp_path_factory.mktemp("exports")
+    names = {OURS: "my-model.v1", OLMO: "olmo", LLAMA: "llama"}
+    outs = [exported(run_of(*settings), folder / name) for settings, name in names.items()]
+    found = elsewhere(ALONE, folder, *map(str, outs))
+    return {
+        settings: Export(run_of(*settings), *told)
+        for settings, *told in zip(names, outs, found, strict=True)
+    }
 
 
 # A model of our own
 
 
 @pytest.mark.process
-def test_an_export_needs_nothing_of_ours(run_of: Callable[..., Path], tmp_path: Path) -> None:
-    run = run_of("model.K=3")
-    out = exported(run, tmp_path / "my-model.v1")
-    found = elsewhere(ALONE, tmp_path, str(out), str(tmp_path / "second"))
+def test_an_export_needs_nothing_of_ours(alone_of: dict[tuple[str, ...], Export]) -> None:
+    run, _, found = alone_of[OURS]
     assert (found["class"], found["module"]) == ("PhdForCausalLM", "transformers_modules")
     for name in ("logits", "cached", "again"):
         torch.testing.assert_close(torch.tensor(found[name]), logits(run), rtol=1e-5, atol=1e-5)
@@ -184,15 +214,13 @@ def test_from_the_hub_no_package_is_demanded_that_only_gpus_need(tmp_path: Path)
 
 @pytest.mark.process
 @pytest.mark.parametrize(
-    ("norm", "name"), [("reordered", "Olmo2ForCausalLM"), ("pre", "LlamaForCausalLM")]
+    ("settings", "name"), [(OLMO, "Olmo2ForCausalLM"), (LLAMA, "LlamaForCausalLM")]
 )
 def test_a_plain_transformer_becomes_one_of_theirs(
-    norm: str, name: str, run_of: Callable[..., Path], tmp_path: Path
+    settings: tuple[str, ...], name: str, alone_of: dict[tuple[str, ...], Export]
 ) -> None:
-    run = run_of("model=vanilla", f"model.norm={norm}")
-    out = exported(run, tmp_path / "out")
+    run, out, found = alone_of[settings]
     assert not list(out.glob("*.py"))
-    found = elsewhere(ALONE, tmp_path, str(out), str(tmp_path / "second"))
     assert (found["class"], found["module"]) == (name, "transformers")
     for part in ("logits", "cached", "again"):
         torch.testing.assert_close(torch.tensor(found[part]), logits(run), rtol=1e-5, atol=1e-5)
@@ -324,8 +352,7 @@ def long_documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """DeepSpeed leaves variables in this process that make accelerate wait for other ranks."""
-    for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE"):
+    for name in RANKS:
         monkeypatch.delenv(name, raising=False)
 
 

@@ -565,14 +565,14 @@ def test_where_it_compiles_and_keeps_that_is_told(monkeypatch: pytest.MonkeyPatc
         "true": (True, True),
         "false": (False, False),
     }.items():
-        setting = f"engine.compile={compile}"
-        here, there = plan_of(setting), plan_of(setting, device="H100")
+        settings = ("model=vanilla", f"engine.compile={compile}")
+        here, there = plan_of(*settings), plan_of(*settings, device="H100")
         assert (here.compiled, there.compiled) == (on_cpu, on_cuda)
         for plan in (here, there):
             assert (told in printed(plan)) == ("/kept/here" in printed(plan)) == plan.compiled
-    zero = ("engine=deepspeed", "engine.stage=3")
-    assert not plan_of(*zero, device="H100").compiled
-    assert plan_of("engine=deepspeed", device="H100").compiled
+    zero = ("model=vanilla", "engine=deepspeed")
+    assert not plan_of(*zero, "engine.stage=3", device="H100").compiled
+    assert plan_of(*zero, device="H100").compiled
 
 
 # The command
