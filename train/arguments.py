@@ -49,8 +49,8 @@ class GenerateArguments:
             all.
         stop: a text, or a JSON list of texts, at which writing ends; it is not part of the result.
         seed: the same seed writes the same text for a prompt, whatever else is in the batch.
-        compile: compile the computation of a token with `torch.compile`, which takes half a minute
-            of two cores at first and seconds once the cache (`TORCHINDUCTOR_CACHE_DIR`) is filled.
+        compile: compile the computation of a token with `torch.compile`, which takes up to a minute
+            of a core at first and seconds once the cache (`TORCHINDUCTOR_CACHE_DIR`) is filled.
             A token then takes about three quarters of the time, if a text fills most of the room
             that its prompt and `max_tokens` ask for.
         device: `auto`, `cpu` or `cuda`.

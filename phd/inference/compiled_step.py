@@ -13,8 +13,11 @@ from phd.inference.incremental import LayerContext
 from phd.model import Transformer
 from phd.torch_private import mark_dynamic, with_recompile_limit
 
-# Up to this number of layers all are one graph. A layer of a graph takes 3 s of a core to compile.
-MOST_LAYERS = 4
+# Up to this number of layers all are one graph. A layer of a graph takes 2 to 3 s of a core to
+# trace, and the loops of any number of layers take 25 s to compile.
+MOST_LAYERS = 8
+# With more, a graph has one of these numbers.
+SIZES = (4, 3, 2, 1)
 # All models are compiled from two functions, and torch's own limit is 8 graphs for each.
 RECOMPILE_LIMIT = 256
 
@@ -22,12 +25,12 @@ RECOMPILE_LIMIT = 256
 class CompiledStep:
     """`phd.inference.prefill.static_decode_step` as a few calls of two compiled graphs.
 
-        layers    0 1   2 3   4 5   6 7
-        graph      a     a     a     b        b has the LM head, too
+        layers    0 1 2 3   4 5 6 7   8 9 10 11
+        graph        a         a          b        b has the LM head, too
 
     A call costs a tenth of a millisecond on the host, and a layer of a graph seconds to compile. So
-    a graph has two layers, or all where they are few. The cache's capacity is a symbol in a graph,
-    as is the number of rows: there is one graph for 1 row and one for more.
+    a graph has up to four layers, or all where they are few. The cache's capacity is a symbol in a
+    graph, as is the number of rows: there is one graph for 1 row and one for more.
 
     Args:
         backend: of `torch.compile`.
@@ -76,12 +79,12 @@ class CompiledStep:
 def layers_per_graph(layers: int) -> int:
     """How many layers a graph has; it divides their number.
 
-    >>> [layers_per_graph(layers) for layers in (1, 4, 7, 8, 16)]
-    [1, 4, 1, 2, 2]
+    >>> [layers_per_graph(layers) for layers in (1, 8, 9, 11, 16)]
+    [1, 8, 3, 1, 4]
     """
     if layers <= MOST_LAYERS:
         return layers
-    return 1 if layers % 2 else 2
+    return next(n for n in SIZES if layers % n == 0)
 
 
 def _through(blocks: Sequence[Block], x: Tensor, model: Transformer, cache: KVCache) -> Tensor:

@@ -28,7 +28,7 @@ class Decoder:
     `why_not_fused` has no objection; elsewhere it is `static_decode_step`.
 
     Args:
-        compiled: fuse the work by `torch.compile` first, which takes up to half a minute once.
+        compiled: fuse the work by `torch.compile` first, which takes up to a minute of a core once.
 
     Attributes:
         kind: what computes a token: `fused`, `compiled` or `eager`.
