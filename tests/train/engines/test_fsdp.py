@@ -1,6 +1,6 @@
 """FSDP2, HSDP and DDP: what ranks hold, when gradients are summed, and what a bad step changes."""
 
-from functools import partial, partialmethod
+from functools import cache, partial, partialmethod
 from itertools import count
 from math import inf, nan
 from pathlib import Path
@@ -39,6 +39,7 @@ CUTS = {
 every_cut = pytest.mark.parametrize("cut", CUTS)
 
 
+@cache
 def config_of(*overrides: str) -> Config:
     return load([*SMALL, *overrides])
 

@@ -5,6 +5,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,6 +53,7 @@ def batch(step: int) -> Batch:
     return batch_of(TOKENS.roll(step, 1), MASK.roll(step, 0))
 
 
+@cache  # composing takes as long as some of the engines' steps
 def configured(*overrides: str) -> Config:
     return load([*SMALL, *overrides])
 
