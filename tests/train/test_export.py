@@ -157,7 +157,7 @@ def alone_of(
 
 @pytest.mark.process
 def test_an_export_needs_nothing_of_ours(alone_of: dict[tuple[str, ...], Export]) -> None:
-    run, _, found = alone_of[OURS]
+    run, out, found = alone_of[OURS]
     assert (found["class"], found["module"]) == ("PhdForCausalLM", "transformers_modules")
     for name in ("logits", "cached", "again"):
         torch.testing.assert_close(torch.tensor(found[name]), logits(run), rtol=1e-5, atol=1e-5)
@@ -166,6 +166,9 @@ def test_an_export_needs_nothing_of_ours(alone_of: dict[tuple[str, ...], Export]
     assert [sum(mask) for mask in found["padding"]] == [len(row) for row in rows]
     assert [ids[-len(row) :] for ids, row in zip(found["tokens"], rows, strict=True)] == rows
     assert found["texts"][0].startswith("def f(")
+    # transformers finds imports by their text, also those that only a GPU needs.
+    copied = {path.stem for path in (out.parent / "hf").rglob("*.py")}
+    assert own_modules().keys() <= copied
 
 
 def test_with_our_package_no_code_has_to_be_trusted(
@@ -188,6 +191,7 @@ def test_with_our_package_no_code_has_to_be_trusted(
 def test_exported_modules_know_each_other_and_no_package_of_ours() -> None:
     modules = own_modules()
     assert {"modeling", "model", "split_kv", "flash", "config"} <= modules.keys()
+    assert {"fused_step", "products", "placement", "token_attention", "residual"} <= modules.keys()
     assert not {"hugging_face", "sampling", "flops"} & modules.keys()
     for source in modules.values():
         for node in ast.walk(ast.parse(source)):
