@@ -96,13 +96,13 @@ BLOCKS = {
     (2, 64): (
         TokenBlocks(16, 64, 4, 4, 3),  # 84 registers
         TokenBlocks(32, 64, 4, 4, 3),
-        TokenBlocks(64, 64, 2, 4, 3),  # 128
+        TokenBlocks(64, 64, 2, 4, 3),  # 167
         TokenBlocks(128, 64, 2, 8, 2),  # 127; with three stages 135, for which there is no room
     ),
     (2, 128): (
         TokenBlocks(16, 32, 4, 4, 3),  # 92
         TokenBlocks(32, 32, 4, 4, 3),
-        TokenBlocks(64, 32, 2, 4, 3),  # 161
+        TokenBlocks(64, 32, 2, 4, 3),  # 164
     ),
     (2, 256): (TokenBlocks(16, 32, 2, 4, 2), TokenBlocks(32, 32, 2, 4, 2)),
     (4, 64): (TokenBlocks(16, 32, 2, 4, 2), TokenBlocks(32, 32, 2, 4, 2)),
