@@ -16,6 +16,7 @@ from phd.norm import RMSNorm
 from phd.pattern import Pattern
 from phd.rope import Rope, rotate
 from phd.segments import Segments
+from phd.torch_private import has_hooks
 
 
 @dataclass(frozen=True)
@@ -181,6 +182,14 @@ class ModelWithLoss(nn.Module):
     def forward(self, tokens: Tensor, targets: Tensor, segments: Segments | None = None) -> Loss:
         """tokens, targets (B, T) -> sums over the targets; see `phd.loss`."""
         return self.model.loss(tokens, targets, self.z_loss, segments)
+
+
+def is_plain(model: Transformer) -> bool:
+    """Whether there are no hooks, adapters, quantised weights or other parts put in place."""
+    with torch.device("meta"):
+        plain = Transformer(model.config)
+    same = [type(x) for x in model.modules()] == [type(x) for x in plain.modules()]
+    return same and not any(map(has_hooks, model.modules()))
 
 
 def count_parameters(config: ModelConfig) -> dict[str, int]:

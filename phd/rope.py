@@ -42,8 +42,14 @@ class Rope(nn.Module):
         exponent = torch.arange(0, c.head_dim, 2, device=device, dtype=torch.float64) / c.head_dim
         position = torch.arange(c.rope_positions, device=device, dtype=torch.float64)
         angle = position[:, None] * c.rope_theta**-exponent
-        self.cos = torch.cat([angle.cos(), angle.cos()], 1).float()
-        self.sin = torch.cat([-angle.sin(), angle.sin()], 1).float()
+        cos = torch.cat([angle.cos(), angle.cos()], 1).float()
+        sin = torch.cat([-angle.sin(), angle.sin()], 1).float()
+        if (self.cos.shape, self.cos.device, self.cos.dtype) == (cos.shape, cos.device, cos.dtype):
+            # In place, because a CUDA graph may read them.
+            self.cos.copy_(cos)
+            self.sin.copy_(sin)
+        else:
+            self.cos, self.sin = cos, sin
 
     def tables(self, tokens: int, segments: Segments | None = None) -> tuple[Tensor, Tensor]:
         """(cos, sin) for all copies of rows of `tokens` tokens: (B or 1, K or 1, 1, T, H).

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 CAPABILITIES = (90, 80)
 """H100 and H200, A100."""
 
-SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024}
+SHARED_BYTES = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 """The most shared memory that a block of threads may have (CUDA C++ Programming Guide, Technical
 Specifications per Compute Capability)."""
 

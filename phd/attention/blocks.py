@@ -1,7 +1,7 @@
 """How the fused kernels cut hidden copies into blocks: one table, by pattern, head and dtype."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -38,6 +38,15 @@ class LocalRule:
         in_tokens = pattern.span_unit == "token"
         window = min(pattern.window, longest if in_tokens else ENDLESS)
         return cls(hidden, window, min(pattern.chunk_tokens or 0, longest), in_tokens)
+
+
+class Launch(NamedTuple):
+    """A kernel's grid, its arguments, its `tl.constexpr` ones, and how Triton compiles it."""
+
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    constants: dict[str, Any]
+    options: dict[str, int]
 
 
 class ForwardBlocks(NamedTuple):

@@ -27,6 +27,7 @@ from torch.library import wrap_triton
 
 from phd.attention.blocks import (
     ENDLESS,
+    Launch,
     LocalRule,
     backward_blocks,
     forward_blocks,
@@ -408,15 +409,6 @@ def backward_kernel(  # type: ignore[no-untyped-def]
 
 
 # Launches
-
-
-class Launch(NamedTuple):
-    """A kernel's grid, its arguments, its `tl.constexpr` ones, and how Triton compiles it."""
-
-    grid: tuple[int, int]
-    arguments: tuple[Any, ...]
-    constants: dict[str, Any]
-    options: dict[str, int]
 
 
 def forward_launch(

@@ -40,8 +40,7 @@ from phd.inference.cache import KVCache
 from phd.inference.cuda_graph import Decoder
 from phd.inference.prefill import extend, new_cache
 from phd.initialization import initial_weights
-from phd.model import Transformer
-from phd.torch_private import has_hooks
+from phd.model import Transformer, is_plain
 
 # The arguments of `forward` that have a meaning besides tokens and cache; `cache_position` follows
 # from the cache, and is ignored.
@@ -183,9 +182,11 @@ class PhdCache(Cache):
             return None
         known = self._decoder
         if known is None or known.model is not model or known.moves != model.moves:
-            if not _is_plain(model.model):
+            if not is_plain(model.model):
                 return None
-            model.model.fuse_projections()
+            # While it trains, an optimizer may hold views of the weights where they are.
+            if not model.training:
+                model.model.fuse_projections()
             known = _DecoderOf(model, model.moves, Decoder(model.model, self.kv))
             self._decoder = known
         return known.decoder
@@ -422,14 +423,6 @@ class _Text(NamedTuple):
         if isinstance(logits_to_keep, int):
             return self.token_index[:, -logits_to_keep:]
         return self.token_index[:, logits_to_keep.cpu()]
-
-
-def _is_plain(model: Transformer) -> bool:
-    """Whether there are no hooks, adapters, quantised weights or other parts put in place."""
-    with torch.device("meta"):
-        plain = Transformer(model.config)
-    same = [type(x) for x in model.modules()] == [type(x) for x in plain.modules()]
-    return same and not any(map(has_hooks, model.modules()))
 
 
 def _gather_tokens(x: Tensor, index: Tensor) -> Tensor:

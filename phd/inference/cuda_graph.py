@@ -62,16 +62,22 @@ class Decoder:
         """
         make_room(self.model, self.cache)
         self._tokens.copy_(tokens)
-        if not tokens.is_cuda:
-            self._logits = self._step()
+        if self._tokens.is_cuda:
+            # Streams and kernels are those of the current device.
+            with torch.cuda.device(self._tokens.device):
+                self._replay()
         else:
-            if self._captured_addresses != self._addresses():
-                self._capture()
-            assert self._graph is not None
-            self._graph.replay()
+            self._logits = self._step()
         self.cache.host_lengths = [length + 1 for length in self.cache.host_lengths]
         assert self._logits is not None
         return self._logits
+
+    def _replay(self) -> None:
+        """Do the work of one token, captured before if it has not been."""
+        if self._captured_addresses != self._addresses():
+            self._capture()
+        assert self._graph is not None
+        self._graph.replay()
 
     def _addresses(self) -> list[int]:
         """Where the cache's tensors are: a graph reads and writes these addresses alone."""

@@ -18,10 +18,11 @@ Triton compiles a kernel for each shape of the model, not for lengths or capacit
 its cache on disk. Nothing on the host depends on lengths, so a CUDA graph of a step serves all.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from phd.attention.blocks import has_kernels
 from phd.attention.fused import IS_INTERPRETED
@@ -33,7 +34,7 @@ from phd.inference.kernels.residual import SublayerEnd, end_sublayer
 from phd.inference.kernels.token_attention import attend_token
 from phd.inference.kernels.token_cache import TokenCache, new_hidden_copies
 from phd.linear import Linear, are_adjacent, fused_weight
-from phd.model import Transformer
+from phd.model import Transformer, is_plain
 
 
 class FusedLayer(NamedTuple):
@@ -51,12 +52,11 @@ class FusedLayer(NamedTuple):
 class FusedStep:
     """The work of one new token of each row of a cache.
 
-    Fuses the model's projections (`Transformer.fuse_projections`), and keeps their weights: a model
-    that has moved, or whose weights were replaced, needs a new step.
+    It keeps the weights of a model that `why_not_fused` does not object to. A model that has moved,
+    or whose weights were replaced, needs a new step.
     """
 
     def __init__(self, model: Transformer, cache: KVCache) -> None:
-        model.fuse_projections()
         self.model, self.cache = model, cache
         blocks = [block for block in model.blocks if isinstance(block, Block)]
         starts = [_norm_before(block) for block in blocks]
@@ -102,7 +102,19 @@ def why_not_fused(model: Transformer, cache: KVCache) -> str | None:
         return f"the weights are in {named}, and the cache is in {dtype}"
     if not has_kernels(dtype, H):
         return f"there is no kernel for {dtype} with model.head_dim={H}"
+    if not is_plain(model):
+        return "the model has hooks, adapters or other parts put in place"
+    # Not done here: weights that move are lost to an optimizer with views of them.
+    if not all(are_adjacent(layers) for block in model.blocks for layers in _fused_in(block)):
+        return "the projections are not fused; call Transformer.fuse_projections"
     return None
+
+
+def _fused_in(block: nn.Module) -> tuple[Sequence[Linear], Sequence[Linear]]:
+    """The layers of a block whose weights are read as one."""
+    assert isinstance(block, Block)
+    attention, ffn = block.attention, block.ffn
+    return (attention.q, attention.k, attention.v), (ffn.gate, ffn.up)
 
 
 def _products(model: Transformer) -> list[Tensor]:
@@ -130,9 +142,7 @@ def _fused_layer(block: Block, following: Tensor | None) -> FusedLayer:
             assert wiring == "hybrid", wiring
             after_attention = SublayerEnd(of_sum=block.ffn_norm.weight, normed_stream=True)
             after_ffn = SublayerEnd(of_sum=following)
-    qkv, gate_up = (attention.q, attention.k, attention.v), (ffn.gate, ffn.up)
-    assert are_adjacent(qkv)
-    assert are_adjacent(gate_up)
+    qkv, gate_up = _fused_in(block)
     return FusedLayer(
         QkvNorms.of(attention),
         fused_weight(qkv),

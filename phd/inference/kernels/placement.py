@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from phd.attention.blocks import Launch
 from phd.block import Attention
-from phd.inference.kernels.products import Launch
 from phd.inference.kernels.token_cache import TokenCache, copies_of
 from phd.pattern import Pattern
 from phd.rope import Rope

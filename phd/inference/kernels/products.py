@@ -14,6 +14,7 @@ With a gate, a program has the same outputs of the gate and of the up projection
 never reaches memory unmultiplied. More rows than `MOST_ROWS` are cuBLAS's.
 """
 
+from functools import cache
 from math import ceil
 from typing import Any, NamedTuple
 
@@ -23,12 +24,16 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn.functional import linear
 
+from phd.attention.blocks import Launch
+
 MOST_ROWS = 64
 """Beyond it a tile of rows no longer fits beside the weight's, and the product is not bound by
 memory alone."""
 
 # Programs that a product is cut into, if it can be: the H100 and H200 have 132 multiprocessors.
 PROGRAMS = 128
+SHARED_BYTES = 227 * 1024
+"""Shared memory of a block of threads on an H100 or H200. Other devices have 99 KiB to 227 KiB."""
 GATE_WIDTH = 1024  # values of SwiGLU that a program has at a time
 
 
@@ -39,7 +44,7 @@ class ProductBlocks(NamedTuple):
         outs: outputs, of the gate and of the up projection each.
         depth: values of D at a time.
         warps: warps of 32 threads.
-        stages: tiles of the weight whose loads are under way at a time.
+        stages: tiles that have room in shared memory, whose loads are under way.
         splits: parts of D.
     """
 
@@ -50,7 +55,9 @@ class ProductBlocks(NamedTuple):
     splits: int = 1
 
 
-def product_blocks(rows: int, outs: int, D: int, itemsize: int) -> ProductBlocks:
+def product_blocks(
+    rows: int, outs: int, D: int, itemsize: int, shared_bytes: int = SHARED_BYTES
+) -> ProductBlocks:
     """The blocks of a product of `rows` rows (R, D), whose partial sums may be added later.
 
     A program reads at most as many values of the rows as of the weight. Loads of 24 KiB of the
@@ -67,10 +74,13 @@ def product_blocks(rows: int, outs: int, D: int, itemsize: int) -> ProductBlocks
     depth = _depth_of(tile, D, itemsize)
     most = max(1, D // depth // 2)  # two tiles at least
     splits = max(1, min(most, ceil(PROGRAMS / ceil(outs / tile))))
-    return ProductBlocks(tile, depth, splits=splits)
+    stages = _stages_of((tile + _filled(rows)) * depth * itemsize, shared_bytes)
+    return ProductBlocks(tile, depth, stages=stages, splits=splits)
 
 
-def whole_blocks(rows: int, outs: int, D: int, itemsize: int, *, gated: bool) -> ProductBlocks:
+def whole_blocks(
+    rows: int, outs: int, D: int, itemsize: int, shared_bytes: int = SHARED_BYTES, *, gated: bool
+) -> ProductBlocks:
     """The blocks of a product that is done in one part, which SwiGLU needs and the LM head's size
     allows.
 
@@ -78,11 +88,36 @@ def whole_blocks(rows: int, outs: int, D: int, itemsize: int, *, gated: bool) ->
     ProductBlocks(outs=32, depth=128, warps=4, stages=4, splits=1)
     >>> whole_blocks(64, 100352, 2048, itemsize=2, gated=False)
     ProductBlocks(outs=64, depth=128, warps=4, stages=4, splits=1)
+    >>> whole_blocks(64, 8192, 2048, itemsize=2, shared_bytes=99 * 1024, gated=True)  # an RTX 4090
+    ProductBlocks(outs=64, depth=128, warps=4, stages=2, splits=1)
     """
     tile = 32 if gated and rows <= 32 else 64
     while tile > 16 and outs < tile * PROGRAMS:
         tile //= 2
-    return ProductBlocks(tile, _depth_of(2 * tile if gated else tile, D, itemsize))
+    read = 2 * tile if gated else tile
+    depth = _depth_of(read, D, itemsize)
+    return ProductBlocks(
+        tile, depth, stages=_stages_of((read + _filled(rows)) * depth * itemsize, shared_bytes)
+    )
+
+
+def _filled(rows: int) -> int:
+    """Rows of a tile, filled up to what a product takes."""
+    return max(16, triton.next_power_of_2(rows))
+
+
+def _stages_of(tile_bytes: int, shared_bytes: int) -> int:
+    """Four, or as many as there is room for."""
+    return max(1, min(4, shared_bytes // tile_bytes))
+
+
+@cache
+def shared_bytes_of(device: torch.device) -> int:
+    """Shared memory that a block of threads may have; an H100's where Triton's interpreter runs."""
+    if device.type != "cuda":
+        return SHARED_BYTES
+    properties: Any = torch.cuda.get_device_properties(device)  # its stub lacks this one
+    return int(properties.shared_memory_per_block_optin)
 
 
 def _tile_of(outs: int) -> int:
@@ -102,7 +137,8 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
     """x (rows, D) times the transpose of weight (outs, D) -> (rows, outs), as x."""
     if len(x) > MOST_ROWS:
         return linear(x, weight)
-    blocks = whole_blocks(len(x), len(weight), x.shape[1], x.element_size(), gated=False)
+    sizes = len(x), len(weight), x.shape[1], x.element_size()
+    blocks = whole_blocks(*sizes, shared_bytes_of(x.device), gated=False)
     return _few_rows(x, weight, blocks, gated=False)[0]
 
 
@@ -113,7 +149,8 @@ def partial_products(x: Tensor, weight: Tensor) -> Tensor:
     """
     if len(x) > MOST_ROWS:
         return linear(x, weight)[None]
-    blocks = product_blocks(len(x), len(weight), x.shape[1], x.element_size())
+    sizes = len(x), len(weight), x.shape[1], x.element_size()
+    blocks = product_blocks(*sizes, shared_bytes_of(x.device))
     return _few_rows(x, weight, blocks, gated=False, dtype=torch.float32)
 
 
@@ -121,7 +158,8 @@ def gated_product(x: Tensor, weight: Tensor) -> Tensor:
     """silu(x gate^T) * (x up^T), where weight (2F, D) is gate and then up -> (rows, F), as x."""
     if len(x) > MOST_ROWS:
         return silu_and_multiply(linear(x, weight))
-    blocks = whole_blocks(len(x), len(weight) // 2, x.shape[1], x.element_size(), gated=True)
+    sizes = len(x), len(weight) // 2, x.shape[1], x.element_size()
+    blocks = whole_blocks(*sizes, shared_bytes_of(x.device), gated=True)
     return _few_rows(x, weight, blocks, gated=True)[0]
 
 
@@ -136,15 +174,6 @@ def _few_rows(
     launch, out = product_launch(x, weight, blocks, gated=gated, dtype=dtype)
     few_rows_kernel[launch.grid](*launch.arguments, **launch.constants, **launch.options)
     return out
-
-
-class Launch(NamedTuple):
-    """A kernel's grid, its arguments, its `tl.constexpr` ones, and how Triton compiles it."""
-
-    grid: tuple[int, ...]
-    arguments: tuple[Any, ...]
-    constants: dict[str, Any]
-    options: dict[str, int]
 
 
 def product_launch(
@@ -167,7 +196,7 @@ def product_launch(
     out = x.new_empty(blocks.splits, rows, outs, dtype=dtype)
     constants = {
         "D": D,
-        "ROWS": max(16, triton.next_power_of_2(rows)),
+        "ROWS": _filled(rows),
         "OUTS": blocks.outs,
         "DEPTH": blocks.depth,
         "SPLITS": blocks.splits,

@@ -22,10 +22,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from phd.attention.blocks import padded_head, table_width
+from phd.attention.blocks import Launch, padded_head, table_width
 from phd.attention.fused import first_seen
 from phd.inference.kernels.online_softmax import LOG2_E, mean_and_lse, nothing_seen, see_keys
-from phd.inference.kernels.products import Launch
 from phd.inference.kernels.split_kv import multiprocessors
 from phd.inference.kernels.token_cache import TokenCache, copies_of, rule_of
 from phd.pattern import Pattern

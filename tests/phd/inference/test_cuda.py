@@ -39,7 +39,12 @@ SMALL = ModelConfig(
 
 def model_of(variant: Variant, **others: Any) -> Transformer:
     K = 1 if variant == "vanilla" else 3
-    return Transformer(replace(SMALL, **{"variant": variant, "K": K, **others})).reset(0).cuda()
+    return (
+        Transformer(replace(SMALL, **{"variant": variant, "K": K, **others}))
+        .reset(0)
+        .cuda()
+        .fuse_projections()
+    )
 
 
 def tokens_of(rows: int, tokens: int) -> torch.Tensor:
@@ -112,6 +117,29 @@ def test_a_graph_decodes_every_wiring(norm: Norm, rows: int) -> None:
 
 
 @torch.no_grad()
+def test_a_model_whose_projections_are_not_fused_keeps_its_weights_where_they_are() -> None:
+    model, tokens = Transformer(replace(SMALL, K=2)).reset(0).cuda(), tokens_of(1, 9)
+    before = [weight.data_ptr() for weight in model.parameters()]
+    _, cache = prefill(model, tokens, capacity=20)
+    decoder = Decoder(model, cache)
+    decoder(tokens[:, 0])
+    assert decoder.kind == "eager"
+    assert [weight.data_ptr() for weight in model.parameters()] == before
+
+
+@torch.no_grad()
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_graph_decodes_on_a_device_that_is_not_the_current_one() -> None:
+    model, tokens = model_of("phd_cswa").to("cuda:1"), tokens_of(2, 40).to("cuda:1")
+    model.fuse_projections().rope.build(tokens.device)
+    full = model.logits(tokens)
+    _, cache = prefill(model, tokens[:, :30], capacity=40)
+    decoder = Decoder(model, cache)
+    for n in range(30, 40):
+        torch.testing.assert_close(decoder(tokens[:, n]), full[:, n], rtol=0, atol=1e-3)
+
+
+@torch.no_grad()
 @variants
 def test_several_tokens_at_once_are_those_one_by_one(variant: Variant) -> None:
     model, tokens = model_of(variant), tokens_of(2, 300)
@@ -173,7 +201,7 @@ def test_half_precision_is_near(variant: Variant, kind: str) -> None:
     model, tokens = model_of(variant), tokens_of(2, 60)
     full = model.logits(tokens)
     if kind == "fused":  # its kernels convert no weights
-        model.to(torch.bfloat16).rope.build(tokens.device)
+        model.to(torch.bfloat16).fuse_projections().rope.build(tokens.device)
     with torch.autocast("cuda", torch.bfloat16):
         _, cache = prefill(model, tokens[:, :40], capacity=60)
         decoder = Decoder(model, cache)

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 
 from phd.config import ModelConfig, Norm, Variant
+from phd.inference.cuda_graph import Decoder
 from phd.inference.fused_step import FusedStep, why_not_fused
 from phd.inference.prefill import new_cache, prefill
 from phd.model import Transformer
@@ -27,7 +28,7 @@ def apart(model: Transformer, tokens: torch.Tensor, lengths: list[int], steps: i
     """
     full = model.logits(tokens)
     _, cache = prefill(model, tokens[:, : max(lengths)], lengths, capacity=tokens.shape[1])
-    step = FusedStep(model, cache)
+    step = FusedStep(model.fuse_projections(), cache)
     worst = 0.0
     for _ in range(steps):
         now = list(cache.host_lengths)
@@ -69,7 +70,7 @@ def test_half_precision_is_as_near_as_its_rounding() -> None:
     exact = model_of(config, torch.float32)
     tokens = torch.randint(0, 17, (2, 3))
     full = exact.logits(tokens)[:, 2]
-    model = Transformer(config).load(exact.state_dict()).to(dtype)
+    model = Transformer(config).load(exact.state_dict()).to(dtype).fuse_projections()
     cache = new_cache(model, 2, capacity=3)
     step = FusedStep(model, cache)
     for n in range(3):
@@ -81,9 +82,27 @@ def test_half_precision_is_as_near_as_its_rounding() -> None:
 
 def test_it_says_why_it_cannot_be_used() -> None:
     double, single = (model_of(SMALL, dtype) for dtype in (torch.float64, torch.float32))
+    reason = why_not_fused(single, new_cache(single, 1, 8))
+    assert reason == "the projections are not fused; call Transformer.fuse_projections"
+    single.fuse_projections()
     assert why_not_fused(single, new_cache(single, 1, 8)) is None
     reason = why_not_fused(double, new_cache(double, 1, 8))
     assert reason == "there is no kernel for torch.float64 with model.head_dim=4"
     with torch.autocast("cpu", torch.bfloat16):
         reason = why_not_fused(single, new_cache(single, 1, 8))
     assert reason == "the weights are in torch.float32, and the cache is in torch.bfloat16"
+    handle = single.blocks[1].ffn.gate.register_forward_hook(lambda *_: None)
+    reason = why_not_fused(single, new_cache(single, 1, 8))
+    assert reason == "the model has hooks, adapters or other parts put in place"
+    handle.remove()
+    assert why_not_fused(single, new_cache(single, 1, 8)) is None
+
+
+def test_weights_that_are_read_stay_where_they_are() -> None:
+    """An optimizer may hold views of them."""
+    model = model_of(SMALL, torch.float32)
+    before = [weight.data_ptr() for weight in model.parameters()]
+    cache = new_cache(model, 1, 8)
+    assert why_not_fused(model, cache) is not None
+    Decoder(model, cache)(torch.tensor([1]))
+    assert [weight.data_ptr() for weight in model.parameters()] == before

@@ -68,7 +68,7 @@ for batch, capacity, length, model_settings in settings:
         config = ModelConfig(layers=layers, **model_settings)
         with torch.device("meta"):
             model = Transformer(config).to(torch.bfloat16)
-        model.to_empty(device="cpu").rope.build(torch.device("cpu"))
+        model.to_empty(device="cpu").fuse_projections().rope.build(torch.device("cpu"))
         cache = new_cache(model, batch, capacity)
         cache.lengths.fill_(length)
         step = FusedStep(model, cache)

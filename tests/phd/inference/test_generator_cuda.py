@@ -37,7 +37,7 @@ SMALL = ModelConfig(
 
 def model_of(variant: Variant) -> Transformer:
     K = 1 if variant == "vanilla" else 3
-    return Transformer(replace(SMALL, variant=variant, K=K)).reset(0).cuda()
+    return Transformer(replace(SMALL, variant=variant, K=K)).reset(0).cuda().fuse_projections()
 
 
 def requests_of(count: int, **settings: Any) -> list[Request]:

@@ -15,7 +15,7 @@ from phd.inference.kernels.products import (
     whole_blocks,
 )
 from phd.inference.kernels.residual import SublayerEnd, end_sublayer, warps_of
-from tests.gpu_compiler import Build, compile_for_gpus
+from tests.gpu_compiler import SHARED_BYTES, Build, compile_for_gpus
 
 interpreted = pytest.mark.usefixtures("triton_interpreter")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
@@ -97,6 +97,25 @@ def test_silu_and_multiply_takes_the_gate_first() -> None:
 
 # (D, outs, gated, whole) of 1b2: down; gate and up; the head.
 SHAPES = [(8192, 2048, False, False), (2048, 8192, True, True), (2048, 100352, False, True)]
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("capability", [80, 89])
+def test_the_widest_products_fit_into_the_shared_memory_of_smaller_gpus(capability: int) -> None:
+    shared = SHARED_BYTES[capability]
+    builds = []
+    for D, outs, gated, whole in SHAPES:
+        x = torch.empty(MOST_ROWS, D, device="meta", dtype=torch.bfloat16)
+        weight = torch.empty(outs * (1 + gated), D, device="meta", dtype=torch.bfloat16)
+        blocks = whole_blocks(MOST_ROWS, outs, D, 2, shared, gated=gated)
+        if not whole:
+            blocks = product_blocks(MOST_ROWS, outs, D, 2, shared)
+        launch, _ = product_launch(x, weight, blocks, gated=gated)
+        options = launch.options["num_warps"], launch.options["num_stages"]
+        kernel = "phd.inference.kernels.products:few_rows_kernel"
+        builds.append(Build(kernel, launch.arguments, launch.constants, *options))
+    for compiled in compile_for_gpus(builds, [capability]):
+        assert compiled[0].shared_bytes <= shared
 
 
 @pytest.mark.process

@@ -16,10 +16,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from phd.attention.blocks import Launch
 from phd.config import ModelConfig
 from phd.inference.cache import KVCache
 from phd.inference.kernels.placement import QkvNorms, placement_launch
-from phd.inference.kernels.products import Launch
 from phd.inference.kernels.token_attention import (
     BLOCKS,
     attention_launches,
