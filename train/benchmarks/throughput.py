@@ -150,7 +150,8 @@ def _rows(
     """The rows of one batch, of which vanilla's decoder is the first.
 
     Args:
-        twin: vanilla in transformers; one for all batches, so that it is compiled once.
+        twin: vanilla in transformers; one for all batches. torch compiles it for the first batch's
+            size, and at the second for any other; both are in a first turn, which is not counted.
     """
     lengths = lengths_of(batch, load.context)
     phd = [models.of("phd_cswa", K) for K in load.copies]
