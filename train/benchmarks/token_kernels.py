@@ -6,6 +6,10 @@ A product is timed over many weights, one after another in one graph, like the l
 
 The time of a call is the graph's over their number. It has the gap between two kernels in it, and
 nothing of the host's.
+
+Torch's side is the best that torch has: its products, its attention, and the rest in what
+`torch.compile` makes of it, from a product's output in the model's dtype. Ours leaves a product in
+partial sums, and the kernel after it has to read them all.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +34,7 @@ from phd.inference.kernels.products import (
     gated_product,
     partial_products,
     product,
+    product_blocks,
     product_launch,
 )
 from phd.inference.kernels.residual import SublayerEnd, end_sublayer
@@ -217,7 +222,7 @@ def product_case(shape: Product, rows: int, device: torch.device, *, tune: bool)
     first = torch.randn(parts * shape.outs, shape.fan_in, device=device, dtype=dtype) * 0.02
     weights = [first, *(first.clone() for _ in range(_copies(first.nbytes, device) - 1))]
     ours = gated_product if shape.gated else product if shape.whole else partial_products
-    theirs = _swiglu if shape.gated else linear
+    theirs = compiled(_swiglu, device) if shape.gated else linear
     calls: dict[str, Calls] = {
         TORCH: [partial(theirs, x, weight) for weight in weights],
         OURS: [partial(ours, x, weight) for weight in weights],
@@ -239,6 +244,25 @@ def product_in(blocks: ProductBlocks, x: Tensor, weight: Tensor, *, gated: bool)
     launch, out = product_launch(x, weight, blocks, gated=gated, dtype=dtype)
     few_rows_kernel[launch.grid](*launch.arguments, **launch.constants, **launch.options)
     return out
+
+
+def compiled(work: Callable[..., Tensor], device: torch.device) -> Callable[..., Tensor]:
+    """What `torch.compile` makes of some work on CUDA; on the CPU, the work."""
+    if device.type != "cuda":
+        return work
+    torch.compiler.reset()  # after eight shapes of one function, torch compiles no more of them
+    return torch.compile(work, dynamic=False)
+
+
+def partial_sums(rows: int, outs: int, fan_in: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Random outputs of a product: ours (parts, rows, outs), and torch's (rows, outs)."""
+    dtype = dtype_of(device)
+    if rows > MOST_ROWS:  # cuBLAS's in one part
+        parts = torch.randn(1, rows, outs, device=device, dtype=dtype)
+    else:
+        splits = product_blocks(rows, outs, fan_in, dtype.itemsize).splits
+        parts = torch.randn(splits, rows, outs, device=device)
+    return parts, parts.sum(0).to(dtype)
 
 
 def _swiglu(x: Tensor, weight: Tensor) -> Tensor:
@@ -285,18 +309,18 @@ def _full_cache(size: ModelConfig, K: int, context: int, device: torch.device) -
 
 
 def placement_case(size: ModelConfig, K: int, device: torch.device) -> Case:
-    """Norms, RoPE and the write to the cache, beside torch's kernels for them."""
+    """Norms, RoPE and the write to the cache, beside what torch makes of them."""
     context, H, N, G = 64, size.head_dim, size.heads, size.kv_heads
     cache = _full_cache(size, K, context, device)
     dtype, layer = dtype_of(device), TokenCache.of(cache, 0, new_hidden_copies(cache))
-    qkv = torch.randn(1, K, (N + 2 * G) * H, device=device)
+    qkv, whole = partial_sums(K, (N + 2 * G) * H, size.dim, device)
     of_q, of_k = (torch.ones(heads * H, device=device, dtype=dtype) for heads in (N, G))
     norms = QkvNorms(of_q, of_k, None, size.norm_eps, per_head=False)
     with device:
         rope = Rope(cache.config)
 
     def theirs() -> Tensor:
-        q, k, v = qkv[0].split([N * H, G * H, G * H], 1)
+        q, k, v = whole.split([N * H, G * H, G * H], 1)
         q = rms_norm(q, (N * H,), of_q, size.norm_eps)
         k = rms_norm(k, (G * H,), of_k, size.norm_eps)
         cos, sin = (x[:, None, None] for x in rope.at(cache.lengths[:, None], cache.lengths[:1]))
@@ -306,10 +330,10 @@ def placement_case(size: ModelConfig, K: int, device: torch.device) -> Case:
         return both[:, :N]
 
     calls: dict[str, Calls] = {
-        TORCH: [theirs] * HOT_CALLS,
+        TORCH: [compiled(theirs, device)] * HOT_CALLS,
         OURS: [lambda: place_token(qkv, norms, rope, layer, cache.pattern)] * HOT_CALLS,
     }
-    moved = qkv.nbytes + qkv.numel() * dtype.itemsize
+    moved = qkv.nbytes + whole.nbytes
     return Case("q/k norm, RoPE, cache", K, moved, calls)
 
 
@@ -317,15 +341,15 @@ def residual_case(size: ModelConfig, rows: int, device: torch.device) -> Case:
     """The end of a sublayer of OLMo 2: the norm of its output, and the sum."""
     dtype = dtype_of(device)
     stream = torch.randn(rows, size.dim, device=device)
-    output = torch.randn(1, rows, size.dim, device=device)
+    output, whole = partial_sums(rows, size.dim, size.ffn_dim, device)
     end = SublayerEnd(of_output=torch.ones(size.dim, device=device, dtype=dtype))
 
     def theirs() -> Tensor:
-        normed = rms_norm(output[0], (size.dim,), end.of_output, size.norm_eps)
+        normed = rms_norm(whole, (size.dim,), end.of_output, size.norm_eps)
         return stream.add_(normed).to(dtype)
 
     calls: dict[str, Calls] = {
-        TORCH: [theirs] * HOT_CALLS,
+        TORCH: [compiled(theirs, device)] * HOT_CALLS,
         OURS: [lambda: end_sublayer(stream, output, end, size.norm_eps, dtype)] * HOT_CALLS,
     }
     moved = 2 * stream.nbytes + output.nbytes + rows * size.dim * dtype.itemsize

@@ -10,6 +10,7 @@ from phd.attention.flash import LONG_PROMPT, causal_forward, prompt_forward
 from phd.config import ModelConfig, Norm, SpanUnit, Variant
 from phd.inference.cached_attention import attend_cached
 from phd.inference.cuda_graph import Decoder
+from phd.inference.fused_rows import has_fused_rows
 from phd.inference.prefill import decode, extend, prefill
 from phd.model import Transformer
 from tests.phd.inference.token_twins import Twins
@@ -35,6 +36,7 @@ SMALL = ModelConfig(
     vocab_size=257,
     max_seq_len=600,
 )
+LAYER_OF_1B2 = {"dim": 2048, "ffn_dim": 8192, "heads": 32, "kv_heads": 8, "head_dim": 64}
 
 
 def model_of(variant: Variant, **others: Any) -> Transformer:
@@ -50,6 +52,22 @@ def model_of(variant: Variant, **others: Any) -> Transformer:
 def tokens_of(rows: int, tokens: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     return torch.randint(0, SMALL.vocab_size, (rows, tokens), generator=generator).cuda()
+
+
+def in_half_precision(model: Transformer) -> tuple[Transformer, Transformer]:
+    """The model with weights rounded to bfloat16, in bfloat16 and in float32."""
+    half = model.to(torch.bfloat16)
+    exact = Transformer(model.config).load(half.state_dict()).float().cuda()
+    for x in (half, exact):
+        x.rope.build(torch.device("cuda"))
+    return half, exact
+
+
+def assert_near(logits: torch.Tensor, exact: torch.Tensor) -> None:
+    """Apart by a few roundings of each layer's bfloat16, 2^-9 each, and all of them like noise."""
+    off = logits.float() - exact
+    assert off.std() < 0.02 * exact.std()
+    assert off.abs().max() < 0.1 * exact.std()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -209,6 +227,43 @@ def test_half_precision_is_near(variant: Variant, kind: str) -> None:
         for n in range(40, 60):
             off = (decoder(tokens[:, n]).float() - full[:, n]).abs().max()
             assert off < 0.1 * full.std()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("span_unit", get_args(SpanUnit))
+@pytest.mark.parametrize("variant", ["phd_swa", "phd_cswa"])
+def test_half_precision_is_near_after_a_long_prompt_of_many_copies(
+    variant: Variant, span_unit: SpanUnit
+) -> None:
+    """Filled up for cuDNN where there is cuDNN, and the hidden copies in training's kernel."""
+    tokens = LONG_PROMPT + 4
+    model = model_of(variant, K=16, span_unit=span_unit, max_seq_len=tokens + 50)
+    half, exact = in_half_precision(model)
+    text = tokens_of(2, tokens + 50)
+    full = exact.logits(text)
+    with torch.autocast("cuda", torch.bfloat16):
+        logits, cache = prefill(half, text[:, :tokens])
+        assert has_fused_rows(cache)
+        assert_near(logits, full[:, tokens - 1])
+        # They read what the prompt has left in the cache.
+        assert_near(extend(half, text[:, tokens:], cache, keep=50), full[:, tokens:])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("K", [2, 16])
+def test_half_precision_is_near_at_the_shape_of_1b2s_layers(K: int) -> None:
+    model = model_of("phd_cswa", K=K, layers=2, **LAYER_OF_1B2)
+    half, exact = in_half_precision(model)
+    text = tokens_of(2, 60)
+    full = exact.logits(text)
+    with torch.autocast("cuda", torch.bfloat16):
+        _, cache = prefill(half, text[:, :40], [40, 33], capacity=60)
+        decoder = Decoder(half, cache)
+        assert decoder.kind == "fused"
+        for n in range(20):
+            now = [40 + n, 33 + n]
+            logits = decoder(torch.stack([text[row, at] for row, at in enumerate(now)]))
+            assert_near(logits, torch.stack([full[row, at] for row, at in enumerate(now)]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
