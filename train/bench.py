@@ -44,7 +44,7 @@ from train.benchmarks.checkpoint import bench_saving
 from train.benchmarks.head import bench_head
 from train.benchmarks.loader import bench_loading, bench_resuming
 from train.benchmarks.step import bench_step
-from train.benchmarks.timing import Result
+from train.benchmarks.timing import Keep, Result
 from train.compose import load
 from train.engine_config import EngineConfig
 from train.engines.device import choose_device, configure_process
@@ -109,7 +109,8 @@ def _bench_inference(args: BenchArguments, device: torch.device) -> Result:
     )
     model = _model_of_inference(args, device)
     charts = Path(args.out).expanduser()
-    return bench_inference(model, grid_of(device, asked), args.turns, device, charts=charts)
+    grid, keep = grid_of(device, asked), _keeper(args)
+    return bench_inference(model, grid, args.turns, device, charts=charts, keep=keep)
 
 
 def _bench_throughput(args: BenchArguments, device: torch.device) -> Result:
@@ -122,7 +123,7 @@ def _bench_throughput(args: BenchArguments, device: torch.device) -> Result:
     load = load_of(device, *given)
     model = _model_of_inference(args, device)
     charts = Path(args.out).expanduser()
-    return bench_throughput(model, load, args.turns, device, charts=charts)
+    return bench_throughput(model, load, args.turns, device, charts=charts, keep=_keeper(args))
 
 
 def _bench_decode(args: BenchArguments, device: torch.device) -> Result:
@@ -136,7 +137,7 @@ def _bench_decode(args: BenchArguments, device: torch.device) -> Result:
         sizes = [load([f"model.{setting}" for setting in INTERPRETED]).model]
     contexts = args.contexts or ((1024,) if args.short and device.type == "cuda" else ())
     shapes = shapes_of(sizes, device, args.copies, contexts, tune=args.tune)
-    return bench_decode(shapes, args.turns, device)
+    return bench_decode(shapes, args.turns, device, keep=_keeper(args))
 
 
 def _model_of_inference(args: BenchArguments, device: torch.device) -> ModelConfig:
@@ -234,13 +235,12 @@ def main(args: BenchArguments) -> int:
     console = Console(soft_wrap=True, highlight=False)
     console.width = max(console.width, WIDTH)
     result = BENCHMARKS[args.name](args, device)
-    # The single measurements are for the JSON file; the table and the CSV file have the medians.
-    columns = [key for key in result.rows[0] if not key.endswith("seconds")]
+    columns = _columns(result)
     title = f"{args.name} on {device}: medians of {args.turns} turns (the middle half of them)"
     title = f"{title}\n{result.subject}".rstrip()
     _print_result(result, columns, title, console)
-    path = Path(args.out).expanduser() / f"{args.name}.json"
-    _write_result(result, columns, path)
+    path = _path(args)
+    _write_result(result, path, environment(read_revision()), complete=True)
     charts = _draw(result, title, path.with_suffix(".png"), console)
     for written in (path, path.with_suffix(".csv"), *result.files, *charts):
         console.print(f"written: {written}", markup=False)
@@ -280,16 +280,36 @@ def _print_result(result: Result, columns: list[str], title: str, console: Conso
         console.print(f"{name:{longest}} {value:10,.3f}")
 
 
-def _write_result(result: Result, columns: list[str], path: Path) -> None:
+def _path(args: BenchArguments) -> Path:
+    """The file of the results."""
+    return Path(args.out).expanduser() / f"{args.name}.json"
+
+
+def _columns(result: Result) -> list[str]:
+    """Those of the table and the CSV file, which have the medians, not the single measurements."""
+    return [key for key in result.rows[0] if not key.endswith("seconds")]
+
+
+def _keeper(args: BenchArguments) -> Keep:
+    """What writes the results so far, so that they are there if the rest is never measured."""
+    path, machine = _path(args), environment(read_revision())
+    return lambda result: _write_result(result, path, machine, complete=False)
+
+
+def _write_result(result: Result, path: Path, machine: dict[str, Any], *, complete: bool) -> None:
+    """Write the JSON and the CSV file; not `complete`: more may follow, in their place."""
     report = {
-        "machine": environment(read_revision()),
+        "machine": machine,
+        "complete": complete,
         "subject": result.subject,
         "ratios": result.ratios,
         "rows": result.rows,
     }
-    path.write_text(json.dumps(report, indent=1), encoding="utf-8")
+    written = path.with_suffix(".part")  # so that a kill leaves the file as it was, or whole
+    written.write_text(json.dumps(report, indent=1), encoding="utf-8")
+    written.replace(path)
     with path.with_suffix(".csv").open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, columns, extrasaction="ignore")
+        writer = csv.DictWriter(file, _columns(result), extrasaction="ignore")
         writer.writeheader()
         writer.writerows(result.rows)
 

@@ -18,7 +18,16 @@ from tests.conftest import NEEDS_CUDA
 from tests.gpu.command import GpuArguments
 from tests.gpu.default_run import apart, losses
 from tests.gpu.lines import Row
-from tests.gpu.parts import ROOT, Part, bench_rows, cuda_tests, parts, rows_of_tests, run
+from tests.gpu.parts import (
+    LAST_WORDS_S,
+    ROOT,
+    Part,
+    bench_rows,
+    cuda_tests,
+    parts,
+    rows_of_tests,
+    run,
+)
 from tests.gpu.report import VERSIONS, Report, Section
 from tests.gpu.steps import ENGINES, cases, rows
 from tests.gpu.targets import TARGETS
@@ -80,6 +89,22 @@ def test_what_a_part_has_told_is_kept_whatever_becomes_of_it(tmp_path: Path) -> 
     assert page.count("| a product | 7.5 |") == 3
     assert "deepspeed not installed" in page
     assert "| late | not begun: out of time |  |" in page
+
+
+@pytest.mark.process
+def test_what_an_earlier_run_has_measured_is_not_told_again(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "step.json"
+    path.parent.mkdir()
+    measured = '{"rows": [{"work": "a step"}], "ratios": {}}'
+    path.write_text(measured, encoding="utf-8")
+    found: dict[str, Section] = {}
+    chosen = {"a": python("pass", rows=bench_rows(path, {}))}
+    run(chosen, tmp_path, monotonic() + 60, found.__setitem__)
+    assert found["a"].rows == []
+    again = f"open({str(path)!r}, 'w').write({measured!r})"
+    chosen = {"a": python(again, rows=bench_rows(path, {}))}
+    run(chosen, tmp_path, monotonic() + 60, found.__setitem__)
+    assert found["a"].rows == [{"work": "a step"}]
 
 
 @pytest.mark.process
@@ -159,6 +184,10 @@ def test_the_names_of_parts_are_checked() -> None:
     first = ["tests", "default_run", "ceilings"]
     first += ["inference_1b2", "inference_550m", "throughput", "decode"]
     assert list(names)[:7] == first
+    # Even where all take as long as they may, there is time for more after them.
+    beside = max(part.limit_s for part in names.values() if part.together)
+    alone = [names[name].limit_s for name in first if not names[name].together]
+    assert beside + sum(alone) + LAST_WORDS_S * (1 + len(alone)) <= GpuArguments().budget_s
     given = parse(GpuArguments, ["parts=engines,ceilings", "device=cpu"])
     assert given.names(names) == ["engines", "ceilings"]
     assert parse(GpuArguments, ["device=cpu"]).names(names) == list(names)

@@ -19,7 +19,7 @@ from train.benchmarks.decoding import Decode, TransformersDecode, floor, in_tran
 from train.benchmarks.family import Models, random_tokens
 from train.benchmarks.inference_plots import draw
 from train.benchmarks.subject import subject_of
-from train.benchmarks.timing import Result, Times, Work, beside
+from train.benchmarks.timing import Keep, Result, Times, Work, beside, keep_nothing
 from train.engines.device import autocast
 
 Measurement = dict[str, Any]
@@ -164,7 +164,13 @@ class Prefill:
 
 
 def bench_inference(
-    model: ModelConfig, grid: Grid, repeat: int, device: torch.device, *, charts: Path
+    model: ModelConfig,
+    grid: Grid,
+    repeat: int,
+    device: torch.device,
+    *,
+    charts: Path,
+    keep: Keep = keep_nothing,
 ) -> Result:
     """Measure every variant beside transformers, and draw the paper's charts into `charts`.
 
@@ -174,8 +180,10 @@ def bench_inference(
     if short := [tokens for tokens in grid.contexts if tokens <= grid.steps]:
         problem = f"contexts={short}: expected more than the {grid.steps} tokens that are decoded"
         raise ConfigError([problem], "the arguments")
-    result = measure_inference(model, grid, repeat, device)
     subject = subject_of(model, device)
+    result = measure_inference(
+        model, grid, repeat, device, keep=lambda found: keep(replace(found, subject=subject))
+    )
     files = draw(result.rows, subject, charts)
     return replace(result, subject=f"{subject}\n{_legend(model, result)}", files=files)
 
@@ -189,7 +197,14 @@ def _legend(model: ModelConfig, result: Result) -> str:
     )
 
 
-def measure_inference(size: ModelConfig, grid: Grid, repeat: int, device: torch.device) -> Result:
+def measure_inference(
+    size: ModelConfig,
+    grid: Grid,
+    repeat: int,
+    device: torch.device,
+    *,
+    keep: Keep = keep_nothing,
+) -> Result:
     """Measure vanilla, naive repetition, PHD, PHD-SWA and PHD-CSWA of one size at batch 1.
 
     All of them have the same weights. Prefill of naive repetition takes more than K times as long
@@ -204,9 +219,11 @@ def measure_inference(size: ModelConfig, grid: Grid, repeat: int, device: torch.
     rows: list[Measurement] = []
     for tokens in grid.prompts:
         rows += _prefill_rows(prefilled, grid, tokens, repeat, device)
+        keep(Result([*rows], _ratios(rows)))
     for tokens in sorted(grid.contexts):  # the ratios are those of the longest, the last
         decode_rows, copy_speed = _decode_rows(decoded, grid, tokens, repeat, device)
         rows += decode_rows
+        keep(Result([*rows], _ratios(rows)))
     return Result(rows, _ratios(rows) | {"copy_gb_per_s": copy_speed / 1e9})
 
 
@@ -299,7 +316,7 @@ def _ratios(rows: list[Measurement]) -> dict[str, float]:
     """
     ratios = {}
     for kind in ("prefill", "decode"):
-        tokens = max(row["tokens"] for row in rows if row["work"] == kind)
+        tokens = max((row["tokens"] for row in rows if row["work"] == kind), default=0)
         found = [row for row in rows if (row["work"], row["tokens"]) == (kind, tokens)]
         for row in found:
             match row["variant"]:

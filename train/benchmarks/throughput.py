@@ -24,7 +24,7 @@ from train.benchmarks.decoding import Decode, TransformersDecode, floor, in_tran
 from train.benchmarks.family import Models, random_tokens
 from train.benchmarks.subject import subject_of
 from train.benchmarks.throughput_plot import draw
-from train.benchmarks.timing import Result, Work, beside
+from train.benchmarks.timing import Keep, Result, Work, beside, keep_nothing
 from train.engines.device import autocast
 
 Row = dict[str, Any]
@@ -79,7 +79,13 @@ def lengths_of(batch: int, context: int) -> list[int]:
 
 
 def bench_throughput(
-    size: ModelConfig, load: Load, repeat: int, device: torch.device, *, charts: Path
+    size: ModelConfig,
+    load: Load,
+    repeat: int,
+    device: torch.device,
+    *,
+    charts: Path,
+    keep: Keep = keep_nothing,
 ) -> Result:
     """Measure vanilla, PHD-CSWA and transformers at every batch, and draw tokens/s over the batch.
 
@@ -91,10 +97,11 @@ def bench_throughput(
         raise ConfigError([f"contexts={load.context}: {expected} tokens"], "the arguments")
     models = Models(replace(size, max_seq_len=load.context), device)
     twin = in_transformers(models.of("vanilla", 1))
-    rows = [
-        row for batch in load.batches for row in _rows(models, twin, load, batch, repeat, device)
-    ]
     subject = f"{subject_of(size, device)}\n{_conditions(size, load)}"
+    rows: list[Row] = []
+    for batch in load.batches:
+        rows += _rows(models, twin, load, batch, repeat, device)
+        keep(Result([*rows], _ratios(rows), subject))
     path = charts / "throughput.png"
     draw(rows, subject, path)
     return Result(rows, _ratios(rows), subject, files=[path])

@@ -156,6 +156,14 @@ class Result:
     panels: list[Panel] = field(default_factory=list)
 
 
+Keep = Callable[[Result], None]
+"""Is called with all that has been measured so far, whenever there is more of it."""
+
+
+def keep_nothing(_: Result) -> None:
+    """For those who wait for the end."""
+
+
 def beside(
     base: str, base_work: Work, works: dict[str, Work], repeat: int, device: torch.device
 ) -> Times:

@@ -43,7 +43,7 @@ from phd.inference.kernels.token_cache import TokenCache, new_hidden_copies
 from phd.rope import Rope, rotate
 from train.benchmarks import ceiling
 from train.benchmarks.ceiling import copied_bytes_per_s, copy_work, dtype_of
-from train.benchmarks.timing import Result, Times, Work, beside
+from train.benchmarks.timing import Keep, Result, Times, Work, beside, keep_nothing
 
 Row = dict[str, Any]
 Calls = Sequence[Callable[[], object]]
@@ -175,7 +175,9 @@ def shapes_of(
     return Shapes(sizes=tuple(sizes), rows=rows, contexts=contexts, tune=tune)
 
 
-def bench_decode(shapes: Shapes, repeat: int, device: torch.device) -> Result:
+def bench_decode(
+    shapes: Shapes, repeat: int, device: torch.device, *, keep: Keep = keep_nothing
+) -> Result:
     """Time every kernel of a token.
 
     Raises:
@@ -185,15 +187,15 @@ def bench_decode(shapes: Shapes, repeat: int, device: torch.device) -> Result:
         expected = "Triton's kernels run on CUDA, or slowly with TRITON_INTERPRET=1"
         raise ConfigError([f"name=decode: {expected}"], "the arguments")
     copy = copy_work(device)
-    found = [
-        row
-        for size in shapes.sizes
-        for case in cases(size, shapes, device)
-        for row in _rows(size, case, copy, repeat, device)
-    ]
     where = ceiling.conditions(device).partition(";")[0]
     note = "us: of a call in a CUDA graph; of_copy: its bytes per second over those of a copy"
-    return Result(found, _ratios(found), f"{where}\n{note}")
+    result = Result([], {}, f"{where}\n{note}")
+    for size in shapes.sizes:
+        for case in cases(size, shapes, device):
+            rows = [*result.rows, *_rows(size, case, copy, repeat, device)]
+            result = replace(result, rows=rows, ratios=_ratios(rows))
+            keep(result)
+    return result
 
 
 def is_interpreted() -> bool:

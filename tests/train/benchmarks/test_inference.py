@@ -67,8 +67,16 @@ def little_is_copied(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def measured() -> Result:
-    return measure_inference(SIZE, GRID, TURNS, CPU)
+def kept() -> list[Result]:
+    """All that was kept on the way, and the end."""
+    kept: list[Result] = []
+    whole = measure_inference(SIZE, GRID, TURNS, CPU, keep=kept.append)
+    return [*kept, whole]
+
+
+@pytest.fixture(scope="module")
+def measured(kept: list[Result]) -> Result:
+    return kept[-1]
 
 
 def config_of(row: dict[str, Any]) -> ModelConfig:
@@ -113,6 +121,17 @@ def test_every_variant_is_measured_at_every_length(measured: Result) -> None:
     ]
     assert len(found) == len(set(found))
     assert set(found) == expected
+
+
+def test_every_length_is_kept_as_soon_as_it_is_measured(kept: list[Result]) -> None:
+    *parts, whole = kept
+    lengths = [{(row["work"], row["tokens"]) for row in part.rows} for part in parts]
+    assert [len(found) for found in lengths] == [1, 2, 3, 4]
+    for part in parts:
+        assert part.rows == whole.rows[: len(part.rows)]
+    assert parts[1].ratios.items() <= whole.ratios.items()
+    assert not any(name.startswith("decode") for name in parts[1].ratios)
+    assert parts[-1].rows == whole.rows
 
 
 def test_table_ratios_and_figures_have_one_statistic(measured: Result) -> None:

@@ -168,11 +168,36 @@ def test_the_command_writes_a_table_json_csv_and_a_chart(
     written = sorted(path.name for path in tmp_path.iterdir())
     assert written == ["throughput.csv", "throughput.json", "throughput.png"]
     report = json.loads((tmp_path / "throughput.json").read_text(encoding="utf-8"))
+    assert report["complete"]
     assert {row["K"] for row in report["rows"]} == {1, 3}
     text = capsys.readouterr().out
     assert report["subject"] in text
     assert "rows of 8 to 16 tokens" in text
     assert "W = 16 and C = 32 in hidden copies" in text
+
+
+def test_batches_that_were_measured_are_kept_when_it_is_interrupted(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(throughput.LOADS, "cpu", LOAD)
+    monkeypatch.setattr(bench, "WIDENED", [f"{name}={value}" for name, value in SHAPE.items()])
+    works = iter([throughput.copy_work])
+
+    def copy_work(device: torch.device) -> timing.Work:
+        for work in works:
+            return work(device)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(throughput, "copy_work", copy_work)
+    given = ["throughput", "repeat=1", "device=cpu", "copies=3", f"out={tmp_path}"]
+    with pytest.raises(KeyboardInterrupt):
+        bench.main(parse(BenchArguments, given, positional=["name"]))
+    report = json.loads((tmp_path / "throughput.json").read_text(encoding="utf-8"))
+    assert not report["complete"]
+    assert {row["batch"] for row in report["rows"]} == {1}
+    assert len(report["rows"]) == 5
+    assert "K3_of_vanilla_B1" in report["ratios"]
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".csv", ".json"]
 
 
 def test_a_context_that_is_too_short_and_an_empty_batch_are_refused() -> None:

@@ -1,7 +1,7 @@
 """Every kernel of a token is timed beside torch's kernels for the same work."""
 
 from collections.abc import Callable
-from itertools import product
+from itertools import pairwise, product
 from typing import Any
 
 import pytest
@@ -15,6 +15,7 @@ from phd.inference.kernels.products import ProductBlocks
 from train import bench
 from train.bench import BenchArguments
 from train.benchmarks import ceiling, token_kernels
+from train.benchmarks.timing import Result
 from train.benchmarks.token_kernels import (
     CONTEXTS,
     OURS,
@@ -114,7 +115,12 @@ def test_the_end_of_a_sublayer_is_torchs() -> None:
 
 def test_there_is_a_row_for_every_kernel_by_torch_and_by_us() -> None:
     shapes = shapes_of([SIZE], CPU, (2,), (20,), tune=True)
-    result = bench_decode(shapes, 1, CPU)
+    kept: list[Result] = []
+    result = bench_decode(shapes, 1, CPU, keep=kept.append)
+    # One more case each time.
+    assert len(kept) == len(list(cases(SIZE, shapes, CPU)))
+    assert all(len(a.rows) < len(b.rows) for a, b in pairwise(kept))
+    assert kept[-1] == result
     kernels = [shape.name for shape in products_of(SIZE)]
     kernels += ["attention at 20", "q/k norm, RoPE, cache", "residual and norm"]
     found = {(row["kernel"], row["rows"], row["by"]) for row in result.rows}
