@@ -19,7 +19,8 @@ def to_device(
         dtype: None: that of the tensor, or PyTorch's own for such numbers.
     """
     if not isinstance(values, Tensor):
-        values = torch.tensor(values, device="cpu")
+        # With its dtype from the start: PyTorch's own for Python's floats is float32.
+        values = torch.tensor(values, dtype=dtype, device="cpu")
     x = values if dtype is None else values.to(dtype)
     if x.device.type == "cpu" and torch.device(device).type == "cuda":
         # From pageable memory the copy would wait for the device. The allocator of pinned memory

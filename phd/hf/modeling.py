@@ -36,6 +36,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from phd.config import ModelConfig
+from phd.device import as_current
 from phd.inference.cache import KVCache
 from phd.inference.cuda_graph import Decoder
 from phd.inference.prefill import extend, new_cache
@@ -351,7 +352,7 @@ class PhdForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError("; ".join(problems))
         assert input_ids is not None
         text = _Text.of(input_ids, None if no_padding else attention_mask)
-        with self._precision():
+        with as_current(self.device), self._precision():
             if cached:
                 if past_key_values is None:
                     past_key_values = self.new_cache(*input_ids.shape)

@@ -1,7 +1,7 @@
 """Continuous batching: requests share a batch, and a row that is done takes the next request."""
 
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from enum import Enum
 from typing import NamedTuple
@@ -12,15 +12,18 @@ from torch.nn.utils.rnn import pad_sequence
 
 from conf.errors import ConfigError, Problem
 from phd.config import SamplingConfig
+from phd.device import as_current
 from phd.inference.cache import CAPACITY_STEP, KVCache
 from phd.inference.cuda_graph import Decoder
+from phd.inference.fused_rows import has_fused_rows
 from phd.inference.prefill import decode, new_cache, prefill
 from phd.inference.sampling import NOT_FINITE, Sampler
 from phd.model import Transformer
 from phd.transfer import to_device
 
-# Prompts of up to this length are prefilled together, whatever padding that takes.
-SHORT_PROMPT = 64
+# Prompts of up to this length are prefilled together, whatever padding that takes, if the copies of
+# their tokens are no more than `SHORT_SLOTS`: among unequal rows, a mask has that number squared.
+SHORT_PROMPT, SHORT_SLOTS = 64, 1024
 # The most tokens, with padding, of prompts that are prefilled together, to bound the memory.
 PREFILL_TOKENS = 1 << 15
 # So many numbers are drawn at once, which takes little more time than to draw one.
@@ -217,16 +220,18 @@ class Generator:
         Waiting requests come first: where a row is free, a step is their prefill.
 
         Raises:
-            FloatingPointError: the model's logits are not finite.
+            FloatingPointError: the model's logits for a request are not finite. The request is
+                finished, and the others go on at the next step.
         """
         was_running = any(self._rows)
-        is_launched = self._fill_rows() or self._decode()
+        with as_current(self.device):
+            is_launched = self._fill_rows() or self._decode()
         # The first tokens are read at once: the next launch may have to capture a graph.
         ahead = self._ahead if is_launched and was_running else 0
+        while len(self._unread) > ahead:
+            self._read_ahead.extend(self._read(self._unread.popleft()))
         new = [*self._read_ahead]
         self._read_ahead.clear()
-        while len(self._unread) > ahead:
-            new += self._read(self._unread.popleft())
         return new
 
     def _fill_rows(self) -> bool:
@@ -237,9 +242,18 @@ class Generator:
             self._make_room(max(text.room(self._limit) for text in entering))
         self._arrange_rows(len(entering))
         rows = [row for row, text in enumerate(self._rows) if text is None]
-        for group in _prefilled_together([text.context(self._limit) for text in entering]):
+        lengths = [len(text.context(self._limit)) for text in entering]
+        for group in _prefilled_together(lengths, self._shares_prefill):
             self._prefill([rows[i] for i in group], [entering[i] for i in group])
         return bool(entering)
+
+    def _shares_prefill(self, shortest: int, longest: int) -> bool:
+        """Whether prompts of these lengths are prefilled together."""
+        assert self._cache is not None
+        if longest <= min(SHORT_PROMPT, SHORT_SLOTS // self._cache.pattern.K):
+            return True
+        # The fused kernels take rows of one length, and in others hidden copies are far slower.
+        return longest <= (1 if has_fused_rows(self._cache) else 2) * shortest
 
     def _make_room(self, tokens: int) -> None:
         """Allocate the cache, or let it grow."""
@@ -339,10 +353,13 @@ class Generator:
 
     def _read(self, unread: "_Unread") -> Iterator[NewToken]:
         """Wait for tokens that were launched; those of texts that have finished are dropped."""
-        for text, token in zip(unread.texts, unread.wait(), strict=True):
+        for i, (text, token) in enumerate(zip(unread.texts, unread.wait(), strict=True)):
             if text is None or text.number not in self._unfinished:
                 continue
             if token == NOT_FINITE:
+                self._finish(text)
+                rest = _Unread(unread.texts[i + 1 :], unread.tokens[i + 1 :], None)
+                self._unread.appendleft(rest)  # for the next step
                 raise FloatingPointError(
                     f"request {text.number}: the model's logits of new token {text.read} are not "
                     "finite; its weights are damaged, or its training has diverged"
@@ -428,14 +445,21 @@ class _Unread(NamedTuple):
         return self.tokens.tolist()
 
 
-def _prefilled_together(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Groups of prompts, by their indices, which are prefilled together with little padding."""
+def _prefilled_together(
+    lengths: Sequence[int], share: Callable[[int, int], bool]
+) -> list[list[int]]:
+    """Groups of prompts, by their indices, which are prefilled together with little padding.
+
+    Args:
+        lengths: of the prompts.
+        share: whether prompts of two lengths, the lower one first, may be in a group.
+    """
     groups: list[list[int]] = []
-    for i in sorted(range(len(prompts)), key=lambda i: len(prompts[i])):
-        longest = len(prompts[i])
+    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        longest = lengths[i]
         if (
             groups
-            and longest <= max(SHORT_PROMPT, 2 * len(prompts[groups[-1][0]]))
+            and share(lengths[groups[-1][0]], longest)
             and longest * (len(groups[-1]) + 1) <= PREFILL_TOKENS
         ):
             groups[-1].append(i)

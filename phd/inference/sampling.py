@@ -110,8 +110,8 @@ def _inverse_cdf(weights: Tensor, uniforms: Tensor) -> Tensor:
     blocks = F.pad(weights, (0, -V % width)).view(B, -1, width)
     sums = blocks.sum(-1).cumsum(-1)
     total = sums[:, -1:]
-    # u is at most 1 - 2^-53, so the product in float64 is rounded to less than the sum.
-    level = (uniforms[:, None] * total).long()
+    # Less than the sum, whatever u: else the place would be beyond the last token.
+    level = torch.minimum((uniforms[:, None] * total).long(), total - 1)
     # Where weights are not numbers, there is no such block.
     block = torch.searchsorted(sums, level, right=True).clamp_(max=sums.shape[-1] - 1)
     own = blocks.gather(1, block[..., None].expand(-1, -1, width)).squeeze(1).cumsum(-1)

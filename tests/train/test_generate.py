@@ -96,6 +96,21 @@ def reciting(run: Run, tokens: list[int]) -> None:
     run.store.wait()
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")
+def test_on_cuda_it_is_the_text_of_the_cpu(config, opened, capsys) -> None:
+    run = opened(config("model.tied=false"))
+    [a], [k] = (run.tokenizer.encode(text).tolist() for text in ("a", "k"))
+    reciting(run, [a, k, run.tokenizer.eos_id])
+    for device in ("cpu", "cuda"):
+        arguments = GenerateArguments(
+            run=str(run.directory), prompt="a", temperature=0, device=device
+        )
+        assert main(arguments) == 0
+        assert capsys.readouterr().out == "ak\n"
+
+
 def test_a_character_of_several_tokens_is_written_whole_and_the_separator_ends_it(
     config, opened, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -108,11 +108,14 @@ def draw_kernel(  # type: ignore[no-untyped-def]
         block = tl.arange(0, WIDTH)
         own = tl.load(sums + row * blocks + block, mask=block < blocks, other=0)
         reached = tl.cumsum(own, 0)
-        # u is at most 1 - 2^-53, so the product in float64 is rounded to less than the sum.
-        level = (tl.load(uniforms + row) * tl.sum(own, 0).to(tl.float64)).to(tl.int64)
+        total = tl.sum(own, 0)
+        level = (tl.load(uniforms + row) * total.to(tl.float64)).to(tl.int64)
+        # Less than the sum, whatever u: else the place would be beyond the last token.
+        level = tl.minimum(level, total - 1)
         chosen = tl.sum((reached <= level).to(tl.int32), 0)
         level -= tl.sum(tl.where(block < chosen, own, 0), 0)
         x = _read(logits, row, chosen, V, BLOCK)
         reached = tl.cumsum(_weights(x, peak, temperature, fixed_point), 0)
         place = tl.sum((reached <= level).to(tl.int32), 0)
-        tl.store(tokens + row, (chosen * BLOCK + place).to(tl.int64))
+        # Where two kernels rounded a weight differently, too, it is a token of the vocabulary.
+        tl.store(tokens + row, tl.minimum(chosen * BLOCK + place, V - 1).to(tl.int64))

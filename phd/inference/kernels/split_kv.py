@@ -23,6 +23,9 @@ KEYS_AT_ONCE, ROWS_AT_ONCE = 64, 64
 # more programs than one keep the processor busy then.
 PROGRAMS_PER_PROCESSOR = 4
 SPLITS_AT_ONCE = 32  # of a row, which the merge reads together
+# More rows than these take several calls, whose parts in float32 are then 128 MiB at the most, with
+# heads of 128. The third axis of a grid ends at 65,535 tiles.
+ROWS_PER_CALL = 1 << 18
 
 
 # A custom operator, which torch.compile does not look into.
@@ -41,10 +44,26 @@ def split_attention(
     Returns:
         out (B, G, rows, H) as q, and lse float32 (B, G, rows).
     """
-    B, G, R, H = q.shape
-    keys = k.shape[2]
+    B, G, R, _ = q.shape
     assert k.stride() == v.stride(), (k.stride(), v.stride())
     assert k.stride(3) == 1, k.stride()
+    at_once = max(1, ROWS_PER_CALL // (B * G))
+    if at_once >= R:
+        return _attend(q, k, v, visible, splits)
+    out, lse = torch.empty_like(q), q.new_empty((B, G, R), dtype=torch.float32)
+    for first in range(0, R, at_once):
+        part = slice(first, first + at_once)
+        counts = None if visible is None else visible[:, part]
+        out[:, :, part], lse[:, :, part] = _attend(q[:, :, part], k, v, counts, splits)
+    return out, lse
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, splits: int | None
+) -> tuple[Tensor, Tensor]:
+    """`split_attention` of rows that are few enough for one grid."""
+    B, G, R, H = q.shape
+    keys = k.shape[2]
     q = q.contiguous()
     if visible is None:
         visible = torch.full((B, R), keys, device=q.device)

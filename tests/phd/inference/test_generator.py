@@ -1,16 +1,26 @@
 """Requests that share a batch get the tokens that each gets alone, in order."""
 
+import os
 import random
 from collections import defaultdict
-from typing import get_args
+from dataclasses import replace
+from typing import Any, get_args
 
 import pytest
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from conf.errors import ConfigError
 from phd.config import Norm, SamplingConfig, Variant
-from phd.inference.generator import FinishReason, Generator, NewToken, Request
+from phd.inference.generator import (
+    FinishReason,
+    Generator,
+    NewToken,
+    Request,
+    _prefilled_together,
+)
 from phd.inference.sampling import Sampler
 from phd.model import Transformer
 from tests.phd.small_models import LIMIT, VOCAB, model_of, of_variant
@@ -211,6 +221,94 @@ def test_a_damaged_model_is_told_and_writes_nothing() -> None:
         generator.submit(Request([1], max_tokens=3, sampling=sampling))
         with pytest.raises(FloatingPointError, match="request 0: the model's logits of new token "):
             generator.step()
+        assert generator.unfinished == 0
+        assert not list(generator)
+
+
+@pytest.mark.parametrize("on_cuda", [False, True], ids=["in order", "ahead"])
+@pytest.mark.parametrize("wrong", [0, 1, 2])
+def test_a_request_without_finite_logits_is_finished_and_the_others_lose_nothing(
+    wrong: int, on_cuda: bool
+) -> None:
+    model = model_of(of_variant("phd", tied=False))
+    requests = [Request([n, 5, 6], max_tokens=6, sampling=GREEDY) for n in (1, 2, 3)]
+    expected = Generator(model, batch=3).generate(requests)
+    damaged = 16  # no text but the wrong one has this token
+    assert damaged not in [token for tokens in expected for token in tokens]
+    with torch.no_grad():
+        model.embed.weight[damaged] = torch.nan
+    requests[wrong] = Request([damaged, 5, 6], max_tokens=6, sampling=GREEDY)
+    generator = Generator(model, batch=3)
+    if on_cuda:
+        as_on_cuda(generator)
+    for request in requests:
+        generator.submit(request)
+    with pytest.raises(FloatingPointError, match=f"request {wrong}: "):
+        list(generator)
+    assert generator.unfinished == 2
+    found: dict[int, list[int]] = defaultdict(list)
+    for new in generator:
+        found[new.request].append(new.token)
+    assert found == {n: tokens for n, tokens in enumerate(expected) if n != wrong}
+
+
+def test_numbers_that_differ_beyond_float32_draw_different_tokens() -> None:
+    """All tokens are equally likely, so token n begins at n / 17."""
+    model = model_of()
+    with torch.no_grad():
+        model.norm.weight.zero_()
+    generator = Generator(model, batch=2 * VOCAB)
+    numbers = [n / VOCAB + side * 1e-11 for n in range(1, VOCAB) for side in (-1, 1)]
+    for _ in numbers:
+        generator.submit(Request([1, 2], max_tokens=2))
+    for text, u in zip(generator._waiting, numbers, strict=True):
+        text._uniforms = [u, u]
+    expected = [n - below for n in range(1, VOCAB) for below in (1, 0)]
+    for _ in range(2):  # of the prompt, and of a decoded token
+        assert [new.token for new in generator.step()] == expected
+
+
+class Largest(TorchDispatchMode):
+    """The most values of a tensor that an operator returns."""
+
+    values = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        found = func(*args, **kwargs or {})
+        if isinstance(found, Tensor):
+            self.values = max(self.values, found.numel())
+        return found
+
+
+@pytest.mark.usefixtures("triton_interpreter")
+def test_long_prompts_of_unequal_lengths_go_through_the_fused_kernels() -> None:
+    """A mask among all hidden copies would be the largest tensor by far."""
+    config = of_variant("phd_swa", K=7, window=10_000, layers=1, max_seq_len=300)
+    model = model_of(replace(config, attention="fused"), torch.float32)
+    requests = [Request([1] * n, max_tokens=1, sampling=GREEDY) for n in (150, 160)]
+    with Largest() as largest:
+        Generator(model, batch=2).generate(requests)
+    assert largest.values < (6 * 150) ** 2 / 10
+
+
+def test_prompts_share_a_prefill_that_has_little_padding_or_masks() -> None:
+    def groups(lengths: list[int], **settings: Any) -> list[list[int]]:
+        generator = Generator(model_of(of_variant(**settings), torch.float32), batch=9)
+        generator._make_room(1)
+        found = _prefilled_together(lengths, generator._shares_prefill)
+        return [[lengths[i] for i in group] for group in found]
+
+    lengths = [500, 9, 200, 3, 200, 60, 130, 70]
+    together = [[3, 9, 60], [70, 130], [200, 200], [500]]
+    assert groups(lengths, variant="phd_swa") == together
+    assert groups(lengths, variant="vanilla") == together
+    assert groups([9, 3, 60], variant="phd_swa", K=100) == [[3, 9], [60]]
+    assert groups([3, 9, 11], variant="phd_swa", K=100) == [[3, 9], [11]]
+    if "TRITON_INTERPRET" in os.environ:  # one length each, where the fused kernels serve
+        found = groups(lengths, variant="phd_swa", attention="fused")
+        assert found == [[3, 9, 60], [70], [130], [200, 200], [500]]
 
 
 @pytest.mark.parametrize("variant", ["naive_repeat", "phd", "phd_cswa"])

@@ -105,6 +105,28 @@ def test_the_host_waits_for_nothing_but_tokens_that_it_reads(variant: Variant) -
     assert all(found)
 
 
+@variants
+def test_writing_leaves_all_parameters_where_they_are(variant: Variant) -> None:
+    """An optimizer, or FSDP, may hold the same memory."""
+    model = model_of(variant)
+    before = {name: (x.data_ptr(), x.detach().clone()) for name, x in model.named_parameters()}
+    Generator(model, batch=2).generate(requests_of(3))
+    after = dict(model.named_parameters())
+    assert after.keys() == before.keys()
+    for name, (address, values) in before.items():
+        assert after[name].data_ptr() == address, name
+        assert torch.equal(after[name], values), name
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_model_need_not_be_on_the_current_device() -> None:
+    model, requests = model_of("phd_cswa"), requests_of(4, temperature=0)
+    expected = Generator(model, batch=2).generate(requests)
+    model.to("cuda:1").rope.build(torch.device("cuda:1"))
+    assert torch.cuda.current_device() == 0
+    assert Generator(model, batch=2).generate(requests) == expected
+
+
 @pytest.mark.parametrize("vocabulary", [257, 100_352])
 @pytest.mark.parametrize("cuts", [{}, {"top_k": 20}, {"top_p": 0.9}])
 def test_the_same_number_draws_the_same_token_on_the_cpu(

@@ -32,13 +32,22 @@ def test_the_same_number_draws_the_same_token(vocabulary: int, dtype: torch.dtyp
 
 
 @interpreted
-@pytest.mark.parametrize("u", [0.0, 1 - 2.0**-53])
+@pytest.mark.parametrize("u", [0.0, 1 - 2.0**-53, 1.0])
 def test_the_ends_draw_tokens_that_are_not_masked(u: float) -> None:
     logits = torch.randn(ROWS, 3 * BLOCK, generator=torch.Generator().manual_seed(0)) * 1e-3
     logits[:, : BLOCK + 3] = logits[:, -BLOCK - 3 :] = -torch.inf
     expected, found = both(logits, torch.full((ROWS,), u, dtype=torch.float64))
     assert torch.equal(found, expected)
     assert found[2] == (2 * BLOCK - 4 if u else BLOCK + 3)
+
+
+@interpreted
+@pytest.mark.parametrize("vocabulary", [1, BLOCK - 1, BLOCK, 2 * BLOCK + 3])
+def test_no_number_draws_a_token_beyond_the_vocabulary(vocabulary: int) -> None:
+    uniforms = torch.tensor([0.5, 1.0, 1 - 2.0**-53, 2.0, 0.0, 0.0, 1.0], dtype=torch.float64)
+    for found in both(torch.zeros(ROWS, vocabulary), uniforms):
+        assert found[1:4].tolist() == [vocabulary - 1] * 3
+        assert found.max() < vocabulary
 
 
 @interpreted

@@ -14,8 +14,8 @@ from phd.inference.sampling import NOT_FINITE, Sampler
 LOGITS = torch.tensor([1.0, 3.0, -1.0, 2.5, 0.0, 2.0])
 DRAWS = 10_000
 CPU = torch.device("cpu")
-# The numbers of [0, 1) that are the most likely to be rounded into the wrong token.
-EXTREMES = torch.tensor([0.0, 2.0**-60, 0.5, 1 - 2.0**-53], dtype=torch.float64)
+# The numbers of [0, 1) that are the most likely to be rounded into the wrong token, and one beyond.
+EXTREMES = torch.tensor([0.0, 2.0**-60, 0.5, 1 - 2.0**-53, 1.0], dtype=torch.float64)
 
 
 def shares(logits: Tensor, **settings: Any) -> Tensor:
@@ -106,8 +106,8 @@ def test_the_ends_of_the_interval_draw_the_first_and_the_last_token_that_is_kept
     """Whatever is masked before the first and after the last token."""
     logits = torch.randn(100_000, generator=torch.Generator().manual_seed(0)).mul(scale).to(dtype)
     logits[:500] = logits[-500:] = -torch.inf
-    sampler = Sampler([SamplingConfig(temperature=1.0, **settings)] * 4, CPU)
-    drawn = sampler.draw(logits.expand(4, -1), EXTREMES)
+    sampler = Sampler([SamplingConfig(temperature=1.0, **settings)] * 5, CPU)
+    drawn = sampler.draw(logits.expand(5, -1), EXTREMES)
     weights = logits.float().softmax(-1)
     if "top_k" in settings:
         kept = (logits >= logits.topk(7).values[-1]).nonzero().flatten()
@@ -117,7 +117,7 @@ def test_the_ends_of_the_interval_draw_the_first_and_the_last_token_that_is_kept
     else:
         kept = logits.isfinite().nonzero().flatten()
     assert drawn[0] == drawn[1] == kept[0]
-    assert drawn[3] == kept[-1]
+    assert drawn[3] == drawn[4] == kept[-1]
     assert bool(torch.isin(drawn, kept).all())
 
 

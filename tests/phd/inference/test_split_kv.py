@@ -3,9 +3,11 @@
 import pytest
 import torch
 
+from phd.inference.kernels import split_kv
 from phd.inference.kernels.split_kv import (
     KEYS_AT_ONCE,
     ROWS_AT_ONCE,
+    ROWS_PER_CALL,
     SPLITS_AT_ONCE,
     split_attention,
 )
@@ -36,6 +38,22 @@ def test_the_kernel_equals_attention_by_its_formula(
         scores = scores.masked_fill(hidden, -torch.inf)
     torch.testing.assert_close(out, scores.softmax(-1) @ v, rtol=0, atol=2e-6)
     torch.testing.assert_close(lse, scores.logsumexp(-1), rtol=0, atol=2e-6)
+
+
+@pytest.mark.usefixtures("triton_interpreter")
+@pytest.mark.parametrize("limited", [True, False])
+def test_more_rows_than_a_grid_takes_are_those_of_several_calls(
+    limited: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    q, k, v = (torch.randn(2, 3, n, 16) for n in (101, 90, 90))
+    visible = torch.randint(1, 91, (2, 101)) if limited else None
+    whole = split_attention(q, k, v, visible)
+    monkeypatch.setattr(split_kv, "ROWS_PER_CALL", 6 * 32)  # the last call has 5 of the 101 rows
+    torch.testing.assert_close(split_attention(q, k, v, visible), whole, rtol=0, atol=1e-6)
+
+
+def test_the_rows_of_a_call_fit_into_a_grid() -> None:
+    assert ROWS_PER_CALL // ROWS_AT_ONCE <= 65_535
 
 
 @pytest.mark.process

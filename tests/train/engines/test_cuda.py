@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from phd.inference.generator import Generator, Request
 from tests.train.batches import batch_of
 from train.compose import load
 from train.config import Config
@@ -42,6 +43,19 @@ def test_steps_are_those_of_the_cpu(checkpointing: str) -> None:
         ours, exact = (train_step(engine, batch_of(ROWS), 1e-3) for engine in engines)
         assert ours.loss.item() == pytest.approx(exact.loss.item(), rel=1e-2)
         assert ours.grad_norm.item() == pytest.approx(exact.grad_norm.item(), rel=3e-2)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_a_text_between_steps_changes_neither_weights_nor_their_memory() -> None:
+    engine, silent = (FsdpEngine(config_on("cuda"), ProcessGroups()) for _ in range(2))
+    for _ in range(3):
+        where = [x.data_ptr() for x in engine.model.parameters()]
+        with engine.summon_full_params() as model:
+            [text] = Generator(model, batch=1).generate([Request([1, 2], max_tokens=4)])
+        assert len(text) == 4
+        assert [x.data_ptr() for x in engine.model.parameters()] == where
+        ours, exact = (train_step(each, batch_of(ROWS), 1e-3) for each in (engine, silent))
+        assert ours.loss.item() == pytest.approx(exact.loss.item(), rel=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
