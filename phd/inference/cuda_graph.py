@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from phd.device import as_current
 from phd.inference.cache import KVCache
 from phd.inference.compiled_step import CompiledStep
 from phd.inference.prefill import make_room, static_decode_step
@@ -63,8 +64,7 @@ class Decoder:
         make_room(self.model, self.cache)
         self._tokens.copy_(tokens)
         if self._tokens.is_cuda:
-            # Streams and kernels are those of the current device.
-            with torch.cuda.device(self._tokens.device):
+            with as_current(self._tokens.device):
                 self._replay()
         else:
             self._logits = self._step()

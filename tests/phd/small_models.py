@@ -24,6 +24,18 @@ SMALL = ModelConfig(
     max_seq_len=LIMIT,
 )
 
+# Wide enough for the kernels of CUDA.
+FOR_CUDA = replace(
+    SMALL,
+    window=16,
+    chunk=32,
+    dim=128,
+    ffn_dim=256,
+    head_dim=64,
+    vocab_size=257,
+    max_seq_len=600,
+)
+
 
 def of_variant(variant: Variant, **others: Any) -> ModelConfig:
     K = 1 if variant == "vanilla" else SMALL.K

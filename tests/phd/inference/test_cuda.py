@@ -7,13 +7,14 @@ import pytest
 import torch
 
 from phd.attention.flash import LONG_PROMPT, causal_forward, prompt_forward
-from phd.config import ModelConfig, Norm, SpanUnit, Variant
+from phd.config import Norm, SpanUnit, Variant
 from phd.inference.cached_attention import attend_cached
 from phd.inference.cuda_graph import Decoder
 from phd.inference.fused_rows import has_fused_rows
 from phd.inference.prefill import decode, extend, prefill
 from phd.model import Transformer
 from tests.phd.inference.token_twins import Twins
+from tests.phd.small_models import FOR_CUDA
 
 pytestmark = [
     pytest.mark.skipif(
@@ -24,25 +25,13 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Synchronization debug mode is a proto:UserWarning"),
 ]
 variants = pytest.mark.parametrize("variant", get_args(Variant))
-SMALL = ModelConfig(
-    window=16,
-    chunk=32,
-    layers=3,
-    dim=128,
-    ffn_dim=256,
-    heads=4,
-    kv_heads=2,
-    head_dim=64,
-    vocab_size=257,
-    max_seq_len=600,
-)
 LAYER_OF_1B2 = {"dim": 2048, "ffn_dim": 8192, "heads": 32, "kv_heads": 8, "head_dim": 64}
 
 
 def model_of(variant: Variant, **others: Any) -> Transformer:
     K = 1 if variant == "vanilla" else 3
     return (
-        Transformer(replace(SMALL, **{"variant": variant, "K": K, **others}))
+        Transformer(replace(FOR_CUDA, **{"variant": variant, "K": K, **others}))
         .reset(0)
         .cuda()
         .fuse_projections()
@@ -51,7 +40,7 @@ def model_of(variant: Variant, **others: Any) -> Transformer:
 
 def tokens_of(rows: int, tokens: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, SMALL.vocab_size, (rows, tokens), generator=generator).cuda()
+    return torch.randint(0, FOR_CUDA.vocab_size, (rows, tokens), generator=generator).cuda()
 
 
 def in_half_precision(model: Transformer) -> tuple[Transformer, Transformer]:
@@ -136,7 +125,7 @@ def test_a_graph_decodes_every_wiring(norm: Norm, rows: int) -> None:
 
 @torch.no_grad()
 def test_a_model_whose_projections_are_not_fused_keeps_its_weights_where_they_are() -> None:
-    model, tokens = Transformer(replace(SMALL, K=2)).reset(0).cuda(), tokens_of(1, 9)
+    model, tokens = Transformer(replace(FOR_CUDA, K=2)).reset(0).cuda(), tokens_of(1, 9)
     before = [weight.data_ptr() for weight in model.parameters()]
     _, cache = prefill(model, tokens, capacity=20)
     decoder = Decoder(model, cache)
@@ -273,7 +262,7 @@ def test_the_kernels_of_a_token_equal_the_slow_step(
     variant: Variant, head_dim: int, dtype: torch.dtype
 ) -> None:
     K = 1 if variant == "vanilla" else 3
-    config = replace(SMALL, variant=variant, K=K, head_dim=head_dim, layers=2)
+    config = replace(FOR_CUDA, variant=variant, K=K, head_dim=head_dim, layers=2)
     twins = Twins(config, [300, 0, 63, 32, 511], 600, dtype, "cuda")
     for _ in range(3):
         twins.add_token()
@@ -286,14 +275,14 @@ def test_the_kernels_of_a_token_take_any_norm_and_many_copies(
     K: int, span_unit: SpanUnit, norm: Norm, dtype: torch.dtype
 ) -> None:
     others = {"norm": norm, "copy_positions": "flattened", "layers": 2}
-    config = replace(SMALL, variant="phd_cswa", K=K, span_unit=span_unit, **others)
+    config = replace(FOR_CUDA, variant="phd_cswa", K=K, span_unit=span_unit, **others)
     twins = Twins(config, [100, 31], 130, dtype, "cuda")
     for _ in range(2):
         twins.add_token()
 
 
 def test_the_kernels_of_a_token_give_the_same_bits_every_time() -> None:
-    config = replace(SMALL, variant="phd_cswa", K=16, layers=2)
+    config = replace(FOR_CUDA, variant="phd_cswa", K=16, layers=2)
     twins = Twins(config, [300, 5], 600, torch.bfloat16, "cuda")
     qkv = torch.randn(32, 512, dtype=torch.bfloat16)
     # The first call changes the ring, and the later ones write the same into it.

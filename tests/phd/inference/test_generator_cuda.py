@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from phd.config import ModelConfig, SamplingConfig, Variant
+from phd.config import SamplingConfig, Variant
 from phd.inference.generator import Generator, Request
 from phd.inference.sampling import Sampler
 from phd.model import Transformer
+from tests.phd.small_models import FOR_CUDA
 
 pytestmark = [
     pytest.mark.skipif(
@@ -21,23 +22,11 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Synchronization debug mode is a proto:UserWarning"),
 ]
 variants = pytest.mark.parametrize("variant", get_args(Variant))
-SMALL = ModelConfig(
-    window=16,
-    chunk=32,
-    layers=3,
-    dim=128,
-    ffn_dim=256,
-    heads=4,
-    kv_heads=2,
-    head_dim=64,
-    vocab_size=257,
-    max_seq_len=600,
-)
 
 
 def model_of(variant: Variant) -> Transformer:
     K = 1 if variant == "vanilla" else 3
-    return Transformer(replace(SMALL, variant=variant, K=K)).reset(0).cuda().fuse_projections()
+    return Transformer(replace(FOR_CUDA, variant=variant, K=K)).reset(0).cuda().fuse_projections()
 
 
 def requests_of(count: int, **settings: Any) -> list[Request]:

@@ -26,13 +26,19 @@ def earlier(tmp_path: Path) -> Path:
 
 
 def test_its_checkpoint_goes_on(earlier: Path, config, trained, logged) -> None:
-    """Losses, gradients, evaluation and text are those that version 0.1 computed from there."""
+    """Losses, gradients and evaluation are those that version 0.1 computed from there.
+
+    Its texts were drawn by other numbers, so of them the file holds the prompt alone.
+    """
     trained(config(f"run.dir={earlier}", *SETTINGS))
     expected = json.loads((earlier / "continued.json").read_text(encoding="utf-8"))
     lines = logged(earlier)
     assert [line["step"] for line in lines] == [line["step"] for line in expected]
     for line, before in zip(lines, expected, strict=True):
         for name, value in before.items():
+            if name == "sample/text":
+                assert line[name].startswith(value), name
+                continue
             exact = isinstance(value, str)
             assert line[name] == (value if exact else pytest.approx(value, rel=1e-5)), name
 

@@ -88,7 +88,7 @@ def send_kills(cluster: Cluster, run: Path, rng: Random) -> None:
 def test_signals_and_kills_at_random_moments_leave_no_trace(
     small_at: Callable[..., list[str]], logged: Callable[..., list[dict]], tmp_path: Path
 ) -> None:
-    rng, steps = Random(SEED), 40 + 20 * (KILLS + SIGNALS)
+    rng, steps = Random(SEED), 80 + 20 * (KILLS + SIGNALS)
     run, undisturbed = tmp_path / "run", tmp_path / "undisturbed"
     overrides = small_at(run, *FOUR_RANKS, f"train.max_steps={steps}")
     with Cluster(overrides, tmp_path / "log").at_work() as cluster:
