@@ -1,4 +1,4 @@
-"""Products of a few rows with a weight, which is read once at the speed of memory.
+"""Products of a few rows with a weight, which is read once.
 
     weight (outs, D)                                rows (R, D), R = batch * copies
     |-- OUTS x DEPTH --|-- ... --|| split 1 --|  x  |-- R x DEPTH --|-- ... --|| split 1 --|
