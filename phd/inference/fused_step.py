@@ -24,8 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from phd.attention.blocks import has_kernels
-from phd.attention.fused import IS_INTERPRETED
+from phd.attention.packed import fused_obstacle
 from phd.block import Block
 from phd.inference.cache import KVCache
 from phd.inference.kernels.placement import QkvNorms, place_token
@@ -95,13 +94,11 @@ def why_not_fused(model: Transformer, cache: KVCache) -> str | None:
     """Why the kernels cannot compute a model's token, in words; None: they can."""
     dtype, weights = cache.dtype, {w.dtype for w in _products(model)}
     device, H = model.embed.weight.device, model.config.head_dim
-    if device.type != "cuda" and not IS_INTERPRETED:
-        return f"the model is on {device}, and Triton's kernels run on CUDA"
     if weights != {dtype}:
         named = " and ".join(sorted(str(x) for x in weights))
         return f"the weights are in {named}, and the cache is in {dtype}"
-    if not has_kernels(dtype, H):
-        return f"there is no kernel for {dtype} with model.head_dim={H}"
+    if (obstacle := fused_obstacle(device, dtype, H)) is not None:
+        return obstacle
     if not is_plain(model):
         return "the model has hooks, adapters or other parts put in place"
     # Not done here: weights that move are lost to an optimizer with views of them.

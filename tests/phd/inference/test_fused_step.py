@@ -87,7 +87,7 @@ def test_it_says_why_it_cannot_be_used() -> None:
     single.fuse_projections()
     assert why_not_fused(single, new_cache(single, 1, 8)) is None
     reason = why_not_fused(double, new_cache(double, 1, 8))
-    assert reason == "there is no kernel for torch.float64 with model.head_dim=4"
+    assert reason == "no kernel for torch.float64 with model.head_dim=4"
     with torch.autocast("cpu", torch.bfloat16):
         reason = why_not_fused(single, new_cache(single, 1, 8))
     assert reason == "the weights are in torch.float32, and the cache is in torch.bfloat16"
