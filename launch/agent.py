@@ -104,6 +104,7 @@ class Agent(ElasticAgent):
         logs: of the processes.
         host: the name of this machine, where there are several; else empty.
         expected: exit codes of which nothing is told.
+        elastic: whether machines may join while the processes run.
     """
 
     def __init__(
@@ -112,12 +113,14 @@ class Agent(ElasticAgent):
         logs: RankLogs,
         host: str = "",
         expected: Iterable[int] = (),
+        elastic: bool = False,
         **settings: Any,
     ) -> None:
         super().__init__(*args, **settings)
         self._logs = logs
         self._host = host
         self.expected = frozenset(expected)
+        self._elastic = elastic
         self._explained = {ExitCode.REQUEUE, -signal.SIGTERM, *expected}
 
     @property
@@ -180,9 +183,9 @@ class Agent(ElasticAgent):
 
     def restart(self) -> None:
         """Ends the processes and starts them again."""
-        # After a crash the other processes cannot save, since saving needs all ranks.
+        # Saving needs all ranks. Where no machine can join, one restarts because some are lost.
         crashed = any(code not in (None, 0) for code in self.exit_codes)
-        self.terminate(AFTER_CRASH_S if crashed else self.grace_s)
+        self.terminate(AFTER_CRASH_S if crashed or not self._elastic else self.grace_s)
         _log(f"starting all processes again; {self.remaining_restarts} more restarts are left")
         self.start()
 
@@ -269,6 +272,7 @@ def _run(config: Local, command: Sequence[str], expected: Iterable[int]) -> int:
             logs=logs,
             host=_host(config),
             expected=expected,
+            elastic=isinstance(config, Nodes) and config.least_nodes < config.most_nodes,
         )
         return _run_agent(forwarder.agent, handler, forwarder)
 

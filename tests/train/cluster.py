@@ -62,6 +62,10 @@ class Cluster:
         codes = [agent.poll() for agent in self._agents]
         return None if None in codes else [code for code in codes if code is not None]
 
+    def finished(self) -> bool:
+        """Whether both machines have ended, and well."""
+        return self.ended() == [0, 0]
+
     def agents(self) -> list[int]:
         """The processes of the agents at work."""
         return [agent.pid for agent in self._agents if agent.poll() is None]
@@ -134,7 +138,9 @@ def random_moment(cluster: Cluster, run: Path, rng: Random) -> str:
     reached = newest_step(run)
     cluster.wait_for(lambda: newest_step(run) > reached)
     if kind == "saving":
-        cluster.wait_for(lambda: any((run / "checkpoints").glob(".step_*.partial")))
+        # A save between two looks counts too: else the run may end while we wait for another.
+        reached = newest_step(run)
+        cluster.wait_for(lambda: _is_saving(run) or newest_step(run) > reached)
         sleep(rng.uniform(0, 0.1))
     else:
         _pause(run, rng.uniform(0, 1))
@@ -146,3 +152,7 @@ def _pause(run: Path, seconds: float) -> None:
     reached, end = newest_step(run), monotonic() + seconds
     while newest_step(run) == reached and monotonic() < end:
         sleep(0.01)
+
+
+def _is_saving(run: Path) -> bool:
+    return any((run / "checkpoints").glob(".step_*.partial"))
