@@ -54,7 +54,7 @@ LONGEST_FIRST = (
     "phd/attention/test_flex.py",
     "gpu/test_gpu.py",
     "train/test_loop.py",
-    "train/test_report.py",
+    "train/test_run_summary.py",
     "phd/test_segments.py",
     "conf/test_checkout.py",
     "train/run_dir/test_power_cut.py",

@@ -40,9 +40,9 @@ from train.inputs import check_inputs
 from train.loop import StoppedEarlyError, train
 from train.metrics.record import Hook, Metrics, StepRecord
 from train.plan import make_plan, print_plan
-from train.report import print_report
 from train.run import Run, open_run, smallest_memory
 from train.run_dir.lock import hold_run_dir
+from train.run_summary import print_summary
 
 MakeHook = Callable[[Run], Hook]
 
@@ -160,7 +160,7 @@ def _steps_done(run: Run) -> str:
 def _report_complete(run: Run, console: Console, why: str) -> ExitCode:
     console.print(why, markup=False)
     others = other_runs(run.config) if run.groups.is_rank_zero else []
-    print_report(run, run.measure(), console, complete=True, others=others)
+    print_summary(run, run.measure(), console, complete=True, others=others)
     return ExitCode.FINISHED
 
 
@@ -188,7 +188,7 @@ def _report(run: Run, record: StepRecord, metrics: Metrics, console: Console) ->
         shown = {"sample/text"} if run.config.hooks.console else set()  # by the console's line
         left = {key: value for key, value in metrics.items() if key not in shown}
         others = other_runs(run.config) if complete and run.groups.is_rank_zero else []
-        print_report(run, left, console, complete=complete, others=others)
+        print_summary(run, left, console, complete=complete, others=others)
     return ending.exit_code(saved=saved, timed=run.timed)
 
 

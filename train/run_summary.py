@@ -1,4 +1,4 @@
-"""The report that a run prints at its end."""
+"""What a run prints at its end."""
 
 import os
 import shlex
@@ -17,7 +17,7 @@ from train.plan import kv_rows
 from train.run import Run
 
 
-def print_report(
+def print_summary(
     run: Run,
     metrics: Metrics,
     console: Console,

@@ -15,8 +15,8 @@ from data.prefetch import never
 from train.compose import check, other_runs
 from train.metrics.hooks import Sample
 from train.metrics.record import Metrics
-from train.report import next_commands, print_report
 from train.run import Run
+from train.run_summary import next_commands, print_summary
 
 METRICS: Metrics = {
     "train/loss": 2.5,
@@ -29,7 +29,7 @@ METRICS: Metrics = {
 def report(run: Run, step: int, metrics: Metrics) -> str:
     text = io.StringIO()
     complete = step >= 6
-    print_report(run, metrics, Console(file=text, width=300), complete=complete)
+    print_summary(run, metrics, Console(file=text, width=300), complete=complete)
     return text.getvalue()
 
 
