@@ -49,6 +49,15 @@ def test_a_killed_process_is_replaced_on_both_machines_and_saving_ends_both(
     assert len(machines.log_lines(".* started .*")) == 4
 
 
+def test_who_waits_for_a_lost_rank_does_not_keep_the_others_waiting(machines: Machines) -> None:
+    machines.pair("deaf", "stuck", nodes=2, max_restarts=1, grace_s=10 * int(PATIENCE_S))
+    first = machines.wait_for_log("./2 started (.*)", 2)
+    kill(first[0][1])
+    # No machine could join, so the other machine knows that somebody is lost: nothing to save.
+    assert len(machines.wait_for_log("./2 started (.*)", 4)) == 4
+    assert not any(runs(int(line[1])) for line in first)
+
+
 def test_when_a_machine_dies_its_processes_do_too_and_the_other_goes_on_alone(
     machines: Machines,
 ) -> None:

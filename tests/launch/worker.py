@@ -1,13 +1,14 @@
 """A stand-in for a training process: it logs what happens to it, and ends as a test says.
 
-    worker.py DIRECTORY [save=SECONDS] [save_RANK=SECONDS] [deaf] [tell=VARIABLE] [talk]
+    worker.py DIRECTORY [save=SECONDS] [save_RANK=SECONDS] [deaf] [stuck] [tell=VARIABLE] [talk]
 
 It runs until one of these happens:
 
 - DIRECTORY holds the file `exit` or `exit_RANK`, which contains the exit code;
 - a signal comes: all ranks save, which takes SECONDS, and end with 75, or 130 after Ctrl-C. With
   `deaf`, signals are ignored, and each turn of waiting is a byte of DIRECTORY/deaf_turns;
-- another rank has died, which is a crash: exit code 1 and a traceback that says so;
+- another rank has died, which is a crash: exit code 1 and a traceback that says so. With `stuck`,
+  it does not notice, like one that waits in a collective for ever;
 - DIRECTORY holds the file `raise_RANK`: a traceback with what it contains.
 
 Everything that it does is a line of DIRECTORY/log. With `tell`, so is the value of a variable. With
@@ -52,7 +53,7 @@ def main(directory: Path, options: list[str]) -> None:
     while True:
         # By their state, and not by signs of life: a busy machine may keep a process from running.
         ranks = list(start.glob("*_*"))
-        if len(ranks) == world_size and any(map(is_dead, ranks)):
+        if "stuck" not in options and len(ranks) == world_size and any(map(is_dead, ranks)):
             raise RuntimeError("Connection closed by peer")
         if (fault := directory / f"raise_{rank}").exists():
             raise ValueError(fault.read_text())
