@@ -75,12 +75,15 @@ class Batch(NamedTuple):
         document_starts: [B, T] int64, where in its row each input's document begins; None:
             documents are not isolated.
         stats: what it adds to the run; None for a part of a batch.
+        documents: [B, T] int64, the number of the document that each target is of, from 0; None:
+            not known. A document may go on in another row.
     """
 
     rows: np.ndarray
     mask: np.ndarray | None = None
     document_starts: np.ndarray | None = None
     stats: BatchStats | None = None
+    documents: np.ndarray | None = None
 
     @property
     def inputs(self) -> np.ndarray:
@@ -138,8 +141,11 @@ class Batch(NamedTuple):
 
     def _taken(self, rows: slice | np.ndarray) -> "Batch":
         """Some rows, as a batch without stats."""
-        arrays = (self.rows, self.mask, self.document_starts)
-        return Batch(*(None if array is None else array[rows] for array in arrays))  # type: ignore[arg-type]
+        mask, starts, documents = (
+            None if array is None else array[rows]
+            for array in (self.mask, self.document_starts, self.documents)
+        )
+        return Batch(self.rows[rows], mask, starts, documents=documents)
 
 
 def make_batch(

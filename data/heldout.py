@@ -47,7 +47,13 @@ def heldout_rows(
     # Only the last row of all can be padded, if it is among the chosen ones.
     counted = np.minimum(seq_len, targets - first)
     isolate = documents.config.documents == "isolate"
-    return make_batch(rows, counted, tokenizer, isolate=isolate)
+    held = make_batch(rows, counted, tokenizer, isolate=isolate)
+    # A target is of its input's document, and a document's first input is the separator before it.
+    numbers = np.cumsum(stream[:-1] == tokenizer.eos_id) - 1
+    numbers = np.pad(numbers, (0, count * seq_len - targets), mode="edge")
+    of_rows = numbers[first[:, None] + np.arange(seq_len)]
+    _, consecutive = np.unique(of_rows, return_inverse=True)
+    return held._replace(documents=consecutive.reshape(of_rows.shape))
 
 
 def first_words(held: Batch, tokenizer: Tokenizer, *, most_tokens: int) -> str:

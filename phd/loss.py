@@ -38,11 +38,13 @@ class Loss(NamedTuple):
         total: what to minimise: cross-entropy plus the weighted z-loss, nats; a scalar tensor.
         cross_entropy: the cross-entropy alone, nats, detached.
         targets: how many targets were counted; an int64 scalar tensor.
+        per_target: the cross-entropy of each target, nats; None where it was not asked for.
     """
 
     total: Tensor
     cross_entropy: Tensor
     targets: Tensor
+    per_target: Tensor | None = None
 
 
 class Method(Enum):
@@ -106,6 +108,29 @@ def next_token_loss(hidden: Tensor, weight: Tensor, targets: Tensor, z_loss: flo
         case Method.CHUNKED:
             total, cross_entropy = chunked_cross_entropy(hidden, weight, targets, z_loss)
     return Loss(total, cross_entropy, count)
+
+
+@torch.no_grad()
+def cross_entropy_per_target(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """-log softmax(weight h)[target] of each target, without gradients.
+
+    Args:
+        hidden, weight, targets: as in `next_token_loss`.
+
+    Returns:
+        (B, T), float32, or float64 for such hidden states; 0 where the target is `IGNORED`.
+    """
+    rows = hidden.flatten(0, -2)
+    if torch.is_autocast_enabled(rows.device.type):
+        rows = rows.to(torch.get_autocast_dtype(rows.device.type))
+    exact = torch.promote_types(rows.dtype, torch.float32)
+    head, found = weight.to(rows.dtype), []
+    step = rows_at_once(weight.shape[0])
+    for h, y in zip(rows.split(step), targets.flatten().split(step), strict=True):
+        logits = (h @ head.T).to(exact)
+        of_target = logits.gather(1, y[:, None].clamp(min=0)).squeeze(1)
+        found.append((logits.logsumexp(1) - of_target).mul_(y != IGNORED))
+    return torch.cat(found).view_as(targets)
 
 
 def rows_at_once(vocab_size: int) -> int:

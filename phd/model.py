@@ -11,7 +11,7 @@ from phd.block import Block
 from phd.config import Backend, ModelConfig
 from phd.initialization import initial_weights
 from phd.linear import Linear, fuse_weights, project
-from phd.loss import Loss, next_token_loss
+from phd.loss import Loss, cross_entropy_per_target, next_token_loss
 from phd.norm import RMSNorm
 from phd.pattern import Pattern
 from phd.rope import Rope, rotate
@@ -166,9 +166,20 @@ class Transformer(nn.Module):
         targets: Tensor,
         z_loss: float = 0.0,
         segments: Segments | None = None,
+        *,
+        per_target: bool = False,
     ) -> Loss:
-        """Sums over the targets that are not `phd.loss.IGNORED`; see `next_token_loss`."""
-        return next_token_loss(self(tokens, segments), self.head_weight, targets, z_loss)
+        """Sums over the targets that are not `phd.loss.IGNORED`; see `next_token_loss`.
+
+        The loss of each target, if asked for, costs a second product with the head, so that the
+        sums are the same with it and without it.
+        """
+        hidden = self(tokens, segments)
+        loss = next_token_loss(hidden, self.head_weight, targets, z_loss)
+        if not per_target:
+            return loss
+        each = cross_entropy_per_target(hidden, self.head_weight, targets)
+        return loss._replace(per_target=each)
 
 
 class ModelWithLoss(nn.Module):
@@ -179,9 +190,16 @@ class ModelWithLoss(nn.Module):
         self.model = model
         self.z_loss = z_loss
 
-    def forward(self, tokens: Tensor, targets: Tensor, segments: Segments | None = None) -> Loss:
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor,
+        segments: Segments | None = None,
+        *,
+        per_target: bool = False,
+    ) -> Loss:
         """tokens, targets (B, T) -> sums over the targets; see `phd.loss`."""
-        return self.model.loss(tokens, targets, self.z_loss, segments)
+        return self.model.loss(tokens, targets, self.z_loss, segments, per_target=per_target)
 
 
 def is_plain(model: Transformer) -> bool:

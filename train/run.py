@@ -46,6 +46,7 @@ from train.engines.memory import fit
 from train.engines.schedule import config_before, schedule_change
 from train.hf.pretrained import pretrained_start
 from train.hf.tokenizer_of_weights import tokenizer_of_weights
+from train.metrics.documents import bytes_of_documents
 from train.metrics.hooks import (
     DataProgress,
     Evaluation,
@@ -461,7 +462,8 @@ def _evaluations(
         if text is None:
             warn(console, f"data.sources.{source}: none of its documents are held out to evaluate")
         else:
-            found.append(Evaluation(config, engine, name, text, stop_sync.stop_requested))
+            sizes = bytes_of_documents(text, tokenizer)
+            found.append(Evaluation(config, engine, name, text, stop_sync.stop_requested, sizes))
     if not found:
         hint = "raise it, add documents, or set it to 0 to go without an evaluation"
         none = "holds out none of the documents"

@@ -38,6 +38,25 @@ def test_every_token_of_every_held_out_document_is_a_target_once(
     assert held.rows.shape == (-(-len(twin) // seq_len), seq_len + 1)
 
 
+@given(seq_len=st.integers(1, 300), limit=st.sampled_from([3, 10_000]))
+def test_each_target_is_of_its_document(
+    documents: Documents, tokenizer: Tokenizer, seq_len: int, limit: int
+) -> None:
+    held = heldout_rows(documents, tokenizer, "text", seq_len=seq_len, limit=limit)
+    assert held
+    assert held.documents is not None
+    of_target = held.documents[held.targets != IGNORED_TARGET]
+    parts = [counted(held)[of_target == number] for number in range(of_target.max() + 1)]
+    texts = [tokenizer.encode_document(d.text) for d in documents.held_out("text")]
+    if limit == 10_000:
+        assert all(map(np.array_equal, parts, texts))
+        assert len(parts) == len(texts)
+    left = iter(" ".join(map(str, text)) for text in texts)
+    for part in parts:  # in their order, and of one document each
+        assert len(part)
+        assert any(" ".join(map(str, part[:seq_len])) in text for text in left)
+
+
 @given(limit=st.integers(1, 12))
 def test_fewer_rows_are_chosen_evenly_from_several_times_as_many(
     documents: Documents, tokenizer: Tokenizer, limit: int

@@ -19,6 +19,7 @@ from phd.loss import (
     IGNORED,
     Method,
     chunked_cross_entropy,
+    cross_entropy_per_target,
     fused_cross_entropy,
     method_for,
     next_token_loss,
@@ -65,6 +66,23 @@ def through(loss: Callable[..., Tensor], b: Batch, *args: float) -> tuple[Tensor
     """(value, gradient of hidden, gradient of weight), the value scaled as an average would be."""
     total = loss(*b, *args) / 7
     return total.detach(), *torch.autograd.grad(total, (b.hidden, b.weight))
+
+
+@pytest.mark.parametrize("rows", [3, 1024])
+def test_the_loss_of_each_target_is_that_of_the_textbook(
+    monkeypatch: pytest.MonkeyPatch, rows: int
+) -> None:
+    monkeypatch.setattr(phd.loss, "ROWS_AT_ONCE", rows)
+    b = batch()
+    each = cross_entropy_per_target(*b)
+    assert not each.requires_grad
+    logits = (b.hidden @ b.weight.T).transpose(1, 2)
+    textbooks = F.cross_entropy(logits, b.targets, reduction="none", ignore_index=IGNORED)
+    torch.testing.assert_close(each, textbooks.detach())
+    with torch.autocast("cpu", torch.bfloat16):
+        half = cross_entropy_per_target(b.hidden.float(), b.weight.float(), b.targets)
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half.double(), each, rtol=0.05, atol=0.05)
 
 
 @pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="needs torch's fused loss")
@@ -253,7 +271,8 @@ def test_sums_of_micro_batches_add_up() -> None:
     b = batch(B=4)
     whole = next_token_loss(*b)
     parts = [next_token_loss(b.hidden[i : i + 1], b.weight, b.targets[i : i + 1]) for i in range(4)]
-    for total, shares in zip(whole, zip(*parts, strict=True), strict=True):
+    for name in ("total", "cross_entropy", "targets"):
+        total, shares = getattr(whole, name), [getattr(part, name) for part in parts]
         torch.testing.assert_close(torch.stack(shares).sum(), total)
 
 

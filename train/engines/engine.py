@@ -84,13 +84,19 @@ class Engine(ABC):
 
     @torch.no_grad()
     def evaluate(
-        self, batch: Batch, stop_requested: Callable[[], bool] = never
+        self,
+        batch: Batch,
+        stop_requested: Callable[[], bool] = never,
+        document_nats: Tensor | None = None,
     ) -> tuple[Tensor, Tensor] | None:
         """Compute the loss of a batch of held-out rows, which are divided among the ranks.
 
         Args:
             batch: the same on all ranks.
             stop_requested: is called between micro-batches; true ends the evaluation.
+            document_nats: zeros, float64 (documents,) on the device. If given, it becomes the
+                summed cross-entropy of each of `batch.documents`, on all ranks. The other results
+                are the same with it and without it.
 
         Returns:
             (summed cross-entropy in nats, number of targets), or None if it was ended.
@@ -105,7 +111,15 @@ class Engine(ABC):
             # them call it equally often.
             if number and stop_requested():
                 return None
-            total += self.forward(micro_batch).cross_entropy
+            loss = self.forward(micro_batch, per_target=document_nats is not None)
+            total += loss.cross_entropy
+            if document_nats is not None:
+                assert micro_batch.documents is not None
+                assert loss.per_target is not None
+                numbers = self._to_device(torch.from_numpy(micro_batch.documents)).flatten()
+                document_nats.index_add_(0, numbers, loss.per_target.flatten().double())
+        if document_nats is not None:
+            self.groups.sum(document_nats)
         return self.groups.sum(total), self.count_targets(shard)
 
     def count_targets(self, batch: Batch) -> Tensor:
@@ -113,15 +127,15 @@ class Engine(ABC):
         count = torch.tensor((batch.targets != IGNORED).sum())
         return self.groups.sum(self._to_device(count)).clamp(min=1)
 
-    def forward(self, micro_batch: Batch) -> Loss:
+    def forward(self, micro_batch: Batch, *, per_target: bool = False) -> Loss:
         """The loss of one micro-batch on this rank, in the precision of the products."""
         if self._evaluation_to_compile:
             # Now, as part of the first step, and not when a run has long begun.
             self._evaluation_to_compile = False
             self.evaluate(micro_batch)
-        return self.loss_of(micro_batch)
+        return self.loss_of(micro_batch, per_target=per_target)
 
-    def loss_of(self, micro_batch: Batch) -> Loss:
+    def loss_of(self, micro_batch: Batch, *, per_target: bool = False) -> Loss:
         """`forward` alone, also where it is not the first step's."""
         segments = None
         if micro_batch.document_starts is not None:
@@ -133,6 +147,8 @@ class Engine(ABC):
             self._to_device(torch.from_numpy(x)) for x in (micro_batch.inputs, micro_batch.targets)
         )
         with autocast(self.device, self.dtype):
+            if per_target:
+                return self.model_with_loss(tokens, targets, segments, per_target=True)
             return self.model_with_loss(tokens, targets, segments)
 
     def _to_device(self, x: Tensor) -> Tensor:

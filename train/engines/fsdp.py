@@ -107,10 +107,13 @@ class FsdpEngine(Engine):
         self._reshard()
 
     def evaluate(
-        self, batch: Batch, stop_requested: Callable[[], bool] = never
+        self,
+        batch: Batch,
+        stop_requested: Callable[[], bool] = never,
+        document_nats: Tensor | None = None,
     ) -> tuple[Tensor, Tensor] | None:
         """As in `Engine`; then free the gathered weights, as a backward pass would."""
-        found = super().evaluate(batch, stop_requested)
+        found = super().evaluate(batch, stop_requested, document_nats)
         self._reshard()
         return found
 

@@ -10,6 +10,7 @@ from math import log
 from time import perf_counter
 from typing import Any
 
+import numpy as np
 import torch
 
 from data.batch import Batch
@@ -23,6 +24,7 @@ from train.config import Config
 from train.distributed.process_groups import ProcessGroups
 from train.engines.device import peak_flops, peak_memory_gib
 from train.engines.engine import Engine
+from train.metrics.documents import bits_per_byte_of_documents
 from train.metrics.record import Metrics, StepRecord
 
 MUCH_WAITING = 0.1
@@ -197,10 +199,23 @@ class KVCost:
 
 
 class Evaluation:
-    """The loss on the held-out documents of a source; `{}` if `stop` ends it early."""
+    """The loss on the held-out documents of a source; `{}` if `stop` ends it early.
+
+    After the last step it also tells the standard error over documents, and of how much text all
+    of this is the mean.
+
+    Args:
+        document_bytes: of each of `text.documents`; None where nobody needs a standard error.
+    """
 
     def __init__(
-        self, config: Config, engine: Engine, name: str, text: Batch, stop: Callable[[], bool]
+        self,
+        config: Config,
+        engine: Engine,
+        name: str,
+        text: Batch,
+        stop: Callable[[], bool],
+        document_bytes: np.ndarray | None = None,
     ) -> None:
         self.every = config.eval.every
         self.engine = engine
@@ -209,19 +224,41 @@ class Evaluation:
         assert text.stats is not None
         self.target_bytes = text.stats.target_bytes
         self.stop = stop
+        self.document_bytes = document_bytes
 
     def __call__(self, record: StepRecord) -> Metrics:
-        return {} if record.ending and record.ending.by_signal else self.measure()
+        if record.ending is None:
+            return self.measure(by_document=False)
+        return {} if record.ending.by_signal else self.measure()
 
-    def measure(self) -> Metrics:
-        """Cross-entropy per token in nats, and bits per byte."""
-        found = self.engine.evaluate(self.text, self.stop)
+    def measure(self, *, by_document: bool = True) -> Metrics:
+        """Cross-entropy per token in nats, and bits per byte.
+
+        Args:
+            by_document: also the standard error; costs a second product with the head.
+        """
+        sizes, document_nats = self.document_bytes, None
+        if by_document and sizes is not None:
+            device = self.engine.device
+            document_nats = torch.zeros(len(sizes), dtype=torch.float64, device=device)
+        found = self.engine.evaluate(self.text, self.stop, document_nats)
         if found is None:
             return {}
         nats, targets = (x.item() for x in found)
-        return {
+        metrics: Metrics = {
             f"eval/{self.name}/loss": nats / targets,
             f"eval/{self.name}/bits_per_byte": bits_per_byte(nats, self.target_bytes),
+        }
+        if document_nats is None:
+            return metrics
+        assert sizes is not None
+        _, error = bits_per_byte_of_documents(document_nats.cpu().numpy(), sizes)
+        if error is not None:
+            metrics[f"eval/{self.name}/bits_per_byte_stderr"] = error
+        return metrics | {
+            f"eval/{self.name}/documents": len(sizes),
+            f"eval/{self.name}/tokens": int(targets),
+            f"eval/{self.name}/bytes": self.target_bytes,
         }
 
 

@@ -135,6 +135,19 @@ def test_the_summed_loss_counts_what_the_mask_says(config) -> None:
     assert total.item() == pytest.approx(each.sum().item(), rel=1e-6)
 
 
+def test_the_loss_of_each_document_changes_no_sum(config) -> None:
+    engine = alone(config("train.global_batch=6", "train.micro_batch=3"))
+    mask = torch.rand(4, 32, generator=torch.Generator().manual_seed(0)) < 0.5
+    numbers = torch.arange(4 * 32).view(4, 32) // 20
+    batch = batch_of(ROWS, mask)._replace(documents=numbers.numpy())
+    nats = torch.zeros(7, dtype=torch.float64)
+    assert engine.evaluate(batch, document_nats=nats) == engine.evaluate(batch)
+    logits = engine.model.logits(ROWS[:, :-1]).transpose(1, 2)
+    each = cross_entropy(logits, ROWS[:, 1:], reduction="none") * mask
+    apart = [each[numbers == number].sum().item() for number in range(7)]
+    assert nats.tolist() == pytest.approx(apart, rel=1e-6)
+
+
 @pytest.mark.parametrize("micro_batch", [2, 4])
 def test_targets_that_are_padding_count_nowhere(config, micro_batch: int) -> None:
     mask = torch.arange(32) < torch.tensor([[32], [7], [20], [1]])

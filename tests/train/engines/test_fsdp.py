@@ -13,6 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.tensor import DTensor
 
 from data.batch import Batch
+from data.prefetch import never
 from phd.block import Block
 from phd.config import SamplingConfig
 from phd.inference.generator import Generator, Request
@@ -195,8 +196,8 @@ def test_a_step_that_is_given_up_leaves_nothing_behind(cut: str, precision: str)
 # Evaluating and generating between steps
 
 
-def between(groups: ProcessGroups, config: Config) -> tuple[bool, float, np.ndarray]:
-    """(whether steps are as if nothing had been between, a loss, logits)."""
+def between(groups: ProcessGroups, config: Config) -> tuple[bool, float, np.ndarray, np.ndarray]:
+    """(whether steps are as if nothing had been between, a loss, logits, losses of documents)."""
     engine, twin = FsdpEngine(config, groups), FsdpEngine(config, groups)
     with engine.summon_full_params() as model, torch.no_grad():
         model.logits(ROWS[:1, :-1])  # before any step
@@ -204,17 +205,26 @@ def between(groups: ProcessGroups, config: Config) -> tuple[bool, float, np.ndar
         train_step(engine, share(groups), 0.01)
         train_step(twin, share(groups), 0.01)
         total, targets = engine.evaluate(batch_of(ROWS[:5]))
+        nats = torch.zeros(12, dtype=torch.float64)
+        documents = np.arange(5 * 16).reshape(5, 16) // 7
+        again = engine.evaluate(batch_of(ROWS[:5])._replace(documents=documents), never, nats)
+        assert again == (total, targets)
         with engine.summon_full_params() as model, torch.no_grad():
             logits = model.logits(ROWS[:1, :-1])
-    return equal(digest(engine), digest(twin)), (total / targets).item(), logits.numpy()
+    loss = (total / targets).item()
+    return equal(digest(engine), digest(twin)), loss, logits.numpy(), nats.numpy()
 
 
 @pytest.mark.process
 @pytest.mark.parametrize("policy", ["auto", "always", "never"])
 def test_evaluating_and_generating_see_the_newest_weights_and_change_nothing(policy: str) -> None:
     settings = f"engine.reshard_after_forward={policy}"
-    _, loss, logits = between(ProcessGroups(), config_of())
-    for same, found, generated in run_ranks(2, between, config_of("engine=fsdp", settings)):
+    _, loss, logits, nats = between(ProcessGroups(), config_of())
+    assert nats.sum() / (5 * 16) == pytest.approx(loss, abs=1e-5)
+    for same, found, generated, of_documents in run_ranks(
+        2, between, config_of("engine=fsdp", settings)
+    ):
+        np.testing.assert_allclose(of_documents, nats, atol=1e-4)
         assert same
         assert found == pytest.approx(loss, abs=1e-5)
         np.testing.assert_allclose(generated, logits, atol=1e-4)

@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -220,7 +221,14 @@ def used(groups: ProcessGroups, stage: int, _: Path) -> dict[str, Any]:
         twin.load(weights)
         with engine.summon_full_params() as model, torch.no_grad():
             logits = model.logits(TOKENS[:2])
+        numbers = np.arange(TOKENS[:, 1:].numel()).reshape(BATCH, 16) // 20
+        nats = torch.zeros(7, dtype=torch.float64)
+        rows = batch(0)._replace(documents=numbers)
+        each = twin.loss(TOKENS[:, :-1], TOKENS[:, 1:], per_target=True).per_target
+        expected_nats = np.bincount(numbers.ravel(), (each * MASK).numpy(force=True).ravel())
         return {
+            "same sums": engine.evaluate(rows, document_nats=nats) == engine.evaluate(rows),
+            "documents' losses": (nats.tolist(), expected_nats.tolist()),
             "difference": difference,
             "writes": (written, expected),
             "trains on": applied,
@@ -394,6 +402,9 @@ def test_the_model_can_be_used_between_steps_and_after_new_weights(stage: int, a
         assert found == expected
         assert seen["trains on"]
         assert seen["loaded"]
+        assert seen["same sums"]
+        found, expected = seen["documents' losses"]
+        assert found == pytest.approx(expected, abs=1e-4)
         assert seen["difference after loading"] < 1e-5
 
 

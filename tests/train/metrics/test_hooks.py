@@ -3,7 +3,7 @@
 import io
 from dataclasses import replace
 from itertools import pairwise
-from math import log
+from math import log, sqrt
 from pathlib import Path
 
 import numpy as np
@@ -69,7 +69,8 @@ LOGGED = {
     "progress/train_flops",
 }
 CHECKPOINT = {"checkpoint/save_s", "checkpoint/stall_s", "checkpoint/step"}
-AT_THE_END = {"eval/heldout/loss", "eval/heldout/bits_per_byte", "sample/text", *CHECKPOINT}
+EVALUATED = ("loss", "bits_per_byte", "bits_per_byte_stderr", "documents", "tokens", "bytes")
+AT_THE_END = {*(f"eval/heldout/{name}" for name in EVALUATED), "sample/text", *CHECKPOINT}
 
 
 LANE = LaneCursor({"files": SourceState(Cursor(epoch=3), tokens=400)}, skip=7)
@@ -335,7 +336,22 @@ def test_the_evaluation_is_the_mean_over_the_held_out_targets(config, opened) ->
     assert metrics["eval/heldout/loss"] == pytest.approx(total / mask.sum().item(), rel=1e-5)
     # Every held-out document's bytes, each once.
     size = sum(len(document.text.encode()) for document in run.stream.documents.held_out("files"))
-    assert metrics["eval/heldout/bits_per_byte"] == pytest.approx(total / log(2) / size, rel=1e-5)
+    bits = metrics["eval/heldout/bits_per_byte"]
+    assert bits == pytest.approx(total / log(2) / size, rel=1e-5)
+    # The same a document at a time: its tokens are a separator's, its own and a separator's.
+    documents = list(run.stream.documents.held_out("files"))
+    numbers = text.documents
+    each = [
+        nats(run.engine, rows, mask & torch.from_numpy(numbers == n)) for n in range(len(documents))
+    ]
+    sizes = [len(document.text.encode()) for document in documents]
+    squares = [(n / log(2) - bits * s) ** 2 for n, s in zip(each, sizes, strict=True)]
+    count = len(documents)
+    assert metrics["eval/heldout/bits_per_byte_stderr"] == pytest.approx(
+        sqrt(count / (count - 1) * sum(squares)) / size, rel=1e-4
+    )
+    told = {name: metrics[f"eval/heldout/{name}"] for name in ("documents", "tokens", "bytes")}
+    assert told == {"documents": count, "tokens": int(mask.sum()), "bytes": size}
 
 
 def test_padding_never_counts(config) -> None:
