@@ -37,15 +37,16 @@ class Heldout:
     Attributes:
         bits_per_byte: the mean over all bytes; its standard error is over documents.
         loss: nats per token.
-        tokens: targets, of which the loss is the mean.
-        bytes: of the text in UTF-8.
-        documents: how many; None where only sums were kept.
+        tokens: targets, of which the loss is the mean; None where this was not kept, as in the
+            middle of a run.
+        bytes: of the text in UTF-8; None likewise.
+        documents: how many; None likewise.
     """
 
     bits_per_byte: Estimate
     loss: float
-    tokens: int
-    bytes: int
+    tokens: int | None = None
+    bytes: int | None = None
     documents: int | None = None
 
 
@@ -151,7 +152,7 @@ class Result:
         mfu: model FLOPs utilization, the median; None where the device's peak is not known.
         loss: training loss at the end, of the last batch.
         loss_ema: the smoothed training loss at the end; see `Curve`.
-        heldout: by the name of the source or file.
+        heldout: by the name of the source or file; of the last step that was evaluated.
         tasks: by the name of the task.
         kv_context: the tokens of the sequence whose cache is counted.
         kv_bytes: of the whole cache.

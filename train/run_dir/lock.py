@@ -132,6 +132,20 @@ def hold_run_dir(directory: Path, groups: ProcessGroups, console: Console) -> It
             lock.release()
 
 
+def holder_of(directory: Path) -> Holder | None:
+    """Who holds a run's directory, as far as a look can tell; None if nobody does.
+
+    On another machine the last heartbeat counts, by the clock of this one.
+    """
+    chain = _chain(directory)
+    holder = chain[-1].holder if chain else None
+    if holder is None or holder.lives is False:
+        return None
+    beat = _beat_of(chain[-1].path)
+    alive = holder.lives or (beat is not None and time() - beat <= LEASE_S)
+    return holder if alive else None
+
+
 _HELD: "dict[Path, RunLock]" = {}
 """What this process holds, by real path."""
 

@@ -192,12 +192,12 @@ def _default_names(config: Config, swept: Mapping[str, str]) -> list[str]:
         label for key, label in swept.items() if key not in NAMED_GROUPS and not is_fixed(key)
     ]
     earlier = [label for key, label in swept.items() if key not in NAMED_EARLIER]
-    name = default_name(config, *_usual(config))
+    name = default_name(config, *usual_settings(config))
     names = ("-".join([base, *ls]) for base, ls in ((name, silent), (config.name, earlier)))
     return list(dict.fromkeys(names))
 
 
-def _usual(config: Config) -> tuple[dict[str, Any], str]:
+def usual_settings(config: Config) -> tuple[dict[str, Any], str]:
     """The usual settings of a run of this size and text, and the text's name.
 
     Sources that no file of conf/data/ names have the defaults of their kind.

@@ -1,0 +1,184 @@
+"""A result tells what a run's directory holds, once each, and survives being made again."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from conf.errors import DataError
+from train.compose import load
+from train.config import Config
+from train.experiments import curves
+from train.experiments.ledger import (
+    Ended,
+    add_scores,
+    forget_end,
+    group_of,
+    read_run,
+    record_end,
+    result_of,
+    update,
+)
+from train.experiments.result import Estimate, Heldout, TaskScore, read_result
+
+SCORE = TaskScore(
+    accuracy=Estimate(value=0.5, standard_error=0.1), accuracy_norm=None, shots=0, questions=20
+)
+TEXT = Heldout(bits_per_byte=Estimate(value=1.5, standard_error=0.1), loss=3.0, tokens=5, bytes=9)
+
+
+def line(step: int, loss: float | None, step_s: float = 0.5, **others: Any) -> dict[str, Any]:
+    """A line of `metrics.jsonl` of a run with 10 tokens and 100 FLOPs a step."""
+    return {
+        "step": step,
+        "train/loss": loss,
+        "progress/tokens": 10 * step,
+        "progress/train_flops": 100.0 * step,
+        "throughput/step_s": step_s,
+        "throughput/tokens_per_s": 10 / step_s,
+        "throughput/tokens_per_s_per_device": 5 / step_s,
+        **others,
+    }
+
+
+def evaluated(bits: float, **others: Any) -> dict[str, Any]:
+    told = {"loss": 2 * bits, "bits_per_byte": bits, **others}
+    return {f"eval/heldout/{name}": value for name, value in told.items()}
+
+
+@pytest.fixture(scope="module")
+def settings(small_at: Callable[..., list[str]]) -> Config:
+    """Of a run of six steps."""
+    return load(small_at(Path("runs/small")))
+
+
+@pytest.fixture
+def run(settings: Config, tmp_path: Path) -> Callable[..., Path]:
+    """Writes the directory of a run of six steps that logged these lines."""
+
+    def written(*lines: dict[str, Any]) -> Path:
+        directory = tmp_path / "run"
+        directory.mkdir(exist_ok=True)
+        (directory / "config.yaml").write_text(yaml.safe_dump(settings.to_dict()))
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (directory / "metrics.jsonl").write_text(text)
+        return directory
+
+    return written
+
+
+def test_an_old_run_gives_a_result(run) -> None:
+    last = evaluated(2.0, bits_per_byte_stderr=0.1, documents=7, tokens=50, bytes=90)
+    directory = run(line(2, 4.0, 1.0), {"step": 4, **evaluated(3.0)}, line(6, 3.0, 0.5, **last))
+    start = {"argv": ["/bin/python", "train/main.py", "seed=0"], "revision": "abc", "device": "GPU"}
+    (directory / "environment.json").write_text(json.dumps([{}, start]))
+    found = result_of(directory)
+    assert (found.status, found.reason) == ("finished", None)
+    assert (found.steps, found.tokens, found.train_flops, found.train_s) == (6, 60, 600.0, 4.0)
+    assert (found.devices, found.device, found.commit) == (2, "GPU", "abc")
+    assert found.command == "python train/main.py seed=0"
+    assert (found.loss, found.tokens_per_s) == (3.0, 15.0)
+    assert found.heldout == {
+        "heldout": Heldout(
+            bits_per_byte=Estimate(value=2.0, standard_error=0.1),
+            loss=4.0,
+            tokens=50,
+            bytes=90,
+            documents=7,
+        )
+    }
+    curve = found.heldout_curves["heldout"]
+    assert (curve.step, curve.bits_per_byte) == ([4, 6], [3.0, 2.0])
+    assert (curve.tokens, curve.flops, curve.seconds) == ([40, 60], [400.0, 600.0], [3.0, 4.0])
+    assert found.differences["model.dim"] == 16
+    assert not {"engine.compile", "run.dir"} & found.differences.keys()
+    assert read_result(update(directory)) == found == read_run(directory)
+
+
+def test_a_step_that_was_taken_again_counts_once(run) -> None:
+    before = [line(2, 9.0), line(4, 9.0, **evaluated(9.0))]
+    again = [line(3, 4.0), line(4, 4.0), {"step": 3, **evaluated(5.0)}]
+    found = result_of(run(*before, *again))
+    assert (found.curve.step, found.curve.loss) == ([2, 3, 4], [9.0, 4.0, 4.0])
+    assert found.train_s == 4 * 0.5
+    assert found.heldout_curves["heldout"].bits_per_byte == [5.0]
+
+
+def test_losses_are_smoothed_by_steps_and_then_thinned(
+    run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    each = [line(step, float(step % 3)) for step in range(1, 7)]
+    slow, weight = 0.0, 0.0
+    for step in range(1, 7):
+        slow, weight = 0.99 * slow + 0.01 * (step % 3), 0.99 * weight + 0.01
+    assert result_of(run(*each)).loss_ema == pytest.approx(slow / weight)
+    monkeypatch.setattr(curves, "MOST_POINTS", 3)
+    thin = result_of(run(*each)).curve
+    assert thin.step == [1, 3, 6]
+    assert thin.loss_ema[-1] == pytest.approx(slow / weight)
+
+
+@pytest.mark.parametrize(
+    ("losses", "status", "says"),
+    [
+        ([3.0], "unfinished", "step 1 of 6; it ended without a word"),
+        ([], "unfinished", "step 0 of 6; it ended without a word"),
+        ([3.0, None], "diverged", "the loss of step 2 is not finite"),
+        ([3.0] * 6, "finished", None),
+    ],
+)
+def test_a_run_that_noted_no_end_stands_as_its_metrics_tell(run, losses, status, says) -> None:
+    found = result_of(run(*(line(step, loss) for step, loss in enumerate(losses, 1))))
+    assert (found.status, found.reason) == (status, says)
+
+
+def test_how_a_run_has_ended_is_kept_until_it_goes_on(run) -> None:
+    directory = run(line(1, 3.0))
+    ended = Ended(status="failed", reason="DataError: https://me:secret@host/a is missing")
+    for found in (read_result(record_end(directory, ended)), result_of(directory)):
+        assert found.status == "failed"
+        assert found.reason == "DataError: https://***@host/a is missing"
+    forget_end(directory)
+    assert result_of(directory).status == "unfinished"
+
+
+def test_scores_stay_until_there_is_a_later_checkpoint(run) -> None:
+    directory = run(line(6, 3.0, **evaluated(2.0)))
+    add_scores(directory, step=6, tasks={"arc": SCORE})
+    found = read_result(add_scores(directory, step=6, heldout={"my.jsonl": TEXT}))
+    assert found.tasks == {"arc": SCORE}
+    assert found.heldout.keys() == {"heldout", "my.jsonl"}
+    assert result_of(directory) == found
+    later = directory / "checkpoints" / "step_00000009"
+    later.mkdir(parents=True)
+    assert result_of(directory) == found  # it is not complete
+    (later / "COMPLETE").touch()
+    assert result_of(directory).tasks == {}
+    assert add_scores(directory, step=9, heldout={"my.jsonl": TEXT})
+    assert result_of(directory).tasks == {}
+
+
+def test_runs_are_of_one_group_if_only_their_seed_differs(settings) -> None:
+    named = replace(settings.run, name="a", dir="b")
+    same = replace(settings, run=named, seed=3, checkpoint=replace(settings.checkpoint, every=7))
+    longer = replace(settings, train=replace(settings.train, max_steps=7))
+    faster = replace(settings, optim=replace(settings.optim, lr=0.5))
+    groups = [group_of(config) for config in (settings, same, longer, faster)]
+    assert groups[0] == groups[1]
+    assert len(set(groups)) == 3
+
+
+def test_damaged_files_are_told(run) -> None:
+    directory = run(line(1, 3.0))
+    for name in ("scores.json", "ended.json"):
+        (directory / name).write_text("{")
+        with pytest.raises(DataError, match=f"{name}: is damaged"):
+            result_of(directory)
+        (directory / name).unlink()
+    (directory / "config.yaml").write_text("modle: 1")
+    with pytest.raises(DataError, match=r"config\.yaml: is of another version"):
+        result_of(directory)

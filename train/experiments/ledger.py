@@ -1,0 +1,323 @@
+"""The ledger: the result of each run, made of what lies in the run's directory.
+
+    config.yaml, environment.json    the settings, and what the run was started with
+    metrics.jsonl                    the curves, and the last evaluation
+    scores.json                      what evaluate.py has found; see scores.py
+    inference.json                   what bench.py inference has measured; see latency.py
+    ended.json                       how the last start ended; absent while one is at work
+
+A run writes `result.json` at its end. It holds nothing that is not in these files, so a result can
+be made again, also of a run of an earlier version or of one that was killed.
+"""
+
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from conf.errors import ConfigError, DataError
+from conf.redaction import redacted, redacted_tree
+from conf.validation import as_dict, flatten_keys
+from data.storage.atomic import write_atomic
+from phd.inference.cache import kv_bytes
+from phd.model import count_parameters
+from train.config import Config
+from train.engines.device import precision
+from train.experiments.curves import (
+    BITS,
+    EVAL,
+    Line,
+    curve_of,
+    heldout_curves,
+    median_of,
+    progress_of,
+    read_lines,
+)
+from train.experiments.result import FILE as RESULT
+from train.experiments.result import (
+    Estimate,
+    Heldout,
+    Result,
+    Status,
+    TaskScore,
+    read_result,
+    write_result,
+)
+from train.experiments.scores import Scores, read_scores, write_scores
+from train.run_dir.lock import holder_of
+from train.run_dir.name import identity, short_hash, usual_settings
+
+ENDED = "ended.json"
+
+TRAINED_ALIKE = ("engine.precision", "engine.fp8_scaling", "eval.rows")
+"""Settings that a run may change when it goes on, and that two seeds of one group share."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ended:
+    """How the last start of a run ended; `reason` is empty where it is finished."""
+
+    status: Status
+    reason: str = ""
+
+
+def record_end(directory: Path, ended: Ended) -> Path:
+    """Note how a run has ended, and write its result.
+
+    Raises:
+        OSError: a file cannot be written.
+        DataError, ConfigError: see `result_of`.
+    """
+    ended = Ended(status=ended.status, reason=redacted(ended.reason))
+    write_atomic(directory / ENDED, json.dumps(as_dict(ended), indent=1) + "\n")
+    return update(directory)
+
+
+def forget_end(directory: Path) -> None:
+    """The run goes on: until it ends again, it is unfinished, whatever kills it."""
+    (directory / ENDED).unlink(missing_ok=True)
+
+
+def add_scores(
+    directory: Path,
+    *,
+    step: int,
+    heldout: Mapping[str, Heldout] | None = None,
+    tasks: Mapping[str, TaskScore] | None = None,
+) -> Path:
+    """Add the scores of a checkpoint to the result of its run; returns the path of the result.
+
+    They stay when the result is made again, until the run has a later checkpoint.
+
+    Args:
+        directory: of the run.
+        step: of the checkpoint.
+        heldout: by the name of the source or file.
+        tasks: by the name of the task.
+
+    Raises:
+        OSError: a file cannot be written.
+        DataError, ConfigError: see `result_of`.
+    """
+    write_scores(directory, Scores(step=step, heldout=heldout or {}, tasks=tasks or {}))
+    return update(directory)
+
+
+def update(directory: Path) -> Path:
+    """Make the result of a run anew, and write it; returns its path."""
+    return write_result(directory, result_of(directory))
+
+
+def read_run(path: Path) -> Result:
+    """The result of a run: of its directory, or of a `result.json` that lies anywhere.
+
+    A directory's is made anew, because a run that was killed could not write it; where only the
+    result was kept, it is read.
+
+    Raises:
+        OSError: there is no such file, or it cannot be read.
+        DataError, ConfigError: it is damaged, or of another version.
+    """
+    if not path.is_dir():
+        return read_result(path)
+    if not is_run(path):
+        return read_result(path / RESULT)
+    return result_of(path)
+
+
+def is_run(directory: Path) -> bool:
+    """Whether a directory is one of a run, from which a result can be made."""
+    return (directory / "config.yaml").is_file()
+
+
+def result_of(directory: Path) -> Result:
+    """What came of a run, from the files in its directory.
+
+    Raises:
+        OSError: `config.yaml` cannot be read.
+        ConfigError: it holds settings that this version does not know.
+        DataError: it is damaged, or another file is.
+    """
+    config = _config_of(directory)
+    start = _last_start(directory)
+    lines = read_lines(directory / "metrics.jsonl")
+    trained = [line for line in lines if "train/loss" in line]
+    progress = progress_of(trained, config.train.tokens_per_step, config.flops_per_step)
+    curve, last = curve_of(trained, progress), trained[-1] if trained else {}
+    ended = _ended(directory, config, last)
+    scores = _scores_of_newest(directory)
+    parameters = count_parameters(config.model)
+    context, dtype = config.hooks.kv.context, precision(config.engine, _device_of(start))
+    cost = kv_bytes(config.model, context, dtype)
+    settings = flatten_keys(redacted_tree(config.to_dict()))
+    return Result(
+        name=config.run.name or directory.resolve().name,
+        status=ended.status,
+        reason=ended.reason or None,
+        model=config.model.name,
+        size=config.model.size,
+        seed=config.seed,
+        config_hash=short_hash(identity(config)),
+        group=group_of(config),
+        differences=_differences(config, settings),
+        settings=settings,
+        command=shlex.join(start.get("launcher") or ["python", *start.get("argv", [])[1:]]),
+        commit=start.get("revision"),
+        changed=start.get("changed"),
+        versions={"python": start.get("python"), **start.get("packages", {})},
+        device=_device_name(start),
+        devices=_devices(trained),
+        parameters=sum(parameters.values()),
+        embedding_parameters=parameters["embedding"] + parameters["head"],
+        steps=int(last.get("step", 0)),
+        tokens=int(progress.tokens[-1]) if trained else 0,
+        train_flops=float(progress.flops[-1]) if trained else 0.0,
+        train_s=float(progress.seconds[-1]) if trained else 0.0,
+        tokens_per_s=median_of(trained, "throughput/tokens_per_s"),
+        mfu=median_of(trained, "throughput/mfu"),
+        loss=last.get("train/loss"),
+        loss_ema=curve.loss_ema[-1] if curve.loss_ema else None,
+        heldout={**heldout_of(lines), **(scores.heldout if scores else {})},
+        tasks=dict(scores.tasks) if scores else {},
+        kv_context=context,
+        kv_bytes=int(last.get("kv/bytes_per_sequence", cost.total)),
+        kv_hidden_bytes=int(last.get("kv/hidden_bytes_per_sequence", cost.hidden)),
+        flops_per_token=config.flops_per_step / config.train.tokens_per_step,
+        curve=curve,
+        heldout_curves=heldout_curves(lines, progress),
+    )
+
+
+def group_of(config: Config) -> str:
+    """A name that is equal for runs that differ in nothing but their seed.
+
+    Unlike `identity`, it tells runs of different lengths apart.
+    """
+    settings = flatten_keys(redacted_tree(config.to_dict()))
+    alike = {key: value for key, value in settings.items() if key.startswith(TRAINED_ALIKE)}
+    alike |= {key: value for key, value in settings.items() if key.endswith(".epochs")}
+    length = config.total_steps or f"{config.train.max_time} s"
+    own = identity(config) | alike | {"length": length}
+    del own["seed"]
+    return f"{config.model.name}-{config.model.size}-{short_hash(own)}"
+
+
+def heldout_of(lines: Sequence[Line]) -> dict[str, Heldout]:
+    """The last evaluation of each source that `metrics.jsonl` tells of."""
+    found = {}
+    for line in lines:
+        for key, bits in line.items():
+            if not (key.startswith(EVAL) and key.endswith(BITS) and bits is not None):
+                continue
+            source = key.removeprefix(EVAL).removesuffix(BITS)
+            told = {name: line.get(f"{EVAL}{source}/{name}") for name in _TOLD}
+            error = line.get(f"{key}_stderr")
+            found[source] = Heldout(
+                bits_per_byte=Estimate(value=bits, standard_error=error),
+                loss=line[f"{EVAL}{source}/loss"],
+                **told,
+            )
+    return found
+
+
+_TOLD = ("tokens", "bytes", "documents")
+
+
+def _config_of(directory: Path) -> Config:
+    """The settings of a run's last start."""
+    path = directory / "config.yaml"
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: is damaged ({error})") from None
+    if not isinstance(values, dict):
+        raise DataError(f"{path}: holds no settings")
+    try:
+        return Config.from_dict(values)
+    except ConfigError as error:
+        problems = "; ".join(map(str, error.problems))
+        raise DataError(f"{path}: is of another version, or damaged: {problems}") from None
+
+
+def _last_start(directory: Path) -> dict[str, Any]:
+    """The environment of the last start; empty where it is not known."""
+    try:
+        starts = json.loads((directory / "environment.json").read_bytes())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return starts[-1] if isinstance(starts, list) and starts else {}
+
+
+def _ended(directory: Path, config: Config, last: Mapping[str, Any]) -> Ended:
+    """How a run stands: as it has noted, or as its metrics and its lock tell."""
+    holder = holder_of(directory)
+    if holder is not None:
+        return Ended(status="unfinished", reason=f"is at work: {holder}")
+    if last and last["train/loss"] is None:
+        return Ended(status="diverged", reason=f"the loss of step {last['step']} is not finite")
+    try:
+        return _adapter().validate_json((directory / ENDED).read_bytes())
+    except FileNotFoundError:
+        pass
+    except ValidationError as error:
+        raise DataError(f"{directory / ENDED}: is damaged ({error}); delete it") from None
+    steps, total = last.get("step", 0), config.total_steps
+    if total is not None and steps >= total:
+        return Ended(status="finished")
+    length = f" of {total}" if total is not None else ""
+    return Ended(status="unfinished", reason=f"step {steps}{length}; it ended without a word")
+
+
+@cache
+def _adapter() -> TypeAdapter[Ended]:
+    return TypeAdapter(Ended)
+
+
+def _scores_of_newest(directory: Path) -> Scores | None:
+    """The scores of a run's newest checkpoint; None if only an earlier one was evaluated."""
+    scores = read_scores(directory)
+    newest = max((path.parent.name for path in directory.glob(CHECKPOINTS)), default="")
+    step = int(newest.removeprefix("step_") or 0)
+    return scores if scores is not None and scores.step >= step else None
+
+
+CHECKPOINTS = "checkpoints/step_*/COMPLETE"
+
+
+def _differences(config: Config, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that differ from the defaults of the run's size and text."""
+    usual, _ = usual_settings(config)
+    # Of what has several kinds, those defaults tell the kind alone.
+    usual = flatten_keys(as_dict(type(config.engine)()), "engine.") | usual
+    unused = {problem.key for problem in config.unused()}
+    return {
+        key: value
+        for key, value in settings.items()
+        if not key.startswith("run.") and key not in unused
+        if key not in usual or usual[key] != value
+    }
+
+
+def _device_of(start: Mapping[str, Any]) -> torch.device:
+    """The kind of the device on which a start has trained."""
+    return torch.device("cpu" if start.get("device", "cpu") == "cpu" else "cuda")
+
+
+def _device_name(start: Mapping[str, Any]) -> str:
+    name = start.get("device") or "not known"
+    return start.get("processor") or name if name == "cpu" else name
+
+
+def _devices(lines: Sequence[Line]) -> int:
+    """How many ranks have trained; 1 where no speed was logged."""
+    for line in reversed(lines):
+        if each := line.get("throughput/tokens_per_s_per_device"):
+            return round(line["throughput/tokens_per_s"] / each)
+    return 1

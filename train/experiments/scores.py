@@ -1,0 +1,70 @@
+"""What `evaluate.py` has found, in `scores.json` of the run's directory.
+
+It is a file of its own, so that the result of a run can be made anew without losing it.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+
+from pydantic import TypeAdapter, ValidationError
+
+from conf.errors import DataError
+from conf.validation import as_dict
+from data.storage.atomic import write_atomic
+from train.experiments.result import Heldout, TaskScore
+
+FILE = "scores.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """The scores of a run's checkpoint.
+
+    Attributes:
+        step: optimizer steps of the checkpoint.
+        heldout: by the name of the source or file.
+        tasks: by the name of the task.
+    """
+
+    step: int
+    heldout: Mapping[str, Heldout] = field(default_factory=dict)
+    tasks: Mapping[str, TaskScore] = field(default_factory=dict)
+
+
+def write_scores(directory: Path, new: Scores) -> None:
+    """Add scores to those of the run's directory; those of another step are dropped.
+
+    Raises:
+        OSError: they cannot be written.
+    """
+    before = read_scores(directory)
+    if before is not None and before.step == new.step:
+        new = replace(
+            new,
+            heldout={**before.heldout, **new.heldout},
+            tasks={**before.tasks, **new.tasks},
+        )
+    write_atomic(directory / FILE, json.dumps(as_dict(new), indent=1, allow_nan=False) + "\n")
+
+
+def read_scores(directory: Path) -> Scores | None:
+    """The scores of a run; None if it has none.
+
+    Raises:
+        DataError: the file is damaged.
+    """
+    path = directory / FILE
+    try:
+        return _adapter().validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValidationError as error:
+        raise DataError(f"{path}: is damaged ({error}); delete it and evaluate again") from None
+
+
+@cache
+def _adapter() -> TypeAdapter[Scores]:
+    return TypeAdapter(Scores)
