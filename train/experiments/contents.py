@@ -1,0 +1,37 @@
+"""What a report contains, from top to bottom."""
+
+from collections.abc import Callable, Sequence
+
+from conf.wording import plural
+from train.experiments.document import Section
+from train.experiments.experiment import Experiment, experiment_of
+from train.experiments.page import Report
+from train.experiments.result import Result
+from train.experiments.sections.ablations import ablations
+from train.experiments.sections.costs import costs
+from train.experiments.sections.curves import curves
+from train.experiments.sections.settings import settings
+from train.experiments.sections.tasks import tasks
+from train.experiments.sections.unfinished import unfinished
+
+SECTIONS: tuple[Callable[[Experiment], Section | None], ...] = (
+    curves,
+    costs,
+    ablations,
+    tasks,
+    settings,
+    unfinished,
+)
+"""Each says what it has to say of an experiment; None where the question makes no sense. Where
+something was not measured, a section says so, and with which command it is."""
+
+
+def report_of(results: Sequence[Result], title: str) -> Report:
+    """The report of some runs, of which there is at least one."""
+    experiment = experiment_of(results)
+    found = [section(experiment) for section in SECTIONS]
+    groups = plural(len(experiment.groups), "group")
+    finished = sum(len(group.runs) for group in experiment.groups)
+    runs = f"{plural(len(results), 'run')}, of which {finished} finished"
+    subject = f"{runs}: {groups} that differ in more than their seed"
+    return Report(title, subject, tuple(section for section in found if section))

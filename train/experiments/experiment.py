@@ -1,0 +1,70 @@
+"""The runs of a report, their groups, and the measure by which they are compared."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from train.experiments.groups import Group, groups_of
+from train.experiments.result import Result
+from train.experiments.spread import Spread, spread
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What runs are compared by; less is better.
+
+    Attributes:
+        words: its name in a sentence.
+        unit: of its values.
+        of: its value for a run; None if the run has none.
+    """
+
+    words: str
+    unit: str
+    of: Callable[[Result], float | None]
+
+    def spread(self, group: Group) -> Spread | None:
+        """Its value over the seeds of a group; None if a run has none."""
+        values = [self.of(run) for run in group.runs]
+        known = [value for value in values if value is not None]
+        return spread(known) if len(known) == len(values) else None
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What the sections of a report are made from.
+
+    Attributes:
+        results: of all runs, whatever became of them.
+        groups: of the finished ones, in the order of legends and tables.
+        measure: held-out bits per byte of the source that all groups have; where there is none, the
+            smoothed training loss.
+    """
+
+    results: tuple[Result, ...]
+    groups: tuple[Group, ...]
+    measure: Measure
+
+    def vanilla_of(self, group: Group) -> Group | None:
+        """The vanilla model of a group's size, preferably trained on as many tokens."""
+        found = [
+            g for g in self.groups if g.model == "vanilla" and g.runs[0].size == group.runs[0].size
+        ]
+        return min(found, key=lambda g: abs(g.runs[0].tokens - group.runs[0].tokens), default=None)
+
+
+def experiment_of(results: Sequence[Result]) -> Experiment:
+    """The experiment that some runs are."""
+    groups = tuple(groups_of(results))
+    return Experiment(tuple(results), groups, _measure([run for g in groups for run in g.runs]))
+
+
+def _measure(runs: Sequence[Result]) -> Measure:
+    common = set.intersection(*(set(run.heldout) for run in runs)) if runs else set()
+    if not common:
+        return Measure("smoothed training loss", "nats per token", lambda run: run.loss_ema)
+    # The text of the run itself, where it was evaluated on further files as well.
+    name = "heldout" if "heldout" in common else min(common)
+    where = "held-out" if name == "heldout" else name
+    return Measure(
+        f"{where} bits per byte", "bits per byte", lambda run: run.heldout[name].bits_per_byte.value
+    )

@@ -1,0 +1,143 @@
+"""Runs that differ in nothing but their seed, with a label and a style for charts and tables."""
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from conf.wording import short_count
+from train.experiments.result import Result
+from train.experiments.source import Source, source_of
+from train.experiments.theme import Style, styles
+
+UNTOLD = (
+    *(
+        "run.",
+        "seed",
+        "engine.",
+        "checkpoint.",
+        "faults.",
+        "eval.",
+        "hooks.",
+        "tokenizer.cache_dir",
+    ),
+    *("train.max_", "train.micro_batch", "train.profile", "data.workers", "data.prefetch"),
+    *("data.remote.", "data.cache.", "data.max_quarantined", "model.attention"),
+)
+"""How the settings begin that a label does not tell: they make no other model, or the tokens of the
+run tell them."""
+
+IN_THE_VARIANT = {f"model.{key}" for key in ("size", "variant", "K", "window", "chunk")}
+"""What the name of the variant and the size tell."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Finished runs that differ in nothing but their seed.
+
+    Attributes:
+        key: see `Result.group`.
+        label: names the variant and what else tells the group from the others of the report.
+        style: in which it is drawn everywhere.
+        runs: at least one.
+    """
+
+    key: str
+    label: str
+    style: Style
+    runs: tuple[Result, ...]
+
+    @property
+    def model(self) -> str:
+        """The name of the variant, such as `phd_cswa-2-16-32`."""
+        return self.runs[0].model
+
+
+def groups_of(results: Sequence[Result]) -> list[Group]:
+    """The groups of the finished runs, in the order of legends: vanilla, then as in the paper.
+
+    Args:
+        results: of any runs; those that have not finished are passed over.
+    """
+    runs: dict[str, list[Result]] = defaultdict(list)
+    for result in results:
+        if result.status == "finished":
+            runs[result.group].append(result)
+    first = {key: found[0] for key, found in runs.items()}
+    ordered = sorted(first, key=lambda key: _place(first[key]))
+    look = styles({key: first[key].model for key in ordered})
+    labels = _labels({key: first[key] for key in ordered})
+    by_seed = {key: tuple(sorted(runs[key], key=lambda run: run.seed)) for key in ordered}
+    return [Group(key, labels[key], look[key], by_seed[key]) for key in ordered]
+
+
+def source_of_groups(groups: Sequence[Group]) -> Source:
+    """The runs of some groups."""
+    return source_of(run for group in groups for run in group.runs)
+
+
+FAMILIES = ("vanilla", "naive_repeat", "phd", "phd_swa", "phd_cswa")
+
+
+def _place(result: Result) -> tuple[Any, ...]:
+    """Where a group stands in a legend: by its family, its numbers, its size and its length."""
+    family, *numbers = result.model.split("-")
+    rank = FAMILIES.index(family) if family in FAMILIES else len(FAMILIES)
+    values = [int(text) if text.isdigit() else 10**9 for text in numbers]
+    changes = len(result.differences)
+    return rank, values, result.parameters, result.tokens, changes, result.group
+
+
+def _labels(first: Mapping[str, Result]) -> dict[str, str]:
+    """A label for each group, by its first run; no two are equal."""
+    usual = {
+        size: _most_common([r for r in first.values() if r.size == size])
+        for size in {result.size for result in first.values()}
+    }
+    sizes, lengths = (
+        {getattr(result, name) for result in first.values()} for name in ("size", "tokens")
+    )
+    labels = {}
+    for key, result in first.items():
+        parts = [result.model]
+        parts += [result.size] if len(sizes) > 1 else []
+        parts += [f"{short_count(result.tokens)} tokens"] if len(lengths) > 1 else []
+        parts += [
+            f"{name.rpartition('.')[2]} {value}"
+            for name, value in told(result.settings).items()
+            if value != usual[result.size].get(name)
+        ]
+        labels[key] = ", ".join(parts)
+    taken = Counter(labels.values())
+    return {
+        k: f"{text} ({first[k].name})" if taken[text] > 1 else text for k, text in labels.items()
+    }
+
+
+def told(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that make another model, and that its name does not tell.
+
+    >>> told({"model.K": 2, "model.copy_embedding": True, "seed": 3, "optim.lr": 0.1})
+    {'model.copy_embedding': True, 'optim.lr': 0.1}
+    """
+    return {
+        key: value
+        for key, value in settings.items()
+        if not key.startswith(UNTOLD) and key not in IN_THE_VARIANT
+    }
+
+
+def _most_common(results: Sequence[Result]) -> dict[str, Any]:
+    """The value of each setting that most of the runs have; of equally many, the first one."""
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    values: dict[tuple[str, str], Any] = {}
+    for result in results:
+        for key, value in told(result.settings).items():
+            counts[key][repr(value)] += 1
+            values.setdefault((key, repr(value)), value)
+    return {key: values[key, found.most_common(1)[0][0]] for key, found in counts.items()}
+
+
+def legend(groups: Sequence[Group]) -> tuple[tuple[str, Style], ...]:
+    """The labels and styles of some groups."""
+    return tuple((group.label, group.style) for group in groups)

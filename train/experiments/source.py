@@ -1,0 +1,43 @@
+"""Which runs a figure or table is made of."""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from conf.wording import plural
+from train.experiments.result import Result
+
+
+@dataclass(frozen=True)
+class Source:
+    """The runs that a figure or table is made of.
+
+    Attributes:
+        runs: their names.
+        fewest, most: seeds of a group of runs that differ in nothing else.
+    """
+
+    runs: tuple[str, ...]
+    fewest: int
+    most: int
+
+    @property
+    def one_seed(self) -> bool:
+        """Whether no group has a second seed, so that no spread is known."""
+        return self.most == 1
+
+    def __str__(self) -> str:
+        if self.one_seed:
+            seeds = "one seed" + (" each" if len(self.runs) > 1 else "")
+        elif self.fewest == self.most:
+            seeds = plural(self.most, "seed") + (" each" if len(self.runs) > self.most else "")
+        else:
+            seeds = f"{self.fewest} to {plural(self.most, 'seed')} each"
+        return f"{plural(len(self.runs), 'run')}, {seeds}"
+
+
+def source_of(results: Iterable[Result]) -> Source:
+    """The source that some runs are; at least one."""
+    found = list(results)
+    seeds = Counter(result.group for result in found).values()
+    return Source(tuple(result.name for result in found), min(seeds), max(seeds))
