@@ -1,0 +1,1 @@
+"""Scaling laws that are fitted to the losses of runs."""

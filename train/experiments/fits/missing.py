@@ -1,0 +1,169 @@
+"""What runs lack for a law to be fitted to them.
+
+A fit always gives numbers. Whether they mean something is asked twice: of the runs' sizes, lengths
+and copies before it (`missing`), and of the fit and its bootstrap afterwards (`undetermined`).
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+
+from conf.wording import plural
+from train.experiments.fits.law import Law
+from train.experiments.fits.points import Floats, Points
+
+VALUES = 3
+"""Different values of a quantity that a constant, a coefficient and an exponent need."""
+
+SAME = 1.1
+"""Values whose ratio is below this count as one: lengths are whole steps, and differ by a few."""
+
+APART = 0.02
+"""The least scatter of log D around a line in log N, in log units, with which they differ."""
+
+NAMES = {"parameters": "size", "tokens": "length", "FLOPs": "number of training FLOPs"}
+
+
+def different(values: Iterable[float]) -> int:
+    """How many different values there are.
+
+    >>> different([1000, 1010, 2000, 1999, 3500])
+    3
+    """
+    logs = np.sort(np.log(list(values)))
+    return int(1 + np.sum(np.diff(logs) > np.log(SAME))) if len(logs) else 0
+
+
+def missing(law: Law, points: Points) -> list[str]:
+    """Why the constants of a law cannot follow from these runs, whatever their losses are.
+
+    Returns:
+        A sentence for each reason, with what is needed and what there is; none if they can.
+    """
+    if not points.runs:
+        return ["There is no finished run that has a loss."]
+    reasons = [*_too_few_values(law, points), *_too_few_groups(law, points)]
+    if law.copies and len(set(points.K)) < 2:
+        only = f"K = {points.K[0]:g}"
+        reasons.append(f"Runs with and without further copies are needed for phi; all have {only}.")
+    return reasons or _confounded(law, points)
+
+
+def _too_few_values(law: Law, points: Points) -> list[str]:
+    of = {"parameters": points.parameters, "tokens": points.tokens, "FLOPs": points.flops}
+    found = {term: different(of[term.of]) for term in law.terms}
+    if all(count >= VALUES for count in found.values()):
+        return []
+    needed = " and ".join(plural(VALUES, NAMES[term.of]) for term in law.terms)
+    names = " and ".join(term.exponent for term in law.terms)
+    verb = "is" if list(found.values()) == [1] else "are"
+    there = " and ".join(map(str, found.values()))
+    return [f"{needed} are needed for {names}; there {verb} {there}."]
+
+
+def _too_few_groups(law: Law, points: Points) -> list[str]:
+    constants, there = len(law.constants), len(points.groups)
+    if there > constants:
+        return []
+    verb = "is" if there == 1 else "are"
+    needed = f"{constants + 1} groups of runs are needed for {constants} constants"
+    return [f"{needed} and an estimate of the error; there {verb} {there}."]
+
+
+def _confounded(law: Law, points: Points) -> list[str]:
+    """Whether quantities rise together in these runs, so that what is due to which stays open."""
+    logs = {
+        "the size": np.log(points.parameters),
+        "the length": np.log(points.tokens),
+        "K": np.log(points.K),
+    }
+    used = ["the size"] * any(term.of == "parameters" for term in law.terms)
+    used += ["the length"] * any(term.of == "tokens" for term in law.terms)
+    used += ["K"] * law.copies
+    reasons = []
+    for name in used[1:]:
+        others = np.stack(
+            [np.ones(len(points.runs)), *(logs[n] for n in used if n != name)], axis=1
+        )
+        line, *_ = np.linalg.lstsq(others, logs[name], rcond=None)
+        if np.std(logs[name] - others @ line) < APART:
+            others_named = " and ".join(n for n in used if n != name)
+            reasons.append(
+                f"In these runs {name} follows from {others_named}, so that what is due to which "
+                f"cannot be told. Runs are needed in which {others_named} stays and {name} differs."
+            )
+    return reasons[:1]
+
+
+def undetermined(
+    law: Law,
+    points: Points,
+    constants: Mapping[str, float],
+    intervals: Mapping[str, tuple[float, float]],
+) -> list[str]:
+    """Why a fit's constants are not determined by the losses, though they could be by the design.
+
+    Args:
+        constants: of the fit.
+        intervals: the ends of each exponent's interval.
+
+    Returns:
+        A sentence for each reason; none if they are determined.
+    """
+    if weak := _without_weight(law, constants):
+        return weak
+    if reason := _without_rank(law, points, constants):
+        return [reason]
+    found = (
+        _unbounded(name, bounds, intervals[name])
+        for name, bounds in zip(law.exponents, law.bounds, strict=True)
+    )
+    return [reason for reason in found if reason]
+
+
+def _unbounded(name: str, bounds: tuple[float, float], interval: tuple[float, float]) -> str | None:
+    """Whether an interval reaches the end of the range in which the exponent is sought."""
+    margin = 5e-3 * (bounds[1] - bounds[0])
+    below, above = interval[0] < bounds[0] + margin, interval[1] > bounds[1] - margin
+    if not below and not above:
+        return None
+    end = "both ends" if below and above else "the lower end" if below else "the upper end"
+    return (
+        f"{name} is not determined: its 95 % interval reaches {end} of the range {bounds[0]:g} to "
+        f"{bounds[1]:g} in which it is sought. More sizes and lengths, further apart, or more "
+        "seeds would narrow it."
+    )
+
+
+def _without_weight(law: Law, constants: Mapping[str, float]) -> list[str]:
+    return [
+        f"The loss does not fall with the {NAMES[term.of]} in these runs: {term.coefficient} is 0, "
+        f"and {term.exponent} means nothing."
+        for term in law.terms
+        if constants[term.coefficient] == 0
+    ]
+
+
+def _without_rank(law: Law, points: Points, constants: Mapping[str, float]) -> str | None:
+    """The Jacobian of the losses has a rank below the number of constants, in float64."""
+    jacobian = sensitivities(law, points, constants)
+    values = np.linalg.svd(jacobian / np.linalg.norm(jacobian, axis=0), compute_uv=False)
+    if values[-1] > 1e-7 * values[0]:
+        return None
+    return "The constants of the law can be changed together without changing any run's loss."
+
+
+def sensitivities(law: Law, points: Points, constants: Mapping[str, float]) -> Floats:
+    """The derivatives of each run's loss by each constant, (runs, constants)."""
+    exponents: Sequence[float] = [constants[name] for name in law.exponents]
+    coefficients = np.array([constants[name] for name in law.coefficients])
+    columns = law.columns(points, exponents)
+    step = 1e-6
+    slopes = []
+    for place in range(len(exponents)):
+        up, down = (
+            law.columns(points, [*exponents[:place], exponents[place] + h, *exponents[place + 1 :]])
+            for h in (step, -step)
+        )
+        slopes.append((up - down) @ coefficients / (2 * step))
+    return np.column_stack([columns, *slopes])
