@@ -36,6 +36,8 @@ from train.distributed.process_groups import (
 )
 from train.distributed.signals import StopSignal, exit_immediately
 from train.ending import Ending
+from train.experiments.ledger import Ended, forget_end
+from train.experiments.recorder import failures_recorded, record_complete, record_end
 from train.inputs import check_inputs
 from train.loop import StoppedEarlyError, train
 from train.metrics.record import Hook, Metrics, StepRecord
@@ -67,15 +69,29 @@ def main(config: Config, hooks: Sequence[MakeHook] = ()) -> int:
         config = replace(config, run=groups.broadcast(config.run))
         # From here on, and not only from `open_run` on: it is told before anything else, and no
         # other process can come between two attempts.
-        with hold_run_dir(config.run_dir, groups, console):
-            raise_on_all_ranks(groups, lambda: check_inputs(config))
-            text = look_at_text(config) if groups.is_rank_zero else None
-            memory = smallest_memory(config, groups)
-            plan = make_plan(config, groups.world_size, text=text, memory=memory)
-            print_plan(plan, console)
-            if config.run.resume == "never" and any(groups.gather(groups.dist_env.restarts)):
-                config = _resuming(config)  # it was this very run that began anew
-            return train_to_the_end(config, console, groups, stop_signal, hooks)
+        with (
+            hold_run_dir(config.run_dir, groups, console),
+            failures_recorded(config, groups, console),
+        ):
+            return _plan_and_train(config, console, groups, stop_signal, hooks)
+
+
+def _plan_and_train(
+    config: Config,
+    console: Console,
+    groups: ProcessGroups,
+    stop_signal: StopSignal,
+    hooks: Sequence[MakeHook],
+) -> int:
+    """The whole start of a run whose directory is held."""
+    raise_on_all_ranks(groups, lambda: check_inputs(config))
+    text = look_at_text(config) if groups.is_rank_zero else None
+    memory = smallest_memory(config, groups)
+    plan = make_plan(config, groups.world_size, text=text, memory=memory)
+    print_plan(plan, console)
+    if config.run.resume == "never" and any(groups.gather(groups.dist_env.restarts)):
+        config = _resuming(config)  # it was this very run that began anew
+    return train_to_the_end(config, console, groups, stop_signal, hooks)
 
 
 def train_to_the_end(
@@ -98,7 +114,9 @@ def train_to_the_end(
         rollbacks = rollbacks + 1 if attempt.begun == begun else 1
         begun = attempt.begun
         if rollbacks > limit:
-            warn(console, f"{rollback}; faults.most_in_a_row={limit}: too many rollbacks in a row")
+            why = f"{rollback}; faults.most_in_a_row={limit}: too many rollbacks in a row"
+            warn(console, why)
+            record_end(config, groups, console, Ended(status="diverged", reason=why))
             return ExitCode.CRASHED
         warn(console, f"{rollback}; going back to the last checkpoint")
         skipped |= {rollback.batch}
@@ -130,6 +148,7 @@ def _attempt(
             return _Attempt(_train(run, console), run.step)
         except BadStepError as error:
             warn(console, str(error))
+            record_end(config, groups, console, Ended(status="diverged", reason=str(error)))
             return _Attempt(ExitCode.CRASHED, run.step)
         except RollBackError as error:
             return _Attempt(ExitCode.CRASHED, run.step, error.with_traceback(None))
@@ -139,6 +158,8 @@ def _train(run: Run, console: Console) -> ExitCode:
     """An opened run from its last checkpoint to its end; all ranks return the same code."""
     if run.finished:
         return _report_complete(run, console, f"nothing to train: {_steps_done(run)}")
+    if run.groups.is_rank_zero:
+        forget_end(run.directory)
     try:
         with training_progress(console) as progress:
             record, metrics = train(run, progress)
@@ -148,7 +169,9 @@ def _train(run: Run, console: Console) -> ExitCode:
     except StoppedEarlyError:
         assert run.stop_sync.signal is not None
         ending = Ending.of_signal(run.stop_sync.signal)
-        console.print(f"{ending}: ended before step {run.step + 1}; nothing to save")
+        why = f"{ending}: ended before step {run.step + 1}; nothing to save"
+        console.print(why)
+        record_end(run.config, run.groups, console, Ended(status="unfinished", reason=why))
         return ending.exit_code(saved=True, timed=run.timed)
     return _report(run, record, metrics, console)
 
@@ -160,7 +183,9 @@ def _steps_done(run: Run) -> str:
 def _report_complete(run: Run, console: Console, why: str) -> ExitCode:
     console.print(why, markup=False)
     others = other_runs(run.config) if run.groups.is_rank_zero else []
-    print_summary(run, run.measure(), console, complete=True, others=others)
+    metrics = run.measure()
+    record_complete(run.config, run.groups, console, run.step, metrics)
+    print_summary(run, metrics, console, complete=True, others=others)
     return ExitCode.FINISHED
 
 
@@ -181,9 +206,15 @@ def _report(run: Run, record: StepRecord, metrics: Metrics, console: Console) ->
         warn(console, f"ended after step {record.step}: {record.failure}")
     saved = run.save.saved_step == record.step
     complete = ending.is_complete(timed=run.timed)
+    ended = Ended(status="finished")
     if not complete:
         why = "train.max_time is over" if ending == Ending.MAX_TIME else ending
-        console.print(f"{why}: {'saved' if saved else 'not saved'} after step {record.step}")
+        told = f"{why}: {'saved' if saved else 'not saved'} after step {record.step}"
+        console.print(told)
+        ended = Ended(status="unfinished", reason=told)
+    elif not saved:
+        ended = Ended(status="failed", reason=run.save.error or "its last step is not saved")
+    record_end(run.config, run.groups, console, ended)
     if not ending.by_signal:
         shown = {"sample/text"} if run.config.hooks.console else set()  # by the console's line
         left = {key: value for key, value in metrics.items() if key not in shown}

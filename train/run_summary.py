@@ -12,6 +12,7 @@ from rich.table import Table
 
 from conf.errors import DataError
 from conf.redaction import redacted_argument
+from train.experiments.result import FILE as RESULT
 from train.metrics.record import Metrics
 from train.plan import kv_rows
 from train.run import Run
@@ -37,9 +38,11 @@ def print_summary(
     for key, value in metrics.items():
         if key.startswith("eval/") and key.endswith("/loss"):
             name = key.removesuffix("/loss")
-            bits = metrics[f"{name}/bits_per_byte"]
+            bits = f"{metrics[f'{name}/bits_per_byte']:.3f}"
+            if (error := metrics.get(f"{name}/bits_per_byte_stderr")) is not None:
+                bits += f" ± {error:.3f}"
             console.print(
-                f"\n[bold]{name.removeprefix('eval/')}[/]: {bits:.3f} bits per byte, "
+                f"\n[bold]{name.removeprefix('eval/')}[/]: {bits} bits per byte, "
                 f"loss {value:.3f} nats per token"
             )
     if text := metrics.get("sample/text"):
@@ -49,6 +52,7 @@ def print_summary(
     console.print(kv_table(run))
     console.print(f"checkpoint: {_checkpoint(run)}", markup=False)
     console.print(f"metrics:    {run.directory / 'metrics.jsonl'}")
+    console.print(f"result:     {run.directory / RESULT}")
     console.print("\n[bold]next[/]")
     for command in next_commands(run, others, complete=complete):
         console.print(f"  {command}", markup=False)

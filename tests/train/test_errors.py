@@ -8,6 +8,8 @@ import pytest
 from conf.exit_codes import ExitCode
 from train import compose
 from train.checkpoint.store import CheckpointStore
+from train.experiments.ledger import result_of
+from train.experiments.result import read_result
 from train.main import main
 from train.metrics.record import Metrics, StepRecord
 
@@ -72,10 +74,14 @@ def test_text_that_is_gone_for_now_ends_with_75_and_the_run_saved(
     assert str(text) in told
     step = saved_step(tmp_path / "run")
     assert step >= 3
+    result = result_of(tmp_path / "run")
+    assert (result.status, result.steps) == ("unfinished", step)
+    assert str(text) in result.reason
     text.write_bytes(contents)
     again = f"train.max_steps={step + 2}"
     assert ended_with(lambda: None, again) == ExitCode.FINISHED
     assert saved_step(tmp_path / "run") == step + 2
+    assert result_of(tmp_path / "run").status == "finished"
 
 
 def test_text_that_is_wrong_ends_with_2_and_the_run_saved(
@@ -93,6 +99,9 @@ def test_text_that_is_wrong_ends_with_2_and_the_run_saved(
     assert told.startswith("1 problem in the data:\n")
     assert str(text) in told
     assert saved_step(tmp_path / "run") >= 3
+    result = read_result(tmp_path / "run" / "result.json")
+    assert result.status == "failed"
+    assert result.reason.startswith("DataError: ")
 
 
 def test_a_wrong_setting_ends_with_2_before_anything_is_made(
@@ -105,7 +114,10 @@ def test_a_wrong_setting_ends_with_2_before_anything_is_made(
 
 @pytest.mark.parametrize("error", [ValueError("a bug"), RuntimeError("a bug"), KeyError("a bug")])
 def test_a_fault_of_the_program_keeps_its_traceback(
-    error: Exception, small: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+    error: Exception,
+    small: Callable[..., list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     """No ValueError, torch's or ours, becomes a problem of the configuration."""
 
@@ -115,3 +127,5 @@ def test_a_fault_of_the_program_keeps_its_traceback(
     monkeypatch.setattr("sys.argv", ["main.py", *small("train.max_steps=5")])
     with pytest.raises(type(error), match="a bug"):
         compose.run(lambda config: main(config, hooks=[lambda _: AfterStep3(fail)]))
+    result = read_result(tmp_path / "run" / "result.json")
+    assert (result.status, result.reason) == ("failed", f"{type(error).__name__}: {error}")

@@ -20,6 +20,7 @@ from data.tokenizer_training import LOSSLESS, train
 from tests.patience import PATIENCE_S
 from train.checkpoint.reader import flatten
 from train.compose import load
+from train.experiments.result import Estimate, read_result
 from train.main import main
 
 pytestmark = pytest.mark.process
@@ -70,6 +71,9 @@ def test_a_terminated_run_continues_bitwise_with_the_same_command(
     *_, last = logged(tmp_path / "run")
     assert 10 <= last["step"] < 100
     assert output.splitlines()[-1] == f"SIGTERM: saved after step {last['step']}"
+    stopped = read_result(tmp_path / "run/result.json")
+    assert (stopped.status, stopped.steps) == ("unfinished", last["step"])
+    assert stopped.reason == output.splitlines()[-1]
 
     second = start(*command)
     output, errors = second.communicate()
@@ -78,6 +82,11 @@ def test_a_terminated_run_continues_bitwise_with_the_same_command(
     assert "step 100/100  loss " in output
     for part in ("the plan: ", "heldout: ", "a sample", "KV cache of one sequence", "next"):
         assert output.count(part) == 1, part
+    assert f"result:     {tmp_path}/run/result.json\n" in output
+    result = read_result(tmp_path / "run/result.json")
+    assert (result.status, result.steps) == ("finished", 100)
+    assert len(set(result.curve.step)) == len(result.curve.step)
+    assert result.heldout["heldout"].bits_per_byte.standard_error
 
     whole = trained(config(*settings, "hooks.log_every=5", f"run.dir={tmp_path / 'whole'}"))
     uncut = logged(whole.run.directory)
@@ -97,7 +106,10 @@ def test_the_same_command_after_the_end_reports_and_the_model_writes(
     output, errors = again.communicate()
     assert (again.returncode, errors) == (0, "")
     assert "nothing to train: 6 steps are done" in output
-    assert f"heldout: {done.metrics['eval/heldout/bits_per_byte']:.3f} bits per byte" in output
+    bits, error = (done.metrics[f"eval/heldout/bits_per_byte{x}"] for x in ("", "_stderr"))
+    assert f"heldout: {bits:.3f} ± {error:.3f} bits per byte" in output
+    heldout = read_result(tmp_path / "run/result.json").heldout["heldout"]
+    assert heldout.bits_per_byte == Estimate(value=bits, standard_error=error)
     assert (tmp_path / "run/metrics.jsonl").read_bytes() == lines
 
     writing = start("generate.py", f"run={tmp_path / 'run'}", "prompt=def é", "max_tokens=5")

@@ -112,8 +112,8 @@ def smoothed(steps: Sequence[int], losses: Sequence[float]) -> list[float]:
 
     >>> round(smoothed([1, 2], [4.0, 2.0])[-1], 3)
     2.995
-    >>> smoothed([2, 4], [4.0, 2.0])[-1] == smoothed([1, 2, 3, 4], [4.0, 4.0, 2.0, 2.0])[-1]
-    True
+    >>> [round(smoothed(*x)[-1], 3) for x in (([2, 4], [4, 2]), ([1, 2, 3, 4], [4, 4, 2, 2]))]
+    [2.99, 2.99]
     """
     average = weight = 0.0
     before, found = 0, []

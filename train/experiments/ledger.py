@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import yaml
@@ -73,11 +73,12 @@ def record_end(directory: Path, ended: Ended) -> Path:
 
     Raises:
         OSError: a file cannot be written.
-        DataError, ConfigError: see `result_of`.
+        DataError: see `result_of`.
     """
     ended = Ended(status=ended.status, reason=redacted(ended.reason))
     write_atomic(directory / ENDED, json.dumps(as_dict(ended), indent=1) + "\n")
-    return update(directory)
+    # Its own process, which is about to end, still holds the directory.
+    return write_result(directory, result_of(directory, held=False))
 
 
 def forget_end(directory: Path) -> None:
@@ -104,7 +105,7 @@ def add_scores(
 
     Raises:
         OSError: a file cannot be written.
-        DataError, ConfigError: see `result_of`.
+        DataError: see `result_of`.
     """
     write_scores(directory, Scores(step=step, heldout=heldout or {}, tasks=tasks or {}))
     return update(directory)
@@ -123,7 +124,7 @@ def read_run(path: Path) -> Result:
 
     Raises:
         OSError: there is no such file, or it cannot be read.
-        DataError, ConfigError: it is damaged, or of another version.
+        DataError: it is damaged, or of another version.
     """
     if not path.is_dir():
         return read_result(path)
@@ -137,21 +138,25 @@ def is_run(directory: Path) -> bool:
     return (directory / "config.yaml").is_file()
 
 
-def result_of(directory: Path) -> Result:
+def result_of(directory: Path, *, held: Literal[False] | None = None) -> Result:
     """What came of a run, from the files in its directory.
+
+    Args:
+        directory: of the run.
+        held: false: no process but this one is at work there; None: the lock tells.
 
     Raises:
         OSError: `config.yaml` cannot be read.
-        ConfigError: it holds settings that this version does not know.
-        DataError: it is damaged, or another file is.
+        DataError: a file is damaged, or `config.yaml` holds settings that this version does not
+            know.
     """
-    config = _config_of(directory)
+    config = config_of(directory)
     start = _last_start(directory)
     lines = read_lines(directory / "metrics.jsonl")
     trained = [line for line in lines if "train/loss" in line]
     progress = progress_of(trained, config.train.tokens_per_step, config.flops_per_step)
     curve, last = curve_of(trained, progress), trained[-1] if trained else {}
-    ended = _ended(directory, config, last)
+    ended = _ended(directory, config, last, held=held)
     scores = _scores_of_newest(directory)
     parameters = count_parameters(config.model)
     context, dtype = config.hooks.kv.context, precision(config.engine, _device_of(start))
@@ -230,8 +235,13 @@ def heldout_of(lines: Sequence[Line]) -> dict[str, Heldout]:
 _TOLD = ("tokens", "bytes", "documents")
 
 
-def _config_of(directory: Path) -> Config:
-    """The settings of a run's last start."""
+def config_of(directory: Path) -> Config:
+    """The settings of a run's last start.
+
+    Raises:
+        OSError: `config.yaml` cannot be read.
+        DataError: it is damaged, or holds settings that this version does not know.
+    """
     path = directory / "config.yaml"
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -255,9 +265,11 @@ def _last_start(directory: Path) -> dict[str, Any]:
     return starts[-1] if isinstance(starts, list) and starts else {}
 
 
-def _ended(directory: Path, config: Config, last: Mapping[str, Any]) -> Ended:
+def _ended(
+    directory: Path, config: Config, last: Mapping[str, Any], *, held: Literal[False] | None
+) -> Ended:
     """How a run stands: as it has noted, or as its metrics and its lock tell."""
-    holder = holder_of(directory)
+    holder = holder_of(directory) if held is None else None
     if holder is not None:
         return Ended(status="unfinished", reason=f"is at work: {holder}")
     if last and last["train/loss"] is None:

@@ -6,6 +6,9 @@ runs/phd_cswa-2-16-32-tiny/
                        one entry per start
     source/            this project's source code and its git revision; see snapshot.py
     metrics.jsonl      one line per logging step
+    result.json        what came of the run; see train/experiments/ledger.py
+    ended.json         how the last start ended; absent while one is at work
+    scores.json        what evaluate.py has found; absent if it was not run
     quarantine.jsonl   records that are no documents, and where they are; absent if there are none
     bad_steps/         the batches of bad steps; see train/anomalies/report.py
     stacks/            stack traces of the ranks when a step took too long

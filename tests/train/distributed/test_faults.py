@@ -22,6 +22,7 @@ from tests.train.many_ranks import RanksFailedError, run_ranks
 from train.compose import load
 from train.distributed.process_groups import ProcessGroups
 from train.distributed.signals import StopSignal
+from train.experiments.result import read_result
 from train.loop import train
 from train.main import train_to_the_end
 from train.run import Run, open_run
@@ -178,6 +179,9 @@ def test_abort_ends_all_ranks_and_saves_nothing_new(spiking, tmp_path: Path) -> 
     told = run_ranks(2, whole, spiking("abort"))
     assert [code for code, _ in told] == [ExitCode.CRASHED] * 2
     assert "faults.policy=abort" in told[0][1]
+    result = read_result(tmp_path / "abort" / "result.json")
+    assert result.status == "diverged"
+    assert "faults.policy=abort" in result.reason
     bad = bad_step(tmp_path / "abort")["step"]
     newest = max((tmp_path / "abort" / "checkpoints").glob("step_*")).name
     assert int(newest.removeprefix("step_")) <= bad

@@ -1,5 +1,6 @@
 """A result tells what a run's directory holds, once each, and survives being made again."""
 
+import io
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -8,10 +9,12 @@ from typing import Any
 
 import pytest
 import yaml
+from rich.console import Console
 
 from conf.errors import DataError
 from train.compose import load
 from train.config import Config
+from train.distributed.process_groups import ProcessGroups
 from train.experiments import curves
 from train.experiments.ledger import (
     Ended,
@@ -23,6 +26,7 @@ from train.experiments.ledger import (
     result_of,
     update,
 )
+from train.experiments.recorder import failures_recorded
 from train.experiments.result import Estimate, Heldout, TaskScore, read_result
 
 SCORE = TaskScore(
@@ -144,6 +148,24 @@ def test_how_a_run_has_ended_is_kept_until_it_goes_on(run) -> None:
         assert found.reason == "DataError: https://***@host/a is missing"
     forget_end(directory)
     assert result_of(directory).status == "unfinished"
+
+
+def test_a_refused_command_says_nothing_of_a_run_that_it_is_not(run, settings: Config) -> None:
+    def status_after_refusal(config: Config, *lines: dict[str, Any]) -> str:
+        directory = run(*lines)
+        config = replace(config, run=replace(config.run, dir=str(directory)))
+        console = Console(file=io.StringIO())
+        with (
+            pytest.raises(DataError, match="no such text"),
+            failures_recorded(config, ProcessGroups(), console),
+        ):
+            raise DataError("no such text")
+        assert console.file.getvalue() == ""
+        return result_of(directory).status
+
+    assert status_after_refusal(replace(settings, seed=5), line(1, 3.0)) == "unfinished"
+    assert status_after_refusal(settings, line(6, 3.0)) == "finished"
+    assert status_after_refusal(settings, line(1, 3.0)) == "failed"
 
 
 def test_scores_stay_until_there_is_a_later_checkpoint(run) -> None:
