@@ -20,6 +20,7 @@ from train.arguments import (
     GenerateArguments,
     PlanArguments,
     PretokenizeArguments,
+    ReportArguments,
     TokenizerArguments,
 )
 from train.conf_files import choices, default_choices, groups, meaning_of
@@ -81,6 +82,7 @@ COMMAND_ARGUMENTS: dict[str, Any] = {
     "python train/plan.py": PlanArguments,
     "python train/generate.py": GenerateArguments,
     "python train/export.py": ExportArguments,
+    "python train/report.py": ReportArguments,
     "python train/tokenizer.py": TokenizerArguments,
     "python train/pretokenize.py": PretokenizeArguments,
     "python train/bench.py": BenchArguments,

@@ -26,6 +26,7 @@ Benchmark = Literal[
     "throughput",
     "decode",
 ]
+REPORT_PAGE = "report.html"
 WeightDtype = Literal["float32", "bfloat16"]
 
 
@@ -118,6 +119,41 @@ class ExportArguments:
         elif out.exists() and (not out.is_dir() or any(out.iterdir())):
             expected = "not an empty directory"
             found.append(Problem("out", str(out), expected, "choose another one, or empty it"))
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportArguments:
+    """Arguments of `python train/report.py`, each as key=value.
+
+    Attributes:
+        runs: patterns such as `'runs/*'` of directories of runs, or of files `result.json` that
+            were kept of them; several as a JSON list. In a directory, `**` stands for all below it.
+        out: the directory for the page and the files beside it. An earlier report in it is
+            replaced.
+        title: of the page; null: one that says how many runs it compares.
+    """
+
+    runs: tuple[str, ...]
+    out: str = "report"
+    title: str | None = None
+
+    @property
+    def directory(self) -> Path:
+        """`out`, as a path."""
+        return Path(self.out).expanduser()
+
+    def problems(self) -> list[Problem]:
+        """Every impossible setting."""
+        found = []
+        if not self.runs:
+            found.append(Problem("runs", list(self.runs), "expected a pattern such as 'runs/*'"))
+        out = self.directory
+        if out.exists() and not out.is_dir():
+            found.append(Problem("out", self.out, "is a file", "choose another directory"))
+        elif out.is_dir() and any(out.iterdir()) and not (out / REPORT_PAGE).is_file():
+            expected = "holds other files than a report"
+            found.append(Problem("out", self.out, expected, "choose another directory"))
         return found
 
 

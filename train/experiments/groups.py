@@ -1,14 +1,16 @@
 """Runs that differ in nothing but their seed, with a label and a style for charts and tables."""
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from conf.wording import short_count
 from train.experiments.result import Result
 from train.experiments.source import Source, source_of
 from train.experiments.theme import Style, styles
+
+T = TypeVar("T")
 
 UNTOLD = (
     *(
@@ -89,19 +91,20 @@ def _place(result: Result) -> tuple[Any, ...]:
 
 
 def _labels(first: Mapping[str, Result]) -> dict[str, str]:
-    """A label for each group, by its first run; no two are equal."""
+    """A label for each group, by its first run; no two are equal.
+
+    It tells the variant, and in what the group differs from what most groups have.
+    """
+    size, length = (_mode(getattr(r, name) for r in first.values()) for name in ("size", "tokens"))
     usual = {
-        size: _most_common([r for r in first.values() if r.size == size])
-        for size in {result.size for result in first.values()}
+        other: _most_common([r for r in first.values() if r.size == other])
+        for other in {result.size for result in first.values()}
     }
-    sizes, lengths = (
-        {getattr(result, name) for result in first.values()} for name in ("size", "tokens")
-    )
     labels = {}
     for key, result in first.items():
         parts = [result.model]
-        parts += [result.size] if len(sizes) > 1 else []
-        parts += [f"{short_count(result.tokens)} tokens"] if len(lengths) > 1 else []
+        parts += [result.size] if result.size != size else []
+        parts += [f"{short_count(result.tokens)} tokens"] if result.tokens != length else []
         parts += [
             f"{name.rpartition('.')[2]} {value}"
             for name, value in told(result.settings).items()
@@ -112,6 +115,11 @@ def _labels(first: Mapping[str, Result]) -> dict[str, str]:
     return {
         k: f"{text} ({first[k].name})" if taken[text] > 1 else text for k, text in labels.items()
     }
+
+
+def _mode(values: Iterable[T]) -> T:
+    """The most frequent value; of equally frequent ones, the first."""
+    return Counter(values).most_common(1)[0][0]
 
 
 def told(settings: Mapping[str, Any]) -> dict[str, Any]:

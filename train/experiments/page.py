@@ -15,12 +15,13 @@ from html import escape
 from pathlib import Path
 
 from data.storage.atomic import write_atomic
+from train.arguments import REPORT_PAGE
 from train.experiments.charts import Chart, panel_svg, write_png
 from train.experiments.document import Block, Fold, Note, Section, charts, tables
 from train.experiments.tables import Table, as_csv, as_html, as_markdown, in_markdown
 from train.experiments.theme import PALETTE, swatch
 
-PAGE, MARKDOWN, FIGURES, TABLES = "report.html", "report.md", "figures", "tables"
+MARKDOWN, FIGURES, TABLES = "report.md", "figures", "tables"
 HERE = Path(__file__).parent
 
 # The page may load nothing at all; a browser enforces it.
@@ -57,7 +58,7 @@ def write_report(report: Report, out: Path) -> None:
     for table in tables(report.sections):
         write_atomic(out / TABLES / f"{table.name}.csv", as_csv(table))
     write_atomic(out / MARKDOWN, markdown(report))
-    write_atomic(out / PAGE, html(report))
+    write_atomic(out / REPORT_PAGE, html(report))
 
 
 # HTML
