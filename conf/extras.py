@@ -6,6 +6,9 @@ pyproject.toml lists them as extras of this project, such as `phd-transformer[hf
 import shlex
 import sys
 from importlib import metadata
+from typing import Any
+
+from conf.errors import UNSET, Problem
 
 
 def pip_command(requirement: str) -> str:
@@ -23,3 +26,22 @@ def pip_command(requirement: str) -> str:
     except metadata.PackageNotFoundError:
         return f"uv pip install --python {python} {quoted}"
     return f"{python} -m pip install {quoted}"
+
+
+def not_installed(package: str, extra: str, setting: str, value: Any = UNSET) -> list[Problem]:
+    """A problem if a package is not installed; `[]` if it is.
+
+    >>> not_installed("pydantic", "none", "run")
+    []
+
+    Args:
+        package: the name that pip knows.
+        extra: of this project, by which it is added.
+        setting: what needs it, with its value.
+    """
+    try:
+        metadata.version(package)
+    except metadata.PackageNotFoundError:
+        reason = f"the package {package} is not installed"
+        return [Problem(setting, value, reason, pip_command(f"phd-transformer[{extra}]"))]
+    return []

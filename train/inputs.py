@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from conf.errors import ConfigError, Problem
+from conf.extras import not_installed
 from data.config import FilesSource, Source, TokensSource
 from train.config import Config
 
@@ -36,6 +37,8 @@ def check_inputs(config: Config) -> None:
             given_tokenizer(config.tokenizer.path, config.model.vocab_size)
         except ConfigError as error:
             problems += error.problems
+    if config.eval.tasks:
+        problems += not_installed("lm-eval", "eval", "eval.tasks", config.eval.tasks)
     if problems:
         raise ConfigError(problems)
     if config.run.start_from is not None and not _has_tokenizer(config):

@@ -44,6 +44,7 @@ from train.engines.float8 import check_float8
 from train.engines.fsdp import FsdpEngine
 from train.engines.memory import fit
 from train.engines.schedule import config_before, schedule_change
+from train.evaluation.task_hook import TaskEvaluation, questions_of_run
 from train.hf.pretrained import pretrained_start
 from train.hf.tokenizer_of_weights import tokenizer_of_weights
 from train.metrics.documents import bytes_of_documents
@@ -99,7 +100,7 @@ class Run:
     bad_step_policy: BadStepPolicy
     hooks: tuple[Hook, ...]
     save: SaveCheckpoint
-    evaluations: tuple[Evaluation, ...]
+    evaluations: tuple[Evaluation | TaskEvaluation, ...]
     sample: Sample
     sinks: tuple[Sink, ...]
     profile: ProfileWindow
@@ -274,7 +275,7 @@ def _open(
             KVCost(config, engine.dtype),
         ),
         save=SaveCheckpoint(config, engine, store, saved, tokenizer),
-        evaluations=tuple(evaluations),
+        evaluations=(*evaluations, *_task_evaluations(config, tokenizer, engine, stop_sync)),
         sample=Sample(config, engine, tokenizer, prompt, stop_sync.stop_requested),
         sinks=_open_sinks(config, checkpoint, console, on_error) if groups.is_rank_zero else (),
         profile=ProfileWindow(config.train, engine, config.run_dir / "profile", console, step),
@@ -469,6 +470,24 @@ def _evaluations(
         none = "holds out none of the documents"
         raise ConfigError([Problem("data.holdout", config.data.holdout, none, hint)])
     return found
+
+
+def _task_evaluations(
+    config: Config, tokenizer: Tokenizer, engine: Engine, stop_sync: StopSync
+) -> list[TaskEvaluation]:
+    """The evaluation in downstream tasks, if there are any.
+
+    Rank 0 reads the questions and sends them to the other ranks.
+    """
+    if not config.eval.tasks:
+        return []
+    groups = engine.groups
+    own = raise_on_all_ranks(
+        groups, lambda: questions_of_run(config) if groups.is_rank_zero else None
+    )
+    tasks = groups.broadcast(own)
+    assert tasks is not None
+    return [TaskEvaluation(config, engine, tokenizer, tasks, stop_sync.stop_requested)]
 
 
 def _prompt(config: Config, tokenizer: Tokenizer, evaluations: Sequence[Evaluation]) -> str:

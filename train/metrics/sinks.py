@@ -101,13 +101,8 @@ class MetricsFile:
 
     def write(self, step: int, metrics: Metrics) -> None:
         """Append a line. If the disk refuses, the line is lost; the first time it warns."""
-        plain = {
-            k: None if isinstance(v, float) and not isfinite(v) else v for k, v in metrics.items()
-        }
-        # `allow_nan=False`: Python would write NaN, which other JSON readers refuse.
-        line = json.dumps({"step": step, "time": time(), **plain}, allow_nan=False) + "\n"
         try:
-            _append(self.path, line.encode())
+            append_metrics(self.path, step, metrics)
             self.full = False
         except OSError as error:
             if not self.full:
@@ -116,6 +111,18 @@ class MetricsFile:
 
     def close(self) -> None:
         pass
+
+
+def append_metrics(path: Path, step: int, metrics: Metrics) -> None:
+    """Append a line to a `metrics.jsonl`, whole or not at all.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    plain = {k: None if isinstance(v, float) and not isfinite(v) else v for k, v in metrics.items()}
+    # `allow_nan=False`: Python would write NaN, which other JSON readers refuse.
+    line = json.dumps({"step": step, "time": time(), **plain}, allow_nan=False) + "\n"
+    _append(path, line.encode())
 
 
 def _append(path: Path, line: bytes) -> None:
@@ -156,7 +163,7 @@ def cut_back(path: Path, step: int) -> CutBack:
             damaged += line.endswith("\n")
         elif written["step"] <= step and line.endswith("\n"):
             kept.append(line)
-            last = written["step"]
+            last = max(last, written["step"])  # an evaluation may add one of an earlier step
     write_atomic(path, "".join(kept))
     return CutBack(last, damaged)
 
@@ -213,11 +220,29 @@ def console_lines(metrics: Metrics, *, eta: bool = False) -> list[str]:
             bits = metrics.get(f"eval/{name}/bits_per_byte")
             per_byte = "" if bits is None else f"  {bits:.3f} bits/byte"
             lines.append(f"{name} loss {value:.3f}{per_byte}")
+        elif key.startswith("eval/") and key.endswith("/acc"):
+            lines.append(accuracy_line(key.removeprefix("eval/").removesuffix("/acc"), metrics))
         elif key == "sample/text":
             lines.append(f"a sample:\n{value}")
         elif isinstance(value, str):
             lines.append(f"{key}: {value}")
     return lines
+
+
+def accuracy_line(task: str, metrics: Metrics) -> str:
+    """The accuracies in a task, as text.
+
+    >>> metrics = {"eval/x/acc": 0.25, "eval/x/acc_stderr": 0.05, "eval/x/acc_norm": 0.5}
+    >>> accuracy_line("x", metrics)
+    'x acc 25.0 % +- 5.0  acc_norm 50.0 %'
+    """
+    parts = []
+    for name in ("acc", "acc_norm"):
+        if (value := metrics.get(f"eval/{task}/{name}")) is not None:
+            error = metrics.get(f"eval/{task}/{name}_stderr")
+            spread = "" if error is None else f" +- {100 * float(error):.1f}"
+            parts.append(f"{name} {100 * float(value):.1f} %{spread}")
+    return f"{task} {'  '.join(parts)}"
 
 
 class Wandb:
@@ -257,13 +282,15 @@ class Wandb:
         try:
             run = self._start()
             while (call := self._calls.get()) is not None:
-                step, metrics = call
-                run.log(metrics, step=step)
+                self._log(run, *call)
             run.finish()
             _tear_down()
         except Exception as error:
             if not self._given_up:
                 self._failed(reason_of(error))
+
+    def _log(self, run: Any, step: int, metrics: Metrics) -> None:
+        run.log(metrics, step=step)
 
     def _start(self) -> Any:
         mode = _mode(self.config)
@@ -308,6 +335,16 @@ class Wandb:
                 finish_timeout_raises=True,
             ),
         )
+
+
+class WandbSummary(Wandb):
+    """The same run after its end: what is written becomes part of its summary.
+
+    Weights & Biases takes no more points of steps that it has had.
+    """
+
+    def _log(self, run: Any, step: int, metrics: Metrics) -> None:  # noqa: ARG002
+        run.summary.update(metrics)
 
 
 def _tear_down() -> None:

@@ -1,0 +1,106 @@
+"""Downstream tasks in the loop: the same questions, on many ranks, and an end on a signal."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from conf.errors import ConfigError
+from tests.train.many_ranks import run_ranks
+from tests.train.metrics.test_hooks import record_of
+from train.checkpoint.load_run import load_run
+from train.config import Config
+from train.distributed.process_groups import ProcessGroups
+from train.ending import Ending
+from train.engines.fsdp import FsdpEngine
+from train.evaluation.questions import Questions, read_questions
+from train.evaluation.task_hook import TaskEvaluation, questions_of_run
+
+pytest.importorskip("lm_eval", reason="needs lm-eval")
+pytestmark = pytest.mark.usefixtures("unpacked")
+
+TASKS = ("eval.tasks=[olmo_piqa,olmo_winogrande]", "eval.task_questions=6", "eval.task_shots=1")
+ACCURACIES = ("acc", "acc_stderr")
+
+
+def test_a_run_logs_what_its_checkpoint_scores(
+    config: Callable[..., Config], trained: Callable[..., Any], logged: Callable[..., Any]
+) -> None:
+    from train.evaluation.harness import CachedLM, measure
+
+    settings = config(*TASKS, "eval.every=3", "model.max_seq_len=256")
+    trained(settings)
+    model, tokenizer, step, _ = load_run(settings.run_dir, torch.device("cpu"))
+    tasks = [read_questions(name, 1, 6) for name in settings.eval.task_names]
+    wanted = {}
+    for name, found in measure(CachedLM(model, tokenizer), tasks).items():
+        wanted |= found.logged(name)
+    lines = [line for line in logged(settings.run_dir) if "eval/olmo_piqa/acc" in line]
+    assert [line["step"] for line in lines] == [3, 6]
+    assert step == 6
+    assert {key: lines[-1][key] for key in wanted} == wanted
+    piqa = {f"eval/olmo_piqa/{name}" for name in (*ACCURACIES, "acc_norm", "acc_norm_stderr")}
+    assert set(wanted) == piqa | {f"eval/olmo_winogrande/{name}" for name in ACCURACIES}
+
+
+def scores(groups: ProcessGroups, config: Config, tasks: list[Questions]) -> dict[str, Any]:
+    """What an engine with new weights scores; asks how often a stop was asked for."""
+    from data.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.load(config.run_dir / "tokenizer.model")
+    engine = FsdpEngine(config, groups)
+    asked = 0
+
+    def stop() -> bool:
+        nonlocal asked
+        asked += 1
+        return False
+
+    hook = TaskEvaluation(config, engine, tokenizer, tasks, stop)
+    return hook.measure() | {"asked": asked}
+
+
+@pytest.mark.process
+def test_ranks_with_sharded_weights_share_the_questions(
+    config: Callable[..., Config], trained: Callable[..., Any]
+) -> None:
+    settings = config(*TASKS, "train.max_steps=1", "model.max_seq_len=256")
+    trained(settings)
+    tasks = questions_of_run(settings)
+    alone = scores(ProcessGroups(), settings, tasks)
+    for found in run_ranks(2, scores, settings, tasks):
+        assert found == alone
+
+
+def test_whoever_waits_for_the_end_is_not_kept_waiting(
+    config: Callable[..., Config], opened: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from train.evaluation import loglikelihood
+
+    run = opened(config(*TASKS))
+    hook = run.evaluations[-1]
+    assert isinstance(hook, TaskEvaluation)
+    assert hook(record_of(ending=Ending.SIGTERM)) == {}
+    monkeypatch.setattr(loglikelihood, "BATCH_TOKENS", 1)
+    hook.stop = lambda: True
+    assert hook(record_of(ending=Ending.FINISHED)) == {}
+
+
+def test_missing_questions_are_told_before_training(
+    config: Callable[..., Config],
+    opened: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("PHD_CACHE", str(tmp_path))
+    with pytest.raises(ConfigError, match=r"eval\.tasks.*make eval-data"):
+        opened(config(*TASKS))
+
+
+def test_a_misspelt_task_is_told(small: Callable[..., list[str]]) -> None:
+    from train.compose import load
+
+    with pytest.raises(ConfigError, match="olmo_piqa"):
+        load(small("eval.tasks=[olmo_pica]"))

@@ -1,0 +1,67 @@
+"""Downstream tasks in the training loop."""
+
+from collections.abc import Callable, Sequence
+
+from data.tokenizer import Tokenizer
+from train.config import Config
+from train.engines.engine import Engine
+from train.evaluation.loglikelihood import StoppedError
+from train.evaluation.questions import Questions, check_there, read_questions
+from train.metrics.record import Metrics, StepRecord
+
+
+class TaskEvaluation:
+    """The accuracy in some downstream tasks, always of the same questions.
+
+    The questions are divided among the ranks.
+
+        eval/<task>/acc, acc_stderr              the right choice has the greatest log-likelihood
+        eval/<task>/acc_norm, acc_norm_stderr    the same of log-likelihoods per character
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        tasks: Sequence[Questions],
+        stop: Callable[[], bool],
+    ) -> None:
+        self.every = config.eval.every
+        self.engine, self.tokenizer, self.tasks, self.stop = engine, tokenizer, tasks, stop
+
+    def __call__(self, record: StepRecord) -> Metrics:
+        return {} if record.ending and record.ending.by_signal else self.measure()
+
+    def measure(self) -> Metrics:
+        """The accuracies as metrics; `{}` if `stop` ends it early."""
+        # Not needed by runs without tasks, and optional.
+        from train.evaluation.harness import CachedLM, measure
+
+        metrics: Metrics = {}
+        with self.engine.summon_full_params() as model:
+            lm = CachedLM(
+                model, self.tokenizer, groups=self.engine.groups, stop_requested=self.stop
+            )
+            try:
+                found = measure(lm, self.tasks)
+            except StoppedError:
+                return {}
+        for name, measured in found.items():
+            metrics |= measured.logged(name)
+        return metrics
+
+
+def questions_of_run(config: Config) -> list[Questions]:
+    """The questions that a run asks during training.
+
+    Raises:
+        ConfigError: they are not on this machine.
+        DataError: they are damaged.
+    """
+    settings = config.eval
+    check_there(settings.task_names, "eval.tasks")
+    return [
+        read_questions(task, settings.task_shots, settings.task_questions)
+        for task in settings.task_names
+    ]
