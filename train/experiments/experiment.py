@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from train.experiments.groups import Group, groups_of
-from train.experiments.result import Result
+from train.experiments.result import HeldoutCurve, Result
 from train.experiments.spread import Spread, spread
 
 
@@ -16,17 +16,30 @@ class Measure:
         words: its name in a sentence.
         unit: of its values.
         of: its value for a run; None if the run has none.
+        source: whose held-out text it is of; None if it is the training loss.
     """
 
     words: str
     unit: str
     of: Callable[[Result], float | None]
+    source: str | None = None
 
     def spread(self, group: Group) -> Spread | None:
         """Its value over the seeds of a group; None if a run has none."""
         values = [self.of(run) for run in group.runs]
         known = [value for value in values if value is not None]
         return spread(known) if len(known) == len(values) else None
+
+    def curve(self, run: Result, along: str) -> tuple[list[float], list[float]]:
+        """(places, values) of a run on its way; both are empty if it was never measured.
+
+        Args:
+            along: `tokens`, `flops` or `seconds`.
+        """
+        if self.source is None:
+            return getattr(run.curve, along), run.curve.loss_ema
+        found = run.heldout_curves.get(self.source, HeldoutCurve())
+        return getattr(found, along), found.bits_per_byte
 
 
 @dataclass(frozen=True)
@@ -45,11 +58,16 @@ class Experiment:
     measure: Measure
 
     def vanilla_of(self, group: Group) -> Group | None:
-        """The vanilla model of a group's size, preferably trained on as many tokens."""
+        """The vanilla model of a group's size, with the nearest parameters, then tokens."""
         found = [
             g for g in self.groups if g.model == "vanilla" and g.runs[0].size == group.runs[0].size
         ]
-        return min(found, key=lambda g: abs(g.runs[0].tokens - group.runs[0].tokens), default=None)
+
+        def distance(other: Group) -> tuple[int, int]:
+            ours, theirs = group.runs[0], other.runs[0]
+            return abs(theirs.parameters - ours.parameters), abs(theirs.tokens - ours.tokens)
+
+        return min(found, key=distance, default=None)
 
 
 def experiment_of(results: Sequence[Result]) -> Experiment:
@@ -66,5 +84,8 @@ def _measure(runs: Sequence[Result]) -> Measure:
     name = "heldout" if "heldout" in common else min(common)
     where = "held-out" if name == "heldout" else name
     return Measure(
-        f"{where} bits per byte", "bits per byte", lambda run: run.heldout[name].bits_per_byte.value
+        f"{where} bits per byte",
+        "bits per byte",
+        lambda run: run.heldout[name].bits_per_byte.value,
+        name,
     )

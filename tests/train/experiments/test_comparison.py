@@ -1,0 +1,203 @@
+"""Comparisons of results whose answers are known by hand."""
+
+from dataclasses import replace
+from math import sqrt
+from typing import Any
+
+import pytest
+from scipy.stats import t, ttest_ind
+
+from tests.train.experiments.results import a_result
+from train.experiments.comparison import (
+    Cost,
+    Lack,
+    against_vanilla,
+    difference,
+    final_table,
+    side_by_side,
+)
+from train.experiments.experiment import Experiment, experiment_of
+from train.experiments.result import Estimate, Heldout, HeldoutCurve, Latency, Result
+
+
+def run(model: str, seed: int, bits: float, *, tokens: int = 1000, **others: Any) -> Result:
+    """A run that was evaluated at its half and its end; a token of vanilla is 10 FLOPs and 1 ms."""
+    cost = others.pop("cost", 1.0 if model == "vanilla" else 2.0)
+    curve = HeldoutCurve(
+        step=[1, 2],
+        tokens=[tokens // 2, tokens],
+        flops=[5 * cost * tokens, 10 * cost * tokens],
+        seconds=[tokens * cost / 2000, tokens * cost / 1000],
+        bits_per_byte=[bits + 1, bits],
+    )
+    text = Heldout(bits_per_byte=Estimate(value=bits, standard_error=0.02), loss=3.0)
+    return replace(
+        a_result(),
+        name=f"{model}-{tokens}-{seed}",
+        model=model,
+        seed=seed,
+        tokens=tokens,
+        train_flops=10 * cost * tokens,
+        train_s=tokens * cost / 1000,
+        group=f"{model}-{tokens}-{others.get('size', 'micro')}",
+        settings={"model.variant": model},
+        heldout={"heldout": text},
+        heldout_curves={"heldout": curve},
+        **others,
+    )
+
+
+@pytest.fixture
+def experiment() -> Experiment:
+    """Two variants with three seeds, and vanilla with as many FLOPs as the second one, one seed."""
+    return experiment_of(
+        [
+            *(run("vanilla", seed, 2.0 + seed) for seed in range(3)),
+            *(run("phd-2", seed, 1.7 + 1.1 * seed, kv_bytes=1005) for seed in range(3)),
+            run("naive_repeat-2", 0, 1.9, kv_bytes=2000),
+            run("vanilla", 0, 1.6, tokens=2000),
+            replace(run("phd-3", 0, 0.0), status="failed"),
+        ]
+    )
+
+
+def test_pairs_of_seeds_give_students_interval() -> None:
+    found = difference(((0, 1.7), (1, 2.8), (2, 3.9)), ((0, 2.0), (1, 3.0), (2, 4.0), (3, 9.0)))
+    half = t.ppf(0.975, 2) * 0.1 / sqrt(3)  # of -0.3, -0.2, -0.1
+    assert (found.mean, found.low, found.high) == pytest.approx((-0.2, -0.2 - half, -0.2 + half))
+    assert (found.seeds, found.paired, found.is_clear) == (3, True, False)
+
+
+def test_groups_without_common_seeds_give_welchs_interval() -> None:
+    ours, theirs = ((0, 1.0), (1, 1.2), (2, 1.1)), ((3, 2.0), (4, 2.5))
+    found = difference(ours, theirs)
+    a, b = ([value for _, value in values] for values in (ours, theirs))
+    low, high = ttest_ind(a, b, equal_var=False).confidence_interval(0.95)
+    assert (found.mean, found.low, found.high) == pytest.approx((1.1 - 2.25, low, high))
+    assert (found.seeds, found.paired) == (2, False)
+    same = difference(((0, 1.0), (1, 1.0)), ((2, 3.0), (3, 3.0)))
+    assert (same.low, same.high, same.is_clear) == (-2.0, -2.0, True)
+
+
+@pytest.mark.parametrize("theirs", [((0, 5.0),), ((1, 5.0),)])
+def test_one_seed_gives_no_interval(theirs) -> None:
+    found = difference(((0, 4.0), (9, 0.0)) if theirs[0][0] == 0 else ((0, 4.0),), theirs)
+    assert (found.mean, found.low, found.high) == (-1.0, None, None)
+    assert (found.seeds, found.paired, found.is_clear) == (1, theirs[0][0] == 0, False)
+
+
+def test_at_the_end_each_group_is_compared_with_the_usual_vanilla(experiment: Experiment) -> None:
+    rows = {row.group.key: row for row in final_table(experiment)}
+    assert list(rows) == [
+        "vanilla-1000-micro",
+        "vanilla-2000-micro",
+        "naive_repeat-2-1000-micro",
+        "phd-2-1000-micro",
+    ]
+    base, longer, naive, phd = rows.values()
+    assert base.base is None
+    assert base.difference is None
+    assert (base.value.mean, base.value.deviation, base.value.seeds) == (3.0, 1.0, 3)
+    assert base.text_error == 0.02
+    for row, mean, seeds in ((longer, -0.4, 1), (naive, -0.1, 1), (phd, -0.2, 3)):
+        assert row.base.key == "vanilla-1000-micro"
+        assert (row.difference.mean, row.difference.seeds) == (pytest.approx(mean), seeds)
+
+
+def test_side_by_side_each_cost_has_its_own_winner(experiment: Experiment) -> None:
+    tokens, flops, seconds, decode, kv = side_by_side(experiment)
+
+    def values(cost: Any) -> list[float | Lack]:
+        return [s.value.mean if s.value else s.lack for s in cost.standings.values()]
+
+    # At half of its tokens the longer vanilla is 1 worse than at its end.
+    assert tokens.amount == 1000
+    assert values(tokens) == pytest.approx([3.0, 2.6, 1.9, 2.8])
+    assert [s.at_end for s in tokens.standings.values()] == [True, False, True, True]
+    # PHD is better at equal tokens, and worse at equal FLOPs.
+    phd = [cost.standings["phd-2-1000-micro"] for cost in (tokens, flops)]
+    assert [s.rival.key for s in phd] == ["vanilla-1000-micro", "vanilla-2000-micro"]
+    assert [s.difference.mean for s in phd] == pytest.approx([-0.2, 0.1])
+    assert (flops.amount, seconds.amount) == (20000, 2)
+    assert values(flops) == values(seconds) == [Lack.NOT_REACHED, 1.6, 1.9, pytest.approx(2.8)]
+    # A window's 0.5 % count as equal; twice as much does not.
+    assert kv.amount == 1005
+    assert values(kv) == [3.0, pytest.approx(2.6), Lack.OVER, pytest.approx(2.8)]
+    assert (decode.amount, decode.lack) == (None, Lack.NOT_MEASURED)
+
+
+def test_a_curve_is_a_straight_line_between_evaluations_and_ends_where_it_ends() -> None:
+    experiment = experiment_of([run("vanilla", 0, 2.0), run("phd-2", 0, 1.0, tokens=1600)])
+    [tokens, flops, *_] = side_by_side(experiment)
+    assert tokens.amount == 1000
+    # 2 at 800 tokens, 1 at 1600.
+    assert tokens.standings["phd-2-1600-micro"].value.mean == pytest.approx(1.75)
+    assert flops.amount == 10000
+    assert flops.standings["phd-2-1600-micro"].lack == Lack.NOT_EVALUATED
+    [row] = against_vanilla(experiment)
+    assert {s.lack for s in row.standings.values()} == {Lack.NOT_REACHED, Lack.NOT_MEASURED}
+
+
+def test_each_group_stands_beside_the_best_vanilla_that_had_as_much() -> None:
+    def latency(ms: float) -> list[Latency]:
+        return [
+            Latency(
+                device="GPU", dtype="bfloat16", context=9, batch=1, prefill_ms=None, decode_ms=ms
+            )
+        ]
+
+    large = {"size": "large", "parameters": 1700, "kv_bytes": 2000}
+    experiment = experiment_of(
+        [
+            run("vanilla", 0, 2.0, latency=latency(1.0)),
+            run("vanilla", 0, 1.5, cost=2.0, latency=latency(1.9), **large),
+            run("phd-2", 0, 1.8, latency=latency(1.2)),
+            run("phd-3", 0, 1.6, cost=3.0, latency=latency(2.0)),
+            run("naive_repeat-2", 0, 1.9, kv_bytes=2000, device="another"),
+        ]
+    )
+    rows = {row.group.model: row.standings for row in against_vanilla(experiment)}
+    means = {
+        model: {
+            cost: round(s.difference.mean, 3) if s.difference else s.lack
+            for cost, s in standings.items()
+        }
+        for model, standings in rows.items()
+    }
+    assert means["phd-2"] == {
+        Cost.TOKENS: -0.2,  # only vanilla of its size
+        Cost.FLOPS: 0.3,  # the larger one has as many FLOPs
+        Cost.SECONDS: 0.3,
+        Cost.DECODE_MS: -0.2,  # the larger one is slower
+        Cost.KV_BYTES: -0.2,  # the larger one has more
+    }
+    assert means["phd-3"] == {
+        Cost.TOKENS: -0.4,
+        Cost.FLOPS: Lack.NOT_REACHED,
+        Cost.SECONDS: Lack.NOT_REACHED,
+        Cost.DECODE_MS: 0.1,  # the larger one is as fast
+        Cost.KV_BYTES: -0.4,
+    }
+    assert means["naive_repeat-2"][Cost.SECONDS] == Lack.OTHER_DEVICE
+    assert means["naive_repeat-2"][Cost.DECODE_MS] == Lack.NOT_MEASURED
+    assert means["naive_repeat-2"][Cost.KV_BYTES] == 0.4
+    decode = side_by_side(experiment)[3]
+    assert decode.amount == 1.2
+    assert decode.setting == "GPU, bfloat16, 9 tokens of context, batch 1"
+    assert [s.lack for s in decode.standings.values()] == [
+        None,
+        Lack.OVER,
+        Lack.NOT_MEASURED,
+        None,
+        Lack.OVER,
+    ]
+
+
+def test_without_vanilla_nothing_is_compared() -> None:
+    experiment = experiment_of([run("phd-2", 0, 1.0)])
+    assert [cost.amount for cost in side_by_side(experiment)] == [None] * 5
+    assert final_table(experiment)[0].difference is None
+    [row] = against_vanilla(experiment)
+    lacks = {cost: standing.lack for cost, standing in row.standings.items()}
+    assert lacks.pop(Cost.DECODE_MS) == Lack.NOT_MEASURED
+    assert set(lacks.values()) == {Lack.NO_VANILLA}
