@@ -266,6 +266,8 @@ class BenchArguments:
             `throughput`: tokens per second of batches of PHD-CSWA, vanilla and transformers.
             `decode`: the kernels of a decoded token on CUDA, each beside torch's.
         out: the directory for `<name>.json` and `<name>.csv`; `checkpoint` measures its disk.
+        run: the directory of a run whose model `inference` measures, instead of many models; the
+            results lie there, and are part of the run's `result.json`. null: no run.
         short: the short form, of seconds: fewer and smaller pieces of work, at most 3 turns.
         repeat: how often everything is measured. A ratio is the median of those of the turns, and
             a time is that of the base, multiplied by the ratio.
@@ -294,6 +296,7 @@ class BenchArguments:
 
     name: str
     out: str = "bench"
+    run: str | None = None
     short: bool = False
     repeat: int = 11
     size: str | None = None
@@ -315,6 +318,11 @@ class BenchArguments:
         """How often everything is measured."""
         return min(self.repeat, 3) if self.short else self.repeat
 
+    @property
+    def directory(self) -> Path:
+        """The directory of the results."""
+        return Path(self.run or self.out).expanduser()
+
     def problems(self) -> list[Problem]:
         """Every impossible setting."""
         found = at_least(self, "", 1, "repeat", "rows", "seq_len")
@@ -328,4 +336,19 @@ class BenchArguments:
         if self.name not in get_args(Benchmark):
             names = ", ".join(get_args(Benchmark))
             found.append(Problem("name", self.name, f"expected one of {names}"))
+        elif self.run is not None:
+            found += self._run_problems(self.run)
         return found + device_problems(self.device)
+
+    def _run_problems(self, run: str) -> list[Problem]:
+        if self.name != "inference":
+            return [Problem("run", run, "only name=inference measures a run", "leave it out")]
+        if not (self.directory / "config.yaml").is_file():
+            return [Problem("run", run, "no config.yaml there", "give the directory of a run")]
+        chosen = ("size", "variants", "copies", "span_unit")
+        why = "the run decides what is measured"
+        return [
+            Problem(key, value, why, "leave it out", ("run",))
+            for key in chosen
+            if (value := getattr(self, key))
+        ]

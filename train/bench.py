@@ -7,6 +7,7 @@ python train/bench.py data out=bench
 python train/bench.py resume out=bench
 python train/bench.py checkpoint size=151m out=bench
 python train/bench.py inference out=bench
+python train/bench.py inference run=runs/phd_cswa-2-16-32-tiny
 python train/bench.py throughput out=bench
 python train/bench.py decode out=bench
 """
@@ -48,6 +49,7 @@ from train.benchmarks.timing import Keep, Result
 from train.compose import load
 from train.engine_config import EngineConfig
 from train.engines.device import choose_device, configure_process
+from train.experiments.ledger import config_of, update
 from train.run_dir.environment import environment
 from train.run_dir.snapshot import read_revision
 
@@ -93,10 +95,16 @@ def _bench_resume(args: BenchArguments, _: torch.device) -> Result:
 
 def _bench_inference(args: BenchArguments, device: torch.device) -> Result:
     _need_packages(args.name)
-    from train.benchmarks.inference import Asked, bench_inference, grid_of
+    from train.benchmarks.inference import (
+        Asked,
+        bench_inference,
+        bench_model,
+        grid_of,
+        grid_of_model,
+    )
 
     lengths: tuple[tuple[int, ...], ...] = args.prompts, args.contexts, args.copies
-    if args.short:
+    if args.short and args.run is None:
         lengths = tuple(a or b for a, b in zip(lengths, SHORT_LENGTHS, strict=True))
     prompts, contexts, copies = lengths
     asked = Asked(
@@ -107,10 +115,14 @@ def _bench_inference(args: BenchArguments, device: torch.device) -> Result:
         span_unit=args.span_unit,
         compiled=args.compile,
     )
+    if args.run is not None:
+        # The vectors of `model.copy_embedding` are no part of the weights that variants share; to
+        # add them is all that they cost.
+        model = replace(config_of(args.directory).model, copy_embedding=False)
+        return bench_model(model, grid_of_model(model, device, asked), args.turns, device)
     model = _model_of_inference(args, device)
-    charts = Path(args.out).expanduser()
     grid, keep = grid_of(device, asked), _keeper(args)
-    return bench_inference(model, grid, args.turns, device, charts=charts, keep=keep)
+    return bench_inference(model, grid, args.turns, device, charts=args.directory, keep=keep)
 
 
 def _bench_throughput(args: BenchArguments, device: torch.device) -> Result:
@@ -226,9 +238,8 @@ BENCHMARKS: dict[str, Callable[[BenchArguments, torch.device], Result]] = {
 
 def main(args: BenchArguments) -> int:
     """Run one benchmark, print its table and write it as JSON and as CSV."""
-    _make_directory(
-        str(Path(args.out).expanduser())
-    )  # before minutes of measurements that could not be written
+    # Before minutes of measurements that could not be written.
+    _make_directory(str(args.directory))
     engine = EngineConfig(device=args.device)  # type: ignore[arg-type]
     device = choose_device(engine)
     configure_process(engine, device)
@@ -242,7 +253,8 @@ def main(args: BenchArguments) -> int:
     path = _path(args)
     _write_result(result, path, environment(read_revision()), complete=True)
     charts = _draw(result, title, path.with_suffix(".png"), console)
-    for written in (path, path.with_suffix(".csv"), *result.files, *charts):
+    results = [update(args.directory)] if args.run is not None else []
+    for written in (path, path.with_suffix(".csv"), *result.files, *charts, *results):
         console.print(f"written: {written}", markup=False)
     return 0
 
@@ -282,7 +294,7 @@ def _print_result(result: Result, columns: list[str], title: str, console: Conso
 
 def _path(args: BenchArguments) -> Path:
     """The file of the results."""
-    return Path(args.out).expanduser() / f"{args.name}.json"
+    return args.directory / f"{args.name}.json"
 
 
 def _columns(result: Result) -> list[str]:

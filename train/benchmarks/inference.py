@@ -51,6 +51,7 @@ class Grid:
             tokens as well.
         compiled: whether decode uses `torch.compile`.
         rare_units: windows in these units, measured beside others, have a quarter of the turns.
+        transformers: whether decode is measured in transformers, too.
     """
 
     prompts: tuple[int, ...]
@@ -63,6 +64,7 @@ class Grid:
     span_unit: SpanUnit | None = None
     compiled: bool = False
     rare_units: tuple[SpanUnit, ...] = ()
+    transformers: bool = True
 
     def is_rare(self, config: ModelConfig) -> bool:
         """Whether a model has a quarter of the turns, so that all of them take less time."""
@@ -141,6 +143,26 @@ def grid_of(device: torch.device, asked: Asked = Asked()) -> Grid:
     )
 
 
+def grid_of_model(model: ModelConfig, device: torch.device, asked: Asked = Asked()) -> Grid:
+    """What measures one model beside vanilla, prefill and decode at the same lengths."""
+    usual = GRIDS[device.type]
+    contexts = tuple(dict.fromkeys(asked.contexts)) or usual.contexts
+    copies = () if model.variant == "vanilla" else (model.K,)
+    naive = model.variant == "naive_repeat"
+    return replace(
+        usual,
+        prompts=tuple(dict.fromkeys(asked.prompts)) or contexts,
+        contexts=contexts,
+        prefill_copies=copies,
+        decode_copies=copies,
+        naive_copies=copies if naive else (),
+        variants=() if naive or not copies else (model.variant,),
+        span_unit=model.span_unit,
+        compiled=asked.compiled,
+        transformers=False,
+    )
+
+
 class Prefill:
     """Prefill of a prompt into a new KV cache. Allocating the cache is part of the time.
 
@@ -177,15 +199,30 @@ def bench_inference(
     Raises:
         ConfigError: a context is too short for the tokens that are decoded in it.
     """
-    if short := [tokens for tokens in grid.contexts if tokens <= grid.steps]:
-        problem = f"contexts={short}: expected more than the {grid.steps} tokens that are decoded"
-        raise ConfigError([problem], "the arguments")
+    _check_contexts(grid)
     subject = subject_of(model, device)
     result = measure_inference(
         model, grid, repeat, device, keep=lambda found: keep(replace(found, subject=subject))
     )
     files = draw(result.rows, subject, charts)
     return replace(result, subject=f"{subject}\n{_legend(model, result)}", files=files)
+
+
+def bench_model(model: ModelConfig, grid: Grid, repeat: int, device: torch.device) -> Result:
+    """Measure one model beside vanilla of its shape, without charts.
+
+    Raises:
+        ConfigError: a context is too short for the tokens that are decoded in it.
+    """
+    _check_contexts(grid)
+    result = measure_inference(model, grid, repeat, device)
+    return replace(result, subject=f"{model.name}, {subject_of(model, device)}")
+
+
+def _check_contexts(grid: Grid) -> None:
+    if short := [tokens for tokens in grid.contexts if tokens <= grid.steps]:
+        problem = f"contexts={short}: expected more than the {grid.steps} tokens that are decoded"
+        raise ConfigError([problem], "the arguments")
 
 
 def _legend(model: ModelConfig, result: Result) -> str:
@@ -261,7 +298,7 @@ def _decode_rows(
     works = {_name(work.config): work for work in others}
     turns: dict[str, Work] = {ceiling.COPY: copy_work(device)}
     transformers = None
-    if tokens == max(grid.contexts):
+    if grid.transformers and tokens == max(grid.contexts):
         transformers = TransformersDecode(in_transformers(models[0]), [tokens], grid.steps)
         turns["transformers"] = transformers
     rare = {name for name, work in works.items() if grid.is_rare(work.config)}

@@ -22,7 +22,7 @@ import torch
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from conf.errors import ConfigError, DataError
+from conf.errors import ConfigError, DataError, reason_of
 from conf.redaction import redacted, redacted_tree
 from conf.validation import as_dict, flatten_keys
 from data.storage.atomic import write_atomic
@@ -40,6 +40,7 @@ from train.experiments.curves import (
     progress_of,
     read_lines,
 )
+from train.experiments.latency import read_latency
 from train.experiments.result import FILE as RESULT
 from train.experiments.result import (
     Estimate,
@@ -195,6 +196,7 @@ def result_of(directory: Path, *, held: Literal[False] | None = None) -> Result:
         kv_bytes=int(last.get("kv/bytes_per_sequence", cost.total)),
         kv_hidden_bytes=int(last.get("kv/hidden_bytes_per_sequence", cost.hidden)),
         flops_per_token=config.flops_per_step / config.train.tokens_per_step,
+        latency=read_latency(directory, config.model),
         curve=curve,
         heldout_curves=heldout_curves(lines, progress),
     )
@@ -246,7 +248,7 @@ def config_of(directory: Path) -> Config:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: is damaged ({error})") from None
+        raise DataError(f"{path}: is damaged ({reason_of(error)})") from None
     if not isinstance(values, dict):
         raise DataError(f"{path}: holds no settings")
     try:
@@ -279,7 +281,9 @@ def _ended(
     except FileNotFoundError:
         pass
     except ValidationError as error:
-        raise DataError(f"{directory / ENDED}: is damaged ({error}); delete it") from None
+        raise DataError(
+            f"{directory / ENDED}: is damaged ({reason_of(error)}); delete it"
+        ) from None
     steps, total = last.get("step", 0), config.total_steps
     if total is not None and steps >= total:
         return Ended(status="finished")

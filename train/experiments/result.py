@@ -5,15 +5,14 @@ enough to make the report again, without the checkpoints.
 """
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from conf.errors import DataError
-from conf.validation import as_dict
+from conf.errors import DataError, reason_of
 from data.storage.atomic import write_atomic
 
 FILE = "result.json"
@@ -208,7 +207,7 @@ def write_result(directory: Path, result: Result) -> Path:
         OSError: it cannot be written.
     """
     path = directory / FILE
-    write_atomic(path, json.dumps(as_dict(result), indent=1, allow_nan=False) + "\n")
+    write_atomic(path, json.dumps(asdict(result), indent=1, allow_nan=False) + "\n")
     return path
 
 
@@ -230,7 +229,7 @@ def read_result(path: Path) -> Result:
     except (ValueError, KeyError, TypeError, ValidationError) as error:
         if isinstance(error, DataError):
             raise
-        raise DataError(f"{path}: is no result of a run: {error}") from None
+        raise DataError(f"{path}: is no result of a run: {reason_of(error)}") from None
 
 
 @cache

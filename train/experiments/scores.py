@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
-from conf.errors import DataError
+from conf.errors import DataError, reason_of
 from conf.validation import as_dict
 from data.storage.atomic import write_atomic
 from train.experiments.result import Heldout, TaskScore
@@ -62,7 +62,9 @@ def read_scores(directory: Path) -> Scores | None:
     except FileNotFoundError:
         return None
     except ValidationError as error:
-        raise DataError(f"{path}: is damaged ({error}); delete it and evaluate again") from None
+        raise DataError(
+            f"{path}: is damaged ({reason_of(error)}); delete it and evaluate again"
+        ) from None
 
 
 @cache

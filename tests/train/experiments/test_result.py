@@ -7,13 +7,16 @@ import pytest
 
 from conf.errors import DataError
 from tests.train.experiments.results import a_result
-from train.experiments.result import Curve, Estimate, Heldout, read_result, write_result
+from train.experiments.result import Curve, Estimate, Heldout, Latency, read_result, write_result
 
 
 def test_what_was_written_is_read(tmp_path: Path) -> None:
     text = Heldout(bits_per_byte=Estimate(value=1.5), loss=3.0, tokens=10, bytes=20)
     curve = Curve(step=[1], tokens=[2], flops=[3.0], seconds=[0.5], loss=[6.0], loss_ema=[6.0])
-    written = replace(a_result(), heldout={"python": text}, curve=curve)
+    speed = Latency(
+        device="GPU", dtype="bfloat16", context=9, batch=1, prefill_ms=None, decode_ms=1.5
+    )
+    written = replace(a_result(), heldout={"python": text}, curve=curve, latency=[speed])
     assert read_result(write_result(tmp_path, written)) == written
 
 
