@@ -27,6 +27,9 @@ def checkout_of(path: Path) -> Path | None:
 def claim() -> None:
     """Has every Python process that this one starts import this checkout's modules, too.
 
+    The folder of the command's script leaves `sys.path`, where Python has put it: a module in it
+    would hide a package of its name, as train/evaluate.py would that of Hugging Face.
+
     Raises:
         ConfigError: the command lies in another checkout than the modules that it has got, and
             `PYTHONPATH` does not say that this is meant; or there is no current directory.
@@ -41,6 +44,7 @@ def claim() -> None:
     other = checkout_of(place) if place else None
     if other and other != ROOT and str(ROOT) not in given.split(os.pathsep):
         raise ConfigError([_two_checkouts(place, other)], "the environment")
+    sys.path[:] = [entry for entry in sys.path if not _is_train(entry)]
     if checkout_of(ROOT):
         os.environ["PYTHONPATH"] = lead(ROOT, given)
 
@@ -53,6 +57,11 @@ def lead(root: Path, given: str) -> str:
     """
     others = [path for path in given.split(os.pathsep) if path and path != str(root)]
     return os.pathsep.join([str(root), *others])
+
+
+def _is_train(entry: str) -> bool:
+    """Whether an entry of `sys.path` is the folder in which the commands lie."""
+    return entry != "" and Path(entry).resolve() == ROOT / "train"
 
 
 def _place_of_command() -> Path | None:

@@ -1,11 +1,13 @@
 """The rows on which a model is evaluated."""
 
 import re
+from collections.abc import Iterable
 
 import numpy as np
 
 from data.batch import Batch, make_batch
 from data.packing import PADDING
+from data.source import Document, TokenDocument
 from data.sources.documents import Documents
 from data.tokenizer import Tokenizer
 
@@ -33,7 +35,28 @@ def heldout_rows(
     The rows are the same for every seed and number of lanes and ranks. They are chosen evenly from
     `OVERSAMPLING` times as many, so that they are of many documents even where one fills many rows.
     """
-    stream = _stream(documents, tokenizer, source, OVERSAMPLING * limit * seq_len)
+    found = documents.held_out(source, MAX_DOCUMENTS)
+    stream = _stream(found, tokenizer, OVERSAMPLING * limit * seq_len)
+    return _rows(documents, tokenizer, stream, seq_len, limit)
+
+
+def text_rows(
+    documents: Documents, tokenizer: Tokenizer, source: str, *, seq_len: int, limit: int | None
+) -> Batch | None:
+    """The rows of all documents of a source; None if it has none.
+
+    Args:
+        limit: how many rows are taken, the first ones; None: all, which have to fit the memory.
+    """
+    found = (record.document for record in documents.valid_records(source, 0, 1))
+    stream = _stream(found, tokenizer, None if limit is None else limit * seq_len)
+    return _rows(documents, tokenizer, stream, seq_len, limit)
+
+
+def _rows(
+    documents: Documents, tokenizer: Tokenizer, stream: np.ndarray, seq_len: int, limit: int | None
+) -> Batch | None:
+    """At most `limit` rows of a stream, evenly from it, whose documents are numbered."""
     targets = len(stream) - 1
     if not targets:
         return None
@@ -41,7 +64,8 @@ def heldout_rows(
     padded = np.full(count * seq_len + 1, PADDING, dtype=np.int64)
     padded[: len(stream)] = stream
     # In integers, so that the choice is the same on every machine.
-    chosen = np.arange(count) if count <= limit else np.arange(limit) * count // limit
+    limit = count if limit is None else min(limit, count)
+    chosen = np.arange(limit) * count // limit
     first = chosen * seq_len
     rows = padded[first[:, None] + np.arange(seq_len + 1)]
     # Only the last row of all can be padded, if it is among the chosen ones.
@@ -99,16 +123,19 @@ def _words(text: str) -> list[str]:
     return re.findall(rf"\s*\S{{1,{WORD_CHARACTERS}}}", text)
 
 
-def _stream(documents: Documents, tokenizer: Tokenizer, source: str, size: int) -> np.ndarray:
-    """A separator, and up to `size` held-out tokens.
+def _stream(
+    documents: Iterable[Document | TokenDocument], tokenizer: Tokenizer, size: int | None
+) -> np.ndarray:
+    """A separator, and up to `size` tokens of documents; None: all of them.
 
     With the separator, as if another document had just ended, the first token is a target, too.
     """
     pieces = [np.array([tokenizer.eos_id])]
-    room = size
-    for document in documents.held_out(source, MAX_DOCUMENTS):
+    read = 0
+    for document in documents:
         pieces.append(tokenizer.document_tokens(document))
-        room -= len(pieces[-1])
-        if room <= 0:
+        read += len(pieces[-1])
+        if size is not None and read >= size:
             break
-    return np.concatenate(pieces)[: size + 1]
+    stream = np.concatenate(pieces)
+    return stream if size is None else stream[: size + 1]

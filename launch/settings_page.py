@@ -16,6 +16,7 @@ from conf.validation import Setting, settings_of, type_in_words
 from launch.config import LAUNCHERS
 from train.arguments import (
     BenchArguments,
+    EvaluateArguments,
     ExportArguments,
     GenerateArguments,
     PlanArguments,
@@ -81,6 +82,7 @@ class SettingsArguments(Settings):
 COMMAND_ARGUMENTS: dict[str, Any] = {
     "python train/plan.py": PlanArguments,
     "python train/generate.py": GenerateArguments,
+    "python train/evaluate.py": EvaluateArguments,
     "python train/export.py": ExportArguments,
     "python train/report.py": ReportArguments,
     "python train/tokenizer.py": TokenizerArguments,

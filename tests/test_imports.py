@@ -118,14 +118,20 @@ def test_only_entry_points_import_the_front_of_the_commands() -> None:
             assert name_of(path) in entries
 
 
+# lm-evaluation-harness imports the package `evaluate` after `conf.checkout.claim` has taken train/
+# off the path, and nothing does so before.
+IMPORTED_LATER = {"evaluate"}
+
+
 def test_no_module_hides_one_of_somebody_else() -> None:
-    """`python train/main.py` puts train/ first on the path of every import, torch's included."""
+    """`python train/main.py` puts train/ first on the path of the imports before `claim`."""
     elsewhere = [p for p in sys.path if p and not Path(p).resolve().is_relative_to(ROOT)]
     for path in modules("train"):
         name = path.stem
         if name != "__init__":
             assert name not in sys.stdlib_module_names, path
-            assert PathFinder.find_spec(name, elsewhere) is None, path
+            if name not in IMPORTED_LATER:
+                assert PathFinder.find_spec(name, elsewhere) is None, path
 
 
 def test_configuration_holds_no_code() -> None:

@@ -4,6 +4,7 @@ Like every configuration, they need no torch: a wrong argument is told before it
 """
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -11,6 +12,8 @@ from typing import Any, Literal, get_args
 from conf.errors import ConfigError, Problem
 from conf.seed import Seed
 from conf.settings import above, at_least
+from conf.task_names import MOST_SHOTS, OLMO, OLMO_TASKS, without_paper
+from conf.validation import closest, did_you_mean
 from phd.config import SamplingConfig, SpanUnit, Variant
 from train.engine_config import device_problems
 from train.engines.accelerators import ACCELERATORS, accelerator
@@ -155,6 +158,99 @@ class ReportArguments:
             expected = "holds other files than a report"
             found.append(Problem("out", self.out, expected, "choose another directory"))
         return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateArguments:
+    """Arguments of `python train/evaluate.py`, each as key=value.
+
+    Without `text` and `tasks`, the run's held-out documents are measured.
+
+    Attributes:
+        run: the directory of a run; its newest complete checkpoint is evaluated. null: `model` is.
+        model: a directory that `train/export.py` has written, which transformers computes; null:
+            `run` is evaluated.
+        text: files, directories, globs or URLs, as `data=files` reads them, such as `my.jsonl`; for
+            each the bits per byte are measured. A JSON list for several.
+        text_field: the key or column that holds a document's text in `.jsonl` and `.parquet`.
+        heldout: measure the run's held-out documents as well where `text` or `tasks` is given.
+        rows: how many rows of tokens are measured; null: of held-out documents as many as in
+            training, `eval.rows`, and of `text` all of them.
+        seq_len: the tokens of a row; null: as in training, and for `model` its longest context, at
+            most 1024.
+        tasks: downstream tasks, separated by commas: `paper` for the seven of the paper, one of
+            them such as `olmo_hellaswag`, or a name of lm-evaluation-harness's own such as
+            `hellaswag`, whose questions come from the Hugging Face Hub.
+        shots: solved examples in front of each question, at most 5 in the paper's tasks; null: as
+            each task has it, in the paper's none. `olmo_mmlu_var` asks in seven ways, with up to 5.
+        limit: how many questions of each task are asked; null: all.
+        save: keep what is found of a run in its `result.json`, `metrics.jsonl` and its run on
+            Weights & Biases.
+        device: `auto`, `cpu` or `cuda`.
+        precision: of the matrix products: `fp32` or `bf16`; `auto` is bf16 on CUDA and fp32 on the
+            CPU.
+    """
+
+    run: str | None = None
+    model: str | None = None
+    text: tuple[str, ...] = ()
+    text_field: str = "text"
+    heldout: bool = False
+    rows: int | None = None
+    seq_len: int | None = None
+    tasks: str = ""
+    shots: int | None = None
+    limit: int | None = None
+    save: bool = True
+    device: str = "auto"
+    precision: str = "auto"
+
+    @property
+    def task_names(self) -> tuple[str, ...]:
+        """The tasks, each once, with the paper's in place of `paper`."""
+        return without_paper(tuple(name for name in re.split(r"[,\s]+", self.tasks) if name))
+
+    @property
+    def texts(self) -> dict[str, str]:
+        """The patterns of `text` by the names under which their results are kept."""
+        names = [pattern.rstrip("/").rpartition("/")[2] for pattern in self.text]
+        return {
+            name if names.count(name) == 1 else pattern: pattern
+            for name, pattern in zip(names, self.text, strict=True)
+        }
+
+    @property
+    def measures_heldout(self) -> bool:
+        """Whether the run's own held-out documents are measured."""
+        return self.run is not None and (self.heldout or not (self.text or self.task_names))
+
+    def problems(self) -> list[Problem]:
+        """Every impossible setting."""
+        found = at_least(self, "", 1, "rows", "seq_len", "limit") + at_least(self, "", 0, "shots")
+        if self.run is not None and self.model is not None:
+            found.append(Problem("run", self.run, "model is given, too", "leave one out"))
+        if self.run is None and self.model is None:
+            hint = "give the directory of a run, or model= with that of an export"
+            found.append(Problem("run", expected="nothing to evaluate", hint=hint))
+        if self.model is not None and not (self.text or self.task_names):
+            found.append(
+                Problem("text", expected="nothing to measure", hint="give text= or tasks=")
+            )
+        if self.model is not None and self.heldout:
+            reason = "an export has no held-out documents"
+            found.append(Problem("heldout", True, reason, "give text= with files"))
+        here = [name for name in self.task_names if name.startswith(OLMO)]
+        found += [
+            Problem("tasks", name, "no such task", did_you_mean(closest(name, OLMO_TASKS)))
+            for name in here
+            if name not in OLMO_TASKS
+        ]
+        if here and (self.shots or 0) > MOST_SHOTS:
+            expected = f"expected at most {MOST_SHOTS}: {here[0]} has no more examples"
+            found.append(Problem("shots", self.shots, expected))
+        if self.precision not in ("auto", "fp32", "bf16"):
+            found.append(Problem("precision", self.precision, "expected auto, fp32 or bf16"))
+        return found + device_problems(self.device)
 
 
 @dataclass(frozen=True, kw_only=True)

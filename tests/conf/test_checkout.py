@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from importlib.machinery import ModuleSpec
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -169,6 +169,17 @@ def test_processes_of_any_kind_get_this_checkout_first(
     claim()
     first, *others = os.environ["PYTHONPATH"].split(":")
     assert (first, others) == (str(ROOT), ["/elsewhere"] if given else [])
+
+
+def test_a_module_of_train_hides_no_package_of_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once the command's settings are looked at: `evaluate` is not train/evaluate.py."""
+    monkeypatch.setattr(sys, "path", [str(ROOT), str(ROOT / "train"), "", *sys.path])
+    assert PathFinder.find_spec("evaluate").origin == str(ROOT / "train/evaluate.py")
+    before = [entry for entry in sys.path if entry != str(ROOT / "train")]
+    claim()
+    assert sys.path == before
+    found = PathFinder.find_spec("evaluate")
+    assert found is None or not Path(found.origin).is_relative_to(ROOT / "train")
 
 
 def test_a_module_run_by_name_is_that_of_the_current_directory(

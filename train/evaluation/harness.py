@@ -3,6 +3,7 @@
 Only what runs the harness imports this module: the package `lm-eval` is optional.
 """
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -202,7 +203,12 @@ class OlmoTask(Task):
 
     def __init__(self, questions: Questions) -> None:
         self.asked = questions
-        super().__init__()
+        logger = logging.getLogger(TaskConfig.__module__)
+        logger.disabled = True  # it warns of the settings that are replaced below
+        try:
+            super().__init__()
+        finally:
+            logger.disabled = False
         kind = self.OUTPUT_TYPE
         # Not as an argument: the harness would take it for the name of the task.
         self._config = TaskConfig(

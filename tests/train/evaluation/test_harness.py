@@ -33,7 +33,7 @@ class Both:
         cpu = torch.device("cpu")
         model, tokenizer, *_ = load_run(run, cpu)
         self.ours = CachedLM(model, tokenizer)
-        self.theirs = load_exported(out, cpu, torch.float32)
+        self.theirs = load_exported(out, cpu)
 
     def __iter__(self) -> Any:
         return iter((self.ours, self.theirs))

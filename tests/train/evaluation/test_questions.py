@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 
 from conf.errors import ConfigError, DataError
+from conf.task_names import OLMO_TASKS, PAPER_TASKS
 from tests.train.evaluation.olmo_wheel import NAMES, QUESTIONS
 from train.config import EvalConfig
 from train.evaluation import fetch
 from train.evaluation.fetch import FetchArguments, unpack
 from train.evaluation.questions import check_there, read_questions
-from train.task_names import OLMO_TASKS, PAPER_TASKS
 
 pytestmark = pytest.mark.usefixtures("unpacked")
 

@@ -12,6 +12,9 @@ OlmoTask = Literal[
     "olmo_mmlu_var",
     "olmo_mmlu",
 ]
+OLMO = "olmo_"
+"""How their names begin; lm-evaluation-harness has none of these."""
+
 OLMO_TASKS: tuple[OlmoTask, ...] = get_args(OlmoTask)
 
 PAPER = "paper"
