@@ -1,7 +1,7 @@
 """The PHD transformer: K copies of every token in, one prediction per token out."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -109,6 +109,19 @@ class Transformer(nn.Module):
         self.rope.build(self.embed.weight.device)
         return self
 
+    def set_copies(self, K: int) -> "Transformer":
+        """Feed each token K times from here on; returns itself.
+
+        No weight changes: all copies go through the same ones. `config` says the new K, so that
+        whatever computes with the model (a cache, a count of FLOPs) follows. Vectors of
+        `copy_embedding` that are for further copies wait.
+        """
+        self.config = replace(self.config, K=K)
+        assert not self.config.copy_embedding or len(self.copy_embed.weight) >= K, K
+        self.pattern = Pattern.of(self.config)
+        self.rope.set_copies(K)
+        return self
+
     def fuse_projections(self) -> "Transformer":
         """Multiply q, k, v and gate, up by one product each, which makes inference faster.
 
@@ -150,7 +163,9 @@ class Transformer(nn.Module):
         x = self.embed(tokens).unsqueeze(1)
         # The residual stream is float32, also where the weights are gathered in half precision.
         x = x.to(torch.promote_types(x.dtype, torch.float32))
-        return x + self.copy_embed.weight[:, None] if self.config.copy_embedding else x
+        if not self.config.copy_embedding:
+            return x
+        return x + self.copy_embed.weight[: self.config.K, None]
 
     def logits(self, tokens: Tensor, segments: Segments | None = None) -> Tensor:
         """tokens, int (B, T) -> (B, T, V)."""

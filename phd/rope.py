@@ -1,5 +1,6 @@
 """Rotary position embedding, with positions for every copy of a token."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -50,6 +51,12 @@ class Rope(nn.Module):
             self.sin.copy_(sin)
         else:
             self.cos, self.sin = cos, sin
+
+    def set_copies(self, K: int) -> None:
+        """Give tables for K copies of each token from here on."""
+        self.config = replace(self.config, K=K)
+        if len(self.cos) < self.config.rope_positions:
+            self.build(self.cos.device)
 
     def tables(self, tokens: int, segments: Segments | None = None) -> tuple[Tensor, Tensor]:
         """(cos, sin) for all copies of rows of `tokens` tokens: (B or 1, K or 1, 1, T, H).

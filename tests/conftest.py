@@ -46,7 +46,7 @@ LONGEST_FIRST = (
     "train/checkpoint/test_store.py",
     "train/distributed/test_watchdog.py",
     "phd/inference/test_compiled_step.py",
-    "train/test_tokenizer_of_weights.py",
+    "train/start/test_tokenizer_of_weights.py",
     "train/engines/test_memory.py",
     "phd/attention/test_fused.py",
     "phd/attention/test_fused_compiler.py",

@@ -42,9 +42,9 @@ def check_inputs(config: Config) -> None:
     if problems:
         raise ConfigError(problems)
     if config.run.start_from is not None and not _has_tokenizer(config):
-        from train.hf.tokenizer_of_weights import check_directory
+        from train.start.directory import kind_of
 
-        check_directory(Path(config.run.start_from).expanduser())
+        kind_of(Path(config.run.start_from).expanduser())
 
 
 def _is_here(source: Source) -> bool:

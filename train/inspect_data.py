@@ -31,7 +31,7 @@ from data.sources.quarantine import Quarantine
 from data.stream import BY_DOCUMENTS, BatchShape, TokenStream
 from data.tokenizer import Tokenizer
 from train.config import Config
-from train.hf.tokenizer_of_weights import tokenizer_of_new_run
+from train.start.tokenizer_of_weights import tokenizer_of_new_run
 
 READ_S = 10.0
 """Seconds for which each source is read to count its documents."""

@@ -58,7 +58,7 @@ from data.tokenizer import Tokenizer
 from train.arguments import PretokenizeArguments
 from train.config import Config
 from train.console import progress_bar
-from train.hf.tokenizer_of_weights import tokenizer_of_new_run
+from train.start.tokenizer_of_weights import tokenizer_of_new_run
 
 T = TypeVar("T")
 REFRESH_S = 0.5

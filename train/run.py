@@ -45,8 +45,6 @@ from train.engines.fsdp import FsdpEngine
 from train.engines.memory import fit
 from train.engines.schedule import config_before, schedule_change
 from train.evaluation.task_hook import TaskEvaluation, questions_of_run
-from train.hf.pretrained import pretrained_start
-from train.hf.tokenizer_of_weights import tokenizer_of_weights
 from train.metrics.documents import bytes_of_documents
 from train.metrics.hooks import (
     DataProgress,
@@ -69,6 +67,8 @@ from train.metrics.sinks import (
 from train.profiling.window import ProfileWindow
 from train.run_dir.lock import hold_run_dir
 from train.run_dir.prepare import prepare_run_dir
+from train.start.tokenizer_of_weights import tokenizer_of_weights
+from train.start.weights import read_start
 
 # Settings that a resumed run must share with its checkpoint; the rest may be changed.
 FIXED = ("seed", "model", "train.global_batch", "train.seq_len")
@@ -240,7 +240,7 @@ def _open(
     stop_sync = StopSync(groups, stop_signal, watchdog)
     evaluations = _evaluations(config, documents, tokenizer, engine, stop_sync, console)
     prompt = _prompt(config, tokenizer, evaluations)
-    _restore(config, engine, checkpoint)
+    _restore(config, engine, checkpoint, tokenizer)
     raise_on_all_ranks(
         groups,
         lambda: prepare_run_dir(config, tokenizer, console) if groups.is_rank_zero else None,
@@ -286,12 +286,19 @@ def _open(
     )
 
 
-def _restore(config: Config, engine: Engine, checkpoint: Checkpoint | None) -> None:
-    """Give the engine the weights and moments of the checkpoint, or of a pretrained model."""
+def _restore(
+    config: Config, engine: Engine, checkpoint: Checkpoint | None, tokenizer: Tokenizer
+) -> None:
+    """Give the engine the weights and moments of the checkpoint, or of what the run starts from."""
     if checkpoint:
         engine.restore(checkpoint)
     elif config.run.start_from is not None:
-        engine.load(pretrained_start(Path(config.run.start_from).expanduser(), config.model))
+        start = read_start(config, engine.groups)
+        if start.tokenizer not in (None, tokenizer.fingerprint):
+            another = "its weights were trained with another tokenizer than the run's"
+            hint = "give the run that they are of, with its own tokenizer.model"
+            raise ConfigError([Problem("run.start_from", config.run.start_from, another, hint)])
+        engine.load(start.weights, start.optimizer)
 
 
 def smallest_memory(config: Config, groups: ProcessGroups) -> int:

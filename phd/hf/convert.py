@@ -106,7 +106,7 @@ def from_hugging_face(
         for name, weight in hf_state.items()
         if not name.endswith(".rotary_emb.inv_freq")
     }
-    shapes = {names[name]: shape for name, shape in _shapes(config).items()}
+    shapes = {names[name]: shape for name, shape in weight_shapes(config).items()}
     if config.tied:
         weights = _without_tied_head(weights)
     weights = _fitting(weights, shapes)
@@ -128,7 +128,7 @@ def to_hugging_face(
     if problems := _unwritable(config):
         raise ValueError("; ".join(problems))
     names = _names(config)
-    weights = _fitting(state, _shapes(config))
+    weights = _fitting(state, weight_shapes(config))
     there = {theirs: weights[ours] for ours, theirs in names.items()}
     return _write_config(config), {
         **there,
@@ -137,25 +137,27 @@ def to_hugging_face(
 
 
 def starting_state(config: ModelConfig, state: Mapping[str, Tensor]) -> State:
-    """The state dict with which a model of any variant starts from a vanilla model's weights.
+    """The state dict with which a model of any variant starts from another variant's weights.
 
-    Every copy goes through the same weights, so they stay what they are. Only copy embeddings are
-    new, and start at 0. So the originals compute what the vanilla model computes. An untied head
-    starts as the embedding of a tied model.
+    Every copy goes through the same weights, so they stay what they are. Only the embeddings of
+    copies that the other model does not have are new, and start at 0. So the originals compute what
+    they compute there. An untied head starts as the embedding of a tied model.
 
     Args:
-        config: the vanilla model's, with any variant, K, window, chunk and copy settings.
-        state: the vanilla model's state dict, as `from_hugging_face` returns it.
+        config: the other model's, with any variant, K, window, chunk and copy settings.
+        state: the other model's state dict, as `from_hugging_face` returns that of a vanilla one.
 
     Raises:
         ValueError: if the weights are those of another shape, wiring of norms, or tying.
     """
     if config.copy_embedding:
-        zeros = state["embed.weight"].new_zeros(config.K, config.dim)
-        state = {**state, "copy_embed.weight": zeros}
+        vectors = state["embed.weight"].new_zeros(config.K, config.dim)
+        given = state.get("copy_embed.weight", vectors)[: config.K]
+        vectors[: len(given)] = given
+        state = {**state, "copy_embed.weight": vectors}
     if not config.tied and "head.weight" not in state:
         state = {**state, "head.weight": state["embed.weight"].clone()}
-    return _fitting(state, _shapes(config))
+    return _fitting(state, weight_shapes(config))
 
 
 def _names(config: ModelConfig) -> dict[str, str]:
@@ -170,8 +172,8 @@ def _names(config: ModelConfig) -> dict[str, str]:
     return names
 
 
-def _shapes(config: ModelConfig) -> dict[str, torch.Size]:
-    """The shape of every weight of a model, which is never allocated."""
+def weight_shapes(config: ModelConfig) -> dict[str, torch.Size]:
+    """The shape of every weight of a model by name; the model is never allocated."""
     with torch.device("meta"):
         return {name: weight.shape for name, weight in Transformer(config).state_dict().items()}
 

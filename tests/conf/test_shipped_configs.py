@@ -23,6 +23,7 @@ GIVEN = {
     ("data", "files"): ["data.sources.files.paths=[corpus]"],
     ("data", "tokens"): ["data.sources.tokens.path=tokens/python"],
     ("tokenizer", "file"): ["tokenizer.path=llama.model"],
+    ("experiment", "anneal"): ["run.start_from=runs/first"],
 }
 
 # The table of sizes: layers, D, FFN, N, G, H, V, tied.

@@ -11,9 +11,9 @@ from data.tokenizer import Tokenizer
 from train import export, generate
 from train.arguments import ExportArguments, GenerateArguments
 from train.compose import load
-from train.hf.tokenizer_of_weights import tokenizer_of_weights
 from train.inputs import check_inputs
 from train.main import main
+from train.start.tokenizer_of_weights import tokenizer_of_weights
 
 FILES = "data.sources.files.paths"
 TOKENS = "data.sources.tokens.path"
@@ -70,7 +70,7 @@ def test_what_is_there_and_no_input_is_told_too(
     [
         ("nosuch", "nosuch: no such directory; download a model"),
         ("weights.safetensors", "weights.safetensors: not a directory; give the one"),
-        ("run", r"run: the directory of a run, .* `python train/export\.py run=run out="),
+        ("run", "run: the run has no complete checkpoint yet; let it train on"),
     ],
 )
 def test_weights_that_are_not_there_are_told_before_the_plan(

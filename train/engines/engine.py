@@ -4,7 +4,7 @@ The model itself knows nothing of ranks and devices.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import NamedTuple
 
@@ -224,8 +224,17 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def load(self, weights: dict[str, Tensor]) -> None:
-        """Load whole weights by parameter name; moments stay zero. Every rank calls this."""
+    def load(
+        self,
+        weights: Mapping[str, Tensor],
+        optimizer: Callable[[str], Mapping[str, Tensor]] | None = None,
+    ) -> None:
+        """Load whole weights by parameter name. Every rank calls this.
+
+        Args:
+            optimizer: gives AdamW's state of a parameter, whole: `exp_avg`, `exp_avg_sq`, `step`.
+                None: it stays zero.
+        """
 
     @abstractmethod
     def summon_full_params(self) -> AbstractContextManager[Transformer]:

@@ -1,6 +1,6 @@
 """PyTorch's own parallelism: one process, DDP, FSDP2 (arXiv 2304.11277) or HSDP."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
@@ -21,7 +21,7 @@ from train.engine_config import FsdpConfig
 from train.engines.device import autocast
 from train.engines.engine import Engine
 from train.engines.limits import Limits
-from train.engines.optimizer import adamw, add_moments, set_clip_and_skip
+from train.engines.optimizer import MOMENTS, adamw, add_moments, set_clip_and_skip
 from train.engines.parallelize import drop_unreduced_gradients, parallelize, sharded_modules
 from train.engines.rounded_weights import RoundedWeights
 
@@ -149,10 +149,22 @@ class FsdpEngine(Engine):
         self.rounded.refresh()
         self.set_random_state(random)
 
-    def load(self, weights: dict[str, Tensor]) -> None:
-        """Load whole weights; each rank copies its shards."""
+    @torch.no_grad()
+    def load(
+        self,
+        weights: Mapping[str, Tensor],
+        optimizer: Callable[[str], Mapping[str, Tensor]] | None = None,
+    ) -> None:
+        """Load whole weights, and whole moments if they are given; each rank copies its shards."""
         assert weights.keys() == self.parameters.keys(), weights.keys() ^ self.parameters.keys()
         self._fill(weights.items())
+        if optimizer is None:
+            return
+        for name, parameter in self.parameters.items():
+            given, own = optimizer(name), self.optimizer.state[self.shards[name]]
+            for key in MOMENTS:
+                own[key].copy_(_local(_sharded_like(parameter, given[key])))
+            own["step"].copy_(given["step"])
 
     @torch.no_grad()
     def _fill(self, weights: Iterable[tuple[str, Tensor]]) -> None:

@@ -15,7 +15,7 @@ import importlib
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from types import ModuleType
@@ -182,16 +182,32 @@ class DeepSpeedEngine(Engine):
             for key, value in zip((None, *MOMENTS), values, strict=True):
                 self._set_tensor(parameter, key, value)
         self._skipped_step()
-        for state in self.adamw.state.values():
-            state["step"].copy_(step)
+        self._set_adamw_step(step)
         random = self.random_state()
         saved = checkpoint.read(f"random.{x}" for x in random if f"random.{x}" in checkpoint.specs)
         self.set_random_state(random | {name.partition(".")[2]: x for name, x in saved.items()})
 
-    def load(self, weights: dict[str, Tensor]) -> None:
+    def load(
+        self,
+        weights: Mapping[str, Tensor],
+        optimizer: Callable[[str], Mapping[str, Tensor]] | None = None,
+    ) -> None:
+        step = None
         for name, parameter in self.model.named_parameters():
             self._set_tensor(parameter, None, weights[name])
+            if optimizer:
+                given = optimizer(name)
+                step = given["step"]
+                for key in MOMENTS:
+                    self._set_tensor(parameter, key, given[key])
         self._skipped_step()
+        if step is not None:
+            self._set_adamw_step(step)
+
+    def _set_adamw_step(self, step: Tensor) -> None:
+        """Have AdamW count on from `step`, which is the same for all parameters."""
+        for state in self.adamw.state.values():
+            state["step"].copy_(step)
 
     def _full_tensor(self, parameter: nn.Parameter, key: str | None) -> Tensor:
         """All-gather a float32 weight (`key` None) or a moment of it. Every rank calls this."""

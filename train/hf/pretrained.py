@@ -7,20 +7,15 @@ from typing import Any
 
 from torch import Tensor
 
-from conf.errors import ConfigError, DataError, Problem, reason_of
+from conf.errors import ConfigError, DataError, reason_of
 from conf.extras import pip_command
 from conf.text import read_text
 from phd.config import ModelConfig
-from phd.hf.convert import from_hugging_face, starting_state, to_hugging_face
-from train.hf.tokenizer_of_weights import CONFIG, check_directory
+from phd.hf.convert import from_hugging_face, to_hugging_face
+from train.hf.directory import CONFIG, check_directory
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-# The settings that must be equal for two models to compute the same from the same weights.
-SHAPE = (
-    *("layers", "dim", "ffn_dim", "heads", "kv_heads", "head_dim", "vocab_size"),
-    *("rope_theta", "norm", "norm_eps"),
-)
 FORMAT = {"format": "pt"}  # without it, transformers 4 refuses the file
 
 
@@ -41,28 +36,6 @@ def load_pretrained(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
         return from_hugging_face(hf_config, hf_state)
     except ValueError as error:
         raise DataError(f"{path}: {reason_of(error)}") from error
-
-
-def pretrained_start(path: Path, config: ModelConfig) -> dict[str, Tensor]:
-    """The weights of an OLMo 2 or Llama directory as the initial weights of any variant.
-
-    The originals of a PHD model attend to originals only, so they compute what that model computes.
-
-    Raises:
-        DataError: the directory cannot be read.
-        ConfigError: settings of `config` differ from that model's; the message names them.
-    """
-    pretrained, state = load_pretrained(path)
-    differences = [
-        f"model.{name}={getattr(config, name)} (there it is {getattr(pretrained, name)})"
-        for name in SHAPE
-        if getattr(config, name) != getattr(pretrained, name)
-    ]
-    if differences:
-        hint = f"set these as they are there: {', '.join(differences)}"
-        problem = Problem("run.start_from", str(path), "a model of another shape", hint)
-        raise ConfigError([problem])
-    return starting_state(config, state)
 
 
 def save_pretrained(path: Path, config: ModelConfig, state: dict[str, Tensor]) -> None:

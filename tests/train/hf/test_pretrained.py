@@ -3,7 +3,6 @@
 import json
 import re
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from phd.config import ModelConfig
 from phd.model import Transformer
-from train.hf.pretrained import load_pretrained, pretrained_start, save_pretrained
+from train.hf.pretrained import load_pretrained, save_pretrained
 
 transformers = pytest.importorskip("transformers", reason="needs transformers")
 safetensors = pytest.importorskip("safetensors", reason="needs safetensors")
@@ -190,25 +189,3 @@ def test_without_safetensors_the_extra_is_named(
     with refusal(message):
         save_pretrained(tmp_path / "new", model.config, model.state_dict())
     assert not (tmp_path / "new").exists()
-
-
-def test_a_phd_model_starts_from_a_pretrained_directory(tmp_path: Path) -> None:
-    vanilla = our_model(tied=True)
-    save_pretrained(tmp_path / "hf", vanilla.config, vanilla.state_dict())
-    config = replace(vanilla.config, variant="phd_cswa", K=3, copy_embedding=True)
-    model = Transformer(config).reset(1).load(pretrained_start(tmp_path / "hf", config))
-    started = dict(model.named_parameters())
-    assert torch.equal(started.pop("copy_embed.weight"), torch.zeros(3, 32))
-    assert started.keys() == vanilla.state_dict().keys()
-    assert all(torch.equal(started[n], weight) for n, weight in vanilla.state_dict().items())
-
-
-def test_a_start_of_another_shape_names_what_to_change(tmp_path: Path) -> None:
-    vanilla = our_model()
-    save_pretrained(tmp_path / "hf", vanilla.config, vanilla.state_dict())
-    other = replace(vanilla.config, dim=48, rope_theta=1e4)
-    with pytest.raises(ValueError, match=r"run\.start_from=.*: a model of another shape") as error:
-        pretrained_start(tmp_path / "hf", other)
-    assert str(error.value).endswith(
-        "model.dim=48 (there it is 32), model.rope_theta=10000.0 (there it is 500000.0)"
-    )

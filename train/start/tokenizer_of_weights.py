@@ -10,30 +10,7 @@ from data.tokenizer import Tokenizer
 from data.tokenizer_training import TokenizerOfWeights, prepare_tokenizer
 from train.config import Config
 from train.console import warn
-
-CONFIG = "config.json"
-RUN_CONFIG = "config.yaml"  # which the directory of a run has
-TOKENIZER = "tokenizer.model"
-
-
-def check_directory(path: Path) -> None:
-    """Make sure that a path looks like the directory of a Hugging Face model.
-
-    Raises:
-        DataError: it is none; says what to do.
-    """
-    if path.is_dir() and not (path / CONFIG).exists() and (path / RUN_CONFIG).is_file():
-        raise DataError(
-            f"{path}: the directory of a run, not of a Hugging Face model; export it first, with "
-            f"`python train/export.py run={path} out={path}-exported`, and give that directory"
-        )
-    if not path.exists():
-        raise DataError(
-            f"{path}: no such directory; download a model from the Hub first, for example with "
-            f"`hf download allenai/OLMo-2-0425-1B --local-dir {path}`"
-        )
-    if not path.is_dir():
-        raise DataError(f"{path}: not a directory; give the one that {CONFIG} is in")
+from train.start.directory import tokenizer_path
 
 
 def tokenizer_of_weights(start_from: str | None, console: Console) -> TokenizerOfWeights | None:
@@ -43,16 +20,15 @@ def tokenizer_of_weights(start_from: str | None, console: Console) -> TokenizerO
     run trains, only from a bad start.
 
     Raises:
-        DataError: it is no such directory.
+        DataError: it is no directory of weights.
     """
     if start_from is None:
         return None
-    check_directory(Path(start_from).expanduser())
-    path = Path(start_from).expanduser() / TOKENIZER
+    path = tokenizer_path(Path(start_from).expanduser())
     try:
         return TokenizerOfWeights("run.start_from", start_from, Tokenizer.load(path))
     except FileNotFoundError:
-        why = f"it has no {TOKENIZER}"
+        why = f"it has no {path.name}"
     except (DataError, OSError) as error:
         why = str(error)
     warn(

@@ -1,0 +1,1 @@
+"""What a new run starts from: the weights, moments and tokenizer of `run.start_from`."""

@@ -1,0 +1,140 @@
+"""The weights that a new run starts with, and AdamW's moments if it asks for them.
+
+run.start_from          weights                          run.start_optimizer=true
+a Hugging Face model    of an OLMo 2 or Llama model      not possible: it has no moments
+a run                   of its newest whole checkpoint   that checkpoint's
+a checkpoint            its own                          its own
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor
+
+from conf.errors import ConfigError, Problem
+from conf.validation import build
+from phd.config import ModelConfig
+from phd.hf.convert import starting_state, weight_shapes
+from train.checkpoint.reader import Checkpoint
+from train.checkpoint.store import CheckpointStore
+from train.config import Config
+from train.distributed.process_groups import ProcessGroups
+from train.engines.optimizer import MOMENTS
+from train.hf.pretrained import load_pretrained
+from train.start.directory import CHECKPOINTS, Kind, kind_of
+
+# The settings that must be equal for two models to compute the same from the same weights.
+SHAPE = (
+    *("layers", "dim", "ffn_dim", "heads", "kv_heads", "head_dim", "vocab_size"),
+    *("rope_theta", "norm", "norm_eps"),
+)
+STATE = (*MOMENTS, "step")
+
+
+class Start(NamedTuple):
+    """What the parameters of a new run start as.
+
+    Attributes:
+        weights: by parameter name, whole, in float32.
+        optimizer: gives AdamW's state of a parameter, read from disk when it is called; None: the
+            run starts with moments of 0.
+        tokenizer: the fingerprint of the tokenizer that the weights were trained with; None: a
+            Hugging Face directory does not say it.
+    """
+
+    weights: dict[str, Tensor]
+    optimizer: Callable[[str], Mapping[str, Tensor]] | None = None
+    tokenizer: str | None = None
+
+
+def read_start(config: Config, groups: ProcessGroups) -> Start:
+    """What `run.start_from` gives the parameters of a run. Every rank calls this.
+
+    Raises:
+        DataError: the directory cannot be read, or it is damaged.
+        ConfigError: settings of the model differ from those of the weights, and the message names
+            them all; or `run.start_optimizer` asks for moments that are not there.
+    """
+    assert config.run.start_from is not None
+    path = Path(config.run.start_from).expanduser()
+    kind = kind_of(path)
+    if kind is Kind.HUGGING_FACE:
+        if config.run.start_optimizer:
+            raise ConfigError([_no_moments(f"{path} is {kind.value}, which has none")])
+        return Start(pretrained_start(path, config.model))
+    checkpoint = Checkpoint.open(path) if kind is Kind.CHECKPOINT else _newest(path, groups)
+    source = build(ModelConfig, checkpoint.state["config"]["model"], f"the model of {path}")
+    checkpoint.refuse_old_form(source)
+    _check_shape(path, config.model, source)
+    optimizer = None
+    if config.run.start_optimizer:
+        _check_moments(checkpoint, config.model)
+
+        def optimizer(name: str) -> dict[str, Tensor]:
+            names = [f"optimizer.{name}.{key}" for key in STATE]
+            return dict(zip(STATE, checkpoint.read(names).values(), strict=True))
+
+    weights = starting_state(config.model, checkpoint.load_weights())
+    return Start(weights, optimizer, checkpoint.state["stream"]["tokenizer"])
+
+
+def pretrained_start(path: Path, config: ModelConfig) -> dict[str, Tensor]:
+    """The weights of an OLMo 2 or Llama directory as the initial weights of any variant.
+
+    The originals of a PHD model attend to originals only, so they compute what that model computes.
+
+    Raises:
+        DataError: the directory cannot be read.
+        ConfigError: settings of `config` differ from that model's; the message names them.
+    """
+    source, state = load_pretrained(path)
+    _check_shape(path, config, source)
+    return starting_state(config, state)
+
+
+def _newest(run: Path, groups: ProcessGroups) -> Checkpoint:
+    """The newest checkpoint of another run that is not damaged, the same on all ranks."""
+    checkpoint = CheckpointStore(run / CHECKPOINTS, keep=1, groups=groups).newest()
+    assert checkpoint is not None, "`kind_of` has found one"
+    return checkpoint
+
+
+def _check_shape(path: Path, config: ModelConfig, source: ModelConfig) -> None:
+    """Refuse weights that a model with this config cannot take, or computes something else with."""
+    names = [name for name in SHAPE if getattr(config, name) != getattr(source, name)]
+    # A tied model gives an untied one its embedding as a head, and copies may be given vectors of
+    # their own, which start at 0. What the weights have cannot be left out.
+    names += ["tied"] * (config.tied and not source.tied)
+    names += ["copy_embedding"] * (source.copy_embedding and not config.copy_embedding)
+    if names:
+        differences = ", ".join(
+            f"model.{name}={_spelled(getattr(config, name))} "
+            f"(there it is {_spelled(getattr(source, name))})"
+            for name in names
+        )
+        hint = f"set these as they are there: {differences}"
+        problem = Problem("run.start_from", str(path), "a model of another shape", hint)
+        raise ConfigError([problem])
+
+
+def _spelled(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _check_moments(checkpoint: Checkpoint, config: ModelConfig) -> None:
+    """Refuse a checkpoint without moments for one of the parameters, as those of new copies."""
+    specs = checkpoint.specs
+    missing = [
+        name
+        for name, shape in weight_shapes(config).items()
+        for spec in [specs.get(f"optimizer.{name}.{MOMENTS[0]}")]
+        if spec is None or spec.shape != shape
+    ]
+    if missing:
+        raise ConfigError([_no_moments(f"{checkpoint.path} has none for {', '.join(missing)}")])
+
+
+def _no_moments(reason: str) -> Problem:
+    hint = "set run.start_optimizer=false to start with the weights alone"
+    return Problem("run.start_optimizer", True, f"AdamW's moments are asked for; {reason}", hint)
