@@ -96,7 +96,8 @@ def as_dict(value: Any) -> Any:
     if isinstance(value, tuple):
         return [as_dict(item) for item in value]
     if isinstance(value, dict):
-        return {name: as_dict(item) for name, item in value.items()}
+        # JSON has text for keys alone, and a configuration has to be the same after it.
+        return {str(name): as_dict(item) for name, item in value.items()}
     return str(value) if isinstance(value, Path) else value
 
 

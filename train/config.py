@@ -6,10 +6,13 @@ from them. The model's settings are in `phd.config`, the data's in `data.config`
 """
 
 import re
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+from itertools import pairwise
 from math import ceil, inf
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from conf.durations import Seconds
 from conf.errors import ConfigError, Problem
@@ -24,6 +27,10 @@ from train.engine_config import DeepSpeedConfig, FsdpConfig
 
 DEFAULT_STEPS = 320  # 0.66 M tokens with the default batch: minutes on two CPU cores
 LENGTHS = ("train.max_steps", "train.max_tokens", "train.max_flops")
+
+Copies = Annotated[
+    dict[float, int], "the K from each fraction of the run on, such as {0: 1, 0.75: 2}"
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,6 +228,8 @@ class OptimConfig(Settings):
 class ScheduleConfig(Settings):
     """The learning rate as a function of the step: a linear warm-up, then `kind`.
 
+    And the copies of each token, where they are not the same in the whole run.
+
         cosine    /``\\__    half a cosine down to final_ratio
         linear    /\\___     a straight line down to final_ratio
         wsd       /````\\    the peak, then a straight line down in the last decay_fraction
@@ -233,6 +242,9 @@ class ScheduleConfig(Settings):
         warmup_fraction: the length of the warm-up as a fraction of the run.
         final_ratio: the last learning rate, as a fraction of the peak.
         decay_fraction: the last part of the run, as a fraction, in which `wsd` decays.
+        copies: K as a function of the step, where it is switched within the run:
+            `{0: 1, 0.75: 2}` trains without hidden copies at first, and with one of each token in
+            the last quarter. The last K has to be `model.K`. null: `model.K` all the time.
     """
 
     kind: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
@@ -241,9 +253,14 @@ class ScheduleConfig(Settings):
     warmup_fraction: float = 0.05
     final_ratio: float = 0.1
     decay_fraction: float = 0.2
+    copies: Copies | None = None
 
     def problems(self) -> list[Problem]:
         found = at_least(self, "schedule", 0, "warmup_steps", "warmup_tokens")
+        found += [
+            Problem("schedule.copies", _as_typed(self.copies), reason, COPIES_HINT)
+            for reason in self._flaws_of_copies()
+        ]
         found += [
             Problem(f"schedule.{name}", value, "expected a number from 0 to 1")
             for name in ("warmup_fraction", "final_ratio", "decay_fraction")
@@ -260,6 +277,22 @@ class ScheduleConfig(Settings):
                 )
             )
         return found
+
+    def _flaws_of_copies(self) -> Iterator[str]:
+        """Why `copies` cannot be, whatever the run's length."""
+        if self.copies is None:
+            return
+        starts, copies = list(self.copies), list(self.copies.values())
+        if starts[:1] != [0]:
+            yield "the first fraction must be 0, where the run begins"
+        if any(start >= end for start, end in pairwise(starts)):
+            yield "the fractions must increase"
+        if any(not 0 <= start < 1 for start in starts):
+            yield "fractions are from 0 to below 1, where the run ends"
+        if any(K < 1 for K in copies):
+            yield "each token enters the network at least once, so K is at least 1"
+        if len(copies) == 1 or any(before == after for before, after in pairwise(copies)):
+            yield "a fraction that does not change K says nothing"
 
     def unused(self) -> list[Problem]:
         """The settings that the kind, or another length of the warm-up, leaves without effect."""
@@ -279,6 +312,39 @@ class ScheduleConfig(Settings):
                 found += without_effect(self, "schedule", reason, hint, "warmup_fraction")
                 break
         return found
+
+
+COPIES_HINT = (
+    "expected fractions of the run with the K from there on, as in 'schedule.copies={0: 1, 0.75: "
+    "2}'; with one K alone, set it as model.K"
+)
+
+
+def _as_typed(copies: Mapping[float, int] | None) -> dict[float, int]:
+    """A schedule of copies, with whole numbers as they are typed.
+
+    >>> _as_typed({0.0: 1, 0.75: 2})
+    {0: 1, 0.75: 2}
+    """
+    return {int(at) if at.is_integer() else at: K for at, K in (copies or {}).items()}
+
+
+class CopyStage(NamedTuple):
+    """A part of a run in which K is the same.
+
+    Attributes:
+        first: its first optimizer step, counted from 0.
+        end: the step after its last one; None: the run has no last step.
+        K: copies of each token.
+    """
+
+    first: int
+    end: int | None
+    K: int
+
+    def steps(self, first: int, end: int) -> int:
+        """How many of the steps from `first` to before `end` are in it."""
+        return max(0, min(end, end if self.end is None else self.end) - max(first, self.first))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -507,10 +573,8 @@ class Config(Settings):
 
     @property
     def flops_per_step(self) -> int:
-        """Training FLOPs of a step whose rows are full, with one document each."""
-        from phd.flops import training_flops  # needs torch, which reading settings does not load
-
-        return self.train.global_batch * training_flops(self.model, self.train.seq_len)
+        """Training FLOPs of a step with `model.K` copies and full rows of one document each."""
+        return self._step_flops(self.model.K)
 
     @property
     def step_limits(self) -> dict[str, int]:
@@ -521,7 +585,7 @@ class Config(Settings):
         if train.max_tokens is not None:
             limits["train.max_tokens"] = train.max_tokens // train.tokens_per_step
         if train.max_flops is not None:
-            limits["train.max_flops"] = int(train.max_flops // self.flops_per_step)
+            limits["train.max_flops"] = self._steps_within(train.max_flops)
         return limits
 
     @property
@@ -535,6 +599,69 @@ class Config(Settings):
         # Not the field's default, or `train.max_tokens=1e9` would still end after 320 steps.
         default = DEFAULT_STEPS if self.train.max_time is None else None
         return min(self.step_limits.values(), default=default)
+
+    @cached_property
+    def copy_stages(self) -> tuple[CopyStage, ...]:
+        """The parts of the run with a K each, in their order: one, without `schedule.copies`.
+
+        schedule.copies = {0: 1, 0.75: 2}, 8 steps
+
+        step   0  1  2  3  4  5  6  7
+        K      1  1  1  1  1  1  2  2
+        """
+        total, copies = self.total_steps, self.schedule.copies
+        if copies is None or total is None:
+            return (CopyStage(0, total, self.model.K),)
+        return self._stages_of(copies, total)
+
+    @staticmethod
+    def _stages_of(copies: Mapping[float, int], total: int) -> tuple[CopyStage, ...]:
+        """The stages of a run of `total` steps; one may be empty where the run is too short."""
+        bounds = [*(round(start * total) for start in copies), total]
+        return tuple(
+            CopyStage(first, end, K)
+            for (first, end), K in zip(pairwise(bounds), copies.values(), strict=True)
+        )
+
+    def copy_stage(self, step: int) -> CopyStage:
+        """The stage of optimizer step `step`, counted from 0; of later steps, the last one."""
+        return next(stage for stage in reversed(self.copy_stages) if step >= stage.first)
+
+    @property
+    def most_copies(self) -> ModelConfig:
+        """The model with the largest K of the run, which needs the most memory."""
+        return replace(self.model, K=max(stage.K for stage in self.copy_stages))
+
+    def mean_copies(self, first: int, end: int) -> float:
+        """The mean of K over the steps from `first`, counted from 0, to before `end`."""
+        return sum(s.steps(first, end) * s.K for s in self.copy_stages) / (end - first)
+
+    def flops_between(self, first: int, end: int) -> int:
+        """Training FLOPs of the steps from `first` to before `end`, as `flops_per_step` counts."""
+        return self._flops_of(self.copy_stages, first, end)
+
+    def _flops_of(self, stages: Iterable[CopyStage], first: int, end: int) -> int:
+        return sum(stage.steps(first, end) * self._step_flops(stage.K) for stage in stages)
+
+    def _step_flops(self, K: int) -> int:
+        from phd.flops import training_flops  # needs torch, which reading settings does not load
+
+        model = self.model if K == self.model.K else replace(self.model, K=K)
+        return self.train.global_batch * training_flops(model, self.train.seq_len)
+
+    def _steps_within(self, flops: float) -> int:
+        """The most steps whose training FLOPs are within a limit."""
+        copies = self.schedule.copies
+        if copies is None:
+            return int(flops // self.flops_per_step)
+        costs = [self._step_flops(K) for K in copies.values()]
+        shares = [end - start for start, end in pairwise([*copies, 1.0])]
+        mean = sum(share * cost for share, cost in zip(shares, costs, strict=True))
+        # The stages have whole steps, so this is right but for a few steps.
+        steps = int(flops / mean) + len(costs) * ceil(max(costs) / mean)
+        while steps and self._flops_of(self._stages_of(copies, steps), 0, steps) > flops:
+            steps -= 1
+        return steps
 
     @property
     def warmup_steps(self) -> int:
@@ -581,7 +708,7 @@ class Config(Settings):
     def problems(self) -> list[Problem]:
         """Every combination across sections that cannot be; each section checks its own."""
         found = [*at_least(self, "", 0, "seed"), *self._length_problems(), *self._shape_problems()]
-        found += [*self._profile_problems(), *self._float8_problems()]
+        found += [*self._copies_problems(), *self._profile_problems(), *self._float8_problems()]
         # `auto` is decided on the machine that trains; train/run.py asks again with its device.
         return found + (self.device_problems("cpu") if self.engine.device == "cpu" else [])
 
@@ -615,6 +742,35 @@ class Config(Settings):
                 others=LENGTHS,
             )
         ]
+
+    def _copies_problems(self) -> list[Problem]:
+        """Why K cannot be switched as `schedule.copies` says in this run of this model."""
+        copies, model, total = self.schedule.copies, self.model, self.total_steps
+        if copies is None:
+            return []
+        last = list(copies.values())[-1]
+        found: list[tuple[str, str, tuple[str, ...]]] = []
+        if model.variant == "vanilla":
+            choose = "choose model=naive_repeat, phd, phd_swa or phd_cswa"
+            found.append(("vanilla feeds each token once", choose, ("model.variant",)))
+        elif last != model.K:
+            reason = f"its last K is not model.K={model.K}, after which the run is named"
+            found.append((reason, f"set model.K={last}, or change the last K", ("model.K",)))
+        elif model.copy_embedding and max(copies.values()) > model.K:
+            reason = f"model.copy_embedding=true has vectors for the last model.K={model.K} copies"
+            hint = "let the last K be the largest"
+            found.append((reason, hint, ("model.copy_embedding",)))
+        if total is None:
+            hint = "set train.max_steps, train.max_tokens or train.max_flops"
+            found.append(
+                ("its fractions are of a run whose length in steps is known", hint, LENGTHS)
+            )
+        elif any(stage.first >= (stage.end or 0) for stage in self.copy_stages):
+            reason = f"the run has {plural(total, 'step')}, too few for a step with each K"
+            hint = f"raise {' and '.join(self.shortest_limits) or 'train.max_steps'}"
+            found.append((reason, hint, LENGTHS))
+        value = _as_typed(copies)
+        return [Problem("schedule.copies", value, *problem) for problem in found]
 
     def _profile_problems(self) -> list[Problem]:
         steps, total = self.train.profiled_steps, self.total_steps

@@ -47,16 +47,18 @@ def train(run: Run, progress: Progress) -> tuple[StepRecord, Metrics]:
         wait_for_first_batch(run, loader)
         for step, batch in enumerate(loader, run.step + 1):
             assert batch.stats is not None
-            lr = learning_rate(config, step - 1)
+            lr, stage = learning_rate(config, step - 1), config.copy_stage(step - 1)
+            engine.set_copies(stage.K)
+            limits = policy.limits(step, since=stage.first + 1)
             run.profile.begin(step)
             stop_sync.start(rank_flags(run, loader, perf_counter() - started - hooks_s))
-            result = train_step(engine, batch, lr, policy.limits(step), stop_sync.stop_requested)
+            result = train_step(engine, batch, lr, limits, stop_sync.stop_requested)
             flags = stop_sync.wait()
             if result is None:  # a signal came between micro-batches
                 break
             run.profile.end(step)
             policy.observe(step, loader.number, batch, lr, result)
-            flops += training_flops(config.model, *batch.document_lengths)
+            flops += training_flops(engine.model.config, *batch.document_lengths)
 
             ending = run.ending(step, flags)
             due = partial(is_due, step=step)

@@ -87,7 +87,7 @@ class Compute(NamedTuple):
     """Training FLOPs per token of the rows, padding included.
 
     Attributes:
-        flops: of this variant.
+        flops: of this variant; where K is switched within the run, the mean over its steps.
         vanilla: of the vanilla transformer of this size.
         basis: `exact`; `sampled`: from documents of the text; `at most`: as if each row were one
             whole document, which isolated documents and padding stay below.
@@ -187,6 +187,7 @@ class Plan:
             "processes": self.world_size,
             "tokens_per_step": config.train.tokens_per_step,
             "steps": config.total_steps,
+            "copies": [stage._asdict() for stage in config.copy_stages],
             "tokens": self.tokens,
             "ends_by": config.shortest_limits,
             "flops": self.flops,
@@ -310,11 +311,19 @@ def _compute(config: Config, text: Text | None) -> Compute:
         basis = "at most"
         if text is not None and text.rows:
             documents, rows, basis = text.documents, text.rows, "sampled"
-    model, vanilla = (
-        training_flops(m, *documents) / (rows * T)
-        for m in (config.model, config.model.vanilla_twin)
-    )
-    return Compute(model, vanilla, basis)
+
+    def flops(model: ModelConfig) -> float:
+        return training_flops(model, *documents) / (rows * T)
+
+    total = config.total_steps
+    if total is None:
+        mean = flops(config.model)
+    else:
+        costs = (
+            s.steps(0, total) * flops(replace(config.model, K=s.K)) for s in config.copy_stages
+        )
+        mean = sum(costs) / total
+    return Compute(mean, flops(config.model.vanilla_twin), basis)
 
 
 def _size_warnings(plan: Plan) -> list[str]:
@@ -449,8 +458,15 @@ def _step_row(plan: Plan) -> str:
     ranks = f" on each of {plan.world_size} ranks" if plan.world_size > 1 else ""
     return (
         f"{train.tokens_per_step:,} tokens = {plural(train.global_batch, 'row')} x "
-        f"{train.seq_len}, {plural(plan.config.model.K, 'slot')} each, in {passes}{ranks}"
+        f"{train.seq_len}, {_slots(plan.config)}, in {passes}{ranks}"
     )
+
+
+def _slots(config: Config) -> str:
+    """The slots of a token, of each stage of the run."""
+    first, *later = config.copy_stages
+    switched = (f", from step {s.first + 1} on {plural(s.K, 'slot')}" for s in later)
+    return f"{plural(first.K, 'slot')} each{''.join(switched)}"
 
 
 def _length_row(plan: Plan) -> str:

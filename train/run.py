@@ -240,13 +240,14 @@ def _open(
     stop_sync = StopSync(groups, stop_signal, watchdog)
     evaluations = _evaluations(config, documents, tokenizer, engine, stop_sync, console)
     prompt = _prompt(config, tokenizer, evaluations)
+    step = checkpoint.step if checkpoint else 0
+    engine.set_copies(config.copy_stage(step).K)
     _restore(config, engine, checkpoint, tokenizer)
     raise_on_all_ranks(
         groups,
         lambda: prepare_run_dir(config, tokenizer, console) if groups.is_rank_zero else None,
     )
     _write_quarantine(documents, config.run_dir, groups)
-    step = checkpoint.step if checkpoint else 0
     tokens = step * config.train.tokens_per_step
     # Checkpoints of version 0.1 have no such count; what it printed was that of whole rows.
     flops = state.get("train_flops", step * config.flops_per_step)
@@ -543,9 +544,22 @@ def _newest(config: Config, store: CheckpointStore, console: Console) -> Checkpo
     before = config_before(checkpoint.state["config"], config)
     if before is None:
         warn(console, "the learning rate's course so far is not one that this version can tell")
-    elif told := schedule_change(before, config, checkpoint.step):
-        warn(console, told)
+    else:
+        for told in (
+            schedule_change(before, config, checkpoint.step),
+            _other_copies(before, config, checkpoint.step),
+        ):
+            if told:
+                warn(console, told)
     return checkpoint
+
+
+def _other_copies(before: Config, now: Config, step: int) -> str | None:
+    """How the next step of a resumed run differs in its K; None if it does not."""
+    then, K = before.copy_stage(step).K, now.copy_stage(step).K
+    if then == K:
+        return None
+    return f"K is {K} from step {step + 1} on; with the settings before, it would have been {then}"
 
 
 def _changes(saved: dict[str, Any], config: Config) -> dict[str, str]:

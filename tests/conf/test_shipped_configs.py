@@ -123,6 +123,7 @@ def test_the_size_tiny_chooses_no_recipe_but_may_have_one() -> None:
 
 
 PAPER: dict[str, dict[str, Any]] = {
+    "paper_151m": {"name": "naive_repeat-2-151m-olmo_mix", "steps": 100_000_000_000 // 2**22},
     "paper_550m": {"name": "phd_swa-2-16-inf-550m-olmo_mix", "steps": 300_000_000_000 // 2**22},
     "paper_1b2": {"name": "phd_cswa-2-16-32-1b2-olmo_mix", "steps": 500_000_000_000 // 2**22},
 }

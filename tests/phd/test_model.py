@@ -262,3 +262,16 @@ def test_under_autocast_the_loss_stays_close_and_the_stream_stays_in_float32() -
 def test_a_row_longer_than_the_rope_table_is_refused_with_what_to_do() -> None:
     with pytest.raises(ValueError, match=r"^model\.max_seq_len=60: .* 61 tokens .* raise model\."):
         Transformer(SMALL)(random_tokens(tokens=61))
+
+
+@pytest.mark.parametrize("positions", ["shared", "flattened"])
+@pytest.mark.parametrize("variant", ["naive_repeat", "phd", "phd_swa", "phd_cswa"])
+def test_copies_that_are_switched_make_the_model_that_is_built_with_them(
+    variant: Variant, positions: Any
+) -> None:
+    model = Transformer(of_variant(variant, copy_positions=positions)).reset(3)
+    tokens = random_tokens(tokens=60)
+    for K in (1, 2, 5, 3):  # 5: flattened positions need a longer table
+        built = Transformer(of_variant(variant, copy_positions=positions, K=K)).reset(3)
+        assert model.set_copies(K).config == built.config
+        assert torch.equal(model.logits(tokens), built.logits(tokens))

@@ -63,11 +63,16 @@ class SpikeDetector:
         known = [list(step) for step in self.finite]
         return {"known": known, "count": self.count, "in_a_row": self.in_a_row}
 
-    def limits(self, step: int) -> Limits:
-        """The limits of this step; steps up to n - 2 have been observed."""
+    def limits(self, step: int, since: int = 1) -> Limits:
+        """The limits of this step; steps up to n - 2 have been observed.
+
+        Args:
+            since: the first step to compare with. Where copies are switched on, the loss may jump,
+                and that is no spike.
+        """
         if self.config.spike is None:
             return NO_LIMITS
-        applied = self._applied(step)
+        applied = self._applied(step, since)
         if len(applied) < self.config.window / 2:
             return NO_LIMITS
         return Limits(
@@ -87,10 +92,10 @@ class SpikeDetector:
         """Whether so many steps in a row were bad that the run has to end."""
         return self.in_a_row >= self.config.most_in_a_row
 
-    def _applied(self, step: int) -> list[_Finite]:
+    def _applied(self, step: int, since: int) -> list[_Finite]:
         """The steps with which this one is compared."""
         tolerated = max(1, self.config.most_in_a_row // 2)
-        past = [finite for finite in self.finite if finite.step <= step - LAG]
+        past = [finite for finite in self.finite if since <= finite.step <= step - LAG]
         applied: list[_Finite] = []
         refused = 0
         for finite in past[-self.config.window :]:

@@ -83,9 +83,9 @@ class BadStepPolicy:
         self._limits = NO_LIMITS
         self._pending: _Pending | None = None
 
-    def limits(self, step: int) -> Limits:
-        """The limits of a step."""
-        self._limits = self.detector.limits(step)
+    def limits(self, step: int, since: int = 1) -> Limits:
+        """The limits of a step, by those since another; see `SpikeDetector.limits`."""
+        self._limits = self.detector.limits(step, since)
         return self._limits
 
     def observe(self, step: int, number: int, batch: Batch, lr: float, result: StepResult) -> None:

@@ -20,6 +20,7 @@ from phd.segments import Segments
 from train.checkpoint.reader import Checkpoint, TensorTree
 from train.config import Config
 from train.distributed.process_groups import ProcessGroups
+from train.engines.compilation import compile_blocks
 from train.engines.device import autocast, choose_device, precision
 from train.engines.limits import Limits
 from train.torch_private import mark_dynamic
@@ -121,6 +122,19 @@ class Engine(ABC):
         if document_nats is not None:
             self.groups.sum(document_nats)
         return self.groups.sum(total), self.count_targets(shard)
+
+    def set_copies(self, K: int) -> None:
+        """Feed each token K times from the next step on. Every rank calls this.
+
+        Weights, moments and sharding stay as they are, because copies have no weights of their own.
+        """
+        if K == self.model.config.K:
+            return
+        self.model.set_copies(K)
+        if self.compiled:
+            # Graphs of the K before would be kept with a K that may vary, which are slower.
+            compile_blocks(self.model)
+            self._evaluation_to_compile = self.config.data.holdout > 0
 
     def count_targets(self, batch: Batch) -> Tensor:
         """Targets on all ranks; 1 if there are none, because it is only used to divide."""

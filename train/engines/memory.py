@@ -116,7 +116,7 @@ def pass_of(config: Config, dtype: torch.dtype, world_size: int, device: str) ->
     sharded = isinstance(engine, FsdpConfig) and engine.shard and world_size > 1
     replicated = isinstance(engine, FsdpConfig) and not engine.shard and world_size > 1
     return Pass(
-        model=config.model,
+        model=config.most_copies,
         rows=config.train.micro_batch_on(world_size),
         tokens=config.train.seq_len,
         dtype=dtype,

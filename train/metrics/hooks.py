@@ -16,6 +16,7 @@ import torch
 from data.batch import Batch
 from data.sources.quarantine import Quarantine
 from data.tokenizer import Tokenizer
+from phd.config import ModelConfig
 from phd.inference.cache import kv_bytes
 from phd.inference.generator import Generator, Request
 from train.checkpoint.format import TOKENIZER
@@ -43,6 +44,7 @@ class TrainingMetrics:
 
     def __init__(self, config: Config) -> None:
         self.every = config.hooks.log_every
+        self.config = config
 
     def __call__(self, record: StepRecord) -> Metrics:
         # This waits for the device. Steps that are not logged never do.
@@ -56,6 +58,8 @@ class TrainingMetrics:
             "progress/tokens": record.tokens,
             "progress/train_flops": float(record.flops),
         }
+        if self.config.schedule.copies is not None:
+            metrics["progress/copies"] = self.config.copy_stage(record.step - 1).K
         if count := record.bad_steps["count"]:
             metrics["train/bad_steps"] = count
         return metrics
@@ -113,7 +117,7 @@ class Throughput:
         self.every = config.hooks.log_every
         self.device = device
         self.groups = groups
-        self.copies = config.model.K
+        self.config = config
         self.tokens_per_step = config.train.tokens_per_step
         self.total_steps, self.max_time = config.total_steps, config.train.max_time
         self.data = config.data
@@ -129,16 +133,17 @@ class Throughput:
             for rank, (then, now) in enumerate(zip(waits, record.data_wait_s, strict=True))
         )
         tokens_per_s = tokens / seconds
+        first = max(0, record.step - max(1, tokens // self.tokens_per_step))
         metrics: Metrics = {
             "throughput/tokens_per_s": tokens_per_s,
             "throughput/tokens_per_s_per_device": tokens_per_s / self.groups.world_size,
-            "throughput/slots_per_s": tokens_per_s * self.copies,
+            "throughput/slots_per_s": tokens_per_s * self.config.mean_copies(first, record.step),
             "throughput/step_s": seconds * self.tokens_per_step / tokens,
             "throughput/data_wait_fraction": waited / seconds,
             "memory/peak_gib": max(self.groups.gather(peak_memory_gib(self.device))),
         }
         # The first step's time is mostly that of opening files and compiling.
-        if self.calls and (left := self._time_left(record, metrics)) is not None:
+        if self.calls and (left := self._time_left(record, metrics, first)) is not None:
             metrics["throughput/eta_s"] = left
         if peak := peak_flops(self.device):
             flops_per_s = (record.flops - flops_before) / seconds / self.groups.world_size
@@ -153,11 +158,15 @@ class Throughput:
         self.calls += 1
         return metrics
 
-    def _time_left(self, record: StepRecord, metrics: Metrics) -> float | None:
+    def _time_left(self, record: StepRecord, metrics: Metrics, first: int) -> float | None:
         """Seconds of training that are left at this speed; None if the length is not known."""
         left = []
         if (total := self.total_steps) is not None:
-            left.append((total - record.step) * float(metrics["throughput/step_s"]))
+            # Of steps with another K, each takes as much longer as it has more FLOPs.
+            ahead = self.config.flops_between(record.step, total)
+            behind = self.config.flops_between(first, record.step)
+            step_s = float(metrics["throughput/step_s"])
+            left.append(ahead / behind * step_s * (record.step - first))
         if self.max_time is not None:
             left.append(self.max_time - record.train_s)
         return max(0.0, min(left)) if left else None
@@ -180,13 +189,20 @@ class KVCost:
 
     def __init__(self, config: Config, dtype: torch.dtype) -> None:
         self.every = config.hooks.log_every
-        context, model = config.hooks.kv.context, config.model
+        self.config = config
+        # The sizes change only with K. They are logged so that runs can be plotted by them.
+        self.metrics = {
+            K: self._cost(replace(config.model, K=K), config.hooks.kv.context, dtype)
+            for K in {stage.K for stage in config.copy_stages}
+        }
+
+    @staticmethod
+    def _cost(model: ModelConfig, context: int, dtype: torch.dtype) -> Metrics:
         cost = kv_bytes(model, context, dtype)
         vanilla = kv_bytes(model.vanilla_twin, context, dtype)
         # Naive repetition computes as much per token, and is what PHD has to be compared with.
         naive = replace(model, variant="naive_repeat")
-        # The sizes do not change during a run. They are logged so that runs can be plotted by them.
-        self.metrics: Metrics = {
+        return {
             "kv/bytes_per_sequence": cost.total,
             "kv/hidden_bytes_per_sequence": cost.hidden,
             "kv/vanilla_bytes_per_sequence": vanilla.total,
@@ -194,8 +210,8 @@ class KVCost:
             "kv/ratio_to_vanilla": cost.total / vanilla.total,
         }
 
-    def __call__(self, record: StepRecord) -> Metrics:  # noqa: ARG002
-        return self.metrics
+    def __call__(self, record: StepRecord) -> Metrics:
+        return self.metrics[self.config.copy_stage(record.step - 1).K]
 
 
 class Evaluation:

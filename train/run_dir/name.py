@@ -58,7 +58,13 @@ def identity(config: Config) -> dict[str, Any]:
     A checkpoint has none either, and the signature of a link differs each time. Settings that
     change nothing in this run, such as the chunk of `phd_swa`, are left out.
     """
-    settings = flatten_keys(redacted_tree(config.to_dict()))
+    tree = redacted_tree(config.to_dict())
+    if (copies := tree["schedule"]["copies"]) is not None:
+        # One setting, which a name spells `copies_0_1_0.75_2`.
+        tree["schedule"]["copies"] = "_".join(
+            f"{float(start):g}_{K}" for start, K in copies.items()
+        )
+    settings = flatten_keys(tree)
     unused = {problem.key for problem in config.unused()}
     return {key: x for key, x in settings.items() if is_fixed(key) and key not in unused}
 

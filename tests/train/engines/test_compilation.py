@@ -72,6 +72,28 @@ def test_nothing_is_compiled_after_the_first_step(
     assert counter.frame_count == 6
 
 
+def test_each_number_of_copies_is_compiled_once(counter: CompileCounterWithBackend) -> None:
+    settings = (
+        "model.layers=3",
+        "model.attention=reference",
+        "schedule.copies={0:1,0.33:2,0.67:3}",
+    )
+    config, graphs, losses = config_of(*settings), [], []
+    plain = FsdpEngine(config_of(*settings, "engine.compile=false"), ProcessGroups())
+    engine = FsdpEngine(config, ProcessGroups())
+    for step in range(9):
+        for each in (engine, plain):
+            each.set_copies(config.copy_stage(step).K)
+            result = train_step(each, drawn(8, step, documents=False), 1e-3)
+            assert result is not None
+            losses.append(result.loss.item())
+        engine.evaluate(drawn(8, step, documents=False))
+        graphs.append(counter.frame_count)
+    # With one copy all blocks but the last are alike; each graph with and without gradients.
+    assert graphs == [4] * 3 + [10] * 3 + [16] * 3
+    assert losses[::2] == pytest.approx(losses[1::2], rel=1e-5)
+
+
 def test_rows_that_fill_up_an_evaluation_do_not_count(counter: CompileCounterWithBackend) -> None:
     batch = drawn(5, 0, documents=False)
     found = []
