@@ -334,7 +334,7 @@ class CopyStage(NamedTuple):
 
     Attributes:
         first: its first optimizer step, counted from 0.
-        end: the step after its last one; None: the run has no last step.
+        end: the step after its last one; None: it lasts until the run ends.
         K: copies of each token.
     """
 
@@ -611,17 +611,15 @@ class Config(Settings):
         """
         total, copies = self.total_steps, self.schedule.copies
         if copies is None or total is None:
-            return (CopyStage(0, total, self.model.K),)
+            return (CopyStage(0, None, self.model.K),)
         return self._stages_of(copies, total)
 
     @staticmethod
     def _stages_of(copies: Mapping[float, int], total: int) -> tuple[CopyStage, ...]:
         """The stages of a run of `total` steps; one may be empty where the run is too short."""
-        bounds = [*(round(start * total) for start in copies), total]
-        return tuple(
-            CopyStage(first, end, K)
-            for (first, end), K in zip(pairwise(bounds), copies.values(), strict=True)
-        )
+        firsts = [round(start * total) for start in copies]
+        ends = [*firsts[1:], None]
+        return tuple(map(CopyStage, firsts, ends, copies.values()))
 
     def copy_stage(self, step: int) -> CopyStage:
         """The stage of optimizer step `step`, counted from 0; of later steps, the last one."""
@@ -765,7 +763,7 @@ class Config(Settings):
             found.append(
                 ("its fractions are of a run whose length in steps is known", hint, LENGTHS)
             )
-        elif any(stage.first >= (stage.end or 0) for stage in self.copy_stages):
+        elif any(first >= (total if end is None else end) for first, end, _ in self.copy_stages):
             reason = f"the run has {plural(total, 'step')}, too few for a step with each K"
             hint = f"raise {' and '.join(self.shortest_limits) or 'train.max_steps'}"
             found.append((reason, hint, LENGTHS))
