@@ -70,6 +70,11 @@ class Chart:
     legend: tuple[tuple[str, Style], ...] = ()
     note: str = ""
 
+    @property
+    def columns(self) -> int:
+        """How many panels stand beside each other where there is room: three, but four in pairs."""
+        return 2 if len(self.panels) == 4 else min(len(self.panels), 3)
+
 
 # What is drawn
 
@@ -167,7 +172,7 @@ def write_png(chart: Chart, path: Path) -> None:
 
 def figure_of(chart: Chart) -> Figure:
     """All panels of a chart beside each other, at most three, with the legend below."""
-    columns = min(len(chart.panels), 3)
+    columns = chart.columns
     lines = -(-len(chart.panels) // columns)
     height = max(panel.height for panel in chart.panels) * lines
     per_line = max(1, columns * WIDTH // 200)

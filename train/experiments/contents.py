@@ -8,13 +8,19 @@ from train.experiments.experiment import Experiment, experiment_of
 from train.experiments.page import Report
 from train.experiments.result import Result
 from train.experiments.sections.ablations import ablations
+from train.experiments.sections.answer import answer
 from train.experiments.sections.costs import costs
 from train.experiments.sections.curves import curves
+from train.experiments.sections.equal import equal
+from train.experiments.sections.final import final
 from train.experiments.sections.settings import settings
 from train.experiments.sections.tasks import tasks
 from train.experiments.sections.unfinished import unfinished
 
 SECTIONS: tuple[Callable[[Experiment], Section | None], ...] = (
+    answer,
+    equal,
+    final,
     curves,
     costs,
     ablations,

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
@@ -57,13 +58,17 @@ class Curve:
 
 @dataclass(frozen=True)
 class Mark:
-    """A value with an interval, or without one where `low` and `high` are None."""
+    """A value with an interval, or without one where `low` and `high` are None.
+
+    Where there is no value, `absent` says why.
+    """
 
     label: str
     style: Style
-    value: float
+    value: float | None
     low: float | None = None
     high: float | None = None
+    absent: str = ""
 
 
 @dataclass(frozen=True)
@@ -181,43 +186,59 @@ def thinned(values: Sequence[float]) -> Sequence[float]:
     return values[::-every][::-1] if every > 1 else values
 
 
-def draw_marks(axes: Axes, marks: Sequence[Mark], x: Axis, *, zero: str = "") -> None:
+def range_of(marks: Sequence[Mark]) -> tuple[float, float]:
+    """The range of some values with their intervals and 0, of which at least one is there."""
+    ends = [x for mark in marks for x in (mark.low, mark.value, mark.high) if x is not None]
+    low, high = min(0.0, *ends), max(0.0, *ends)
+    room = 0.06 * (high - low) or 1.0
+    return low - room, high + room
+
+
+def draw_marks(
+    axes: Axes, marks: Sequence[Mark], x: Axis, x_range: tuple[float, float], *, zero: str
+) -> None:
     """Values below each other with their intervals; each is labelled at the left.
 
     Args:
         axes: to draw on.
         marks: from top to bottom.
         x: what the values are.
-        zero: what 0 stands for, written above a line there; empty: there is no such line.
+        x_range: of the axis.
+        zero: what 0 stands for, written above a line there.
     """
+    axes.set_xlim(*x_range)
+    axes.axvline(0, color=PALETTE[MUTED].light, linewidth=1, zorder=1)
+    _write(axes, zero, (0, 1), ("data", "axes fraction"), ha="center", va="bottom")
     for place, mark in enumerate(marks):
-        color = mark.style.color
-        if mark.low is not None and mark.high is not None:
-            bar = axes.plot([mark.low, mark.high], [place] * 2, color=color, linewidth=2)
-            mark_series(bar[0], mark.style)
-        dot = axes.plot([mark.value], [place], color=color, marker=mark.style.marker, markersize=7)
-        mark_series(dot[0], mark.style)
-    if zero:
-        axes.axvline(0, color=PALETTE[MUTED].light, linewidth=1, zorder=1)
-        axes.annotate(
-            zero,
-            (0, 1),
-            xycoords=("data", "axes fraction"),
-            xytext=(0, 3),
-            textcoords="offset points",
-            ha="center",
-            va="bottom",
-            fontsize=10,
-            color=PALETTE[MUTED].light,
-        )
-    axes.set_yticks(range(len(marks)), [mark.label for mark in marks], fontsize=10)
+        _draw_mark(axes, mark, place)
+    axes.set_yticks(range(len(marks)), [mark.label for mark in marks], fontsize=10.5)
     axes.set_ylim(len(marks) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
-    axes.margins(x=0.08)
-    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10], min_n_ticks=3))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: x.text(value)))
     axes.set_xlabel(x.label)
+
+
+def _draw_mark(axes: Axes, mark: Mark, place: int) -> None:
+    color = mark.style.color
+    if mark.value is None:
+        _write(axes, mark.absent, (0.02, place), ("axes fraction", "data"), va="center")
+        return
+    if mark.low is not None and mark.high is not None:
+        bar = axes.plot([mark.low, mark.high], [place] * 2, color=color, linewidth=2)
+        mark_series(bar[0], mark.style)
+    dot = axes.plot([mark.value], [place], color=color, marker=mark.style.marker, markersize=7)
+    mark_series(dot[0], mark.style)
+
+
+def _write(
+    axes: Axes, words: str, place: tuple[float, float], along: tuple[str, str], **look: Any
+) -> None:
+    """Write a remark into a drawing, or just above it."""
+    above = (0, 3) if look["va"] == "bottom" else (0, 0)
+    look |= {"fontsize": 10.5, "color": PALETTE[MUTED].light, "textcoords": "offset points"}
+    axes.annotate(words, place, xycoords=along, xytext=above, **look)
 
 
 def draw_points(axes: Axes, rows: Sequence[Row], x: Axis, y: Axis, *, log: bool = False) -> None:

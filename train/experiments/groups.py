@@ -95,6 +95,8 @@ def _labels(first: Mapping[str, Result]) -> dict[str, str]:
 
     It tells the variant, and in what the group differs from what most groups have.
     """
+    if not first:
+        return {}
     size, length = (_mode(getattr(r, name) for r in first.values()) for name in ("size", "tokens"))
     usual = {
         other: _most_common([r for r in first.values() if r.size == other])
@@ -102,15 +104,14 @@ def _labels(first: Mapping[str, Result]) -> dict[str, str]:
     }
     labels = {}
     for key, result in first.items():
-        parts = [result.model]
-        parts += [result.size] if result.size != size else []
+        parts = [result.size] if result.size != size else []
         parts += [f"{short_count(result.tokens)} tokens"] if result.tokens != length else []
         parts += [
             f"{name.rpartition('.')[2]} {value}"
             for name, value in told(result.settings).items()
             if value != usual[result.size].get(name)
         ]
-        labels[key] = ", ".join(parts)
+        labels[key] = f"{result.model} ({', '.join(parts)})" if parts else result.model
     taken = Counter(labels.values())
     return {
         k: f"{text} ({first[k].name})" if taken[text] > 1 else text for k, text in labels.items()

@@ -145,9 +145,10 @@ def _(chart: Chart) -> str:
     )
     legend = f'<ul class="legend" aria-label="legend">{entries}</ul>\n' if entries else ""
     panels = "".join(f"<div>{panel_svg(chart, panel)}</div>\n" for panel in chart.panels)
+    columns = f"panels columns-{chart.columns}"
     return (
         f'<figure class="chart" id="figure-{chart.name}">\n<h3>{escape(chart.title)}</h3>\n'
-        f'{legend}<div class="panels">\n{panels}</div>\n{_caption(chart)}</figure>'
+        f'{legend}<div class="{columns}">\n{panels}</div>\n{_caption(chart)}</figure>'
     )
 
 
@@ -163,7 +164,8 @@ def _(table: Table) -> str:
 
 def _with_code(words: str) -> str:
     """Text of a note, where what stands between backticks is to be typed."""
-    return re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(words))
+    kept = escape(words).replace(" %", "\N{NO-BREAK SPACE}%")
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", kept)
 
 
 def _caption(block: Chart | Table) -> str:

@@ -99,6 +99,11 @@ def signed(value: float, form: str = "{:+.3f}") -> str:
     return written.replace("-", MINUS) if written.strip("+-0.") else written[1:]
 
 
+def difference(value: float | None) -> Cell:
+    """A cell of a difference, with its sign; a dash for None."""
+    return Cell(MISSING, None) if value is None else Cell(signed(value), value)
+
+
 def without_empty_columns(table: Table) -> Table:
     """The table without the columns that have no value; a sentence of the note says which.
 

@@ -88,7 +88,11 @@ def test_the_start_of_a_curve_does_not_choose_the_range() -> None:
 def test_values_stand_below_each_other_in_their_order() -> None:
     def marks(axes: Axes) -> None:
         draw_marks(
-            axes, [Mark(n, STYLES[0], 0.0, -1.0, 1.0) for n in "ab"], Axis("x"), zero="vanilla"
+            axes,
+            [Mark(n, STYLES[0], 0.0, -1.0, 1.0) for n in "ab"],
+            Axis("x"),
+            (-1.0, 1.0),
+            zero="vanilla",
         )
 
     root = ET.fromstring(panel_svg(CHART, Panel("all", "", marks)))

@@ -10,10 +10,10 @@ def test_groups_and_labels() -> None:
     groups = groups_of(an_experiment())
     assert [(group.label, len(group.runs)) for group in groups] == [
         ("vanilla", 3),
-        ("vanilla, 1.74M tokens", 3),
+        ("vanilla (1.74M tokens)", 3),
         ("naive_repeat-2", 3),
         ("phd-2", 3),
-        ("phd-2, copy_embedding True", 1),
+        ("phd-2 (copy_embedding True)", 1),
         ("phd_swa-2-16-inf", 3),
         ("phd_cswa-2-4-32", 1),
         ("phd_cswa-2-16-32", 3),

@@ -1,0 +1,133 @@
+"""Each section says what it is for, of runs of which the right words are known."""
+
+import pytest
+
+pytest.importorskip("matplotlib")
+
+from tests.train.experiments.made_up import a_run, an_experiment
+from train.experiments.charts import Chart
+from train.experiments.document import Section, charts, tables
+from train.experiments.experiment import Experiment, experiment_of
+from train.experiments.sections.ablations import ablations
+from train.experiments.sections.costs import costs
+from train.experiments.sections.curves import curves
+from train.experiments.sections.equal import equal
+from train.experiments.sections.final import final
+from train.experiments.sections.settings import settings
+from train.experiments.sections.tasks import tasks
+from train.experiments.tables import MISSING, Table
+
+
+@pytest.fixture(scope="module")
+def experiment() -> Experiment:
+    return experiment_of(an_experiment())
+
+
+def table(section: Section | None, name: str) -> dict[str, dict[str, str]]:
+    """The texts of a table by their row's first cell and the key of the column."""
+    assert section
+    (found,) = (table for table in tables((section,)) if table.name == name)
+    assert isinstance(found, Table)
+    keys = [column.key for column in found.columns]
+    return {row[0].text: dict(zip(keys, (c.text for c in row), strict=True)) for row in found.rows}
+
+
+def chart(section: Section | None, name: str) -> Chart:
+    assert section
+    return next(chart for chart in charts((section,)) if chart.name == name)
+
+
+def test_the_final_table_has_the_spread_and_the_difference_to_vanilla(
+    experiment: Experiment,
+) -> None:
+    rows = table(final(experiment), "final")
+    assert rows["vanilla"]["difference"] == MISSING
+    assert rows["phd-2"]["base"] == "vanilla"
+    assert rows["phd-2"]["difference"] == rows["phd-2"]["low"] == "\N{MINUS SIGN}0.024"
+    assert rows["phd-2"]["deviation"] == "0.0060"
+    assert rows["phd_cswa-2-4-32"]["seeds"] == "one seed"
+    assert rows["phd_cswa-2-4-32"]["low"] == MISSING
+
+
+def test_vanilla_of_equal_flops_stands_beside_the_variants(experiment: Experiment) -> None:
+    rows = table(equal(experiment), "equal-cost")
+    assert rows["vanilla"]["at_equal_flops"] == "not reached"
+    longer, phd = (
+        float(rows[name]["at_equal_flops"]) for name in ("vanilla (1.74M tokens)", "phd-2")
+    )
+    assert longer < phd
+    assert rows["naive_repeat-2"]["at_equal_kv_bytes"] == "costs more"
+    assert rows["phd-2"]["at_equal_decode_ms"] == "not measured"
+    assert rows["phd_cswa-3-16-32"]["at_equal_flops"].endswith("*")
+
+
+def test_the_differences_of_all_costs_have_the_same_rows(experiment: Experiment) -> None:
+    found = chart(equal(experiment), "against-vanilla")
+    # Of the time of training no vanilla run has as much.
+    assert [p.name for p in found.panels] == ["tokens", "flops", "decode-ms", "kv-bytes"]
+    assert len({panel.height for panel in found.panels}) == 1
+
+
+def test_costs_are_told_beside_those_of_vanilla(experiment: Experiment) -> None:
+    rows = table(costs(experiment), "costs")
+    assert rows["phd_cswa-3-16-32"]["flops_per_token_ratio"] == "2.30"
+    assert rows["naive_repeat-2"]["kv_bytes_ratio"] == "2.000"
+    assert "mfu" not in rows["vanilla"]
+    latency = table(costs(experiment), "latency")
+    assert latency["phd_cswa-2-16-32"]["prefill_ratio"] == "1.10"
+
+
+def test_only_runs_that_differ_in_nothing_else_are_joined(experiment: Experiment) -> None:
+    section = ablations(experiment)
+    K = chart(section, "over-k")
+    assert [label for label, _ in K.legend] == [
+        "naive_repeat-K",
+        "phd-K",
+        "phd_swa-K-16-inf",
+        "phd_cswa-K-4-32",
+        "phd_cswa-K-16-32",
+    ]
+    assert "phd-2-micro-copy_embedding" not in K.source.runs
+    W = chart(section, "over-window")
+    assert {run.rsplit("-micro")[0] for run in W.source.runs} == {
+        "phd_cswa-2-4-32",
+        "phd_cswa-2-16-32",
+    }
+    C = chart(section, "over-chunk")
+    assert {run.rsplit("-micro")[0] for run in C.source.runs} == {
+        "phd_swa-2-16-inf",
+        "phd_cswa-2-16-32",
+    }
+
+
+def test_curves_are_of_all_groups_over_tokens_flops_and_time(experiment: Experiment) -> None:
+    for name in ("training-loss", "heldout-bits"):
+        found = chart(curves(experiment), name)
+        assert [panel.name for panel in found.panels] == ["tokens", "flops", "time"]
+        assert len(found.legend) == len(experiment.groups)
+    assert (
+        "at the end it is 3.425 to 3.515"
+        in chart(curves(experiment), "training-loss").panels[0].alt
+    )
+
+
+def test_only_settings_that_differ_are_unfolded(experiment: Experiment) -> None:
+    differing = table(settings(experiment), "settings")["vanilla-micro-seed_0"]
+    common = table(settings(experiment), "common-settings")
+    assert {"model.K", "model.window", "train.max_steps", "model.copy_embedding"} <= set(differing)
+    assert {"optim.lr", "model.size"} <= set(common)
+    assert not set(differing) & set(common)
+
+
+def test_tasks_are_told_with_their_errors(experiment: Experiment) -> None:
+    assert (
+        table(tasks(experiment), "tasks")["vanilla"]["arc_easy"] == "30.0 \N{PLUS-MINUS SIGN} 1.0"
+    )
+
+
+def test_seeds_are_compared_at_the_steps_that_all_have() -> None:
+    whole, cut = (a_run("vanilla", seed, gain=0.0) for seed in range(2))
+    assert whole.curve.step[0] == 8
+    del cut.curve.step[0], cut.curve.tokens[0], cut.curve.flops[0], cut.curve.seconds[0]
+    del cut.curve.loss[0], cut.curve.loss_ema[0]
+    assert chart(curves(experiment_of([whole, cut])), "training-loss").panels

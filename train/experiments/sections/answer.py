@@ -1,0 +1,127 @@
+"""The answer, before all else: what the variants gain over vanilla, in sentences."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from conf.wording import plural
+from train.experiments.comparison import AgainstVanilla, Cost, Difference, Standing, against_vanilla
+from train.experiments.document import Note, Section
+from train.experiments.experiment import Experiment, Measure
+from train.experiments.tables import signed
+
+FIRST = (Cost.TOKENS, Cost.FLOPS)
+
+PICKED = (
+    "The best of several variants was picked after the fact, which its interval does not take into "
+    "account."
+)
+
+ALONE = "no finished runs of both vanilla and another variant have a loss, so no gain is known"
+
+
+def answer(experiment: Experiment) -> Section:
+    """What was found at equal tokens and FLOPs, then at other costs; also where vanilla wins."""
+    rows = against_vanilla(experiment)
+    compared = [cost for cost in Cost if differences(rows, cost)]
+    if not compared:
+        note = Note((f"Nothing can be compared: {ALONE}.",), "answer")
+    else:
+        others = [cost for cost in compared if cost not in FIRST]
+        bullets = [_after_tokens(rows, cost, experiment.measure) for cost in others]
+        if len(differences(rows, Cost.TOKENS)) > 1:
+            bullets.append(PICKED)
+        first = tuple(sentence(rows, cost, experiment.measure) for cost in FIRST)
+        note = Note(first, "answer", tuple(bullets))
+    return Section("answer", "The answer", (note,))
+
+
+def _after_tokens(rows: Sequence[AgainstVanilla], cost: Cost, measure: Measure) -> str:
+    """The sentence, but for one that stands there already of equal tokens."""
+    words, known = (sentence(rows, each, measure) for each in (cost, Cost.TOKENS))
+    if words.replace(cost.value, Cost.TOKENS.value) == known:
+        return f"At equal {cost.value}, the same holds as at equal {Cost.TOKENS.value}."
+    return words
+
+
+class Found(NamedTuple):
+    """A group, and its difference to the best vanilla of equal cost."""
+
+    row: AgainstVanilla
+    standing: Standing
+    gap: Difference
+
+
+def differences(rows: Sequence[AgainstVanilla], cost: Cost) -> list[Found]:
+    """The groups that have a difference to vanilla at equal cost, the best one first."""
+    found = [
+        Found(row, standing, standing.difference)
+        for row in rows
+        if (standing := row.standings[cost]).difference
+    ]
+    return sorted(found, key=lambda each: each.gap.mean)
+
+
+def sentence(rows: Sequence[AgainstVanilla], cost: Cost, measure: Measure) -> str:
+    """What was found at equal cost: of one variant, and of how many vanilla is told apart."""
+    found = differences(rows, cost)
+    if not found:
+        lacks = sorted({str(row.standings[cost].lack) for row in rows if row.standings[cost].lack})
+        return f"At equal {cost.value}, nothing can be compared. Vanilla: {', '.join(lacks)}."
+    # A clear gain says more than a greater one that may be chance.
+    best = next((each for each in found if each.gap.is_clear and each.gap.mean < 0), found[0])
+    parts = [f"At equal {cost.value}, {_told(best, measure)} ({_sureness(best.gap)})."]
+    if best is not found[0]:
+        label, by = found[0].row.group.label, _size(found[0], measure)
+        parts.append(f"{label} gains more, {by}, but that may be chance.")
+    parts.append(_count([each.gap for each in found]))
+    if not best.standing.rival_at_end:
+        parts.append(
+            "Vanilla is taken in the middle of its schedule there, where it is worse than a run "
+            "that ends there."
+        )
+    return " ".join(filter(None, parts))
+
+
+def _told(best: Found, measure: Measure) -> str:
+    assert best.standing.rival
+    ours, theirs, size = best.row.group.label, best.standing.rival.label, _size(best, measure)
+    if best.gap.low is not None and not best.gap.is_clear:
+        side = "below" if best.gap.mean < 0 else "above"
+        return (
+            f"no variant can be told from vanilla: the best one, {ours}, is {size} {side} "
+            f"{theirs}, and the interval includes 0"
+        )
+    if best.gap.mean < 0:
+        return f"{ours} gains {size} over {theirs}"
+    return f"vanilla wins: {theirs} is {size} below the best variant, {ours}"
+
+
+def _size(found: Found, measure: Measure) -> str:
+    """How large a difference is, also in percent of vanilla's value."""
+    gap = found.gap.mean
+    percent = 100 * abs(gap) / (found.row.value.mean - gap)
+    return f"{abs(gap):.3f} {measure.unit} ({percent:.1f} %)"
+
+
+def _sureness(gap: Difference) -> str:
+    if gap.low is None or gap.high is None:
+        return "one seed, so that it may be chance"
+    interval = f"95 % interval of the difference {signed(gap.low)} to {signed(gap.high)}"
+    return f"{interval}, {plural(gap.seeds, 'seed')}"
+
+
+def _count(gaps: Sequence[Difference]) -> str:
+    """How many of several variants are better or worse than vanilla, or cannot be told from it."""
+    better = sum(gap.is_clear and gap.mean < 0 for gap in gaps)
+    worse = sum(gap.is_clear and gap.mean > 0 for gap in gaps)
+    alone = sum(gap.low is None for gap in gaps)
+    counts = {
+        "better than vanilla": better,
+        "worse than vanilla": worse,
+        "that cannot be told from it": len(gaps) - better - worse - alone,
+        "of one seed": alone,
+    }
+    told = [f"{number} {words}" for words, number in counts.items() if number]
+    if len(gaps) == 1 or told == [f"{len(gaps)} that cannot be told from it"]:
+        return ""  # has been said
+    return f"Of {len(gaps)} variants: {', '.join(told)}."

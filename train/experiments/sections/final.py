@@ -1,0 +1,70 @@
+"""The end of each group of runs, and its difference to vanilla."""
+
+from train.experiments import drawings
+from train.experiments.comparison import FinalRow, final_table
+from train.experiments.document import Section
+from train.experiments.experiment import Experiment
+from train.experiments.groups import source_of_groups
+from train.experiments.tables import (
+    MISSING,
+    Cell,
+    Column,
+    Table,
+    difference,
+    number,
+    text,
+    without_empty_columns,
+)
+
+
+def final(experiment: Experiment) -> Section | None:
+    """The table of all groups at their ends."""
+    if not experiment.groups:
+        return None
+    rows = final_table(experiment)
+    return Section("final", "The end of the runs", (_table(experiment, rows),))
+
+
+def _table(experiment: Experiment, rows: list[FinalRow]) -> Table:
+    unit = experiment.measure.unit
+    columns = (
+        Column("group", "runs", numeric=False),
+        Column("seeds", "seeds"),
+        Column("tokens", "tokens"),
+        Column("mean", "mean", unit),
+        Column("deviation", "± seeds", unit),
+        Column("text_error", "± text", unit),
+        Column("difference", "difference", unit),
+        Column("low", "95 % interval", "from"),
+        Column("high", "95 % interval", "to"),
+        Column("base", "compared with", numeric=False),
+        Column("loss_ema", "training loss", "smoothed, nats"),
+    )
+    note = (
+        f"The {experiment.measure.words} of the last step. ± seeds is the standard deviation over "
+        "the seeds, ± text the standard error over the held-out documents, which are the same for "
+        "all runs. Below 0 a group is better than vanilla. A difference is that of equal seeds, "
+        "which saw the same text in the same order, where there are such."
+    )
+    cells = tuple(_row(row) for row in rows)
+    source = source_of_groups(experiment.groups)
+    title = f"The {experiment.measure.words} at the end of the runs"
+    return without_empty_columns(Table("final", title, columns, cells, source, note))
+
+
+def _row(row: FinalRow) -> tuple[Cell, ...]:
+    runs, value, found = row.group.runs, row.value, row.difference
+    losses = [run.loss_ema for run in runs if run.loss_ema is not None]
+    return (
+        text(row.group.label, row.group.style),
+        Cell("one seed" if len(runs) == 1 else str(len(runs)), len(runs)),
+        Cell(drawings.tokens(runs[0].tokens), runs[0].tokens),
+        number(value.mean if value else None, "{:.4f}"),
+        number(value.deviation if value else None, "{:.4f}"),
+        number(row.text_error, "{:.3f}"),
+        difference(found.mean if found else None),
+        difference(found.low if found else None),
+        difference(found.high if found else None),
+        text(row.base.label) if row.base else Cell(MISSING, None),
+        number(sum(losses) / len(losses) if losses else None, "{:.3f}"),
+    )
