@@ -1,8 +1,9 @@
 """The shape of a PHD model and the rule that its attention follows; needs no torch."""
 
+import re
 from dataclasses import dataclass, fields, replace
 from math import ceil, inf
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from conf.errors import Problem
 from conf.settings import Settings, above, at_least, without_effect
@@ -13,6 +14,12 @@ CopyPositions = Literal["shared", "flattened"]
 Norm = Literal["reordered", "pre", "hybrid", "hybrid_star"]
 Backend = Literal["auto", "reference", "packed", "fused", "flex"]
 HeadInit = Literal["embedding", "fan_in"]
+
+NAME = re.compile(
+    r"(?P<vanilla>vanilla)|(?P<variant>naive_repeat|phd|phd_swa|phd_cswa)-(?P<K>\d+)"
+    r"(-(?P<window>\d+)(?P<unit>t?)(-(inf|(?P<chunk>\d+)t?))?)?"
+)
+"""The names of variants that `ModelConfig.name` gives; W and C may be left out."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,6 +163,30 @@ class ModelConfig(Settings):
     def vanilla_twin(self) -> "ModelConfig":
         """The plain transformer of the same size, which costs are compared with."""
         return replace(self, variant="vanilla", K=1)
+
+    def as_variant(self, name: str) -> "ModelConfig":
+        """The model of this size of a variant, which the paper's name of it tells.
+
+        >>> ModelConfig(window=4).as_variant("phd_cswa-3").name
+        'phd_cswa-3-4-32'
+
+        Args:
+            name: as `name` gives it; what is left out of it, as W and C here, is as in this model.
+
+        Raises:
+            ValueError: there is no such variant.
+        """
+        found = NAME.fullmatch(name)
+        if not found:
+            raise ValueError("expected vanilla, or a variant with its K, such as phd_cswa-2")
+        if found["vanilla"]:
+            return self.vanilla_twin
+        given = {key: int(n) for key in ("K", "window", "chunk") if (n := found[key])}
+        unit: SpanUnit = "token" if found["unit"] else "hidden"
+        span_unit = unit if found["window"] else self.span_unit
+        # The pattern has matched one of the names of `Variant`.
+        values: dict[str, Any] = {"variant": found["variant"], **given, "span_unit": span_unit}
+        return replace(self, **values)
 
     @property
     def name(self) -> str:

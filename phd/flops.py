@@ -1,7 +1,9 @@
 """Floating-point operations of a model, counting only what its pattern needs."""
 
 from collections import Counter
+from dataclasses import replace
 from functools import lru_cache
+from itertools import count
 from typing import NamedTuple
 
 from phd.config import ModelConfig
@@ -55,6 +57,16 @@ def training_flops(config: ModelConfig, *documents: int) -> int:
     part of it.
     """
     return 3 * forward_flops(config, *documents).total
+
+
+def layers_at_flops(config: ModelConfig, flops: int, *documents: int) -> int:
+    """The fewest layers with which this model takes at least so many `training_flops`."""
+    enough = (
+        layers
+        for layers in count(1)
+        if training_flops(replace(config, layers=layers), *documents) >= flops
+    )
+    return next(enough)
 
 
 def training_flops_per_token(config: ModelConfig, *documents: int) -> float:

@@ -9,6 +9,7 @@ from argparse import Namespace
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from tempfile import mkdtemp
@@ -48,18 +49,33 @@ from train.config import SECTIONS, Config
 from train.distributed.dist_env import DistEnv
 from train.engine_config import DeepSpeedConfig, FsdpConfig
 from train.explain import Composed, explain, overview
-from train.overrides import Typed, as_list, chosen, labels, parse_overrides, points_of
+from train.overrides import (
+    DEEPENED,
+    TOGETHER,
+    Typed,
+    as_list,
+    chosen,
+    given_twice,
+    labels,
+    one_by_one,
+    parse_overrides,
+    points_of,
+)
 from train.run_dir.name import named
-from train.sweep import Sweep
+from train.sweeps.sweep import Launcher, Sweep
 
 T = TypeVar("T")
 
 NO_SWEEP = "several values make a sweep, which needs -m"
-SUBMITIT = "Could not find 'hydra/launcher/submitit"
+EXTRAS = {
+    "Could not find 'hydra/launcher/submitit": "phd-transformer[slurm]",
+    "Could not find 'hydra/launcher/joblib": "phd-transformer[joblib]",
+}
+"""What Hydra says where a launcher is not installed, and with what it comes."""
 
 OF_PHD = (
     *("variant", "K", "window", "chunk", "span_unit"),
-    *("copy_positions", "copy_embedding"),
+    *("copy_positions", "copy_embedding", DEEPENED),
 )
 """The model's settings that a vanilla model does not have."""
 
@@ -70,12 +86,16 @@ class Command(NamedTuple):
     overrides: list[str]  # as Hydra takes them
     swept: set[str]  # the keys that differ between the jobs
     jobs: list[Config]
+    launcher: Launcher = Launcher.NONE
+    sweep_dir: Path | None = None  # None if this is no sweep
 
 
 def run(
     task: Callable[[Config], int] | str,
     before: Callable[[Config], None] | None = None,
     *,
+    finished: Callable[[Config], str | None] | None = None,
+    compare: Callable[[Sequence[Config]], None] | None = None,
     other_keys: Iterable[str] = (),
     problems: Iterable[Problem | str] = (),
 ) -> NoReturn:
@@ -84,17 +104,19 @@ def run(
     A wrong configuration ends the process with code 2 and one screen that names every problem,
     before the first job starts. A run of a sweep that fails, by a crash or a refusal, is told at
     once; the others go on, and at the end all that failed are listed. A run that was told to end
-    ends its sweep.
+    ends its sweep; the same command goes on with it.
 
     Args:
         task: or the name of the module whose `main` it is; see `conf.arguments.resolve`.
         before: further checks, made before this module is imported. Where there are several ranks
             they are left to the task: ranks have to agree about what only some of them miss.
+        finished: tells that a run of a sweep has finished already; it is passed over.
+        compare: prints what the runs of a sweep have come to, at its end.
         other_keys: as of `check`.
         problems: found already, and reported with those of the configuration.
     """
     command = _checked_or_answered(other_keys, problems)
-    sweep = Sweep(len(command.jobs))
+    sweep = Sweep(len(command.jobs), command.launcher, command.sweep_dir, finished=finished)
     crashes: list[Exception] = []
 
     def attempt(config: Config) -> int:
@@ -107,7 +129,7 @@ def run(
         config = named(_read(tree), labels(hydra_config.overrides.task, command.swept))
         _hide_secrets(config)
         if hydra_config.mode == RunMode.MULTIRUN:
-            sweep.run(config.name, lambda: attempt(config))
+            sweep.run(config, lambda: attempt(config))
             return
         try:
             code = attempt(config)
@@ -123,7 +145,10 @@ def run(
     if DistEnv.from_environment().rank:  # only rank 0 writes Hydra's multirun.yaml
         sys.argv.append(f"hydra.sweep.dir={mkdtemp()}")
     try:
-        hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(job)()
+        with sweep.launching():
+            hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(job)()
+        if compare and command.sweep_dir and not sweep.ended:
+            compare(command.jobs)
     finally:
         sweep.tell_failures()
     if crashes:
@@ -165,7 +190,7 @@ def own_overrides() -> list[str]:
         texts = list(HydraConfig.get().overrides.task)
     else:
         texts = [text for text in sys.argv[1:] if "=" in text or text.startswith("~")]
-    return [text.lstrip("+") for text in texts]
+    return one_by_one(text.lstrip("+") for text in texts)
 
 
 def _hide_secrets(config: Config) -> None:
@@ -282,10 +307,14 @@ def other_runs(config: Config) -> list[list[str]]:
             for changed in (("variant", "K"), OF_PHD)
         ],
     ]
-    if "sweep=k" in overrides:
+    if any("k" in chosen(o) for o in _parsed(overrides) if o.key_or_group == "sweep"):
         del candidates[1]  # this run is one of that sweep's
     possible = (filter(_is_possible, versions) for versions in candidates)
     return [found for found in (next(versions, None) for versions in possible) if found]
+
+
+def _parsed(overrides: Iterable[str]) -> list[Override]:
+    return OverridesParser.create().parse_overrides(list(overrides))
 
 
 def _is_possible(arguments: Sequence[str]) -> bool:
@@ -298,7 +327,7 @@ def _is_possible(arguments: Sequence[str]) -> bool:
 
 
 def overrides_of_another_model(
-    overrides: Iterable[str], changed: Collection[str], suffix: str = ""
+    overrides: Sequence[str], changed: Collection[str], suffix: str = ""
 ) -> list[str]:
     """The overrides of a run that differs in its model, and in where it is, and in nothing else.
 
@@ -308,12 +337,11 @@ def overrides_of_another_model(
         suffix: is added to a name or directory that the run at hand was given.
     """
     found = []
-    for text in overrides:
-        override = OverridesParser.create().parse_override(text)
+    for text, override in zip(overrides, _parsed(overrides), strict=True):
         section, _, name = override.key_or_group.rpartition(".")
         value = None if override.is_delete() else override.value()
         match override.key_or_group:
-            case "run.resume" | "sweep":
+            case "run.resume" | "sweep" | "train.flops_of":
                 continue
             case "model" if isinstance(value, dict):
                 found += [f"model.{k}={v}" for k, v in value.items() if str(k) not in changed]
@@ -415,6 +443,7 @@ def check(
     jobs: list[Config] = []
     typed: list[Typed] = []
     swept: set[str] = set()
+    launcher, folder = Launcher.NONE, None
     with _composing(), collecting(problems):
         one = [text for text, o in parsed.items() if not o.is_sweep_override()]
         whole = hydra.compose("config", one, return_hydra_config=True)
@@ -422,8 +451,11 @@ def check(
             points, swept = points_of(parsed.values(), whole.hydra.sweeper.params)
             for point in points:
                 with collecting(problems):
+                    problems += given_twice(point)
                     jobs.append(named(_read(hydra.compose("config", point)), labels(point, swept)))
                     typed.append(Typed.of(point, swept))
+            launcher, folder = _launcher(whole), Path(whole.hydra.sweep.dir)
+            problems += _launcher_problems(launcher)
         else:
             swept_texts = [text.lstrip("+") for text in parsed if text not in one]
             problems += [
@@ -446,7 +478,23 @@ def check(
     if problems:
         raise ConfigError(problems)
     _tell_of_no_chunk(jobs, typed)
-    return Command(list(parsed), swept, jobs)
+    return Command(list(parsed), swept, jobs, launcher, folder)
+
+
+def _launcher(tree: DictConfig) -> Launcher:
+    """In which processes Hydra's launcher runs the jobs of a sweep."""
+    target = str(tree.hydra.launcher.get("_target_", ""))
+    if "basic_launcher" in target:
+        return Launcher.NONE
+    return Launcher.POOL if "joblib" in target else Launcher.JOBS
+
+
+def _launcher_problems(launcher: Launcher) -> list[Problem]:
+    if launcher == Launcher.NONE or DistEnv.from_environment().world_size == 1:
+        return []
+    reason = "starts runs of one process, and this command has several"
+    hint = "leave it out, and the runs follow each other on all processes"
+    return [Problem("hydra/launcher", expected=reason, hint=hint)]
 
 
 @contextmanager
@@ -475,8 +523,9 @@ def collecting(problems: list[Problem | str]) -> Iterator[None]:
         problems += error.problems
     except (HydraException, OmegaConfBaseException) as error:
         problem = str(error).strip().partition("\n")[0]
-        if SUBMITIT in problem:
-            problem += f". It comes with: {pip_command('phd-transformer[slurm]')}"
+        for missing, extra in EXTRAS.items():
+            if missing in problem:
+                problem += f". It comes with: {pip_command(extra)}"
         problems.append(problem)
     except UnicodeDecodeError:
         problems += _not_in_utf8()
@@ -493,9 +542,27 @@ def _not_in_utf8() -> Iterator[str]:
 
 def _read(tree: DictConfig) -> Config:
     """The config that Hydra has composed, without Hydra's own settings."""
-    own = OmegaConf.masked_copy(tree, [str(key) for key in tree if key != "hydra"])
+    own = OmegaConf.masked_copy(tree, [str(key) for key in tree if key not in ("hydra", TOGETHER)])
+    for key, value in (tree.get(TOGETHER) or {}).items():
+        OmegaConf.update(own, str(key), value, force_add=True)
     values = cast(dict[str, Any], OmegaConf.to_container(own, resolve=True))
-    return Config.from_dict({**values, "model": _without_chunk(values["model"])})
+    model = _without_chunk(values["model"])
+    cost = model.pop(DEEPENED, None) if isinstance(model, dict) else None
+    config = Config.from_dict({**values, "model": model})
+    return config if cost is None else _deepened(config, cost)
+
+
+def _deepened(config: Config, cost: Any) -> Config:
+    """The config with as many layers as cost at least what the variant of this name does."""
+    from phd.flops import layers_at_flops, training_flops  # needs torch
+
+    try:
+        other = config.model.as_variant(str(cost))
+    except ValueError as error:
+        raise ConfigError([Problem(f"model.{DEEPENED}", cost, str(error))]) from error
+    row = config.train.seq_len
+    layers = layers_at_flops(config.model, training_flops(other, row), row)
+    return replace(config, model=replace(config.model, layers=layers))
 
 
 def _without_chunk(model: Any) -> Any:

@@ -88,6 +88,10 @@ class TrainConfig(Settings):
         max_flops: the length in training FLOPs, so that runs of different K cost the same; the run
             has as many whole steps as fit into it. A step counts as rows of one document each:
             isolated documents and padding need fewer. null: no limit of this kind.
+        flops_of: a variant by its name, such as `phd_cswa-2`; what the name leaves out, as W and C
+            here, is as in this run. The other limits are this variant's, and the run has as many
+            whole steps as fit into the FLOPs that it would take: a cheaper model reads more text.
+            null: the limits are the run's own.
         max_time: a limit in seconds, or as `30m` or `2h`, for each start of the command; null: no
             limit of this kind. Only `schedule=constant` can do without one of the others.
         global_batch: how many rows an optimizer step has, over all ranks.
@@ -105,6 +109,7 @@ class TrainConfig(Settings):
     max_steps: int | None = None
     max_tokens: int | None = None
     max_flops: float | None = None
+    flops_of: str | None = None
     max_time: Seconds | None = None
     global_batch: int = 8
     micro_batch: Literal["auto"] | int | None = None
@@ -574,19 +579,49 @@ class Config(Settings):
     @property
     def flops_per_step(self) -> int:
         """Training FLOPs of a step with `model.K` copies and full rows of one document each."""
-        return self._step_flops(self.model.K)
+        return self._flops_per_step_of(self.model)
+
+    def _flops_per_step_of(self, model: ModelConfig) -> int:
+        from phd.flops import training_flops  # needs torch, which reading settings does not load
+
+        return self.train.global_batch * training_flops(model, self.train.seq_len)
+
+    @property
+    def flops_model(self) -> ModelConfig:
+        """The model whose FLOPs the run takes: that of `train.flops_of`, or its own."""
+        name = self.train.flops_of
+        return self.model if name is None else self.model.as_variant(name)
 
     @property
     def step_limits(self) -> dict[str, int]:
         """The steps that each limit of the length allows, by its setting; not that of time."""
+        if self.train.flops_of is None:
+            return self._limits_of(self.model)
+        model = self.flops_model
+        steps = min(self._limits_of(model).values(), default=self._default_steps)
+        if steps is None:
+            return {}
+        return {"train.flops_of": self._steps_within(steps * self._flops_per_step_of(model))}
+
+    def _limits_of(self, model: ModelConfig) -> dict[str, int]:
+        """The steps that each limit would allow this model."""
         train, limits = self.train, {}
         if train.max_steps is not None:
             limits["train.max_steps"] = train.max_steps
         if train.max_tokens is not None:
             limits["train.max_tokens"] = train.max_tokens // train.tokens_per_step
         if train.max_flops is not None:
-            limits["train.max_flops"] = self._steps_within(train.max_flops)
+            own, of_step = model == self.model, self._flops_per_step_of(model)
+            limits["train.max_flops"] = (
+                self._steps_within(train.max_flops) if own else int(train.max_flops // of_step)
+            )
         return limits
+
+    @property
+    def _default_steps(self) -> int | None:
+        """The steps of a run without limits; None if its time is one."""
+        # Not the field's default, or `train.max_tokens=1e9` would still end after 320 steps.
+        return DEFAULT_STEPS if self.train.max_time is None else None
 
     @property
     def shortest_limits(self) -> list[str]:
@@ -596,9 +631,7 @@ class Config(Settings):
     @property
     def total_steps(self) -> int | None:
         """The steps of the limit that is reached first; None if only time ends the run."""
-        # Not the field's default, or `train.max_tokens=1e9` would still end after 320 steps.
-        default = DEFAULT_STEPS if self.train.max_time is None else None
-        return min(self.step_limits.values(), default=default)
+        return min(self.step_limits.values(), default=self._default_steps)
 
     @cached_property
     def copy_stages(self) -> tuple[CopyStage, ...]:
@@ -642,10 +675,8 @@ class Config(Settings):
         return sum(stage.steps(first, end) * self._step_flops(stage.K) for stage in stages)
 
     def _step_flops(self, K: int) -> int:
-        from phd.flops import training_flops  # needs torch, which reading settings does not load
-
         model = self.model if K == self.model.K else replace(self.model, K=K)
-        return self.train.global_batch * training_flops(model, self.train.seq_len)
+        return self._flops_per_step_of(model)
 
     def _steps_within(self, flops: float) -> int:
         """The most steps whose training FLOPs are within a limit."""
@@ -705,7 +736,9 @@ class Config(Settings):
 
     def problems(self) -> list[Problem]:
         """Every combination across sections that cannot be; each section checks its own."""
-        found = [*at_least(self, "", 0, "seed"), *self._length_problems(), *self._shape_problems()]
+        if found := self._flops_of_problems():
+            return found  # the length is not known, of which others are
+        found += [*at_least(self, "", 0, "seed"), *self._length_problems(), *self._shape_problems()]
         found += [*self._copies_problems(), *self._profile_problems(), *self._float8_problems()]
         # `auto` is decided on the machine that trains; train/run.py asks again with its device.
         return found + (self.device_problems("cpu") if self.engine.device == "cpu" else [])
@@ -713,7 +746,27 @@ class Config(Settings):
     def unused(self) -> list[Problem]:
         """The settings of all sections that change nothing in this run."""
         parts = (self.model, self.tokenizer, self.train, self.schedule, self.engine)
-        return [problem for part in parts for problem in part.unused()]
+        found = [problem for part in parts for problem in part.unused()]
+        if self.train.flops_of is not None and self.flops_model == self.model:
+            reason, hint = "these are the run's own FLOPs", "choose another variant"
+            found += without_effect(self.train, "train", reason, hint, "flops_of")
+        return found
+
+    def _flops_of_problems(self) -> list[Problem]:
+        key, name = "train.flops_of", self.train.flops_of
+        try:
+            self.flops_model  # noqa: B018
+        except ConfigError as error:
+            return [Problem(key, name, f"is no such model: {p}") for p in error.problems]
+        except ValueError as error:
+            return [Problem(key, name, str(error))]
+        limits = self.step_limits
+        if name is None or limits.get(key, 0) > 0:
+            return []
+        if key in limits:
+            return [Problem(key, name, "its FLOPs are less than one step", others=LENGTHS)]
+        hint = "set train.max_steps, train.max_tokens or train.max_flops"
+        return [Problem(key, name, "only time ends the run, which has no FLOPs to share", hint)]
 
     def _length_problems(self) -> list[Problem]:
         total, schedule = self.total_steps, self.schedule
@@ -730,13 +783,14 @@ class Config(Settings):
             for name in ("warmup_steps", "warmup_tokens", "warmup_fraction")
             if (value := getattr(schedule, name)) is not None
         )
+        limits = [key for key in self.shortest_limits if key != "train.flops_of"]
         takes = plural(self.warmup_steps, "step") + (f" and the decay {decay}" if decay else "")
         return [
             Problem(
                 f"schedule.{name}",
                 value,
                 f"the warm-up takes {takes}, but the run has {total}",
-                f"shorten it, or raise {' and '.join(self.shortest_limits) or 'train.max_steps'}",
+                f"shorten it, or raise {' and '.join(limits) or 'train.max_steps'}",
                 others=LENGTHS,
             )
         ]

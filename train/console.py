@@ -1,10 +1,15 @@
 """What commands print: warnings, lines of a log, and progress bars."""
 
+import os
+import shlex
+import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import pairwise
 from math import isfinite
+from pathlib import Path
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.measure import Measurement
@@ -20,6 +25,9 @@ from rich.progress import (
 from rich.text import Text
 
 from conf.redaction import redacted
+
+LOG = "console.log"
+"""What a run prints that runs side by side with others; in its directory."""
 
 INDENT = "    "
 """Before the rest of a line that a terminal is too narrow for."""
@@ -211,3 +219,13 @@ def curve(values: Sequence[float], width: int) -> str:
     low, high = min(means), max(means)
     scale = (len(CURVE) - 1) / (high - low) if high > low else 0
     return "".join(CURVE[round((mean - low) * scale)] for mean in means)
+
+
+def script_command(script: str, *arguments: str) -> str:
+    """The shell command that runs a script of train/ with this interpreter."""
+    # `python` where that is this interpreter; otherwise the path, as in a virtual environment that
+    # is not activated.
+    python = shutil.which("python")
+    same = python is not None and os.path.samefile(python, sys.executable)
+    interpreter = "python" if same else os.path.relpath(sys.executable)
+    return shlex.join([interpreter, os.path.relpath(Path(__file__).with_name(script)), *arguments])

@@ -10,8 +10,10 @@ if __name__ == "__main__":  # first of all: the imports below take seconds
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # see conf/checkout.py
     from train import compose
     from train.inputs import check_inputs
+    from train.sweeps.finished import finished
+    from train.sweeps.table import print_comparison
 
-    compose.run("train.main", before=check_inputs)
+    compose.run("train.main", before=check_inputs, finished=finished, compare=print_comparison)
 
 import gc
 from collections.abc import Callable, Sequence

@@ -14,9 +14,17 @@ from hydra.errors import HydraException
 from conf.arguments import misread
 from conf.errors import Problem
 from conf.validation import did_you_mean, flatten_keys, keys, nearest
-from train.conf_files import choices, groups
+from train.conf_files import choices, groups, load_yaml
 from train.config import SECTIONS, Config
 from train.run_dir.name import readable
+
+TOGETHER = "together"
+"""The settings of each run of a sweep that vary together, as in
+`-m together='{model.K: 2, optim.lr: 1e-3},{model.K: 3, optim.lr: 5e-4}'`. It is a word of the
+command line and of conf/sweep/, and no setting of a run."""
+
+DEEPENED = "flops_of"
+"""`model.flops_of=phd_cswa-2` stands for `model.layers`: as many as cost what this variant does."""
 
 QUOTING = "a text with special characters needs quotes within quotes:"
 
@@ -46,12 +54,39 @@ def parse_overrides(
             spelling = _spelling(text, override)
             parsed.pop(spelling, None)  # of equal overrides, too, the last one counts
             parsed[spelling] = parser.parse_override(spelling)
-    # Of the choices of a group the last one counts, and a sweep would be left out without a word.
-    sweeps = [name for o in parsed.values() if o.key_or_group == "sweep" for name in chosen(o)]
-    if len(sweeps) > 1:
-        hint = "name one, and vary other settings by their values, as in optim.lr=1e-3,3e-3"
-        problems.append(Problem("sweep", ",".join(sweeps), "expected one sweep", hint))
-    return parsed, problems
+    return _with_one_choice_of_sweeps(parsed, problems), problems
+
+
+def _with_one_choice_of_sweeps(
+    parsed: dict[str, Override], problems: list[Problem | str]
+) -> dict[str, Override]:
+    """The overrides with all prepared sweeps in one, since the last choice of a group counts."""
+    asked = {text: o for text, o in parsed.items() if o.key_or_group == "sweep"}
+    names = list(dict.fromkeys(name for o in asked.values() for name in chosen(o)))
+    if any(o.is_sweep_override() for o in asked.values()):
+        hint = f"{' '.join(f'+sweep={name}' for name in names)} is the product of all"
+        problems.append(Problem("sweep", ",".join(names), "expected one sweep", hint))
+        return {text: o for text, o in parsed.items() if text not in asked}
+    varied: dict[str, str] = {}
+    for name in names:
+        for key in swept_by(name):
+            if (other := varied.setdefault(key, name)) != name:
+                hint = "run one after the other"
+                problem = f"both sweep={other} and sweep={name} vary {key}"
+                problems.append(Problem("sweep", ",".join(names), problem, hint))
+    if len(names) < 2:
+        return parsed
+    joined = f"sweep=[{','.join(names)}]"
+    rest = {text: o for text, o in parsed.items() if text not in asked}
+    return {joined: OverridesParser.create().parse_override(joined), **rest}
+
+
+def swept_by(sweep: str) -> list[str]:
+    """The keys that a file of conf/sweep/ varies; none if there is no such file."""
+    if sweep not in choices("sweep"):
+        return []
+    params = load_yaml(f"sweep/{sweep}.yaml")["hydra"]["sweeper"]["params"]
+    return [key.lstrip("+") for key in params]
 
 
 def _with_quotes(text: str) -> str:
@@ -90,6 +125,10 @@ def _name_problems(override: Override, other_keys: Sequence[str]) -> list[Proble
     if is_hydras(override) or "." in key:
         return []
     names = groups()
+    if key == TOGETHER:
+        expected = "expected the settings of each run, as in {model.K: 2, optim.lr: 1e-3}"
+        given = [o for o in _values_of(override) if not isinstance(o, dict)]
+        return [Problem(key, value, expected) for value in given]
     if key not in names:
         guess = did_you_mean(nearest(key, [*names, *other_keys, *keys(Config)]))
         hint = guess or f"the groups are {', '.join(names)}"
@@ -107,10 +146,15 @@ def _name_problems(override: Override, other_keys: Sequence[str]) -> list[Proble
 
 def chosen(override: Override) -> list[str]:
     """The choices that an override names; none if it sets the group's keys instead."""
-    sweep = override.is_sweep_override()
-    values = override.sweep_iterator(Transformer.identity) if sweep else [override.value()]
+    values = _values_of(override)
     names = [name for value in values for name in (value if isinstance(value, list) else [value])]
     return ["null" if name is None else str(name) for name in names if not isinstance(name, dict)]
+
+
+def _values_of(override: Override) -> list[Any]:
+    """The values of an override, which are several if it is swept."""
+    sweep = override.is_sweep_override()
+    return list(override.sweep_iterator(Transformer.identity)) if sweep else [override.value()]
 
 
 def is_hydras(override: Override) -> bool:
@@ -154,7 +198,55 @@ def labels(point: Iterable[str], swept: set[str]) -> dict[str, str]:
         swept: the keys that differ between the runs.
     """
     parsed = OverridesParser.create().parse_overrides(list(point))
-    return {o.key_or_group: _label(o) for o in parsed if o.key_or_group in swept}
+    several = {
+        o.key_or_group: _label(o)
+        for o in parsed
+        if o.key_or_group in swept and o.key_or_group != TOGETHER
+    }
+    return several | {
+        key: readable(f"{_last_name(key)}_{value}") for key, value in together(parsed)
+    }
+
+
+def _last_name(key: str) -> str:
+    """What a directory's name says of a setting; `train` has a `flops_of`, too."""
+    return "layers_of" if key == f"model.{DEEPENED}" else key.rpartition(".")[2]
+
+
+def together(overrides: Iterable[Override]) -> list[tuple[str, Any]]:
+    """The settings that `TOGETHER` gives one run, by their names."""
+    found = [o.value() for o in overrides if o.key_or_group == TOGETHER]
+    return [
+        (str(key), value) for own in found if isinstance(own, dict) for key, value in own.items()
+    ]
+
+
+def given_twice(point: Iterable[str]) -> list[Problem]:
+    """A problem for each setting that a run's overrides name beside those that vary together."""
+    parsed = OverridesParser.create().parse_overrides(list(point))
+    theirs = {key for key, _ in together(parsed)}
+    beside = {
+        key: value
+        for o in parsed
+        if not is_hydras(o) and o.key_or_group != TOGETHER
+        for key, value in flatten_keys({o.key_or_group: o.value()}).items()
+    }
+    if f"model.{DEEPENED}" in theirs:
+        theirs.add("model.layers")
+    reason, hint = "the sweep sets it with others in each of its runs", "leave it out"
+    return [Problem(key, beside[key], reason, hint) for key in beside if key in theirs]
+
+
+def one_by_one(texts: Iterable[str]) -> list[str]:
+    """The overrides of one run, with each of those that vary together as one of its own."""
+    found: list[str] = []
+    for text in texts:
+        parsed = OverridesParser.create().parse_override(text)
+        if parsed.key_or_group == TOGETHER:
+            found += [f"{key}={value}" for key, value in together([parsed])]
+        else:
+            found.append(text)
+    return found
 
 
 class Typed(NamedTuple):
@@ -174,8 +266,12 @@ class Typed(NamedTuple):
         varied: dict[str, bool] = {}
         values: dict[str, Any] = {}
         for override in OverridesParser.create().parse_overrides(list(point)):
-            if not is_hydras(override):
-                key = override.key_or_group
+            key = override.key_or_group
+            if key == TOGETHER:
+                named = dict(together([override]))
+                values |= named
+                varied |= dict.fromkeys(named, True)
+            elif not is_hydras(override):
                 named = flatten_keys({key: override.value()})
                 values |= named
                 varied |= dict.fromkeys(named, key in swept)

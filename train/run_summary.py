@@ -1,17 +1,13 @@
 """What a run prints at its end."""
 
-import os
-import shlex
-import shutil
-import sys
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from conf.errors import DataError
 from conf.redaction import redacted_argument
+from train.console import script_command
 from train.experiments.result import FILE as RESULT
 from train.metrics.record import Metrics
 from train.plan import kv_rows
@@ -80,21 +76,11 @@ def kv_table(run: Run) -> Table:
 
 def next_commands(run: Run, others: Iterable[Sequence[str]], *, complete: bool) -> list[str]:
     """Commands to run next, quoted so that they can be pasted into a shell."""
-    generate = _command("generate.py", f"run={run.directory}", f"prompt={run.sample.prompt}")
+    generate = script_command("generate.py", f"run={run.directory}", f"prompt={run.sample.prompt}")
     if not complete:
         return ["run the same command again to continue the training", generate]
     return [
         generate,
-        *(_command("main.py", *map(redacted_argument, arguments)) for arguments in others),
-        _command("bench.py", "attention", "out=bench"),
+        *(script_command("main.py", *map(redacted_argument, arguments)) for arguments in others),
+        script_command("bench.py", "attention", "out=bench"),
     ]
-
-
-def _command(script: str, *arguments: str) -> str:
-    """The shell command that runs a script of this folder with this interpreter."""
-    # `python` where that is this interpreter; otherwise the path, as in a virtual environment that
-    # is not activated.
-    python = shutil.which("python")
-    same = python is not None and os.path.samefile(python, sys.executable)
-    interpreter = "python" if same else os.path.relpath(sys.executable)
-    return shlex.join([interpreter, os.path.relpath(Path(__file__).with_name(script)), *arguments])

@@ -1,5 +1,6 @@
 """Claims about `conf/`: every file composes to a config that means what its name says."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -195,11 +196,29 @@ def test_the_default_run_takes_at_most_six_minutes_at_2100_tokens_a_second() -> 
     assert work / 2100 <= 6 * 60
 
 
+PHD = "phd_cswa-2-16-32"
 OVER_K = ["vanilla-tiny", *(f"phd_cswa-{K}-16-32-tiny" for K in (2, 3, 5))]
+
+# The name of what takes other FLOPs than the run's own.
+EQUAL = "flops_of_phd_cswa-2"
 
 SWEPT = {
     "k": OVER_K,
-    "k_equal_flops": OVER_K,
+    "k_equal_flops": [
+        *(f"vanilla-tiny-{EQUAL}", "phd_cswa-2-16-32-tiny"),
+        *(f"phd_cswa-{K}-16-32-tiny-{EQUAL}" for K in (3, 5)),
+    ],
+    "variants": [
+        *("vanilla-tiny", "naive_repeat-2-tiny", "phd-2-tiny", "phd_swa-2-16-inf-tiny"),
+        *("phd_cswa-2-16-32-tiny", "phd_cswa-3-16-32-tiny"),
+        *(f"vanilla-tiny-{EQUAL}", "vanilla-tiny-layers_5"),
+    ],
+    "ablations": [
+        *("phd_cswa-2-16-32-tiny", "phd_cswa-2-16-32-tiny-copy_positions_flattened"),
+        *("phd_cswa-2-16-32-tiny-copy_embedding_true", "phd_cswa-2-16t-32t-tiny"),
+    ],
+    "seeds": [f"phd_cswa-2-16-32-tiny{seed}" for seed in ("", "-seed_1", "-seed_2")],
+    "size": [f"{name}-{size}" for size in ("micro", "tiny") for name in ("vanilla", PHD)],
     "window": [f"phd_swa-2-{window}-inf-tiny" for window in (1, 2, 4, 16)],
     "chunk": ["phd_cswa-2-16-16-tiny", "phd_cswa-2-16-32-tiny", "phd_swa-2-16-inf-tiny"],
     # The default run's own rate, 0.003, is no difference.
@@ -214,13 +233,30 @@ def test_a_sweep_is_its_points_each_in_its_own_directory(sweep: str) -> None:
     assert [str(job.run_dir) for job in jobs] == [f"runs/{name}" for name in SWEPT[sweep]]
 
 
-def test_the_sweep_at_equal_flops_takes_any_size_and_its_flops() -> None:
-    for overrides, flops in ([], 2.1e13), (["size=151m", "train.max_flops=1e20"], 1e20):
-        jobs = check(["+sweep=k_equal_flops", *overrides]).jobs
-        assert [job.model.K for job in jobs] == [1, 2, 3, 5]
-        for job in jobs:
-            assert job.shortest_limits == ["train.max_flops"]
-            assert job.total_steps == flops // job.flops_per_step
+@pytest.mark.parametrize("overrides", [[], ["size=151m", "train.max_tokens=2e11"], ["size=micro"]])
+def test_a_sweep_at_equal_flops_takes_those_of_two_copies(overrides: list[str]) -> None:
+    jobs = check(["+sweep=k_equal_flops", *overrides]).jobs
+    assert [job.model.K for job in jobs] == [1, 2, 3, 5]
+    flops = [(job.total_steps or 0) * job.flops_per_step for job in jobs]
+    assert jobs[1].total_steps == load(overrides).total_steps
+    for job, spent in zip(jobs, flops, strict=True):
+        assert 0 <= flops[1] - spent < job.flops_per_step
+
+
+@pytest.mark.parametrize("overrides", [[], ["size=550m"], ["train.seq_len=512", "model.window=4"]])
+def test_the_sweep_of_variants_compares_at_equal_tokens_and_at_equal_flops(
+    overrides: list[str],
+) -> None:
+    *equal, cswa, _, longer, deeper = check(["+sweep=variants", *overrides]).jobs
+    assert cswa == load(overrides)
+    assert {job.total_steps for job in [*equal, cswa, deeper]} == {cswa.total_steps}
+    spent, allowed = ((job.total_steps or 0) * job.flops_per_step for job in (longer, cswa))
+    assert allowed - longer.flops_per_step < spent <= allowed
+    # One layer less, and it would take fewer FLOPs than PHD.
+    less = replace(deeper, model=replace(deeper.model, layers=deeper.model.layers - 1))
+    assert less.flops_per_step < cswa.flops_per_step <= deeper.flops_per_step
+    for job in (longer, deeper):
+        assert (job.model.variant, job.model.dim) == ("vanilla", cswa.model.dim)
 
 
 def test_a_sweep_keeps_the_other_settings() -> None:

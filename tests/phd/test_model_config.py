@@ -80,4 +80,13 @@ def test_only_phd_cswa_has_chunks(variant: Any) -> None:
     ],
 )
 def test_runs_are_named_as_in_the_paper(name: str, settings: dict[str, Any]) -> None:
-    assert ModelConfig(**settings).name == name
+    model = ModelConfig(**settings)
+    assert model.name == name
+    assert ModelConfig(layers=7).as_variant(name).name == name
+    assert model.as_variant("vanilla") == model.vanilla_twin
+
+
+@pytest.mark.parametrize("name", ["phd", "phd_cswa", "vanilla-2", "phd-2-16-32-64", "PHD-2", ""])
+def test_a_name_of_no_variant_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="expected vanilla, or a variant with its K"):
+        ModelConfig().as_variant(name)

@@ -126,7 +126,7 @@ def test_everything_wrong_with_a_command_line_is_told_at_once() -> None:
 @pytest.mark.parametrize(
     ("override", "wording"),
     [
-        ("size=13b", "size=13b: expected one of 151m, 1b2, 550m, 7b, tiny"),
+        ("size=13b", "size=13b: expected one of 151m, 1b2, 550m, 7b, micro, tiny"),
         (
             "experiment=null",
             "experiment=null: expected one of hybridnorm_1b2, paper_1b2, paper_550m, smoke",
@@ -273,14 +273,59 @@ def test_the_command_line_replaces_what_a_shipped_sweep_varies() -> None:
     assert [job.model.window for job in jobs] == [3, 5]
 
 
+@pytest.mark.parametrize("typed", ["+sweep=window ++sweep=lr", "sweep=[window,lr]"])
+def test_several_sweeps_are_their_product(typed: str) -> None:
+    jobs = check([*typed.split(), "seed=0,1"], multirun=True).jobs
+    found = [(job.model.variant, job.model.window, job.optim.lr, job.seed) for job in jobs]
+    rates = (3e-4, 1e-3, 3e-3, 1e-2)
+    assert found == [
+        ("phd_swa", window, lr, seed) for window in (1, 2, 4, 16) for lr in rates for seed in (0, 1)
+    ]
+    assert check(["+sweep=lr", "sweep=lr"]).jobs == check(["sweep=lr"]).jobs
+
+
 @pytest.mark.parametrize(
-    "overrides", [["+sweep=k", "+sweep=lr"], ["sweep=lr", "seed=1", "++sweep=k"]]
+    ("typed", "told"),
+    [
+        ("sweep=k,lr", "sweep='k,lr': expected one sweep; +sweep=k +sweep=lr is the product"),
+        ("+sweep=k +sweep=chunk", "both sweep=k and sweep=chunk vary model; run one after"),
+        ("+sweep=variants +sweep=ablations", "both sweep=variants and sweep=ablations vary"),
+        ("+sweep=k +sweep=window", "model.window=1: model.variant=vanilla has no window"),
+        ("sweep=[k,lrr]", "sweep=lrr: expected one of ablations, chunk, k,"),
+    ],
 )
-def test_a_second_sweep_is_not_left_out_without_a_word(overrides: list[str]) -> None:
-    [problem] = problems(*overrides, multirun=True)
-    assert problem.startswith("sweep=")
-    assert "expected one sweep; name one" in problem
-    assert len(check(["+sweep=lr", "sweep=lr"], multirun=True).jobs) == 4
+def test_sweeps_that_do_not_fit_together_are_refused(typed: str, told: str) -> None:
+    assert any(told in problem for problem in problems(*typed.split(), multirun=True))
+
+
+def test_settings_vary_together() -> None:
+    points = "together={model.K: 3, optim.lr: 1e-3},{model.K: 5, model: {norm: pre}}"
+    jobs = check([points, "seed=0,1", "model.window=4"], multirun=True).jobs
+    assert [(j.model.K, j.optim.lr, j.model.norm, j.seed, j.model.window) for j in jobs] == [
+        *((3, 1e-3, "reordered", seed, 4) for seed in (0, 1)),
+        *((5, 3e-3, "pre", seed, 4) for seed in (0, 1)),
+    ]
+    named = check(["run.name=mine", points], multirun=True).jobs
+    assert [job.name for job in named] == ["mine-K_3-lr_0.001", "mine-K_5-model_norm_pre"]
+
+
+@pytest.mark.parametrize(
+    ("typed", "told"),
+    [
+        ("+sweep=variants model.K=3", ["model.K=3: the sweep sets it with others"]),
+        ("+sweep=variants model.layers=3", ["model.layers=3: the sweep sets it with others"]),
+        ("together={model.K:2},4", ["together=4: expected the settings of each run"]),
+        (
+            "together={model.k:2},{train.seq_len:0}",
+            ["model.k: unknown key. Did you mean model.K?", "train.seq_len=0: expected an integer"],
+        ),
+        ("model=vanilla model.flops_of=phd-x", ["model.flops_of='phd-x': expected vanilla, or"]),
+        ("together={model.variant:phd,model.window:4}", ["model.window=4: model.variant=phd has"]),
+    ],
+)
+def test_what_cannot_vary_together_is_told(typed: str, told: list[str]) -> None:
+    found = problems(*typed.split(), multirun=True)
+    assert [line[: len(text)] for line, text in zip(found, told, strict=True)] == told
 
 
 def test_one_wrong_job_stops_a_sweep_before_the_first() -> None:

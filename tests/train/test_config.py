@@ -2,6 +2,7 @@
 
 import json
 from copy import deepcopy
+from dataclasses import replace
 from math import inf
 from typing import Any, get_args
 
@@ -425,6 +426,39 @@ def test_runs_of_equal_flops_differ_by_less_than_a_step(variant: str, K: int) ->
     found = config({"model.variant": variant, "model.K": K, "train.max_flops": 3e13})
     assert found.total_steps is not None
     assert 0 <= 3e13 - found.total_steps * found.flops_per_step < found.flops_per_step
+
+
+@pytest.mark.parametrize(
+    "bound", [{}, {"max_tokens": 1_000_000}, {"max_flops": 3e13}, {"max_steps": 9, "max_time": 60}]
+)
+@pytest.mark.parametrize("other", ["phd_cswa-2", "phd_swa-3-4-inf", "phd_cswa-3-4t-8t", "vanilla"])
+def test_a_run_may_take_the_flops_of_another_model(other: str, bound: dict[str, float]) -> None:
+    settings = {f"train.{name}": value for name, value in bound.items()}
+    own = config({"model.variant": "naive_repeat", **settings, "train.flops_of": other})
+    twin = replace(own, model=own.flops_model, train=replace(own.train, flops_of=None))
+    assert twin.model.name.startswith(other)
+    spent, allowed = ((run.total_steps or 0) * run.flops_per_step for run in (own, twin))
+    assert allowed - own.flops_per_step < spent <= allowed
+    assert own.shortest_limits == ["train.flops_of"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"train.flops_of": "phd_cswa"}, "expected vanilla, or a variant with its K, such as"),
+        ({"train.flops_of": "phd-0"}, "is no such model: model.K=0: expected an integer"),
+        (
+            {"train.flops_of": "phd-2", "train.max_time": 9.0, "schedule.kind": "constant"},
+            "only time ends the run, which has no FLOPs to share; set train.max_steps",
+        ),
+        ({"train.flops_of": "vanilla", "train.max_steps": 1}, "its FLOPs are less than one step"),
+    ],
+)
+def test_flops_that_no_model_has_are_refused(settings: dict[str, Any], told: str) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        config(settings)
+    [problem] = map(str, refusal.value.problems)
+    assert problem.startswith(f"train.flops_of='{settings['train.flops_of']}': {told}")
 
 
 def test_a_step_is_cut_into_equal_passes() -> None:

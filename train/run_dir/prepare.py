@@ -14,6 +14,7 @@ runs/phd_cswa-2-16-32-tiny/
     stacks/            stack traces of the ranks when a step took too long
     tokenizer.model    the SentencePiece model
     wandb_id.txt, wandb/
+    console.log        what the run has printed, where it ran side by side with others of a sweep
     checkpoints/       see train/checkpoint/store.py
     lock.json          who holds the directory, while it is held; see lock.py
 """
@@ -32,7 +33,7 @@ from data.storage.atomic import flush_names, write_atomic
 from data.tokenizer import Tokenizer
 from train.checkpoint.format import TOKENIZER
 from train.config import Config
-from train.console import warn
+from train.console import LOG, warn
 from train.run_dir.environment import environment
 from train.run_dir.lock import LOCK, RunLock
 from train.run_dir.snapshot import read_revision, write_snapshot
@@ -60,7 +61,7 @@ def prepare_run_dir(config: Config, tokenizer: Tokenizer, console: Console) -> N
 
 def archive_run_dir(directory: Path) -> Path | None:
     """Rename the directory of an earlier run to `<directory>.old-<n>`; None if there is none."""
-    if not directory.exists() or all(path.name == LOCK for path in directory.iterdir()):
+    if not directory.exists() or {path.name for path in directory.iterdir()} <= {LOCK, LOG}:
         return None
     names = (directory.with_name(f"{directory.name}.old-{n}") for n in count(1))
     return directory.rename(next(name for name in names if not name.exists()))

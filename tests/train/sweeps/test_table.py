@@ -1,0 +1,81 @@
+"""Claims about what a sweep prints at its end."""
+
+from pathlib import Path
+from statistics import stdev
+
+import pytest
+
+from tests.train.experiments.results import a_result
+from train.compose import load
+from train.config import Config
+from train.experiments.ledger import Ended, record_end
+from train.experiments.result import Estimate, Heldout, Result, write_result
+from train.run_dir.name import named
+from train.sweeps.finished import finished
+from train.sweeps.table import comparison, differences, print_comparison, runs_argument
+
+
+def result(model: str, seed: int, bits: float) -> Result:
+    found = Heldout(bits_per_byte=Estimate(value=bits), loss=1.0)
+    name = f"{model}-micro" + (f"-seed_{seed}" if seed else "")
+    return a_result(name=name, model=model, group=model, seed=seed, heldout={"python": found})
+
+
+def test_groups_are_compared_with_vanilla_over_equal_seeds() -> None:
+    phd = [result("phd-2", seed, bits) for seed, bits in enumerate([1.9, 2.0, 2.6])]
+    vanilla = [result("vanilla", seed, bits) for seed, bits in enumerate([2.0, 2.2])]
+    assert differences(phd, vanilla) == pytest.approx([-0.1, -0.2])
+    table = comparison([*phd, *vanilla])
+    rows = list(zip(*(column.cells for column in table.columns), strict=True))
+    assert [row[:2] for row in rows] == [("phd-2-micro", "3"), ("vanilla-micro", "2")]
+    assert [row[5] for row in rows] == [
+        f"2.1667 ± {stdev([1.9, 2.0, 2.6]):.4f}",
+        f"2.1000 ± {stdev([2.0, 2.2]):.4f}",
+    ]
+    assert [row[6] for row in rows] == [f"-0.1500 ± {stdev([0.1, 0.2]):.4f}", ""]
+    assert table.columns[6].header == "to vanilla-micro"
+
+
+def test_one_seed_is_said_to_be_one() -> None:
+    table = comparison([result("phd-2", 0, 1.9), result("phd-3", 0, 1.8)])
+    assert str(table.title) == "held-out text, one seed each"
+    assert list(table.columns[6].cells) == ["", "-0.1000"]
+
+
+def test_the_end_of_a_sweep_names_its_runs_and_no_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    configs = [load([f"seed={seed}"]) for seed in (0, 1, 2)]
+    for config in configs[:2]:
+        config.run_dir.mkdir(parents=True)
+        (config.run_dir / "config.yaml").touch()
+        write_result(config.run_dir, result("phd_cswa-2-16-32", config.seed, 2.0))
+    print_comparison(configs)
+    printed = capsys.readouterr().out
+    assert "phd_cswa-2-16-32-micro" in printed
+    assert "1 run of 3 without a result\n" in printed
+    assert "report.py 'runs=runs/*' out=report" in printed
+    assert runs_argument([configs[0].run_dir]) == '["runs/phd_cswa-2-16-32-tiny"]'
+
+
+def test_only_a_run_that_has_nothing_left_to_do_is_passed_over(config, small, trained) -> None:
+    own: Config = config()
+    assert finished(own) is None
+    trained(own)
+    assert finished(own) is None  # nobody has noted how it ended
+    record_end(own.run_dir, Ended(status="finished"))
+    assert finished(own) == "6 steps"
+    for more in (
+        "train.max_steps=7",
+        "eval.rows=2",
+        "run.resume=never",
+        "seed=1",
+        "optim.lr=1e-4",
+        "schedule=constant train.max_steps=null train.max_time=1",
+    ):
+        assert finished(named(load(small(*more.split())), {})) is None, more
+    assert finished(load(small("train.max_steps=5"))) == "6 steps"
+    assert finished(load(small("checkpoint.every=3"))) == "6 steps"
+    record_end(own.run_dir, Ended(status="failed", reason="it crashed"))
+    assert finished(own) is None

@@ -1,0 +1,28 @@
+"""Whether a run of a sweep has finished already, which is told without opening it."""
+
+from conf.errors import DataError
+from conf.validation import flatten_keys
+from conf.wording import plural
+from train.config import Config
+from train.experiments.result import FILE, read_result
+from train.run_dir.name import holds
+
+
+def finished(config: Config) -> str | None:
+    """How long this very run was; None if it has to be opened to find out what is left to do.
+
+    Its result counts, which is written last: after the last step, its checkpoint and its
+    evaluation. It is not passed over if it is to be longer, begun anew, or evaluated otherwise.
+    """
+    if config.run.resume == "never" or config.total_steps is None:
+        return None
+    try:
+        result = read_result(config.run_dir / FILE)
+    except (OSError, DataError):  # none yet; or it is made again when the run is opened
+        return None
+    asked = flatten_keys({"eval": config.to_dict()["eval"]})
+    same = all(result.settings.get(key) == value for key, value in asked.items())
+    long_enough = result.status == "finished" and result.steps >= config.total_steps
+    if not (same and long_enough and holds(config.run_dir, config)):
+        return None
+    return plural(result.steps, "step")

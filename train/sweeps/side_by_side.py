@@ -1,0 +1,131 @@
+"""Runs of a sweep side by side on this machine: `hydra/launcher=joblib` has a pool of processes.
+
+The process of the sweep starts the pool and waits. What it does for the runs is here: signals reach
+all of them, each one's output has a file of its own, and none outlives it.
+
+    <folder>/<name>.json     the outcome of a run; see outcome.py
+    <folder>/<number>.pid    a process of the pool that is at work on a run
+    <folder>/stop            the sweep was told to end; no further run begins
+"""
+
+import ctypes
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from time import monotonic
+from types import FrameType
+
+from conf.exit_codes import ExitCode
+from conf.standard_streams import guard_standard_streams
+from train.config import Config
+from train.console import LOG, duration
+from train.distributed.signals import exit_immediately, handled_signals
+from train.sweeps.outcome import Outcome
+
+STOP = "stop"
+PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of linux/prctl.h
+
+
+def is_stopped(folder: Path) -> bool:
+    """Whether the sweep was told to end."""
+    return (folder / STOP).exists()
+
+
+@contextmanager
+def passing_on_signals(folder: Path) -> Iterator[None]:
+    """Within this context a signal to end reaches all runs, and no further one begins.
+
+    The pool itself would kill its processes while they save. A second SIGINT is a
+    KeyboardInterrupt: a person insists.
+    """
+
+    def pass_on(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+        if number == signal.SIGINT and (folder / STOP).exists():
+            raise KeyboardInterrupt
+        (folder / STOP).touch()
+        for path in folder.glob("*.pid"):
+            with suppress(ProcessLookupError):
+                os.kill(int(path.stem), number)
+
+    handlers = {number: signal.signal(number, pass_on) for number in handled_signals()}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def as_member(config: Config, folder: Path, run: Callable[[], Outcome]) -> Outcome | None:
+    """The outcome of a run in this process of a pool; None if it was not begun.
+
+    A signal ends the run, and not the process: the pool would take that for a fault, and give up.
+    """
+    guard_standard_streams()
+    _end_with_parent()
+    # A terminal sends Ctrl-C to all processes of a group. Here it comes by way of the sweep's.
+    with suppress(OSError):  # it leads a session of its own already
+        os.setpgid(0, 0)
+    own, begun = folder / f"{os.getpid()}.pid", monotonic()
+    try:
+        with exit_immediately():
+            own.touch()
+            if is_stopped(folder):
+                return None
+            with _output_in(config.run_dir / LOG, f"{config.name}: begins"):
+                outcome = run()
+    except (SystemExit, KeyboardInterrupt) as end:
+        code = ExitCode.REQUEUE if isinstance(end, SystemExit) else ExitCode.INTERRUPTED
+        outcome = Outcome(config.name, code, "it was told to end", ended=True)
+    finally:
+        # The signal may come once more; between two runs there is nothing to end.
+        for number in handled_signals():
+            signal.signal(number, signal.SIG_IGN)
+        own.unlink()
+    _tell(outcome, duration(monotonic() - begun), config.run_dir / LOG)
+    return outcome
+
+
+def _end_with_parent() -> None:
+    """Have this process told to end when the sweep's dies, so that nothing goes on unseen."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PARENT_DEATH_SIGNAL, signal.SIGTERM)
+
+
+def _tell(outcome: Outcome, took: str, log: Path) -> None:
+    """Say in one line how a run has ended."""
+    if outcome.ended:
+        text = f"{outcome.name}: ended before its end"
+    elif outcome.code:
+        text = f"{outcome.name}: failed: {outcome.reason}; see {log}"
+    else:
+        text = f"{outcome.name}: finished after {took}"
+    _print(text)
+
+
+def _print(line: str) -> None:
+    """Print a line at once, because other processes print to the same place."""
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
+@contextmanager
+def _output_in(path: Path, title: str) -> Iterator[None]:
+    """Within this context all that this process prints is added to a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _print(f"{title}; its output is in {path}")
+    before = os.dup(1), os.dup(2)
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    os.close(file)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for number, descriptor in enumerate(before, 1):
+            os.dup2(descriptor, number)
+            os.close(descriptor)

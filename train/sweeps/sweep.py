@@ -1,0 +1,177 @@
+"""The runs of a sweep, of which some may fail."""
+
+import gc
+import os
+import shutil
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from enum import Enum
+from functools import partial
+from pathlib import Path
+from tempfile import mkdtemp
+
+from conf.errors import USER_ERRORS, report
+from conf.exit_codes import ExitCode
+from train.config import Config
+from train.distributed.dist_env import DistEnv
+from train.sweeps.outcome import Outcome, read_outcomes, write_outcome
+from train.sweeps.side_by_side import as_member, is_stopped, passing_on_signals
+
+ENDING = (ExitCode.INTERRUPTED, ExitCode.REQUEUE)
+"""Results of a run after which its sweep ends: it was told to end, by a signal or by its time."""
+
+
+class Launcher(Enum):
+    """Who runs the runs of a sweep: `NONE`: this process. `POOL`: processes on this machine, as
+    joblib has them. `JOBS`: jobs, as those of submitit, which may be on other machines."""
+
+    NONE = "none"
+    POOL = "pool"
+    JOBS = "jobs"
+
+
+class Sweep:
+    """Runs one run after another, whatever becomes of each.
+
+    A launcher of Hydra's may start the runs in other processes. Each of them has a copy of this
+    object, and leaves the outcome of its run in a folder that all of them see.
+
+    Args:
+        runs: how many there are.
+        launcher: in which processes they run.
+        folder: of the sweep, which other machines see as well.
+        finished: tells of a run that it has finished, and how long it was; it is passed over.
+    """
+
+    def __init__(
+        self,
+        runs: int,
+        launcher: Launcher = Launcher.NONE,
+        folder: Path | None = None,
+        *,
+        finished: Callable[[Config], str | None] | None = None,
+    ) -> None:
+        self.runs, self.launcher = runs, launcher
+        self.failures: list[Outcome] = []
+        self._ended: list[Outcome] = []
+        self._finished = finished
+        self._process = os.getpid()
+        self._folder: Path | None = None
+        if launcher != Launcher.NONE:
+            shared = None if folder is None or launcher == Launcher.POOL else folder
+            if shared is not None:
+                shared.mkdir(parents=True, exist_ok=True)
+            self._folder = Path(mkdtemp(prefix=".sweep-", dir=shared)).resolve()
+
+    @property
+    def ended(self) -> bool:
+        """Whether the sweep was told to end, so that somebody waits for that."""
+        return bool(self._ended)
+
+    @property
+    def code(self) -> int:
+        """The exit code of the sweep: that of its failures if they have one in common.
+
+        Otherwise a crash counts first, as a restart may help, and then what a later start may mend.
+        A sweep that was told to end says so.
+        """
+        if self._ended:
+            return max(outcome.code for outcome in self._ended)
+        codes = {failure.code for failure in self.failures}
+        if len(codes) < 2:
+            return max(codes, default=ExitCode.FINISHED)
+        return next((c for c in (ExitCode.CRASHED, ExitCode.REQUEUE) if c in codes), min(codes))
+
+    def run(self, config: Config, run: Callable[[], int]) -> None:
+        """Run one of them; a failure is told at once, and kept for the end.
+
+        Raises:
+            SystemExit: the run was told to end, and so is the sweep. Or it crashed on one of many
+                ranks, which cannot go on without each other: their launcher starts all of them
+                again, and the runs that are done pass quickly.
+        """
+        # Ranks may see different files for a while, and must not part.
+        alone = DistEnv.from_environment().world_size == 1
+        if self._finished and alone and (done := self._finished(config)):
+            print(f"{config.name}: finished already, {done}", flush=True)
+        elif os.getpid() != self._process:
+            self._run_elsewhere(config, run)
+        else:
+            self._run_here(config, run, alone=alone)
+
+    def _run_here(self, config: Config, run: Callable[[], int], *, alone: bool) -> None:
+        outcome = outcome_of(config.name, run)
+        if outcome.ended:
+            sys.exit(outcome.code)
+        if outcome.code:
+            self.failures.append(outcome)
+            gc.collect()  # what the traceback held, such as the model
+            if not alone and outcome.code == ExitCode.CRASHED:
+                sys.exit(outcome.code)
+
+    def _run_elsewhere(self, config: Config, run: Callable[[], int]) -> None:
+        """Run it in this process of a launcher, which goes on whatever the outcome is."""
+        assert self._folder is not None
+        attempt = partial(outcome_of, config.name, run)
+        pool = self.launcher == Launcher.POOL
+        outcome = as_member(config, self._folder, attempt) if pool else attempt()
+        if outcome is not None:
+            write_outcome(self._folder, outcome)
+
+    @contextmanager
+    def launching(self) -> Iterator[None]:
+        """Within this context Hydra's launcher is at work; afterwards all outcomes are known."""
+        if self._folder is None:
+            yield
+            return
+        pool = self.launcher == Launcher.POOL
+        try:
+            with passing_on_signals(self._folder) if pool else nullcontext():
+                yield
+        finally:
+            outcomes = read_outcomes(self._folder)
+            self._ended = [outcome for outcome in outcomes if outcome.ended]
+            if not self._ended and is_stopped(self._folder):
+                self._ended = [Outcome("", ExitCode.REQUEUE, "it was told to end", ended=True)]
+            self.failures += [outcome for outcome in outcomes if outcome.code and not outcome.ended]
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def tell_failures(self) -> None:
+        """List the runs that failed."""
+        if self.failures:
+            lines = [
+                f"  {failure.name}: {failure.reason} (exit code {failure.code:d})"
+                for failure in self.failures
+            ]
+            _print("\n".join([f"{len(lines)} of {self.runs} runs of this sweep failed:", *lines]))
+
+
+def outcome_of(name: str, run: Callable[[], int]) -> Outcome:
+    """Run one of the runs, and tell a failure."""
+    try:
+        code = run()
+    except USER_ERRORS as error:
+        text, code = report(error)
+        _print(f"{name} failed: {text}")
+        return Outcome(name, code, " ".join(text.partition("\n")[2].split()) or text)
+    except SystemExit as end:  # `exit_immediately`: before there was anything to save
+        if end.code not in ENDING:
+            raise
+        return Outcome(name, int(end.code), "it was told to end", ended=True)
+    except Exception as error:
+        reason = "".join(traceback.format_exception_only(error)).partition("\n")[0]
+        _print(f"{name} crashed:\n{traceback.format_exc().rstrip()}", everywhere=True)
+        return Outcome(name, ExitCode.CRASHED, reason)
+    if code in ENDING:
+        return Outcome(name, code, "it was told to end", ended=True)
+    if code:
+        _print(f"{name} ended with exit code {code}")
+    return Outcome(name, code, "it ended")
+
+
+def _print(text: str, *, everywhere: bool = False) -> None:
+    """Print on rank 0, as all ranks fail alike; a crash is told where it happens."""
+    if everywhere or not DistEnv.from_environment().rank:
+        print(text, file=sys.stderr, flush=True)
