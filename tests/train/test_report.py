@@ -11,6 +11,7 @@ pytest.importorskip("matplotlib")
 from conf.arguments import parse
 from conf.errors import ConfigError, DataError
 from tests.train.experiments.made_up import a_run
+from train import report
 from train.arguments import ReportArguments
 from train.experiments.result import Curve, write_result
 from train.report import main, read_results
@@ -60,3 +61,11 @@ def test_a_report_replaces_an_earlier_one_and_nothing_else(kept: Path, tmp_path:
         args = arguments(f"runs={json.dumps([f'{kept}/*'])}", f"out={out}", f"title={title}")
         assert main(args) == 0
         assert f"<h1>{title}</h1>" in (out / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_missing_package_is_named_with_its_command(
+    kept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report, "find_spec", lambda name: None if name == "scipy" else name)
+    with pytest.raises(ConfigError, match=r"scipy not installed.*phd-transformer\[report\]"):
+        main(arguments(f"runs={kept}/*", f"out={tmp_path / 'out'}"))

@@ -8,7 +8,15 @@ from typing import Any
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.ticker import (
+    Formatter,
+    FuncFormatter,
+    LogLocator,
+    MaxNLocator,
+    NullFormatter,
+    NullLocator,
+    ScalarFormatter,
+)
 
 from conf.wording import short_count
 from train.experiments.theme import INK, MUTED, PALETTE, Style
@@ -19,6 +27,9 @@ losses of all variants fall from that of a random model."""
 
 MOST_POINTS = 400
 """Of a curve: one a pixel, the width of a panel."""
+
+LONG = 24
+"""Characters of a label, from which on it is written in two lines."""
 
 WIDE = 8
 """How many times the shortest curve the longest has to be for a logarithmic axis."""
@@ -32,10 +43,17 @@ _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 @dataclass(frozen=True)
 class Axis:
-    """What an axis shows, and how its numbers are written."""
+    """What an axis shows, and how a number is written; None: with the digits that all need."""
 
     label: str
-    text: Callable[[float], str] = "{:g}".format
+    text: Callable[[float], str] | None = None
+
+    def formatter(self) -> Formatter:
+        """What writes the numbers at the ticks."""
+        if self.text is None:
+            return ScalarFormatter(useOffset=False, useMathText=False)
+        text = self.text
+        return FuncFormatter(lambda value, _: text(value))
 
 
 @dataclass(frozen=True)
@@ -186,6 +204,15 @@ def thinned(values: Sequence[float]) -> Sequence[float]:
     return values[::-every][::-1] if every > 1 else values
 
 
+def in_lines(label: str) -> str:
+    """A long label in two lines, the second one for what stands in brackets.
+
+    >>> in_lines("phd-2 (layers=7)"), in_lines("phd_cswa-2-16-32 (copy_positions=flattened)")
+    ('phd-2 (layers=7)', 'phd_cswa-2-16-32\\n(copy_positions=flattened)')
+    """
+    return label.replace(" (", "\n(") if len(label) > LONG else label
+
+
 def range_of(marks: Sequence[Mark]) -> tuple[float, float]:
     """The range of some values with their intervals and 0, of which at least one is there."""
     ends = [x for mark in marks for x in (mark.low, mark.value, mark.high) if x is not None]
@@ -211,12 +238,12 @@ def draw_marks(
     _write(axes, zero, (0, 1), ("data", "axes fraction"), ha="center", va="bottom")
     for place, mark in enumerate(marks):
         _draw_mark(axes, mark, place)
-    axes.set_yticks(range(len(marks)), [mark.label for mark in marks], fontsize=10.5)
+    axes.set_yticks(range(len(marks)), [in_lines(mark.label) for mark in marks], fontsize=10.5)
     axes.set_ylim(len(marks) - 0.4, -0.6)
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
-    axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10], min_n_ticks=3))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: x.text(value)))
+    axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
+    axes.xaxis.set_major_formatter(x.formatter())
     axes.set_xlabel(x.label)
 
 
@@ -287,6 +314,6 @@ def label_axes(axes: Axes, x: Axis, y: Axis) -> None:
     else:
         axes.xaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 5, 10]))
     axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: x.text(value)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: y.text(value)))
+    axes.xaxis.set_major_formatter(x.formatter())
+    axes.yaxis.set_major_formatter(y.formatter())
     axes.tick_params(color=PALETTE[INK].light)

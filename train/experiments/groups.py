@@ -29,7 +29,9 @@ UNTOLD = (
 """How the settings begin that a label does not tell: they make no other model, or the tokens of the
 run tell them."""
 
-IN_THE_VARIANT = {f"model.{key}" for key in ("size", "variant", "K", "window", "chunk")}
+IN_THE_VARIANT = {
+    f"model.{key}" for key in ("size", "variant", "K", "window", "chunk", "span_unit")
+}
 """What the name of the variant and the size tell."""
 
 
@@ -107,7 +109,7 @@ def _labels(first: Mapping[str, Result]) -> dict[str, str]:
         parts = [result.size] if result.size != size else []
         parts += [f"{short_count(result.tokens)} tokens"] if result.tokens != length else []
         parts += [
-            f"{name.rpartition('.')[2]} {value}"
+            f"{name.rpartition('.')[2]}={spelled(value)}"
             for name, value in told(result.settings).items()
             if value != usual[result.size].get(name)
         ]
@@ -134,6 +136,23 @@ def told(settings: Mapping[str, Any]) -> dict[str, Any]:
         for key, value in settings.items()
         if not key.startswith(UNTOLD) and key not in IN_THE_VARIANT
     }
+
+
+def spelled(value: Any) -> str:
+    """A setting as it is typed.
+
+    >>> spelled(None), spelled(True), spelled([1, "a"]), spelled(0.1)
+    ('null', 'true', '[1, a]', '0.1')
+    """
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return str(value).lower()
+        case list() | tuple():
+            return f"[{', '.join(map(spelled, value))}]"
+        case _:
+            return str(value)
 
 
 def _most_common(results: Sequence[Result]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ def test_groups_and_labels() -> None:
         ("vanilla (1.74M tokens)", 3),
         ("naive_repeat-2", 3),
         ("phd-2", 3),
-        ("phd-2 (copy_embedding True)", 1),
+        ("phd-2 (copy_embedding=true)", 1),
         ("phd_swa-2-16-inf", 3),
         ("phd_cswa-2-4-32", 1),
         ("phd_cswa-2-16-32", 3),

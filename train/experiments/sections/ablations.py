@@ -13,7 +13,7 @@ from train.experiments.charts import Chart, Panel
 from train.experiments.document import Section, missing
 from train.experiments.drawings import Axis, Point, Row
 from train.experiments.experiment import Experiment
-from train.experiments.groups import Group, legend, source_of_groups, told
+from train.experiments.groups import Group, source_of_groups, told
 from train.experiments.spread import Spread
 
 WITHOUT = 0
@@ -63,7 +63,7 @@ def _chart(experiment: Experiment, knob: Knob) -> Chart | None:
     if not lines:
         return None
     values = sorted({entry.value for line in lines for entry in line}, key=_order)
-    rows = [_row(line, values) for line in lines]
+    rows = [Row(_named_by(line, knob).style, _points(line, values)) for line in lines]
     groups = [
         group
         for group in experiment.groups
@@ -71,15 +71,15 @@ def _chart(experiment: Experiment, knob: Knob) -> Chart | None:
     ]
     measure = experiment.measure
     alt = f"The {measure.words} over the {knob.words}, of " + ", ".join(map(_name, values)) + "."
-    x, y = Axis(knob.words), Axis(measure.unit, "{:.3g}".format)
+    x, y = Axis(knob.words), Axis(measure.unit)
     draw = partial(_draw, rows=rows, names=[_name(value) for value in values], x=x, y=y)
-    ends = [(_line_label(line, knob), line[-1].group.style) for line in lines]
+    names = [(_line_label(line, knob), _named_by(line, knob).style) for line in lines]
     return Chart(
         f"over-{knob.key.lower()}",
         f"The {measure.words} at the end, over the {knob.words}",
         (Panel("all", alt, draw),),
         source_of_groups(groups),
-        tuple(ends) if len(lines) > 1 else legend(groups),
+        tuple(names),
         "Bars reach from the lowest to the highest seed. Runs that a line joins differ in nothing "
         "else." + (" K = 1 is vanilla." if knob.key == "K" else ""),
     )
@@ -90,11 +90,15 @@ def _draw(axes: Axes, rows: Sequence[Row], names: Sequence[str], x: Axis, y: Axi
     drawings.draw_text_marks(axes, range(len(names)), names)
 
 
-def _row(line: Sequence[Entry], values: Sequence[int]) -> Row:
-    points = [
+def _points(line: Sequence[Entry], values: Sequence[int]) -> list[Point]:
+    return [
         Point(values.index(e.value), e.spread.mean, e.spread.least, e.spread.greatest) for e in line
     ]
-    return Row(line[-1].group.style, points)
+
+
+def _named_by(line: Sequence[Entry], knob: Knob) -> Group:
+    """The group of a line that gives it its name and style; the ends may be of another variant."""
+    return line[0 if knob.key == "chunk" else -1].group
 
 
 def _line_label(line: Sequence[Entry], knob: Knob) -> str:
@@ -102,7 +106,7 @@ def _line_label(line: Sequence[Entry], knob: Knob) -> str:
 
     So `phd_cswa-2-16-32` and `phd_cswa-3-16-32` are `phd_cswa-K-16-32`.
     """
-    group = line[-1].group
+    group = _named_by(line, knob)
     family, *numbers = group.model.split("-")
     numbers[KNOBS.index(knob)] = knob.letter
     return "-".join([family, *numbers]) + group.label.removeprefix(group.model)
@@ -138,7 +142,8 @@ def _others(group: Group, knob: Knob) -> tuple[Any, ...]:
     own = tuple(
         _value(run.settings, key) for key in knobs if key != knob.key and _has(run.settings, key)
     )
-    return family, own, run.size, run.tokens, repr(sorted(told(run.settings).items()))
+    unit = run.settings.get("model.span_unit")
+    return family, own, unit, run.size, run.tokens, repr(sorted(told(run.settings).items()))
 
 
 def _has(settings: dict[str, Any], key: str) -> bool:

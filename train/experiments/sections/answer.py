@@ -93,7 +93,8 @@ def _told(best: Found, measure: Measure) -> str:
         )
     if best.gap.mean < 0:
         return f"{ours} gains {size} over {theirs}"
-    return f"vanilla wins: {theirs} is {size} below the best variant, {ours}"
+    verb = "wins" if best.gap.is_clear else "is ahead"
+    return f"vanilla {verb}: {theirs} is {size} below the best variant, {ours}"
 
 
 def _size(found: Found, measure: Measure) -> str:

@@ -184,8 +184,8 @@ def _prices(experiment: Experiment) -> Chart | None:
             assert found is not None
             point = Point(price[group.key], found.mean, found.least, found.greatest)
             rows.append(Row(group.style, [point]))
-        x = Axis(label, power if "FLOPs" in label else "{:g}".format)
-        draw = partial(drawings.draw_points, rows=rows, x=x, y=Axis(measure.unit, "{:.3g}".format))
+        x = Axis(label, power if "FLOPs" in label else None)
+        draw = partial(drawings.draw_points, rows=rows, x=x, y=Axis(measure.unit))
         alt = f"The {measure.words} of {len(rows)} groups of runs over their {label}."
         panels.append(Panel(label.split()[0].lower(), alt, draw))
     note = "Down and to the left is better. Bars reach from the lowest to the highest seed."

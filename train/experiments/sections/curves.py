@@ -14,8 +14,8 @@ from train.experiments.experiment import Experiment
 from train.experiments.groups import Group, legend, source_of_groups
 from train.experiments.result import Curve, HeldoutCurve
 
-LOSS = Axis("loss (nats per token)", "{:.2f}".format)
-BITS = Axis("bits per byte", "{:.3g}".format)
+LOSS = Axis("loss (nats per token)")
+BITS = Axis("bits per byte")
 
 
 class Budget(NamedTuple):

@@ -24,7 +24,7 @@ from train.experiments.experiment import Experiment
 from train.experiments.groups import source_of_groups
 from train.experiments.tables import Cell, Column, Table, difference, number, signed, text
 
-FRAME, ROW = 84, 27
+FRAME, ROW = 84, 31
 """Of a panel of values below each other, in pixels: what is around them, and each of them."""
 
 MIDDLE = "*"
@@ -103,7 +103,7 @@ def _draw(
 
 
 def _signed(value: float) -> str:
-    return signed(value) if value else "0"
+    return signed(value, "{:+g}") if value else "0"
 
 
 # The values

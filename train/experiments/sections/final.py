@@ -32,19 +32,19 @@ def _table(experiment: Experiment, rows: list[FinalRow]) -> Table:
         Column("seeds", "seeds"),
         Column("tokens", "tokens"),
         Column("mean", "mean", unit),
-        Column("deviation", "± seeds", unit),
-        Column("text_error", "± text", unit),
-        Column("difference", "difference", unit),
-        Column("low", "95 % interval", "from"),
-        Column("high", "95 % interval", "to"),
+        Column("deviation", "± seeds"),
+        Column("text_error", "± text"),
+        Column("difference", "difference"),
+        Column("low", "interval", "from"),
+        Column("high", "interval", "to"),
         Column("base", "compared with", numeric=False),
-        Column("loss_ema", "training loss", "smoothed, nats"),
+        Column("loss_ema", "training", "loss, smoothed"),
     )
     note = (
         f"The {experiment.measure.words} of the last step. ± seeds is the standard deviation over "
         "the seeds, ± text the standard error over the held-out documents, which are the same for "
-        "all runs. Below 0 a group is better than vanilla. A difference is that of equal seeds, "
-        "which saw the same text in the same order, where there are such."
+        "all runs. Below 0 a group is better than vanilla; the interval is one of 95 %. Where "
+        "there are equal seeds, which saw the same text in the same order, a difference is theirs."
     )
     cells = tuple(_row(row) for row in rows)
     source = source_of_groups(experiment.groups)

@@ -1,9 +1,8 @@
 """In which settings the runs differ, and which all of them share."""
 
-from typing import Any
-
 from train.experiments.document import Block, Fold, Section
 from train.experiments.experiment import Experiment
+from train.experiments.groups import spelled
 from train.experiments.source import source_of
 from train.experiments.tables import MISSING, Cell, Column, Table, text
 
@@ -42,23 +41,6 @@ def settings(experiment: Experiment) -> Section | None:
     blocks.append(Fold(f"{len(common)} settings that all runs share", table))
     blocks.append(Fold("What was typed, and with which versions", _origins(experiment)))
     return Section("settings", "How the runs were configured", tuple(blocks))
-
-
-def spelled(value: Any) -> str:
-    """A setting as it is typed.
-
-    >>> spelled(None), spelled(True), spelled([1, "a"]), spelled(0.1)
-    ('null', 'true', '[1, a]', '0.1')
-    """
-    match value:
-        case None:
-            return "null"
-        case bool():
-            return str(value).lower()
-        case list() | tuple():
-            return f"[{', '.join(map(spelled, value))}]"
-        case _:
-            return str(value)
 
 
 def _origins(experiment: Experiment) -> Table:
