@@ -28,20 +28,22 @@ def pip_command(requirement: str) -> str:
     return f"{python} -m pip install {quoted}"
 
 
-def not_installed(package: str, extra: str, setting: str, value: Any = UNSET) -> list[Problem]:
+def not_installed(
+    package: str, requirement: str, setting: str, value: Any = UNSET
+) -> list[Problem]:
     """A problem if a package is not installed; `[]` if it is.
 
-    >>> not_installed("pydantic", "none", "run")
+    >>> not_installed("pydantic", "pydantic", "run")
     []
 
     Args:
         package: the name that pip knows.
-        extra: of this project, by which it is added.
+        requirement: by which it is added, as `pip_command` takes it.
         setting: what needs it, with its value.
     """
     try:
         metadata.version(package)
     except metadata.PackageNotFoundError:
         reason = f"the package {package} is not installed"
-        return [Problem(setting, value, reason, pip_command(f"phd-transformer[{extra}]"))]
+        return [Problem(setting, value, reason, pip_command(requirement))]
     return []

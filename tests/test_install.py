@@ -14,12 +14,13 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from conf import extras
-from conf.extras import pip_command
+from conf.extras import not_installed, pip_command
 from data.storage import stores
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 PYTHON = sys.executable
+EVAL = "phd-transformer[eval]"
 
 
 def with_dependencies(requirements: list[str]) -> set[str]:
@@ -81,7 +82,7 @@ def test_training_needs_only_what_make_train_installs(tmp_path: Path) -> None:
 
 
 def test_everything_is_installed_for_the_tests() -> None:
-    """Each extra is part of `dev`, but for what only evaluations need."""
+    """Each extra is part of `dev`."""
     extras = PROJECT["optional-dependencies"]
     reached, wanted = set(), ["dev"]
     while wanted:
@@ -90,7 +91,7 @@ def test_everything_is_installed_for_the_tests() -> None:
         for requirement in map(Requirement, extras[extra]):
             if requirement.name == PROJECT["name"]:
                 wanted += requirement.extras
-    assert set(extras) - reached <= {"eval"}
+    assert set(extras) == reached
 
 
 def made(folder: Path, target: str, *arguments: str) -> str:
@@ -204,3 +205,10 @@ def test_a_file_system_whose_package_is_missing_names_it(package: str, added: st
 
 def test_the_project_is_installed_under_the_name_that_the_errors_give() -> None:
     assert distribution("phd-transformer").metadata["Name"] == PROJECT["name"]
+
+
+def test_a_package_that_is_not_installed_is_named_with_the_command_that_adds_it() -> None:
+    assert not_installed("pytest", EVAL, "eval.tasks", ("paper",)) == []
+    [problem] = not_installed("no-such-package", EVAL, "eval.tasks", ("paper",))
+    assert str(problem).startswith("eval.tasks=['paper']: the package no-such-package is not")
+    assert problem.hint == pip_command(EVAL)

@@ -75,9 +75,9 @@ def check(args: EvaluateArguments) -> None:
     """
     problems = []
     if args.model is not None:
-        problems += not_installed("lm-eval", "eval", "model", args.model)
+        problems += not_installed("lm-eval", "phd-transformer[eval]", "model", args.model)
     if args.task_names:
-        problems += not_installed("lm-eval", "eval", "tasks", args.tasks)
+        problems += not_installed("lm-eval", "phd-transformer[eval]", "tasks", args.tasks)
     if problems:
         raise ConfigError(problems, "the arguments")
     check_there([name for name in args.task_names if name in OLMO_TASKS], "tasks")

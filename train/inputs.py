@@ -38,7 +38,9 @@ def check_inputs(config: Config) -> None:
         except ConfigError as error:
             problems += error.problems
     if config.eval.tasks:
-        problems += not_installed("lm-eval", "eval", "eval.tasks", config.eval.tasks)
+        problems += not_installed(
+            "lm-eval", "phd-transformer[eval]", "eval.tasks", config.eval.tasks
+        )
     if problems:
         raise ConfigError(problems)
     if config.run.start_from is not None and not _has_tokenizer(config):

@@ -10,6 +10,7 @@ from conf.redaction import redacted_argument
 from train.console import script_command
 from train.experiments.result import FILE as RESULT
 from train.metrics.record import Metrics
+from train.metrics.sinks import accuracy_lines
 from train.plan import kv_rows
 from train.run import Run
 
@@ -41,6 +42,8 @@ def print_summary(
                 f"\n[bold]{name.removeprefix('eval/')}[/]: {bits} bits per byte, "
                 f"loss {value:.3f} nats per token"
             )
+    for line in accuracy_lines(metrics):
+        console.print(line, markup=False)
     if text := metrics.get("sample/text"):
         console.print("\n[bold]a sample[/]")
         console.print(str(text), markup=False)

@@ -220,29 +220,33 @@ def console_lines(metrics: Metrics, *, eta: bool = False) -> list[str]:
             bits = metrics.get(f"eval/{name}/bits_per_byte")
             per_byte = "" if bits is None else f"  {bits:.3f} bits/byte"
             lines.append(f"{name} loss {value:.3f}{per_byte}")
-        elif key.startswith("eval/") and key.endswith("/acc"):
-            lines.append(accuracy_line(key.removeprefix("eval/").removesuffix("/acc"), metrics))
         elif key == "sample/text":
             lines.append(f"a sample:\n{value}")
         elif isinstance(value, str):
             lines.append(f"{key}: {value}")
-    return lines
+    return lines + accuracy_lines(metrics)
 
 
-def accuracy_line(task: str, metrics: Metrics) -> str:
-    """The accuracies in a task, as text.
+def accuracy_lines(metrics: Metrics) -> list[str]:
+    """The accuracies in downstream tasks, as text.
 
     >>> metrics = {"eval/x/acc": 0.25, "eval/x/acc_stderr": 0.05, "eval/x/acc_norm": 0.5}
-    >>> accuracy_line("x", metrics)
-    'x acc 25.0 % +- 5.0  acc_norm 50.0 %'
+    >>> accuracy_lines(metrics)
+    ['x acc 25.0 % +- 5.0  acc_norm 50.0 %']
     """
-    parts = []
-    for name in ("acc", "acc_norm"):
-        if (value := metrics.get(f"eval/{task}/{name}")) is not None:
-            error = metrics.get(f"eval/{task}/{name}_stderr")
-            spread = "" if error is None else f" +- {100 * float(error):.1f}"
-            parts.append(f"{name} {100 * float(value):.1f} %{spread}")
-    return f"{task} {'  '.join(parts)}"
+    lines = []
+    for key in metrics:
+        if not (key.startswith("eval/") and key.endswith("/acc")):
+            continue
+        parts = []
+        for name in (key, f"{key}_norm"):
+            if (value := metrics.get(name)) is not None:
+                error = metrics.get(f"{name}_stderr")
+                spread = "" if error is None else f" +- {100 * float(error):.1f}"
+                parts.append(f"{name.rpartition('/')[2]} {100 * float(value):.1f} %{spread}")
+        task = key.removeprefix("eval/").removesuffix("/acc")
+        lines.append(f"{task} {'  '.join(parts)}")
+    return lines
 
 
 class Wandb:

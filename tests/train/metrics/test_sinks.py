@@ -28,6 +28,7 @@ from train.metrics.sinks import (
     FailingSink,
     MetricsFile,
     Wandb,
+    append_metrics,
     console_lines,
     cut_back,
     keep_run_id,
@@ -496,6 +497,16 @@ def test_lost_lines_are_told(
     assert [line["step"] for line in lines_of(path)] == [x for x in lines if isinstance(x, int)]
 
 
+def test_lines_of_an_evaluation_may_be_of_an_earlier_step(console: Console, tmp_path: Path) -> None:
+    """The step of the checkpoint, while the run goes on."""
+    path = tmp_path / "metrics.jsonl"
+    for step in (2, 4, 3):
+        append_metrics(path, step, {"eval/x/acc": 0.5})
+    MetricsFile(path, 4, console)
+    assert printed(console) == ""
+    assert [line["step"] for line in lines_of(path)] == [2, 4, 3]
+
+
 def test_the_training_does_not_wait_for_the_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -513,6 +524,7 @@ from rich.console import Console
 from rich.progress import Progress
 from train.compose import load
 from train.loop import train
+from train.metrics.sinks import WandbSummary
 from train.run import open_run
 
 for steps in (2, 4):
@@ -524,11 +536,14 @@ for steps in (2, 4):
         name = written.read_text()
         written.write_text("")
 assert written.read_text() == name
+sink = WandbSummary(config, config.run_dir, Console(width=300))
+sink.write(4, {"eval/x/acc": 0.25})
+sink.close()
 """
 
 
 @pytest.mark.process
-def test_a_resumed_run_is_one_offline_run_on_wandb(small, tmp_path: Path) -> None:
+def test_a_resumed_run_that_is_evaluated_is_one_offline_run_on_wandb(small, tmp_path: Path) -> None:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")}
     environment |= {"HOME": str(tmp_path / "home"), "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(
@@ -542,5 +557,7 @@ def test_a_resumed_run_is_one_offline_run_on_wandb(small, tmp_path: Path) -> Non
     assert "failed" not in done.stdout
     name = (tmp_path / "run/wandb_id.txt").read_text()
     files = sorted((tmp_path / "run/wandb").glob("offline-run-*/run-*.wandb"))
-    assert [file.name for file in files] == [f"run-{name}.wandb"] * 2
-    assert all(b"train/loss" in file.read_bytes() for file in files)
+    assert [file.name for file in files] == [f"run-{name}.wandb"] * 3
+    *trained, evaluated = (file.read_bytes() for file in files)
+    assert all(b"train/loss" in content for content in trained)
+    assert b"eval/x/acc" in evaluated
