@@ -170,10 +170,14 @@ def _with_code(words: str) -> str:
 
 def _caption(block: Chart | Table) -> str:
     note = f'<p class="small">{_with_code(block.note)}</p>' if block.note else ""
-    names = "".join(f"<li>{escape(name)}</li>" for name in block.source.runs)
+    source = block.source
+    names = "".join(
+        f"<li><span>{escape(name)}</span>{', one seed' if name in source.alone else ''}</li>"
+        for name in source.runs
+    )
     return (
         f"<figcaption>{note}"
-        f'<details class="runs"><summary>made of {escape(str(block.source))}</summary>'
+        f'<details class="runs"><summary>made of {escape(str(source))}</summary>'
         f"<ul>{names}</ul></details></figcaption>\n"
     )
 
@@ -223,6 +227,9 @@ def _(table: Table) -> str:
 
 def _source(block: Chart | Table) -> str:
     note = in_markdown(block.note) + "\n\n" if block.note else ""
-    names = ", ".join(map(in_markdown, block.source.runs))
+    source = block.source
+    names = ", ".join(
+        in_markdown(name) + (" (one seed)" if name in source.alone else "") for name in source.runs
+    )
     summary = f"<summary>made of {escape(str(block.source))}</summary>"
     return f"{note}<details>{summary}\n\n{names}\n\n</details>"

@@ -15,11 +15,13 @@ class Source:
     Attributes:
         runs: their names.
         fewest, most: seeds of a group of runs that differ in nothing else.
+        alone: the runs that are the only seed of their group.
     """
 
     runs: tuple[str, ...]
     fewest: int
     most: int
+    alone: tuple[str, ...] = ()
 
     @property
     def one_seed(self) -> bool:
@@ -39,5 +41,7 @@ class Source:
 def source_of(results: Iterable[Result]) -> Source:
     """The source that some runs are; at least one."""
     found = list(results)
-    seeds = Counter(result.group for result in found).values()
-    return Source(tuple(result.name for result in found), min(seeds), max(seeds))
+    seeds = Counter(result.group for result in found)
+    alone = tuple(result.name for result in found if seeds[result.group] == 1)
+    names = tuple(result.name for result in found)
+    return Source(names, min(seeds.values()), max(seeds.values()), alone)

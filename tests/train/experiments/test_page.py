@@ -1,6 +1,5 @@
 """The page of a report: all runs are on it, nothing is loaded, and a browser shows it well."""
 
-import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -67,8 +66,12 @@ def test_every_figure_names_its_runs_and_says_where_it_is_of_one_seed(report: Re
     for block in [*charts(report.sections), *tables(report.sections)]:
         assert set(block.source.runs) <= names
         assert block.source.runs
-    alone = report_of([a_run("vanilla", 0, gain=0.0), a_run("phd-2", 0, gain=0.0)], "One seed")
+    runs = [a_run("phd-2", 0, gain=0.0)]
+    alone = report_of([a_run("vanilla", 0, gain=0.0), *runs], "One seed")
     assert "made of 2 runs, one seed each" in markdown(alone)
+    mixed = report_of([*(a_run("vanilla", seed, gain=0.0) for seed in range(2)), *runs], "Seeds")
+    assert "made of 3 runs, 1 to 2 seeds each" in markdown(mixed)
+    assert "vanilla-micro-seed_1, phd-2-micro-seed_0 (one seed)" in markdown(mixed)
 
 
 def test_what_was_not_measured_is_said_in_words() -> None:
@@ -129,6 +132,18 @@ return {
   upwards: sort("#table-costs", 2),
   downwards: sort("#table-costs", 2),
   words: sort("#table-unfinished", 1),
+  dimmed: (() => {
+    const chart = document.querySelector("figure.chart:has(.legend)");
+    const series = new Set([...chart.querySelectorAll("svg [data-series]")].map(
+      (e) => e.dataset.series));
+    const entry = chart.querySelector(".legend button");
+    const dimmed = () => [...series].filter(
+      (key) => chart.querySelector(`svg [data-series="${key}"]`).classList.contains("dimmed"));
+    entry.click();
+    const left = [...series].filter((key) => !dimmed().includes(key));
+    entry.click();
+    return { series: series.size, left, pressed: entry.value, after: dimmed() };
+  })(),
 };
 """
 
@@ -150,4 +165,8 @@ def test_a_browser_shows_it_well_in_all_widths_and_themes(page: str, tmp_path: P
         assert len(set(numbers)) > 2
         assert numbers == sorted(numbers)
         assert seen["downwards"] == seen["upwards"][::-1]
-        assert seen["words"] == sorted(seen["words"]), json.dumps(seen["words"])
+        assert seen["words"] == sorted(seen["words"])
+        legend = seen["dimmed"]
+        assert legend["left"] == [legend["pressed"]], "a click on a legend points out its group"
+        assert legend["series"] > 2
+        assert legend["after"] == []

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
+import numpy as np
+
 from conf.wording import plural
 from train.experiments import drawings
 from train.experiments.charts import Chart, Panel
@@ -32,22 +34,19 @@ class Budget(NamedTuple):
 
 @dataclass(frozen=True)
 class Seeds:
-    """The curves of the runs of a group, at the steps that all of them have."""
+    """The curves of the runs of a group, at the steps of the shortest one."""
 
     group: Group
     curves: Sequence[Curve | HeldoutCurve]
 
-    @property
-    def steps(self) -> list[int]:
-        """The steps at which every run has a value."""
-        common = set.intersection(*(set(curve.step) for curve in self.curves))
-        return sorted(common)
-
     def values(self, of: Callable[[Curve | HeldoutCurve], Sequence[float]]) -> list[list[float]]:
-        """For each seed the values at the common steps."""
-        steps = self.steps
-        by_step = [dict(zip(curve.step, of(curve), strict=True)) for curve in self.curves]
-        return [[found[step] for step in steps] for found in by_step]
+        """For each seed the values at the steps of the shortest curve.
+
+        Usually all seeds have the same steps. A run that was interrupted may have others, between
+        which its curve is a straight line.
+        """
+        steps = min((curve.step for curve in self.curves), key=len)
+        return [np.interp(steps, curve.step, of(curve)).tolist() for curve in self.curves]
 
     def curve(self, budget: Budget, smooth: str, raw: str | None = None) -> drawings.Curve:
         """The mean over the seeds, with their range, and the raw values of each."""
