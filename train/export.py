@@ -146,7 +146,7 @@ def evaluations(metrics: Path, step: int) -> dict[str, str]:
     lines = filter(None, map(read_line, text.splitlines()))
     metrics_of_step = [item for line in lines if line["step"] == step for item in line.items()]
     return {
-        name: f"{value:.4f}"
+        name: f"{value:.4f}" if isinstance(value, float) else str(value)
         for name, value in metrics_of_step
         if name.startswith("eval/") and value is not None
     }
