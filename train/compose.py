@@ -60,6 +60,7 @@ from train.overrides import (
     one_by_one,
     parse_overrides,
     points_of,
+    sweep_name,
 )
 from train.run_dir.name import named
 from train.sweeps.sweep import Launcher, Sweep
@@ -88,6 +89,7 @@ class Command(NamedTuple):
     jobs: list[Config]
     launcher: Launcher = Launcher.NONE
     sweep_dir: Path | None = None  # None if this is no sweep
+    group: str | None = None  # of the runs of a sweep
 
 
 def run(
@@ -127,6 +129,7 @@ def run(
     def job(tree: DictConfig) -> None:
         hydra_config = HydraConfig.get()
         config = named(_read(tree), labels(hydra_config.overrides.task, command.swept))
+        config = _grouped(config, command.group)
         _hide_secrets(config)
         if hydra_config.mode == RunMode.MULTIRUN:
             sweep.run(config, lambda: attempt(config))
@@ -443,16 +446,18 @@ def check(
     jobs: list[Config] = []
     typed: list[Typed] = []
     swept: set[str] = set()
-    launcher, folder = Launcher.NONE, None
+    launcher, folder, group = Launcher.NONE, None, None
     with _composing(), collecting(problems):
         one = [text for text, o in parsed.items() if not o.is_sweep_override()]
         whole = hydra.compose("config", one, return_hydra_config=True)
         if multirun or whole.hydra.mode == RunMode.MULTIRUN:
             points, swept = points_of(parsed.values(), whole.hydra.sweeper.params)
+            group = sweep_name(parsed.values())
             for point in points:
                 with collecting(problems):
                     problems += given_twice(point)
-                    jobs.append(named(_read(hydra.compose("config", point)), labels(point, swept)))
+                    job = named(_read(hydra.compose("config", point)), labels(point, swept))
+                    jobs.append(_grouped(job, group))
                     typed.append(Typed.of(point, swept))
             launcher, folder = _launcher(whole), Path(whole.hydra.sweep.dir)
             problems += _launcher_problems(launcher)
@@ -478,7 +483,15 @@ def check(
     if problems:
         raise ConfigError(problems)
     _tell_of_no_chunk(jobs, typed)
-    return Command(list(parsed), swept, jobs, launcher, folder)
+    return Command(list(parsed), swept, jobs, launcher, folder, group)
+
+
+def _grouped(config: Config, group: str | None) -> Config:
+    """The config of a run that Weights & Biases shows with the others of its sweep."""
+    if not group or config.hooks.wandb.group is not None:
+        return config
+    wandb = replace(config.hooks.wandb, group=group)
+    return replace(config, hooks=replace(config.hooks, wandb=wandb))
 
 
 def _launcher(tree: DictConfig) -> Launcher:

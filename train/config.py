@@ -456,10 +456,15 @@ class WandbConfig(Settings):
             directory, and `disabled` does not use it. `auto` is `online` if you have logged in
             with `wandb login`, and `offline` otherwise.
         project: the project there.
+        group: the group that the run belongs to; null: in a sweep its name, such as `k+seeds`, and
+            otherwise none.
+        tags: what else to find the run by; the names of its variant and its size are tags, too.
     """
 
     mode: Literal["auto", "online", "offline", "disabled"] = "auto"
     project: str = "phd"
+    group: str | None = None
+    tags: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

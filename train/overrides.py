@@ -26,6 +26,9 @@ command line and of conf/sweep/, and no setting of a run."""
 DEEPENED = "flops_of"
 """`model.flops_of=phd_cswa-2` stands for `model.layers`: as many as cost what this variant does."""
 
+LONGEST_GROUP = 128
+"""Characters of the name of a group of runs; Weights & Biases takes no more."""
+
 QUOTING = "a text with special characters needs quotes within quotes:"
 
 
@@ -79,6 +82,19 @@ def _with_one_choice_of_sweeps(
     joined = f"sweep=[{','.join(names)}]"
     rest = {text: o for text, o in parsed.items() if text not in asked}
     return {joined: OverridesParser.create().parse_override(joined), **rest}
+
+
+def sweep_name(parsed: Iterable[Override]) -> str:
+    """What a sweep is called: by the prepared ones in it, and by what else is varied.
+
+    >>> parse = OverridesParser.create().parse_overrides
+    >>> sweep_name(parse(["sweep=[k,seeds]", "optim.lr=1,2", "model.dim=8"]))
+    'k+seeds+lr'
+    """
+    parsed = list(parsed)
+    prepared = [name for o in parsed if o.key_or_group == "sweep" for name in chosen(o)]
+    varied = [o.key_or_group.rpartition(".")[2] for o in parsed if o.is_sweep_override()]
+    return "+".join([*prepared, *varied])[:LONGEST_GROUP]
 
 
 def swept_by(sweep: str) -> list[str]:

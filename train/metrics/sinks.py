@@ -320,9 +320,13 @@ class Wandb:
     def _init(self, mode: Any) -> Any:
         import wandb
 
+        model, own = self.config.model, self.config.hooks.wandb
         return wandb.init(
-            project=self.config.hooks.wandb.project,
+            project=own.project,
+            group=own.group,
             name=self.config.name,
+            job_type="train",
+            tags=list(dict.fromkeys([model.name, model.size, *own.tags])),
             # The same id after a resume continues the same curves.
             id=keep_run_id(self.run_dir, None, self.console),
             resume="allow",
@@ -378,7 +382,9 @@ def keep_run_id(run_dir: Path, saved: str | None, console: Console) -> str:
     found = run_id(run_dir)
     if found is None and saved is None and path.exists():
         warn(console, f"{path} is damaged; the curves of Weights & Biases begin a new run")
-    own = found or saved or uuid4().hex[:16]
+    # The server of a W&B sweep knows its runs by the ids that it gives its agents.
+    given = os.environ.get("WANDB_RUN_ID") if "WANDB_SWEEP_ID" in os.environ else None
+    own = found or saved or given or uuid4().hex[:16]
     if own != found:
         write_atomic(path, own)
     return own

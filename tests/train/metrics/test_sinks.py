@@ -518,6 +518,8 @@ def test_the_training_does_not_wait_for_the_disk(
     assert json.loads(file.path.read_text())["train/loss"] == 1.0
 
 
+WANDB = ("hooks.wandb.project=p", "hooks.wandb.group=a-group", "hooks.wandb.tags=[a-tag]")
+
 OFFLINE = """
 import sys
 from rich.console import Console
@@ -547,7 +549,7 @@ def test_a_resumed_run_that_is_evaluated_is_one_offline_run_on_wandb(small, tmp_
     environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")}
     environment |= {"HOME": str(tmp_path / "home"), "PYTHONPATH": str(REPOSITORY)}
     done = subprocess.run(
-        [sys.executable, "-c", OFFLINE, *small("hooks.wandb.mode=auto", "hooks.wandb.project=p")],
+        [sys.executable, "-c", OFFLINE, *small("hooks.wandb.mode=auto", *WANDB)],
         env=environment,
         capture_output=True,
         text=True,
@@ -561,3 +563,5 @@ def test_a_resumed_run_that_is_evaluated_is_one_offline_run_on_wandb(small, tmp_
     *trained, evaluated = (file.read_bytes() for file in files)
     assert all(b"train/loss" in content for content in trained)
     assert b"eval/x/acc" in evaluated
+    for text in (b"a-group", b"a-tag", b"phd_cswa-2-3-4"):
+        assert all(text in content for content in trained)
