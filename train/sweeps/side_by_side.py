@@ -68,7 +68,12 @@ def as_member(config: Config, folder: Path, run: Callable[[], Outcome]) -> Outco
     # A terminal sends Ctrl-C to all processes of a group. Here it comes by way of the sweep's.
     with suppress(OSError):  # it leads a session of its own already
         os.setpgid(0, 0)
-    own, begun = folder / f"{os.getpid()}.pid", monotonic()
+    own, begun, parent = folder / f"{os.getpid()}.pid", monotonic(), os.getppid()
+
+    def leave_if_alone(*signal_and_frame: object) -> None:  # noqa: ARG001
+        if os.getppid() != parent:  # nobody is left to give this process a run, or to end it
+            os._exit(ExitCode.REQUEUE)
+
     try:
         with exit_immediately():
             own.touch()
@@ -80,11 +85,12 @@ def as_member(config: Config, folder: Path, run: Callable[[], Outcome]) -> Outco
         code = ExitCode.REQUEUE if isinstance(end, SystemExit) else ExitCode.INTERRUPTED
         outcome = Outcome(config.name, code, "it was told to end", ended=True)
     finally:
-        # The signal may come once more; between two runs there is nothing to end.
+        # The signal may come once more, when there is nothing to end between two runs.
         for number in handled_signals():
-            signal.signal(number, signal.SIG_IGN)
-        own.unlink()
+            signal.signal(number, leave_if_alone)
+        own.unlink(missing_ok=True)  # the sweep's process may be gone, and the folder with it
     _tell(outcome, duration(monotonic() - begun), config.run_dir / LOG)
+    leave_if_alone()
     return outcome
 
 
