@@ -3,81 +3,85 @@
 import json
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
-from statistics import fmean, stdev
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
 from conf.errors import DataError
+from conf.extras import pip_command
 from conf.wording import plural, short_count
 from train.config import Config
 from train.console import script_command
 from train.experiments.result import FILE, Result, read_result
 
-COLUMNS = ("run", "seeds", "tokens", "training FLOPs", "KV bytes", "bits per byte")
+if TYPE_CHECKING:
+    from train.experiments.comparison import Difference
+    from train.experiments.spread import Spread
+
+COLUMNS = ("", "seeds", "tokens", "training FLOPs", "KV bytes")
 
 
 def print_comparison(configs: Sequence[Config]) -> None:
     """Print what a sweep's runs have come to, as far as they have a result."""
     directories = [config.run_dir for config in configs]
     results = [result for path in directories if (result := _result(path)) is not None]
+    finished = sum(result.status == "finished" for result in results)
     # In a file nothing is too wide.
     width = None if sys.stdout.isatty() else 200
     console = Console(soft_wrap=True, highlight=False, width=width)
     console.print()
-    if any(result.heldout for result in results):
+    if finished < len(configs):
+        console.print(f"{plural(len(configs) - finished, 'run')} of {len(configs)} not finished")
+    if finished and find_spec("scipy") is None:
+        extra = pip_command("phd-transformer[report]")
+        console.print(f"a comparison needs scipy: {extra}", markup=False)
+    elif finished:
         console.print(comparison(results))
-    if missing := len(configs) - len(results):
-        console.print(f"{plural(missing, 'run')} of {len(configs)} without a result")
     if results:
         arguments = (f"runs={runs_argument(directories)}", "out=report")
         command = script_command("report.py", *arguments)
-        console.print(f"\n[bold]next[/]\n  {command}")
+        console.print("\n[bold]next[/]")
+        console.print(f"  {command}", markup=False)
 
 
 def comparison(results: Sequence[Result]) -> Table:
-    """A row for each group of runs that differ in nothing but their seed, in their order.
+    """The end of each group of runs that differ in nothing but their seed, as the report has it."""
+    from train.experiments.comparison import final_table  # needs scipy
+    from train.experiments.experiment import experiment_of
 
-    Held-out bits per byte are the mean over the seeds and its spread, which is the standard
-    deviation. So is the difference to the first vanilla group, or where there is none to the
-    first group: that of runs with equal seeds.
-    """
-    groups: dict[str, list[Result]] = {}
-    for result in results:
-        if result.heldout:
-            groups.setdefault(result.group, []).append(result)
-    vanilla = [group for group in groups.values() if group[0].model == "vanilla"]
-    base = (vanilla or list(groups.values()))[0]
-    several = any(len(group) > 1 for group in groups.values())
-    spread = "± is the standard deviation over seeds" if several else "one seed each"
-    table = Table(title=f"held-out text, {spread}", title_justify="left")
-    for column in (*COLUMNS, f"to {base[0].name}"):
-        table.add_column(column, justify="left" if column == "run" else "right")
-    for group in groups.values():
-        first = group[0]
-        own = "" if group is base else _spelled(differences(group, base), sign="+")
+    experiment = experiment_of(results)
+    rows = final_table(experiment)
+    bases = {row.base.key: row.base.label for row in rows if row.base is not None}
+    to = f"to {next(iter(bases.values()))}" if len(bases) == 1 else "to vanilla of its size"
+    title = f"{experiment.measure.words} ({experiment.measure.unit})"
+    table = Table(title=f"{title}, and 95 % intervals over seeds", title_justify="left")
+    for column in (*COLUMNS, experiment.measure.unit, to):
+        table.add_column(column, justify="right" if column else "left")
+    for row in rows:
+        first = row.group.runs[0]
         table.add_row(
-            first.name,
-            str(len(group)),
+            row.group.label,
+            str(len(row.group.runs)),
             short_count(first.tokens),
-            f"{first.train_flops:.2e}",
+            f"{first.train_flops:.3g}",
             f"{first.kv_bytes:,}",
-            _spelled([bits_per_byte(result) for result in group]),
-            own,
+            spelled(row.value),
+            spelled(row.difference, sign="+"),
         )
     return table
 
 
-def bits_per_byte(result: Result) -> float:
-    """Held-out bits per byte, the mean over the sources."""
-    return fmean(heldout.bits_per_byte.value for heldout in result.heldout.values())
-
-
-def differences(group: Sequence[Result], base: Sequence[Result]) -> list[float]:
-    """How much more bits per byte runs take than those of another group with the same seeds."""
-    theirs = {result.seed: bits_per_byte(result) for result in base}
-    return [bits_per_byte(run) - theirs[run.seed] for run in group if run.seed in theirs]
+def spelled(value: "Spread | Difference | None", sign: str = "") -> str:
+    """A mean, with half of its interval if there are several seeds; empty if there is no value."""
+    if value is None:
+        return ""
+    mean = f"{value.mean:{sign}.4f}"
+    if value.low is None or value.high is None:
+        return mean
+    return f"{mean} ± {(value.high - value.low) / 2:.4f}"
 
 
 def runs_argument(directories: Sequence[Path]) -> str:
@@ -88,18 +92,6 @@ def runs_argument(directories: Sequence[Path]) -> str:
         if {path.parent for path in parent.glob("*/config.yaml")} <= set(directories):
             return f"{parent}/*"
     return json.dumps([str(path) for path in directories])
-
-
-def _spelled(values: Sequence[float], sign: str = "") -> str:
-    """The mean of values, and their standard deviation if there are several.
-
-    >>> _spelled([1.0, 2.0], sign="+"), _spelled([1.0]), _spelled([])
-    ('+1.5000 ± 0.7071', '1.0000', '')
-    """
-    if not values:
-        return ""
-    mean = f"{fmean(values):{sign}.4f}"
-    return f"{mean} ± {stdev(values):.4f}" if len(values) > 1 else mean
 
 
 def _result(directory: Path) -> Result | None:

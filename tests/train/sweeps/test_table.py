@@ -1,5 +1,6 @@
 """Claims about what a sweep prints at its end."""
 
+from dataclasses import replace
 from pathlib import Path
 from statistics import stdev
 
@@ -12,7 +13,7 @@ from train.experiments.ledger import Ended, record_end
 from train.experiments.result import Estimate, Heldout, Result, write_result
 from train.run_dir.name import named
 from train.sweeps.finished import finished
-from train.sweeps.table import comparison, differences, print_comparison, runs_argument
+from train.sweeps.table import comparison, print_comparison, runs_argument
 
 
 def result(model: str, seed: int, bits: float) -> Result:
@@ -21,25 +22,30 @@ def result(model: str, seed: int, bits: float) -> Result:
     return a_result(name=name, model=model, group=model, seed=seed, heldout={"python": found})
 
 
+def cells(results: list[Result]) -> list[tuple[str, ...]]:
+    """The rows of the table, with its heads."""
+    columns = comparison(results).columns
+    rows = zip(*(column.cells for column in columns), strict=True)
+    return [tuple(str(c.header) for c in columns), *(tuple(map(str, row)) for row in rows)]
+
+
 def test_groups_are_compared_with_vanilla_over_equal_seeds() -> None:
     phd = [result("phd-2", seed, bits) for seed, bits in enumerate([1.9, 2.0, 2.6])]
     vanilla = [result("vanilla", seed, bits) for seed, bits in enumerate([2.0, 2.2])]
-    assert differences(phd, vanilla) == pytest.approx([-0.1, -0.2])
-    table = comparison([*phd, *vanilla])
-    rows = list(zip(*(column.cells for column in table.columns), strict=True))
-    assert [row[:2] for row in rows] == [("phd-2-micro", "3"), ("vanilla-micro", "2")]
-    assert [row[5] for row in rows] == [
-        f"2.1667 ± {stdev([1.9, 2.0, 2.6]):.4f}",
-        f"2.1000 ± {stdev([2.0, 2.2]):.4f}",
-    ]
-    assert [row[6] for row in rows] == [f"-0.1500 ± {stdev([0.1, 0.2]):.4f}", ""]
-    assert table.columns[6].header == "to vanilla-micro"
+    heads, *rows = cells([*phd, *vanilla])
+    assert heads[-1] == "to vanilla"
+    assert [row[:2] for row in rows] == [("vanilla", "2"), ("phd-2", "3")]
+    # Student's t for 95 % is 12.706 with one degree of freedom, and 4.303 with two.
+    half = 12.706 * stdev([0.1, 0.2]) / 2**0.5
+    assert rows[1][-1] == f"-0.1500 ± {half:.4f}"
+    assert rows[1][-2] == f"2.1667 ± {4.30265 * stdev([1.9, 2.0, 2.6]) / 3**0.5:.4f}"
+    assert rows[0][-1] == ""
 
 
-def test_one_seed_is_said_to_be_one() -> None:
-    table = comparison([result("phd-2", 0, 1.9), result("phd-3", 0, 1.8)])
-    assert str(table.title) == "held-out text, one seed each"
-    assert list(table.columns[6].cells) == ["", "-0.1000"]
+def test_one_seed_has_no_interval_and_a_run_that_has_not_finished_no_place() -> None:
+    broken = replace(result("phd-3", 0, 1.8), status="failed", reason="it crashed")
+    _, vanilla, phd = cells([result("vanilla", 0, 2.0), result("phd-2", 0, 1.9), broken])
+    assert (vanilla[-2:], phd[-2:]) == (("2.0000", ""), ("1.9000", "-0.1000"))
 
 
 def test_the_end_of_a_sweep_names_its_runs_and_no_others(
@@ -53,8 +59,8 @@ def test_the_end_of_a_sweep_names_its_runs_and_no_others(
         write_result(config.run_dir, result("phd_cswa-2-16-32", config.seed, 2.0))
     print_comparison(configs)
     printed = capsys.readouterr().out
-    assert "phd_cswa-2-16-32-micro" in printed
-    assert "1 run of 3 without a result\n" in printed
+    assert "│ phd_cswa-2-16-32 │     2 │" in printed
+    assert "1 run of 3 not finished\n" in printed
     assert "report.py 'runs=runs/*' out=report" in printed
     assert runs_argument([configs[0].run_dir]) == '["runs/phd_cswa-2-16-32-tiny"]'
 
