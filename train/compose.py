@@ -344,7 +344,8 @@ def overrides_of_another_model(
         section, _, name = override.key_or_group.rpartition(".")
         value = None if override.is_delete() else override.value()
         match override.key_or_group:
-            case "run.resume" | "sweep" | "train.flops_of":
+            # The other has another K, and a length of its own.
+            case "run.resume" | "sweep" | "train.flops_of" | "schedule.copies":
                 continue
             case "model" if isinstance(value, dict):
                 found += [f"model.{k}={v}" for k, v in value.items() if str(k) not in changed]

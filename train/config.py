@@ -676,6 +676,12 @@ class Config(Settings):
         """Training FLOPs of the steps from `first` to before `end`, as `flops_per_step` counts."""
         return self._flops_of(self.copy_stages, first, end)
 
+    @property
+    def mean_step_flops(self) -> float:
+        """`flops_per_step`, as the mean over the run where K is switched within it."""
+        total = self.total_steps
+        return self.flops_per_step if total is None else self.flops_between(0, total) / total
+
     def _flops_of(self, stages: Iterable[CopyStage], first: int, end: int) -> int:
         return sum(stage.steps(first, end) * self._step_flops(stage.K) for stage in stages)
 

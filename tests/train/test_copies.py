@@ -15,7 +15,7 @@ from tests.train.conftest import LoadedRun
 from train.anomalies.detection import SpikeDetector
 from train.checkpoint.load_run import load_run
 from train.checkpoint.reader import flatten
-from train.compose import load
+from train.compose import load, other_runs
 from train.config import Config, FaultsConfig
 from train.metrics.record import Metrics
 from train.plan import make_plan
@@ -169,6 +169,8 @@ def test_the_plan_is_that_of_all_stages() -> None:
     assert vanilla.flops is not None
     assert plan.flops == pytest.approx(0.75 * vanilla.flops + 0.25 * phd.flops)
     assert plan.memory == phd.memory
+    tokens_per_step = late.train.tokens_per_step
+    assert late.mean_step_flops / tokens_per_step == pytest.approx(plan.compute.flops)
     told = plan.to_json()
     assert told["copies"] == [
         {"first": 0, "end": 240, "K": 1},
@@ -176,6 +178,13 @@ def test_the_plan_is_that_of_all_stages() -> None:
     ]
     less = load(["schedule.copies={0:2,0.75:1}", "model.K=1"])
     assert make_plan(less).memory == phd.memory
+
+
+def test_the_runs_to_compare_it_with_have_no_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
+    typed = ["model=phd", "schedule.copies={0:1,0.75:2}", "seed=3"]
+    monkeypatch.setattr("sys.argv", ["main.py", *typed])
+    proposed = [" ".join(arguments) for arguments in other_runs(load(typed))]
+    assert proposed == ["model=vanilla seed=3", "-m +sweep=k seed=3"]
 
 
 def test_a_loss_that_jumps_at_the_switch_is_no_spike() -> None:

@@ -19,7 +19,7 @@ from phd.hf.convert import starting_state, weight_shapes
 from train.checkpoint.reader import Checkpoint
 from train.checkpoint.store import CheckpointStore
 from train.config import Config
-from train.distributed.process_groups import ProcessGroups
+from train.distributed.process_groups import ProcessGroups, raise_on_all_ranks
 from train.engines.optimizer import MOMENTS
 from train.hf.pretrained import load_pretrained
 from train.start.directory import CHECKPOINTS, Kind, kind_of
@@ -58,12 +58,22 @@ def read_start(config: Config, groups: ProcessGroups) -> Start:
     """
     assert config.run.start_from is not None
     path = Path(config.run.start_from).expanduser()
-    kind = kind_of(path)
-    if kind is Kind.HUGGING_FACE:
-        if config.run.start_optimizer:
-            raise ConfigError([_no_moments(f"{path} is {kind.value}, which has none")])
-        return Start(pretrained_start(path, config.model))
-    checkpoint = Checkpoint.open(path) if kind is Kind.CHECKPOINT else _newest(path, groups)
+    # A rank that fails alone must not leave the others waiting for it.
+    match raise_on_all_ranks(groups, lambda: kind_of(path)):
+        case Kind.RUN:
+            checkpoint = _newest(path, groups)
+        case Kind.CHECKPOINT:
+            checkpoint = raise_on_all_ranks(groups, lambda: Checkpoint.open(path))
+        case Kind.HUGGING_FACE:
+            if config.run.start_optimizer:
+                reason = f"{path} is {Kind.HUGGING_FACE.value}, which has none"
+                raise ConfigError([_no_moments(reason)])
+            return Start(raise_on_all_ranks(groups, lambda: pretrained_start(path, config.model)))
+    return raise_on_all_ranks(groups, lambda: _of_checkpoint(config, path, checkpoint))
+
+
+def _of_checkpoint(config: Config, path: Path, checkpoint: Checkpoint) -> Start:
+    """What a verified checkpoint of another run gives."""
     source = build(ModelConfig, checkpoint.state["config"]["model"], f"the model of {path}")
     checkpoint.refuse_old_form(source)
     _check_shape(path, config.model, source)
