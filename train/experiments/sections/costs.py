@@ -42,7 +42,7 @@ LATENCY = (
 
 NOT_MEASURED = (
     "The time of prefill and decode was not measured for these models. `python train/bench.py "
-    "inference` measures it."
+    "inference run=<directory>` measures that of a run."
 )
 
 
