@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -233,6 +234,12 @@ def count_parameters(config: ModelConfig) -> dict[str, int]:
     for name, parameter in model.named_parameters():
         groups[_group(name)] += parameter.numel()
     return groups
+
+
+@lru_cache(maxsize=64)
+def number_of_parameters(config: ModelConfig) -> int:
+    """All parameters, embedding and head included."""
+    return sum(count_parameters(config).values())
 
 
 def _group(name: str) -> str:

@@ -76,6 +76,7 @@ def _bench_step_of(size: str, args: BenchArguments, device: torch.device) -> Res
         # A size also sets the recipe that it is trained with, whose length must not matter here.
         "train.max_steps=1",
         "train.max_tokens=null",
+        "train.max_tokens_per_parameter=null",
         "train.micro_batch=null",
         "schedule.warmup_tokens=null",
         f"engine.device={device.type}",

@@ -26,7 +26,10 @@ from phd.config import ModelConfig
 from train.engine_config import DeepSpeedConfig, FsdpConfig
 
 DEFAULT_STEPS = 320  # 0.66 M tokens with the default batch: minutes on two CPU cores
-LENGTHS = ("train.max_steps", "train.max_tokens", "train.max_flops")
+LENGTHS = (
+    *("train.max_steps", "train.max_tokens", "train.max_tokens_per_parameter"),
+    "train.max_flops",
+)
 
 Copies = Annotated[
     dict[float, int], "the K from each fraction of the run on, such as {0: 1, 0.75: 2}"
@@ -85,6 +88,9 @@ class TrainConfig(Settings):
             set, the run ends at the one that it reaches first; if none is, it has 320 steps.
         max_tokens: the length in tokens of text, whatever K is; the run has as many whole steps as
             fit into it. null: no limit of this kind.
+        max_tokens_per_parameter: the length in tokens for each of the model's parameters, with the
+            embedding, so that all sizes are trained equally far; about 20 are compute-optimal
+            (arXiv 2203.15556). null: no limit of this kind.
         max_flops: the length in training FLOPs, so that runs of different K cost the same; the run
             has as many whole steps as fit into it. A step counts as rows of one document each:
             isolated documents and padding need fewer. null: no limit of this kind.
@@ -108,6 +114,7 @@ class TrainConfig(Settings):
 
     max_steps: int | None = None
     max_tokens: int | None = None
+    max_tokens_per_parameter: float | None = None
     max_flops: float | None = None
     flops_of: str | None = None
     max_time: Seconds | None = None
@@ -128,9 +135,11 @@ class TrainConfig(Settings):
         if self.max_time is not None and self.max_time <= 0:
             expected = "expected more than 0 seconds"
             found.append(Problem("train.max_time", self.max_time, expected))
-        if self.max_flops is not None and not 0 < self.max_flops < inf:
-            expected = "expected a number above 0, or null"
-            found.append(Problem("train.max_flops", self.max_flops, expected))
+        for name in ("max_tokens_per_parameter", "max_flops"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < inf:
+                expected = "expected a number above 0, or null"
+                found.append(Problem(f"train.{name}", value, expected))
         if rows is None or rows == "auto" or rows > 0:
             found += self.problems_on(1)
         if 0 < (self.max_tokens or 0) < self.tokens_per_step:
@@ -598,6 +607,13 @@ class Config(Settings):
         return self.model if name is None else self.model.as_variant(name)
 
     @property
+    def parameters(self) -> int:
+        """Parameters of the model, with the embedding."""
+        from phd.model import number_of_parameters  # needs torch, as above
+
+        return number_of_parameters(self.model)
+
+    @property
     def step_limits(self) -> dict[str, int]:
         """The steps that each limit of the length allows, by its setting; not that of time."""
         if self.train.flops_of is None:
@@ -615,6 +631,9 @@ class Config(Settings):
             limits["train.max_steps"] = train.max_steps
         if train.max_tokens is not None:
             limits["train.max_tokens"] = train.max_tokens // train.tokens_per_step
+        if train.max_tokens_per_parameter is not None:
+            tokens = train.max_tokens_per_parameter * self.parameters
+            limits["train.max_tokens_per_parameter"] = int(tokens // train.tokens_per_step)
         if train.max_flops is not None:
             own, of_step = model == self.model, self._flops_per_step_of(model)
             limits["train.max_flops"] = (
@@ -783,8 +802,9 @@ class Config(Settings):
         total, schedule = self.total_steps, self.schedule
         if total is None:
             return self._unbounded_problems()
-        if self.step_limits.get("train.max_flops") == 0:
-            return [self._flops_problem()]
+        for name in ("train.max_tokens_per_parameter", "train.max_flops"):
+            if self.step_limits.get(name) == 0:
+                return [self._no_step_problem(name)]
         # The decay of the other kinds begins where the warm-up ends, and has no length of its own.
         decay = self.decay_steps if schedule.kind == "wsd" else 0
         if self.warmup_steps + decay <= total:
@@ -842,13 +862,18 @@ class Config(Settings):
         reason, hint = f"the run ends after step {total}", "choose an earlier step"
         return [Problem("train.profile_start", steps[0], reason, hint, others=LENGTHS)]
 
-    def _flops_problem(self) -> Problem:
+    def _no_step_problem(self, name: str) -> Problem:
         train = self.train
+        costs = {
+            "train.max_tokens_per_parameter": f"tokens = {train.tokens_per_step}, of a model of "
+            f"{self.parameters} parameters",
+            "train.max_flops": f"tokens and takes {self.flops_per_step:.3g} FLOPs",
+        }
         return Problem(
-            "train.max_flops",
-            train.max_flops,
+            name,
+            getattr(train, name.removeprefix("train.")),
             f"less than one step, which is train.global_batch={train.global_batch} rows of "
-            f"train.seq_len={train.seq_len} tokens and takes {self.flops_per_step:.3g} FLOPs",
+            f"train.seq_len={train.seq_len} {costs[name]}",
             "raise it, or make the batch or the model smaller",
             others=("train.global_batch", "train.seq_len", "model"),
         )

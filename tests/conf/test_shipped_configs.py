@@ -202,6 +202,8 @@ OVER_K = ["vanilla-tiny", *(f"phd_cswa-{K}-16-32-tiny" for K in (2, 3, 5))]
 # The name of what takes other FLOPs than the run's own.
 EQUAL = "flops_of_phd_cswa-2"
 
+LADDER = ("1m3", "2m6", "5m8", "16m", "34m")
+
 SWEPT = {
     "k": OVER_K,
     "k_equal_flops": [
@@ -221,6 +223,7 @@ SWEPT = {
     "size": [f"{name}-{size}" for size in ("micro", "tiny") for name in ("vanilla", PHD)],
     "window": [f"phd_swa-2-{window}-inf-tiny" for window in (1, 2, 4, 16)],
     "chunk": ["phd_cswa-2-16-16-tiny", "phd_cswa-2-16-32-tiny", "phd_swa-2-16-inf-tiny"],
+    "ladder": [f"phd_cswa-2-16-32-{size}-python_packages" for size in LADDER],
     # The default run's own rate, 0.003, is no difference.
     "lr": [f"phd_cswa-2-16-32-tiny{lr}" for lr in ("-lr_0.0003", "-lr_0.001", "", "-lr_0.01")],
 }
@@ -257,6 +260,39 @@ def test_the_sweep_of_variants_compares_at_equal_tokens_and_at_equal_flops(
     assert less.flops_per_step < cswa.flops_per_step <= deeper.flops_per_step
     for job in (longer, deeper):
         assert (job.model.variant, job.model.dim) == ("vanilla", cswa.model.dim)
+
+
+@pytest.mark.parametrize("size", LADDER)
+def test_a_rung_of_the_ladder_follows_its_rule(size: str) -> None:
+    config = load([f"size={size}"])
+    blocks = config.parameters - config.model.vocab_size * config.model.dim
+    ratio = blocks / 108e6
+    assert config.optim.lr == pytest.approx(0.0047 * ratio ** (-1 / 3), rel=0.005)
+    rows = 160 * 2048 * ratio ** (2 / 3) / config.train.seq_len
+    assert config.train.global_batch == 16 * round(rows / 16)
+    assert config.total_steps == int(20 * config.parameters) // config.train.tokens_per_step
+    assert config.warmup_steps == round(config.total_steps / 20)
+
+
+def test_rungs_differ_in_size_and_what_follows_from_it_alone() -> None:
+    ladder = [flatten_keys(load([f"size={size}"]).to_dict()) for size in LADDER]
+    differing = {key for key in ladder[0] if len({str(rung[key]) for rung in ladder}) > 1}
+    shape = {"size", "layers", "dim", "ffn_dim", "heads", "kv_heads", "head_dim"}
+    own = {f"model.{name}" for name in shape} | {"train.global_batch", "optim.lr", "run.name"}
+    assert differing <= own
+    sizes = [rung["model.dim"] for rung in ladder]
+    assert sizes == sorted(sizes)
+
+
+def test_the_ladder_takes_a_text_models_and_lengths() -> None:
+    given = ["size=1m3,16m", "model=vanilla,phd_cswa", "data=python"]
+    lengths = "train.max_tokens_per_parameter=5,80"
+    jobs = check(["+sweep=ladder", *given, lengths], multirun=True).jobs
+    assert len({job.name for job in jobs}) == 2 * 2 * 2
+    assert {name for job in jobs for name in job.data.sources} == {"python"}
+    assert {
+        round(job.total_steps * job.train.tokens_per_step / job.parameters) for job in jobs
+    } == {*(5, 80)}
 
 
 def test_a_sweep_keeps_the_other_settings() -> None:

@@ -271,8 +271,15 @@ WORDING: list[tuple[Any, ...]] = [
         "train.seq_len=256 tokens and takes 1.29e+11 FLOPs; raise it, or make the batch or the ",
         "model smaller",
     ),
+    (
+        {"train.max_tokens_per_parameter": 1e-4},
+        "train.max_tokens_per_parameter=0.0001: less than one step, which is ",
+        "train.global_batch=16 rows of train.seq_len=256 tokens = 4096, of a model of 3410816 ",
+        "parameters; raise it, or make the batch or the model smaller",
+    ),
     *(
-        ({"train.max_flops": value}, f"train.max_flops={value}: expected a number above 0, or null")
+        ({f"train.{name}": value}, f"train.{name}={value}: expected a number above 0, or null")
+        for name in ("max_flops", "max_tokens_per_parameter")
         for value in (0.0, -1e20, inf)
     ),
     (
@@ -404,6 +411,9 @@ def test_the_first_bound_ends_the_run() -> None:
     assert bounded(max_steps=50, max_tokens=9 * 4096) == 9
     assert bounded(max_steps=50, max_tokens=9 * 4096, max_flops=4.0 * step) == 4
     assert bounded(max_steps=50, max_tokens=9 * 4096, max_flops=40.0 * step) == 9
+    tokens = config().parameters  # for one token per parameter
+    assert bounded(max_tokens_per_parameter=1.0) == tokens // 4096
+    assert bounded(max_tokens_per_parameter=20.0, max_tokens=9 * 4096) == 9
     assert bounded(max_time=60.0) is None
     assert bounded(max_time=60.0, max_steps=3) == 3
     assert bounded(max_time=60.0, max_flops=3.0 * step) == 3

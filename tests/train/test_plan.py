@@ -108,6 +108,15 @@ def test_a_run_of_tokens_has_whole_steps_of_them() -> None:
     assert plan.tokens == 100 * 4096
 
 
+@pytest.mark.parametrize("size", ["1m3", "2m6", "5m8", "16m", "34m"])
+def test_a_rung_of_the_ladder_has_20_tokens_per_parameter(size: str) -> None:
+    plan = plan_of(f"size={size}", "model=vanilla")
+    step = plan.config.train.tokens_per_step
+    assert plan.tokens is not None
+    assert 0 <= 20 * sum(plan.parameters.values()) - plan.tokens < step
+    assert plan.warnings == ()
+
+
 LIMITS = {
     "train.max_steps=9 train.max_tokens=20480": "max_steps ends it; train.max_tokens allows 10",
     "train.max_steps=9 train.max_tokens=10240": "max_tokens ends it; train.max_steps allows 9",
