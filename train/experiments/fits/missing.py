@@ -19,7 +19,7 @@ SAME = 1.1
 """Values whose ratio is below this count as one: lengths are whole steps, and differ by a few."""
 
 APART = 0.02
-"""The least scatter of log D around a line in log N, in log units, with which they differ."""
+"""The standard deviation of log D from a line in log N, above which it is no function of it."""
 
 NAMES = {"parameters": "size", "tokens": "length", "FLOPs": "number of training FLOPs"}
 
@@ -42,11 +42,12 @@ def missing(law: Law, points: Points) -> list[str]:
     """
     if not points.runs:
         return ["There is no finished run that has a loss."]
-    reasons = [*_too_few_values(law, points), *_too_few_groups(law, points)]
+    reasons = _too_few_values(law, points)
     if law.copies and len(set(points.K)) < 2:
         only = f"K = {points.K[0]:g}"
         reasons.append(f"Runs with and without further copies are needed for phi; all have {only}.")
-    return reasons or _confounded(law, points)
+    reasons = reasons or _confounded(law, points)
+    return reasons + _too_few_groups(law, points)
 
 
 def _too_few_values(law: Law, points: Points) -> list[str]:
@@ -72,27 +73,36 @@ def _too_few_groups(law: Law, points: Points) -> list[str]:
 
 def _confounded(law: Law, points: Points) -> list[str]:
     """Whether quantities rise together in these runs, so that what is due to which stays open."""
-    logs = {
-        "the size": np.log(points.parameters),
-        "the length": np.log(points.tokens),
-        "K": np.log(points.K),
+    values = {
+        "the size": points.parameters,
+        "the length": points.tokens,
+        "K": points.K,
     }
     used = ["the size"] * any(term.of == "parameters" for term in law.terms)
     used += ["the length"] * any(term.of == "tokens" for term in law.terms)
     used += ["K"] * law.copies
-    reasons = []
     for name in used[1:]:
-        others = np.stack(
-            [np.ones(len(points.runs)), *(logs[n] for n in used if n != name)], axis=1
-        )
-        line, *_ = np.linalg.lstsq(others, logs[name], rcond=None)
-        if np.std(logs[name] - others @ line) < APART:
-            others_named = " and ".join(n for n in used if n != name)
-            reasons.append(
-                f"In these runs {name} follows from {others_named}, so that what is due to which "
-                f"cannot be told. Runs are needed in which {others_named} stays and {name} differs."
+        others = [other for other in used if other != name]
+        if follows(values[name], *(values[other] for other in others)):
+            stays = " and ".join(others)
+            told = (
+                f"In these runs {name} follows from {stays}, so that what is due to which cannot "
             )
-    return reasons[:1]
+            told += f"be told. Runs are needed in which {stays} stays and {name} differs."
+            return [told]
+    return []
+
+
+def follows(values: Floats, *others: Floats) -> bool:
+    """Whether values are a product of powers of others, but for a scatter of `APART`.
+
+    >>> sizes = np.array([1e6, 2e6, 4e6])
+    >>> follows(20 * sizes, sizes), follows(np.array([1e7, 4e7, 1e7]), sizes)
+    (True, False)
+    """
+    logs = np.stack([np.ones(len(values)), *map(np.log, others)], axis=1)
+    line, *_ = np.linalg.lstsq(logs, np.log(values), rcond=None)
+    return bool(np.std(np.log(values) - logs @ line) < APART)
 
 
 def undetermined(

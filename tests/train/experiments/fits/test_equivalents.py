@@ -6,7 +6,8 @@ import pytest
 
 from tests.train.experiments.fits.synthetic import LENGTHS, TRUTH, synthetic
 from train.experiments.fits.equivalents import equivalents
-from train.experiments.fits.fit import Fit, fit
+from train.experiments.fits.fit import Fit
+from train.experiments.fits.fitting import fit
 from train.experiments.fits.law import COPIES, COPIES_AT_ONE_LENGTH, Law
 from train.experiments.fits.points import Point, Points
 

@@ -7,7 +7,8 @@ import pytest
 from scipy.optimize import minimize
 
 from tests.train.experiments.fits.synthetic import LENGTHS, SIZES, TRUTH, synthetic
-from train.experiments.fits.fit import Fit, Unfit, fit
+from train.experiments.fits.fit import Fit, Unfit
+from train.experiments.fits.fitting import fit
 from train.experiments.fits.law import (
     ALONG_LADDER,
     COPIES,
@@ -174,6 +175,10 @@ def test_sizes_and_lengths_that_rise_together_are_told_apart_by_no_fit() -> None
     says = refused(SIZE_AND_DATA, ladder)
     assert "the length follows from the size" in says
     assert "Runs are needed in which the size stays and the length differs." in says
+    short = synthetic(per_parameter=(20,), copies=(1,), seeds=1)
+    both = refused(SIZE_AND_DATA, short)
+    assert "the length follows from the size" in both
+    assert "there are 3." in both
     assert isinstance(fit(ALONG_LADDER, ladder, replicates=40), Fit)
     wide = synthetic(sizes=SIZES, per_parameter=(5, 20, 80), copies=(1,))
     assert isinstance(fit(SIZE_AND_DATA, wide, replicates=40), Fit)

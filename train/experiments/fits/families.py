@@ -1,0 +1,168 @@
+"""Runs that one law can be asked of: of one variant, text and kind of model, in all sizes."""
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from train.experiments.fits.fit import Fitted
+from train.experiments.fits.points import Point, Points
+from train.experiments.groups import told
+from train.experiments.result import Result
+from train.experiments.source import Source, source_of
+
+SHAPE = {
+    f"model.{name}"
+    for name in (
+        *("layers", "dim", "ffn_dim", "heads", "kv_heads", "head_dim", "max_seq_len"),
+        "flops_of",
+    )
+}
+"""What a size may change. Not its vocabulary: with another one a token is another unit."""
+
+KIND = (
+    *("model.", "data.", "tokenizer.", "train.seq_len"),
+    *("schedule.copies", "run.start_from"),
+)
+"""How the settings begin with which losses are not comparable, or K is not one number."""
+
+OF_COPIES = {f"model.{name}" for name in ("copy_positions", "copy_embedding", "span_unit")}
+"""What changes nothing in a model without copies."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """Runs whose losses are points of one law.
+
+    Attributes:
+        label: such as `phd_cswa-2-16-32`, or `phd_cswa-K-16-32` of several K.
+        runs: at least one.
+    """
+
+    label: str
+    runs: tuple[Result, ...]
+
+
+def variants(results: Iterable[Result]) -> list[Family]:
+    """The runs of each variant, K included, in the order in which they come."""
+    runs: dict[str, list[Result]] = defaultdict(list)
+    for result in results:
+        runs[_key(result.model, _kind(result))].append(result)
+    return _labelled([(found[0].model, found) for found in runs.values()])
+
+
+def families(results: Iterable[Result]) -> list[Family]:
+    """The runs of each variant in all K, together with those of vanilla, for a fit of phi.
+
+    A variant without a vanilla run of its kind and text is among them, too: a fit then says what
+    is missing.
+    """
+    results = list(results)
+    plain: dict[str, list[Result]] = defaultdict(list)
+    runs: dict[str, list[Result]] = defaultdict(list)
+    for result in results:
+        if copies(result) == 1:
+            plain[_key("vanilla", _kind(result, OF_COPIES))].append(result)
+        else:
+            runs[_key(_with_any_copies(result), _kind(result))].append(result)
+    named = []
+    for found in runs.values():
+        vanilla = plain.get(_key("vanilla", _kind(found[0], OF_COPIES)), [])
+        named.append((_with_any_copies(found[0]), [*found, *vanilla]))
+    return _labelled(named)
+
+
+def _with_any_copies(result: Result) -> str:
+    family, _, *others = result.model.split("-")
+    return "-".join([family, "K", *others])
+
+
+def _kind(result: Result, without: Iterable[str] = ()) -> dict[str, Any]:
+    """The settings with which losses are not comparable: of the model's kind, and of the text."""
+    left_out = {*SHAPE, *without, *(OF_COPIES if copies(result) == 1 else ())}
+    settings = told(result.settings)
+    # Where a run begins is told of no label, but it is no point among those from random weights.
+    settings["run.start_from"] = result.settings.get("run.start_from")
+    return {
+        key: value
+        for key, value in settings.items()
+        if key.startswith(KIND) and key not in left_out and not key.endswith(".epochs")
+    }
+
+
+def _key(name: str, kind: Mapping[str, Any]) -> str:
+    return json.dumps([name, kind], sort_keys=True, default=str)
+
+
+def _labelled(named: Sequence[tuple[str, list[Result]]]) -> list[Family]:
+    """Families; those of one name but the first also tell in which settings they differ from it."""
+    first: dict[str, dict[str, Any]] = {}
+    found = []
+    for name, runs in named:
+        usual, own = first.setdefault(name, _kind(runs[0])), _kind(runs[0])
+        others = [
+            f"{key.rpartition('.')[2]} {value}"
+            for key, value in own.items()
+            if value != usual.get(key)
+        ]
+        found.append(Family(", ".join([name, *others]), tuple(runs)))
+    return found
+
+
+def source_of_fits(fits: Iterable[Fitted], results: Iterable[Result]) -> Source:
+    """The runs that some fits are made of."""
+    used = {point.run for fitted in fits for point in fitted.fit.points.runs}
+    return source_of(result for result in results if result.name in used)
+
+
+# Points
+
+
+def points_of(results: Iterable[Result], loss: Callable[[Result], float | None]) -> Points:
+    """The finished runs that have a loss; of several settings of one size and length, the best.
+
+    Of groups of runs with equal parameters, copies and tokens, those with the least mean loss are
+    taken, as a law says what a size and a length can reach. So a sweep over learning rates gives
+    one point.
+
+    Args:
+        results: runs of one variant, or of one variant and of vanilla.
+        loss: the loss of a run; None if it has none.
+    """
+    points = [
+        _point(result, value)
+        for result in results
+        if result.status == "finished" and (value := loss(result)) is not None
+    ]
+    rivals: dict[tuple[float, ...], dict[str, list[Point]]] = defaultdict(lambda: defaultdict(list))
+    for point in points:
+        rivals[point.once, point.repeated, point.K, point.tokens][point.group].append(point)
+    best = (min(groups.values(), key=_mean_loss) for groups in rivals.values())
+    return Points(tuple(point for group in best for point in group))
+
+
+def _mean_loss(points: Sequence[Point]) -> float:
+    return fmean(point.loss for point in points)
+
+
+def _point(result: Result, loss: float) -> Point:
+    return Point(
+        run=result.name,
+        group=result.group,
+        once=result.embedding_parameters,
+        repeated=result.parameters - result.embedding_parameters,
+        K=copies(result),
+        tokens=result.tokens,
+        flops=result.train_flops,
+        loss=loss,
+    )
+
+
+def copies(result: Result) -> int:
+    """K of a run; 1 of vanilla.
+
+    The name of the variant tells it: `phd_cswa-2-16-32`, `naive_repeat-3`, `vanilla`.
+    """
+    return int(result.model.split("-")[1]) if "-" in result.model else 1
