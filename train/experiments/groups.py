@@ -95,13 +95,15 @@ def _place(result: Result) -> tuple[Any, ...]:
 def _labels(first: Mapping[str, Result]) -> dict[str, str]:
     """A label for each group, by its first run; no two are equal.
 
-    It tells the variant, and in what the group differs from what most groups have.
+    It tells the variant, and in what the group differs from more than half of the groups.
     """
     if not first:
         return {}
-    size, length = (_mode(getattr(r, name) for r in first.values()) for name in ("size", "tokens"))
+    size, length = (
+        _majority(getattr(r, name) for r in first.values()) for name in ("size", "tokens")
+    )
     usual = {
-        other: _most_common([r for r in first.values() if r.size == other])
+        other: _usual([r for r in first.values() if r.size == other])
         for other in {result.size for result in first.values()}
     }
     labels = {}
@@ -111,7 +113,7 @@ def _labels(first: Mapping[str, Result]) -> dict[str, str]:
         parts += [
             f"{name.rpartition('.')[2]}={spelled(value)}"
             for name, value in told(result.settings).items()
-            if value != usual[result.size].get(name)
+            if spelled(value) != usual[result.size].get(name)
         ]
         labels[key] = f"{result.model} ({', '.join(parts)})" if parts else result.model
     taken = Counter(labels.values())
@@ -120,9 +122,15 @@ def _labels(first: Mapping[str, Result]) -> dict[str, str]:
     }
 
 
-def _mode(values: Iterable[T]) -> T:
-    """The most frequent value; of equally frequent ones, the first."""
-    return Counter(values).most_common(1)[0][0]
+def _majority(values: Iterable[T]) -> T | None:
+    """The value that more than half of them are; None if there is none.
+
+    >>> _majority([1, 2, 1]), _majority([1, 2])
+    (1, None)
+    """
+    found = Counter(values)
+    value, count = found.most_common(1)[0]
+    return value if 2 * count > found.total() else None
 
 
 def told(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -155,15 +163,11 @@ def spelled(value: Any) -> str:
             return str(value)
 
 
-def _most_common(results: Sequence[Result]) -> dict[str, Any]:
-    """The value of each setting that most of the runs have; of equally many, the first one."""
-    counts: dict[str, Counter[str]] = defaultdict(Counter)
-    values: dict[tuple[str, str], Any] = {}
-    for result in results:
-        for key, value in told(result.settings).items():
-            counts[key][repr(value)] += 1
-            values.setdefault((key, repr(value)), value)
-    return {key: values[key, found.most_common(1)[0][0]] for key, found in counts.items()}
+def _usual(results: Sequence[Result]) -> dict[str, str]:
+    """How each setting is spelled that has one value in more than half of the runs."""
+    every = [{key: spelled(value) for key, value in told(r.settings).items()} for r in results]
+    values = {key: _majority(found.get(key, "") for found in every) for key in every[0]}
+    return {key: value for key, value in values.items() if value is not None}
 
 
 def legend(groups: Sequence[Group]) -> tuple[tuple[str, Style], ...]:

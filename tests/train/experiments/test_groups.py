@@ -27,6 +27,18 @@ def test_a_label_says_no_more_than_it_has_to() -> None:
     assert [group.label for group in groups] == ["vanilla", "phd-2"]
 
 
+def test_a_label_tells_what_has_no_usual_value() -> None:
+    runs = [a_run("phd-2", 0, gain=0.0, steps=steps) for steps in (512, 1024)]
+    runs += [a_run("phd-3", 0, gain=0.0, steps=512, settings={"optim.lr": 0.001})]
+    runs += [a_run("phd-3", 0, gain=0.0, steps=1024, settings={"optim.lr": 0.001})]
+    assert [group.label for group in groups_of(runs)] == [
+        "phd-2 (1.05M tokens, lr=0.003)",
+        "phd-2 (2.1M tokens, lr=0.003)",
+        "phd-3 (1.05M tokens, lr=0.001)",
+        "phd-3 (2.1M tokens, lr=0.001)",
+    ]
+
+
 def test_labels_differ_also_where_no_setting_tells_why() -> None:
     runs = [a_run("phd-2", 0, gain=0.0, name=name, group=name) for name in ("a", "b")]
     assert [group.label for group in groups_of(runs)] == ["phd-2 (a)", "phd-2 (b)"]
