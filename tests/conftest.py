@@ -27,6 +27,7 @@ LONGEST_FIRST = (
     "train/test_pretokenize.py",
     "train/test_plan.py",
     "train/test_compose.py",
+    "train/sweeps/test_sweep.py",
     "train/test_run.py",
     "train/metrics/test_sinks.py",
     "train/test_main.py",

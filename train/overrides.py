@@ -65,7 +65,8 @@ def _with_one_choice_of_sweeps(
 ) -> dict[str, Override]:
     """The overrides with all prepared sweeps in one, since the last choice of a group counts."""
     asked = {text: o for text, o in parsed.items() if o.key_or_group == "sweep"}
-    names = list(dict.fromkeys(name for o in asked.values() for name in chosen(o)))
+    every = [name for o in asked.values() for name in chosen(o)]
+    names = list(dict.fromkeys(every))
     if any(o.is_sweep_override() for o in asked.values()):
         hint = f"{' '.join(f'+sweep={name}' for name in names)} is the product of all"
         problems.append(Problem("sweep", ",".join(names), "expected one sweep", hint))
@@ -77,7 +78,7 @@ def _with_one_choice_of_sweeps(
                 hint = "run one after the other"
                 problem = f"both sweep={other} and sweep={name} vary {key}"
                 problems.append(Problem("sweep", ",".join(names), problem, hint))
-    if len(names) < 2:
+    if len(asked) < 2 and names == every:
         return parsed
     joined = f"sweep=[{','.join(names)}]"
     rest = {text: o for text, o in parsed.items() if text not in asked}

@@ -5,6 +5,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from conf.errors import ConfigError
 from train import compose, conf_files
 from train.compose import CONF, check, load
 from train.config import Config
+from train.overrides import chosen, parse_overrides
 
 # What an entry point looks like; a job with seed 3 fails, and those up to 9 in other ways.
 SCRIPT = """
@@ -273,15 +275,17 @@ def test_the_command_line_replaces_what_a_shipped_sweep_varies() -> None:
     assert [job.model.window for job in jobs] == [3, 5]
 
 
-@pytest.mark.parametrize("typed", ["+sweep=window ++sweep=lr", "sweep=[window,lr]"])
-def test_several_sweeps_are_their_product(typed: str) -> None:
-    jobs = check([*typed.split(), "seed=0,1"], multirun=True).jobs
-    found = [(job.model.variant, job.model.window, job.optim.lr, job.seed) for job in jobs]
-    rates = (3e-4, 1e-3, 3e-3, 1e-2)
-    assert found == [
-        ("phd_swa", window, lr, seed) for window in (1, 2, 4, 16) for lr in rates for seed in (0, 1)
-    ]
-    assert check(["+sweep=lr", "sweep=lr"]).jobs == check(["sweep=lr"]).jobs
+def test_several_sweeps_are_their_product() -> None:
+    jobs = check(["+sweep=chunk", "++sweep=seeds", "optim.lr=1e-3,1e-2"], multirun=True).jobs
+    found = [(job.model.name, job.seed, job.optim.lr) for job in jobs]
+    models = ("phd_cswa-2-16-16", "phd_cswa-2-16-32", "phd_swa-2-16-inf")
+    assert found == list(product(models, (0, 1, 2), (1e-3, 1e-2)))
+
+
+def test_a_sweep_that_is_named_twice_counts_once() -> None:
+    for typed in (["+sweep=lr", "sweep=lr"], ["sweep=[lr]"], ["sweep=[lr,lr]", "++sweep=lr"]):
+        overrides, found = parse_overrides(typed, [])
+        assert ([names for o in overrides.values() for names in chosen(o)], found) == (["lr"], [])
 
 
 @pytest.mark.parametrize(
@@ -312,8 +316,8 @@ def test_settings_vary_together() -> None:
 @pytest.mark.parametrize(
     ("typed", "told"),
     [
-        ("+sweep=variants model.K=3", ["model.K=3: the sweep sets it with others"]),
-        ("+sweep=variants model.layers=3", ["model.layers=3: the sweep sets it with others"]),
+        ("together={model.K:2},{model.K:4} model.K=3", ["model.K=3: the sweep sets it with"]),
+        ("together={model.flops_of:phd-3} model.layers=3", ["model.layers=3: the sweep sets it"]),
         ("together={model.K:2},4", ["together=4: expected the settings of each run"]),
         (
             "together={model.k:2},{train.seq_len:0}",
