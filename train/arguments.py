@@ -439,8 +439,6 @@ class BenchArguments:
     def _run_problems(self, run: str) -> list[Problem]:
         if self.name != "inference":
             return [Problem("run", run, "only name=inference measures a run", "leave it out")]
-        if not (self.directory / "config.yaml").is_file():
-            return [Problem("run", run, "no config.yaml there", "give the directory of a run")]
         chosen = ("size", "variants", "copies", "span_unit")
         why = "the run decides what is measured"
         return [

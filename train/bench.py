@@ -49,7 +49,7 @@ from train.benchmarks.timing import Keep, Result
 from train.compose import load
 from train.engine_config import EngineConfig
 from train.engines.device import choose_device, configure_process
-from train.experiments.ledger import config_of, update
+from train.experiments.ledger import config_of, is_run, update
 from train.run_dir.environment import environment
 from train.run_dir.snapshot import read_revision
 
@@ -239,6 +239,9 @@ BENCHMARKS: dict[str, Callable[[BenchArguments, torch.device], Result]] = {
 
 def main(args: BenchArguments) -> int:
     """Run one benchmark, print its table and write it as JSON and as CSV."""
+    if args.run is not None and not is_run(args.directory):
+        problem = f"run={args.run}: no config.yaml there; give the directory of a run"
+        raise ConfigError([problem], "the arguments")
     # Before minutes of measurements that could not be written.
     _make_directory(str(args.directory))
     engine = EngineConfig(device=args.device)  # type: ignore[arg-type]

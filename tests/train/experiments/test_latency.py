@@ -94,8 +94,10 @@ def test_a_run_decides_what_is_measured_of_it(settings: Config, run_of) -> None:
     directory = str(run_of(settings.model))
     for wrong, says in (
         ({"name": "step", "run": directory}, "run=.*only name=inference measures a run"),
-        ({"name": "inference", "run": f"{directory}/no"}, "run=.*no config.yaml there"),
         ({"name": "inference", "run": directory, "copies": (2,)}, "copies=.*the run decides"),
     ):
         with pytest.raises(ConfigError, match=says):
             build(BenchArguments, wrong)
+    with pytest.raises(ConfigError, match=r"no: no config\.yaml there"):
+        bench.main(BenchArguments(name="inference", run=f"{directory}/no", device="cpu"))
+    assert not (Path(directory) / "no").exists()
