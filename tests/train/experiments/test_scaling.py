@@ -165,12 +165,12 @@ def test_another_kind_of_model_or_text_is_another_family() -> None:
     ]
     assert [family.label for family in variants(runs)] == [
         *("vanilla", "phd_cswa-2-16-32", "phd_cswa-2-16-32, copy_embedding True"),
-        *("vanilla, kind files", "phd_cswa-2-16-32, kind files"),
+        *("vanilla, sources.python.kind files", "phd_cswa-2-16-32, sources.python.kind files"),
     ]
     found = families(runs)
     assert [family.label for family in found] == [
         *("phd_cswa-K-16-32", "phd_cswa-K-16-32, copy_embedding True"),
-        "phd_cswa-K-16-32, kind files",
+        "phd_cswa-K-16-32, sources.python.kind files",
     ]
     # Vanilla has no copies to embed, so that both kinds of PHD are compared with all of it.
     assert [sum(copies(run) == 1 for run in family.runs) for family in found] == [36, 36, 18]

@@ -103,7 +103,7 @@ def _labelled(named: Sequence[tuple[str, list[Result]]]) -> list[Family]:
     for name, runs in named:
         usual, own = first.setdefault(name, _kind(runs[0])), _kind(runs[0])
         others = [
-            f"{key.rpartition('.')[2]} {value}"
+            f"{key.partition('.')[2]} {value}"
             for key, value in own.items()
             if value != usual.get(key)
         ]
