@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,7 +13,8 @@ from train.experiments.charts import Chart, Panel
 from train.experiments.document import Section, missing
 from train.experiments.drawings import Axis, Point, Row
 from train.experiments.experiment import Experiment
-from train.experiments.groups import Group, source_of_groups, told
+from train.experiments.groups import Group, told
+from train.experiments.source import source_of
 from train.experiments.spread import Spread
 
 WITHOUT = 0
@@ -38,7 +39,7 @@ KNOBS = (
 
 @dataclass(frozen=True)
 class Entry:
-    """A group of runs, and its value of a knob."""
+    """A value of a knob, and the group of runs that have it, with their spread."""
 
     value: int
     group: Group
@@ -64,11 +65,8 @@ def _chart(experiment: Experiment, knob: Knob) -> Chart | None:
         return None
     values = sorted({entry.value for line in lines for entry in line}, key=_order)
     rows = [Row(_named_by(line, knob).style, _points(line, values)) for line in lines]
-    groups = [
-        group
-        for group in experiment.groups
-        if any(e.group is group for line in lines for e in line)
-    ]
+    used = {id(run) for line in lines for entry in line for run in entry.group.runs}
+    runs = [run for group in experiment.groups for run in group.runs if id(run) in used]
     measure = experiment.measure
     alt = f"The {measure.words} over the {knob.words}, of " + ", ".join(map(_name, values)) + "."
     x, y = Axis(knob.words), Axis(measure.unit)
@@ -78,10 +76,11 @@ def _chart(experiment: Experiment, knob: Knob) -> Chart | None:
         f"over-{knob.key.lower()}",
         f"The {measure.words} at the end, over the {knob.words}",
         (Panel("all", alt, draw),),
-        source_of_groups(groups),
+        source_of(runs),
         tuple(names),
-        "Bars reach from the lowest to the highest seed. Runs that a line joins differ in nothing "
-        "else." + (" K = 1 is vanilla." if knob.key == "K" else ""),
+        "Bars reach from the lowest to the highest seed. Groups that a line joins differ in "
+        "nothing else, and are compared by the seeds that all of them have."
+        + (" K = 1 is vanilla." if knob.key == "K" else ""),
     )
 
 
@@ -114,22 +113,35 @@ def _line_label(line: Sequence[Entry], knob: Knob) -> str:
 
 def _lines(experiment: Experiment, knob: Knob) -> list[list[Entry]]:
     """Groups that differ in nothing but the knob, at two values of it or more."""
-    lines: dict[Any, list[Entry]] = defaultdict(list)
+    lines: dict[Any, list[Group]] = defaultdict(list)
     for group in experiment.groups:
-        spread = experiment.measure.spread(group)
-        settings = group.runs[0].settings
-        family = settings.get("model.variant")
-        if spread is None or family not in knob.families:
-            continue
-        value = _value(settings, knob.key)
-        lines[_others(group, knob)].append(Entry(value, group, spread))
+        family = group.runs[0].settings.get("model.variant")
+        if family in knob.families and experiment.measure.spread(group):
+            lines[_others(group, knob)].append(group)
     for line in lines.values():
-        vanilla = experiment.vanilla_of(line[0].group)
-        spread = experiment.measure.spread(vanilla) if vanilla else None
-        if knob.key == "K" and vanilla and spread and _alike(vanilla, line[0].group):
-            line.append(Entry(1, vanilla, spread))
-    several = [line for line in lines.values() if len({entry.value for entry in line}) > 1]
-    return [sorted(line, key=lambda entry: _order(entry.value)) for line in several]
+        vanilla = experiment.vanilla_of(line[0])
+        known = vanilla and experiment.measure.spread(vanilla)
+        if knob.key == "K" and vanilla and known and _alike(vanilla, line[0]):
+            line.append(vanilla)
+    entries = [_entries(experiment, knob, line) for line in lines.values()]
+    return [line for line in entries if len({entry.value for entry in line}) > 1]
+
+
+def _entries(experiment: Experiment, knob: Knob, line: Sequence[Group]) -> list[Entry]:
+    """Groups by their values of a knob, each with the seeds that all of them have, if any.
+
+    Otherwise a group of one easy seed would look better than one of several.
+    """
+    common = set.intersection(*({run.seed for run in group.runs} for group in line))
+    entries = []
+    for group in line:
+        kept = tuple(run for run in group.runs if run.seed in common) or group.runs
+        spread = experiment.measure.spread(replace(group, runs=kept))
+        assert spread  # the group has values
+        settings = group.runs[0].settings
+        value = 1 if group.model == "vanilla" else _value(settings, knob.key)
+        entries.append(Entry(value, replace(group, runs=kept), spread))
+    return sorted(entries, key=lambda entry: _order(entry.value))
 
 
 def _others(group: Group, knob: Knob) -> tuple[Any, ...]:

@@ -189,5 +189,10 @@ def _prices(experiment: Experiment) -> Chart | None:
         alt = f"The {measure.words} of {len(rows)} groups of runs over their {label}."
         panels.append(Panel(label.split()[0].lower(), alt, draw))
     note = "Down and to the left is better. Bars reach from the lowest to the highest seed."
+    if len({tuple(run.seed for run in group.runs) for group in shown}) > 1:
+        note += (
+            " Not all groups have the same seeds, and some seeds are easier than others; the "
+            "differences at equal cost take account of it."
+        )
     title = f"The {measure.words} at the end, over what it cost"
     return Chart("prices", title, tuple(panels), source_of_groups(shown), legend(shown), note)

@@ -97,6 +97,8 @@ def test_only_runs_that_differ_in_nothing_else_are_joined(experiment: Experiment
         "phd_cswa-2-4-32",
         "phd_cswa-2-16-32",
     }
+    # W = 4 has the first seed alone, and is compared with that one.
+    assert W.source.runs == ("phd_cswa-2-4-32-micro-seed_0", "phd_cswa-2-16-32-micro-seed_0")
     C = chart(section, "over-chunk")
     assert {run.rsplit("-micro")[0] for run in C.source.runs} == {
         "phd_swa-2-16-inf",
