@@ -150,7 +150,8 @@ def run(
     try:
         with sweep.launching():
             hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(job)()
-        if compare and command.sweep_dir and not sweep.ended:
+        rank = DistEnv.from_environment().rank
+        if compare and command.sweep_dir and not sweep.ended and rank == 0:
             compare(command.jobs)
     finally:
         sweep.tell_failures()
