@@ -6,6 +6,7 @@ from statistics import fmean
 from conf.wording import duration, short_count
 from train.experiments import drawings
 from train.experiments.charts import Chart, Panel
+from train.experiments.comparison import base_of
 from train.experiments.document import Block, Section, missing
 from train.experiments.drawings import TIMES, Axis, Point, Row, power
 from train.experiments.experiment import Experiment
@@ -60,14 +61,16 @@ def costs(experiment: Experiment) -> Section | None:
 
 
 def _training(experiment: Experiment) -> Table:
-    rows = tuple(_row(group, experiment.vanilla_of(group)) for group in experiment.groups)
+    rows = tuple(
+        _row(group, base_of(experiment, group) or experiment.vanilla_of(group))
+        for group in experiment.groups
+    )
     devices = sorted({f"{r.devices} x {r.device}" for g in experiment.groups for r in g.runs})
     contexts = sorted({run.kv_context for group in experiment.groups for run in group.runs})
     note = (
         f"Means over the seeds. Trained on {', '.join(devices)}. The KV cache is that of one "
         f"sequence of {' or '.join(f'{context:,}' for context in contexts)} tokens. Vanilla is "
-        "that of the same "
-        "size."
+        "the group that others are compared with at their end."
     )
     title = "Training and the KV cache"
     source = source_of_groups(experiment.groups)

@@ -138,3 +138,11 @@ def test_seeds_are_compared_at_the_same_steps() -> None:
     first, second = Seeds(group, [whole, odd]).values(lambda curve: curve.loss_ema)
     assert second == odd.loss_ema
     assert first == whole.loss_ema[1::2]
+
+
+def test_the_costs_of_a_larger_vanilla_are_told_beside_those_of_the_usual_one() -> None:
+    runs = [a_run(model, 0, gain=0.0) for model in ("vanilla", "phd-2")]
+    larger = {"parameters": 2000, "flops_per_token": 2 * runs[0].flops_per_token}
+    runs.append(a_run("vanilla", 0, gain=0.0, settings={"model.layers": 7}, **larger))
+    rows = table(costs(experiment_of(runs)), "costs")
+    assert rows["vanilla (layers=7)"]["flops_per_token_ratio"] == "2.00"
