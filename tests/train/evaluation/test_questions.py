@@ -82,7 +82,11 @@ def test_missing_questions_name_the_command(
         check_there(["olmo_piqa"], "eval.tasks")
 
 
-@pytest.mark.parametrize("content", [b"x", gzip.compress(b""), gzip.compress(b'{"doc_id": 0}\n')])
+@pytest.mark.parametrize(
+    "content",
+    [b"x", gzip.compress(b""), gzip.compress(b'{"doc_id": 0}\n')],
+    ids=["no archive", "empty", "no question"],
+)
 def test_damaged_questions_are_told(
     wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes
 ) -> None:
