@@ -193,7 +193,8 @@ def stream(
 def as_bytes(batches: list[Batch], world_size: int) -> bytes:
     """The batches of all ranks at a step, put together by row."""
     parts = []
-    for rows, mask, starts, _ in batches:
+    for batch in batches:
+        rows, mask, starts = batch.rows, batch.mask, batch.document_starts
         mask = np.ones_like(rows[:, 1:]) if mask is None else mask
         parts.append(np.concatenate([rows, mask, mask if starts is None else starts], axis=1))
     whole = np.empty((len(parts) * len(parts[0]), parts[0].shape[1]), np.int64)

@@ -128,10 +128,13 @@ def test_everything_wrong_with_a_command_line_is_told_at_once() -> None:
 @pytest.mark.parametrize(
     ("override", "wording"),
     [
-        ("size=13b", "size=13b: expected one of 151m, 1b2, 550m, 7b, micro, tiny"),
+        (
+            "size=13b",
+            "size=13b: expected one of 151m, 16m, 1b2, 1m3, 2m6, 34m,",
+        ),
         (
             "experiment=null",
-            "experiment=null: expected one of hybridnorm_1b2, paper_1b2, paper_550m, smoke",
+            "experiment=null: expected one of anneal, hybridnorm_1b2, paper_151m, paper_1b2,",
         ),
         ("zzzzz=1", "zzzzz: unknown group or key; the groups are data, engine, experiment,"),
         ("run=runs/x", "run='runs/x': expected settings such as run.name"),
