@@ -67,7 +67,8 @@ def test_other_shells_are_told() -> None:
     ("line", "expected"),
     [
         ("python train/main.py model.K=3 siz", ["size="]),
-        ("python train/main.py size=1", ["151m", "1b2"]),
+        ("python train/main.py size=55", ["550m"]),
+        ("python train/main.py size=t", [name for name in choices("size") if name[0] == "t"]),
         ("python train/export.py dty", ["dtype="]),
         ("python train/main.py --help", []),
     ],

@@ -123,7 +123,7 @@ WORDING: list[tuple[Any, ...]] = [
     ({"lr": 1e-3}, "lr: unknown key. Did you mean optim.lr?"),
     (
         {"hooks.wandb.zzz": 1},
-        "hooks.wandb.zzz: unknown key; there is hooks.wandb.{mode, project}",
+        "hooks.wandb.zzz: unknown key; there is hooks.wandb.{mode, project, group, tags}",
     ),
     (
         {"data.sources.python": {"kind": "python", "paths": "x"}},

@@ -66,6 +66,8 @@ def identity(config: Config) -> dict[str, Any]:
         )
     settings = flatten_keys(tree)
     unused = {problem.key for problem in config.unused()}
+    if config.train.flops_of is None:  # as where it names the run's own model
+        unused.add("train.flops_of")
     return {key: x for key, x in settings.items() if is_fixed(key) and key not in unused}
 
 

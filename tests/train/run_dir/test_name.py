@@ -153,6 +153,11 @@ def test_a_sweep_goes_on_with_its_own_runs_and_makes_room_beside_others(named: l
     assert check([*named, "model.K=2,3", "model.dim=64"], multirun=True).jobs == other
 
 
+def test_a_sweep_at_equal_flops_goes_on_with_the_run_whose_flops_they_are() -> None:
+    directory_of(load([]), step=3)
+    assert f"runs/{TINY}" in [str(job.run_dir) for job in check(["+sweep=k_equal_flops"]).jobs]
+
+
 def test_a_sweep_makes_room_beside_a_directory_that_is_of_unknown_contents() -> None:
     unknown = Path(f"runs/{TINY}-lr_0.001")
     (unknown / "checkpoints/step_00000003").mkdir(parents=True)
