@@ -207,7 +207,7 @@ def _check_jobs(
     overrides = [text for text in arguments if text not in SWEEP]
     multirun = len(overrides) < len(arguments)
     jobs = check(overrides, multirun=multirun, other_keys=names).jobs
-    elastic = isinstance(config, MultiNode) and config.least_nodes < config.most_nodes
+    elastic = isinstance(config, MultiNode) and config.is_elastic
     problems = [
         replace(problem, expected=f"with {nodes} machines {problem.expected}")
         if elastic

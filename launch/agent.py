@@ -272,7 +272,7 @@ def _run(config: Local, command: Sequence[str], expected: Iterable[int]) -> int:
             logs=logs,
             host=_host(config),
             expected=expected,
-            elastic=isinstance(config, Nodes) and config.least_nodes < config.most_nodes,
+            elastic=isinstance(config, Nodes) and config.is_elastic,
         )
         return _run_agent(forwarder.agent, handler, forwarder)
 

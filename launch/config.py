@@ -110,6 +110,11 @@ class MultiNode(Local):
         """The greatest number of machines that a run takes in."""
         return int(str(self.nodes).rpartition(":")[2])
 
+    @property
+    def is_elastic(self) -> bool:
+        """Whether machines may join while the run is at work."""
+        return self.least_nodes < self.most_nodes
+
     def problems(self) -> list[Problem]:
         found = super().problems()
         found += at_least(self, "", 1, "join_s", "last_call_s", "heartbeat_s")

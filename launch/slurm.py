@@ -176,7 +176,7 @@ def _options(config: Slurm) -> Iterator[str]:
     yield "--requeue"
     yield "--open-mode=append"
     yield f"--output={config.logs}/%x-%j.log"
-    if config.least_nodes < config.most_nodes:
+    if config.is_elastic:
         yield "--no-kill"  # a dead machine does not end the job
     yield from filter(None, map(str.strip, config.options.splitlines()))
 
@@ -196,7 +196,7 @@ def _step(config: Slurm) -> Iterator[str]:
     yield "--export=ALL"
     if config.cpus:
         yield f"--cpus-per-task={config.cpus * (config.processes or 1)}"
-    if config.least_nodes < config.most_nodes:
+    if config.is_elastic:
         yield "--no-kill"
     if config.container and config.runtime == "pyxis":
         yield f"--container-image={config.container}"
