@@ -2,8 +2,8 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, TypeVar
 
 from conf.wording import short_count
 from train.experiments.result import Result
@@ -78,6 +78,43 @@ def groups_of(results: Sequence[Result]) -> list[Group]:
 def source_of_groups(groups: Sequence[Group]) -> Source:
     """The runs of some groups."""
     return source_of(run for group in groups for run in group.runs)
+
+
+class Shared(NamedTuple):
+    """Groups with the runs of some seeds.
+
+    Attributes:
+        groups: each with its runs of the seeds that all groups have; as they were if there are
+            none.
+        seeds: which all groups have.
+        note: a sentence that says what was left out; empty if nothing was.
+    """
+
+    groups: tuple[Group, ...]
+    seeds: tuple[int, ...]
+    note: str
+
+
+def at_shared_seeds(groups: Sequence[Group]) -> Shared:
+    """At least one group, cut to the seeds that all have, so that their means can be compared.
+
+    A seed may be easier than another by more than variants differ. So a group of one easy seed
+    would look better than the same model with three.
+    """
+    own = [{run.seed for run in group.runs} for group in groups]
+    seeds = tuple(sorted(set.intersection(*own)))
+    if all(found == set(seeds) for found in own):
+        return Shared(tuple(groups), seeds, "")
+    if not seeds:
+        note = "There is no seed that all groups have, and some seeds are easier than others: "
+        return Shared(tuple(groups), (), note + "only the differences between groups tell much.")
+    kept = tuple(
+        replace(group, runs=tuple(run for run in group.runs if run.seed in seeds))
+        for group in groups
+    )
+    named = f"{'seed' if len(seeds) == 1 else 'seeds'} {', '.join(map(str, seeds))}"
+    note = f"Of {named} alone, which all groups have: some seeds are easier than others."
+    return Shared(kept, seeds, note)
 
 
 FAMILIES = ("vanilla", "naive_repeat", "phd", "phd_swa", "phd_cswa")

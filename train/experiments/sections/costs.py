@@ -10,7 +10,7 @@ from train.experiments.comparison import base_of
 from train.experiments.document import Block, Section, missing
 from train.experiments.drawings import TIMES, Axis, Point, Row, power
 from train.experiments.experiment import Experiment
-from train.experiments.groups import Group, legend, source_of_groups
+from train.experiments.groups import Group, at_shared_seeds, legend, source_of_groups
 from train.experiments.result import Latency
 from train.experiments.tables import Cell, Column, Table, number, text, without_empty_columns
 
@@ -170,10 +170,11 @@ def _latency_row(group: Group, found: Latency, vanilla: Latency | None) -> tuple
 
 def _prices(experiment: Experiment) -> Chart | None:
     measure = experiment.measure
-    spreads = {group.key: measure.spread(group) for group in experiment.groups}
-    shown = [group for group in experiment.groups if spreads[group.key]]
-    if len(shown) < 2:
+    with_values = [group for group in experiment.groups if measure.spread(group)]
+    if len(with_values) < 2:
         return None
+    shown, _, left_out = at_shared_seeds(with_values)
+    spreads = {group.key: measure.spread(group) for group in shown}
     prices = {
         "training FLOPs": {g.key: fmean(run.train_flops for run in g.runs) for g in shown},
         "time of training (s)": {g.key: fmean(run.train_s for run in g.runs) for g in shown},
@@ -192,10 +193,7 @@ def _prices(experiment: Experiment) -> Chart | None:
         alt = f"The {measure.words} of {len(rows)} groups of runs over their {label}."
         panels.append(Panel(label.split()[0].lower(), alt, draw))
     note = "Down and to the left is better. Bars reach from the lowest to the highest seed."
-    if len({tuple(run.seed for run in group.runs) for group in shown}) > 1:
-        note += (
-            " Not all groups have the same seeds, and some seeds are easier than others; the "
-            "differences at equal cost take account of it."
-        )
+    if left_out:
+        note += f" {left_out}"
     title = f"The {measure.words} at the end, over what it cost"
     return Chart("prices", title, tuple(panels), source_of_groups(shown), legend(shown), note)

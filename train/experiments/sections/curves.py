@@ -167,6 +167,11 @@ def _note(groups: Sequence[Group]) -> str:
         seeds = "A line is the mean over the seeds; its band is from the lowest to the highest. "
     if one:
         seeds += "Where there is one seed, the line is that run's. "
+    if len({tuple(run.seed for run in group.runs) for group in groups}) > 1:
+        seeds += (
+            "Not all groups have the same seeds, and some seeds are easier than others, so that "
+            "lines of different seeds do not tell which group is better. "
+        )
     start = "The start of the runs, where all losses fall from that of a random model, is cut off."
     return seeds + start
 

@@ -1,6 +1,7 @@
 """The same at equal tokens, training FLOPs, time, decode latency and KV bytes."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 from matplotlib.axes import Axes
@@ -21,7 +22,7 @@ from train.experiments.comparison import (
 from train.experiments.document import Fold, Section, missing
 from train.experiments.drawings import Axis, Mark
 from train.experiments.experiment import Experiment
-from train.experiments.groups import source_of_groups
+from train.experiments.groups import at_shared_seeds, source_of_groups
 from train.experiments.tables import Cell, Column, Table, difference, number, signed, text
 
 FRAME, ROW = 84, 31
@@ -110,15 +111,19 @@ def _signed(value: float) -> str:
 
 
 def _side_by_side(experiment: Experiment) -> Table:
-    every = side_by_side(experiment)
+    shared = at_shared_seeds(experiment.groups)
+    every = side_by_side(replace(experiment, groups=shared.groups))
     found = [each for each in every if each.amount is not None]
     columns = [Column("group", "runs", numeric=False)]
     columns += [Column(_key(each.cost), each.cost.value, _amount(each)) for each in found]
     rows = []
-    for group in experiment.groups:
+    for group in shared.groups:
         standings = [each.standings[group.key] for each in found]
         rows.append((text(group.label, group.style), *map(_value, standings)))
-    notes = [f"The {experiment.measure.words}, means over the seeds."]
+    notes = [
+        f"The {experiment.measure.words}, means over the seeds.",
+        *filter(None, (shared.note,)),
+    ]
     if any(not s.at_end for each in found for s in each.standings.values()):
         notes.append(
             f"{MIDDLE} stands where runs are taken in the middle of their schedule. Their learning "
@@ -130,7 +135,7 @@ def _side_by_side(experiment: Experiment) -> Table:
     notes += [f"Decode latency is that of {each.setting}." for each in found if each.setting]
     notes += [f"At equal {e.cost.value}: {e.lack}." for e in every if e.amount is None]
     title = f"The {experiment.measure.words} at equal cost"
-    source = source_of_groups(experiment.groups)
+    source = source_of_groups(shared.groups)
     return Table("equal-cost", title, tuple(columns), tuple(rows), source, " ".join(notes))
 
 

@@ -4,7 +4,7 @@ from train.experiments import drawings
 from train.experiments.comparison import FinalRow, final_table
 from train.experiments.document import Section
 from train.experiments.experiment import Experiment
-from train.experiments.groups import source_of_groups
+from train.experiments.groups import at_shared_seeds, source_of_groups
 from train.experiments.tables import (
     MISSING,
     Cell,
@@ -27,11 +27,15 @@ def final(experiment: Experiment) -> Section | None:
 
 def _table(experiment: Experiment, rows: list[FinalRow]) -> Table:
     unit = experiment.measure.unit
+    shared = at_shared_seeds(experiment.groups)
+    at_shared = [experiment.measure.spread(group) for group in shared.groups]
+    seeds = f"seeds {', '.join(map(str, shared.seeds))}" if shared.note and shared.seeds else ""
     columns = (
         Column("group", "runs", numeric=False),
         Column("seeds", "seeds"),
         Column("tokens", "tokens"),
-        Column("mean", "mean", unit),
+        *((Column("mean_of_shared_seeds", "mean", seeds),) if seeds else ()),
+        Column("mean", "mean", f"{unit}, all seeds" if seeds else unit),
         Column("deviation", "± seeds"),
         Column("text_error", "± text"),
         Column("difference", "difference"),
@@ -46,19 +50,27 @@ def _table(experiment: Experiment, rows: list[FinalRow]) -> Table:
         "all runs. Below 0 a group is better than vanilla; the interval is one of 95 %. Where "
         "there are equal seeds, which saw the same text in the same order, a difference is theirs."
     )
-    cells = tuple(_row(row) for row in rows)
+    if seeds:
+        note += f" All groups have {seeds}: means of other seeds are of easier or harder ones."
+    elif shared.note:
+        note += f" {shared.note}"
+    cells = tuple(
+        _row(row, (number(found.mean if found else None, "{:.4f}"),) if seeds else ())
+        for row, found in zip(rows, at_shared, strict=True)
+    )
     source = source_of_groups(experiment.groups)
     title = f"The {experiment.measure.words} at the end of the runs"
     return without_empty_columns(Table("final", title, columns, cells, source, note))
 
 
-def _row(row: FinalRow) -> tuple[Cell, ...]:
+def _row(row: FinalRow, at_shared_seeds: tuple[Cell, ...]) -> tuple[Cell, ...]:
     runs, value, found = row.group.runs, row.value, row.difference
     losses = [run.loss_ema for run in runs if run.loss_ema is not None]
     return (
         text(row.group.label, row.group.style),
         Cell("one seed" if len(runs) == 1 else str(len(runs)), len(runs)),
         Cell(drawings.tokens(runs[0].tokens), runs[0].tokens),
+        *at_shared_seeds,
         number(value.mean if value else None, "{:.4f}"),
         number(value.deviation if value else None, "{:.4f}"),
         number(row.text_error, "{:.3f}"),

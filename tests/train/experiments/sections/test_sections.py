@@ -146,3 +146,28 @@ def test_the_costs_of_a_larger_vanilla_are_told_beside_those_of_the_usual_one() 
     runs.append(a_run("vanilla", 0, gain=0.0, settings={"model.layers": 7}, **larger))
     rows = table(costs(experiment_of(runs)), "costs")
     assert rows["vanilla (layers=7)"]["flops_per_token_ratio"] == "2.00"
+
+
+def test_values_side_by_side_are_of_the_seeds_that_all_groups_have() -> None:
+    """Two groups that are equal for each seed look equal, however many seeds each of them has."""
+    runs = [a_run(model, seed, gain=0.0) for model in ("vanilla", "phd-2") for seed in range(3)]
+    found = experiment_of([*runs, a_run("phd_swa-2-1-inf", 0, gain=0.0)])
+    (side,) = (t for t in tables((equal(found),)) if t.name == "equal-cost")
+    of = {row[0].text: row[1].value for row in side.rows}
+    assert of["phd-2"] == of["phd_swa-2-1-inf"] == runs[0].heldout["heldout"].bits_per_byte.value
+    assert "Of seed 0 alone, which all groups have" in side.note
+    rows = table(final(found), "final")
+    one, three = rows["phd_swa-2-1-inf"], rows["phd-2"]
+    assert one["mean_of_shared_seeds"] == three["mean_of_shared_seeds"] == one["mean"]
+    assert three["mean"] != one["mean"]
+    prices = chart(costs(found), "prices")
+    assert len(prices.source.runs) == 3
+    assert "Of seed 0 alone" in prices.note
+
+
+def test_without_a_common_seed_the_page_says_that_means_tell_little() -> None:
+    found = experiment_of([a_run("vanilla", 0, gain=0.0), a_run("phd-2", 1, gain=0.0)])
+    for section, name in ((equal, "equal-cost"), (final, "final")):
+        (side,) = (t for t in tables((section(found),)) if t.name == name)
+        assert "There is no seed that all groups have" in side.note
+        assert len(side.source.runs) == 2
