@@ -128,6 +128,7 @@ class Standing:
             is the best vanilla itself.
         difference: to `rival`.
         rival_at_end: `at_end` of the rival.
+        rival_with_less: whether the rival ended with less of the cost than this group.
     """
 
     value: Spread | None = None
@@ -136,6 +137,7 @@ class Standing:
     rival: Group | None = None
     difference: Difference | None = None
     rival_at_end: bool = True
+    rival_with_less: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -303,6 +305,10 @@ def against_vanilla(experiment: Experiment) -> list[AgainstVanilla]:
 
     At equal tokens that is vanilla with as many parameters. At equal FLOPs or time it may have any
     size. At equal latency or KV bytes it may be any vanilla that costs no more, at equal tokens.
+
+    Vanilla that ended with less takes part with its end, since more would only have made it better.
+    A variant that loses to it loses at equal cost as well; one that wins only over such vanilla has
+    not been compared.
     """
     rows = []
     for group in experiment.groups:
@@ -338,8 +344,15 @@ def _beside_vanilla(experiment: Experiment, group: Group, cost: Cost, ours: "_Fo
             found[other.key] = _Found(lack=Lack.OVER)
         else:
             found[other.key] = _values_at(experiment, other, Cost.TOKENS, tokens)
-    if any(each.values for each in found.values()):
-        return _standing(ours, group, vanilla, found)
+    ended = {key for key, each in found.items() if each.lack == Lack.NOT_REACHED}
+    with_less = {
+        other.key: _Found(_ends(experiment, other), with_less=True)
+        for other in vanilla
+        if other.key in ended
+    }
+    standing = _standing(ours, group, vanilla, found | with_less)
+    if (gap := standing.difference) and (gap.mean > 0 or any(x.values for x in found.values())):
+        return standing
     lacks = [each.lack for each in found.values() if each.lack]
     return Standing(value=_spread(ours.values), lack=lacks[0] if lacks else Lack.NO_VANILLA)
 
@@ -351,6 +364,7 @@ class _Found:
     values: Values = ()
     at_end: bool = True
     lack: Lack | None = None
+    with_less: bool = False
 
 
 def _standing(
@@ -371,7 +385,13 @@ def _standing(
     if not rivals:
         return alone
     rival, theirs, found_difference = max(rivals, key=lambda each: each[2].mean)
-    return replace(alone, rival=rival, difference=found_difference, rival_at_end=theirs.at_end)
+    return replace(
+        alone,
+        rival=rival,
+        difference=found_difference,
+        rival_at_end=theirs.at_end,
+        rival_with_less=theirs.with_less,
+    )
 
 
 def _common_amount(

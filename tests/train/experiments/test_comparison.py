@@ -173,8 +173,8 @@ def test_each_group_stands_beside_the_best_vanilla_that_had_as_much() -> None:
     }
     assert means["phd-3"] == {
         Cost.TOKENS: -0.4,
-        Cost.FLOPS: Lack.NOT_REACHED,
-        Cost.SECONDS: Lack.NOT_REACHED,
+        Cost.FLOPS: 0.1,  # the larger one is better with two thirds
+        Cost.SECONDS: 0.1,
         Cost.DECODE_MS: 0.1,  # the larger one is as fast
         Cost.KV_BYTES: -0.4,
     }
@@ -191,6 +191,24 @@ def test_each_group_stands_beside_the_best_vanilla_that_had_as_much() -> None:
         None,
         Lack.OVER,
     ]
+
+
+def test_vanilla_that_is_better_with_less_wins_and_is_marked() -> None:
+    """Cheaper vanilla is not passed over for a dearer one that is worse."""
+    cheap = run("vanilla", 0, 1.5, cost=1.5, size="large", parameters=1700)
+    dear = run("vanilla", 0, 2.2, cost=2.0, size="huge", parameters=2500)
+    for others in ([cheap], [cheap, dear]):
+        [row] = against_vanilla(experiment_of([*others, run("phd-2", 0, 2.0)]))
+        for cost in (Cost.FLOPS, Cost.SECONDS):
+            standing = row.standings[cost]
+            assert standing.rival.key == "vanilla-1000-large"
+            assert standing.difference.mean == pytest.approx(0.5)
+            assert standing.rival_with_less
+    # Vanilla that is worse with less says nothing of what it would be with as much.
+    [row] = against_vanilla(experiment_of([cheap, run("phd-2", 0, 1.0)]))
+    assert row.standings[Cost.FLOPS].lack == Lack.NOT_REACHED
+    [row] = against_vanilla(experiment_of([dear, run("phd-2", 0, 2.0)]))
+    assert not row.standings[Cost.FLOPS].rival_with_less
 
 
 def test_without_vanilla_nothing_is_compared() -> None:

@@ -79,6 +79,8 @@ def sentence(rows: Sequence[AgainstVanilla], cost: Cost, measure: Measure) -> st
             "Vanilla is taken in the middle of its schedule there, where it is worse than a run "
             "that ends there."
         )
+    if best.standing.rival_with_less:
+        parts.append("Vanilla is at its end there, with less than the variant was given.")
     return " ".join(filter(None, parts))
 
 

@@ -78,7 +78,8 @@ def _chart(experiment: Experiment, rows: Sequence[AgainstVanilla]) -> Chart:
     note = (
         "Left of the line a variant is better than vanilla, right of it vanilla wins. Bars are "
         "95 % intervals; a point without a bar is of one seed. Vanilla of equal cost may have seen "
-        "more tokens or be a larger model, except at equal tokens."
+        "more tokens or be a larger model, except at equal tokens. Vanilla that ended with less "
+        "and is better all the same stands there with its end."
     )
     return Chart(
         "against-vanilla",
@@ -188,6 +189,7 @@ def _pair(row: AgainstVanilla, cost: Cost, standing: Standing) -> tuple[Cell, ..
     found, rival = standing.difference, standing.rival
     remarks = [] if found is None or found.paired else ["seeds are not the same"]
     remarks += [] if standing.rival_at_end else ["vanilla in the middle of its schedule"]
+    remarks += ["vanilla with less"] if standing.rival_with_less else []
     remarks += [f"vanilla: {standing.lack}"] if standing.lack else []
     return (
         text(row.group.label, row.group.style),
