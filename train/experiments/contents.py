@@ -39,7 +39,7 @@ def report_of(results: Sequence[Result], title: str) -> Report:
     experiment = experiment_of(results)
     found = [section(experiment) for section in SECTIONS]
     groups = plural(len(experiment.groups), "group")
-    finished = sum(len(group.runs) for group in experiment.groups)
+    finished = sum(result.status == "finished" for result in results)
     runs = f"{plural(len(results), 'run')}, of which {finished} finished"
     subject = f"{runs}: {groups} that differ in more than their seed"
     return Report(title, subject, tuple(section for section in found if section))

@@ -61,18 +61,34 @@ def groups_of(results: Sequence[Result]) -> list[Group]:
     """The groups of the finished runs, in the order of legends: vanilla, then as in the paper.
 
     Args:
-        results: of any runs; those that have not finished are passed over.
+        results: of any runs; those that have not finished are passed over, and of runs of the same
+            seed all but the first: a run that is given twice is not two seeds. See `twice`.
     """
     runs: dict[str, list[Result]] = defaultdict(list)
-    for result in results:
-        if result.status == "finished":
-            runs[result.group].append(result)
+    for result in first_of_seeds(results).values():
+        runs[result.group].append(result)
     first = {key: found[0] for key, found in runs.items()}
     ordered = sorted(first, key=lambda key: _place(first[key]))
     look = styles({key: first[key].model for key in ordered})
     labels = _labels({key: first[key] for key in ordered})
     by_seed = {key: tuple(sorted(runs[key], key=lambda run: run.seed)) for key in ordered}
     return [Group(key, labels[key], look[key], by_seed[key]) for key in ordered]
+
+
+def first_of_seeds(results: Iterable[Result]) -> dict[tuple[str, int], Result]:
+    """The first finished run of each seed of each group."""
+    found: dict[tuple[str, int], Result] = {}
+    for result in results:
+        if result.status == "finished":
+            found.setdefault((result.group, result.seed), result)
+    return found
+
+
+def twice(results: Sequence[Result]) -> list[tuple[Result, Result]]:
+    """The finished runs that no group takes, each with the run of its group that has its seed."""
+    first = first_of_seeds(results)
+    pairs = [(r, first[r.group, r.seed]) for r in results if r.status == "finished"]
+    return [(result, taken) for result, taken in pairs if result is not taken]
 
 
 def source_of_groups(groups: Sequence[Group]) -> Source:

@@ -14,7 +14,7 @@ class Source:
 
     Attributes:
         runs: their names.
-        fewest, most: seeds of a group of runs that differ in nothing else.
+        fewest, most: different seeds of a group of runs that differ in nothing else.
         alone: the runs that are the only seed of their group.
     """
 
@@ -41,7 +41,7 @@ class Source:
 def source_of(results: Iterable[Result]) -> Source:
     """The source that some runs are; at least one."""
     found = list(results)
-    seeds = Counter(result.group for result in found)
+    seeds = Counter(group for group, _ in {(result.group, result.seed) for result in found})
     alone = tuple(result.name for result in found if seeds[result.group] == 1)
     names = tuple(result.name for result in found)
     return Source(names, min(seeds.values()), max(seeds.values()), alone)

@@ -1,7 +1,9 @@
 """Runs that differ in their seed alone are one group, and each group has a label of its own."""
 
+from dataclasses import replace
+
 from tests.train.experiments.made_up import a_run, an_experiment
-from train.experiments.groups import groups_of
+from train.experiments.groups import groups_of, twice
 from train.experiments.source import source_of
 from train.experiments.theme import VANILLA
 
@@ -51,3 +53,14 @@ def test_a_source_says_how_many_seeds_it_has() -> None:
     assert str(source_of(runs[:1])) == "1 run, one seed"
     assert str(source_of([runs[0], vanilla])) == "2 runs, one seed each"
     assert str(source_of([*runs, vanilla])) == "4 runs, 1 to 3 seeds each"
+
+
+def test_a_run_that_is_given_twice_is_one_seed() -> None:
+    run = a_run("phd-2", 0, gain=0.0)
+    again = replace(run, name="a copy")
+    (group,) = groups_of([run, again])
+    assert group.runs == (run,)
+    assert twice([run, again]) == [(again, run)]
+    source = source_of([run, again])
+    assert source.one_seed
+    assert source.alone == (run.name, again.name)

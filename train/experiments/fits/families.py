@@ -9,7 +9,7 @@ from typing import Any
 
 from train.experiments.fits.fit import Fitted
 from train.experiments.fits.points import Point, Points
-from train.experiments.groups import told
+from train.experiments.groups import first_of_seeds, told
 from train.experiments.result import Result
 from train.experiments.source import Source, source_of
 
@@ -133,8 +133,8 @@ def points_of(results: Iterable[Result], loss: Callable[[Result], float | None])
     """
     points = [
         _point(result, value)
-        for result in results
-        if result.status == "finished" and (value := loss(result)) is not None
+        for result in first_of_seeds(results).values()
+        if (value := loss(result)) is not None
     ]
     rivals: dict[tuple[float, ...], dict[str, list[Point]]] = defaultdict(lambda: defaultdict(list))
     for point in points:

@@ -1,8 +1,11 @@
 """The runs that are not in the comparisons, and why."""
 
+from dataclasses import replace
+
 from conf.wording import plural, short_count
 from train.experiments.document import Note, Section
 from train.experiments.experiment import Experiment
+from train.experiments.groups import twice
 from train.experiments.source import source_of
 from train.experiments.tables import Cell, Column, Table, number, text
 
@@ -19,12 +22,17 @@ COLUMNS = (
 
 
 def unfinished(experiment: Experiment) -> Section | None:
-    """The failed, unfinished and diverged runs; a sentence if there are none."""
+    """The failed, unfinished and diverged runs and those given twice; a sentence if all is well."""
     results = experiment.results
     if not results:
         return None
     title = "Failed, unfinished and diverged runs"
     left = [result for result in results if result.status != "finished"]
+    doubles = [
+        replace(result, reason=f"the seed and settings are those of {taken.name}, which counts")
+        for result, taken in twice(results)
+    ]
+    left += doubles
     if not left:
         words = (
             "There is none: the only run has"
@@ -35,7 +43,7 @@ def unfinished(experiment: Experiment) -> Section | None:
     rows = tuple(
         (
             text(result.name),
-            text(result.status),
+            text("given twice" if result in doubles else result.status),
             text(result.reason or ""),
             text(result.model),
             Cell(str(result.seed), result.seed),

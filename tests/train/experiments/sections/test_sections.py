@@ -1,6 +1,6 @@
 """Each section says what it is for, of runs of which the right words are known."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 
@@ -19,6 +19,7 @@ from train.experiments.sections.equal import equal
 from train.experiments.sections.final import final
 from train.experiments.sections.settings import settings
 from train.experiments.sections.tasks import tasks
+from train.experiments.sections.unfinished import unfinished
 from train.experiments.tables import MISSING, Table
 
 
@@ -172,3 +173,12 @@ def test_without_a_common_seed_the_page_says_that_means_tell_little() -> None:
         (side,) = (t for t in tables((section(found),)) if t.name == name)
         assert "There is no seed that all groups have" in side.note
         assert len(side.source.runs) == 2
+
+
+def test_a_run_given_twice_is_named_and_makes_no_interval() -> None:
+    runs = [a_run(model, 0, gain=0.0) for model in ("vanilla", "phd-2")]
+    found = experiment_of([*runs, *(replace(run, name=f"{run.name}-again") for run in runs)])
+    assert "low" not in table(final(found), "final")["phd-2"]
+    rows = table(unfinished(found), "unfinished")
+    assert [row["status"] for row in rows.values()] == ["given twice"] * 2
+    assert rows["phd-2-micro-seed_0-again"]["reason"].endswith("phd-2-micro-seed_0, which counts")
