@@ -69,6 +69,7 @@ class Lack(StrEnum):
     NOT_MEASURED = "not measured"
     OVER = "costs more"
     OTHER_DEVICE = "trained on another device"
+    OTHER_TEXT = "measured on another text"
     NO_VANILLA = "no vanilla run"
 
 
@@ -273,16 +274,17 @@ def side_by_side(experiment: Experiment) -> list[EqualCost]:
 
 
 def _equal_cost(experiment: Experiment, cost: Cost) -> EqualCost:
-    setting = decode_setting(experiment.groups) if cost == Cost.DECODE_MS else None
-    amounts = {g.key: _amount(g, cost, setting) for g in experiment.groups}
-    amount, lack = _common_amount(experiment.groups, amounts, cost)
+    setting = decode_setting(experiment.comparable) if cost == Cost.DECODE_MS else None
+    comparable = experiment.comparable
+    amounts = {g.key: _amount(g, cost, setting) for g in comparable}
+    amount, lack = _common_amount(comparable, amounts, cost)
     if amount is None:
         return EqualCost(cost=cost, amount=None, lack=lack)
-    tokens = {g.key: _amount(g, Cost.TOKENS, None) for g in experiment.groups}
-    at_tokens, _ = _common_amount(experiment.groups, tokens, Cost.TOKENS)
+    tokens = {g.key: _amount(g, Cost.TOKENS, None) for g in comparable}
+    at_tokens, _ = _common_amount(comparable, tokens, Cost.TOKENS)
     assert at_tokens is not None  # there is vanilla and another
-    found: dict[str, _Found] = {}
-    for group in experiment.groups:
+    found = {group.key: _Found(lack=Lack.OTHER_TEXT) for group in experiment.groups}
+    for group in comparable:
         own = amounts[group.key]
         if cost.of_training:
             found[group.key] = _values_at(experiment, group, cost, amount)
@@ -333,6 +335,9 @@ def _beside_vanilla(experiment: Experiment, group: Group, cost: Cost, ours: "_Fo
     found: dict[str, _Found] = {}
     for other in vanilla:
         if cost == Cost.TOKENS and not _as_large(other, group):
+            continue
+        if not experiment.same_text(other, group):
+            found[other.key] = _Found(lack=Lack.OTHER_TEXT)
             continue
         if cost.of_training:
             found[other.key] = _values_at(experiment, other, cost, amount, like=group)

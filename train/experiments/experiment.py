@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from train.experiments.groups import Group, groups_of
 from train.experiments.result import HeldoutCurve, Result
 from train.experiments.spread import Spread, spread
+from train.experiments.texts import same_text
 
 
 @dataclass(frozen=True)
@@ -57,10 +58,35 @@ class Experiment:
     groups: tuple[Group, ...]
     measure: Measure
 
+    def same_text(self, one: Group, other: Group) -> bool:
+        """Whether the measure of two groups is of the same text, so that they can be compared."""
+        return same_text(one.runs[0], other.runs[0], self.measure.source)
+
+    def text_of(self, group: Group) -> int:
+        """A number that is equal for groups that were measured on the same text."""
+        return next(n for n, other in enumerate(self.groups) if self.same_text(other, group))
+
+    @property
+    def comparable(self) -> tuple[Group, ...]:
+        """The groups of the text that most groups were measured on."""
+        texts = [self.text_of(group) for group in self.groups]
+        usual = max(texts, key=texts.count, default=None)
+        return tuple(g for g, text in zip(self.groups, texts, strict=True) if text == usual)
+
+    @property
+    def other_text(self) -> str:
+        """A sentence that names the groups that are not `comparable`; empty if there is none."""
+        usual = {group.key for group in self.comparable}
+        left = [group.label for group in self.groups if group.key not in usual]
+        return f"Measured on another text than most: {', '.join(left)}." if left else ""
+
     def vanilla_of(self, group: Group) -> Group | None:
-        """The vanilla model of a group's size, with the nearest parameters, then tokens."""
+        """The vanilla model of a group's size and text, of the nearest parameters, then tokens."""
         found = [
-            g for g in self.groups if g.model == "vanilla" and g.runs[0].size == group.runs[0].size
+            g
+            for g in self.groups
+            if g.model == "vanilla" and g.runs[0].size == group.runs[0].size
+            if self.same_text(g, group)
         ]
 
         def distance(other: Group) -> tuple[int, int]:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, TypeVar
 from conf.wording import short_count
 from train.experiments.result import Result
 from train.experiments.source import Source, source_of
+from train.experiments.texts import LOADING, same_texts
 from train.experiments.theme import Style, styles
 
 T = TypeVar("T")
@@ -21,10 +22,9 @@ UNTOLD = (
         "faults.",
         "eval.",
         "hooks.",
-        "tokenizer.cache_dir",
+        *LOADING,
     ),
-    *("train.max_", "train.micro_batch", "train.profile", "data.workers", "data.prefetch"),
-    *("data.remote.", "data.cache.", "data.max_quarantined", "model.attention"),
+    *("train.max_", "train.micro_batch", "train.profile", "model.attention"),
 )
 """How the settings begin that a label does not tell: they make no other model, or the tokens of the
 run tell them."""
@@ -40,7 +40,8 @@ class Group:
     """Finished runs that differ in nothing but their seed.
 
     Attributes:
-        key: see `Result.group`.
+        key: see `Result.group`; with a number where such runs were evaluated on several texts, as
+            those of files that are others on another machine.
         label: names the variant and what else tells the group from the others of the report.
         style: in which it is drawn everywhere.
         runs: at least one.
@@ -64,9 +65,9 @@ def groups_of(results: Sequence[Result]) -> list[Group]:
         results: of any runs; those that have not finished are passed over, and of runs of the same
             seed all but the first: a run that is given twice is not two seeds. See `twice`.
     """
-    runs: dict[str, list[Result]] = defaultdict(list)
-    for result in first_of_seeds(results).values():
-        runs[result.group].append(result)
+    runs: dict[str, list[Result]] = {}
+    for result in first_of_seeds(results):
+        runs.setdefault(_key(result, runs), []).append(result)
     first = {key: found[0] for key, found in runs.items()}
     ordered = sorted(first, key=lambda key: _place(first[key]))
     look = styles({key: first[key].model for key in ordered})
@@ -75,20 +76,40 @@ def groups_of(results: Sequence[Result]) -> list[Group]:
     return [Group(key, labels[key], look[key], by_seed[key]) for key in ordered]
 
 
-def first_of_seeds(results: Iterable[Result]) -> dict[tuple[str, int], Result]:
-    """The first finished run of each seed of each group."""
-    found: dict[tuple[str, int], Result] = {}
-    for result in results:
-        if result.status == "finished":
-            found.setdefault((result.group, result.seed), result)
-    return found
+def _key(result: Result, runs: Mapping[str, Sequence[Result]]) -> str:
+    """The key of the group that a run belongs to, given those that were found before it."""
+    key, number = result.group, 1
+    while key in runs and not same_texts(runs[key][0], result):
+        number += 1
+        key = f"{result.group} {number}"
+    return key
 
 
-def twice(results: Sequence[Result]) -> list[tuple[Result, Result]]:
+def first_of_seeds(results: Iterable[Result]) -> list[Result]:
+    """The finished runs, but those of a seed and text that another run of the group has."""
+    return _by_seed(results)[0]
+
+
+def twice(results: Iterable[Result]) -> list[tuple[Result, Result]]:
     """The finished runs that no group takes, each with the run of its group that has its seed."""
-    first = first_of_seeds(results)
-    pairs = [(r, first[r.group, r.seed]) for r in results if r.status == "finished"]
-    return [(result, taken) for result, taken in pairs if result is not taken]
+    return _by_seed(results)[1]
+
+
+def _by_seed(results: Iterable[Result]) -> tuple[list[Result], list[tuple[Result, Result]]]:
+    """The first run of each seed of each group and text; then the others, each with the first."""
+    first: dict[tuple[str, int], list[Result]] = defaultdict(list)
+    kept, others = [], []
+    for result in results:
+        if result.status != "finished":
+            continue
+        rivals = first[result.group, result.seed]
+        taken = next((other for other in rivals if same_texts(other, result)), None)
+        if taken is None:
+            rivals.append(result)
+            kept.append(result)
+        else:
+            others.append((result, taken))
+    return kept, others
 
 
 def source_of_groups(groups: Sequence[Group]) -> Source:

@@ -40,6 +40,8 @@ class Heldout:
             middle of a run.
         bytes: of the text in UTF-8; None likewise.
         documents: how many; None likewise.
+        fingerprint: xxh3 of the rows of tokens that were read; None where it was not kept.
+        step: of the run at which it was evaluated; None where it was not kept.
     """
 
     bits_per_byte: Estimate
@@ -47,6 +49,8 @@ class Heldout:
     tokens: int | None = None
     bytes: int | None = None
     documents: int | None = None
+    fingerprint: str | None = None
+    step: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

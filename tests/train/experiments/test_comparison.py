@@ -211,6 +211,54 @@ def test_vanilla_that_is_better_with_less_wins_and_is_marked() -> None:
     assert not row.standings[Cost.FLOPS].rival_with_less
 
 
+def on(result: Result, **text: Any) -> Result:
+    """The run as evaluated on a text."""
+    return replace(result, heldout={"heldout": replace(result.heldout["heldout"], **text)})
+
+
+@pytest.mark.parametrize("told", ["fingerprint", "bytes", "documents"])
+def test_runs_on_other_text_are_not_compared(told: str) -> None:
+    ours, theirs = {told: "1"}, {told: "2"}
+    runs = [on(run("phd-2", 0, 1.0), **ours), on(run("phd-3", 0, 1.1), **ours)]
+    found = experiment_of([on(run("vanilla", 0, 2.0), **theirs), *runs])
+    rows = {row.group.model: row for row in final_table(found)}
+    assert {row.base for row in rows.values()} == {None}
+    for row in against_vanilla(found):
+        standings = dict(row.standings)
+        assert standings.pop(Cost.DECODE_MS).lack == Lack.NOT_MEASURED
+        assert {standing.lack for standing in standings.values()} == {Lack.OTHER_TEXT}
+    assert [cost.amount for cost in side_by_side(found)] == [None] * 5
+    # Where vanilla was evaluated on both, each is compared with its own, also of one seed.
+    again = replace(on(run("vanilla", 0, 2.0), **theirs), name="on another machine")
+    found = experiment_of([on(run("vanilla", 0, 1.5), **ours), *runs, again])
+    assert [len(group.runs) for group in found.groups] == [1, 1, 1, 1]
+    for row in against_vanilla(found):
+        assert row.standings[Cost.TOKENS].difference.mean == pytest.approx(row.value.mean - 1.5)
+    [tokens, *_] = side_by_side(found)
+    assert [s.lack for s in tokens.standings.values()] == [None, Lack.OTHER_TEXT, None, None]
+    assert "vanilla (on another machine)" in found.other_text
+
+
+@pytest.mark.parametrize(
+    ("setting", "same"),
+    [
+        ("data.sources.a.path", False),
+        ("tokenizer.vocab_size", False),
+        ("eval.rows", False),
+        ("train.seq_len", False),
+        ("data.workers", True),
+        ("optim.lr", True),
+    ],
+)
+def test_settings_tell_the_text_where_a_run_has_no_fingerprint(setting: str, same: bool) -> None:
+    runs = [run("vanilla", 0, 2.0), run("phd-2", 0, 1.0)]
+    runs = [replace(r, settings=r.settings | {setting: n}) for n, r in enumerate(runs)]
+    row = final_table(experiment_of(runs))[1]
+    assert (row.base is not None) == same
+    read = [on(r, fingerprint="1") for r in runs]
+    assert final_table(experiment_of(read))[1].base is not None
+
+
 def test_without_vanilla_nothing_is_compared() -> None:
     experiment = experiment_of([run("phd-2", 0, 1.0)])
     assert [cost.amount for cost in side_by_side(experiment)] == [None] * 5

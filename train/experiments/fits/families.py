@@ -133,7 +133,7 @@ def points_of(results: Iterable[Result], loss: Callable[[Result], float | None])
     """
     points = [
         _point(result, value)
-        for result in first_of_seeds(results).values()
+        for result in first_of_seeds(results)
         if (value := loss(result)) is not None
     ]
     rivals: dict[tuple[float, ...], dict[str, list[Point]]] = defaultdict(lambda: defaultdict(list))

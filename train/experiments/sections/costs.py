@@ -170,7 +170,7 @@ def _latency_row(group: Group, found: Latency, vanilla: Latency | None) -> tuple
 
 def _prices(experiment: Experiment) -> Chart | None:
     measure = experiment.measure
-    with_values = [group for group in experiment.groups if measure.spread(group)]
+    with_values = [group for group in experiment.comparable if measure.spread(group)]
     if len(with_values) < 2:
         return None
     shown, _, left_out = at_shared_seeds(with_values)
@@ -193,6 +193,8 @@ def _prices(experiment: Experiment) -> Chart | None:
         alt = f"The {measure.words} of {len(rows)} groups of runs over their {label}."
         panels.append(Panel(label.split()[0].lower(), alt, draw))
     note = "Down and to the left is better. Bars reach from the lowest to the highest seed."
+    if experiment.other_text:
+        note += f" {experiment.other_text} They are not shown."
     if left_out:
         note += f" {left_out}"
     title = f"The {measure.words} at the end, over what it cost"

@@ -50,6 +50,8 @@ def _table(experiment: Experiment, rows: list[FinalRow]) -> Table:
         "all runs. Below 0 a group is better than vanilla; the interval is one of 95 %. Where "
         "there are equal seeds, which saw the same text in the same order, a difference is theirs."
     )
+    if experiment.other_text:
+        note += f" {experiment.other_text}"
     if seeds:
         note += f" All groups have {seeds}: means of other seeds are of easier or harder ones."
     elif shared.note:
