@@ -67,12 +67,13 @@ def sentence(rows: Sequence[AgainstVanilla], cost: Cost, measure: Measure) -> st
     if not found:
         lacks = sorted({str(row.standings[cost].lack) for row in rows if row.standings[cost].lack})
         return f"At equal {cost.value}, nothing can be compared. Vanilla: {', '.join(lacks)}."
-    # A clear gain says more than a greater one that may be chance.
-    best = next((each for each in found if each.gap.is_clear and each.gap.mean < 0), found[0])
-    parts = [f"At equal {cost.value}, {_told(best, measure)} ({_sureness(best.gap)})."]
+    best = _head(found)
+    parts = [f"At equal {cost.value}, {_told(best, found, measure)} ({_sureness(best.gap)})."]
     if best is not found[0]:
         label, by = found[0].row.group.label, _size(found[0], measure)
-        parts.append(f"{label} gains more, {by}, but that may be chance.")
+        gains = found[0].gap.mean < 0
+        does = ("gains more" if best.gap.mean < 0 else "gains") if gains else "loses less"
+        parts.append(f"{label} {does}, {by}, but that may be chance.")
     parts.append(_count([each.gap for each in found]))
     if not best.standing.rival_at_end:
         parts.append(
@@ -84,19 +85,37 @@ def sentence(rows: Sequence[AgainstVanilla], cost: Cost, measure: Measure) -> st
     return " ".join(filter(None, parts))
 
 
-def _told(best: Found, measure: Measure) -> str:
+def _head(found: Sequence[Found]) -> Found:
+    """The one that the sentence is of: a clear gain, else the best one.
+
+    What is clear says more than what may be chance. So of one seed it is only where nothing is
+    clear, and else the least of the clear losses.
+    """
+    clear = [each for each in found if each.gap.is_clear]
+    if clear and (clear[0].gap.mean < 0 or found[0].gap.low is None):
+        return clear[0]
+    return found[0]
+
+
+def _told(best: Found, found: Sequence[Found], measure: Measure) -> str:
     assert best.standing.rival
     ours, theirs, size = best.row.group.label, best.standing.rival.label, _size(best, measure)
     if best.gap.low is not None and not best.gap.is_clear:
         side = "below" if best.gap.mean < 0 else "above"
+        is_none = (
+            "is clearly better than" if any(x.gap.is_clear for x in found) else "can be told from"
+        )
         return (
-            f"no variant can be told from vanilla: the best one, {ours}, is {size} {side} "
+            f"no variant {is_none} vanilla: the best one, {ours}, is {size} {side} "
             f"{theirs}, and the interval includes 0"
         )
     if best.gap.mean < 0:
         return f"{ours} gains {size} over {theirs}"
     verb = "wins" if best.gap.is_clear else "is ahead"
-    return f"vanilla {verb}: {theirs} is {size} below the best variant, {ours}"
+    which = "the best variant"
+    if best is not found[0]:
+        which += " that can be told from it"
+    return f"vanilla {verb}: {theirs} is {size} below {which}, {ours}"
 
 
 def _size(found: Found, measure: Measure) -> str:

@@ -62,6 +62,24 @@ def test_a_clear_gain_comes_before_a_greater_one_that_may_be_chance() -> None:
     assert "Of 2 variants: 1 better than vanilla, 1 that cannot be told from it." in tokens
 
 
+def test_clear_losses_are_not_called_unclear() -> None:
+    unsure, worse = variant(-0.2, 0.1, -0.02), variant(0.5, 0.5, 0.5, model="phd-3")
+    tokens, *_ = words([*VANILLA, *unsure, *worse])
+    assert "no variant is clearly better than vanilla: the best one, phd-2, is 0.0" in tokens
+    assert "can be told from vanilla" not in tokens
+    assert "Of 2 variants: 1 worse than vanilla, 1 that cannot be told from it." in tokens
+
+
+@pytest.mark.parametrize(("gain", "does"), [(0.1, "loses less"), (-0.1, "gains")])
+def test_a_clear_loss_comes_before_a_difference_of_one_seed(gain: float, does: str) -> None:
+    worse = variant(0.5, 0.5, 0.5, model="phd-3")
+    tokens, *_ = words([*VANILLA, *variant(gain), *worse])
+    assert tokens.startswith("At equal tokens, vanilla wins: vanilla is 0.300")
+    assert "below the best variant that can be told from it, phd-3 (95 %" in tokens
+    assert f"phd-2 {does}, 0.060 bits per byte" in tokens
+    assert "but that may be chance." in tokens
+
+
 def test_the_same_is_not_said_twice() -> None:
     assert "At equal KV bytes, the same holds as at equal tokens." in words(
         [*VANILLA, *variant(-0.1, -0.1, -0.1)]
