@@ -100,6 +100,8 @@ def _head(found: Sequence[Found]) -> Found:
 def _told(best: Found, found: Sequence[Found], measure: Measure) -> str:
     assert best.standing.rival
     ours, theirs, size = best.row.group.label, best.standing.rival.label, _size(best, measure)
+    if not best.gap.mean:
+        return f"nothing is gained: the best variant, {ours}, is exactly as good as {theirs}"
     if best.gap.low is not None and not best.gap.is_clear:
         side = "below" if best.gap.mean < 0 else "above"
         is_none = (

@@ -80,6 +80,14 @@ def test_a_clear_loss_comes_before_a_difference_of_one_seed(gain: float, does: s
     assert "but that may be chance." in tokens
 
 
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_equality_is_no_win_of_either(seeds: int) -> None:
+    tokens, *_ = words([*VANILLA[:seeds], *variant(*[0.0] * seeds)])
+    told = "nothing is gained: the best variant, phd-2, is exactly as good as vanilla"
+    assert tokens.startswith(f"At equal tokens, {told} (")
+    assert "ahead" not in tokens
+
+
 def test_the_same_is_not_said_twice() -> None:
     assert "At equal KV bytes, the same holds as at equal tokens." in words(
         [*VANILLA, *variant(-0.1, -0.1, -0.1)]
