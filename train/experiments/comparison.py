@@ -255,9 +255,10 @@ def _text_error(experiment: Experiment, group: Group) -> float | None:
     source = experiment.measure.source
     if source is None:
         return None
-    found = [run.heldout[source].bits_per_byte.standard_error for run in group.runs]
+    texts = [run.heldout[source] for run in group.runs if source in run.heldout]
+    found = [text.bits_per_byte.standard_error for text in texts]
     known = [error for error in found if error is not None]
-    return fmean(known) if len(known) == len(found) else None
+    return fmean(known) if len(known) == len(group.runs) else None
 
 
 # At equal cost

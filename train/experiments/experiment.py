@@ -1,9 +1,10 @@
 """The runs of a report, their groups, and the measure by which they are compared."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from train.experiments.groups import Group, groups_of
+from train.experiments.groups import Group, Shared, at_shared_seeds, groups_of
 from train.experiments.result import HeldoutCurve, Result
 from train.experiments.spread import Spread, spread
 from train.experiments.texts import same_text
@@ -50,8 +51,8 @@ class Experiment:
     Attributes:
         results: of all runs, whatever became of them.
         groups: of the finished ones, in the order of legends and tables.
-        measure: held-out bits per byte of the source that all groups have; where there is none, the
-            smoothed training loss.
+        measure: held-out bits per byte of the source that most groups have; where no group has one,
+            the smoothed training loss.
     """
 
     results: tuple[Result, ...]
@@ -80,6 +81,22 @@ class Experiment:
         left = [group.label for group in self.groups if group.key not in usual]
         return f"Measured on another text than most: {', '.join(left)}." if left else ""
 
+    @property
+    def not_measured(self) -> str:
+        """A sentence that names the groups that lack the measure; empty if all have it."""
+        left = [group.label for group in self.groups if not self.measure.spread(group)]
+        told = f"Without {self.measure.words}, and so in no comparison: {', '.join(left)}."
+        return told if left else ""
+
+    def at_shared_seeds(self) -> Shared:
+        """The groups with the runs of the seeds that all that can be compared have."""
+        usual = [group for group in self.comparable if self.measure.spread(group)]
+        if not usual:
+            return Shared(self.groups, (), "")
+        shared = at_shared_seeds(usual)
+        cut = {group.key: group for group in shared.groups}
+        return shared._replace(groups=tuple(cut.get(g.key, g) for g in self.groups))
+
     def vanilla_of(self, group: Group) -> Group | None:
         """The vanilla model of a group's size and text, of the nearest parameters, then tokens."""
         found = [
@@ -99,19 +116,24 @@ class Experiment:
 def experiment_of(results: Sequence[Result]) -> Experiment:
     """The experiment that some runs are."""
     groups = tuple(groups_of(results))
-    return Experiment(tuple(results), groups, _measure([run for g in groups for run in g.runs]))
+    return Experiment(tuple(results), groups, _measure(groups))
 
 
-def _measure(runs: Sequence[Result]) -> Measure:
-    common = set.intersection(*(set(run.heldout) for run in runs)) if runs else set()
-    if not common:
+def _measure(groups: Sequence[Group]) -> Measure:
+    having = Counter(name for group in groups for name in sources_of(group))
+    if not having:
         return Measure("smoothed training loss", "nats per token", lambda run: run.loss_ema)
     # The text of the run itself, where it was evaluated on further files as well.
-    name = "heldout" if "heldout" in common else min(common)
+    name = min(having, key=lambda name: (-having[name], name != "heldout", name))
     where = "held-out" if name == "heldout" else name
     return Measure(
         f"{where} bits per byte",
         "bits per byte",
-        lambda run: run.heldout[name].bits_per_byte.value,
+        lambda run: run.heldout[name].bits_per_byte.value if name in run.heldout else None,
         name,
     )
+
+
+def sources_of(group: Group) -> set[str]:
+    """The sources that all runs of a group were evaluated on."""
+    return set.intersection(*(set(run.heldout) for run in group.runs))

@@ -150,8 +150,8 @@ def at_shared_seeds(groups: Sequence[Group]) -> Shared:
         for group in groups
     )
     named = f"{'seed' if len(seeds) == 1 else 'seeds'} {', '.join(map(str, seeds))}"
-    note = f"Of {named} alone, which all groups have: some seeds are easier than others."
-    return Shared(kept, seeds, note)
+    note = f"Of {named} alone, which all groups that can be compared have: "
+    return Shared(kept, seeds, note + "some seeds are easier than others.")
 
 
 FAMILIES = ("vanilla", "naive_repeat", "phd", "phd_swa", "phd_cswa")

@@ -30,6 +30,8 @@ def answer(experiment: Experiment) -> Section:
         bullets = [_after_tokens(rows, cost, experiment.measure) for cost in others]
         if len(differences(rows, Cost.TOKENS)) > 1:
             bullets.append(PICKED)
+        if experiment.not_measured:
+            bullets.append(experiment.not_measured)
         first = tuple(sentence(rows, cost, experiment.measure) for cost in FIRST)
         note = Note(first, "answer", tuple(bullets))
     return Section("answer", "The answer", (note,))

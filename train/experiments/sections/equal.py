@@ -22,7 +22,7 @@ from train.experiments.comparison import (
 from train.experiments.document import Fold, Section, missing
 from train.experiments.drawings import Axis, Mark
 from train.experiments.experiment import Experiment
-from train.experiments.groups import at_shared_seeds, source_of_groups
+from train.experiments.groups import source_of_groups
 from train.experiments.tables import Cell, Column, Table, difference, number, signed, text
 
 FRAME, ROW = 84, 31
@@ -112,7 +112,7 @@ def _signed(value: float) -> str:
 
 
 def _side_by_side(experiment: Experiment) -> Table:
-    shared = at_shared_seeds(experiment.groups)
+    shared = experiment.at_shared_seeds()
     every = side_by_side(replace(experiment, groups=shared.groups))
     found = [each for each in every if each.amount is not None]
     columns = [Column("group", "runs", numeric=False)]
@@ -133,7 +133,7 @@ def _side_by_side(experiment: Experiment) -> Table:
     notes.append(
         f"Amounts count as equal within {100 * ALIKE:g} %, and times within {100 * ALIKE_S:g} %."
     )
-    notes += [experiment.other_text] if experiment.other_text else []
+    notes += [told for told in (experiment.other_text, experiment.not_measured) if told]
     notes += [f"Decode latency is that of {each.setting}." for each in found if each.setting]
     notes += [f"At equal {e.cost.value}: {e.lack}." for e in every if e.amount is None]
     title = f"The {experiment.measure.words} at equal cost"

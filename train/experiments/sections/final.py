@@ -4,7 +4,7 @@ from train.experiments import drawings
 from train.experiments.comparison import FinalRow, final_table
 from train.experiments.document import Section
 from train.experiments.experiment import Experiment
-from train.experiments.groups import at_shared_seeds, source_of_groups
+from train.experiments.groups import source_of_groups
 from train.experiments.tables import (
     MISSING,
     Cell,
@@ -27,7 +27,7 @@ def final(experiment: Experiment) -> Section | None:
 
 def _table(experiment: Experiment, rows: list[FinalRow]) -> Table:
     unit = experiment.measure.unit
-    shared = at_shared_seeds(experiment.groups)
+    shared = experiment.at_shared_seeds()
     at_shared = [experiment.measure.spread(group) for group in shared.groups]
     seeds = f"seeds {', '.join(map(str, shared.seeds))}" if shared.note and shared.seeds else ""
     columns = (
@@ -50,10 +50,12 @@ def _table(experiment: Experiment, rows: list[FinalRow]) -> Table:
         "all runs. Below 0 a group is better than vanilla; the interval is one of 95 %. Where "
         "there are equal seeds, which saw the same text in the same order, a difference is theirs."
     )
-    if experiment.other_text:
-        note += f" {experiment.other_text}"
+    for told in filter(None, (experiment.other_text, experiment.not_measured)):
+        note += f" {told}"
     if seeds:
-        note += f" All groups have {seeds}: means of other seeds are of easier or harder ones."
+        note += (
+            f" All groups that can be compared have {seeds}; other seeds may be easier or harder."
+        )
     elif shared.note:
         note += f" {shared.note}"
     cells = tuple(

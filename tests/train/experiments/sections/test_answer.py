@@ -94,6 +94,15 @@ def test_the_same_is_not_said_twice() -> None:
     )
 
 
+def test_a_run_without_evaluation_is_left_out_and_the_others_are_compared() -> None:
+    """The whole page does not go over to the training loss because of it."""
+    alone = a_run("phd-3", 5, gain=-1.0, heldout={})
+    told = words([*VANILLA, *variant(-0.10, -0.11, -0.12), alone])
+    assert told[0].startswith("At equal tokens, phd-2 gains 0.066 bits per byte (3.1 %) over")
+    assert "Without held-out bits per byte, and so in no comparison: phd-3." in told
+    assert "smoothed training loss" in experiment_of([alone]).measure.words
+
+
 @pytest.mark.parametrize(
     "runs", [VANILLA, variant(-0.1), [a_run("phd-2", 0, gain=0.0, status="failed")]]
 )

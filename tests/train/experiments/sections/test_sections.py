@@ -157,7 +157,7 @@ def test_values_side_by_side_are_of_the_seeds_that_all_groups_have() -> None:
     (side,) = (t for t in tables((equal(found),)) if t.name == "equal-cost")
     of = {row[0].text: row[1].value for row in side.rows}
     assert of["phd-2"] == of["phd_swa-2-1-inf"] == runs[0].heldout["heldout"].bits_per_byte.value
-    assert "Of seed 0 alone, which all groups have" in side.note
+    assert "Of seed 0 alone, which all groups that can be compared have" in side.note
     rows = table(final(found), "final")
     one, three = rows["phd_swa-2-1-inf"], rows["phd-2"]
     assert one["mean_of_shared_seeds"] == three["mean_of_shared_seeds"] == one["mean"]
@@ -182,3 +182,14 @@ def test_a_run_given_twice_is_named_and_makes_no_interval() -> None:
     rows = table(unfinished(found), "unfinished")
     assert [row["status"] for row in rows.values()] == ["given twice"] * 2
     assert rows["phd-2-micro-seed_0-again"]["reason"].endswith("phd-2-micro-seed_0, which counts")
+
+
+def test_a_group_without_the_measure_is_in_every_table_and_cuts_no_seed() -> None:
+    runs = [a_run(model, seed, gain=0.0) for model in ("vanilla", "phd-2") for seed in range(2)]
+    found = experiment_of([*runs, a_run("phd-3", 7, gain=0.0, heldout={}, heldout_curves={})])
+    assert table(equal(found), "equal-cost")["phd-3"]["at_equal_tokens"] == "not measured"
+    rows = table(final(found), "final")
+    assert (rows["phd-3"]["mean"], rows["phd-2"]["mean"]) == (MISSING, rows["vanilla"]["mean"])
+    (side,) = (t for t in tables((final(found),)) if t.name == "final")
+    assert "seed 7" not in side.note
+    assert side.note.endswith("in no comparison: phd-3.")
