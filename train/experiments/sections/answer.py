@@ -6,7 +6,7 @@ from typing import NamedTuple
 from conf.wording import plural
 from train.experiments.comparison import AgainstVanilla, Cost, Difference, Standing, against_vanilla
 from train.experiments.document import Note, Section
-from train.experiments.experiment import Experiment, Measure
+from train.experiments.experiment import Experiment, Measure, sources_of
 from train.experiments.tables import signed
 
 FIRST = (Cost.TOKENS, Cost.FLOPS)
@@ -30,11 +30,25 @@ def answer(experiment: Experiment) -> Section:
         bullets = [_after_tokens(rows, cost, experiment.measure) for cost in others]
         if len(differences(rows, Cost.TOKENS)) > 1:
             bullets.append(PICKED)
+        if words := _which(experiment):
+            bullets.append(words)
         if experiment.not_measured:
             bullets.append(experiment.not_measured)
         first = tuple(sentence(rows, cost, experiment.measure) for cost in FIRST)
         note = Note(first, "answer", tuple(bullets))
     return Section("answer", "The answer", (note,))
+
+
+def _which(experiment: Experiment) -> str:
+    """What is compared, where that is not the held-out text alone; else empty."""
+    source = experiment.measure.source
+    if source is None:
+        return f"No run has held-out losses: what is compared is the {experiment.measure.words}."
+    others = {name for group in experiment.groups for name in sources_of(group)} - {source}
+    if not others:
+        return "" if source == "heldout" else f"All of this is of the text {source}."
+    words = "the runs' own held-out text" if source == "heldout" else f"the text {source}"
+    return f"All of this is of {words}, and not of {', '.join(sorted(others))}."
 
 
 def _after_tokens(rows: Sequence[AgainstVanilla], cost: Cost, measure: Measure) -> str:

@@ -1,5 +1,7 @@
 """The answer is what was found: a gain, one that may be chance, none, or that vanilla wins."""
 
+from dataclasses import replace
+
 import pytest
 
 pytest.importorskip("matplotlib")
@@ -101,6 +103,21 @@ def test_a_run_without_evaluation_is_left_out_and_the_others_are_compared() -> N
     assert told[0].startswith("At equal tokens, phd-2 gains 0.066 bits per byte (3.1 %) over")
     assert "Without held-out bits per byte, and so in no comparison: phd-3." in told
     assert "smoothed training loss" in experiment_of([alone]).measure.words
+
+
+def test_the_answer_says_of_which_text_it_is() -> None:
+    runs = [*VANILLA, *variant(-0.10, -0.11, -0.12)]
+
+    def on(*names: str) -> list[Result]:
+        return [replace(r, heldout=dict.fromkeys(names, r.heldout["heldout"])) for r in runs]
+
+    assert not any("All of this" in each for each in words(runs))
+    assert "All of this is of the text code, and not of web." in words(on("web", "code"))
+    assert "All of this is of the text web." in words(on("web"))
+    told = "All of this is of the runs' own held-out text, and not of code."
+    assert told in words(on("code", "heldout"))
+    told = "No run has held-out losses: what is compared is the smoothed training loss."
+    assert told in words(on())
 
 
 @pytest.mark.parametrize(
