@@ -11,7 +11,7 @@ from train.experiments.charts import Chart
 from train.experiments.document import Section, charts, tables
 from train.experiments.experiment import Experiment, experiment_of
 from train.experiments.groups import groups_of
-from train.experiments.result import Curve
+from train.experiments.result import Curve, Estimate, TaskScore
 from train.experiments.sections.ablations import ablations
 from train.experiments.sections.costs import costs
 from train.experiments.sections.curves import Seeds, curves
@@ -131,6 +131,29 @@ def test_tasks_are_told_with_their_errors(experiment: Experiment) -> None:
     assert (
         table(tasks(experiment), "tasks")["vanilla"]["arc_easy"] == "30.0 \N{PLUS-MINUS SIGN} 1.0"
     )
+
+
+def test_a_task_that_was_asked_otherwise_has_a_column_of_its_own() -> None:
+    score = TaskScore(
+        accuracy=Estimate(value=0.5), accuracy_norm=None, shots=0, questions=100, chance=0.25
+    )
+    tasks_of = {
+        "vanilla": {"arc": score, "boolq": score},
+        "phd-2": {"arc": replace(score, shots=5), "boolq": score},
+        "phd-3": {"arc": replace(score, questions=200), "boolq": score},
+    }
+    found = experiment_of([a_run(m, 0, gain=0.0, tasks=asked) for m, asked in tasks_of.items()])
+    rows = table(tasks(found), "tasks")
+    known = {
+        label: sorted(key for key, words in row.items() if words == "50.0")
+        for label, row in rows.items()
+    }
+    assert known == {
+        "vanilla": ["arc_100_questions_0_shots", "boolq"],
+        "phd-2": ["arc_100_questions_5_shots", "boolq"],
+        "phd-3": ["arc_200_questions_0_shots", "boolq"],
+    }
+    assert "average" not in rows["vanilla"]
 
 
 def test_seeds_are_compared_at_the_same_steps() -> None:
