@@ -70,6 +70,7 @@ class Lack(StrEnum):
     OVER = "costs more"
     OTHER_DEVICE = "trained on another device"
     OTHER_TEXT = "measured on another text"
+    OTHER_START = "began with other weights"
     NO_VANILLA = "no vanilla run"
 
 
@@ -284,7 +285,7 @@ def _equal_cost(experiment: Experiment, cost: Cost) -> EqualCost:
     tokens = {g.key: _amount(g, Cost.TOKENS, None) for g in comparable}
     at_tokens, _ = _common_amount(comparable, tokens, Cost.TOKENS)
     assert at_tokens is not None  # there is vanilla and another
-    found = {group.key: _Found(lack=Lack.OTHER_TEXT) for group in experiment.groups}
+    found = {g.key: _Found(lack=_unlike(experiment, g, comparable[0])) for g in experiment.groups}
     for group in comparable:
         own = amounts[group.key]
         if cost.of_training:
@@ -337,8 +338,8 @@ def _beside_vanilla(experiment: Experiment, group: Group, cost: Cost, ours: "_Fo
     for other in vanilla:
         if cost == Cost.TOKENS and not _as_large(other, group):
             continue
-        if not experiment.same_text(other, group):
-            found[other.key] = _Found(lack=Lack.OTHER_TEXT)
+        if unlike := _unlike(experiment, other, group):
+            found[other.key] = _Found(lack=unlike)
             continue
         if cost.of_training:
             found[other.key] = _values_at(experiment, other, cost, amount, like=group)
@@ -361,6 +362,13 @@ def _beside_vanilla(experiment: Experiment, group: Group, cost: Cost, ours: "_Fo
         return standing
     lacks = [each.lack for each in found.values() if each.lack]
     return Standing(value=_spread(ours.values), lack=lacks[0] if lacks else Lack.NO_VANILLA)
+
+
+def _unlike(experiment: Experiment, one: Group, other: Group) -> Lack | None:
+    """Why two groups cannot be compared at all; None if they can."""
+    if experiment.are_alike(one, other):
+        return None
+    return Lack.OTHER_START if experiment.same_text(one, other) else Lack.OTHER_TEXT
 
 
 @dataclass(frozen=True)

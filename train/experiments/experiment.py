@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from train.experiments.groups import Group, Shared, at_shared_seeds, groups_of
+from train.experiments.groups import START, Group, Shared, at_shared_seeds, groups_of
 from train.experiments.result import HeldoutCurve, Result
 from train.experiments.spread import Spread, spread
 from train.experiments.texts import same_text
@@ -63,23 +63,35 @@ class Experiment:
         """Whether the measure of two groups is of the same text, so that they can be compared."""
         return same_text(one.runs[0], other.runs[0], self.measure.source)
 
-    def text_of(self, group: Group) -> int:
-        """A number that is equal for groups that were measured on the same text."""
-        return next(n for n, other in enumerate(self.groups) if self.same_text(other, group))
+    def are_alike(self, one: Group, other: Group) -> bool:
+        """Whether two groups have the same text and start, so that costs can be compared.
+
+        The tokens of a run that began with the weights of another one are not all that it has seen.
+        """
+        return self.same_text(one, other) and start_of(one) == start_of(other)
+
+    def kind_of(self, group: Group) -> int:
+        """A number that is equal for groups that are alike."""
+        return next(n for n, other in enumerate(self.groups) if self.are_alike(other, group))
 
     @property
     def comparable(self) -> tuple[Group, ...]:
-        """The groups of the text that most groups were measured on."""
-        texts = [self.text_of(group) for group in self.groups]
-        usual = max(texts, key=texts.count, default=None)
-        return tuple(g for g, text in zip(self.groups, texts, strict=True) if text == usual)
+        """The groups of the text and the start that most groups have."""
+        kinds = [self.kind_of(group) for group in self.groups]
+        usual = max(kinds, key=kinds.count, default=None)
+        return tuple(g for g, kind in zip(self.groups, kinds, strict=True) if kind == usual)
 
     @property
-    def other_text(self) -> str:
-        """A sentence that names the groups that are not `comparable`; empty if there is none."""
-        usual = {group.key for group in self.comparable}
-        left = [group.label for group in self.groups if group.key not in usual]
-        return f"Measured on another text than most: {', '.join(left)}." if left else ""
+    def not_alike(self) -> str:
+        """Sentences that name the groups that are not `comparable`; empty if there is none."""
+        usual = self.comparable
+        of_text = [g.label for g in self.groups if not self.same_text(g, usual[0])]
+        of_start = [g.label for g in self.groups if start_of(g) != start_of(usual[0])]
+        heads = {
+            "Measured on another text than most": of_text,
+            "Began with other weights than most": of_start,
+        }
+        return " ".join(f"{head}: {', '.join(left)}." for head, left in heads.items() if left)
 
     @property
     def not_measured(self) -> str:
@@ -98,12 +110,12 @@ class Experiment:
         return shared._replace(groups=tuple(cut.get(g.key, g) for g in self.groups))
 
     def vanilla_of(self, group: Group) -> Group | None:
-        """The vanilla model of a group's size and text, of the nearest parameters, then tokens."""
+        """The vanilla of a group's size, text and start, of the nearest parameters, then tokens."""
         found = [
             g
             for g in self.groups
             if g.model == "vanilla" and g.runs[0].size == group.runs[0].size
-            if self.same_text(g, group)
+            if self.are_alike(g, group)
         ]
 
         def distance(other: Group) -> tuple[int, int]:
@@ -132,6 +144,11 @@ def _measure(groups: Sequence[Group]) -> Measure:
         lambda run: run.heldout[name].bits_per_byte.value if name in run.heldout else None,
         name,
     )
+
+
+def start_of(group: Group) -> str | None:
+    """The run whose weights the runs of a group began with; None: with random ones."""
+    return group.runs[0].settings.get(START)
 
 
 def sources_of(group: Group) -> set[str]:

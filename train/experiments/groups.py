@@ -3,6 +3,7 @@
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from conf.wording import short_count
@@ -15,7 +16,9 @@ T = TypeVar("T")
 
 UNTOLD = (
     *(
-        "run.",
+        "run.name",
+        "run.dir",
+        "run.resume",
         "seed",
         "engine.",
         "checkpoint.",
@@ -28,6 +31,9 @@ UNTOLD = (
 )
 """How the settings begin that a label does not tell: they make no other model, or the tokens of the
 run tell them."""
+
+START = "run.start_from"
+"""The setting that names the run whose weights a run began with."""
 
 IN_THE_VARIANT = {
     f"model.{key}" for key in ("size", "variant", "K", "window", "chunk", "span_unit")
@@ -185,7 +191,7 @@ def _labels(first: Mapping[str, Result]) -> dict[str, str]:
         parts = [result.size] if result.size != size else []
         parts += [f"{short_count(result.tokens)} tokens"] if result.tokens != length else []
         parts += [
-            f"{name.rpartition('.')[2]}={spelled(value)}"
+            _setting(name, value)
             for name, value in told(result.settings).items()
             if spelled(value) != usual[result.size].get(name)
         ]
@@ -194,6 +200,17 @@ def _labels(first: Mapping[str, Result]) -> dict[str, str]:
     return {
         k: f"{text} ({first[k].name})" if taken[text] > 1 else text for k, text in labels.items()
     }
+
+
+def _setting(name: str, value: Any) -> str:
+    """A setting in a label; of the run that another began with its directory's name.
+
+    >>> _setting("optim.lr", 0.1), _setting("run.start_from", "runs/a"), _setting(START, None)
+    ('lr=0.1', 'from a', 'from random weights')
+    """
+    if name == START:
+        return f"from {Path(value).name}" if value else "from random weights"
+    return f"{name.rpartition('.')[2]}={spelled(value)}"
 
 
 def _majority(values: Iterable[T]) -> T | None:

@@ -236,7 +236,7 @@ def test_runs_on_other_text_are_not_compared(told: str) -> None:
         assert row.standings[Cost.TOKENS].difference.mean == pytest.approx(row.value.mean - 1.5)
     [tokens, *_] = side_by_side(found)
     assert [s.lack for s in tokens.standings.values()] == [None, Lack.OTHER_TEXT, None, None]
-    assert "vanilla (on another machine)" in found.other_text
+    assert "vanilla (on another machine)" in found.not_alike
 
 
 @pytest.mark.parametrize(
@@ -257,6 +257,29 @@ def test_settings_tell_the_text_where_a_run_has_no_fingerprint(setting: str, sam
     assert (row.base is not None) == same
     read = [on(r, fingerprint="1") for r in runs]
     assert final_table(experiment_of(read))[1].base is not None
+
+
+def began(result: Result, start: str | None) -> Result:
+    settings = result.settings | {"run.start_from": start}
+    return replace(result, group=f"{result.group} {start}", settings=settings)
+
+
+def test_runs_are_compared_only_with_runs_that_began_with_the_same_weights() -> None:
+    usual = [began(run(model, 0, bits), None) for model, bits in (("vanilla", 2.0), ("phd-2", 1.9))]
+    ours = began(run("phd-2", 0, 1.0), "runs/first")
+    found = experiment_of([*usual, ours])
+    labels = [group.label for group in found.groups]
+    assert labels == ["vanilla", "phd-2", "phd-2 (from first)"]
+    assert final_table(found)[2].base is None
+    standings = against_vanilla(found)[1].standings
+    assert standings[Cost.TOKENS].lack == standings[Cost.FLOPS].lack == Lack.OTHER_START
+    [tokens, *_] = side_by_side(found)
+    assert [s.lack for s in tokens.standings.values()] == [None, None, Lack.OTHER_START]
+    assert found.not_alike == "Began with other weights than most: phd-2 (from first)."
+    # Two that begin with the same weights can be compared.
+    found = experiment_of([*usual, ours, began(run("vanilla", 0, 1.2), "runs/first")])
+    (gap,) = (r.difference for r in final_table(found) if r.group.label == "phd-2 (from first)")
+    assert gap.mean == pytest.approx(-0.2)
 
 
 def test_without_vanilla_nothing_is_compared() -> None:

@@ -117,7 +117,7 @@ def _lines(experiment: Experiment, knob: Knob) -> list[list[Entry]]:
     for group in experiment.groups:
         family = group.runs[0].settings.get("model.variant")
         if family in knob.families and experiment.measure.spread(group):
-            lines[experiment.text_of(group), *_others(group, knob)].append(group)
+            lines[experiment.kind_of(group), *_others(group, knob)].append(group)
     for line in lines.values():
         vanilla = experiment.vanilla_of(line[0])
         known = vanilla and experiment.measure.spread(vanilla)

@@ -193,8 +193,8 @@ def _prices(experiment: Experiment) -> Chart | None:
         alt = f"The {measure.words} of {len(rows)} groups of runs over their {label}."
         panels.append(Panel(label.split()[0].lower(), alt, draw))
     note = "Down and to the left is better. Bars reach from the lowest to the highest seed."
-    if experiment.other_text:
-        note += f" {experiment.other_text} They are not shown."
+    if experiment.not_alike:
+        note += f" {experiment.not_alike} They are not shown."
     if left_out:
         note += f" {left_out}"
     title = f"The {measure.words} at the end, over what it cost"

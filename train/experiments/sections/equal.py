@@ -133,7 +133,7 @@ def _side_by_side(experiment: Experiment) -> Table:
     notes.append(
         f"Amounts count as equal within {100 * ALIKE:g} %, and times within {100 * ALIKE_S:g} %."
     )
-    notes += [told for told in (experiment.other_text, experiment.not_measured) if told]
+    notes += [told for told in (experiment.not_alike, experiment.not_measured) if told]
     notes += [f"Decode latency is that of {each.setting}." for each in found if each.setting]
     notes += [f"At equal {e.cost.value}: {e.lack}." for e in every if e.amount is None]
     title = f"The {experiment.measure.words} at equal cost"

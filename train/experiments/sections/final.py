@@ -50,7 +50,7 @@ def _table(experiment: Experiment, rows: list[FinalRow]) -> Table:
         "all runs. Below 0 a group is better than vanilla; the interval is one of 95 %. Where "
         "there are equal seeds, which saw the same text in the same order, a difference is theirs."
     )
-    for told in filter(None, (experiment.other_text, experiment.not_measured)):
+    for told in filter(None, (experiment.not_alike, experiment.not_measured)):
         note += f" {told}"
     if seeds:
         note += (

@@ -6,7 +6,7 @@ from train.experiments.groups import spelled
 from train.experiments.source import source_of
 from train.experiments.tables import MISSING, Cell, Column, Table, text
 
-UNSAID = ("run.", "seed")
+UNSAID = ("run.name", "run.dir", "run.resume", "seed")
 """How the settings begin that every run has for itself."""
 
 

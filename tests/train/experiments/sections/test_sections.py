@@ -127,6 +127,13 @@ def test_only_settings_that_differ_are_unfolded(experiment: Experiment) -> None:
     assert not set(differing) & set(common)
 
 
+def test_with_which_weights_a_run_began_is_told() -> None:
+    runs = [a_run("phd-2", 0, gain=0.0, settings={"run.start_from": None})]
+    runs.append(a_run("phd-3", 0, gain=0.0, settings={"run.start_from": "runs/first"}))
+    rows = table(settings(experiment_of(runs)), "settings")
+    assert [row["run.start_from"] for row in rows.values()] == ["null", "runs/first"]
+
+
 def test_tasks_are_told_with_their_errors(experiment: Experiment) -> None:
     assert (
         table(tasks(experiment), "tasks")["vanilla"]["arc_easy"] == "30.0 \N{PLUS-MINUS SIGN} 1.0"
