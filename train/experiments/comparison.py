@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from math import sqrt
 from statistics import fmean, variance
+from typing import Any
 
 import numpy as np
 from scipy.stats import t
@@ -30,8 +31,12 @@ ALIKE = 0.01
 """Amounts that differ by less count as equal: a run has whole steps, so runs of one budget end a
 little apart, and a window adds less than this to the KV cache of a usual context."""
 
-ALIKE_S = 0.05
-"""The same of times, in which two runs of the same settings may differ by as much."""
+ALIKE_S = 0.15
+"""The same of times of training. Runs that compute the same were seen to differ by as much on a
+machine that does other work as well, which no run can tell."""
+
+ALIKE_MS = 0.05
+"""The same of decode latencies, which are medians of many measurements."""
 
 Values = tuple[tuple[int, float], ...]
 """(seed, value) of each run of a group."""
@@ -58,7 +63,7 @@ class Cost(StrEnum):
     @property
     def alike(self) -> float:
         """The part of an amount by which equal amounts may differ."""
-        return ALIKE_S if self in (Cost.SECONDS, Cost.DECODE_MS) else ALIKE
+        return {Cost.SECONDS: ALIKE_S, Cost.DECODE_MS: ALIKE_MS}.get(self, ALIKE)
 
 
 class Lack(StrEnum):
@@ -68,7 +73,7 @@ class Lack(StrEnum):
     NOT_EVALUATED = "not evaluated so early"
     NOT_MEASURED = "not measured"
     OVER = "costs more"
-    OTHER_DEVICE = "trained on another device"
+    OTHER_DEVICE = "trained on another device, or in another way"
     OTHER_TEXT = "measured on another text"
     OTHER_START = "began with other weights"
     NO_VANILLA = "no vanilla run"
@@ -434,8 +439,8 @@ def _values_at(
         like: a group whose time is compared; None: the groups of the experiment, all of which are
             then taken to have trained on the first one's device.
     """
-    like = like or experiment.groups[0]
-    if cost == Cost.SECONDS and _device(group) != _device(like):
+    like = like or experiment.comparable[0]
+    if cost == Cost.SECONDS and len(_trained_on(group) | _trained_on(like)) > 1:
         return _Found(lack=Lack.OTHER_DEVICE)
     ends = _ends(experiment, group)
     if not ends:
@@ -484,8 +489,15 @@ def _as_large(one: Group, other: Group) -> bool:
     return abs(a - b) <= ALIKE * max(a, b)
 
 
-def _device(group: Group) -> tuple[str, int]:
-    return group.runs[0].device, group.runs[0].devices
+SPEED = ("engine.threads", "engine.compile", "engine.precision", "engine.activation_checkpointing")
+"""Settings that change how fast a run is, and nothing that it computes but for rounding."""
+
+
+def _trained_on(group: Group) -> set[tuple[Any, ...]]:
+    """On what the runs of a group were trained; of several, their times are of several things."""
+    return {
+        (run.device, run.devices, *(run.settings.get(key) for key in SPEED)) for run in group.runs
+    }
 
 
 # Latency

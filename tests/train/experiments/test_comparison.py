@@ -19,6 +19,8 @@ from train.experiments.comparison import (
 from train.experiments.experiment import Experiment, experiment_of
 from train.experiments.result import Estimate, Heldout, HeldoutCurve, Latency, Result
 
+SPEED = ("threads", "compile", "precision")
+
 
 def run(model: str, seed: int, bits: float, *, tokens: int = 1000, **others: Any) -> Result:
     """A run that was evaluated at its half and its end; a token of vanilla is 10 FLOPs and 1 ms."""
@@ -280,6 +282,31 @@ def test_runs_are_compared_only_with_runs_that_began_with_the_same_weights() -> 
     found = experiment_of([*usual, ours, began(run("vanilla", 0, 1.2), "runs/first")])
     (gap,) = (r.difference for r in final_table(found) if r.group.label == "phd-2 (from first)")
     assert gap.mean == pytest.approx(-0.2)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"device": "b"}, {"devices": 2}, *({"settings": {f"engine.{key}": 2}} for key in SPEED)],
+)
+def test_times_are_compared_only_of_runs_that_trained_in_the_same_way(other: Any) -> None:
+    vanilla, ours = run("vanilla", 0, 2.0), run("phd-2", 0, 1.9, cost=1.0)
+    ours = replace(ours, settings=ours.settings | {f"engine.{key}": 1 for key in SPEED})
+    same = ours.settings | {"model.variant": "vanilla"}
+    other = {**other, "settings": same | other.get("settings", {})}
+    alike = replace(vanilla, settings=same)
+    unlike = replace(vanilla, seed=1, **other)
+    other_device = Lack.OTHER_DEVICE
+    for runs, lack in ([alike], None), ([unlike], other_device), ([alike, unlike], other_device):
+        [row] = against_vanilla(experiment_of([*runs, ours]))
+        assert row.standings[Cost.SECONDS].lack == lack
+        assert row.standings[Cost.FLOPS].lack is None
+
+
+@pytest.mark.parametrize(("seconds", "at_end"), [(1.14, True), (1.25, False)])
+def test_times_are_equal_within_what_equal_runs_differ_by(seconds: float, at_end: bool) -> None:
+    longer = run("vanilla", 0, 2.0, cost=seconds)
+    [row] = against_vanilla(experiment_of([longer, run("phd-2", 0, 1.9, cost=1.0)]))
+    assert row.standings[Cost.SECONDS].rival_at_end == at_end
 
 
 def test_without_vanilla_nothing_is_compared() -> None:

@@ -90,6 +90,8 @@ def sentence(rows: Sequence[AgainstVanilla], cost: Cost, measure: Measure) -> st
         gains = found[0].gap.mean < 0
         does = ("gains more" if best.gap.mean < 0 else "gains") if gains else "loses less"
         parts.append(f"{label} {does}, {by}, but that may be chance.")
+    if cost == Cost.SECONDS:
+        parts.append("The machine may have had other work, which makes times less sure.")
     parts.append(_count([each.gap for each in found]))
     if not best.standing.rival_at_end:
         parts.append(

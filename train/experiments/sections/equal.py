@@ -11,6 +11,7 @@ from train.experiments import drawings
 from train.experiments.charts import Chart, Panel
 from train.experiments.comparison import (
     ALIKE,
+    ALIKE_MS,
     ALIKE_S,
     AgainstVanilla,
     Cost,
@@ -27,6 +28,11 @@ from train.experiments.tables import Cell, Column, Table, difference, number, si
 
 FRAME, ROW = 84, 31
 """Of a panel of values below each other, in pixels: what is around them, and each of them."""
+
+SHARED = (
+    "Times of training may be those of a machine that had other work as well, which no run can "
+    "tell: differences at equal time are less sure than their intervals say."
+)
 
 MIDDLE = "*"
 """Marks a value from the middle of a schedule."""
@@ -81,6 +87,8 @@ def _chart(experiment: Experiment, rows: Sequence[AgainstVanilla]) -> Chart:
         "more tokens or be a larger model, except at equal tokens. Vanilla that ended with less "
         "and is better all the same stands there with its end."
     )
+    if Cost.SECONDS in costs:
+        note += f" {SHARED}"
     return Chart(
         "against-vanilla",
         f"The {experiment.measure.words} at the end, minus those of the best vanilla of equal cost",
@@ -131,8 +139,11 @@ def _side_by_side(experiment: Experiment) -> Table:
             "rate is still high there, so that they are worse than runs that end there."
         )
     notes.append(
-        f"Amounts count as equal within {100 * ALIKE:g} %, and times within {100 * ALIKE_S:g} %."
+        f"Amounts count as equal within {100 * ALIKE:g} %, times of training within "
+        f"{100 * ALIKE_S:g} %, and latencies within {100 * ALIKE_MS:g} %."
     )
+    if any(each.cost == Cost.SECONDS for each in found):
+        notes.append(SHARED)
     notes += [told for told in (experiment.not_alike, experiment.not_measured) if told]
     notes += [f"Decode latency is that of {each.setting}." for each in found if each.setting]
     notes += [f"At equal {e.cost.value}: {e.lack}." for e in every if e.amount is None]
