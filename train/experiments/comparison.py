@@ -284,6 +284,9 @@ def _equal_cost(experiment: Experiment, cost: Cost) -> EqualCost:
     setting = decode_setting(experiment.comparable) if cost == Cost.DECODE_MS else None
     comparable = experiment.comparable
     amounts = {g.key: _amount(g, cost, setting) for g in comparable}
+    if cost == Cost.KV_BYTES:
+        usual = kv_setting(comparable)
+        amounts = {g.key: amounts[g.key] if kv_setting([g]) == usual else None for g in comparable}
     amount, lack = _common_amount(comparable, amounts, cost)
     if amount is None:
         return EqualCost(cost=cost, amount=None, lack=lack)
@@ -350,7 +353,7 @@ def _beside_vanilla(experiment: Experiment, group: Group, cost: Cost, ours: "_Fo
             found[other.key] = _values_at(experiment, other, cost, amount, like=group)
             continue
         theirs = _amount(other, cost, setting)
-        if theirs is None:
+        if theirs is None or (cost == Cost.KV_BYTES and kv_setting([other]) != kv_setting([group])):
             found[other.key] = _Found(lack=Lack.NOT_MEASURED)
         elif theirs > amount * (1 + cost.alike):
             found[other.key] = _Found(lack=Lack.OVER)
@@ -498,6 +501,27 @@ def _trained_on(group: Group) -> set[tuple[Any, ...]]:
     return {
         (run.device, run.devices, *(run.settings.get(key) for key in SPEED)) for run in group.runs
     }
+
+
+# The KV cache
+
+
+def kv_setting(groups: Sequence[Group]) -> tuple[int, float | None] | None:
+    """The context and the bytes of a number of most groups' KV caches; None if there is no group.
+
+    Bytes of other contexts or dtypes are no comparison. Those of a number are what the originals
+    take, a key and a value of each layer, head and token; None where the settings do not tell.
+    """
+    found = [(run.kv_context, _number_bytes(run)) for group in groups for run in group.runs]
+    return max(found, key=found.count, default=None)
+
+
+def _number_bytes(run: Result) -> float | None:
+    names = ("model.layers", "model.kv_heads", "model.head_dim")
+    layers, heads, dim = (run.settings.get(name) for name in names)
+    if not (layers and heads and dim):
+        return None
+    return (run.kv_bytes - run.kv_hidden_bytes) / (2 * layers * heads * dim * run.kv_context)
 
 
 # Latency

@@ -309,6 +309,26 @@ def test_times_are_equal_within_what_equal_runs_differ_by(seconds: float, at_end
     assert row.standings[Cost.SECONDS].rival_at_end == at_end
 
 
+@pytest.mark.parametrize("other", [{"kv_context": 2048, "kv_bytes": 500}, {"kv_bytes": 500}])
+def test_kv_bytes_are_compared_only_at_the_same_context_and_dtype(other: Any) -> None:
+    """Vanilla whose cache was counted at half the context, or of half as long numbers, is no rival.
+
+    It has half the bytes, and nobody would keep to them.
+    """
+    shape = {"model.layers": 1, "model.kv_heads": 1, "model.head_dim": 1}
+    runs = [run(model, 0, bits) for model, bits in (("vanilla", 2.0), ("phd-2", 1.9), ("phd-3", 1))]
+    runs = [replace(r, settings=r.settings | shape) for r in runs]
+    lacks = [row.standings[Cost.KV_BYTES].lack for row in against_vanilla(experiment_of(runs))]
+    assert lacks == [None, None]
+    found = experiment_of([replace(runs[0], **other), *runs[1:]])
+    lacks = [row.standings[Cost.KV_BYTES].lack for row in against_vanilla(found)]
+    assert lacks == [Lack.NOT_MEASURED] * 2
+    found = experiment_of([*runs[:2], replace(runs[2], **other)])
+    kv = side_by_side(found)[-1]
+    assert kv.amount == 1000
+    assert [s.lack for s in kv.standings.values()] == [None, None, Lack.NOT_MEASURED]
+
+
 def test_without_vanilla_nothing_is_compared() -> None:
     experiment = experiment_of([run("phd-2", 0, 1.0)])
     assert [cost.amount for cost in side_by_side(experiment)] == [None] * 5

@@ -6,7 +6,7 @@ from statistics import fmean
 from conf.wording import duration, short_count
 from train.experiments import drawings
 from train.experiments.charts import Chart, Panel
-from train.experiments.comparison import base_of
+from train.experiments.comparison import base_of, kv_setting
 from train.experiments.document import Block, Section, missing
 from train.experiments.drawings import TIMES, Axis, Point, Row, power
 from train.experiments.experiment import Experiment
@@ -80,6 +80,7 @@ def _training(experiment: Experiment) -> Table:
 def _row(group: Group, vanilla: Group | None) -> tuple[Cell, ...]:
     run, runs = group.runs[0], group.runs
     base = vanilla and vanilla.runs[0]
+    same_kv = vanilla and kv_setting([group]) == kv_setting([vanilla])
     seconds = fmean(run.train_s for run in runs)
     return (
         text(group.label, group.style),
@@ -91,7 +92,7 @@ def _row(group: Group, vanilla: Group | None) -> tuple[Cell, ...]:
         number(_percent(mean_of([run.mfu for run in runs])), "{:.1f}"),
         Cell(f"{run.kv_bytes / MEBIBYTE:.3f}", run.kv_bytes),
         Cell(f"{run.kv_hidden_bytes / MEBIBYTE:.3f}", run.kv_hidden_bytes),
-        number(run.kv_bytes / base.kv_bytes if base else None, "{:.3f}"),
+        number(run.kv_bytes / base.kv_bytes if base and same_kv else None, "{:.3f}"),
     )
 
 

@@ -223,3 +223,10 @@ def test_a_group_without_the_measure_is_in_every_table_and_cuts_no_seed() -> Non
     (side,) = (t for t in tables((final(found),)) if t.name == "final")
     assert "seed 7" not in side.note
     assert side.note.endswith("in no comparison: phd-3.")
+
+
+def test_a_kv_cache_of_another_context_has_no_ratio() -> None:
+    runs = [a_run("vanilla", 0, gain=0.0), a_run("phd-2", 0, gain=0.0)]
+    runs.append(a_run("phd-3", 0, gain=0.0, kv_context=2048))
+    rows = table(costs(experiment_of(runs)), "costs")
+    assert [row["kv_bytes_ratio"] for row in rows.values()] == ["1.000", "1.000", MISSING]
