@@ -155,9 +155,16 @@ def at_shared_seeds(groups: Sequence[Group]) -> Shared:
         replace(group, runs=tuple(run for run in group.runs if run.seed in seeds))
         for group in groups
     )
-    named = f"{'seed' if len(seeds) == 1 else 'seeds'} {', '.join(map(str, seeds))}"
-    note = f"Of {named} alone, which all groups that can be compared have: "
+    note = f"Of {seeds_in_words(seeds)} alone, which all groups that can be compared have: "
     return Shared(kept, seeds, note + "some seeds are easier than others.")
+
+
+def seeds_in_words(seeds: Sequence[int]) -> str:
+    """
+    >>> seeds_in_words([0]), seeds_in_words([0, 2])
+    ('seed 0', 'seeds 0, 2')
+    """
+    return f"{'seed' if len(seeds) == 1 else 'seeds'} {', '.join(map(str, seeds))}"
 
 
 FAMILIES = ("vanilla", "naive_repeat", "phd", "phd_swa", "phd_cswa")

@@ -4,7 +4,7 @@ from train.experiments import drawings
 from train.experiments.comparison import FinalRow, final_table
 from train.experiments.document import Section
 from train.experiments.experiment import Experiment
-from train.experiments.groups import source_of_groups
+from train.experiments.groups import seeds_in_words, source_of_groups
 from train.experiments.tables import (
     MISSING,
     Cell,
@@ -29,7 +29,7 @@ def _table(experiment: Experiment, rows: list[FinalRow]) -> Table:
     unit = experiment.measure.unit
     shared = experiment.at_shared_seeds()
     at_shared = [experiment.measure.spread(group) for group in shared.groups]
-    seeds = f"seeds {', '.join(map(str, shared.seeds))}" if shared.note and shared.seeds else ""
+    seeds = seeds_in_words(shared.seeds) if shared.note and shared.seeds else ""
     columns = (
         Column("group", "runs", numeric=False),
         Column("seeds", "seeds"),

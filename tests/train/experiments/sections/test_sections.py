@@ -192,6 +192,8 @@ def test_values_side_by_side_are_of_the_seeds_that_all_groups_have() -> None:
     one, three = rows["phd_swa-2-1-inf"], rows["phd-2"]
     assert one["mean_of_shared_seeds"] == three["mean_of_shared_seeds"] == one["mean"]
     assert three["mean"] != one["mean"]
+    (end,) = (t for t in tables((final(found),)) if t.name == "final")
+    assert "All groups that can be compared have seed 0;" in end.note
     prices = chart(costs(found), "prices")
     assert len(prices.source.runs) == 3
     assert "Of seed 0 alone" in prices.note
