@@ -617,15 +617,20 @@ class Config(Settings):
     def step_limits(self) -> dict[str, int]:
         """The steps that each limit of the length allows, by its setting; not that of time."""
         if self.train.flops_of is None:
-            return self._limits_of(self.model)
-        model = self.flops_model
-        steps = min(self._limits_of(model).values(), default=self._default_steps)
-        if steps is None:
-            return {}
-        return {"train.flops_of": self._steps_within(steps * self._flops_per_step_of(model))}
+            limits = self._limits_without_flops
+            if self.train.max_flops is not None:
+                limits["train.max_flops"] = self._steps_within(self.train.max_flops)
+            return limits
+        # The other model has its K all the time; `schedule.copies` is of this run alone.
+        limits, of_step = self._limits_without_flops, self._flops_per_step_of(self.flops_model)
+        if self.train.max_flops is not None:
+            limits["train.max_flops"] = int(self.train.max_flops // of_step)
+        steps = min(limits.values(), default=self._default_steps)
+        return {} if steps is None else {"train.flops_of": self._steps_within(steps * of_step)}
 
-    def _limits_of(self, model: ModelConfig) -> dict[str, int]:
-        """The steps that each limit would allow this model."""
+    @property
+    def _limits_without_flops(self) -> dict[str, int]:
+        """The steps that the limits allow which are the same for all variants."""
         train, limits = self.train, {}
         if train.max_steps is not None:
             limits["train.max_steps"] = train.max_steps
@@ -634,11 +639,6 @@ class Config(Settings):
         if train.max_tokens_per_parameter is not None:
             tokens = train.max_tokens_per_parameter * self.parameters
             limits["train.max_tokens_per_parameter"] = int(tokens // train.tokens_per_step)
-        if train.max_flops is not None:
-            own, of_step = model == self.model, self._flops_per_step_of(model)
-            limits["train.max_flops"] = (
-                self._steps_within(train.max_flops) if own else int(train.max_flops // of_step)
-            )
         return limits
 
     @property
@@ -777,7 +777,8 @@ class Config(Settings):
         """The settings of all sections that change nothing in this run."""
         parts = (self.model, self.tokenizer, self.train, self.schedule, self.engine)
         found = [problem for part in parts for problem in part.unused()]
-        if self.train.flops_of is not None and self.flops_model == self.model:
+        own = self.train.flops_of is not None and self.flops_model == self.model
+        if own and self.schedule.copies is None:
             reason, hint = "these are the run's own FLOPs", "choose another variant"
             found += without_effect(self.train, "train", reason, hint, "flops_of")
         return found

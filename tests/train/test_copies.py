@@ -162,6 +162,22 @@ def test_a_limit_of_flops_is_filled_with_whole_steps(copies: str) -> None:
         assert longer.flops_between(0, steps + 1) > flops
 
 
+def test_a_late_switch_may_take_the_flops_of_copies_all_the_time() -> None:
+    """The reference has its K from the first step on, whatever the schedule of the run is."""
+    late = ("model=phd", "schedule.copies={0:1,0.75:2}")
+    for limit in ("train.max_steps=40", "train.max_flops=3e13"):
+        always = load(["model=phd", limit])
+        alone, own = (load([*late, limit, *more]) for more in ((), ("train.flops_of=phd-2",)))
+        assert always.total_steps is not None
+        assert own.total_steps is not None
+        spent = own.flops_between(0, own.total_steps)
+        allowed = always.total_steps * always.flops_per_step
+        assert allowed - always.flops_per_step < spent <= allowed, limit
+        assert own.total_steps > always.total_steps
+        assert "train.flops_of" not in {problem.key for problem in own.unused()}
+        assert own.name != alone.name
+
+
 def test_the_plan_is_that_of_all_stages() -> None:
     late = load(["schedule.copies={0:1,0.75:2}"])
     plan, phd, vanilla = (make_plan(c) for c in (late, load([]), load(["model=vanilla"])))
