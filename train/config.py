@@ -766,6 +766,8 @@ class Config(Settings):
 
     def problems(self) -> list[Problem]:
         """Every combination across sections that cannot be; each section checks its own."""
+        if self.schedule.copies is not None and self.model.variant == "vanilla":
+            return self._no_copies_problems()  # which have a share in the length
         if found := self._flops_of_problems():
             return found  # the length is not known, of which others are
         found += [*at_least(self, "", 0, "seed"), *self._length_problems(), *self._shape_problems()]
@@ -827,6 +829,12 @@ class Config(Settings):
             )
         ]
 
+    def _no_copies_problems(self) -> list[Problem]:
+        reason = "vanilla feeds each token once"
+        choose = "choose model=naive_repeat, phd, phd_swa or phd_cswa"
+        value = _as_typed(self.schedule.copies)
+        return [Problem("schedule.copies", value, reason, choose, ("model.variant",))]
+
     def _copies_problems(self) -> list[Problem]:
         """Why K cannot be switched as `schedule.copies` says in this run of this model."""
         copies, model, total = self.schedule.copies, self.model, self.total_steps
@@ -834,10 +842,7 @@ class Config(Settings):
             return []
         last = list(copies.values())[-1]
         found: list[tuple[str, str, tuple[str, ...]]] = []
-        if model.variant == "vanilla":
-            choose = "choose model=naive_repeat, phd, phd_swa or phd_cswa"
-            found.append(("vanilla feeds each token once", choose, ("model.variant",)))
-        elif last != model.K:
+        if last != model.K:
             reason = f"its last K is not model.K={model.K}, after which the run is named"
             found.append((reason, f"set model.K={last}, or change the last K", ("model.K",)))
         elif model.copy_embedding and max(copies.values()) > model.K:

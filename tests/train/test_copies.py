@@ -137,6 +137,8 @@ def test_it_is_another_run_than_one_without_a_schedule() -> None:
         ("{0:2}", [], "a fraction that does not change K says nothing"),
         ("{0:1,0.5:3}", [], "its last K is not model.K=2"),
         ("{0:1,0.5:2}", ["model=vanilla"], "vanilla feeds each token once"),
+        ("{0:1,0.5:2}", ["model=vanilla", "train.max_flops=1e13"], "vanilla feeds each token once"),
+        ("{0:1,0.5:2}", ["model=vanilla", "train.flops_of=phd-2"], "vanilla feeds each token once"),
         ("{0:1,0.999:2}", [], "the run has 320 steps, too few for a step with each K"),
         ("{0:1,0.5:2}", ["train.max_time=1h", "schedule=constant"], "whose length in steps is"),
         ("{0:3,0.5:2}", ["model.copy_embedding=true"], "let the last K be the largest"),
