@@ -118,7 +118,8 @@ def run(
         problems: found already, and reported with those of the configuration.
     """
     command = _checked_or_answered(other_keys, problems)
-    sweep = Sweep(len(command.jobs), command.launcher, command.sweep_dir, finished=finished)
+    names = [job.name for job in command.jobs]
+    sweep = Sweep(names, command.launcher, command.sweep_dir, finished=finished)
     crashes: list[Exception] = []
 
     def attempt(config: Config) -> int:
@@ -149,7 +150,8 @@ def run(
         sys.argv.append(f"hydra.sweep.dir={mkdtemp()}")
     try:
         with sweep.launching():
-            hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(job)()
+            main = hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
+            sweep.launch(main(job))
         rank = DistEnv.from_environment().rank
         if compare and command.sweep_dir and not sweep.ended and rank == 0:
             compare(command.jobs)

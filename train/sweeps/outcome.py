@@ -28,6 +28,11 @@ def write_outcome(folder: Path, outcome: Outcome) -> None:
     write_atomic(folder / f"{outcome.name}.json", json.dumps(outcome))
 
 
+def has_outcome(folder: Path, name: str) -> bool:
+    """Whether a run's outcome is in a folder."""
+    return (folder / f"{name}.json").exists()
+
+
 def read_outcomes(folder: Path) -> list[Outcome]:
     """All outcomes in a folder, by the names of the runs."""
     return [Outcome(*json.loads(path.read_bytes())) for path in sorted(folder.glob("*.json"))]

@@ -4,16 +4,23 @@ The process of the sweep starts the pool and waits. What it does for the runs is
 all of them, each one's output has a file of its own, and none outlives it.
 
     <folder>/<name>.json     the outcome of a run; see outcome.py
-    <folder>/<number>.pid    a process of the pool that is at work on a run
+    <folder>/<number>.pid    a process of the pool; has the name of the run that it is at work on
+    <folder>/<name>.alone    a run that was at work when a process of the pool died
+    <folder>/turn            is locked by the runs at work, and by one alone for itself
     <folder>/stop            the sweep was told to end; no further run begins
+
+When a process of the pool dies, the pool kills the others as well, and nobody can tell which one it
+was. So the runs that were at work are begun again, one at a time; the one that dies then has
+crashed. If they were too large to run side by side, all of them finish.
 """
 
 import ctypes
+import fcntl
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from time import monotonic
 from types import FrameType
@@ -25,13 +32,37 @@ from train.console import LOG, duration
 from train.distributed.signals import exit_immediately, handled_signals
 from train.sweeps.outcome import Outcome
 
-STOP = "stop"
+STOP, TURN = "stop", "turn"
 PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of linux/prctl.h
 
 
 def is_stopped(folder: Path) -> bool:
     """Whether the sweep was told to end."""
     return (folder / STOP).exists()
+
+
+def at_work(folder: Path) -> list[str]:
+    """The runs that a pool which is no more was at work on; it is forgotten."""
+    paths = list(folder.glob("*.pid"))
+    names = [path.read_text(encoding="utf-8") for path in paths]
+    # A child of a dead process may hold its lock for a while.
+    for path in (*paths, folder / TURN):
+        path.unlink(missing_ok=True)
+    return sorted(name for name in names if name)
+
+
+def leave_alone(folder: Path, name: str) -> None:
+    """Have a run begin when no other is at work, and none begin beside it."""
+    (folder / f"{name}.alone").touch()
+
+
+@contextmanager
+def _turn(folder: Path, name: str) -> Iterator[None]:
+    """Waits for a run's turn, which lasts as long as this context."""
+    with (folder / TURN).open("a") as file:
+        alone = (folder / f"{name}.alone").exists()
+        fcntl.flock(file, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        yield
 
 
 @contextmanager
@@ -75,10 +106,12 @@ def as_member(config: Config, folder: Path, run: Callable[[], Outcome]) -> Outco
             os._exit(ExitCode.REQUEUE)
 
     try:
-        with exit_immediately():
+        with exit_immediately(), ExitStack() as stack:
             own.touch()
+            stack.enter_context(_turn(folder, config.name))
             if is_stopped(folder):
                 return None
+            own.write_text(config.name, encoding="utf-8")
             with _output_in(config.run_dir / LOG, f"{config.name}: begins"):
                 outcome = run()
     except (SystemExit, KeyboardInterrupt) as end:

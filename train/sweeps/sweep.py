@@ -5,7 +5,7 @@ import os
 import shutil
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from enum import Enum
 from functools import partial
@@ -16,8 +16,14 @@ from conf.errors import USER_ERRORS, report
 from conf.exit_codes import ExitCode
 from train.config import Config
 from train.distributed.dist_env import DistEnv
-from train.sweeps.outcome import Outcome, read_outcomes, write_outcome
-from train.sweeps.side_by_side import as_member, is_stopped, passing_on_signals
+from train.sweeps.outcome import Outcome, has_outcome, read_outcomes, write_outcome
+from train.sweeps.side_by_side import (
+    as_member,
+    at_work,
+    is_stopped,
+    leave_alone,
+    passing_on_signals,
+)
 
 ENDING = (ExitCode.INTERRUPTED, ExitCode.REQUEUE)
 """Results of a run after which its sweep ends: it was told to end, by a signal or by its time."""
@@ -39,7 +45,7 @@ class Sweep:
     object, and leaves the outcome of its run in a folder that all of them see.
 
     Args:
-        runs: how many there are.
+        names: of the runs.
         launcher: in which processes they run.
         folder: of the sweep, which other machines see as well.
         finished: tells of a run that it has finished, and how long it was; it is passed over.
@@ -47,15 +53,16 @@ class Sweep:
 
     def __init__(
         self,
-        runs: int,
+        names: Sequence[str],
         launcher: Launcher = Launcher.NONE,
         folder: Path | None = None,
         *,
         finished: Callable[[Config], str | None] | None = None,
     ) -> None:
-        self.runs, self.launcher = runs, launcher
+        self.names, self.launcher = tuple(names), launcher
         self.failures: list[Outcome] = []
         self._ended: list[Outcome] = []
+        self._here: set[str] = set()  # the runs of this process
         self._finished = finished
         self._process = os.getpid()
         self._folder: Path | None = None
@@ -96,6 +103,8 @@ class Sweep:
         alone = DistEnv.from_environment().world_size == 1
         if self._finished and alone and (done := self._finished(config)):
             print(f"{config.name}: finished already, {done}", flush=True)
+            if self._folder is not None:
+                write_outcome(self._folder, Outcome(config.name, ExitCode.FINISHED, "finished"))
         elif os.getpid() != self._process:
             self._run_elsewhere(config, run)
         else:
@@ -103,6 +112,7 @@ class Sweep:
 
     def _run_here(self, config: Config, run: Callable[[], int], *, alone: bool) -> None:
         outcome = outcome_of(config.name, run)
+        self._here.add(config.name)
         if outcome.ended:
             sys.exit(outcome.code)
         if outcome.code:
@@ -114,11 +124,46 @@ class Sweep:
     def _run_elsewhere(self, config: Config, run: Callable[[], int]) -> None:
         """Run it in this process of a launcher, which goes on whatever the outcome is."""
         assert self._folder is not None
+        if has_outcome(self._folder, config.name):
+            return  # the pool was begun again
         attempt = partial(outcome_of, config.name, run)
         pool = self.launcher == Launcher.POOL
         outcome = as_member(config, self._folder, attempt) if pool else attempt()
         if outcome is not None:
             write_outcome(self._folder, outcome)
+
+    def launch(self, start: Callable[[], object]) -> None:
+        """Have Hydra's launcher run all runs; `start` begins it, once more if its pool breaks."""
+        if self.launcher != Launcher.POOL:
+            start()
+            return
+        from joblib.externals.loky.process_executor import TerminatedWorkerError
+
+        for left in reversed(range(2 * len(self.names) + 1)):
+            try:
+                with _errors_of_hydra():
+                    start()
+                return
+            except TerminatedWorkerError:
+                assert self._folder is not None
+                if is_stopped(self._folder):
+                    return
+                if not left:
+                    raise
+                self._take_up(at_work(self._folder))
+
+    def _take_up(self, names: Sequence[str]) -> None:
+        """Say what becomes of the runs that were at work when a process of the pool died."""
+        assert self._folder is not None
+        if len(names) == 1:
+            reason = "its process was killed, as happens when the memory is full"
+            write_outcome(self._folder, Outcome(names[0], ExitCode.CRASHED, reason))
+            _print(f"{names[0]} crashed: {reason}")
+        elif names:
+            told = "a run's process was killed, and the others with it; one at a time go on"
+            _print(f"{told}: {', '.join(names)}")
+        for name in names:
+            leave_alone(self._folder, name)
 
     @contextmanager
     def launching(self) -> Iterator[None]:
@@ -136,6 +181,14 @@ class Sweep:
             if not self._ended and is_stopped(self._folder):
                 self._ended = [Outcome("", ExitCode.REQUEUE, "it was told to end", ended=True)]
             self.failures += [outcome for outcome in outcomes if outcome.code and not outcome.ended]
+            if not self._ended:
+                told = self._here | {outcome.name for outcome in outcomes}
+                reason = "it left no outcome: its process died, or does not answer"
+                self.failures += [
+                    Outcome(name, ExitCode.CRASHED, reason)
+                    for name in self.names
+                    if name not in told
+                ]
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def tell_failures(self) -> None:
@@ -145,7 +198,23 @@ class Sweep:
                 f"  {failure.name}: {failure.reason} (exit code {failure.code:d})"
                 for failure in self.failures
             ]
-            _print("\n".join([f"{len(lines)} of {self.runs} runs of this sweep failed:", *lines]))
+            _print(
+                "\n".join([f"{len(lines)} of {len(self.names)} runs of this sweep failed:", *lines])
+            )
+
+
+@contextmanager
+def _errors_of_hydra() -> Iterator[None]:
+    """Within this context Hydra raises the errors of its launchers, and does not print them."""
+    key = "HYDRA_FULL_ERROR"
+    before = os.environ.get(key)
+    os.environ[key] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(key)
+        if before is not None:
+            os.environ[key] = before
 
 
 def outcome_of(name: str, run: Callable[[], int]) -> Outcome:

@@ -13,6 +13,8 @@ import pytest
 
 from conf.exit_codes import ExitCode
 from tests.patience import PATIENCE_S
+from train.sweeps.outcome import Outcome, write_outcome
+from train.sweeps.sweep import Launcher, Sweep
 
 pytestmark = pytest.mark.process
 
@@ -20,7 +22,7 @@ REPOSITORY = Path(__file__).parents[3]
 
 # Runs that need no model: by its seed, each fails, ends, or waits for a signal as a training does.
 SCRIPT = """
-import sys, time
+import os, signal, sys, time
 from pathlib import Path
 from conf.errors import ConfigError, Problem
 from train.compose import own_overrides, run
@@ -33,6 +35,11 @@ def main(config):
             raise KeyError("a fault of the program")
         case 4:
             raise ConfigError([Problem("seed", 4, "refused")])
+        case 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+        case 6:  # is at work when the other one dies
+            Path("times").open("a").write("6")
+            time.sleep(1)
         case 7 | 8:
             with StopSignal() as stop:
                 Path(f"begun-{config.seed}").touch()
@@ -133,6 +140,32 @@ def test_failures_of_runs_side_by_side_are_told_and_the_others_finish(tmp_path: 
     assert f"{names[0]} crashed:\nTraceback (most recent call last):\n" in crash
     own = (tmp_path / f"runs/{names[3]}/console.log").read_text()
     assert f"{['seed=1']}\n" in own.replace("'hydra/launcher=joblib', ", "")
+
+
+def test_a_killed_process_of_the_pool_costs_its_own_run_alone(tmp_path: Path) -> None:
+    (tmp_path / "demo.py").write_text(SCRIPT)
+    pool = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    done = begin(tmp_path, "demo.py", "-m", "seed=6,5,0,1", *pool)
+    output, errors = done.communicate()
+    assert done.returncode == ExitCode.CRASHED
+    killed = "phd_cswa-2-16-32-tiny-seed_5"
+    assert "Traceback" not in errors
+    assert errors.splitlines()[-2:] == [
+        "1 of 4 runs of this sweep failed:",
+        f"  {killed}: its process was killed, as happens when the memory is full (exit code 1)",
+    ]
+    for seed in ("-seed_6", "", "-seed_1"):
+        assert output.count(f"phd_cswa-2-16-32-tiny{seed}: finished after ") == 1
+
+
+def test_a_job_that_leaves_no_outcome_has_failed(tmp_path: Path) -> None:
+    sweep = Sweep(["died", "done", "earlier"], Launcher.JOBS, tmp_path)
+    with sweep.launching():
+        [folder] = tmp_path.glob(".sweep-*")
+        write_outcome(folder, Outcome("done", ExitCode.FINISHED, "it ended"))
+        write_outcome(folder, Outcome("earlier", ExitCode.FINISHED, "finished"))
+    assert [failure.name for failure in sweep.failures] == ["died"]
+    assert sweep.code == ExitCode.CRASHED
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
