@@ -503,7 +503,13 @@ def _launcher(tree: DictConfig) -> Launcher:
     target = str(tree.hydra.launcher.get("_target_", ""))
     if "basic_launcher" in target:
         return Launcher.NONE
-    return Launcher.POOL if "joblib" in target else Launcher.JOBS
+    if "joblib" not in target:
+        return Launcher.JOBS
+    from joblib import effective_n_jobs  # comes with the launcher
+
+    # joblib has no pool of one process; it runs them in this one.
+    processes = tree.hydra.launcher.n_jobs
+    return Launcher.NONE if processes and effective_n_jobs(processes) == 1 else Launcher.POOL
 
 
 def _launcher_problems(launcher: Launcher) -> list[Problem]:

@@ -17,6 +17,7 @@ from train import compose, conf_files
 from train.compose import CONF, check, load
 from train.config import Config
 from train.overrides import chosen, parse_overrides
+from train.sweeps.sweep import Launcher
 
 # What an entry point looks like; a job with seed 3 fails, and those up to 9 in other ways.
 SCRIPT = """
@@ -303,6 +304,12 @@ def test_a_sweep_that_is_named_twice_counts_once() -> None:
 )
 def test_sweeps_that_do_not_fit_together_are_refused(typed: str, told: str) -> None:
     assert any(told in problem for problem in problems(*typed.split(), multirun=True))
+
+
+@pytest.mark.parametrize(("processes", "launcher"), [(1, Launcher.NONE), (2, Launcher.POOL)])
+def test_a_pool_of_one_process_is_none(processes: int, launcher: Launcher) -> None:
+    typed = ["seed=0,1", "hydra/launcher=joblib", f"hydra.launcher.n_jobs={processes}"]
+    assert check(typed, multirun=True).launcher == launcher
 
 
 def test_settings_vary_together() -> None:
