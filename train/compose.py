@@ -45,7 +45,7 @@ from conf.validation import (
 )
 from phd.config import ModelConfig
 from train.conf_files import CONF, choices, groups
-from train.config import SECTIONS, Config
+from train.config import SECTIONS, Config, TrainConfig
 from train.distributed.dist_env import DistEnv
 from train.engine_config import DeepSpeedConfig, FsdpConfig
 from train.explain import Composed, explain, overview
@@ -585,7 +585,17 @@ def _deepened(config: Config, cost: Any) -> Config:
         raise ConfigError([Problem(f"model.{DEEPENED}", cost, str(error))]) from error
     row = config.train.seq_len
     layers = layers_at_flops(config.model, training_flops(other, row), row)
-    return replace(config, model=replace(config.model, layers=layers))
+    train = _length_of_parameters(config)
+    return replace(config, train=train, model=replace(config.model, layers=layers))
+
+
+def _length_of_parameters(config: Config) -> TrainConfig:
+    """The settings with a length for each parameter in tokens, which more layers leave as it is."""
+    train, ratio = config.train, config.train.max_tokens_per_parameter
+    if ratio is None:
+        return train
+    limits = [int(ratio * config.parameters), *([train.max_tokens] if train.max_tokens else [])]
+    return replace(train, max_tokens=min(limits), max_tokens_per_parameter=None)
 
 
 def _without_chunk(model: Any) -> Any:

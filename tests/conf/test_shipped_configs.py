@@ -246,7 +246,13 @@ def test_a_sweep_at_equal_flops_takes_those_of_two_copies(overrides: list[str]) 
         assert 0 <= flops[1] - spent < job.flops_per_step
 
 
-@pytest.mark.parametrize("overrides", [["size=550m"], ["train.seq_len=512", "model.window=4"]])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        *(["size=550m"], ["train.seq_len=512", "model.window=4"]),
+        *(["size=1m3"], ["size=1m3", "train.max_tokens=1e7"]),  # their length is of parameters
+    ],
+)
 def test_the_sweep_of_variants_compares_at_equal_tokens_and_at_equal_flops(
     overrides: list[str],
 ) -> None:
