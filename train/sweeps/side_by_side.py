@@ -112,8 +112,11 @@ def as_member(config: Config, folder: Path, run: Callable[[], Outcome]) -> Outco
             if is_stopped(folder):
                 return None
             own.write_text(config.name, encoding="utf-8")
-            with _output_in(config.run_dir / LOG, f"{config.name}: begins"):
-                outcome = run()
+            try:
+                with _output_in(config.run_dir / LOG, f"{config.name}: begins"):
+                    outcome = run()
+            except OSError as error:  # of the log; those of the run are an outcome already
+                outcome = Outcome(config.name, ExitCode.CRASHED, f"no log: {error}")
     except (SystemExit, KeyboardInterrupt) as end:
         code = ExitCode.REQUEUE if isinstance(end, SystemExit) else ExitCode.INTERRUPTED
         outcome = Outcome(config.name, code, "it was told to end", ended=True)
@@ -155,8 +158,8 @@ def _output_in(path: Path, title: str) -> Iterator[None]:
     """Within this context all that this process prints is added to a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     _print(f"{title}; its output is in {path}")
-    before = os.dup(1), os.dup(2)
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    before = os.dup(1), os.dup(2)
     os.dup2(file, 1)
     os.dup2(file, 2)
     os.close(file)

@@ -122,12 +122,15 @@ def test_a_sweep_that_is_killed_twice_ends_with_the_runs_that_it_should_have(
 
 def test_failures_of_runs_side_by_side_are_told_and_the_others_finish(tmp_path: Path) -> None:
     (tmp_path / "demo.py").write_text(SCRIPT)
+    log = "runs/phd_cswa-2-16-32-tiny-seed_2/console.log"
+    (tmp_path / log).mkdir(parents=True)  # a log that cannot be written
     pool = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
-    done = begin(tmp_path, "demo.py", "-m", "seed=3,4,0,1", *pool)
+    done = begin(tmp_path, "demo.py", "-m", "seed=2,3,4,0,1", *pool)
     output, errors = done.communicate()
     names = [f"phd_cswa-2-16-32-tiny{seed}" for seed in ("-seed_3", "-seed_4", "", "-seed_1")]
     assert errors.splitlines() == [
-        "2 of 4 runs of this sweep failed:",
+        "3 of 5 runs of this sweep failed:",
+        f"  phd_cswa-2-16-32-tiny-seed_2: no log: [Errno 21] Is a directory: '{log}' (exit code 1)",
         f"  {names[0]}: KeyError: 'a fault of the program' (exit code 1)",
         f"  {names[1]}: seed=4: refused (exit code 2)",
     ]
