@@ -24,6 +24,7 @@ from train.run_dir.name import holds
 MakeConfig = Callable[..., Config]
 
 SWITCHED = ("model=phd_cswa", "model.K=3", "schedule.copies={0:1,0.5:3}", "train.max_steps=8")
+CLOSE = ("0.3333333", "0.33333333")  # equal in six digits
 SWITCH = 4  # steps with one copy
 
 WITH_COPIES = ("train/", "kv/", "eval/", "optim/grad_norm")
@@ -124,6 +125,8 @@ def test_it_is_another_run_than_one_without_a_schedule() -> None:
     assert late.name == "phd_cswa-3-16-32-tiny-copies_0_1_0.5_3"
     assert always.name == "phd_cswa-3-16-32-tiny"
     assert not holds(Path("nowhere"), late)
+    third, close = (load([*SWITCHED[:2], f"schedule.copies={{0:1,{at}:3}}"]) for at in CLOSE)
+    assert third.name != close.name
     assert Config.from_dict(late.to_dict()) == late
 
 

@@ -62,7 +62,7 @@ def identity(config: Config) -> dict[str, Any]:
     if (copies := tree["schedule"]["copies"]) is not None:
         # One setting, which a name spells `copies_0_1_0.75_2`.
         tree["schedule"]["copies"] = "_".join(
-            f"{float(start):g}_{K}" for start, K in copies.items()
+            f"{str(float(start)).removesuffix('.0')}_{K}" for start, K in copies.items()
         )
     settings = flatten_keys(tree)
     unused = {problem.key for problem in config.unused()}
