@@ -217,7 +217,8 @@ SWEPT = {
     ],
     "ablations": [
         *("phd_cswa-2-16-32-tiny", "phd_cswa-2-16-32-tiny-copy_positions_flattened"),
-        *("phd_cswa-2-16-32-tiny-copy_embedding_true", "phd_cswa-2-16t-32t-tiny"),
+        "phd_cswa-2-16-32-tiny-copy_embedding_true",
+        *("phd_cswa-3-16-32-tiny", "phd_cswa-3-16t-32t-tiny"),
     ],
     "seeds": [f"phd_cswa-2-16-32-tiny{seed}" for seed in ("", "-seed_1", "-seed_2")],
     "size": [f"{name}-{size}" for size in ("micro", "tiny") for name in ("vanilla", PHD)],
@@ -234,6 +235,13 @@ def test_a_sweep_is_its_points_each_in_its_own_directory(sweep: str) -> None:
     jobs = check([f"+sweep={sweep}"]).jobs
     assert [job.name for job in jobs] == SWEPT[sweep]
     assert [str(job.run_dir) for job in jobs] == [f"runs/{name}" for name in SWEPT[sweep]]
+
+
+def test_the_sweep_of_ablations_compares_units_that_differ() -> None:
+    *_, hidden, token = (job.model for job in check(["+sweep=ablations"]).jobs)
+    assert (hidden.span_unit, token.span_unit) == ("hidden", "token")
+    assert hidden == replace(token, span_unit="hidden")
+    assert hidden.chunk_tokens != token.chunk_tokens
 
 
 @pytest.mark.parametrize("overrides", [["size=151m", "train.max_tokens=2e11"], ["size=micro"]])
