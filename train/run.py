@@ -68,7 +68,7 @@ from train.profiling.window import ProfileWindow
 from train.run_dir.lock import hold_run_dir
 from train.run_dir.prepare import prepare_run_dir
 from train.start.tokenizer_of_weights import tokenizer_of_weights
-from train.start.weights import read_start
+from train.start.weights import Source, read_start
 
 # Settings that a resumed run must share with its checkpoint; the rest may be changed.
 FIXED = ("seed", "model", "train.global_batch", "train.seq_len")
@@ -242,10 +242,14 @@ def _open(
     prompt = _prompt(config, tokenizer, evaluations)
     step = checkpoint.step if checkpoint else 0
     engine.set_copies(config.copy_stage(step).K)
-    _restore(config, engine, checkpoint, tokenizer)
+    source = _restore(config, engine, checkpoint, tokenizer, console)
     raise_on_all_ranks(
         groups,
-        lambda: prepare_run_dir(config, tokenizer, console) if groups.is_rank_zero else None,
+        lambda: (
+            prepare_run_dir(config, tokenizer, console, source._asdict() if source else None)
+            if groups.is_rank_zero
+            else None
+        ),
     )
     _write_quarantine(documents, config.run_dir, groups)
     tokens = step * config.train.tokens_per_step
@@ -288,18 +292,32 @@ def _open(
 
 
 def _restore(
-    config: Config, engine: Engine, checkpoint: Checkpoint | None, tokenizer: Tokenizer
-) -> None:
-    """Give the engine the weights and moments of the checkpoint, or of what the run starts from."""
+    config: Config,
+    engine: Engine,
+    checkpoint: Checkpoint | None,
+    tokenizer: Tokenizer,
+    console: Console,
+) -> Source | None:
+    """Give the engine the weights and moments of the checkpoint, or of what the run starts from.
+
+    Returns:
+        what a new run starts from; None if it goes on, or has random weights.
+    """
     if checkpoint:
         engine.restore(checkpoint)
-    elif config.run.start_from is not None:
-        start = read_start(config, engine.groups)
-        if start.tokenizer not in (None, tokenizer.fingerprint):
-            another = "its weights were trained with another tokenizer than the run's"
-            hint = "give the run that they are of, with its own tokenizer.model"
-            raise ConfigError([Problem("run.start_from", config.run.start_from, another, hint)])
-        engine.load(start.weights, start.optimizer)
+        return None
+    if config.run.start_from is None:
+        return None
+    start = read_start(config, engine.groups)
+    if start.tokenizer not in (None, tokenizer.fingerprint):
+        another = "its weights were trained with another tokenizer than the run's"
+        hint = "give the run that they are of, with its own tokenizer.model"
+        raise ConfigError([Problem("run.start_from", config.run.start_from, another, hint)])
+    for path, reason in start.rejected:
+        warn(console, f"rejected the checkpoint {path}: {reason}")
+    console.print(f"starts from {start.source.path}", markup=False)
+    engine.load(start.weights, start.optimizer)
+    return start.source
 
 
 def smallest_memory(config: Config, groups: ProcessGroups) -> int:

@@ -4,6 +4,7 @@ runs/phd_cswa-2-16-32-tiny/
     config.yaml        the whole configuration, every default included
     environment.json   command, machine, versions and source revision; see environment.py;
                        one entry per start
+    start.json         the checkpoint that run.start_from has given, its step and its seal
     source/            this project's source code and its git revision; see snapshot.py
     metrics.jsonl      one line per logging step
     result.json        what came of the run; see train/experiments/ledger.py
@@ -20,6 +21,7 @@ runs/phd_cswa-2-16-32-tiny/
 """
 
 import json
+from collections.abc import Mapping
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -38,9 +40,20 @@ from train.run_dir.environment import environment
 from train.run_dir.lock import LOCK, RunLock
 from train.run_dir.snapshot import read_revision, write_snapshot
 
+START = "start.json"
 
-def prepare_run_dir(config: Config, tokenizer: Tokenizer, console: Console) -> None:
+
+def prepare_run_dir(
+    config: Config,
+    tokenizer: Tokenizer,
+    console: Console,
+    start: Mapping[str, Any] | None = None,
+) -> None:
     """Make the run's directory, and write the configuration and the environment of this start.
+
+    Args:
+        start: what the weights of a new run were taken from; None if it has random ones, or goes
+            on from its own.
 
     Raises:
         ConfigError: the directory cannot be written.
@@ -51,6 +64,8 @@ def prepare_run_dir(config: Config, tokenizer: Tokenizer, console: Console) -> N
         console.print(f"run.resume=never: the earlier run is now in {moved}", markup=False)
     try:
         _describe(config, tokenizer, console)
+        if start is not None:
+            write_atomic(directory / START, json.dumps(start, indent=1))
     except OSError as error:
         hint = "choose another run.dir, or make room there"
         problem = Problem(

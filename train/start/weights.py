@@ -16,7 +16,8 @@ from conf.errors import ConfigError, Problem
 from conf.validation import build
 from phd.config import ModelConfig
 from phd.hf.convert import starting_state, weight_shapes
-from train.checkpoint.reader import Checkpoint
+from train.checkpoint.manifest import MARKER
+from train.checkpoint.reader import Checkpoint, RejectedCheckpoint
 from train.checkpoint.store import CheckpointStore
 from train.config import Config
 from train.distributed.process_groups import ProcessGroups, raise_on_all_ranks
@@ -32,6 +33,26 @@ SHAPE = (
 STATE = (*MOMENTS, "step")
 
 
+class Source(NamedTuple):
+    """Which files the weights of a run are of, as the run's directory tells it.
+
+    Attributes:
+        path: of the checkpoint, or of the Hugging Face directory.
+        step: of the checkpoint; None: a Hugging Face directory has none.
+        manifest: the hash that seals the checkpoint's files; None: they are not sealed.
+    """
+
+    path: str
+    step: int | None = None
+    manifest: str | None = None
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> "Source":
+        """That of a verified checkpoint."""
+        seal = (checkpoint.path / MARKER).read_text(encoding="utf-8").strip()
+        return cls(str(checkpoint.path.resolve()), checkpoint.step, seal)
+
+
 class Start(NamedTuple):
     """What the parameters of a new run start as.
 
@@ -41,11 +62,14 @@ class Start(NamedTuple):
             run starts with moments of 0.
         tokenizer: the fingerprint of the tokenizer that the weights were trained with; None: a
             Hugging Face directory does not say it.
+        rejected: damaged checkpoints that are newer than the one that was taken.
     """
 
+    source: Source
     weights: dict[str, Tensor]
     optimizer: Callable[[str], Mapping[str, Tensor]] | None = None
     tokenizer: str | None = None
+    rejected: tuple[RejectedCheckpoint, ...] = ()
 
 
 def read_start(config: Config, groups: ProcessGroups) -> Start:
@@ -68,7 +92,8 @@ def read_start(config: Config, groups: ProcessGroups) -> Start:
             if config.run.start_optimizer:
                 reason = f"{path} is {Kind.HUGGING_FACE.value}, which has none"
                 raise ConfigError([_no_moments(reason)])
-            return Start(raise_on_all_ranks(groups, lambda: pretrained_start(path, config.model)))
+            weights = raise_on_all_ranks(groups, lambda: pretrained_start(path, config.model))
+            return Start(Source(str(path.resolve())), weights)
     return raise_on_all_ranks(groups, lambda: _of_checkpoint(config, path, checkpoint))
 
 
@@ -86,7 +111,8 @@ def _of_checkpoint(config: Config, path: Path, checkpoint: Checkpoint) -> Start:
             return dict(zip(STATE, checkpoint.read(names).values(), strict=True))
 
     weights = starting_state(config.model, checkpoint.load_weights())
-    return Start(weights, optimizer, checkpoint.state["stream"]["tokenizer"])
+    tokenizer = checkpoint.state["stream"]["tokenizer"]
+    return Start(Source.of(checkpoint), weights, optimizer, tokenizer, checkpoint.rejected)
 
 
 def pretrained_start(path: Path, config: ModelConfig) -> dict[str, Tensor]:

@@ -1,5 +1,6 @@
 """A new run starts from another run's weights, and from its moments if it asks for them."""
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -90,6 +91,28 @@ def test_one_checkpoint_of_a_run_may_be_meant(
     run = opened(config("model=phd", f"run.start_from={path}", "run.start_optimizer=true"))
     assert_equal_bits(state(run), saved(first.run, 3))
     assert run.tokenizer.fingerprint == first.run.tokenizer.fingerprint
+
+
+def test_a_run_tells_which_checkpoint_it_has_started_from(
+    first: LoadedRun, config: MakeConfig, trained: Callable[..., LoadedRun], tmp_path: Path
+) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(first.run.directory, source)
+    newest, earlier = (source / f"checkpoints/step_{n:08d}" for n in (6, 3))
+    state = newest / "state.json"  # of the same length, so that its contents alone are wrong
+    state.write_bytes(state.read_bytes().replace(b'"step"', b'"stop"'))
+    settings = ("model=vanilla", f"run.start_from={source}")
+    run = trained(config(*settings, "train.max_steps=1"))
+    output = " ".join(run.output.split())
+    assert f"rejected the checkpoint {newest}" in output
+    assert f"starts from {earlier}" in output
+    told = json.loads((run.run.directory / "start.json").read_bytes())
+    seal = (earlier / "COMPLETE").read_text().strip()
+    assert told == {"path": str(earlier), "step": 3, "manifest": seal}
+    # What the run began with is still told when it goes on.
+    shutil.rmtree(source)
+    trained(config(*settings, "train.max_steps=2"))
+    assert json.loads((run.run.directory / "start.json").read_bytes()) == told
 
 
 def test_moments_come_along_and_text_and_steps_begin_anew(
