@@ -68,9 +68,10 @@ def test_what_is_there_and_no_input_is_told_too(
 @pytest.mark.parametrize(
     ("start_from", "told"),
     [
-        ("nosuch", "nosuch: no such directory; download a model"),
+        ("nosuch", "nosuch: no such directory; give that of a run, of one of its check"),
         ("weights.safetensors", "weights.safetensors: not a directory; give the one"),
         ("run", "run: the run has no complete checkpoint yet; let it train on"),
+        ("run/checkpoints", "these are the checkpoints of a run; give the run, run, or one of"),
     ],
 )
 def test_weights_that_are_not_there_are_told_before_the_plan(
@@ -83,6 +84,8 @@ def test_weights_that_are_not_there_are_told_before_the_plan(
     (nowhere / "weights.safetensors").write_bytes(b"")
     (nowhere / "run").mkdir()
     (nowhere / "run" / "config.yaml").write_text("{}")
+    if "checkpoints" in start_from:
+        (nowhere / "run/checkpoints/step_00000003").mkdir(parents=True)
     config = load(small(f"run.start_from={start_from}"))
     with pytest.raises(DataError, match=told):
         main(config)

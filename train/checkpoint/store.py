@@ -39,6 +39,7 @@ from train.checkpoint.writer import TensorWriter
 from train.distributed.process_groups import ProcessGroups, on_all_ranks, on_rank_zero
 
 T = TypeVar("T")
+ANEW = "Restore one of them from a copy, or start anew with run.resume=never."
 LIVE_S = 3600.0
 """Seconds after its last change from which an unfinished directory is deleted in any case."""
 
@@ -146,10 +147,13 @@ class CheckpointStore:
         """Wait until nothing is being written. `wait` and `save` report how the save ended."""
         self._finish()
 
-    def newest(self) -> Checkpoint | None:
+    def newest(self, otherwise: str = ANEW) -> Checkpoint | None:
         """Find the newest complete checkpoint, the same on all ranks; None without any.
 
         The files are divided among the ranks, so that each verifies an equal number of them.
+
+        Args:
+            otherwise: what to do if all are damaged.
 
         Raises:
             DataError: there are checkpoints, but all are damaged.
@@ -165,8 +169,7 @@ class CheckpointStore:
         if rejected:
             lines = "".join(f"  {path.name}: {reason}\n" for path, reason in rejected)
             raise DataError(
-                f"every checkpoint in {self.root} is damaged:\n{lines}"
-                "Restore one of them from a copy, or start anew with run.resume=never."
+                f"every checkpoint in {self.root} is damaged:\n{lines}{otherwise}"
             )
         return None
 

@@ -23,7 +23,7 @@ from train.config import Config
 from train.distributed.process_groups import ProcessGroups, raise_on_all_ranks
 from train.engines.optimizer import MOMENTS
 from train.hf.pretrained import load_pretrained
-from train.start.directory import CHECKPOINTS, Kind, kind_of
+from train.start.directory import CHECKPOINTS, OTHERWISE, Kind, kind_of
 
 # The settings that must be equal for two models to compute the same from the same weights.
 SHAPE = (
@@ -131,7 +131,7 @@ def pretrained_start(path: Path, config: ModelConfig) -> dict[str, Tensor]:
 
 def _newest(run: Path, groups: ProcessGroups) -> Checkpoint:
     """The newest checkpoint of another run that is not damaged, the same on all ranks."""
-    checkpoint = CheckpointStore(run / CHECKPOINTS, keep=1, groups=groups).newest()
+    checkpoint = CheckpointStore(run / CHECKPOINTS, keep=1, groups=groups).newest(OTHERWISE)
     assert checkpoint is not None, "`kind_of` has found one"
     return checkpoint
 
@@ -145,11 +145,11 @@ def _check_shape(path: Path, config: ModelConfig, source: ModelConfig) -> None:
     names += ["copy_embedding"] * (source.copy_embedding and not config.copy_embedding)
     if names:
         differences = ", ".join(
-            f"model.{name}={_spelled(getattr(config, name))} "
-            f"(there it is {_spelled(getattr(source, name))})"
+            f"model.{name}={_spelled(getattr(source, name))} "
+            f"(here it is {_spelled(getattr(config, name))})"
             for name in names
         )
-        hint = f"set these as they are there: {differences}"
+        hint = f"set {differences}"
         problem = Problem("run.start_from", str(path), "a model of another shape", hint)
         raise ConfigError([problem])
 

@@ -157,7 +157,7 @@ def test_vectors_of_copies_are_kept_and_new_ones_start_at_zero(
     assert not vectors[2].any()
     others = (start, f"run.dir={tmp_path / 'other'}", "model=phd")
     told = refusal(config(*others), opened)
-    assert "model.copy_embedding=false (there it is true)" in told
+    assert "set model.copy_embedding=true (here it is false)" in told
     told = refusal(
         config(*others, "model.K=3", "model.copy_embedding=true", "run.start_optimizer=true"),
         opened,
@@ -170,9 +170,9 @@ def test_a_run_of_another_shape_is_refused_with_all_that_differs(
 ) -> None:
     start = f"run.start_from={first.run.directory}"
     told = refusal(config(start, "model.dim=32", "model.layers=3", "model.norm=pre"), opened)
-    differing = "model.layers=3 (there it is 2), model.dim=32 (there it is 16), "
-    assert f"a model of another shape; set these as they are there: {differing}" in told
-    assert "model.norm=pre (there it is reordered)" in told
+    differing = "model.layers=2 (here it is 3), model.dim=16 (here it is 32), "
+    assert f"a model of another shape; set {differing}" in told
+    assert "model.norm=reordered (here it is pre)" in told
 
 
 def test_what_cannot_be_started_from_is_refused(
@@ -190,6 +190,16 @@ def test_what_cannot_be_started_from_is_refused(
     assert torch.equal(state(run)["model.embed.weight"], older["model.embed.weight"])
     told = refusal(config(f"run.start_from={newest}", f"run.dir={tmp_path / 'other'}"), opened)
     assert "is not a complete checkpoint" in told
+    # Nothing is left to take; `run.resume=never` would take nothing else.
+    earlier = path / "checkpoints" / "step_00000003" / "__0_0.distcp"
+    for number, damage in enumerate((b"?", b"")):  # other contents, then another size
+        for file in (weights, earlier):
+            file.write_bytes(file.read_bytes()[:-1] + damage)
+        told = refusal(config(f"run.start_from={path}", f"run.dir={tmp_path / str(number)}"), opened)
+        assert "is damaged: step_00000006: " in told
+        assert "or choose another run.start_from" in told
+        assert "run.resume" not in told
+
 
 
 # Hugging Face directories
@@ -220,8 +230,8 @@ def test_a_start_of_another_shape_names_what_to_change(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"run\.start_from=.*: a model of another shape") as error:
         pretrained_start(tmp_path / "hf", other)
     assert str(error.value).endswith(
-        "model.dim=48 (there it is 32), model.rope_theta=10000.0 (there it is 500000.0), "
-        "model.tied=true (there it is false)"
+        "model.dim=32 (here it is 48), model.rope_theta=500000.0 (here it is 10000.0), "
+        "model.tied=false (here it is true)"
     )
 
 
