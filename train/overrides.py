@@ -71,16 +71,18 @@ def _with_one_choice_of_sweeps(
         hint = f"{' '.join(f'+sweep={name}' for name in names)} is the product of all"
         problems.append(Problem("sweep", ",".join(names), "expected one sweep", hint))
         return {text: o for text, o in parsed.items() if text not in asked}
-    varied: dict[str, str] = {}
+    kept: list[str] = []
     for name in names:
-        for key in swept_by(name):
-            if (other := varied.setdefault(key, name)) != name:
-                hint = "run one after the other"
-                problem = f"both sweep={other} and sweep={name} vary {key}"
-                problems.append(Problem("sweep", ",".join(names), problem, hint))
-    if len(asked) < 2 and names == every:
+        clashes = [(other, shared) for other in kept if (shared := _both_vary(other, name))]
+        for other, shared in clashes:
+            problem = f"both sweep={other} and sweep={name} vary {' and '.join(shared)}"
+            hint = "run one after the other"
+            problems.append(Problem("sweep", ",".join(names), problem, hint))
+        # Their runs would have the same problem once more, each of them.
+        kept += [] if clashes else [name]
+    if len(asked) < 2 and kept == every:
         return parsed
-    joined = f"sweep=[{','.join(names)}]"
+    joined = f"sweep=[{','.join(kept)}]"
     rest = {text: o for text, o in parsed.items() if text not in asked}
     return {joined: OverridesParser.create().parse_override(joined), **rest}
 
@@ -104,6 +106,30 @@ def swept_by(sweep: str) -> list[str]:
         return []
     params = load_yaml(f"sweep/{sweep}.yaml")["hydra"]["sweeper"]["params"]
     return [key.lstrip("+") for key in params]
+
+
+def _both_vary(one: str, other: str) -> list[str]:
+    """What two files of conf/sweep/ both vary, by the keys, or else by the names within them."""
+    keys_of_one, theirs = swept_by(one), swept_by(other)
+    if shared := [key for key in keys_of_one if key in theirs and key != TOGETHER]:
+        return shared
+    ours, names = _names_swept_by(one), _names_swept_by(other)
+    if shared := [key for key in ours if key in names]:
+        return shared
+    return [key for key in keys_of_one if key in theirs]
+
+
+def _names_swept_by(sweep: str) -> list[str]:
+    """The settings that a file of conf/sweep/ varies, also those within the values of a key."""
+    params = load_yaml(f"sweep/{sweep}.yaml")["hydra"]["sweeper"]["params"]
+    parser = OverridesParser.create()
+    names: dict[str, None] = {}
+    for key, text in params.items():
+        override = parser.parse_override(f"{key}={text}")
+        for value in _values_of(override):
+            own = value if override.key_or_group == TOGETHER else {override.key_or_group: value}
+            names |= dict.fromkeys(map(str, flatten_keys(own)))
+    return list(names)
 
 
 def _with_quotes(text: str) -> str:

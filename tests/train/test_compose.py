@@ -312,6 +312,16 @@ def test_a_pool_of_one_process_is_none(processes: int, launcher: Launcher) -> No
     assert check(typed, multirun=True).launcher == launcher
 
 
+@pytest.mark.parametrize(
+    ("typed", "both"), [("size variants", "model.variant and model.K"), ("ablations k", "model.K")]
+)
+def test_two_sweeps_of_the_same_settings_are_one_problem(typed: str, both: str) -> None:
+    one, other = typed.split()
+    [problem] = problems(f"+sweep={one}", f"+sweep={other}", "seed=0,1", multirun=True)
+    told = f"both sweep={one} and sweep={other} vary {both}; run one after the other"
+    assert problem == f"sweep='{one},{other}': {told}"
+
+
 def test_settings_vary_together() -> None:
     points = "together={model.K: 3, optim.lr: 1e-3},{model.K: 5, model: {norm: pre}}"
     jobs = check([points, "seed=0,1", "model.window=4"], multirun=True).jobs

@@ -168,9 +168,7 @@ class CheckpointStore:
             rejected += (RejectedCheckpoint(path, flaw),)
         if rejected:
             lines = "".join(f"  {path.name}: {reason}\n" for path, reason in rejected)
-            raise DataError(
-                f"every checkpoint in {self.root} is damaged:\n{lines}{otherwise}"
-            )
+            raise DataError(f"every checkpoint in {self.root} is damaged:\n{lines}{otherwise}")
         return None
 
     def _finish(self) -> None:

@@ -195,11 +195,12 @@ def test_what_cannot_be_started_from_is_refused(
     for number, damage in enumerate((b"?", b"")):  # other contents, then another size
         for file in (weights, earlier):
             file.write_bytes(file.read_bytes()[:-1] + damage)
-        told = refusal(config(f"run.start_from={path}", f"run.dir={tmp_path / str(number)}"), opened)
+        told = refusal(
+            config(f"run.start_from={path}", f"run.dir={tmp_path / str(number)}"), opened
+        )
         assert "is damaged: step_00000006: " in told
         assert "or choose another run.start_from" in told
         assert "run.resume" not in told
-
 
 
 # Hugging Face directories
