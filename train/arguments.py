@@ -175,7 +175,8 @@ class EvaluateArguments:
         text_field: the key or column that holds a document's text in `.jsonl` and `.parquet`.
         heldout: measure the run's held-out documents as well where `text` or `tasks` is given.
         rows: how many rows of tokens are measured; null: of held-out documents as many as in
-            training, `eval.rows`, and of `text` all of them.
+            training, `eval.rows`, and of `text` all of them. Held-out documents that are measured
+            otherwise than in training (`rows`, `seq_len`, `precision`) are printed and not kept.
         seq_len: the tokens of a row; null: as in training, and for `model` its longest context, at
             most 1024.
         tasks: downstream tasks, separated by commas: `paper` for the seven of the paper, one of

@@ -20,6 +20,7 @@ from collections.abc import Mapping
 from math import isfinite
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -34,8 +35,8 @@ from train.engine_config import EngineConfig
 from train.engines.device import autocast, choose_device, configure_process, precision
 from train.evaluation.questions import check_there, read_questions
 from train.evaluation.subject import Subject, of_export, of_run
-from train.evaluation.text import measure_text, rows_of_run, rows_of_text
-from train.experiments.ledger import add_scores
+from train.evaluation.text import heldout_names, measure_text, rows_of_run, rows_of_text
+from train.experiments.ledger import add_scores, trained_dtype
 from train.experiments.result import Estimate, Heldout
 from train.metrics.record import Metrics
 from train.metrics.sinks import FailingSink, WandbSummary, append_metrics, run_id
@@ -63,7 +64,9 @@ def main(args: EvaluateArguments) -> int:
         if tasks:
             console.print(task_table(tasks))
     if args.run is not None and args.save:
-        save(subject, texts, tasks, console)
+        kept = comparable(args, subject, texts, dtype, console)
+        if kept or tasks:
+            save(subject, kept, tasks, console)
     return 0
 
 
@@ -87,9 +90,17 @@ def measure_texts(args: EvaluateArguments, subject: Subject) -> dict[str, Heldou
     """The losses on the run's held-out documents and on the user's files, by name."""
     found: dict[str, Batch] = {}
     seq_len = args.seq_len or subject.seq_len
+    problems = []
     if seq_len > subject.longest:
         reason = f"the model's longest context is {subject.longest} tokens"
-        raise ConfigError([Problem("seq_len", seq_len, reason)], "the arguments")
+        problems.append(Problem("seq_len", seq_len, reason))
+    own = names_of_run(subject)
+    for name in own & args.texts.keys():
+        reason = f"the run's own held-out documents are kept under the name {name}"
+        hint = "rename the file"
+        problems.append(Problem("text", args.texts[name], reason, hint))
+    if problems:
+        raise ConfigError(problems, "the arguments")
     if args.measures_heldout:
         assert subject.config is not None
         rows = args.rows or subject.config.eval.rows
@@ -108,6 +119,38 @@ def measure_texts(args: EvaluateArguments, subject: Subject) -> dict[str, Heldou
         name: measure_text(subject.per_target, rows, subject.tokenizer, subject.device)
         for name, rows in found.items()
     }
+
+
+def names_of_run(subject: Subject) -> set[str]:
+    """The names under which the losses on a run's own held-out documents are kept."""
+    return set() if subject.config is None else set(heldout_names(subject.config.data).values())
+
+
+def comparable(
+    args: EvaluateArguments,
+    subject: Subject,
+    texts: Mapping[str, Heldout],
+    dtype: torch.dtype,
+    console: Console,
+) -> Mapping[str, Heldout]:
+    """What is kept of the losses: not those of the run's held-out documents that it measures itself
+    in another way, because reports compare them with other runs' own; says so.
+    """
+    config = subject.config
+    assert config is not None
+    trained = trained_dtype(subject.directory, config)
+    others = []
+    if args.rows not in (None, config.eval.rows):
+        others.append(f"eval.rows={config.eval.rows}")
+    if args.seq_len not in (None, config.train.seq_len):
+        others.append(f"train.seq_len={config.train.seq_len}")
+    if dtype != trained:
+        others.append(f"{str(trained).removeprefix('torch.')} products")
+    left = texts.keys() & names_of_run(subject) if others else set()
+    if left:
+        why = f"the run measures itself with {' and '.join(others)}"
+        warn(console, f"not kept: {', '.join(sorted(left))}; {why}, and reports compare that")
+    return {name: text for name, text in texts.items() if name not in left}
 
 
 def measure_tasks(args: EvaluateArguments, subject: Subject) -> dict[str, Any]:

@@ -45,6 +45,7 @@ from train.engines.fsdp import FsdpEngine
 from train.engines.memory import fit
 from train.engines.schedule import config_before, schedule_change
 from train.evaluation.task_hook import TaskEvaluation, questions_of_run
+from train.evaluation.text import heldout_names
 from train.metrics.documents import bytes_of_documents
 from train.metrics.hooks import (
     DataProgress,
@@ -473,24 +474,25 @@ def _evaluations(
 
     Rank 0 reads the documents and sends them to the other ranks.
     """
-    if config.data.holdout == 0:
+    names = heldout_names(config.data)
+    if not names:
         return []
     groups, seq_len, limit = engine.groups, config.train.seq_len, config.eval.rows
 
     def read() -> dict[str, Batch | None]:
         return {
             source: heldout_rows(documents, tokenizer, source, seq_len=seq_len, limit=limit)
-            for source in (config.data.sources if groups.is_rank_zero else ())
+            for source in (names if groups.is_rank_zero else ())
         }
 
     found = []
     for source, text in groups.broadcast(raise_on_all_ranks(groups, read)).items():
-        name = "heldout" if len(config.data.sources) == 1 else source
         if text is None:
             warn(console, f"data.sources.{source}: none of its documents are held out to evaluate")
         else:
             sizes = bytes_of_documents(text, tokenizer)
-            found.append(Evaluation(config, engine, name, text, stop_sync.stop_requested, sizes))
+            stop = stop_sync.stop_requested
+            found.append(Evaluation(config, engine, names[source], text, stop, sizes))
     if not found:
         hint = "raise it, add documents, or set it to 0 to go without an evaluation"
         none = "holds out none of the documents"

@@ -25,6 +25,12 @@ TOKENS = 8192
 """Tokens that are computed at a time."""
 
 
+def heldout_names(data: DataConfig) -> dict[str, str]:
+    """By source, the names of a run's held-out sets, under which their losses are kept."""
+    alone = len(data.sources) == 1
+    return {source: "heldout" if alone else source for source in data.sources if data.holdout}
+
+
 def rows_of_run(
     data: DataConfig, tokenizer: Tokenizer, *, seq_len: int, limit: int
 ) -> dict[str, Batch]:
@@ -35,10 +41,10 @@ def rows_of_run(
     """
     documents = Documents(data)
     found = {}
-    for source in data.sources if data.holdout else ():
+    for source, name in heldout_names(data).items():
         rows = heldout_rows(documents, tokenizer, source, seq_len=seq_len, limit=limit)
         if rows is not None:
-            found["heldout" if len(data.sources) == 1 else source] = rows
+            found[name] = rows
     if not found:
         raise DataError("the run holds out no documents. Give a text= to evaluate.")
     return found

@@ -160,7 +160,7 @@ def result_of(directory: Path, *, held: Literal[False] | None = None) -> Result:
     ended = _ended(directory, config, last, held=held)
     scores = _scores_of_newest(directory)
     parameters = count_parameters(config.model)
-    context, dtype = config.hooks.kv.context, precision(config.engine, _device_of(start))
+    context, dtype = config.hooks.kv.context, trained_dtype(directory, config)
     cost = kv_bytes(config.model, context, dtype)
     settings = flatten_keys(redacted_tree(config.to_dict()))
     return Result(
@@ -321,9 +321,11 @@ def _differences(config: Config, settings: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _device_of(start: Mapping[str, Any]) -> torch.device:
-    """The kind of the device on which a start has trained."""
-    return torch.device("cpu" if start.get("device", "cpu") == "cpu" else "cuda")
+def trained_dtype(directory: Path, config: Config) -> torch.dtype:
+    """The dtype of the matrix products of a run's last start, with which it evaluates itself."""
+    start = _last_start(directory)
+    on_cpu = start.get("device", "cpu") == "cpu"
+    return precision(config.engine, torch.device("cpu" if on_cpu else "cuda"))
 
 
 def _device_name(start: Mapping[str, Any]) -> str:

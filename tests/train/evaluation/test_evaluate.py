@@ -72,6 +72,24 @@ def test_by_default_it_is_the_evaluation_of_the_run_itself(run: Path) -> None:
     assert kept.documents == found["eval/heldout/documents"]
 
 
+@pytest.mark.parametrize("other", ["rows=1", "seq_len=16", "precision=bf16"])
+def test_held_out_documents_that_are_measured_otherwise_are_not_kept(
+    run: Path, other: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A report would compare them with what other runs have measured of themselves."""
+    before, kept = lines(run), read_result(run / "result.json")
+    assert main(arguments(f"run={run}", other)) == 0
+    assert "not kept: heldout; the run measures itself with" in capsys.readouterr().out
+    assert lines(run) == before
+    assert read_result(run / "result.json") == kept
+
+
+def test_a_text_does_not_take_the_name_of_the_runs_own(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "heldout").write_text("another text")
+    with pytest.raises(ConfigError, match="the run's own held-out documents are kept under"):
+        main(arguments(f"run={run}", f"text={tmp_path / 'heldout'}"))
+
+
 TEXTS = ["def keep(only, its): return é 😀", "one", "[original for token in hidden] # 3" * 9]
 
 
