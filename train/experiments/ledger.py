@@ -13,7 +13,7 @@ be made again, also of a run of an earlier version or of one that was killed.
 import json
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +30,7 @@ from phd.inference.cache import kv_bytes
 from phd.model import count_parameters
 from train.config import Config
 from train.engines.device import precision
+from train.evaluation.text import heldout_names
 from train.experiments.curves import (
     BITS,
     EVAL,
@@ -108,7 +109,8 @@ def add_scores(
         OSError: a file cannot be written.
         DataError: see `result_of`.
     """
-    write_scores(directory, Scores(step=step, heldout=heldout or {}, tasks=tasks or {}))
+    stepped = {name: replace(text, step=step) for name, text in (heldout or {}).items()}
+    write_scores(directory, Scores(step=step, heldout=stepped, tasks=tasks or {}))
     return update(directory)
 
 
@@ -157,7 +159,7 @@ def result_of(directory: Path, *, held: Literal[False] | None = None) -> Result:
     trained = [line for line in lines if "train/loss" in line]
     progress = progress_of(trained, config.train.tokens_per_step, config.flops_per_step)
     curve, last = curve_of(trained, progress), trained[-1] if trained else {}
-    ended = _ended(directory, config, last, held=held)
+    ended = _ended(directory, config, lines, held=held)
     scores = _scores_of_newest(directory)
     parameters = count_parameters(config.model)
     context, dtype = config.hooks.kv.context, trained_dtype(directory, config)
@@ -227,6 +229,7 @@ def heldout_of(lines: Sequence[Line]) -> dict[str, Heldout]:
             told = {name: line.get(f"{EVAL}{source}/{name}") for name in _TOLD}
             error = line.get(f"{key}_stderr")
             found[source] = Heldout(
+                step=line.get("step"),
                 bits_per_byte=Estimate(value=bits, standard_error=error),
                 loss=line[f"{EVAL}{source}/loss"],
                 **told,
@@ -268,9 +271,10 @@ def _last_start(directory: Path) -> dict[str, Any]:
 
 
 def _ended(
-    directory: Path, config: Config, last: Mapping[str, Any], *, held: Literal[False] | None
+    directory: Path, config: Config, lines: Sequence[Line], *, held: Literal[False] | None
 ) -> Ended:
     """How a run stands: as it has noted, or as its metrics and its lock tell."""
+    last = next((line for line in reversed(lines) if "train/loss" in line), {})
     holder = holder_of(directory) if held is None else None
     if holder is not None:
         return Ended(status="unfinished", reason=f"is at work: {holder}")
@@ -286,9 +290,25 @@ def _ended(
         ) from None
     steps, total = last.get("step", 0), config.total_steps
     if total is not None and steps >= total:
+        if missing := _not_evaluated(config, lines, steps):
+            reason = f"it ended before {', '.join(missing)} was evaluated after its last step"
+            return Ended(status="unfinished", reason=f"{reason}; its command, given again, does it")
         return Ended(status="finished")
     length = f" of {total}" if total is not None else ""
     return Ended(status="unfinished", reason=f"step {steps}{length}; it ended without a word")
+
+
+def _not_evaluated(config: Config, lines: Sequence[Line], last: int) -> list[str]:
+    """What a run has evaluated in its course, and not after its last step.
+
+    Runs that never had an evaluation, or of which only `evaluate.py` has made one, lack none.
+    """
+    own = (*heldout_names(config.data).values(), *config.eval.task_names)
+    evaluated = {
+        name: {line["step"] for line in lines if any(k.startswith(f"{EVAL}{name}/") for k in line)}
+        for name in own
+    }
+    return [name for name, steps in evaluated.items() if steps and max(steps) < last]
 
 
 @cache

@@ -93,6 +93,7 @@ def test_an_old_run_gives_a_result(run) -> None:
             tokens=50,
             bytes=90,
             documents=7,
+            step=6,
         )
     }
     curve = found.heldout_curves["heldout"]
@@ -138,6 +139,21 @@ def test_losses_are_smoothed_by_steps_and_then_thinned(
 def test_a_run_that_noted_no_end_stands_as_its_metrics_tell(run, losses, status, says) -> None:
     found = result_of(run(*(line(step, loss) for step, loss in enumerate(losses, 1))))
     assert (found.status, found.reason) == (status, says)
+
+
+def test_a_run_that_was_killed_before_its_last_evaluation_is_not_finished(run) -> None:
+    before = [line(3, 4.0), {"step": 3, **evaluated(9.0)}, line(6, 3.0)]
+    directory = run(*before)
+    found = result_of(directory)
+    assert found.status == "unfinished"
+    assert found.reason is not None
+    assert "before heldout was evaluated after its last step" in found.reason
+    assert found.heldout["heldout"].step == 3
+    assert result_of(run(*before, {"step": 6, **evaluated(2.0)})).status == "finished"
+    of_the_users = {key.replace("heldout", "my.jsonl"): 1.0 for key in evaluated(1.0)}
+    assert result_of(run({"step": 3, **of_the_users}, line(6, 3.0))).status == "finished"
+    task = {"step": 3, "eval/olmo_piqa/acc": 0.5}
+    assert result_of(run(task, line(6, 3.0))).status == "finished"  # none that the run asks for
 
 
 def test_how_a_run_has_ended_is_kept_until_it_goes_on(run) -> None:
