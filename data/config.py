@@ -259,6 +259,12 @@ class DataConfig(Settings):
     cache: CacheConfig = field(default_factory=CacheConfig)
 
     @property
+    def heldout_names(self) -> dict[str, str]:
+        """By source, the names of its held-out documents: under these their losses are kept."""
+        alone = len(self.sources) == 1
+        return {source: "heldout" if alone else source for source in self.sources if self.holdout}
+
+    @property
     def mixture(self) -> list[tuple[int, dict[str, float]]]:
         """(tokens after which they apply, weight of every source); the first apply from 0 on."""
         weights = {name: source.weight for name, source in self.sources.items()}

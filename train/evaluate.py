@@ -35,7 +35,7 @@ from train.engine_config import EngineConfig
 from train.engines.device import autocast, choose_device, configure_process, precision
 from train.evaluation.questions import check_there, read_questions
 from train.evaluation.subject import Subject, of_export, of_run
-from train.evaluation.text import heldout_names, measure_text, rows_of_run, rows_of_text
+from train.evaluation.text import measure_text, rows_of_run, rows_of_text
 from train.experiments.ledger import add_scores, trained_dtype
 from train.experiments.result import Estimate, Heldout
 from train.metrics.record import Metrics
@@ -123,7 +123,7 @@ def measure_texts(args: EvaluateArguments, subject: Subject) -> dict[str, Heldou
 
 def names_of_run(subject: Subject) -> set[str]:
     """The names under which the losses on a run's own held-out documents are kept."""
-    return set() if subject.config is None else set(heldout_names(subject.config.data).values())
+    return set() if subject.config is None else set(subject.config.data.heldout_names.values())
 
 
 def comparable(

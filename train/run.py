@@ -45,7 +45,6 @@ from train.engines.fsdp import FsdpEngine
 from train.engines.memory import fit
 from train.engines.schedule import config_before, schedule_change
 from train.evaluation.task_hook import TaskEvaluation, questions_of_run
-from train.evaluation.text import heldout_names
 from train.metrics.documents import bytes_of_documents
 from train.metrics.hooks import (
     DataProgress,
@@ -474,7 +473,7 @@ def _evaluations(
 
     Rank 0 reads the documents and sends them to the other ranks.
     """
-    names = heldout_names(config.data)
+    names = config.data.heldout_names
     if not names:
         return []
     groups, seq_len, limit = engine.groups, config.train.seq_len, config.eval.rows

@@ -25,12 +25,6 @@ TOKENS = 8192
 """Tokens that are computed at a time."""
 
 
-def heldout_names(data: DataConfig) -> dict[str, str]:
-    """By source, the names of a run's held-out sets, under which their losses are kept."""
-    alone = len(data.sources) == 1
-    return {source: "heldout" if alone else source for source in data.sources if data.holdout}
-
-
 def rows_of_run(
     data: DataConfig, tokenizer: Tokenizer, *, seq_len: int, limit: int
 ) -> dict[str, Batch]:
@@ -41,7 +35,7 @@ def rows_of_run(
     """
     documents = Documents(data)
     found = {}
-    for source, name in heldout_names(data).items():
+    for source, name in data.heldout_names.items():
         rows = heldout_rows(documents, tokenizer, source, seq_len=seq_len, limit=limit)
         if rows is not None:
             found[name] = rows

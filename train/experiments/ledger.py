@@ -30,7 +30,6 @@ from phd.inference.cache import kv_bytes
 from phd.model import count_parameters
 from train.config import Config
 from train.engines.device import precision
-from train.evaluation.text import heldout_names
 from train.experiments.curves import (
     BITS,
     EVAL,
@@ -303,7 +302,7 @@ def _not_evaluated(config: Config, lines: Sequence[Line], last: int) -> list[str
 
     Runs that never had an evaluation, or of which only `evaluate.py` has made one, lack none.
     """
-    own = (*heldout_names(config.data).values(), *config.eval.task_names)
+    own = (*config.data.heldout_names.values(), *config.eval.task_names)
     evaluated = {
         name: {line["step"] for line in lines if any(k.startswith(f"{EVAL}{name}/") for k in line)}
         for name in own
