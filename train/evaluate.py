@@ -244,7 +244,7 @@ def logged(texts: Mapping[str, Heldout], tasks: Mapping[str, Any]) -> Metrics:
         metrics[f"eval/{name}/bits_per_byte"] = bits.value
         if bits.standard_error is not None:
             metrics[f"eval/{name}/bits_per_byte_stderr"] = bits.standard_error
-        for what in ("documents", "tokens", "bytes"):
+        for what in ("documents", "tokens", "bytes", "fingerprint"):
             metrics[f"eval/{name}/{what}"] = getattr(text, what)
     for name, task in tasks.items():
         metrics |= task.logged(name)

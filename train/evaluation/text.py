@@ -15,7 +15,11 @@ from data.tokenizer import Tokenizer
 from phd.segments import Segments
 from phd.transfer import to_device
 from train.experiments.result import Estimate, Heldout
-from train.metrics.documents import bits_per_byte_of_documents, bytes_of_documents
+from train.metrics.documents import (
+    bits_per_byte_of_documents,
+    bytes_of_documents,
+    fingerprint_of,
+)
 
 PerTarget = Callable[[Tensor, Tensor, Segments | None], Tensor]
 """Tokens and targets (B, T) -> the cross-entropy of each target (B, T) in nats, 0 where it does not
@@ -101,4 +105,5 @@ def measure_text(
         tokens=targets,
         bytes=int(sizes.sum()),
         documents=len(sizes),
+        fingerprint=fingerprint_of(text),
     )

@@ -236,7 +236,7 @@ def heldout_of(lines: Sequence[Line]) -> dict[str, Heldout]:
     return found
 
 
-_TOLD = ("tokens", "bytes", "documents")
+_TOLD = ("tokens", "bytes", "documents", "fingerprint")
 
 
 def config_of(directory: Path) -> Config:

@@ -13,6 +13,7 @@ standard error is that of a ratio over documents (W. Cochran, Sampling Technique
 from math import log, sqrt
 
 import numpy as np
+import xxhash
 
 from data.batch import Batch
 from data.tokenizer import Tokenizer
@@ -26,6 +27,19 @@ def bytes_of_documents(text: Batch, tokenizer: Tokenizer) -> np.ndarray:
         sizes = sizes * text.mask
     # Weights are float64, which is exact up to 2^53 bytes.
     return np.bincount(text.documents.ravel(), weights=sizes.ravel()).astype(np.int64)
+
+
+def fingerprint_of(text: Batch) -> str:
+    """A hash (xxh3, 128 bits) of the rows on which a model is evaluated.
+
+    It differs between other texts, tokenizers, row lengths and numbers of rows, and where
+    documents are isolated from each other in one case and not in the other.
+    """
+    hashed = xxhash.xxh3_128(str(text.rows.shape).encode())
+    hashed.update(text.rows.astype("<i8").tobytes())
+    if text.document_starts is not None:
+        hashed.update(text.document_starts.astype("<i8").tobytes())
+    return hashed.hexdigest()
 
 
 def bits_per_byte_of_documents(nats: np.ndarray, sizes: np.ndarray) -> tuple[float, float | None]:

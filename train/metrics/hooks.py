@@ -25,7 +25,7 @@ from train.config import Config
 from train.distributed.process_groups import ProcessGroups
 from train.engines.device import peak_flops, peak_memory_gib
 from train.engines.engine import Engine
-from train.metrics.documents import bits_per_byte_of_documents
+from train.metrics.documents import bits_per_byte_of_documents, fingerprint_of
 from train.metrics.record import Metrics, StepRecord
 
 MUCH_WAITING = 0.1
@@ -217,8 +217,8 @@ class KVCost:
 class Evaluation:
     """The loss on the held-out documents of a source; `{}` if `stop` ends it early.
 
-    After the last step it also tells the standard error over documents, and of how much text all
-    of this is the mean.
+    After the last step it also tells the standard error over documents, of how much text all of
+    this is the mean, and a fingerprint of that text.
 
     Args:
         document_bytes: of each of `text.documents`; None where nobody needs a standard error.
@@ -241,6 +241,7 @@ class Evaluation:
         self.target_bytes = text.stats.target_bytes
         self.stop = stop
         self.document_bytes = document_bytes
+        self.fingerprint = fingerprint_of(text)
 
     def __call__(self, record: StepRecord) -> Metrics:
         if record.ending is None:
@@ -275,6 +276,7 @@ class Evaluation:
             f"eval/{self.name}/documents": len(sizes),
             f"eval/{self.name}/tokens": int(targets),
             f"eval/{self.name}/bytes": self.target_bytes,
+            f"eval/{self.name}/fingerprint": self.fingerprint,
         }
 
 

@@ -222,7 +222,7 @@ def console_lines(metrics: Metrics, *, eta: bool = False) -> list[str]:
             lines.append(f"{name} loss {value:.3f}{per_byte}")
         elif key == "sample/text":
             lines.append(f"a sample:\n{value}")
-        elif isinstance(value, str):
+        elif isinstance(value, str) and not key.endswith("/fingerprint"):  # for machines
             lines.append(f"{key}: {value}")
     return lines + accuracy_lines(metrics)
 

@@ -63,6 +63,8 @@ def test_by_default_it_is_the_evaluation_of_the_run_itself(run: Path) -> None:
     *same, added = lines(run)
     assert same == before
     found = {name: x for name, x in added.items() if name.startswith("eval/")}
+    fingerprint = found.pop("eval/heldout/fingerprint")
+    assert fingerprint == before[-1]["eval/heldout/fingerprint"]
     wanted = {name: before[-1][name] for name in found}
     assert found == pytest.approx(wanted, rel=1e-6)
     assert {"eval/heldout/bits_per_byte", "eval/heldout/bits_per_byte_stderr"} <= set(found)
@@ -70,6 +72,7 @@ def test_by_default_it_is_the_evaluation_of_the_run_itself(run: Path) -> None:
     assert kept.bits_per_byte.value == found["eval/heldout/bits_per_byte"]
     assert kept.bits_per_byte.standard_error == found["eval/heldout/bits_per_byte_stderr"]
     assert kept.documents == found["eval/heldout/documents"]
+    assert (kept.fingerprint, kept.step) == (fingerprint, 2)
 
 
 @pytest.mark.parametrize("other", ["rows=1", "seq_len=16", "precision=bf16"])
@@ -112,6 +115,8 @@ def test_a_text_of_the_users_counts_every_document_once(run: Path, files: dict[s
     packed = {name: replace(kept[name]) for name in files if name.startswith("my.jsonl")}
     assert len(packed) == 3
     assert len({repr(found) for found in packed.values()}) == 1
+    own = [kept[name].fingerprint for name in ("heldout", "my.jsonl", "my.txt")]
+    assert len({*own, None}) == 4
     assert kept["my.jsonl"].documents == len(TEXTS)
     assert kept["my.jsonl"].bytes == sum(len(text.encode()) for text in TEXTS)
     assert (kept["my.txt"].documents, kept["my.txt"].bytes) == (1, len(TEXTS[0].encode()))

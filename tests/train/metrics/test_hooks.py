@@ -69,8 +69,10 @@ LOGGED = {
     "progress/train_flops",
 }
 CHECKPOINT = {"checkpoint/save_s", "checkpoint/stall_s", "checkpoint/step"}
-EVALUATED = ("loss", "bits_per_byte", "bits_per_byte_stderr", "documents", "tokens", "bytes")
-AT_THE_END = {*(f"eval/heldout/{name}" for name in EVALUATED), "sample/text", *CHECKPOINT}
+EVALUATED = ("loss", "bits_per_byte", "bits_per_byte_stderr")
+OF_TEXT = ("documents", "tokens", "bytes", "fingerprint")
+AT_THE_END = {*(f"eval/heldout/{name}" for name in (*EVALUATED, *OF_TEXT)), "sample/text"}
+AT_THE_END |= CHECKPOINT
 
 
 LANE = LaneCursor({"files": SourceState(Cursor(epoch=3), tokens=400)}, skip=7)
