@@ -191,7 +191,7 @@ def result_of(directory: Path, *, held: Literal[False] | None = None) -> Result:
         mfu=median_of(trained, "throughput/mfu"),
         loss=last.get("train/loss"),
         loss_ema=curve.loss_ema[-1] if curve.loss_ema else None,
-        heldout={**heldout_of(lines), **(scores.heldout if scores else {})},
+        heldout=_newest(heldout_of(lines), scores, ended, steps=int(last.get("step", 0))),
         tasks=dict(scores.tasks) if scores else {},
         kv_context=context,
         kv_bytes=int(last.get("kv/bytes_per_sequence", cost.total)),
@@ -215,6 +215,25 @@ def group_of(config: Config) -> str:
     own = identity(config) | alike | {"length": length}
     del own["seed"]
     return f"{config.model.name}-{config.model.size}-{short_hash(own)}"
+
+
+def _newest(
+    logged: Mapping[str, Heldout], scores: Scores | None, ended: Ended, *, steps: int
+) -> dict[str, Heldout]:
+    """The held-out losses of a run's newest model that was evaluated, all at one step.
+
+    A file that was measured in the middle of a run says nothing of the model at its end, so those
+    of a finished run are of its last step.
+    """
+    found = dict(logged)
+    for name, text in scores.heldout.items() if scores else ():
+        assert scores is not None
+        if name not in found or (found[name].step or 0) <= scores.step:
+            found[name] = replace(text, step=scores.step)
+    newest = max((text.step or 0 for text in found.values()), default=0)
+    if ended.status == "finished":
+        newest = max(newest, steps)
+    return {name: text for name, text in found.items() if text.step == newest}
 
 
 def heldout_of(lines: Sequence[Line]) -> dict[str, Heldout]:

@@ -200,6 +200,22 @@ def test_scores_stay_until_there_is_a_later_checkpoint(run) -> None:
     assert result_of(directory).tasks == {}
 
 
+def test_losses_of_earlier_checkpoints_do_not_stay_as_the_runs_own(run) -> None:
+    mine = {key.replace("heldout", "my.jsonl"): x for key, x in evaluated(1.0).items()}
+    halfway = [line(3, 4.0), {"step": 3, **evaluated(3.0)}, {"step": 3, **mine}]
+    directory = run(*halfway)
+    add_scores(directory, step=3, heldout={"other.jsonl": TEXT})
+    there = result_of(directory)
+    assert there.heldout.keys() == {"heldout", "my.jsonl", "other.jsonl"}
+    assert {text.step for text in there.heldout.values()} == {3}
+    # No later checkpoint is there: the scores alone do not tell that they are old.
+    done = result_of(run(*halfway, line(6, 3.0, **evaluated(2.0))))
+    assert done.heldout.keys() == {"heldout"}
+    assert (done.heldout["heldout"].bits_per_byte.value, done.heldout["heldout"].step) == (2.0, 6)
+    record_end(run(*halfway, line(6, 3.0)), Ended(status="finished"))
+    assert result_of(directory).heldout == {}
+
+
 def test_runs_are_of_one_group_if_only_their_seed_differs(settings) -> None:
     named = replace(settings.run, name="a", dir="b")
     same = replace(settings, run=named, seed=3, checkpoint=replace(settings.checkpoint, every=7))
