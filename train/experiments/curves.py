@@ -133,14 +133,26 @@ def thinned(count: int) -> list[int]:
     return np.linspace(0, count - 1, MOST_POINTS).round().astype(int).tolist()
 
 
+def bits_by_source(line: Line) -> dict[str, float]:
+    """The held-out bits per byte that a line tells, by source.
+
+    A hook of the user's may log a key of this name, but without the loss it is no evaluation.
+    """
+    found = {}
+    for key, value in line.items():
+        if key.startswith(EVAL) and key.endswith(BITS) and value is not None:
+            source = key.removeprefix(EVAL).removesuffix(BITS)
+            if line.get(f"{EVAL}{source}/loss") is not None:
+                found[source] = value
+    return found
+
+
 def heldout_curves(lines: Iterable[Line], progress: Progress) -> dict[str, HeldoutCurve]:
     """Bits per byte at the steps that were evaluated, by source."""
     points: dict[str, dict[int, float]] = {}
     for line in lines:
-        for key, value in line.items():
-            if key.startswith(EVAL) and key.endswith(BITS) and value is not None:
-                source = key.removeprefix(EVAL).removesuffix(BITS)
-                points.setdefault(source, {})[line["step"]] = value
+        for source, bits_per_byte in bits_by_source(line).items():
+            points.setdefault(source, {})[line["step"]] = bits_per_byte
     curves = {}
     for source, bits in points.items():
         kept = [list(bits)[i] for i in thinned(len(bits))]

@@ -34,6 +34,7 @@ from train.experiments.curves import (
     BITS,
     EVAL,
     Line,
+    bits_by_source,
     curve_of,
     heldout_curves,
     median_of,
@@ -240,12 +241,9 @@ def heldout_of(lines: Sequence[Line]) -> dict[str, Heldout]:
     """The last evaluation of each source that `metrics.jsonl` tells of."""
     found = {}
     for line in lines:
-        for key, bits in line.items():
-            if not (key.startswith(EVAL) and key.endswith(BITS) and bits is not None):
-                continue
-            source = key.removeprefix(EVAL).removesuffix(BITS)
+        for source, bits in bits_by_source(line).items():
             told = {name: line.get(f"{EVAL}{source}/{name}") for name in _TOLD}
-            error = line.get(f"{key}_stderr")
+            error = line.get(f"{EVAL}{source}{BITS}_stderr")
             found[source] = Heldout(
                 step=line.get("step"),
                 bits_per_byte=Estimate(value=bits, standard_error=error),

@@ -216,6 +216,12 @@ def test_losses_of_earlier_checkpoints_do_not_stay_as_the_runs_own(run) -> None:
     assert result_of(directory).heldout == {}
 
 
+def test_a_metric_of_the_users_that_is_named_like_an_evaluation_is_none(run) -> None:
+    theirs = {"eval/theirs/bits_per_byte": 1.0}
+    found = result_of(run(line(6, 3.0, **evaluated(2.0), **theirs)))
+    assert found.heldout.keys() == found.heldout_curves.keys() == {"heldout"}
+
+
 def test_runs_are_of_one_group_if_only_their_seed_differs(settings) -> None:
     named = replace(settings.run, name="a", dir="b")
     same = replace(settings, run=named, seed=3, checkpoint=replace(settings.checkpoint, every=7))
