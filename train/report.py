@@ -30,7 +30,7 @@ from conf.extras import pip_command
 from conf.wording import plural
 from train.arguments import REPORT_PAGE, ReportArguments
 from train.experiments.ledger import is_run, read_run
-from train.experiments.result import FILE, Result
+from train.experiments.result import FILE, Result, read_result
 
 
 def main(args: ReportArguments) -> int:
@@ -53,9 +53,11 @@ def main(args: ReportArguments) -> int:
 def read_results(patterns: Sequence[str]) -> list[Result]:
     """The results of all runs that some patterns name, each once, by their paths.
 
+    Runs that cannot be read are named on stderr with the reason, and left out.
+
     Raises:
         ConfigError: a pattern names no run.
-        DataError: a run cannot be read; all such runs are named.
+        DataError: no run can be read; all are named.
     """
     paths: set[Path] = set()
     problems: list[Problem | str] = []
@@ -72,12 +74,30 @@ def read_results(patterns: Sequence[str]) -> list[Result]:
     results, damaged = [], []
     for path in sorted(paths):
         try:
-            results.append(read_run(path))
+            results.append(_read(path))
         except (OSError, DataError, ConfigError) as error:
             damaged.append(f"{path}: {reason_of(error)}")
+    told = "\n".join([f"{plural(len(damaged), 'run')} cannot be read:", *damaged])
+    if not results:
+        raise DataError(told)
     if damaged:
-        raise DataError("\n".join([f"{plural(len(damaged), 'run')} cannot be read:", *damaged]))
+        print(f"left out: {told}", file=sys.stderr)
     return results
+
+
+def _read(path: Path) -> Result:
+    """The result of a run; that which it has written itself where its other files do not serve."""
+    try:
+        return read_run(path)
+    except (OSError, DataError, ConfigError) as error:
+        if not (path / FILE).is_file():
+            raise
+        try:
+            written = read_result(path / FILE)
+        except (OSError, DataError):
+            raise error from None
+        print(f"{path}: {reason_of(error)}; its {FILE} is taken as it is", file=sys.stderr)
+        return written
 
 
 def run_at(name: str) -> Path | None:

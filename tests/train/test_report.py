@@ -51,6 +51,25 @@ def test_all_damaged_results_are_named(kept: Path) -> None:
         read_results([f"{kept}/*"])
 
 
+def test_a_run_that_cannot_be_read_does_not_stop_the_report(
+    kept: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = (kept / name for name in NAMES)
+    (first / "config.yaml").write_text("modle: 1")  # as one of another version
+    assert [result.name for result in read_results([f"{kept}/*"])] == NAMES
+    told = capsys.readouterr().err
+    assert f"{first}/config.yaml: is of another version" in told
+    assert "its result.json is taken as it is" in told
+    (second / "result.json").write_text("{")
+    assert [result.name for result in read_results([f"{kept}/*"])] == NAMES[:1]
+    told = capsys.readouterr().err
+    assert "left out: 1 run cannot be read:" in told
+    assert f"{second}/result.json: is no result of a run" in told
+    (first / "result.json").unlink()
+    with pytest.raises(DataError, match=r"(?s)2 runs cannot be read.*another version"):
+        read_results([f"{kept}/*"])
+
+
 def test_a_report_replaces_an_earlier_one_and_nothing_else(kept: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
