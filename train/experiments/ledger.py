@@ -84,8 +84,12 @@ def record_end(directory: Path, ended: Ended) -> Path:
 
 
 def forget_end(directory: Path) -> None:
-    """The run goes on: until it ends again, it is unfinished, whatever kills it."""
-    (directory / ENDED).unlink(missing_ok=True)
+    """The run goes on: until it ends again, it is unfinished, whatever kills it.
+
+    Its result goes, too, which would still tell how it had ended; it can be made anew.
+    """
+    for name in (ENDED, RESULT):
+        (directory / name).unlink(missing_ok=True)
 
 
 def add_scores(

@@ -164,6 +164,7 @@ def test_how_a_run_has_ended_is_kept_until_it_goes_on(run) -> None:
         assert found.reason == "DataError: https://***@host/a is missing"
     forget_end(directory)
     assert result_of(directory).status == "unfinished"
+    assert not (directory / "result.json").exists()  # it would still say that the run has failed
 
 
 def test_a_refused_command_says_nothing_of_a_run_that_it_is_not(run, settings: Config) -> None:
