@@ -9,14 +9,18 @@ import pytest
 import torch
 from torch import Tensor
 
+from conf.arguments import parse
 from conf.errors import ConfigError
 from phd.flops import training_flops
 from tests.train.conftest import LoadedRun
 from train.anomalies.detection import SpikeDetector
+from train.arguments import EvaluateArguments
 from train.checkpoint.load_run import load_run
 from train.checkpoint.reader import flatten
 from train.compose import load, other_runs
 from train.config import Config, FaultsConfig
+from train.evaluate import measure_texts
+from train.evaluation.subject import of_run
 from train.metrics.record import Metrics
 from train.plan import make_plan
 from train.run_dir.name import holds
@@ -84,6 +88,34 @@ def test_the_loss_at_the_end_is_that_of_the_model_that_is_saved(
     assert again.finished
     measured = again.measure()
     assert measured == {key: switched.metrics[key] for key in measured}
+
+
+@pytest.mark.parametrize(("step", "K"), [(SWITCH, 1), (SWITCH + 1, 3)])
+def test_a_checkpoint_is_evaluated_with_the_copies_that_it_was_trained_with(
+    step: int, K: int, switched: LoadedRun, logged: Callable, tmp_path: Path
+) -> None:
+    directory = tmp_path / "copy"
+    shutil.copytree(switched.run.directory, directory)
+    for later in range(step + 1, 9):
+        shutil.rmtree(directory / "checkpoints" / f"step_{later:08d}")
+    subject = of_run(directory, torch.device("cpu"))
+    assert (subject.step, load_run(directory, subject.device).model.config.K) == (step, K)
+    args = parse(EvaluateArguments, ["device=cpu", f"run={directory}"])
+    found = measure_texts(args, subject)["heldout"].loss
+    line = logged(directory)[step - 1]
+    assert line["step"] == step
+    assert found == pytest.approx(line["eval/heldout/loss"], rel=1e-5)
+
+
+def test_vectors_of_copies_that_wait_are_no_part_of_a_checkpoints_model(
+    config: MakeConfig, trained: Callable[..., LoadedRun]
+) -> None:
+    settings = config(*SWITCHED, "model.copy_embedding=true", "checkpoint.every=4")
+    trained(settings)
+    for step, K in ((8, 3), (SWITCH, 1)):
+        model = load_run(settings.run_dir, torch.device("cpu")).model
+        assert (model.config.K, len(model.copy_embed.weight)) == (K, K)
+        shutil.rmtree(settings.run_dir / "checkpoints" / f"step_{step:08d}")
 
 
 @pytest.mark.parametrize("step", [SWITCH - 1, SWITCH, SWITCH + 1])

@@ -1,6 +1,7 @@
 """Loading the model that a run has trained."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +28,8 @@ class LoadedRun(NamedTuple):
 def load_run(directory: Path, device: torch.device) -> LoadedRun:
     """Load the newest complete checkpoint of a run; the model is in evaluation mode.
 
+    With `schedule.copies`, its K is that of its last step, as in the run's own evaluations.
+
     Raises:
         ConfigError: there is no such run, it has no complete checkpoint, its weights are of a norm
             wiring that has changed since, or its tokenizer is another one.
@@ -50,9 +53,12 @@ def load_run(directory: Path, device: torch.device) -> LoadedRun:
     config = Config.from_dict(checkpoint.state["config"])
     checkpoint.refuse_old_form(config.model)
     # On the meta device no weights are drawn, only to be overwritten.
+    K, weights = config.copy_stage(max(0, checkpoint.step - 1)).K, checkpoint.load_weights()
     with torch.device("meta"):
-        model = Transformer(config.model)
-    model.to_empty(device=device).load(checkpoint.load_weights())
+        model = Transformer(replace(config.model, K=K))
+    if config.model.copy_embedding:  # vectors of copies that still wait are no part of it
+        weights["copy_embed.weight"] = weights["copy_embed.weight"][:K]
+    model.to_empty(device=device).load(weights)
     tokenizer = _tokenizer(checkpoint, directory)
     return LoadedRun(model.eval(), tokenizer, checkpoint.step, config)
 
