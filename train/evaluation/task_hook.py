@@ -6,7 +6,7 @@ from data.tokenizer import Tokenizer
 from train.config import Config
 from train.engines.engine import Engine
 from train.evaluation.loglikelihood import StoppedError
-from train.evaluation.questions import Questions, check_there, read_questions
+from train.evaluation.questions import Questions, check_lengths, check_there, read_questions
 from train.metrics.record import Metrics, StepRecord
 
 
@@ -52,16 +52,18 @@ class TaskEvaluation:
         return metrics
 
 
-def questions_of_run(config: Config) -> list[Questions]:
+def questions_of_run(config: Config, tokenizer: Tokenizer) -> list[Questions]:
     """The questions that a run asks during training.
 
     Raises:
-        ConfigError: they are not on this machine.
+        ConfigError: they are not on this machine, or too long for the model.
         DataError: they are damaged.
     """
     settings = config.eval
     check_there(settings.task_names, "eval.tasks")
-    return [
+    tasks = [
         read_questions(task, settings.task_shots, settings.task_questions)
         for task in settings.task_names
     ]
+    check_lengths(tasks, tokenizer, config.model.max_seq_len, "eval.tasks")
+    return tasks

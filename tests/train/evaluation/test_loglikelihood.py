@@ -5,6 +5,7 @@ from random import Random
 import pytest
 import torch
 
+from conf.errors import ConfigError
 from phd.config import ModelConfig
 from phd.model import Transformer
 from train.evaluation import loglikelihood
@@ -100,7 +101,7 @@ def test_contexts_that_do_not_fit_lose_their_first_tokens() -> None:
     model, pairs = model_of("phd_cswa", max_seq_len=16), questions(3, shots=10)
     assert max(len(a) + len(b) for a, b in pairs) > 17
     assert_equal(measured(model, pairs), [full(model, pair) for pair in pairs])
-    with pytest.raises(ValueError, match="max_seq_len=16"):
+    with pytest.raises(ConfigError, match="max_seq_len=16: a task has a text of 17 tokens"):
         loglikelihoods(model, [([1], [2] * 17)])
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from conf.errors import ConfigError
+from data.tokenizer import Tokenizer
 from tests.train.many_ranks import run_ranks
 from tests.train.metrics.test_hooks import record_of
 from train.checkpoint.load_run import load_run
@@ -15,13 +16,14 @@ from train.config import Config
 from train.distributed.process_groups import ProcessGroups
 from train.ending import Ending
 from train.engines.fsdp import FsdpEngine
-from train.evaluation.questions import Questions, read_questions
+from train.evaluation.questions import Questions, check_lengths, read_questions
 from train.evaluation.task_hook import TaskEvaluation, questions_of_run
 
 pytest.importorskip("lm_eval", reason="needs lm-eval")
 pytestmark = pytest.mark.usefixtures("unpacked")
 
 TASKS = ("eval.tasks=[olmo_piqa,olmo_winogrande]", "eval.task_questions=6", "eval.task_shots=1")
+SHORT = ("model.max_seq_len=8", "train.seq_len=8", "hooks.sample.tokens=2")
 ACCURACIES = ("acc", "acc_stderr")
 
 
@@ -47,8 +49,6 @@ def test_a_run_logs_what_its_checkpoint_scores(
 
 def scores(groups: ProcessGroups, config: Config, tasks: list[Questions]) -> dict[str, Any]:
     """What an engine with new weights scores; asks how often a stop was asked for."""
-    from data.tokenizer import Tokenizer
-
     tokenizer = Tokenizer.load(config.run_dir / "tokenizer.model")
     engine = FsdpEngine(config, groups)
     asked = 0
@@ -68,7 +68,7 @@ def test_ranks_with_sharded_weights_share_the_questions(
 ) -> None:
     settings = config(*TASKS, "train.max_steps=1", "model.max_seq_len=256")
     trained(settings)
-    tasks = questions_of_run(settings)
+    tasks = questions_of_run(settings, Tokenizer.load(settings.run_dir / "tokenizer.model"))
     alone = scores(ProcessGroups(), settings, tasks)
     for found in run_ranks(2, scores, settings, tasks):
         assert found == alone
@@ -97,6 +97,34 @@ def test_missing_questions_are_told_before_training(
     monkeypatch.setenv("PHD_CACHE", str(tmp_path))
     with pytest.raises(ConfigError, match=r"eval\.tasks.*make eval-data"):
         opened(config(*TASKS))
+
+
+def test_a_choice_that_is_too_long_for_the_model_is_told_before_training(
+    config: Callable[..., Config], opened: Callable[..., Any]
+) -> None:
+    asked = config("eval.tasks=[olmo_piqa,olmo_mmlu]", *SHORT)
+    told = r"eval\.tasks='?olmo_mmlu'?: has a choice of \d+ tokens, and model\.max_seq_len=8"
+    with pytest.raises(ConfigError, match=told):
+        opened(asked)
+
+
+@pytest.mark.parametrize("room", [-1, 0])
+def test_choices_are_as_long_as_the_harness_counts_them(
+    room: int, config: Callable[..., Config], opened: Callable[..., Any]
+) -> None:
+    from train.evaluation.harness import CachedLM
+
+    run = opened(config())
+    tasks = [read_questions(name) for name in ("olmo_piqa", "olmo_winogrande")]
+    lm = CachedLM(run.engine.model, run.tokenizer)
+    for task in tasks:
+        choices = [c for question in task.questions for prompt in question.prompts for c in prompt]
+        longest = max(len(lm._encode_pair(*choice)[1]) for choice in choices)
+        if room < 0:
+            with pytest.raises(ConfigError, match=f"has a choice of {longest} tokens"):
+                check_lengths([task], run.tokenizer, longest - 1, "tasks")
+        else:
+            check_lengths([task], run.tokenizer, longest, "tasks")
 
 
 def test_a_misspelt_task_is_told(small: Callable[..., list[str]]) -> None:
