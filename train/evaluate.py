@@ -37,7 +37,8 @@ from train.evaluation.questions import check_lengths, check_there, read_question
 from train.evaluation.subject import Subject, of_export, of_run
 from train.evaluation.text import measure_text, rows_of_run, rows_of_text
 from train.experiments.ledger import add_scores, trained_dtype
-from train.experiments.result import Estimate, Heldout
+from train.experiments.result import Estimate, Heldout, TaskScore
+from train.experiments.scores import Scores, of_fewer_questions
 from train.metrics.record import Metrics
 from train.metrics.sinks import FailingSink, WandbSummary, append_metrics, run_id
 
@@ -64,9 +65,10 @@ def main(args: EvaluateArguments) -> int:
         if tasks:
             console.print(task_table(tasks))
     if args.run is not None and args.save:
-        kept = comparable(args, subject, texts, dtype, console)
-        if kept or tasks:
-            save(subject, kept, tasks, console)
+        texts = comparable(args, subject, texts, dtype, console)
+        tasks = not_limited(subject, tasks, console)
+        if texts or tasks:
+            save(subject, texts, tasks, console)
     return 0
 
 
@@ -129,10 +131,10 @@ def names_of_run(subject: Subject) -> set[str]:
 def comparable(
     args: EvaluateArguments,
     subject: Subject,
-    texts: Mapping[str, Heldout],
+    texts: dict[str, Heldout],
     dtype: torch.dtype,
     console: Console,
-) -> Mapping[str, Heldout]:
+) -> dict[str, Heldout]:
     """What is kept of the losses: not those of the run's held-out documents that it measures itself
     in another way, because reports compare them with other runs' own; says so.
     """
@@ -151,6 +153,20 @@ def comparable(
         why = f"the run measures itself with {' and '.join(others)}"
         warn(console, f"not kept: {', '.join(sorted(left))}; {why}, and reports compare that")
     return {name: text for name, text in texts.items() if name not in left}
+
+
+def not_limited(subject: Subject, tasks: dict[str, Any], console: Console) -> dict[str, Any]:
+    """What is kept of the tasks: not those that were asked more questions before; says so."""
+    scores = Scores(step=subject.step, tasks=scores_of(tasks))
+    left = of_fewer_questions(subject.directory, scores)
+    if left:
+        warn(console, f"not kept: {', '.join(left)}; the scores there are of more questions")
+    return {name: task for name, task in tasks.items() if name not in left}
+
+
+def scores_of(tasks: Mapping[str, Any]) -> dict[str, TaskScore]:
+    """The scores of those tasks that have an accuracy, by name."""
+    return {name: task.score for name, task in tasks.items() if task.score is not None}
 
 
 def measure_tasks(args: EvaluateArguments, subject: Subject) -> dict[str, Any]:
@@ -221,9 +237,8 @@ def save(
     if not all(isfinite(value) for value in metrics.values() if not isinstance(value, str)):
         problem = f"run={directory}: a loss or a score is not finite, and is not kept"
         raise DataError(f"{problem}. Its weights are damaged, or its training has diverged.")
-    scores = {name: task.score for name, task in tasks.items() if task.score is not None}
     try:
-        path = add_scores(directory, step=step, heldout=texts, tasks=scores)
+        path = add_scores(directory, step=step, heldout=texts, tasks=scores_of(tasks))
         append_metrics(directory / "metrics.jsonl", step, metrics)
     except OSError as error:
         problem = f"run={directory}: cannot be written ({reason_of(error)}); give save=false"

@@ -37,17 +37,32 @@ class Scores:
 def write_scores(directory: Path, new: Scores) -> None:
     """Add scores to those of the run's directory; those of another step are dropped.
 
+    A score of a task stays where the new one is of fewer questions.
+
     Raises:
         OSError: they cannot be written.
     """
     before = read_scores(directory)
     if before is not None and before.step == new.step:
+        better = {name: before.tasks[name] for name in of_fewer_questions(directory, new)}
         new = replace(
             new,
             heldout={**before.heldout, **new.heldout},
-            tasks={**before.tasks, **new.tasks},
+            tasks={**before.tasks, **new.tasks, **better},
         )
     write_atomic(directory / FILE, json.dumps(as_dict(new), indent=1, allow_nan=False) + "\n")
+
+
+def of_fewer_questions(directory: Path, new: Scores) -> list[str]:
+    """The tasks of which the run's directory has a score of more questions, of the same step."""
+    before = read_scores(directory)
+    if before is None or before.step != new.step:
+        return []
+    return [
+        name
+        for name, score in new.tasks.items()
+        if name in before.tasks and score.questions < before.tasks[name].questions
+    ]
 
 
 def read_scores(directory: Path) -> Scores | None:

@@ -17,6 +17,7 @@ from conf.arguments import parse
 from conf.errors import ConfigError, DataError
 from train.arguments import EvaluateArguments, ExportArguments
 from train.evaluate import main
+from train.experiments.ledger import read_run
 from train.experiments.result import read_result
 
 pytest.importorskip("lm_eval", reason="needs lm-eval")
@@ -80,11 +81,11 @@ def test_held_out_documents_that_are_measured_otherwise_are_not_kept(
     run: Path, other: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A report would compare them with what other runs have measured of themselves."""
-    before, kept = lines(run), read_result(run / "result.json")
+    before, kept = lines(run), read_run(run)
     assert main(arguments(f"run={run}", other)) == 0
     assert "not kept: heldout; the run measures itself with" in capsys.readouterr().out
     assert lines(run) == before
-    assert read_result(run / "result.json") == kept
+    assert read_run(run) == kept
 
 
 def test_a_text_does_not_take_the_name_of_the_runs_own(run: Path, tmp_path: Path) -> None:
@@ -156,6 +157,18 @@ def test_scores_of_tasks_are_kept_beside_earlier_ones(run: Path) -> None:
     logged = lines(run)[-1]
     assert logged["eval/olmo_mmlu/acc"] == kept["olmo_mmlu"].accuracy.value
     assert logged["eval/olmo_mmlu/acc_stderr"] == kept["olmo_mmlu"].accuracy.standard_error
+
+
+def test_a_score_of_fewer_questions_replaces_none_of_more(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for limit in (4, 6, 3):
+        assert main(arguments(f"run={run}", "tasks=olmo_arc_easy", f"limit={limit}")) == 0
+        told = "not kept: olmo_arc_easy; the scores there are of more questions"
+        assert (told in capsys.readouterr().out) == (limit == 3)
+    kept = read_result(run / "result.json").tasks["olmo_arc_easy"]
+    assert kept.questions == 6
+    assert lines(run)[-1]["eval/olmo_arc_easy/acc"] == kept.accuracy.value
 
 
 def test_nothing_is_kept_if_so_asked(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

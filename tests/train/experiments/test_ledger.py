@@ -192,6 +192,8 @@ def test_scores_stay_until_there_is_a_later_checkpoint(run) -> None:
     assert found.tasks == {"arc": SCORE}
     assert found.heldout.keys() == {"heldout", "my.jsonl"}
     assert result_of(directory) == found
+    add_scores(directory, step=6, tasks={"arc": replace(SCORE, questions=5)})
+    assert result_of(directory) == found  # what was asked fewer questions says less
     later = directory / "checkpoints" / "step_00000009"
     later.mkdir(parents=True)
     assert result_of(directory) == found  # it is not complete
