@@ -31,6 +31,7 @@ from train.distributed.process_groups import ProcessGroups
 from train.ending import Ending
 from train.engines.fsdp import FsdpEngine
 from train.loop import train
+from train.metrics.documents import fingerprint_of
 from train.metrics.hooks import (
     DataProgress,
     Evaluation,
@@ -354,6 +355,22 @@ def test_the_evaluation_is_the_mean_over_the_held_out_targets(config, opened) ->
     )
     told = {name: metrics[f"eval/heldout/{name}"] for name in ("documents", "tokens", "bytes")}
     assert told == {"documents": count, "tokens": int(mask.sum()), "bytes": size}
+
+
+def test_a_fingerprint_is_of_the_rows_that_are_read(config, opened) -> None:
+    run = opened(config())
+
+    def fingerprint(T: int, limit: int) -> str:
+        documents, tokenizer = run.stream.documents, run.tokenizer
+        return fingerprint_of(heldout_rows(documents, tokenizer, "files", seq_len=T, limit=limit))
+
+    assert fingerprint(32, 2) == fingerprint(32, 2)
+    assert (
+        len({fingerprint(32, 2), fingerprint(32, 1), fingerprint(65, 1), fingerprint(16, 2)}) == 4
+    )
+    text = heldout_rows(run.stream.documents, run.tokenizer, "files", seq_len=32, limit=2)
+    isolated = text._replace(document_starts=np.zeros_like(text.inputs))
+    assert fingerprint_of(isolated) == fingerprint(32, 2)
 
 
 def test_padding_never_counts(config) -> None:
