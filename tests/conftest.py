@@ -68,6 +68,9 @@ collect_ignore = ["train/preloaded.py"]  # a look for doctests would import seco
 NEEDS_CUDA = re.compile(r"needs .*\b(GPU|CUDA)\b")
 """The reason for which a test is skipped where there is no GPU."""
 
+OF_THE_PROCESS = {"PYTEST_CURRENT_TEST", "DS_ACCELERATOR", "PYTORCH_NVML_BASED_CUDA_CHECK"}
+"""Variables that pytest, and libraries from their first import on, set for good."""
+
 RANK = {Path(__file__).parent / name: rank for rank, name in enumerate(LONGEST_FIRST)}
 
 
@@ -94,6 +97,15 @@ def pytest_configure() -> None:
     """
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def environment_as_it_was() -> Iterator[None]:
+    """Fails a test that leaves variables to the tests after it, which run in the same process."""
+    before = dict(os.environ)
+    yield
+    changed = {name for name, _ in before.items() ^ os.environ.items()}
+    assert changed <= OF_THE_PROCESS
 
 
 @pytest.fixture

@@ -72,14 +72,12 @@ def logits(run: Path, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return model.to(dtype).logits(torch.tensor(IDS))
 
 
-# DeepSpeed leaves them in this process, and accelerate would wait for other ranks.
-RANKS = ("LOCAL_RANK", "RANK", "WORLD_SIZE")
 UNSAID = "ignore:invalid escape sequence"
 
 
 def elsewhere(script: str, tmp_path: Path, *arguments: str) -> Any:
     """What a process that knows nothing of our package prints, as JSON."""
-    environment = {name: x for name, x in os.environ.items() if name not in ("PYTHONPATH", *RANKS)}
+    environment = {name: x for name, x in os.environ.items() if name != "PYTHONPATH"}
     environment |= {"HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         # The second is said of torchao's source, which transformers imports.
@@ -352,12 +350,6 @@ def long_documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
     texts = [f"{i} " + LONG * 4 for i in range(30)]
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return path
-
-
-@pytest.fixture(autouse=True)
-def alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in RANKS:
-        monkeypatch.delenv(name, raising=False)
 
 
 def harness(out: Path, **given: Any) -> Any:

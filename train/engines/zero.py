@@ -16,7 +16,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from types import ModuleType
 from typing import Any
@@ -67,13 +67,18 @@ class DeepSpeedEngine(Engine):
             )
             hint = "choose engine.stage=2 or less, or engine=fsdp"
             raise ConfigError([Problem("engine.compile", True, why, hint)])
-        # Stage 3 replaces this function for the whole process; `close` puts it back.
-        self.linear = nn.functional.linear
-        self.deepspeed = import_deepspeed(self.device)
-        self.owns_process_group = _init_process_group(groups, self.device)
+        with ExitStack() as undo:
+            # Stage 3 replaces this function.
+            undo.callback(setattr, nn.functional, "linear", nn.functional.linear)
+            self.deepspeed = import_deepspeed(self.device)
+            undo.enter_context(_process_group(groups, self.device))
+            self._initialize(config, settings, groups.world_size)
+            self.undo = undo.pop_all()
+
+    def _initialize(self, config: Config, settings: DeepSpeedConfig, world_size: int) -> None:
         # Meta tensors keep the shapes, which DeepSpeed's parameters do not show at stage 3.
         self.shapes = list(self.model.named_parameters())
-        json = deepspeed_json(config, groups.world_size, self.dtype)
+        json = deepspeed_json(config, world_size, self.dtype)
         check_json(json)
         self._make_weights(json)
         checkpoint_activations(self.model, settings)
@@ -251,12 +256,10 @@ class DeepSpeedEngine(Engine):
             yield self.model
 
     def close(self) -> None:
-        """Remove the process groups, hooks and replaced functions."""
+        """Remove the process groups, hooks, replaced functions and variables."""
         self.engine.destroy()
         self.deepspeed.comm.destroy_process_group(self.engine.data_parallel_group)
-        nn.functional.linear = self.linear
-        if self.owns_process_group:
-            dist.destroy_process_group()
+        self.undo.close()
 
 
 def import_deepspeed(device: torch.device) -> ModuleType:
@@ -331,14 +334,24 @@ def merged(base: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]
     return result
 
 
-def _init_process_group(groups: ProcessGroups, device: torch.device) -> bool:
-    """Make a process group if there is none, as in a single process; return whether it was made.
+@contextmanager
+def _process_group(groups: ProcessGroups, device: torch.device) -> Iterator[None]:
+    """Make what DeepSpeed needs also in a single process: LOCAL_RANK, and a process group.
 
-    DeepSpeed needs one even there.
+    Neither is left behind. Other libraries would wait for ranks where they find that variable.
     """
+    before = os.environ.get("LOCAL_RANK")
     os.environ["LOCAL_RANK"] = str(groups.dist_env.local_rank)
-    if dist.is_initialized():
-        return False
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    return True
+    own = not dist.is_initialized()
+    if own:
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        if own:
+            dist.destroy_process_group()
+        if before is None:
+            del os.environ["LOCAL_RANK"]
+        else:
+            os.environ["LOCAL_RANK"] = before
