@@ -47,11 +47,11 @@ from train.benchmarks.loader import bench_loading, bench_resuming
 from train.benchmarks.step import bench_step
 from train.benchmarks.timing import Keep, Result
 from train.compose import load
-from train.engine_config import EngineConfig
 from train.engines.device import choose_device, configure_process
 from train.experiments.ledger import config_of, is_run, update
 from train.run_dir.environment import environment
 from train.run_dir.snapshot import read_revision
+from train.settings.engine import EngineConfig
 
 
 def _bench_step(args: BenchArguments, device: torch.device) -> Result:

@@ -45,9 +45,8 @@ from conf.validation import (
 )
 from phd.config import ModelConfig
 from train.conf_files import CONF, choices, groups
-from train.config import SECTIONS, Config, TrainConfig
+from train.config import SECTIONS, Config
 from train.distributed.dist_env import DistEnv
-from train.engine_config import DeepSpeedConfig, FsdpConfig
 from train.explain import Composed, explain, overview
 from train.overrides import (
     DEEPENED,
@@ -63,6 +62,8 @@ from train.overrides import (
     sweep_name,
 )
 from train.run_dir.name import named
+from train.settings.engine import DeepSpeedConfig, FsdpConfig
+from train.settings.train import TrainConfig
 from train.sweeps.sweep import Launcher, Sweep
 
 T = TypeVar("T")

@@ -31,7 +31,6 @@ from data.batch import Batch
 from data.config import FilesSource
 from train.arguments import EvaluateArguments
 from train.console import warn
-from train.engine_config import EngineConfig
 from train.engines.device import autocast, choose_device, configure_process, precision
 from train.evaluation.questions import check_lengths, check_there, read_questions
 from train.evaluation.subject import Subject, of_export, of_run
@@ -41,6 +40,7 @@ from train.experiments.result import Estimate, Heldout, TaskScore
 from train.experiments.scores import Scores, of_fewer_questions
 from train.metrics.record import Metrics
 from train.metrics.sinks import FailingSink, WandbSummary, append_metrics, run_id
+from train.settings.engine import EngineConfig
 
 
 def main(args: EvaluateArguments) -> int:

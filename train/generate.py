@@ -33,13 +33,13 @@ from phd.config import SamplingConfig
 from phd.inference.generator import Generator, NewToken, Request
 from train.arguments import GenerateArguments
 from train.checkpoint.load_run import load_run
-from train.engine_config import EngineConfig
 from train.engines.device import (
     autocast,
     choose_device,
     configure_process,
     precision,
 )
+from train.settings.engine import EngineConfig
 
 
 class Writer:

@@ -36,7 +36,6 @@ from train.distributed.signals import StopSignal
 from train.distributed.stop_sync import RankFlags, StopSync
 from train.distributed.watchdog import Watchdog
 from train.ending import Ending
-from train.engine_config import DeepSpeedConfig, FsdpConfig
 from train.engines.attention import configure_attention
 from train.engines.device import choose_device, configure_process, device_memory, precision
 from train.engines.engine import Engine
@@ -67,6 +66,7 @@ from train.metrics.sinks import (
 from train.profiling.window import ProfileWindow
 from train.run_dir.lock import hold_run_dir
 from train.run_dir.prepare import prepare_run_dir
+from train.settings.engine import DeepSpeedConfig, FsdpConfig
 from train.start.tokenizer_of_weights import tokenizer_of_weights
 from train.start.weights import Source, read_start
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from conf.errors import UNSET, ConfigError, Problem, reason_of
-from train.config import Config, TrainConfig
+from train.config import Config
+from train.settings.train import TrainConfig
 
 PYTHON = {"kind": "python"}
 

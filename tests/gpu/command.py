@@ -13,9 +13,9 @@ from conf.errors import Problem
 from conf.settings import at_least
 from tests.gpu.parts import parts, run
 from tests.gpu.report import Report, Section
-from train.engine_config import device_problems
 from train.run_dir.environment import environment
 from train.run_dir.snapshot import read_revision
+from train.settings.engine import device_problems
 
 
 @dataclass(frozen=True, kw_only=True)

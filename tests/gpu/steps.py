@@ -21,12 +21,12 @@ from tests.train.batches import batch_of
 from train.compose import load
 from train.config import Config
 from train.distributed.process_groups import ProcessGroups
-from train.engine_config import Float8Scaling
 from train.engines.device import choose_device, configure_process, peak_memory_gib
 from train.engines.engine import Engine
 from train.engines.float8 import use_float8
 from train.loop import train_step
 from train.run import open_engine
+from train.settings.engine import Float8Scaling
 
 STEPS, FIRST_TIMED = 20, 5
 

@@ -13,7 +13,10 @@ from hypothesis import strategies as st
 from conf.errors import ConfigError
 from conf.validation import defaults, keys, settings_of
 from data.config import DataConfig, FilesSource, PythonSource
-from train.config import DEFAULT_STEPS, Config, RunConfig, ScheduleConfig, TrainConfig
+from train.config import Config
+from train.settings.run import RunConfig
+from train.settings.schedule import ScheduleConfig
+from train.settings.train import DEFAULT_STEPS, TrainConfig
 
 PYTHON = {"data": {"sources": {"python": {"kind": "python"}}}}
 

@@ -18,12 +18,13 @@ from train.arguments import EvaluateArguments
 from train.checkpoint.load_run import load_run
 from train.checkpoint.reader import flatten
 from train.compose import load, other_runs
-from train.config import Config, FaultsConfig
+from train.config import Config
 from train.evaluate import measure_texts
 from train.evaluation.subject import of_run
 from train.metrics.record import Metrics
 from train.plan import make_plan
 from train.run_dir.name import holds
+from train.settings.faults import FaultsConfig
 
 MakeConfig = Callable[..., Config]
 

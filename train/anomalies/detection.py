@@ -6,8 +6,8 @@ from math import isfinite
 from statistics import median
 from typing import Any, NamedTuple
 
-from train.config import FaultsConfig
 from train.engines.limits import NO_LIMITS, Limits
+from train.settings.faults import FaultsConfig
 
 MAD_TO_STD = 1.4826
 """The standard deviation of a normal distribution over its median absolute deviation."""

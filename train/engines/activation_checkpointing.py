@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from phd.model import Transformer
-from train.engine_config import EngineConfig
+from train.settings.engine import EngineConfig
 from train.torch_private import SDPA_KERNELS, KernelDispatchMode, TorchDispatchMode, tree_map_only
 
 MATRIX_PRODUCTS = (

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from conf.errors import ConfigError
-from train.engine_config import EngineConfig, no_cuda
 from train.engines.accelerators import ACCELERATORS, accelerator_of_device
+from train.settings.engine import EngineConfig, no_cuda
 
 # The memory limit of a container, in the second and in the first version of Linux's control groups.
 CGROUP_LIMITS = (

@@ -21,7 +21,7 @@ import torch
 from conf.errors import ConfigError, Problem
 from conf.extras import pip_command
 from phd.model import Transformer
-from train.engine_config import LEAST_CAPABILITY, EngineConfig, Float8Scaling, no_float8
+from train.settings.engine import LEAST_CAPABILITY, EngineConfig, Float8Scaling, no_float8
 
 
 def check_float8(config: EngineConfig, device: torch.device) -> None:

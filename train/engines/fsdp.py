@@ -17,13 +17,13 @@ from phd.model import ModelWithLoss, Transformer
 from train.checkpoint.reader import Checkpoint, TensorTree
 from train.config import Config
 from train.distributed.process_groups import ProcessGroups
-from train.engine_config import FsdpConfig
 from train.engines.device import autocast
 from train.engines.engine import Engine
 from train.engines.limits import Limits
 from train.engines.optimizer import MOMENTS, adamw, add_moments, set_clip_and_skip
 from train.engines.parallelize import drop_unreduced_gradients, parallelize, sharded_modules
 from train.engines.rounded_weights import RoundedWeights
+from train.settings.engine import FsdpConfig
 
 
 class FsdpEngine(Engine):

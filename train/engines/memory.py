@@ -33,8 +33,8 @@ from conf.errors import ConfigError, Problem
 from conf.wording import byte_size
 from phd.model import count_parameters
 from train.config import Config
-from train.engine_config import DeepSpeedConfig, FsdpConfig
 from train.engines.footprint import Footprint, Pass, Recompute, block_footprints, head_footprint
+from train.settings.engine import DeepSpeedConfig, FsdpConfig
 
 # cuBLAS and cuBLASLt share a workspace of 32 MiB on Hopper, which PyTorch's allocator gives them.
 CUBLAS = 32 << 20

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from train.config import OptimConfig
+from train.settings.optim import OptimConfig
 from train.torch_private import fuse_clip_and_skip
 
 MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -14,10 +14,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from phd.model import ModelWithLoss
 from train.distributed.process_groups import ProcessGroups
-from train.engine_config import FsdpConfig
 from train.engines.activation_checkpointing import checkpoint_activations
 from train.engines.compilation import compile_blocks
 from train.engines.float8 import check_float8, use_float8
+from train.settings.engine import FsdpConfig
 from train.torch_private import drop_accumulated_gradients, ignore_in_ddp, init_fsdp_root
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}

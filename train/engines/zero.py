@@ -36,7 +36,6 @@ from phd.model import Transformer
 from train.checkpoint.reader import Checkpoint, TensorTree
 from train.config import Config
 from train.distributed.process_groups import ProcessGroups
-from train.engine_config import DeepSpeedConfig
 from train.engines.activation_checkpointing import checkpoint_activations
 from train.engines.compilation import compile_blocks
 from train.engines.deepspeed_private import (
@@ -50,6 +49,7 @@ from train.engines.device import autocast
 from train.engines.engine import Engine
 from train.engines.limits import Limits
 from train.engines.optimizer import MOMENTS, adamw, add_moments, is_embedding, set_clip_and_skip
+from train.settings.engine import DeepSpeedConfig
 
 
 class DeepSpeedEngine(Engine):

@@ -16,10 +16,10 @@ from rich.console import Console
 from torch.profiler import ProfilerActivity, profile
 
 from conf.errors import reason_of
-from train.config import TrainConfig
 from train.console import print_line, warn
 from train.engines.engine import Engine
 from train.profiling.breakdown import breakdown, table
+from train.settings.train import TrainConfig
 from train.torch_private import record_memory_history, stop_memory_history, write_memory_snapshot
 
 TRACE, MEMORY, TABLE = "trace.json.gz", "memory.pickle", "step.md"

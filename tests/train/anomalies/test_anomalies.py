@@ -20,11 +20,11 @@ from train.anomalies.detection import SpikeDetector
 from train.anomalies.policy import layer_report
 from train.anomalies.report import BadStep, write_bad_step
 from train.compose import load
-from train.config import FaultsConfig
 from train.distributed.process_groups import ProcessGroups
 from train.engines.fsdp import FsdpEngine
 from train.engines.limits import Limits
 from train.loop import train_step
+from train.settings.faults import FaultsConfig
 
 WINDOW = 8
 FAULTS = FaultsConfig(spike=6.0, window=WINDOW, most_in_a_row=6)

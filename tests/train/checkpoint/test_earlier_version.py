@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from train.checkpoint.load_run import load_run
-from train.engine_config import FsdpConfig
 from train.engines.device import choose_device
+from train.settings.engine import FsdpConfig
 
 EARLIER = Path(__file__).with_name("run_of_0_1")
 

@@ -21,10 +21,10 @@ from tests.train.many_ranks import run_ranks
 from train.compose import load
 from train.config import Config
 from train.distributed.process_groups import ProcessGroups
-from train.engine_config import FsdpConfig
 from train.engines.activation_checkpointing import checkpoint_activations
 from train.engines.fsdp import FsdpEngine
 from train.loop import train_step
+from train.settings.engine import FsdpConfig
 
 SHAPE: dict[str, Any] = {
     "layers": 4,

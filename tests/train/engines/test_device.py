@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from train.engine_config import EngineConfig
 from train.engines.accelerators import ACCELERATORS, accelerator
 from train.engines.device import (
     autocast,
@@ -17,6 +16,7 @@ from train.engines.device import (
     peak_memory_gib,
     precision,
 )
+from train.settings.engine import EngineConfig
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 

@@ -16,12 +16,12 @@ from tests.train.batches import batch_of
 from train.compose import load
 from train.config import Config
 from train.distributed.process_groups import ProcessGroups
-from train.engine_config import EngineConfig, Float8Scaling
 from train.engines import float8
 from train.engines.float8 import check_float8, use_float8
 from train.engines.fsdp import FsdpEngine
 from train.loop import train_step
 from train.run import open_run
+from train.settings.engine import EngineConfig, Float8Scaling
 
 pytest.importorskip("torchao", reason="needs torchao")
 

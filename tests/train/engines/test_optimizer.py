@@ -6,8 +6,8 @@ from torch import Tensor
 
 from phd.config import ModelConfig
 from phd.model import Transformer
-from train.config import OptimConfig
 from train.engines.optimizer import build_optimizer, is_embedding
+from train.settings.optim import OptimConfig
 
 LR, DECAY = 0.25, 0.5
 

@@ -9,8 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data.config import DataConfig, PythonSource
-from train.config import Config, OptimConfig, ScheduleConfig, TrainConfig
+from train.config import Config
 from train.engines.schedule import config_before, learning_rate, schedule_change
+from train.settings.optim import OptimConfig
+from train.settings.schedule import ScheduleConfig
+from train.settings.train import TrainConfig
 
 PEAK = 2.0
 

@@ -8,10 +8,10 @@ import pytest
 from conf.errors import ConfigError, DataError
 from conf.task_names import OLMO_TASKS, PAPER_TASKS
 from tests.train.evaluation.olmo_wheel import NAMES, QUESTIONS
-from train.config import EvalConfig
 from train.evaluation import fetch
 from train.evaluation.fetch import FetchArguments, unpack
 from train.evaluation.questions import check_there, read_questions
+from train.settings.eval import EvalConfig
 
 pytestmark = pytest.mark.usefixtures("unpacked")
 

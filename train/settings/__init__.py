@@ -1,0 +1,1 @@
+"""The sections of a run's settings, in a file each that has the section's name."""

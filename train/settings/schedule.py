@@ -1,0 +1,154 @@
+"""`schedule.`: the learning rate, and the copies of each token, as functions of the step."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Annotated, Literal, NamedTuple
+
+from conf.errors import Problem
+from conf.settings import Settings, at_least, without_effect
+
+Copies = Annotated[
+    dict[float, int], "the K from each fraction of the run on, such as {0: 1, 0.75: 2}"
+]
+
+COPIES_HINT = (
+    "expected fractions of the run with the K from there on, as in 'schedule.copies={0: 1, 0.75: "
+    "2}'; with one K alone, set it as model.K"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig(Settings):
+    """The learning rate as a function of the step: a linear warm-up, then `kind`.
+
+    And the copies of each token, where they are not the same in the whole run.
+
+        cosine    /``\\__    half a cosine down to final_ratio
+        linear    /\\___     a straight line down to final_ratio
+        wsd       /````\\    the peak, then a straight line down in the last decay_fraction
+        constant  /`````    the peak
+
+    Attributes:
+        kind: the course of the learning rate after the warm-up, as drawn above.
+        warmup_steps: the length of the warm-up in steps; null: `warmup_tokens` says it.
+        warmup_tokens: the length of the warm-up in tokens of text; null: `warmup_fraction` says it.
+        warmup_fraction: the length of the warm-up as a fraction of the run.
+        final_ratio: the last learning rate, as a fraction of the peak.
+        decay_fraction: the last part of the run, as a fraction, in which `wsd` decays.
+        copies: K as a function of the step, where it is switched within the run:
+            `{0: 1, 0.75: 2}` trains without hidden copies at first, and with one of each token in
+            the last quarter. The last K has to be `model.K`. null: `model.K` all the time.
+    """
+
+    kind: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    warmup_steps: int | None = None
+    warmup_tokens: int | None = None
+    warmup_fraction: float = 0.05
+    final_ratio: float = 0.1
+    decay_fraction: float = 0.2
+    copies: Copies | None = None
+
+    def problems(self) -> list[Problem]:
+        found = at_least(self, "schedule", 0, "warmup_steps", "warmup_tokens")
+        found += [self.copies_problem(reason, COPIES_HINT) for reason in self._flaws_of_copies()]
+        found += [
+            Problem(f"schedule.{name}", value, "expected a number from 0 to 1")
+            for name in ("warmup_fraction", "final_ratio", "decay_fraction")
+            if not 0 <= (value := getattr(self, name)) <= 1
+        ]
+        if self.warmup_steps is not None and self.warmup_tokens is not None:
+            found.append(
+                Problem(
+                    "schedule.warmup_tokens",
+                    self.warmup_tokens,
+                    f"schedule.warmup_steps={self.warmup_steps} already says how long",
+                    "set one to null",
+                    others=("schedule.warmup_steps",),
+                )
+            )
+        return found
+
+    def copies_problem(self, reason: str, hint: str, others: tuple[str, ...] = ()) -> Problem:
+        """A problem of `copies`, which is told as it is typed, with 0 and not 0.0.
+
+        >>> str(ScheduleConfig(copies={0.0: 1, 0.75: 2}).copies_problem("why", "what to do"))
+        'schedule.copies={0: 1, 0.75: 2}: why; what to do'
+        """
+        copies = (self.copies or {}).items()
+        typed = {int(start) if start.is_integer() else start: K for start, K in copies}
+        return Problem("schedule.copies", typed, reason, hint, others)
+
+    def _flaws_of_copies(self) -> Iterator[str]:
+        """Why `copies` cannot be, whatever the run's length."""
+        if self.copies is None:
+            return
+        starts, copies = list(self.copies), list(self.copies.values())
+        if starts[:1] != [0]:
+            yield "the first fraction must be 0, where the run begins"
+        if any(start >= end for start, end in pairwise(starts)):
+            yield "the fractions must increase"
+        if any(not 0 <= start < 1 for start in starts):
+            yield "fractions are from 0 to below 1, where the run ends"
+        if any(K < 1 for K in copies):
+            yield "each token enters the network at least once, so K is at least 1"
+        if len(copies) == 1 or any(before == after for before, after in pairwise(copies)):
+            yield "a fraction that does not change K says nothing"
+
+    def unused(self) -> list[Problem]:
+        """The settings that the kind, or another length of the warm-up, leaves without effect."""
+        found = []
+        if self.kind != "wsd":
+            reason = f"schedule.kind={self.kind} has no decay_fraction"
+            found += without_effect(
+                self, "schedule", reason, "choose schedule=wsd", "decay_fraction"
+            )
+        if self.kind == "constant":
+            reason, hint = "schedule.kind=constant stays at the peak", "choose another schedule"
+            found += without_effect(self, "schedule", reason, hint, "final_ratio")
+        for name in ("warmup_steps", "warmup_tokens"):
+            if (length := getattr(self, name)) is not None:
+                reason = f"schedule.{name}={length} says how long the warm-up is"
+                hint = f"set schedule.{name}=null"
+                found += without_effect(self, "schedule", reason, hint, "warmup_fraction")
+                break
+        return found
+
+
+class CopyStage(NamedTuple):
+    """A part of a run in which K is the same.
+
+    Attributes:
+        first: its first optimizer step, counted from 0.
+        end: the step after its last one; None: it lasts until the run ends.
+        K: copies of each token.
+    """
+
+    first: int
+    end: int | None
+    K: int
+
+    def steps(self, first: int, end: int) -> int:
+        """How many of the steps from `first` to before `end` are in it."""
+        return max(0, min(end, end if self.end is None else self.end) - max(first, self.first))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig(Settings):
+    """When the run's state is saved. It is also saved at the end and after a signal to stop.
+
+    Attributes:
+        every: the steps between two checkpoints; 0: only at the end.
+        keep: how many of the newest checkpoints are kept.
+        keep_every: the checkpoints of every multiple of this many steps are kept, too; 0: only the
+            newest are kept.
+    """
+
+    every: int = 100
+    keep: int = 2
+    keep_every: int = 0
+
+    def problems(self) -> list[Problem]:
+        return at_least(self, "checkpoint", 0, "every", "keep_every") + at_least(
+            self, "checkpoint", 1, "keep"
+        )
