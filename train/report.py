@@ -24,13 +24,14 @@ import glob
 import os
 from collections.abc import Sequence
 from importlib.util import find_spec
+from typing import NamedTuple
 
 from conf.errors import ConfigError, DataError, Problem, reason_of
 from conf.extras import pip_command
 from conf.wording import plural
 from train.arguments import REPORT_PAGE, ReportArguments
 from train.experiments.ledger import is_run, read_run
-from train.experiments.result import FILE, Result, read_result
+from train.experiments.result import FILE, Result, Unread, read_result
 
 
 def main(args: ReportArguments) -> int:
@@ -43,17 +44,25 @@ def main(args: ReportArguments) -> int:
     from train.experiments.contents import report_of
     from train.experiments.page import write_report
 
-    results = read_results(args.runs)
+    results, unread = read_results(args.runs)
     title = args.title or f"Comparison of {plural(len(results), 'run')}"
-    write_report(report_of(results, title), args.directory)
+    write_report(report_of(results, title, unread), args.directory)
     print(f"{args.directory / REPORT_PAGE}: {plural(len(results), 'run')}")
     return 0
 
 
-def read_results(patterns: Sequence[str]) -> list[Result]:
+class Found(NamedTuple):
+    """What was read of runs, and what could not be."""
+
+    results: list[Result]
+    unread: list[Unread]
+
+
+def read_results(patterns: Sequence[str]) -> Found:
     """The results of all runs that some patterns name, each once, by their paths.
 
-    Runs that cannot be read are named on stderr with the reason, and left out.
+    Runs that cannot be read are named on stderr with the reason. What such a run has written as its
+    result is taken; one without that is left out.
 
     Raises:
         ConfigError: a pattern names no run.
@@ -71,33 +80,41 @@ def read_results(patterns: Sequence[str]) -> list[Result]:
             problems.append(Problem("runs", pattern, expected, "give a pattern such as 'runs/*'"))
     if problems:
         raise ConfigError(problems, "the arguments")
-    results, damaged = [], []
+    results, unread, lines = [], [], []
     for path in sorted(paths):
         try:
-            results.append(_read(path))
+            results.append(read_run(path))
         except (OSError, DataError, ConfigError) as error:
-            damaged.append(f"{path}: {reason_of(error)}")
-    told = "\n".join([f"{plural(len(damaged), 'run')} cannot be read:", *damaged])
+            reason = reason_of(error)
+            if written := _written(path):
+                results.append(written)
+                print(f"{path}: {reason}; its {FILE} is taken as it is", file=sys.stderr)
+            else:
+                lines.append(f"{path}: {reason}")
+            unread.append(_unread(path, reason, kept=written is not None))
+    told = "\n".join([f"{plural(len(lines), 'run')} cannot be read:", *lines])
     if not results:
         raise DataError(told)
-    if damaged:
+    if lines:
         print(f"left out: {told}", file=sys.stderr)
-    return results
+    return Found(results, unread)
 
 
-def _read(path: Path) -> Result:
-    """The result of a run; that which it has written itself where its other files do not serve."""
+def _written(path: Path) -> Result | None:
+    """The result that a run has written itself; None if there is none that can be read."""
     try:
-        return read_run(path)
-    except (OSError, DataError, ConfigError) as error:
-        if not (path / FILE).is_file():
-            raise
-        try:
-            written = read_result(path / FILE)
-        except (OSError, DataError):
-            raise error from None
-        print(f"{path}: {reason_of(error)}; its {FILE} is taken as it is", file=sys.stderr)
-        return written
+        return read_result(path / FILE)
+    except (OSError, DataError):
+        return None
+
+
+def _unread(path: Path, reason: str, *, kept: bool) -> Unread:
+    """A run that cannot be read, without the folders above it: the page may be shown to others."""
+    directory = path.parent if path.name == FILE else path
+    name = directory.name if path.name == FILE or path.is_dir() else path.name
+    for folder in (directory, directory.parent):
+        reason = reason.replace(f"{folder}/", "")
+    return Unread(name, reason, kept)
 
 
 def run_at(name: str) -> Path | None:

@@ -13,6 +13,8 @@ from conf.errors import ConfigError, DataError
 from tests.train.experiments.made_up import a_run
 from train import report
 from train.arguments import ReportArguments
+from train.experiments.contents import report_of
+from train.experiments.page import markdown
 from train.experiments.result import Curve, write_result
 from train.report import main, read_results
 
@@ -36,7 +38,7 @@ def arguments(*texts: str) -> ReportArguments:
 
 def test_results_are_read_by_their_directories_or_files_and_each_once(kept: Path) -> None:
     for patterns in ([f"{kept}/*"], [f"{kept}/*/result.json"], [f"{kept}/**", f"{kept}/*"]):
-        assert [result.name for result in read_results(patterns)] == NAMES
+        assert [result.name for result in read_results(patterns).results] == NAMES
 
 
 def test_a_pattern_without_a_run_is_refused(kept: Path) -> None:
@@ -56,12 +58,22 @@ def test_a_run_that_cannot_be_read_does_not_stop_the_report(
 ) -> None:
     first, second = (kept / name for name in NAMES)
     (first / "config.yaml").write_text("modle: 1")  # as one of another version
-    assert [result.name for result in read_results([f"{kept}/*"])] == NAMES
+    found = read_results([f"{kept}/*"])
+    assert [result.name for result in found.results] == NAMES
+    assert [(run.name, run.kept) for run in found.unread] == [(NAMES[0], True)]
     told = capsys.readouterr().err
     assert f"{first}/config.yaml: is of another version" in told
     assert "its result.json is taken as it is" in told
     (second / "result.json").write_text("{")
-    assert [result.name for result in read_results([f"{kept}/*"])] == NAMES[:1]
+    found = read_results([f"{kept}/*"])
+    assert [result.name for result in found.results] == NAMES[:1]
+    assert [(run.name, run.kept) for run in found.unread] == [(NAMES[0], True), (NAMES[1], False)]
+    page = markdown(report_of(found.results, "a title", found.unread))
+    assert "1 run, of which 1 finished" in page
+    assert "1 further run cannot be read" in page
+    assert f"- {NAMES[1]}: result.json: is no result of a run" in page.replace("\\", "")
+    assert f"- {NAMES[0]}: config.yaml: is of another version" in page.replace("\\", "")
+    assert str(kept.parent) not in page
     told = capsys.readouterr().err
     assert "left out: 1 run cannot be read:" in told
     assert f"{second}/result.json: is no result of a run" in told

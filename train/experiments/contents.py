@@ -6,7 +6,7 @@ from conf.wording import plural
 from train.experiments.document import Section
 from train.experiments.experiment import Experiment, experiment_of
 from train.experiments.page import Report
-from train.experiments.result import Result
+from train.experiments.result import Result, Unread
 from train.experiments.sections.ablations import ablations
 from train.experiments.sections.answer import answer
 from train.experiments.sections.costs import costs
@@ -34,12 +34,18 @@ SECTIONS: tuple[Callable[[Experiment], Section | None], ...] = (
 something was not measured, a section says so, and with which command it is."""
 
 
-def report_of(results: Sequence[Result], title: str) -> Report:
-    """The report of some runs, of which there is at least one."""
-    experiment = experiment_of(results)
+def report_of(results: Sequence[Result], title: str, unread: Sequence[Unread] = ()) -> Report:
+    """The report of some runs, of which there is at least one.
+
+    Args:
+        unread: runs that cannot be read, which it names.
+    """
+    experiment = experiment_of(results, unread)
     found = [section(experiment) for section in SECTIONS]
     groups = plural(len(experiment.groups), "group")
     finished = sum(result.status == "finished" for result in results)
     runs = f"{plural(len(results), 'run')}, of which {finished} finished"
     subject = f"{runs}: {groups} that differ in more than their seed"
+    if lost := sum(not run.kept for run in unread):
+        subject += f"; {plural(lost, 'further run')} cannot be read"
     return Report(title, subject, tuple(section for section in found if section))

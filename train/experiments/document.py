@@ -48,9 +48,9 @@ class Section:
     blocks: tuple[Block, ...]
 
 
-def missing(*sentences: str) -> Note:
+def missing(*sentences: str, bullets: tuple[str, ...] = ()) -> Note:
     """Says what is not there, and what would bring it."""
-    return Note(sentences, kind="missing")
+    return Note(sentences, "missing", bullets)
 
 
 def charts(sections: tuple[Section, ...]) -> list[Chart]:

@@ -4,8 +4,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from train.experiments.groups import START, Group, Shared, at_shared_seeds, groups_of
-from train.experiments.result import HeldoutCurve, Result
+from train.experiments.groups import Group, Shared, at_shared_seeds, groups_of, same_start
+from train.experiments.result import HeldoutCurve, Result, Unread
 from train.experiments.spread import Spread, spread
 from train.experiments.texts import same_text
 
@@ -53,11 +53,13 @@ class Experiment:
         groups: of the finished ones, in the order of legends and tables.
         measure: held-out bits per byte of the source that most groups have; where no group has one,
             the smoothed training loss.
+        unread: runs that cannot be read, of which `results` may have what they had written.
     """
 
     results: tuple[Result, ...]
     groups: tuple[Group, ...]
     measure: Measure
+    unread: tuple[Unread, ...] = ()
 
     def same_text(self, one: Group, other: Group) -> bool:
         """Whether the measure of two groups is of the same text, so that they can be compared."""
@@ -68,7 +70,7 @@ class Experiment:
 
         The tokens of a run that began with the weights of another one are not all that it has seen.
         """
-        return self.same_text(one, other) and start_of(one) == start_of(other)
+        return self.same_text(one, other) and same_start(one.runs[0], other.runs[0])
 
     def kind_of(self, group: Group) -> int:
         """A number that is equal for groups that are alike."""
@@ -86,7 +88,8 @@ class Experiment:
         """Sentences that name the groups that are not `comparable`; empty if there is none."""
         usual = self.comparable
         of_text = [g.label for g in self.groups if not self.same_text(g, usual[0])]
-        of_start = [g.label for g in self.groups if start_of(g) != start_of(usual[0])]
+        first = usual[0].runs[0] if usual else None
+        of_start = [g.label for g in self.groups if first and not same_start(g.runs[0], first)]
         heads = {
             "Measured on another text than most": of_text,
             "Began with other weights than most": of_start,
@@ -125,10 +128,10 @@ class Experiment:
         return min(found, key=distance, default=None)
 
 
-def experiment_of(results: Sequence[Result]) -> Experiment:
+def experiment_of(results: Sequence[Result], unread: Sequence[Unread] = ()) -> Experiment:
     """The experiment that some runs are."""
     groups = tuple(groups_of(results))
-    return Experiment(tuple(results), groups, _measure(groups))
+    return Experiment(tuple(results), groups, _measure(groups), tuple(unread))
 
 
 def _measure(groups: Sequence[Group]) -> Measure:
@@ -144,11 +147,6 @@ def _measure(groups: Sequence[Group]) -> Measure:
         lambda run: run.heldout[name].bits_per_byte.value if name in run.heldout else None,
         name,
     )
-
-
-def start_of(group: Group) -> str | None:
-    """The run whose weights the runs of a group began with; None: with random ones."""
-    return group.runs[0].settings.get(START)
 
 
 def sources_of(group: Group) -> set[str]:

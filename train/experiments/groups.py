@@ -47,7 +47,7 @@ class Group:
 
     Attributes:
         key: see `Result.group`; with a number where such runs were evaluated on several texts, as
-            those of files that are others on another machine.
+            those of files that are others on another machine, or began with several checkpoints.
         label: names the variant and what else tells the group from the others of the report.
         style: in which it is drawn everywhere.
         runs: at least one.
@@ -85,14 +85,31 @@ def groups_of(results: Sequence[Result]) -> list[Group]:
 def _key(result: Result, runs: Mapping[str, Sequence[Result]]) -> str:
     """The key of the group that a run belongs to, given those that were found before it."""
     key, number = result.group, 1
-    while key in runs and not same_texts(runs[key][0], result):
+    while key in runs and not _can_be_seeds(runs[key][0], result):
         number += 1
         key = f"{result.group} {number}"
     return key
 
 
+def _can_be_seeds(one: Result, other: Result) -> bool:
+    """Whether runs of equal settings differ in their seed alone."""
+    return same_texts(one, other) and same_start(one, other)
+
+
+def same_start(one: Result, other: Result) -> bool:
+    """Whether two runs began with the same weights, or both with random ones.
+
+    The checkpoint tells it, where it was kept of both: a run that others begin with may have
+    trained on between them. Otherwise the setting does.
+    """
+    if one.began_with and other.began_with:
+        mine, theirs = (x.manifest or x.path for x in (one.began_with, other.began_with))
+        return mine == theirs
+    return one.settings.get(START) == other.settings.get(START)
+
+
 def first_of_seeds(results: Iterable[Result]) -> list[Result]:
-    """The finished runs, but those of a seed and text that another run of the group has."""
+    """The finished runs, but those of a seed, text and start that another run of the group has."""
     return _by_seed(results)[0]
 
 
@@ -102,14 +119,14 @@ def twice(results: Iterable[Result]) -> list[tuple[Result, Result]]:
 
 
 def _by_seed(results: Iterable[Result]) -> tuple[list[Result], list[tuple[Result, Result]]]:
-    """The first run of each seed of each group and text; then the others, each with the first."""
+    """The first run of each seed of each group; then the others, each with the first."""
     first: dict[tuple[str, int], list[Result]] = defaultdict(list)
     kept, others = [], []
     for result in results:
         if result.status != "finished":
             continue
         rivals = first[result.group, result.seed]
-        taken = next((other for other in rivals if same_texts(other, result)), None)
+        taken = next((other for other in rivals if _can_be_seeds(other, result)), None)
         if taken is None:
             rivals.append(result)
             kept.append(result)

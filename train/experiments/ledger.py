@@ -1,6 +1,7 @@
 """The ledger: the result of each run, made of what lies in the run's directory.
 
     config.yaml, environment.json    the settings, and what the run was started with
+    start.json                       the weights that run.start_from has given
     metrics.jsonl                    the curves, and the last evaluation
     scores.json                      what evaluate.py has found; see scores.py
     inference.json                   what bench.py inference has measured; see latency.py
@@ -44,6 +45,7 @@ from train.experiments.curves import (
 from train.experiments.latency import read_latency
 from train.experiments.result import FILE as RESULT
 from train.experiments.result import (
+    Beginning,
     Estimate,
     Heldout,
     Result,
@@ -55,6 +57,7 @@ from train.experiments.result import (
 from train.experiments.scores import Scores, read_scores, write_scores
 from train.run_dir.lock import holder_of
 from train.run_dir.name import identity, short_hash, usual_settings
+from train.run_dir.prepare import START
 
 ENDED = "ended.json"
 
@@ -170,6 +173,7 @@ def result_of(directory: Path, *, held: Literal[False] | None = None) -> Result:
     cost = kv_bytes(config.model, context, dtype)
     settings = flatten_keys(redacted_tree(config.to_dict()))
     return Result(
+        began_with=_began_with(directory),
         name=config.run.name or directory.resolve().name,
         status=ended.status,
         reason=ended.reason or None,
@@ -288,6 +292,26 @@ def _last_start(directory: Path) -> dict[str, Any]:
     except (FileNotFoundError, ValueError):
         return {}
     return starts[-1] if isinstance(starts, list) and starts else {}
+
+
+def _began_with(directory: Path) -> Beginning | None:
+    """What `run.start_from` has given; None where no such thing is kept.
+
+    Raises:
+        DataError: the file is damaged.
+    """
+    path = directory / START
+    try:
+        return _beginning().validate_json(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValidationError as error:
+        raise DataError(f"{path}: is damaged ({reason_of(error)}); delete it") from None
+
+
+@cache
+def _beginning() -> TypeAdapter[Beginning]:
+    return TypeAdapter(Beginning)
 
 
 def _ended(

@@ -8,7 +8,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -126,6 +126,21 @@ class Latency:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Beginning:
+    """The weights that `run.start_from` has given a run.
+
+    Attributes:
+        path: of the checkpoint, or of the Hugging Face directory.
+        step: of the checkpoint; None: a Hugging Face directory has none.
+        manifest: the hash that seals the checkpoint's files; None: they are not sealed.
+    """
+
+    path: str
+    step: int | None = None
+    manifest: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Result:
     """What came of one run.
 
@@ -142,6 +157,7 @@ class Result:
         group: equal for runs that differ in nothing but their seed.
         differences: the settings that differ from the defaults of this size, by full names.
         settings: all settings by full names, without secrets.
+        began_with: None: random weights, or those of a run of a version that did not keep it.
         command: what was typed.
         commit: of the source; None if it is not known.
         changed: whether the source had changes that were not committed; None if it is not known.
@@ -201,7 +217,22 @@ class Result:
     latency: list[Latency] = field(default_factory=list)
     curve: Curve = field(default_factory=Curve)
     heldout_curves: dict[str, HeldoutCurve] = field(default_factory=dict)
+    began_with: Beginning | None = None
     version: int = VERSION
+
+
+class Unread(NamedTuple):
+    """A run whose directory cannot be read.
+
+    Attributes:
+        name: of the directory, or of the file of a result.
+        reason: why, in one line.
+        kept: whether the `result.json` that it has written takes its place.
+    """
+
+    name: str
+    reason: str
+    kept: bool
 
 
 def write_result(directory: Path, result: Result) -> Path:

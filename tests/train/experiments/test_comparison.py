@@ -17,7 +17,7 @@ from train.experiments.comparison import (
     side_by_side,
 )
 from train.experiments.experiment import Experiment, experiment_of
-from train.experiments.result import Estimate, Heldout, HeldoutCurve, Latency, Result
+from train.experiments.result import Beginning, Estimate, Heldout, HeldoutCurve, Latency, Result
 
 SPEED = ("threads", "compile", "precision")
 
@@ -282,6 +282,20 @@ def test_runs_are_compared_only_with_runs_that_began_with_the_same_weights() -> 
     found = experiment_of([*usual, ours, began(run("vanilla", 0, 1.2), "runs/first")])
     (gap,) = (r.difference for r in final_table(found) if r.group.label == "phd-2 (from first)")
     assert gap.mean == pytest.approx(-0.2)
+
+
+def test_runs_that_began_with_other_checkpoints_of_one_run_are_two_groups() -> None:
+    def at(result: Result, seal: str | None) -> Result:
+        start = Beginning(path="runs/first/step_9", step=9, manifest=seal)
+        return replace(began(result, "runs/first"), began_with=start)
+
+    same = [at(run("phd-2", seed, 1.0), "a") for seed in (0, 1)]
+    found = experiment_of([*same, at(run("phd-2", 2, 1.0), "b"), at(run("vanilla", 0, 2.0), "a")])
+    assert [[r.seed for r in group.runs] for group in found.groups] == [[0], [0, 1], [2]]
+    assert [row.base is not None for row in final_table(found)] == [False, True, False]
+    # What was not kept cannot tell them apart.
+    old = began(run("phd-2", 3, 1.0), "runs/first")
+    assert len(experiment_of([*same, old]).groups) == 1
 
 
 @pytest.mark.parametrize(

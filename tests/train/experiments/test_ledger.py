@@ -27,7 +27,7 @@ from train.experiments.ledger import (
     update,
 )
 from train.experiments.recorder import failures_recorded
-from train.experiments.result import Estimate, Heldout, TaskScore, read_result
+from train.experiments.result import Beginning, Estimate, Heldout, TaskScore, read_result
 
 SCORE = TaskScore(
     accuracy=Estimate(value=0.5, standard_error=0.1), accuracy_norm=None, shots=0, questions=20
@@ -235,9 +235,17 @@ def test_runs_are_of_one_group_if_only_their_seed_differs(settings) -> None:
     assert len(set(groups)) == 3
 
 
+def test_the_weights_that_a_run_began_with_are_part_of_its_result(run) -> None:
+    directory = run(line(1, 3.0))
+    assert result_of(directory).began_with is None
+    start = {"path": "/runs/first/checkpoints/step_00000003", "step": 3, "manifest": "ab"}
+    (directory / "start.json").write_text(json.dumps(start))
+    assert read_result(update(directory)).began_with == Beginning(**start)
+
+
 def test_damaged_files_are_told(run) -> None:
     directory = run(line(1, 3.0))
-    for name in ("scores.json", "ended.json"):
+    for name in ("scores.json", "ended.json", "start.json"):
         (directory / name).write_text("{")
         with pytest.raises(DataError, match=f"{name}: is damaged"):
             result_of(directory)

@@ -2,7 +2,8 @@
 
 from train.experiments.document import Block, Fold, Section
 from train.experiments.experiment import Experiment
-from train.experiments.groups import spelled
+from train.experiments.groups import START, spelled
+from train.experiments.result import Result
 from train.experiments.source import source_of
 from train.experiments.tables import MISSING, Cell, Column, Table, text
 
@@ -17,9 +18,7 @@ def settings(experiment: Experiment) -> Section | None:
         return None
     keys = sorted({key for result in results for key in result.settings})
     keys = [key for key in keys if not key.startswith(UNSAID)]
-    values = {
-        key: [spelled(result.settings.get(key, MISSING)) for result in results] for key in keys
-    }
+    values = {key: [_value(result, key) for result in results] for key in keys}
     differing = [key for key in keys if len(set(values[key])) > 1]
     common = [key for key in keys if key not in differing]
     columns = [Column("run", "run", numeric=False), Column("seed", "seed")]
@@ -41,6 +40,19 @@ def settings(experiment: Experiment) -> Section | None:
     blocks.append(Fold(f"{len(common)} settings that all runs share", table))
     blocks.append(Fold("What was typed, and with which versions", _origins(experiment)))
     return Section("settings", "How the runs were configured", tuple(blocks))
+
+
+def _value(result: Result, key: str) -> str:
+    """A setting of a run as it is typed; of the weights it began with, also which these were."""
+    value = spelled(result.settings.get(key, MISSING))
+    if key != START or result.began_with is None:
+        return value
+    told = []
+    if (step := result.began_with.step) is not None:
+        told.append(f"step {step:,}")
+    if seal := result.began_with.manifest:
+        told.append(f"seal {seal[:12]}")
+    return f"{value} ({', '.join(told)})" if told else value
 
 
 def _origins(experiment: Experiment) -> Table:

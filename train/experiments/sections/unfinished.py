@@ -1,11 +1,13 @@
 """The runs that are not in the comparisons, and why."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from conf.wording import plural, short_count
-from train.experiments.document import Note, Section
+from train.experiments.document import Note, Section, missing
 from train.experiments.experiment import Experiment
 from train.experiments.groups import twice
+from train.experiments.result import Unread
 from train.experiments.source import source_of
 from train.experiments.tables import Cell, Column, Table, number, text
 
@@ -22,11 +24,20 @@ COLUMNS = (
 
 
 def unfinished(experiment: Experiment) -> Section | None:
-    """The failed, unfinished and diverged runs and those given twice; a sentence if all is well."""
-    results = experiment.results
-    if not results:
+    """The runs that failed, are unfinished, diverged, were given twice, or cannot be read.
+
+    There is a sentence if all is well.
+    """
+    if not experiment.results:
         return None
+    blocks = (_left(experiment), _unread(experiment.unread))
     title = "Failed, unfinished and diverged runs"
+    return Section("unfinished", title, tuple(block for block in blocks if block))
+
+
+def _left(experiment: Experiment) -> Note | Table:
+    """The runs that have a result, and are in no comparison."""
+    results = experiment.results
     left = [result for result in results if result.status != "finished"]
     doubles = [
         replace(result, reason=f"the seed and settings are those of {taken.name}, which counts")
@@ -39,7 +50,7 @@ def unfinished(experiment: Experiment) -> Section | None:
             if len(results) == 1
             else f"There are none: all {len(results)} runs have"
         )
-        return Section("unfinished", title, (Note((f"{words} finished.",)),))
+        return Note((f"{words} finished.",))
     rows = tuple(
         (
             text(result.name),
@@ -55,6 +66,13 @@ def unfinished(experiment: Experiment) -> Section | None:
     )
     note = "They are in no other figure or table of this page, but for their settings."
     head = f"{plural(len(left), 'run')} of {len(results)}"
-    return Section(
-        "unfinished", title, (Table("unfinished", head, COLUMNS, rows, source_of(left), note),)
-    )
+    return Table("unfinished", head, COLUMNS, rows, source_of(left), note)
+
+
+def _unread(runs: Sequence[Unread]) -> Note | None:
+    """The runs that cannot be read, with the reasons; None if there is none."""
+    if not runs:
+        return None
+    taken = "; the rest of this page has what it had written as its result"
+    lines = tuple(f"{name}: {reason}{taken if kept else ''}" for name, reason, kept in runs)
+    return missing(f"{plural(len(runs), 'run')} cannot be read:", bullets=lines)
