@@ -21,7 +21,7 @@ import numpy as np
 from scipy.stats import t
 
 from train.experiments.experiment import Experiment
-from train.experiments.groups import Group
+from train.experiments.groups import Group, seeds_in_words
 from train.experiments.result import Result
 from train.experiments.spread import LEVEL, Spread, spread
 
@@ -109,6 +109,7 @@ class FinalRow:
 
     Attributes:
         value: of the experiment's measure; None if a run has none.
+        at_shared: the same of the seeds that all groups have, see `Experiment.at_shared_seeds`.
         text_error: its standard error over the held-out documents, the mean over the seeds; None if
             it was not measured. All groups are evaluated on the same documents, so that it tells
             how far the value is that of the text at large, not how sure a difference is.
@@ -118,6 +119,7 @@ class FinalRow:
 
     group: Group
     value: Spread | None
+    at_shared: Spread | None
     text_error: float | None
     base: Group | None
     difference: Difference | None
@@ -185,19 +187,31 @@ class AgainstVanilla:
 def final_table(experiment: Experiment) -> list[FinalRow]:
     """Each group at its end, in the order of the experiment's groups."""
     rows = []
-    for group in experiment.groups:
+    cut = experiment.at_shared_seeds().groups
+    for group, at_shared in zip(experiment.groups, cut, strict=True):
         base, values = base_of(experiment, group), _ends(experiment, group)
         theirs = _ends(experiment, base) if base else ()
         rows.append(
             FinalRow(
                 group=group,
                 value=_spread(values),
+                at_shared=_spread(_ends(experiment, at_shared)),
                 text_error=_text_error(experiment, group),
                 base=base,
                 difference=difference(values, theirs) if values and theirs else None,
             )
         )
     return rows
+
+
+def notes_at_end(experiment: Experiment) -> list[str]:
+    """What has to be known beside `final_table`: which seeds, and what cannot be compared."""
+    shared = experiment.at_shared_seeds()
+    told = shared.note
+    if shared.note and shared.seeds:
+        told = f"All groups that can be compared have {seeds_in_words(shared.seeds)}; other seeds "
+        told += "may be easier or harder."
+    return [note for note in (experiment.not_alike, experiment.not_measured, told) if note]
 
 
 def base_of(experiment: Experiment, group: Group) -> Group | None:

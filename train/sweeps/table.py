@@ -48,17 +48,27 @@ def print_comparison(configs: Sequence[Config]) -> None:
 
 
 def comparison(results: Sequence[Result]) -> Table:
-    """The end of each group of runs that differ in nothing but their seed, as the report has it."""
-    from train.experiments.comparison import final_table  # needs scipy
+    """The end of each group of runs that differ in nothing but their seed, as the report has it.
+
+    Where groups have different seeds, the values are means over those that all of them have.
+    """
+    from train.experiments.comparison import final_table, notes_at_end  # needs scipy
     from train.experiments.experiment import experiment_of
+    from train.experiments.groups import seeds_in_words
 
     experiment = experiment_of(results)
-    rows = final_table(experiment)
+    rows, shared = final_table(experiment), experiment.at_shared_seeds()
     bases = {row.base.key: row.base.label for row in rows if row.base is not None}
     to = f"to {next(iter(bases.values()))}" if len(bases) == 1 else "to vanilla of its size"
     title = f"{experiment.measure.words} ({experiment.measure.unit})"
-    table = Table(title=f"{title}, and 95 % intervals over seeds", title_justify="left")
-    for column in (*COLUMNS, experiment.measure.unit, to):
+    table = Table(
+        title=f"{title}, and 95 % intervals over seeds",
+        title_justify="left",
+        caption=" ".join(notes_at_end(experiment)) or None,
+        caption_justify="left",
+    )
+    of = f", {seeds_in_words(shared.seeds)}" if shared.note and shared.seeds else ""
+    for column in (*COLUMNS, f"{experiment.measure.unit}{of}", to):
         table.add_column(column, justify="right" if column else "left")
     for row in rows:
         first = row.group.runs[0]
@@ -68,7 +78,7 @@ def comparison(results: Sequence[Result]) -> Table:
             short_count(first.tokens),
             f"{first.train_flops:.3g}",
             f"{first.kv_bytes:,}",
-            spelled(row.value),
+            spelled(row.at_shared),
             spelled(row.difference, sign="+"),
         )
     return table

@@ -29,17 +29,44 @@ def cells(results: list[Result]) -> list[tuple[str, ...]]:
     return [tuple(str(c.header) for c in columns), *(tuple(map(str, row)) for row in rows)]
 
 
-def test_groups_are_compared_with_vanilla_over_equal_seeds() -> None:
+def phd_and_vanilla() -> tuple[list[Result], list[Result]]:
+    """Three seeds of one group, and two of the other."""
     phd = [result("phd-2", seed, bits) for seed, bits in enumerate([1.9, 2.0, 2.6])]
-    vanilla = [result("vanilla", seed, bits) for seed, bits in enumerate([2.0, 2.2])]
+    return phd, [result("vanilla", seed, bits) for seed, bits in enumerate([2.0, 2.2])]
+
+
+def test_groups_are_compared_over_the_seeds_that_all_of_them_have() -> None:
+    phd, vanilla = phd_and_vanilla()
     heads, *rows = cells([*phd, *vanilla])
-    assert heads[-1] == "to vanilla"
+    assert heads[-2:] == ("bits per byte, seeds 0, 1", "to vanilla")
     assert [row[:2] for row in rows] == [("vanilla", "2"), ("phd-2", "3")]
-    # Student's t for 95 % is 12.706 with one degree of freedom, and 4.303 with two.
+    # Student's t for 95 % is 12.706 with one degree of freedom.
     half = 12.706 * stdev([0.1, 0.2]) / 2**0.5
     assert rows[1][-1] == f"-0.1500 ± {half:.4f}"
-    assert rows[1][-2] == f"2.1667 ± {4.30265 * stdev([1.9, 2.0, 2.6]) / 3**0.5:.4f}"
+    assert rows[1][-2] == f"1.9500 ± {12.706 * stdev([1.9, 2.0]) / 2**0.5:.4f}"
     assert rows[0][-1] == ""
+    note = comparison([*phd, *vanilla]).caption
+    assert note == (
+        "All groups that can be compared have seeds 0, 1; other seeds may be easier or harder."
+    )
+    assert comparison(vanilla).caption is None
+
+
+def test_a_reports_page_has_the_same_values_and_notes() -> None:
+    pytest.importorskip("matplotlib")
+    from train.experiments.document import tables
+    from train.experiments.experiment import experiment_of
+    from train.experiments.sections.final import final
+
+    phd, vanilla = phd_and_vanilla()
+    _, *rows = cells([*phd, *vanilla])
+    section = final(experiment_of([*phd, *vanilla]))
+    assert section
+    (table,) = tables((section,))
+    place = [column.key for column in table.columns].index("mean_of_shared_seeds")
+    assert table.columns[place].unit == "seeds 0, 1"
+    assert [row[place].text for row in table.rows] == [row[-2].split()[0] for row in rows]
+    assert str(comparison([*phd, *vanilla]).caption) in table.note
 
 
 def test_one_seed_has_no_interval_and_a_run_that_has_not_finished_no_place() -> None:

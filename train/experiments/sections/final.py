@@ -1,7 +1,7 @@
 """The end of each group of runs, and its difference to vanilla."""
 
 from train.experiments import drawings
-from train.experiments.comparison import FinalRow, final_table
+from train.experiments.comparison import FinalRow, final_table, notes_at_end
 from train.experiments.document import Section
 from train.experiments.experiment import Experiment
 from train.experiments.groups import seeds_in_words, source_of_groups
@@ -28,7 +28,6 @@ def final(experiment: Experiment) -> Section | None:
 def _table(experiment: Experiment, rows: list[FinalRow]) -> Table:
     unit = experiment.measure.unit
     shared = experiment.at_shared_seeds()
-    at_shared = [experiment.measure.spread(group) for group in shared.groups]
     seeds = seeds_in_words(shared.seeds) if shared.note and shared.seeds else ""
     columns = (
         Column("group", "runs", numeric=False),
@@ -50,31 +49,22 @@ def _table(experiment: Experiment, rows: list[FinalRow]) -> Table:
         "all runs. Below 0 a group is better than vanilla; the interval is one of 95 %. Where "
         "there are equal seeds, which saw the same text in the same order, a difference is theirs."
     )
-    for told in filter(None, (experiment.not_alike, experiment.not_measured)):
-        note += f" {told}"
-    if seeds:
-        note += (
-            f" All groups that can be compared have {seeds}; other seeds may be easier or harder."
-        )
-    elif shared.note:
-        note += f" {shared.note}"
-    cells = tuple(
-        _row(row, (number(found.mean if found else None, "{:.4f}"),) if seeds else ())
-        for row, found in zip(rows, at_shared, strict=True)
-    )
+    note = " ".join([note, *notes_at_end(experiment)])
+    cells = tuple(_row(row, at_shared_seeds=bool(seeds)) for row in rows)
     source = source_of_groups(experiment.groups)
     title = f"The {experiment.measure.words} at the end of the runs"
     return without_empty_columns(Table("final", title, columns, cells, source, note))
 
 
-def _row(row: FinalRow, at_shared_seeds: tuple[Cell, ...]) -> tuple[Cell, ...]:
+def _row(row: FinalRow, *, at_shared_seeds: bool) -> tuple[Cell, ...]:
     runs, value, found = row.group.runs, row.value, row.difference
+    at_shared = row.at_shared.mean if row.at_shared else None
     losses = [run.loss_ema for run in runs if run.loss_ema is not None]
     return (
         text(row.group.label, row.group.style),
         Cell("one seed" if len(runs) == 1 else str(len(runs)), len(runs)),
         Cell(drawings.tokens(runs[0].tokens), runs[0].tokens),
-        *at_shared_seeds,
+        *((number(at_shared, "{:.4f}"),) if at_shared_seeds else ()),
         number(value.mean if value else None, "{:.4f}"),
         number(value.deviation if value else None, "{:.4f}"),
         number(row.text_error, "{:.3f}"),
