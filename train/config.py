@@ -5,11 +5,8 @@ model's is in `phd.config`, and the data's and the tokenizer's are in `data.conf
 written down in these classes and nowhere else; the files in `conf/` hold differences from them.
 """
 
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from itertools import pairwise
-from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +14,6 @@ from conf.errors import ConfigError, Problem
 from conf.seed import Seed
 from conf.settings import Settings, at_least, without_effect
 from conf.validation import as_dict, build
-from conf.wording import plural
 from data.config import DataConfig, TokenizerConfig
 from phd.config import ModelConfig
 from train.settings.checkpoint import CheckpointConfig
@@ -111,7 +107,7 @@ class Config(Settings):
 
         return number_of_parameters(self.model)
 
-    @property
+    @cached_property
     def step_limits(self) -> dict[str, int]:
         """The steps that each limit of the length allows, by its setting; not that of time."""
         if self.train.flops_of is None:
@@ -164,17 +160,10 @@ class Config(Settings):
         step   0  1  2  3  4  5  6  7
         K      1  1  1  1  1  1  2  2
         """
-        total, copies = self.total_steps, self.schedule.copies
-        if copies is None or total is None:
+        total = self.total_steps
+        if self.schedule.copies is None or total is None:
             return (CopyStage(0, None, self.model.K),)
-        return self._stages_of(copies, total)
-
-    @staticmethod
-    def _stages_of(copies: Mapping[float, int], total: int) -> tuple[CopyStage, ...]:
-        """The stages of a run of `total` steps; one may be empty where the run is too short."""
-        firsts = [round(start * total) for start in copies]
-        ends = [*firsts[1:], None]
-        return tuple(map(CopyStage, firsts, ends, copies.values()))
+        return self.schedule.stages(total)
 
     def copy_stage(self, step: int) -> CopyStage:
         """The stage of optimizer step `step`, counted from 0; of later steps, the last one."""
@@ -191,7 +180,7 @@ class Config(Settings):
 
     def flops_between(self, first: int, end: int) -> int:
         """Training FLOPs of the steps from `first` to before `end`, as `flops_per_step` counts."""
-        return self._flops_of(self.copy_stages, first, end)
+        return sum(s.steps(first, end) * self._step_flops(s.K) for s in self.copy_stages)
 
     @property
     def mean_step_flops(self) -> float:
@@ -199,46 +188,25 @@ class Config(Settings):
         total = self.total_steps
         return self.flops_per_step if total is None else self.flops_between(0, total) / total
 
-    def _flops_of(self, stages: Iterable[CopyStage], first: int, end: int) -> int:
-        return sum(stage.steps(first, end) * self._step_flops(stage.K) for stage in stages)
-
     def _step_flops(self, K: int) -> int:
         model = self.model if K == self.model.K else replace(self.model, K=K)
         return self._flops_per_step_of(model)
 
     def _steps_within(self, flops: float) -> int:
         """The most steps whose training FLOPs are within a limit."""
-        copies = self.schedule.copies
-        if copies is None:
+        if self.schedule.copies is None:
             return int(flops // self.flops_per_step)
-        costs = [self._step_flops(K) for K in copies.values()]
-        shares = [end - start for start, end in pairwise([*copies, 1.0])]
-        mean = sum(share * cost for share, cost in zip(shares, costs, strict=True))
-        # The stages have whole steps, so this is right but for a few steps.
-        steps = int(flops / mean) + len(costs) * ceil(max(costs) / mean)
-        while steps and self._flops_of(self._stages_of(copies, steps), 0, steps) > flops:
-            steps -= 1
-        return steps
+        return self.schedule.most_steps(flops, self._step_flops)
 
     @property
     def warmup_steps(self) -> int:
         """Steps of the warm-up; of a run without a length in steps, 0 unless they are set."""
-        if self.schedule.warmup_steps is not None:
-            return self.schedule.warmup_steps
-        if self.schedule.warmup_tokens is not None:
-            return ceil(self.schedule.warmup_tokens / self.train.tokens_per_step)
-        return round(self.schedule.warmup_fraction * (self.total_steps or 0))
+        return self.schedule.warmup(self.total_steps, self.train.tokens_per_step)
 
     @property
     def decay_steps(self) -> int:
         """Steps at the end of the run in which the learning rate falls."""
-        if self.schedule.kind == "constant":
-            return 0
-        total = self.total_steps
-        assert total is not None, "only a constant schedule may have no end"
-        if self.schedule.kind == "wsd":
-            return round(self.schedule.decay_fraction * total)
-        return total - self.warmup_steps
+        return self.schedule.decay(self.total_steps, self.train.tokens_per_step)
 
     def problems_on(self, world_size: int) -> list[Problem]:
         """Why the run cannot be spread over this many ranks."""
@@ -264,12 +232,16 @@ class Config(Settings):
 
     def problems(self) -> list[Problem]:
         """Every combination across sections that cannot be; each section checks its own."""
-        if self.schedule.copies is not None and self.model.variant == "vanilla":
-            return self._no_copies_problems()  # which have a share in the length
+        if found := self.schedule.variant_problems(self.model):
+            return found  # copies have a share in the length
         if found := self._flops_of_problems():
             return found  # the length is not known, of which others are
         found += [*at_least(self, "", 0, "seed"), *self._length_problems(), *self._shape_problems()]
-        found += [*self._copies_problems(), *self._profile_problems(), *self._float8_problems()]
+        found += self.schedule.problems_with(self.model)
+        total = self.total_steps
+        found += map(_of_length, self.schedule.stage_problems(total, self.shortest_limits))
+        found += map(_of_length, self.train.profile_problems(total))
+        found += self.engine.problems_with(self.model, self.train.seq_len)
         # `auto` is decided on the machine that trains; train/run.py asks again with its device.
         return found + (self.device_problems("cpu") if self.engine.device == "cpu" else [])
 
@@ -300,69 +272,15 @@ class Config(Settings):
         return [Problem(key, name, "only time ends the run, which has no FLOPs to share", hint)]
 
     def _length_problems(self) -> list[Problem]:
-        total, schedule = self.total_steps, self.schedule
+        total = self.total_steps
         if total is None:
             return self._unbounded_problems()
         for name in ("train.max_tokens_per_parameter", "train.max_flops"):
             if self.step_limits.get(name) == 0:
                 return [self._no_step_problem(name)]
-        # The decay of the other kinds begins where the warm-up ends, and has no length of its own.
-        decay = self.decay_steps if schedule.kind == "wsd" else 0
-        if self.warmup_steps + decay <= total:
-            return []
-        name, value = next(
-            (name, value)
-            for name in ("warmup_steps", "warmup_tokens", "warmup_fraction")
-            if (value := getattr(schedule, name)) is not None
-        )
         limits = [key for key in self.shortest_limits if key != "train.flops_of"]
-        takes = plural(self.warmup_steps, "step") + (f" and the decay {decay}" if decay else "")
-        return [
-            Problem(
-                f"schedule.{name}",
-                value,
-                f"the warm-up takes {takes}, but the run has {total}",
-                f"shorten it, or raise {' and '.join(limits) or 'train.max_steps'}",
-                others=LENGTHS,
-            )
-        ]
-
-    def _no_copies_problems(self) -> list[Problem]:
-        reason = "vanilla feeds each token once"
-        choose = "choose model=naive_repeat, phd, phd_swa or phd_cswa"
-        return [self.schedule.copies_problem(reason, choose, ("model.variant",))]
-
-    def _copies_problems(self) -> list[Problem]:
-        """Why K cannot be switched as `schedule.copies` says in this run of this model."""
-        copies, model, total = self.schedule.copies, self.model, self.total_steps
-        if copies is None:
-            return []
-        last = list(copies.values())[-1]
-        found: list[tuple[str, str, tuple[str, ...]]] = []
-        if last != model.K:
-            reason = f"its last K is not model.K={model.K}, after which the run is named"
-            found.append((reason, f"set model.K={last}, or change the last K", ("model.K",)))
-        elif model.copy_embedding and max(copies.values()) > model.K:
-            reason = f"model.copy_embedding=true has vectors for the last model.K={model.K} copies"
-            hint = "let the last K be the largest"
-            found.append((reason, hint, ("model.copy_embedding",)))
-        if total is None:
-            hint = "set train.max_steps, train.max_tokens or train.max_flops"
-            found.append(
-                ("its fractions are of a run whose length in steps is known", hint, LENGTHS)
-            )
-        elif any(first >= (total if end is None else end) for first, end, _ in self.copy_stages):
-            reason = f"the run has {plural(total, 'step')}, too few for a step with each K"
-            hint = f"raise {' and '.join(self.shortest_limits) or 'train.max_steps'}"
-            found.append((reason, hint, LENGTHS))
-        return [self.schedule.copies_problem(*problem) for problem in found]
-
-    def _profile_problems(self) -> list[Problem]:
-        steps, total = self.train.profiled_steps, self.total_steps
-        if not steps or total is None or steps[0] <= total:
-            return []
-        reason, hint = f"the run ends after step {total}", "choose an earlier step"
-        return [Problem("train.profile_start", steps[0], reason, hint, others=LENGTHS)]
+        found = self.schedule.warmup_problems(total, self.train.tokens_per_step, limits)
+        return list(map(_of_length, found))
 
     def _no_step_problem(self, name: str) -> Problem:
         train = self.train
@@ -394,39 +312,11 @@ class Config(Settings):
             )
         ]
 
-    def _float8_problems(self) -> list[Problem]:
-        """Why the blocks' products cannot be float8, whose operands have sides of 16 n numbers."""
-        if self.engine.precision != "fp8":
-            return []
-        model = self.model
-        sides = {
-            "model.dim": model.dim,
-            "model.ffn_dim": model.ffn_dim,
-            "model.heads x model.head_dim": model.heads * model.head_dim,
-            "model.kv_heads x model.head_dim": model.kv_heads * model.head_dim,
-            "train.seq_len": self.train.seq_len,  # the rows of a product are whole rows of text
-        }
-        reason = "with engine.precision=fp8 it must be divisible by 16"
-        return [
-            Problem(name, side, reason, "choose another, or engine.precision=bf16")
-            for name, side in sides.items()
-            if side % 16
-        ]
-
     def _shape_problems(self) -> list[Problem]:
+        """Of the batch, its rows, and the vocabulary."""
         found = self.data.batch_problems(self.train.global_batch)
-        longest, vocab_size = self.model.max_seq_len, self.model.vocab_size
-        if self.train.seq_len > longest:
-            found.append(
-                Problem(
-                    "train.seq_len",
-                    self.train.seq_len,
-                    f"longer than RoPE's table of model.max_seq_len={longest}",
-                    "raise that or lower this",
-                    others=("model.max_seq_len",),
-                )
-            )
-        if (self.tokenizer.vocab_size or 0) > vocab_size:
+        found += self.train.problems_with(self.model)
+        if (self.tokenizer.vocab_size or 0) > (vocab_size := self.model.vocab_size):
             found.append(
                 Problem(
                     "tokenizer.vocab_size",
@@ -436,17 +326,12 @@ class Config(Settings):
                     others=("model.vocab_size",),
                 )
             )
-        if self.hooks.sample.tokens >= longest:
-            found.append(
-                Problem(
-                    "hooks.sample.tokens",
-                    self.hooks.sample.tokens,
-                    f"leaves no room for the prompt in model.max_seq_len={longest}",
-                    "choose less",
-                    others=("model.max_seq_len",),
-                )
-            )
-        return found
+        return found + self.hooks.sample.problems_with(self.model)
+
+
+def _of_length(problem: Problem) -> Problem:
+    """The problem, which is not reported if a setting of the length is wrong by itself."""
+    return replace(problem, others=(*problem.others, *LENGTHS))
 
 
 SECTIONS = frozenset(setting.name for setting in fields(Config))

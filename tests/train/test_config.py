@@ -15,7 +15,6 @@ from conf.validation import defaults, keys, settings_of
 from data.config import DataConfig, FilesSource, PythonSource
 from train.config import Config
 from train.settings.run import RunConfig
-from train.settings.schedule import ScheduleConfig
 from train.settings.train import DEFAULT_STEPS, TrainConfig
 
 PYTHON = {"data": {"sources": {"python": {"kind": "python"}}}}
@@ -472,40 +471,6 @@ def test_flops_that_no_model_has_are_refused(settings: dict[str, Any], told: str
         config(settings)
     [problem] = map(str, refusal.value.problems)
     assert problem.startswith(f"train.flops_of='{settings['train.flops_of']}': {told}")
-
-
-def test_a_step_is_cut_into_equal_passes() -> None:
-    train = TrainConfig(global_batch=24, micro_batch=4)
-    assert [train.accumulation(world_size) for world_size in (1, 2, 3)] == [6, 3, 2]
-    assert [TrainConfig(global_batch=24).accumulation(world_size) for world_size in (1, 8)] == [
-        1,
-        1,
-    ]
-    with pytest.raises(ConfigError, match=r"not divisible by 4 ranks times train\.micro_batch=4"):
-        train.accumulation(4)
-    with pytest.raises(ConfigError, match="not divisible by 5 ranks"):
-        TrainConfig(global_batch=24).accumulation(5)
-    with pytest.raises(ConfigError, match="not divisible by 16 ranks"):
-        TrainConfig(global_batch=8).accumulation(16)
-
-
-def test_the_warm_up_is_given_in_steps_tokens_or_a_fraction() -> None:
-    def warmup(**settings: Any) -> int:
-        base = config({"train.max_steps": 1000})
-        schedule = ScheduleConfig(**settings)
-        return Config(data=base.data, train=base.train, schedule=schedule).warmup_steps
-
-    assert warmup(warmup_steps=7) == 7
-    assert warmup(warmup_tokens=4097) == 2
-    assert warmup(warmup_fraction=0.02) == 20
-    assert warmup(warmup_steps=0, warmup_fraction=0.5) == 0
-
-
-def test_the_decay_fills_what_its_kind_says() -> None:
-    def decay(kind: str) -> int:
-        return config({"train.max_steps": 100, "schedule.kind": kind}).decay_steps
-
-    assert [decay(kind) for kind in ("cosine", "linear", "wsd", "constant")] == [95, 95, 20, 0]
 
 
 def test_time_alone_bounds_a_constant_schedule() -> None:

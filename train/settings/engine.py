@@ -1,10 +1,11 @@
-"""How the work is spread over devices and ranks: one small frozen dataclass for each engine."""
+"""`engine.`: how the work is spread over devices and ranks, a frozen dataclass for each engine."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from conf.errors import Problem
 from conf.settings import Settings, at_least, without_effect
+from phd.config import ModelConfig
 
 DeviceName = Literal["auto", "cpu", "cuda"]
 Float8Scaling = Literal["tensorwise", "rowwise"]
@@ -86,6 +87,24 @@ class EngineConfig(Settings):
         if self.precision == "fp8" and self.device == "cpu":
             found.append(no_float8(self.fp8_scaling, "the CPU"))
         return found
+
+    def problems_with(self, model: ModelConfig, seq_len: int) -> list[Problem]:
+        """Why the blocks' products cannot be float8, whose operands have sides of 16 n numbers."""
+        if self.precision != "fp8":
+            return []
+        sides = {
+            "model.dim": model.dim,
+            "model.ffn_dim": model.ffn_dim,
+            "model.heads x model.head_dim": model.heads * model.head_dim,
+            "model.kv_heads x model.head_dim": model.kv_heads * model.head_dim,
+            "train.seq_len": seq_len,  # the rows of a product are whole rows of text
+        }
+        reason = "with engine.precision=fp8 it must be divisible by 16"
+        return [
+            Problem(name, side, reason, "choose another, or engine.precision=bf16")
+            for name, side in sides.items()
+            if side % 16
+        ]
 
     def compiles_on(self, device: str) -> bool:
         """Whether blocks are compiled on a device of this type, `cpu` or `cuda`."""

@@ -5,6 +5,7 @@ from typing import Literal
 
 from conf.errors import Problem
 from conf.settings import Settings, at_least
+from phd.config import ModelConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +47,15 @@ class SampleConfig(Settings):
         return at_least(self, "hooks.sample", 0, "every") + at_least(
             self, "hooks.sample", 1, "tokens"
         )
+
+    def problems_with(self, model: ModelConfig) -> list[Problem]:
+        """Why a model cannot write so much."""
+        longest = model.max_seq_len
+        if self.tokens < longest:
+            return []
+        reason = f"leaves no room for the prompt in model.max_seq_len={longest}"
+        others = ("model.max_seq_len",)
+        return [Problem("hooks.sample.tokens", self.tokens, reason, "choose less", others)]
 
 
 @dataclass(frozen=True, kw_only=True)

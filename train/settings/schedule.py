@@ -1,12 +1,15 @@
 """`schedule.`: the learning rate, and the copies of each token, as functions of the step."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from math import ceil
 from typing import Annotated, Literal, NamedTuple
 
 from conf.errors import Problem
 from conf.settings import Settings, at_least, without_effect
+from conf.wording import plural
+from phd.config import ModelConfig
 
 Copies = Annotated[
     dict[float, int], "the K from each fraction of the run on, such as {0: 1, 0.75: 2}"
@@ -16,6 +19,45 @@ COPIES_HINT = (
     "expected fractions of the run with the K from there on, as in 'schedule.copies={0: 1, 0.75: "
     "2}'; with one K alone, set it as model.K"
 )
+
+
+class CopyStage(NamedTuple):
+    """A part of a run in which K is the same.
+
+    Attributes:
+        first: its first optimizer step, counted from 0.
+        end: the step after its last one; None: it lasts until the run ends.
+        K: copies of each token.
+    """
+
+    first: int
+    end: int | None
+    K: int
+
+    def steps(self, first: int, end: int) -> int:
+        """How many of the steps from `first` to before `end` are in it."""
+        return max(0, min(end, end if self.end is None else self.end) - max(first, self.first))
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig(Settings):
+    """When the run's state is saved. It is also saved at the end and after a signal to stop.
+
+    Attributes:
+        every: the steps between two checkpoints; 0: only at the end.
+        keep: how many of the newest checkpoints are kept.
+        keep_every: the checkpoints of every multiple of this many steps are kept, too; 0: only the
+            newest are kept.
+    """
+
+    every: int = 100
+    keep: int = 2
+    keep_every: int = 0
+
+    def problems(self) -> list[Problem]:
+        return at_least(self, "checkpoint", 0, "every", "keep_every") + at_least(
+            self, "checkpoint", 1, "keep"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,41 +156,108 @@ class ScheduleConfig(Settings):
                 break
         return found
 
+    def warmup(self, total: int | None, tokens_per_step: int) -> int:
+        """Steps of the warm-up in a run of `total` steps; 0 if only time ends it, unless set."""
+        if self.warmup_steps is not None:
+            return self.warmup_steps
+        if self.warmup_tokens is not None:
+            return ceil(self.warmup_tokens / tokens_per_step)
+        return round(self.warmup_fraction * (total or 0))
 
-class CopyStage(NamedTuple):
-    """A part of a run in which K is the same.
+    def decay(self, total: int | None, tokens_per_step: int) -> int:
+        """Steps at the end of a run of `total` steps in which the learning rate falls."""
+        if self.kind == "constant":
+            return 0
+        assert total is not None, "only a constant schedule may have no end"
+        if self.kind == "wsd":
+            return round(self.decay_fraction * total)
+        return total - self.warmup(total, tokens_per_step)
 
-    Attributes:
-        first: its first optimizer step, counted from 0.
-        end: the step after its last one; None: it lasts until the run ends.
-        K: copies of each token.
-    """
-
-    first: int
-    end: int | None
-    K: int
-
-    def steps(self, first: int, end: int) -> int:
-        """How many of the steps from `first` to before `end` are in it."""
-        return max(0, min(end, end if self.end is None else self.end) - max(first, self.first))
-
-
-@dataclass(frozen=True, kw_only=True)
-class CheckpointConfig(Settings):
-    """When the run's state is saved. It is also saved at the end and after a signal to stop.
-
-    Attributes:
-        every: the steps between two checkpoints; 0: only at the end.
-        keep: how many of the newest checkpoints are kept.
-        keep_every: the checkpoints of every multiple of this many steps are kept, too; 0: only the
-            newest are kept.
-    """
-
-    every: int = 100
-    keep: int = 2
-    keep_every: int = 0
-
-    def problems(self) -> list[Problem]:
-        return at_least(self, "checkpoint", 0, "every", "keep_every") + at_least(
-            self, "checkpoint", 1, "keep"
+    def warmup_problems(
+        self, total: int, tokens_per_step: int, limits: Sequence[str]
+    ) -> list[Problem]:
+        """Why the warm-up does not fit into a run of `total` steps, which `limits` allow."""
+        warmup = self.warmup(total, tokens_per_step)
+        # The decay of the other kinds begins where the warm-up ends, and has no length of its own.
+        decay = self.decay(total, tokens_per_step) if self.kind == "wsd" else 0
+        if warmup + decay <= total:
+            return []
+        name, value = next(
+            (name, value)
+            for name in ("warmup_steps", "warmup_tokens", "warmup_fraction")
+            if (value := getattr(self, name)) is not None
         )
+        takes = plural(warmup, "step") + (f" and the decay {decay}" if decay else "")
+        reason = f"the warm-up takes {takes}, but the run has {total}"
+        hint = f"shorten it, or raise {' and '.join(limits) or 'train.max_steps'}"
+        return [Problem(f"schedule.{name}", value, reason, hint)]
+
+    def stages(self, total: int) -> tuple[CopyStage, ...]:
+        """The stages of `copies` in a run of `total` steps; too short a run leaves some empty."""
+        assert self.copies is not None
+        firsts = [round(start * total) for start in self.copies]
+        ends = [*firsts[1:], None]
+        return tuple(map(CopyStage, firsts, ends, self.copies.values()))
+
+    def most_steps(self, flops: float, step_flops: Callable[[int], int]) -> int:
+        """The steps of the longest run with `copies` whose FLOPs are within a limit.
+
+        Args:
+            flops: the limit.
+            step_flops: of a step with K copies.
+        """
+        assert self.copies is not None
+        costs = [step_flops(K) for K in self.copies.values()]
+        shares = [end - start for start, end in pairwise([*self.copies, 1.0])]
+        mean = sum(share * cost for share, cost in zip(shares, costs, strict=True))
+
+        def total_flops(steps: int) -> int:
+            return sum(s.steps(0, steps) * step_flops(s.K) for s in self.stages(steps))
+
+        # The stages have whole steps, so this is right but for a few steps.
+        steps = int(flops / mean) + len(costs) * ceil(max(costs) / mean)
+        while steps and total_flops(steps) > flops:
+            steps -= 1
+        return steps
+
+    def variant_problems(self, model: ModelConfig) -> list[Problem]:
+        """Why a variant has no copies."""
+        if self.copies is None or model.variant != "vanilla":
+            return []
+        reason = "vanilla feeds each token once"
+        choose = "choose model=naive_repeat, phd, phd_swa or phd_cswa"
+        return [self.copies_problem(reason, choose, ("model.variant",))]
+
+    def problems_with(self, model: ModelConfig) -> list[Problem]:
+        """Why the K of `copies` do not fit that of the model."""
+        if self.copies is None:
+            return []
+        copies = list(self.copies.values())
+        if copies[-1] != model.K:
+            reason = f"its last K is not model.K={model.K}, after which the run is named"
+            hint = f"set model.K={copies[-1]}, or change the last K"
+            return [self.copies_problem(reason, hint, ("model.K",))]
+        if model.copy_embedding and max(copies) > model.K:
+            reason = f"model.copy_embedding=true has vectors for the last model.K={model.K} copies"
+            hint = "let the last K be the largest"
+            return [self.copies_problem(reason, hint, ("model.copy_embedding",))]
+        return []
+
+    def stage_problems(self, total: int | None, limits: Sequence[str]) -> list[Problem]:
+        """Why a run of `total` steps, which `limits` allow, has no step with some K of `copies`.
+
+        Args:
+            total: None if only time ends the run.
+            limits: the settings that end it.
+        """
+        if self.copies is None:
+            return []
+        if total is None:
+            reason = "its fractions are of a run whose length in steps is known"
+            hint = "set train.max_steps, train.max_tokens or train.max_flops"
+        elif not all(stage.steps(0, total) for stage in self.stages(total)):
+            reason = f"the run has {plural(total, 'step')}, too few for a step with each K"
+            hint = f"raise {' and '.join(limits) or 'train.max_steps'}"
+        else:
+            return []
+        return [self.copies_problem(reason, hint)]

@@ -7,6 +7,7 @@ from typing import Literal
 from conf.durations import Seconds
 from conf.errors import ConfigError, Problem
 from conf.settings import Settings, at_least, without_effect
+from phd.config import ModelConfig
 
 DEFAULT_STEPS = 320  # 0.66 M tokens with the default batch: minutes on two CPU cores
 LENGTHS = (
@@ -103,6 +104,23 @@ class TrainConfig(Settings):
             return [Problem("train.micro_batch", rows, reason, others=others)]
         reason = f"not divisible by {world_size} ranks times train.micro_batch={rows} rows"
         return [Problem("train.global_batch", self.global_batch, reason, others=others)]
+
+    def problems_with(self, model: ModelConfig) -> list[Problem]:
+        """Why a model cannot read rows of this length."""
+        longest = model.max_seq_len
+        if self.seq_len <= longest:
+            return []
+        reason = f"longer than RoPE's table of model.max_seq_len={longest}"
+        hint, others = "raise that or lower this", ("model.max_seq_len",)
+        return [Problem("train.seq_len", self.seq_len, reason, hint, others)]
+
+    def profile_problems(self, total: int | None) -> list[Problem]:
+        """Why a run of `total` steps has none to profile; None: only time ends it."""
+        steps = self.profiled_steps
+        if not steps or total is None or steps[0] <= total:
+            return []
+        reason, hint = f"the run ends after step {total}", "choose an earlier step"
+        return [Problem("train.profile_start", steps[0], reason, hint)]
 
     def unused(self) -> list[Problem]:
         """The settings of a profile that is not made."""
