@@ -203,7 +203,7 @@ def test_a_new_run_starts_from_given_weights_and_a_resumed_one_from_its_own(
     resumed = opened(config(*settings))
     assert_equal_bits(flatten(resumed.engine.state()), everything(done))
     problem = refusal(config(*settings, "model.dim=32", f"run.dir={tmp_path / 'other'}"))
-    assert "model.dim=32 (there it is 16)" in problem
+    assert "model.dim=16 (here it is 32)" in problem
 
 
 # What must not change

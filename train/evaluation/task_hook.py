@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 from data.tokenizer import Tokenizer
 from train.config import Config
+from train.distributed.process_groups import raise_on_all_ranks
 from train.engines.engine import Engine
 from train.evaluation.loglikelihood import StoppedError
 from train.evaluation.questions import Questions, check_lengths, check_there, read_questions
@@ -50,6 +51,27 @@ class TaskEvaluation:
         for name, measured in found.items():
             metrics |= measured.logged(name)
         return metrics
+
+
+def task_evaluations(
+    config: Config, tokenizer: Tokenizer, engine: Engine, stop: Callable[[], bool]
+) -> list[TaskEvaluation]:
+    """The evaluation in downstream tasks, if there are any.
+
+    Rank 0 reads the questions and sends them to the other ranks.
+
+    Raises:
+        ConfigError, DataError: as `questions_of_run`, on all ranks.
+    """
+    if not config.eval.tasks:
+        return []
+    groups = engine.groups
+    own = raise_on_all_ranks(
+        groups, lambda: questions_of_run(config, tokenizer) if groups.is_rank_zero else None
+    )
+    tasks = groups.broadcast(own)
+    assert tasks is not None
+    return [TaskEvaluation(config, engine, tokenizer, tasks, stop)]
 
 
 def questions_of_run(config: Config, tokenizer: Tokenizer) -> list[Questions]:

@@ -60,3 +60,16 @@ def bits_per_byte_of_documents(nats: np.ndarray, sizes: np.ndarray) -> tuple[flo
     squares = float(np.square(nats - ratio * sizes).sum())
     error = sqrt(count / (count - 1) * squares) / size
     return ratio / log(2), error / log(2)
+
+
+def bits_per_byte(nats: float, size: int) -> float:
+    """Convert the cross-entropy of a text to bits per byte.
+
+    Args:
+        nats: summed over the text.
+        size: bytes of the text in UTF-8.
+
+    >>> bits_per_byte(log(2) * 24, 8)
+    3.0
+    """
+    return nats / log(2) / size

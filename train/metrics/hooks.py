@@ -1,19 +1,19 @@
-"""The hooks of a run: metrics, evaluation, samples and checkpoints.
+"""The hooks of a run: metrics, samples and checkpoints; those that evaluate: train/evaluation/.
 
 A hook is called with the record of a step, every `every` steps and after the last step, and returns
 metrics to log. It has no reference to the training loop. How to add one: train/metrics/record.py.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from math import log
 from time import perf_counter
 from typing import Any
 
-import numpy as np
 import torch
 
+from conf.errors import ConfigError, Problem
 from data.batch import Batch
+from data.heldout import first_words
 from data.sources.quarantine import Quarantine
 from data.tokenizer import Tokenizer
 from phd.config import ModelConfig
@@ -25,7 +25,7 @@ from train.config import Config
 from train.distributed.process_groups import ProcessGroups
 from train.engines.device import peak_flops, peak_memory_gib
 from train.engines.engine import Engine
-from train.metrics.documents import bits_per_byte_of_documents, fingerprint_of
+from train.metrics.documents import bits_per_byte
 from train.metrics.record import Metrics, StepRecord
 
 MUCH_WAITING = 0.1
@@ -214,72 +214,6 @@ class KVCost:
         return self.metrics[self.config.copy_stage(record.step - 1).K]
 
 
-class Evaluation:
-    """The loss on the held-out documents of a source; `{}` if `stop` ends it early.
-
-    After the last step it also tells the standard error over documents, of how much text all of
-    this is the mean, and a fingerprint of that text.
-
-    Args:
-        document_bytes: of each of `text.documents`; None where nobody needs a standard error.
-    """
-
-    def __init__(
-        self,
-        config: Config,
-        engine: Engine,
-        name: str,
-        text: Batch,
-        stop: Callable[[], bool],
-        document_bytes: np.ndarray | None = None,
-    ) -> None:
-        self.every = config.eval.every
-        self.engine = engine
-        self.name = name
-        self.text = text
-        assert text.stats is not None
-        self.target_bytes = text.stats.target_bytes
-        self.stop = stop
-        self.document_bytes = document_bytes
-        self.fingerprint = fingerprint_of(text)
-
-    def __call__(self, record: StepRecord) -> Metrics:
-        if record.ending is None:
-            return self.measure(by_document=False)
-        return {} if record.ending.by_signal else self.measure()
-
-    def measure(self, *, by_document: bool = True) -> Metrics:
-        """Cross-entropy per token in nats, and bits per byte.
-
-        Args:
-            by_document: also the standard error; costs a second product with the head.
-        """
-        sizes, document_nats = self.document_bytes, None
-        if by_document and sizes is not None:
-            device = self.engine.device
-            document_nats = torch.zeros(len(sizes), dtype=torch.float64, device=device)
-        found = self.engine.evaluate(self.text, self.stop, document_nats)
-        if found is None:
-            return {}
-        nats, targets = (x.item() for x in found)
-        metrics: Metrics = {
-            f"eval/{self.name}/loss": nats / targets,
-            f"eval/{self.name}/bits_per_byte": bits_per_byte(nats, self.target_bytes),
-        }
-        if document_nats is None:
-            return metrics
-        assert sizes is not None
-        _, error = bits_per_byte_of_documents(document_nats.cpu().numpy(), sizes)
-        if error is not None:
-            metrics[f"eval/{self.name}/bits_per_byte_stderr"] = error
-        return metrics | {
-            f"eval/{self.name}/documents": len(sizes),
-            f"eval/{self.name}/tokens": int(targets),
-            f"eval/{self.name}/bytes": self.target_bytes,
-            f"eval/{self.name}/fingerprint": self.fingerprint,
-        }
-
-
 class Sample:
     """A text that the model writes, with the same prompt and the same seed every time."""
 
@@ -323,6 +257,31 @@ class Sample:
                 new.append(token)
         end = new.index(self.tokenizer.eos_id) if self.tokenizer.eos_id in new else None
         return self.tokenizer.decode(prompt + new[:end])
+
+
+def sample_prompt(config: Config, tokenizer: Tokenizer, heldout: Mapping[str, Batch]) -> str:
+    """What samples begin with: the setting, or a held-out document's first words.
+
+    Without held-out documents a sample begins as a document does, with nothing.
+
+    Args:
+        heldout: the held-out text of each source, by the name of its evaluation.
+
+    Raises:
+        ConfigError: the setting is too long for the model.
+    """
+    settings = config.hooks.sample
+    room = config.model.max_seq_len - settings.tokens - 1  # one for the separator before it
+    if settings.prompt is None:
+        _, weights = config.data.mixture[0]
+        used = [text for name, text in heldout.items() if weights.get(name, 1)]
+        found = used or list(heldout.values())
+        return first_words(found[0], tokenizer, most_tokens=room) if found else ""
+    if (count := len(tokenizer.encode(settings.prompt))) > room:
+        reason = f"has {count} tokens, and there is room for {room} before the sample"
+        hint = f"choose a shorter one, or a lower hooks.sample.tokens={settings.tokens}"
+        raise ConfigError([Problem("hooks.sample.prompt", settings.prompt, reason, hint)])
+    return settings.prompt
 
 
 class SaveCheckpoint:
@@ -396,16 +355,3 @@ class SaveCheckpoint:
         self.error = metrics["checkpoint/error"] = text
         if saved is not None:
             self.saved_step = metrics["checkpoint/step"] = saved
-
-
-def bits_per_byte(nats: float, size: int) -> float:
-    """Convert the cross-entropy of a text to bits per byte.
-
-    Args:
-        nats: summed over the text.
-        size: bytes of the text in UTF-8.
-
-    >>> bits_per_byte(log(2) * 24, 8)
-    3.0
-    """
-    return nats / log(2) / size

@@ -1,1 +1,1 @@
-"""What a new run starts from: the weights, moments and tokenizer of `run.start_from`."""
+"""What a run starts with: its text, and its newest checkpoint or what `run.start_from` names."""

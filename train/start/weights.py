@@ -10,17 +10,21 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from rich.console import Console
 from torch import Tensor
 
 from conf.errors import ConfigError, Problem
 from conf.validation import build
+from data.tokenizer import Tokenizer
 from phd.config import ModelConfig
 from phd.hf.convert import starting_state, weight_shapes
 from train.checkpoint.manifest import MARKER
 from train.checkpoint.reader import Checkpoint, RejectedCheckpoint
 from train.checkpoint.store import CheckpointStore
 from train.config import Config
+from train.console import warn
 from train.distributed.process_groups import ProcessGroups, raise_on_all_ranks
+from train.engines.engine import Engine
 from train.engines.optimizer import MOMENTS
 from train.hf.pretrained import load_pretrained
 from train.start.directory import CHECKPOINTS, OTHERWISE, Kind, kind_of
@@ -70,6 +74,31 @@ class Start(NamedTuple):
     optimizer: Callable[[str], Mapping[str, Tensor]] | None = None
     tokenizer: str | None = None
     rejected: tuple[RejectedCheckpoint, ...] = ()
+
+
+def load_start(
+    config: Config, engine: Engine, tokenizer: Tokenizer, console: Console
+) -> Source | None:
+    """Give an engine what `run.start_from` names. Every rank calls this.
+
+    Returns:
+        what the weights are of; None: nothing is named, and they stay random.
+
+    Raises:
+        DataError, ConfigError: as `read_start`; or the run's tokenizer is not that of the weights.
+    """
+    if config.run.start_from is None:
+        return None
+    start = read_start(config, engine.groups)
+    if start.tokenizer not in (None, tokenizer.fingerprint):
+        another = "its weights were trained with another tokenizer than the run's"
+        hint = "give the run that they are of, with its own tokenizer.model"
+        raise ConfigError([Problem("run.start_from", config.run.start_from, another, hint)])
+    for path, reason in start.rejected:
+        warn(console, f"rejected the checkpoint {path}: {reason}")
+    console.print(f"starts from {start.source.path}", markup=False)
+    engine.load(start.weights, start.optimizer)
+    return start.source
 
 
 def read_start(config: Config, groups: ProcessGroups) -> Start:

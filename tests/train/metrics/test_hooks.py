@@ -17,7 +17,6 @@ from conf.errors import ConfigError
 from data.batch import Batch, BatchStats
 from data.heldout import heldout_rows
 from data.mixture import LaneCursor, SourceState
-from data.prefetch import never
 from data.shuffle import Cursor
 from data.source import BadRecord
 from data.sources.documents import Documents
@@ -31,15 +30,13 @@ from train.distributed.process_groups import ProcessGroups
 from train.ending import Ending
 from train.engines.fsdp import FsdpEngine
 from train.loop import train
-from train.metrics.documents import fingerprint_of
+from train.metrics.documents import bits_per_byte, fingerprint_of
 from train.metrics.hooks import (
     DataProgress,
-    Evaluation,
     KVCost,
     SaveCheckpoint,
     Throughput,
     TrainingMetrics,
-    bits_per_byte,
 )
 from train.metrics.record import StepRecord
 from train.run import open_run
@@ -95,11 +92,6 @@ def record_of(**known: object) -> StepRecord:
     }
     values |= {"batches": 10, "stats": stats, "bad_steps": {"count": 0}}
     return StepRecord(**(values | known))
-
-
-def held_out(rows: np.ndarray, mask: np.ndarray) -> Batch:
-    """Rows of held-out text that stand for 100 bytes."""
-    return Batch(rows, mask, stats=BatchStats(int(mask.sum()), mask.size, 100, {}, {}))
 
 
 def nats(engine: FsdpEngine, rows: torch.Tensor, mask: torch.Tensor) -> float:
@@ -371,43 +363,6 @@ def test_a_fingerprint_is_of_the_rows_that_are_read(config, opened) -> None:
     text = heldout_rows(run.stream.documents, run.tokenizer, "files", seq_len=32, limit=2)
     isolated = text._replace(document_starts=np.zeros_like(text.inputs))
     assert fingerprint_of(isolated) == fingerprint(32, 2)
-
-
-def test_padding_never_counts(config) -> None:
-    settings = config()
-    engine = FsdpEngine(settings, ProcessGroups())
-    rows = np.random.default_rng(0).integers(0, 320, (3, 33))
-    mask = np.ones((3, 32), dtype=bool)
-    mask[2, 10:] = False
-    other = rows.copy()
-    other[2, 11:] = 5  # what the padding holds
-    results = [Evaluation(settings, engine, "x", held_out(r, mask), never) for r in (rows, other)]
-    assert results[0].measure() == results[1].measure()
-    seen = Evaluation(settings, engine, "x", held_out(other, np.ones_like(mask)), never).measure()
-    assert seen != results[0].measure()
-
-
-@pytest.mark.parametrize("z_loss", [1e-4, 0.1, 3.0])
-def test_the_held_out_loss_is_the_cross_entropy_alone(config, z_loss: float) -> None:
-    rows = np.random.default_rng(0).integers(0, 320, (3, 33))
-    text = held_out(rows, np.ones((3, 32), dtype=bool))
-    plain, steered = (
-        Evaluation(c, FsdpEngine(c, ProcessGroups()), "x", text, never).measure()
-        for c in (config(), config(f"optim.z_loss={z_loss}"))
-    )
-    assert steered == plain
-
-
-@pytest.mark.parametrize("micro_batch", [1, 2, 4])
-def test_the_evaluation_does_not_depend_on_the_micro_batch(micro_batch: int, config) -> None:
-    rows = np.random.default_rng(0).integers(0, 320, (7, 33))
-    text = held_out(rows, np.ones((7, 32), dtype=bool))
-    whole, cut = config(), config(f"train.micro_batch={micro_batch}")
-    metrics = [
-        Evaluation(c, FsdpEngine(c, ProcessGroups()), "x", text, never).measure()
-        for c in (whole, cut)
-    ]
-    assert metrics[1] == pytest.approx(metrics[0], rel=1e-6)
 
 
 def test_measuring_changes_nothing(config, opened) -> None:
