@@ -21,8 +21,9 @@ import numpy as np
 from scipy.stats import t
 
 from train.experiments.experiment import Experiment
-from train.experiments.groups import Group, seeds_in_words
+from train.experiments.groups import Group
 from train.experiments.result import Result
+from train.experiments.source import seeds_in_words
 from train.experiments.spread import LEVEL, Spread, spread
 
 VANILLA = "vanilla"

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from conf.wording import short_count
 from train.experiments.result import Result
-from train.experiments.source import Source, source_of
+from train.experiments.source import Source, seeds_in_words, source_of
 from train.experiments.texts import LOADING, same_texts
 from train.experiments.theme import Style, styles
 
@@ -174,14 +174,6 @@ def at_shared_seeds(groups: Sequence[Group]) -> Shared:
     )
     note = f"Of {seeds_in_words(seeds)} alone, which all groups that can be compared have: "
     return Shared(kept, seeds, note + "some seeds are easier than others.")
-
-
-def seeds_in_words(seeds: Sequence[int]) -> str:
-    """
-    >>> seeds_in_words([0]), seeds_in_words([0, 2])
-    ('seed 0', 'seeds 0, 2')
-    """
-    return f"{'seed' if len(seeds) == 1 else 'seeds'} {', '.join(map(str, seeds))}"
 
 
 FAMILIES = ("vanilla", "naive_repeat", "phd", "phd_swa", "phd_cswa")

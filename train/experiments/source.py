@@ -1,7 +1,7 @@
 """Which runs a figure or table is made of."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from conf.wording import plural
@@ -45,3 +45,11 @@ def source_of(results: Iterable[Result]) -> Source:
     alone = tuple(result.name for result in found if seeds[result.group] == 1)
     names = tuple(result.name for result in found)
     return Source(names, min(seeds.values()), max(seeds.values()), alone)
+
+
+def seeds_in_words(seeds: Sequence[int]) -> str:
+    """
+    >>> seeds_in_words([0]), seeds_in_words([0, 2])
+    ('seed 0', 'seeds 0, 2')
+    """
+    return f"{'seed' if len(seeds) == 1 else 'seeds'} {', '.join(map(str, seeds))}"

@@ -54,7 +54,7 @@ def comparison(results: Sequence[Result]) -> Table:
     """
     from train.experiments.comparison import final_table, notes_at_end  # needs scipy
     from train.experiments.experiment import experiment_of
-    from train.experiments.groups import seeds_in_words
+    from train.experiments.source import seeds_in_words
 
     experiment = experiment_of(results)
     rows, shared = final_table(experiment), experiment.at_shared_seeds()

@@ -16,7 +16,7 @@ from train.experiments.document import Note, Section, charts, tables
 from train.experiments.experiment import experiment_of
 from train.experiments.fits.families import copies, families, points_of, variants
 from train.experiments.page import Report, html, markdown
-from train.experiments.result import Result
+from train.experiments.result import Heldout, Result
 from train.experiments.sections.scaling import scaling
 from train.experiments.tables import as_csv
 
@@ -155,6 +155,22 @@ def test_of_several_settings_of_a_size_and_length_the_best_is_taken() -> None:
     points = points_of(vanilla.runs, loss_of)
     assert len(points.runs) == 2 * 3 * 3
     assert all("'optim.lr': 0.2" in point.group for point in points.runs)
+
+
+def test_no_setting_is_the_best_by_an_easy_seed() -> None:
+    """The worse one has the easy seed alone; the better one has that and two hard ones."""
+    better, worse = (with_settings(x, **{"optim.lr": x}) for x in (0.0, 0.01))
+    easy = {0: -0.07, 1: 0.07}
+    runs = [replace(run, heldout=shifted(run, easy[run.seed])) for run in better]
+    runs += [replace(run, heldout=shifted(run, easy[0])) for run in worse if run.seed == 0]
+    points = points_of(variants(runs)[0].runs, loss_of)
+    assert {point.group.rpartition("'optim.lr': ")[2] for point in points.runs} == {"0.0}"}
+
+
+def shifted(run: Result, by: float) -> dict[str, Heldout]:
+    found = run.heldout["heldout"]
+    bits = replace(found.bits_per_byte, value=found.bits_per_byte.value + by)
+    return {"heldout": replace(found, bits_per_byte=bits)}
 
 
 def test_another_kind_of_model_or_text_is_another_family() -> None:

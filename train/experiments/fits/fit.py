@@ -30,7 +30,7 @@ class Fit:
 
     Attributes:
         law: what was fitted.
-        points: to which runs.
+        points: to which runs, without the shifts of their seeds.
         constants: by the names of `law.constants`.
         replicates: the constants of each replicate of the bootstrap, (replicates, constants).
     """
@@ -59,7 +59,7 @@ class Fit:
 
     @property
     def residuals(self) -> Floats:
-        """By how much each run's loss is above the law's."""
+        """By how much each run's loss is above the law's, without the shift of its seed."""
         return self.points.loss - self.law.loss(self.constants, self.points)
 
     @property

@@ -10,7 +10,8 @@ import numpy as np
 
 from conf.wording import plural
 from train.experiments.fits.law import Law
-from train.experiments.fits.points import Floats, Points
+from train.experiments.fits.points import Floats, Points, Seeds
+from train.experiments.source import seeds_in_words
 
 VALUES = 3
 """Different values of a quantity that a constant, a coefficient and an exponent need."""
@@ -46,7 +47,7 @@ def missing(law: Law, points: Points) -> list[str]:
     if law.copies and len(set(points.K)) < 2:
         only = f"K = {points.K[0]:g}"
         reasons.append(f"Runs with and without further copies are needed for phi; all have {only}.")
-    reasons = reasons or _confounded(law, points)
+    reasons = reasons or _confounded(law, points) + _not_linked(points)
     return reasons + _too_few_groups(law, points)
 
 
@@ -91,6 +92,19 @@ def _confounded(law: Law, points: Points) -> list[str]:
             told += f"be told. Runs are needed in which {stays} stays and {name} differs."
             return [told]
     return []
+
+
+def _not_linked(points: Points) -> list[str]:
+    """Whether some groups have seeds that others do not, and no group has both."""
+    seeds = Seeds(points)
+    parts = [{seeds.numbers[place] for place in places} for places in seeds.linked]
+    having = [sum(points.runs[group[0]].seed in part for group in points.groups) for part in parts]
+    # Where no two groups have one in common, each has an error of its own.
+    if len(parts) == 1 or max(having) == 1:
+        return []
+    told = " and ".join(seeds_in_words(sorted(part)) for part in parts)
+    reason = f"No group has runs of {told}, so that what is due to the seed cannot be told."
+    return [f"{reason} Some groups need runs of seeds that the others have."]
 
 
 def follows(values: Floats, *others: Floats) -> bool:

@@ -4,7 +4,8 @@ from train.experiments import drawings
 from train.experiments.comparison import FinalRow, final_table, notes_at_end
 from train.experiments.document import Section
 from train.experiments.experiment import Experiment
-from train.experiments.groups import seeds_in_words, source_of_groups
+from train.experiments.groups import source_of_groups
+from train.experiments.source import seeds_in_words
 from train.experiments.tables import (
     MISSING,
     Cell,

@@ -59,8 +59,9 @@ def law_chart(fits: Sequence[Fitted], experiment: Experiment) -> Chart:
         tuple(_law_panel(quantity, fits, looks, experiment) for quantity in quantities),
         source_of_fits(fits, experiment.results),
         looks.legend,
-        "Over parameters: the longest runs of each size. Over tokens: the largest models. Bars "
-        "reach from the lowest to the highest seed.",
+        "Over parameters: the longest runs of each size. Over tokens: the largest models. The "
+        "shifts that seeds have in common are taken off; bars reach from the lowest to the highest "
+        "seed.",
     )
 
 
@@ -131,7 +132,8 @@ def phi_chart(fits: Sequence[Fitted], experiment: Experiment) -> Chart:
         looks.legend,
         "L = E + A (N_once + K^phi N_rep)^-a + B D^-b (arXiv 2604.21106). N_once are the "
         "parameters of embedding and head, N_rep those of the blocks. What the law has for the "
-        "data is taken off. The better the law, the closer all runs are to the curve.",
+        "data is taken off, and the shifts that seeds have in common. The better the law, the "
+        "closer all runs are to the curve.",
     )
 
 

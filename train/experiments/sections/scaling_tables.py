@@ -10,14 +10,16 @@ from train.experiments.fits.equivalents import equivalents
 from train.experiments.fits.families import source_of_fits
 from train.experiments.fits.fit import REPLICATES, Fitted, Interval
 from train.experiments.fits.points import Point
-from train.experiments.tables import Cell, Column, Table, number, text
+from train.experiments.tables import Cell, Column, Table, number, signed, text
 
 CONSTANTS = ("E", "A", "a", "B", "b", "phi")
 
 METHOD = (
     "Least squares of the loss, by variable projection with coefficients of at least 0. Brackets "
     f"hold 95 % intervals by {REPLICATES} replicates of a bootstrap over groups of seeds, with "
-    "sizes and lengths as they are. The error is the root mean square of what the law leaves. Of "
+    "sizes and lengths as they are. A seed shifts the losses of all groups by about as much; these "
+    "shifts are taken off, so that groups need not have the same seeds, and E is that of their "
+    "mean. The error is the root mean square of what the law leaves. Of "
     "several settings of one size and length, the best is taken. Only losses at the end of a run "
     "count, where the learning rate has fallen. E also holds what these runs do not vary."
 )
@@ -165,6 +167,8 @@ def points(fits: Sequence[Fitted], experiment: Experiment) -> Table:
         Column("tokens", "tokens"),
         Column("train_flops", "training", "FLOPs"),
         Column("loss", "loss"),
+        Column("seed", "seed"),
+        Column("shift", "shift", "of the seed"),
         Column("law_loss", "of the law"),
     )
     rows = tuple(
@@ -177,8 +181,10 @@ def points(fits: Sequence[Fitted], experiment: Experiment) -> Table:
             number(point.K, "{:d}"),
             Cell(drawings.tokens(point.tokens), point.tokens),
             Cell(power(point.flops), point.flops),
-            number(point.loss, "{:.4f}"),
-            number(float(of_law), "{:.4f}"),
+            number(point.loss + point.shift, "{:.4f}"),
+            Cell(str(point.seed), point.seed),
+            Cell(signed(point.shift, "{:+.4f}"), point.shift),
+            number(float(of_law) + point.shift, "{:.4f}"),
         )
         for label, fit in fits
         for point, of_law in zip(

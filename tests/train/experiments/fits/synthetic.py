@@ -25,6 +25,7 @@ def synthetic(
     truth: Mapping[str, float] = TRUTH,
     law: Law = COPIES,
     noise: float = 0.002,
+    shift: float = 0.0,
     seed: int = 0,
 ) -> Points:
     """Runs of all sizes, lengths and copies.
@@ -35,6 +36,7 @@ def synthetic(
         per_parameter: tokens for each parameter, instead of lengths.
         seeds: of each setting.
         noise: the standard deviation of a run's loss.
+        shift: the same of what all runs of a seed have in common.
         seed: of the noise.
     """
     points = []
@@ -43,10 +45,11 @@ def synthetic(
         tokens = ratio * (size + once) if per_parameter else ratio
         group = f"{size:g} {ratio:g} {K}"
         points.append(
-            Point(f"{group} {run}", group, once, size, K, tokens, 6 * K * size * tokens, 0)
+            Point(f"{group} {run}", group, once, size, K, tokens, 6 * K * size * tokens, 0, run)
         )
     rng = np.random.default_rng(seed)
     losses = law.loss(truth, Points(tuple(points))) + noise * rng.normal(size=len(points))
+    losses += shift * rng.normal(size=seeds)[[p.seed for p in points]]
     return Points(
         tuple(p._replace(loss=x) for p, x in zip(points, map(float, losses), strict=True))
     )

@@ -72,7 +72,8 @@ def test_copies_that_harm_that_are_worth_nothing_and_that_are_parameters(phi: fl
 
 
 def test_at_one_length_phi_is_found_and_the_data_are_part_of_the_constant() -> None:
-    found = fitted(COPIES_AT_ONE_LENGTH, synthetic(lengths=LENGTHS[:1], seeds=3), replicates=60)
+    points = synthetic(lengths=LENGTHS[:1], seeds=3, seed=1)
+    found = fitted(COPIES_AT_ONE_LENGTH, points, replicates=60)
     assert TRUTH["phi"] in found.interval("phi")
     whole = TRUTH["E"] + TRUTH["B"] * LENGTHS[0] ** -TRUTH["b"]
     assert whole in found.interval("E")
@@ -84,6 +85,62 @@ def test_more_seeds_narrow_the_interval() -> None:
         phi = fitted(COPIES, synthetic(seeds=seeds), replicates=60).interval("phi")
         widths.append(phi.high - phi.low)
     assert widths[1] < widths[0]
+
+
+def of_unequal_seeds(number: int) -> Points:
+    """Three seeds, which differ by more than their groups; those of K = 3 have the first alone."""
+    points = synthetic(lengths=LENGTHS[:1], seeds=3, noise=0.004, shift=0.07, seed=number)
+    return Points(tuple(p for p in points.runs if p.K < 3 or p.seed == 0))
+
+
+def covered(points: Points) -> bool:
+    """Whether phi's interval holds it, and is narrow enough to say something."""
+    found = fit(COPIES_AT_ONE_LENGTH, points, replicates=40)
+    if not isinstance(found, Fit):
+        return False
+    phi = found.interval("phi")
+    return TRUTH["phi"] in phi and phi.high - phi.low < 1
+
+
+def test_intervals_hold_phi_as_often_as_they_say_though_groups_have_other_seeds() -> None:
+    samples = [of_unequal_seeds(number) for number in range(24)]
+    assert sum(map(covered, samples)) >= 21  # 95 % are 22.8; of 200 such samples 194 were counted
+    # Who does not look at the seeds takes what they differ by for what groups differ by.
+    blind = [Points(tuple(p._replace(seed=0) for p in points.runs)) for points in samples[:12]]
+    assert sum(map(covered, blind)) < 6
+
+
+def test_the_shifts_of_seeds_are_found_and_change_nothing_but_the_constant() -> None:
+    points = of_unequal_seeds(3)
+    again = Points(tuple(p._replace(loss=p.loss + (0, 0.3, -0.1)[p.seed]) for p in points.runs))
+    one, other = (fitted(COPIES_AT_ONE_LENGTH, x, replicates=20) for x in (points, again))
+    shifts = [{p.seed: p.shift for p in found.points.runs} for found in (one, other)]
+    assert sum(shifts[0].values()) == pytest.approx(0, abs=1e-9)
+    differ = [shifts[1][seed] - shifts[0][seed] for seed in range(3)]
+    assert differ == pytest.approx([-0.2 / 3, 0.3 - 0.2 / 3, -0.1 - 0.2 / 3])
+    constants = one.constants | {"E": one.constants["E"] + 0.2 / 3}
+    assert other.constants == pytest.approx(constants, rel=1e-4)
+    assert other.error == pytest.approx(one.error, rel=1e-4)
+
+
+def test_the_constant_is_as_sure_as_the_mean_of_the_seeds() -> None:
+    whole = TRUTH["E"] + TRUTH["B"] * LENGTHS[0] ** -TRUTH["b"]
+    hits = [
+        whole in fitted(COPIES_AT_ONE_LENGTH, of_unequal_seeds(number), replicates=40).interval("E")
+        for number in range(6)
+    ]
+    assert sum(hits) >= 5
+
+
+def test_groups_of_seeds_that_nothing_links_are_not_compared() -> None:
+    points = synthetic(lengths=LENGTHS[:1], seeds=3)
+    other = tuple(p for p in points.runs if (p.seed == 2) == (p.K == 3))
+    says = refused(COPIES_AT_ONE_LENGTH, Points(other))
+    assert "No group has runs of seeds 0, 1 and seed 2, so that what is due to the seed" in says
+    # Each group with a seed of its own has an error of its own.
+    single = synthetic(lengths=LENGTHS[:1], seeds=1).runs
+    apart = Points(tuple(p._replace(seed=n) for n, p in enumerate(single)))
+    assert TRUTH["phi"] in fitted(COPIES_AT_ONE_LENGTH, apart, replicates=40).interval("phi")
 
 
 def test_the_projection_is_the_least_sum_of_squares_over_all_constants() -> None:
