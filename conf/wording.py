@@ -44,6 +44,14 @@ def duration(seconds: float) -> str:
     """
     for least, size, unit in ((2 * 86400, 86400, "days"), (7200, 3600, "h"), (120, 60, "min")):
         if seconds >= least:
-            number = seconds / size
-            return f"{number:,.0f} {unit}" if number >= 100 else f"{number:.2g} {unit}"
+            return f"{two_digits(seconds / size)} {unit}"
     return f"{seconds:.0f} s"
+
+
+def two_digits(number: float) -> str:
+    """A number with two digits; a large one whole.
+
+    >>> two_digits(0.2484), two_digits(7.36), two_digits(81_081.4)
+    ('0.25', '7.4', '81,081')
+    """
+    return f"{number:,.0f}" if number >= 100 else f"{number:.2g}"

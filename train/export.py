@@ -39,7 +39,7 @@ from train.arguments import ExportArguments
 from train.checkpoint.load_run import load_run
 from train.hf.pretrained import save_pretrained, share_weights
 from train.hf.tokenizer_json import not_converted, write_tokenizer
-from train.metrics.sinks import read_line
+from train.metrics.lines import lines_of
 from train.run_dir.snapshot import ROOT
 
 ROOT_MODULE, AUTO_MODEL = "phd.hf.modeling", "AutoModelForCausalLM"
@@ -143,7 +143,7 @@ def evaluations(metrics: Path, step: int) -> dict[str, str]:
     if not metrics.is_file():
         return {}
     text = metrics.read_text(encoding="utf-8", errors="replace")
-    lines = filter(None, map(read_line, text.splitlines()))
+    lines = lines_of(text)
     metrics_of_step = [item for line in lines if line["step"] == step for item in line.items()]
     return {
         name: f"{value:.4f}" if isinstance(value, float) else str(value)

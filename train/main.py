@@ -29,6 +29,7 @@ from train.anomalies.policy import BadStepError, RollBackError
 from train.compose import other_runs
 from train.config import Config
 from train.console import training_progress, warn
+from train.costs.plan_table import print_plan
 from train.costs.text import look_at_text
 from train.distributed.dist_env import DistEnv
 from train.distributed.process_groups import (
@@ -43,7 +44,7 @@ from train.experiments.recorder import failures_recorded, record_complete, recor
 from train.inputs import check_inputs
 from train.loop import StoppedEarlyError, train
 from train.metrics.record import Hook, Metrics, StepRecord
-from train.plan import make_plan, print_plan
+from train.plan import make_plan
 from train.run import Run, open_run, smallest_memory
 from train.run_dir.lock import hold_run_dir
 from train.run_summary import print_summary

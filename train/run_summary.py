@@ -8,10 +8,10 @@ from rich.table import Table
 from conf.errors import DataError
 from conf.redaction import redacted_argument
 from train.console import script_command
+from train.costs.kv_cache import kv_rows
 from train.experiments.result import FILE as RESULT
 from train.metrics.record import Metrics
 from train.metrics.sinks import accuracy_lines
-from train.plan import kv_rows
 from train.run import Run
 
 

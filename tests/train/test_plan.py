@@ -17,16 +17,17 @@ from conf.validation import build
 from conf.wording import plural
 from data.sources.token_files import write_tokens
 from phd.flops import training_flops_per_token
-from phd.inference.cache import kv_bytes
 from phd.model import count_parameters
 from train import compose
 from train.arguments import PlanArguments
 from train.compose import load
 from train.costs.duration import measure
+from train.costs.plan import Plan
+from train.costs.plan_table import print_plan
 from train.costs.text import SourceText, Text, look_at_text
 from train.loop import train
 from train.metrics.record import Metrics, StepRecord
-from train.plan import Plan, kv_rows, make_plan, print_plan
+from train.plan import make_plan
 from train.run import open_run
 
 CPU = "engine.device=cpu"
@@ -187,27 +188,6 @@ def test_the_plan_says_what_a_size_sets_besides_the_model() -> None:
 def test_groups_without_parameters_are_not_shown() -> None:
     assert "head" not in printed(plan_of())
     assert "head 1.05M" in printed(plan_of("model.tied=false"))
-
-
-@pytest.mark.parametrize("variant", ["vanilla", "phd", "phd_swa", "phd_cswa", "naive_repeat"])
-def test_the_kv_table_sets_a_variant_beside_vanilla_and_repetition(variant: str) -> None:
-    model = load([f"model={variant}", *(["model.K=3"] if variant != "vanilla" else [])]).model
-    rows = {row.name: row for row in kv_rows(model, 1000, torch.bfloat16)}
-    base = kv_bytes(model.vanilla_twin, 1000, torch.bfloat16).total
-    repetition = [] if variant == "vanilla" else ["naive_repeat-3"]
-    assert list(rows) == list(dict.fromkeys([model.name, "vanilla", *repetition]))
-    assert (rows["vanilla"].total, rows["vanilla"].ratio) == (base, 1.0)
-    assert [rows[name].ratio for name in repetition] == [3.0] * len(repetition)
-    cost = kv_bytes(model, 1000, torch.bfloat16)
-    assert rows[model.name][1:] == (cost.total, cost.hidden, cost.total / base)
-
-
-@pytest.mark.parametrize("variant", ["vanilla", "phd", "phd_swa", "phd_cswa"])
-def test_with_one_copy_the_kv_table_has_no_row_of_repetition(variant: str) -> None:
-    model = load([f"model={variant}", "model.K=1"]).model
-    rows = kv_rows(model, 1000, torch.bfloat16)
-    assert [row.name for row in rows] == list(dict.fromkeys([model.name, "vanilla"]))
-    assert {row.ratio for row in rows} == {1.0}
 
 
 # Another device

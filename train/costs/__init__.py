@@ -1,1 +1,1 @@
-"""What a run needs besides memory: text, time and disk."""
+"""The plan of a run: compute, memory, text, time and disk, and what is odd about them."""

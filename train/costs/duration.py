@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from conf.errors import ConfigError, Problem
 from conf.wording import plural
-from train.metrics.sinks import read_line
+from train.metrics.lines import lines_of
 
 PER_DEVICE, MFU = "throughput/tokens_per_s_per_device", "throughput/mfu"
 FLOPS, TOKENS = "progress/train_flops", "progress/tokens"
@@ -95,7 +95,7 @@ def measure(metrics: Path) -> Measured | None:
         text = metrics.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return None
-    lines = [line for line in map(read_line, text.splitlines()) if line and _has_speed(line)]
+    lines = [line for line in lines_of(text) if _has_speed(line)]
     # FLOPs of a token are what they have grown by since the line before.
     start = {FLOPS: 0.0, TOKENS: 0}
     pairs = [*pairwise([start, *lines])]

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from train.experiments.result import Curve, HeldoutCurve
-from train.metrics.sinks import read_line
+from train.metrics.lines import lines_of
 
 EMA_DECAY = 0.99
 """Per step, as arXiv 2504.14992 smooths its losses."""
@@ -50,7 +50,7 @@ def read_lines(path: Path) -> list[Line]:
         return []
     lines: dict[int, dict[str, Any]] = {}
     newest = 0
-    for line in filter(None, map(read_line, text.splitlines())):
+    for line in lines_of(text):
         step = line["step"]
         if "train/loss" in line:
             if step <= newest:

@@ -21,6 +21,7 @@ from conf.redaction import holds_secret, redacted_tree
 from data.storage.atomic import write_atomic
 from train.config import Config
 from train.console import duration, print_line, warn
+from train.metrics.lines import read_line
 from train.metrics.record import Metrics
 
 RUN_ID = "wandb_id.txt"
@@ -166,15 +167,6 @@ def cut_back(path: Path, step: int) -> CutBack:
             last = max(last, written["step"])  # an evaluation may add one of an earlier step
     write_atomic(path, "".join(kept))
     return CutBack(last, damaged)
-
-
-def read_line(line: str) -> dict[str, Any] | None:
-    """A line of `metrics.jsonl`; None if a crash has damaged it."""
-    try:
-        read = json.loads(line)
-    except ValueError:
-        return None
-    return read if isinstance(read, dict) and isinstance(read.get("step"), int) else None
 
 
 class ConsoleLine:
