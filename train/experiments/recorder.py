@@ -42,9 +42,10 @@ def record_complete(
     """
     if groups.is_rank_zero:
         with _told(console):
-            write_end(config.run_dir, Ended(status="finished"))
             if heldout := heldout_of([metrics]):
                 add_scores(config.run_dir, step=step, heldout=heldout)
+            # Last, because it knows that the process that holds the directory is this one.
+            write_end(config.run_dir, Ended(status="finished"))
 
 
 @contextmanager

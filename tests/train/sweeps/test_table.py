@@ -1,16 +1,21 @@
 """Claims about what a sweep prints at its end."""
 
+import io
 from dataclasses import replace
 from pathlib import Path
 from statistics import stdev
 
 import pytest
+from rich.console import Console
 
 from tests.train.experiments.results import a_result
 from train.compose import load
 from train.config import Config
+from train.distributed.process_groups import ProcessGroups
 from train.experiments.ledger import Ended, record_end
-from train.experiments.result import Estimate, Heldout, Result, write_result
+from train.experiments.recorder import record_complete
+from train.experiments.result import Estimate, Heldout, Result, read_result, write_result
+from train.run_dir.lock import hold_run_dir
 from train.run_dir.name import named
 from train.sweeps.finished import finished
 from train.sweeps.table import comparison, print_comparison, runs_argument
@@ -112,3 +117,14 @@ def test_only_a_run_that_has_nothing_left_to_do_is_passed_over(config, small, tr
     assert finished(load(small("checkpoint.every=3"))) == "6 steps"
     record_end(own.run_dir, Ended(status="failed", reason="it crashed"))
     assert finished(own) is None
+
+
+def test_a_finished_run_that_was_measured_again_is_passed_over(config, trained) -> None:
+    own, console = config(), Console(file=io.StringIO())
+    metrics = trained(own).metrics
+    with hold_run_dir(own.run_dir, ProcessGroups(), console):  # as the command does to its end
+        record_complete(own, ProcessGroups(), console, 6, metrics)
+    found = read_result(own.run_dir / "result.json")
+    assert found.status == "finished"
+    assert found.heldout["heldout"].bits_per_byte.value == metrics["eval/heldout/bits_per_byte"]
+    assert finished(own) == "6 steps"
