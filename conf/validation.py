@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import (
@@ -58,14 +59,19 @@ class Setting(NamedTuple):
 
 def settings_of(cls: Any) -> list[Setting]:
     """The fields of a dataclass in their order."""
-    hints = get_type_hints(cls, include_extras=True)
-    found = []
+    hints, found = _hints(cls), []
     for field in fields(cls):
         factory, hint = field.default_factory, hints[field.name]
         default = field.default if factory is MISSING else factory()
         sections, named = _sections(hint), _entries(hint) is not None
         found.append(Setting(field.name, hint, sections, named, default))
     return found
+
+
+@cache
+def _hints(cls: Any) -> dict[str, Any]:
+    """The types of a dataclass's fields; Python evaluates each anew, and we ask a hundred times."""
+    return get_type_hints(cls, include_extras=True)
 
 
 def build(cls: type[T], values: Mapping[str, Any], where: str = "the configuration") -> T:

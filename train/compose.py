@@ -20,7 +20,6 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from hydra.types import RunMode
@@ -58,6 +57,7 @@ from train.overrides import (
     labels,
     one_by_one,
     parse_overrides,
+    parsed_override,
     points_of,
     sweep_name,
 )
@@ -321,7 +321,7 @@ def other_runs(config: Config) -> list[list[str]]:
 
 
 def _parsed(overrides: Iterable[str]) -> list[Override]:
-    return OverridesParser.create().parse_overrides(list(overrides))
+    return [parsed_override(text) for text in overrides]
 
 
 def _is_possible(arguments: Sequence[str]) -> bool:

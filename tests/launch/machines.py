@@ -8,13 +8,13 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from multiprocessing import get_context
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
 from launch import agent
 from launch.config import Check, Local, Nodes
+from tests.fork_server import fork_server
 from tests.patience import PATIENCE_S
 
 WORKER = Path(__file__).with_name("worker.py")
@@ -36,18 +36,14 @@ class Machines:
         """Runs an agent."""
         command = [sys.executable, "-S", str(WORKER), str(self.directory), *options]
         config = replace(config, script=str(WORKER))
-        context = get_context("forkserver")
-        context.set_forkserver_preload(["launch.agent"])
         files = [self.directory / f"{kind}_{len(self.agents)}" for kind in ("output", "errors")]
-        self.agents.append(context.Process(target=_run, args=(config, command, files)))
+        self.agents.append(fork_server().Process(target=_run, args=(config, command, files)))
         self.agents[-1].start()
 
     def check(self, config: Check, directories: list[str]) -> None:
         """Runs an agent that checks its machine."""
-        context = get_context("forkserver")
-        context.set_forkserver_preload(["launch.agent"])
         files = [self.directory / f"{kind}_{len(self.agents)}" for kind in ("output", "errors")]
-        self.agents.append(context.Process(target=_check, args=(config, directories, files)))
+        self.agents.append(fork_server().Process(target=_check, args=(config, directories, files)))
         self.agents[-1].start()
 
     def pair(self, *options: str, each: tuple[dict[str, Any], ...] = ({}, {}), **both: Any) -> None:

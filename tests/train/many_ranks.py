@@ -1,25 +1,20 @@
 """Runs a function on many ranks: fresh processes, started as torchrun would, that gloo connects."""
 
-import multiprocessing
 import os
 import pickle
+import sys
 import traceback
 from collections.abc import Callable
-from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import ForkServerContext
-from pathlib import Path
 from time import monotonic
 from typing import Any
 
-import pytest
 import torch
 import torch.distributed as dist
 
+from tests.fork_server import fork_server
 from tests.patience import PATIENCE_S
 from train.distributed.process_groups import init_process_groups
-
-ROOT = Path(__file__).parents[2]
 
 
 class RanksFailedError(Exception):
@@ -49,12 +44,12 @@ def run_ranks(
     Raises:
         RanksFailedError: with tracebacks, and with who was killed by what.
     """
-    context = _fork_server()
+    context = fork_server()
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     pipes, processes = [], []
     for rank in range(world_size):
         ours, theirs = context.Pipe(duplex=False)
-        given = (theirs, rank, world_size, store.port, function, arguments)
+        given = (theirs, rank, world_size, store.port, dict(os.environ), function, arguments)
         processes.append(context.Process(target=_rank, args=given, daemon=True))
         processes[-1].start()
         theirs.close()
@@ -72,31 +67,20 @@ def run_ranks(
     return values
 
 
-def _fork_server() -> ForkServerContext:
-    """Where ranks are forked from: a process that has imported `tests.train.preloaded`.
-
-    A rank starts in 0.1 s then. One that imports for itself takes 4 s, or 8 s with DeepSpeed.
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.train.preloaded"])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)  # it imports from there alone
-        forkserver.ensure_running()
-    return context
-
-
 def _rank(
     pipe: Connection,
     rank: int,
     world_size: int,
     port: int,
+    environment: dict[str, str],
     function: Callable[..., Any],
     arguments: tuple[Any, ...],
 ) -> None:
     """One of the processes."""
     place = {"RANK": rank, "WORLD_SIZE": world_size, "LOCAL_RANK": rank}
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": 1}
-    os.environ |= {name: str(value) for name, value in (place | meeting).items()}
+    os.environ |= environment | {k: str(value) for k, value in (place | meeting).items()}
+    del sys.argv[1:]  # pytest's options are no overrides of a run
     torch.set_num_threads(1)
     try:
         with init_process_groups("cpu") as groups:

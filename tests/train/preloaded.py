@@ -1,4 +1,4 @@
-"""What ranks import: they are forked from a process that has imported this module."""
+"""What ranks, commands and agents import: they are forked from a process that has imported this."""
 
 import gc
 
@@ -7,6 +7,7 @@ import torch._inductor.compile_fx
 import torch.distributed.fsdp
 import torch.nn.modules.linear_cross_entropy
 
+import launch.agent  # noqa: F401
 import train.main  # noqa: F401
 from train.compose import load
 from train.engines.zero import import_deepspeed

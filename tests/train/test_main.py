@@ -17,6 +17,7 @@ from conf.arguments import refuse
 from conf.errors import USER_ERRORS
 from conf.exit_codes import ExitCode
 from data.tokenizer_training import LOSSLESS, train
+from tests.fork_server import Command
 from tests.patience import PATIENCE_S
 from train.checkpoint.reader import flatten
 from train.compose import load
@@ -27,19 +28,23 @@ pytestmark = pytest.mark.process
 
 REPOSITORY = Path(__file__).parents[2]
 
-Process = subprocess.Popen[str]
+Process = subprocess.Popen[str] | Command
 
 
 @pytest.fixture
 def start(tmp_path: Path) -> Callable[..., Process]:
-    """Starts a script of train/ from a folder far from it."""
+    """Starts a script of train/ from a folder far from it; forked, or in a Python of its own."""
     (tmp_path / "elsewhere").mkdir()
 
-    def begin(script: str, *arguments: str) -> Process:
+    def begin(script: str, *arguments: str, forked: bool = True) -> Process:
+        path, folder = REPOSITORY / "train" / script, tmp_path / "elsewhere"
+        environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "COLUMNS": "200"}
+        if forked:
+            return Command(path, *arguments, cwd=folder, env=environment)
         return subprocess.Popen(
-            [sys.executable, "-W", "error", str(REPOSITORY / "train" / script), *arguments],
-            cwd=tmp_path / "elsewhere",
-            env=os.environ | {"PYTHONPATH": str(REPOSITORY), "COLUMNS": "200"},
+            [sys.executable, "-W", "error", str(path), *arguments],
+            cwd=folder,
+            env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -60,16 +65,16 @@ def wait_for_lines(path: Path, number: int, process: Process) -> None:
 def test_a_terminated_run_continues_bitwise_with_the_same_command(
     config, small, start, trained, opened, logged, tmp_path: Path
 ) -> None:
-    settings = ["train.max_steps=100", "model.K=3", "train.micro_batch=2", "data.prefetch=5"]
+    settings = ["train.max_steps=60", "model.K=3", "train.micro_batch=2", "data.prefetch=5"]
     command = ["main.py", *small(*settings, "hooks.console=true", "hooks.log_every=5")]
 
-    first = start(*command)
+    first = start(*command, forked=False)
     wait_for_lines(tmp_path / "run/metrics.jsonl", 4, first)  # steps 1, 2, 5, 10
     first.send_signal(signal.SIGTERM)
     output, errors = first.communicate()
     assert (first.returncode, errors) == (ExitCode.REQUEUE, "")
     *_, last = logged(tmp_path / "run")
-    assert 10 <= last["step"] < 100
+    assert 10 <= last["step"] < 60
     assert output.splitlines()[-1] == f"SIGTERM: saved after step {last['step']}"
     stopped = read_result(tmp_path / "run/result.json")
     assert (stopped.status, stopped.steps) == ("unfinished", last["step"])
@@ -79,12 +84,12 @@ def test_a_terminated_run_continues_bitwise_with_the_same_command(
     output, errors = second.communicate()
     assert (second.returncode, errors) == (0, "")
     assert f"going on from {tmp_path}/run/checkpoints/step_{last['step']:08d}\n" in output
-    assert "step 100/100  loss " in output
+    assert "step 60/60  loss " in output
     for part in ("the plan: ", "heldout: ", "a sample", "KV cache of one sequence", "next"):
         assert output.count(part) == 1, part
     assert f"result:     {tmp_path}/run/result.json\n" in output
     result = read_result(tmp_path / "run/result.json")
-    assert (result.status, result.steps) == ("finished", 100)
+    assert (result.status, result.steps) == ("finished", 60)
     assert len(set(result.curve.step)) == len(result.curve.step)
     assert result.heldout["heldout"].bits_per_byte.standard_error
 
@@ -139,7 +144,7 @@ def large_tokenizer(tmp_path: Path) -> Path:
 
 def test_wrong_settings_are_refused_on_one_screen(small, start, tmp_path: Path) -> None:
     wrong = ["model.K=0", "model.window=-1", "model.chunk=0", "model.windw=3", "train.steps=5"]
-    run = start("main.py", *small(*wrong))
+    run = start("main.py", *small(*wrong), forked=False)
     output, errors = run.communicate()
     assert (run.returncode, output) == (2, "")
     assert errors == (
@@ -176,7 +181,7 @@ def test_what_a_run_cannot_be_made_of_is_refused_on_one_screen(
         ),
     }[case]
     if case == "missing path":
-        run = start("main.py", *small(setting))
+        run = start("main.py", *small(setting), forked=False)
         output, errors = run.communicate()
         code: object = run.returncode
     else:  # only what is said differs: no process of its own for each

@@ -219,13 +219,20 @@ def usual_settings(config: Config) -> tuple[dict[str, Any], str]:
             if setting.default is not MISSING
         }
     for preset in choices("data"):
-        settings = load_yaml(f"data/{preset}.yaml")
-        if settings["sources"].keys() <= own.keys():
-            usual |= flatten_keys(settings, "data.")
+        sources, settings = _preset(preset)
+        if sources <= own.keys():
+            usual |= settings
             text.append(preset)
-            own = {name: own[name] for name in own if name not in settings["sources"]}
+            own = {name: own[name] for name in own if name not in sources}
     text += own
     return usual, "" if text == ["python"] else "+".join(text)
+
+
+@cache
+def _preset(data: str) -> tuple[frozenset[str], dict[str, Any]]:
+    """The names of the sources of a file of conf/data/, and the settings that it makes."""
+    settings = load_yaml(f"data/{data}.yaml")
+    return frozenset(settings["sources"]), flatten_keys(settings, "data.")
 
 
 @cache

@@ -63,7 +63,6 @@ def write_snapshot(directory: Path, revision: Revision, root: Path = ROOT) -> Pa
     files = {
         "revision.json": (json.dumps(described, indent=1) + "\n").encode(),
         "changes.patch": changes.encode(errors="surrogateescape"),
-        "source.tar.gz": gzip.compress(archive, mtime=0),
     }
     # The hash is that of the uncompressed archive, because versions of zlib compress differently.
     name = xxh3_128_hexdigest(files["revision.json"] + files["changes.patch"] + archive)[:12]
@@ -76,7 +75,9 @@ def write_snapshot(directory: Path, revision: Revision, root: Path = ROOT) -> Pa
     for unfinished in path.parent.glob(f".{name}.*.partial"):  # a killed start left it
         shutil.rmtree(unfinished)
     with new_directory(path) as partial:
-        for file, content in files.items():
+        # 0.04 s; level 9 takes 0.2 s at each start of a run, for a file that is 5% smaller.
+        packed = gzip.compress(archive, compresslevel=4, mtime=0)
+        for file, content in {**files, "source.tar.gz": packed}.items():
             (partial / file).write_bytes(content)
     return path
 
@@ -84,11 +85,9 @@ def write_snapshot(directory: Path, revision: Revision, root: Path = ROOT) -> Pa
 def _is_whole(path: Path, files: dict[str, bytes], archive: bytes) -> bool:
     """Whether a snapshot holds these files; its archive may be compressed differently."""
     try:
-        found = {name: (path / name).read_bytes() for name in files}
-        return {**found, "source.tar.gz": gzip.decompress(found["source.tar.gz"])} == {
-            **files,
-            "source.tar.gz": archive,
-        }
+        packed = (path / "source.tar.gz").read_bytes()
+        same = all((path / name).read_bytes() == content for name, content in files.items())
+        return same and gzip.decompress(packed) == archive
     except (OSError, EOFError, zlib.error):  # gzip.BadGzipFile is an OSError
         return False
 

@@ -12,6 +12,7 @@ from time import monotonic, sleep
 import pytest
 
 from conf.exit_codes import ExitCode
+from tests.fork_server import Command
 from tests.patience import PATIENCE_S
 from train.sweeps.outcome import Outcome, write_outcome
 from train.sweeps.sweep import Launcher, Sweep
@@ -54,11 +55,15 @@ if __name__ == "__main__":
     run(main)
 """
 
-Process = subprocess.Popen[str]
+Process = subprocess.Popen[str] | Command
 
 
 def begin(folder: Path, *command: str) -> Process:
+    """Starts a script of the folder in a Python of its own, or main.py without its imports."""
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "COLUMNS": "300"}
+    if command[0] == "main.py":
+        script = REPOSITORY / "train/main.py"
+        return Command(script, *command[1:], cwd=folder, env=environment)
     return subprocess.Popen(
         [sys.executable, "-W", "error", *command],
         cwd=folder,
@@ -87,7 +92,7 @@ def test_a_sweep_that_is_killed_twice_ends_with_the_runs_that_it_should_have(
     small: Callable[..., list[str]], tmp_path: Path
 ) -> None:
     settings = ["train.max_steps=40", "checkpoint.every=5", "model.size=nano", "run.dir=null"]
-    command = [str(REPOSITORY / "train/main.py"), *small(*settings), "-m", "seed=0,1"]
+    command = ["main.py", *small(*settings), "-m", "seed=0,1"]
 
     def directories() -> list[Path]:
         return sorted((tmp_path / "runs").glob("phd_cswa-*"))
