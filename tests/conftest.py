@@ -68,7 +68,12 @@ collect_ignore = ["train/preloaded.py"]  # a look for doctests would import seco
 NEEDS_CUDA = re.compile(r"needs .*\b(GPU|CUDA)\b")
 """The reason for which a test is skipped where there is no GPU."""
 
-OF_THE_PROCESS = {"PYTEST_CURRENT_TEST", "DS_ACCELERATOR", "PYTORCH_NVML_BASED_CUDA_CHECK"}
+OF_THE_PROCESS = {
+    "PYTEST_CURRENT_TEST",
+    "DS_ACCELERATOR",
+    "PYTORCH_NVML_BASED_CUDA_CHECK",
+    "KMP_INIT_AT_FORK",  # joblib
+}
 """Variables that pytest, and libraries from their first import on, set for good."""
 
 RANK = {Path(__file__).parent / name: rank for rank, name in enumerate(LONGEST_FIRST)}
