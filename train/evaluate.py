@@ -35,9 +35,9 @@ from train.engines.device import autocast, choose_device, configure_process, pre
 from train.evaluation.questions import check_lengths, check_there, read_questions
 from train.evaluation.subject import Subject, of_export, of_run
 from train.evaluation.text import measure_text, rows_of_run, rows_of_text
-from train.experiments.ledger import add_scores, trained_dtype
+from train.experiments.ledger import add_scores, of_fewer_questions, trained_dtype
 from train.experiments.result import Estimate, Heldout, TaskScore
-from train.experiments.scores import Scores, of_fewer_questions
+from train.experiments.task_scores import score_name
 from train.metrics.record import Metrics
 from train.metrics.sinks import FailingSink, WandbSummary, append_metrics, run_id
 from train.settings.engine import EngineConfig
@@ -157,16 +157,20 @@ def comparable(
 
 def not_limited(subject: Subject, tasks: dict[str, Any], console: Console) -> dict[str, Any]:
     """What is kept of the tasks: not those that were asked more questions before; says so."""
-    scores = Scores(step=subject.step, tasks=scores_of(tasks))
-    left = of_fewer_questions(subject.directory, scores)
+    scores = scores_of(tasks)
+    left = of_fewer_questions(subject.directory, step=subject.step, tasks=scores)
     if left:
         warn(console, f"not kept: {', '.join(left)}; the scores there are of more questions")
-    return {name: task for name, task in tasks.items() if name not in left}
+    return {n: task for n, task in tasks.items() if score_name(n, task.shots) not in left}
 
 
 def scores_of(tasks: Mapping[str, Any]) -> dict[str, TaskScore]:
-    """The scores of those tasks that have an accuracy, by name."""
-    return {name: task.score for name, task in tasks.items() if task.score is not None}
+    """The scores of those tasks that have an accuracy, by the names of scores."""
+    return {
+        score_name(name, task.shots): task.score
+        for name, task in tasks.items()
+        if task.score is not None
+    }
 
 
 def measure_tasks(args: EvaluateArguments, subject: Subject) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from train.distributed.process_groups import ProcessGroups
 from train.evaluation.loglikelihood import StoppedError, loglikelihoods
 from train.evaluation.questions import Question, Questions
 from train.experiments.result import Estimate, TaskScore
+from train.experiments.task_scores import asked_of, score_name
 
 SHOTS_SEED = 1234
 """By which the harness draws the examples of tasks that have many, as its own command does."""
@@ -297,12 +298,14 @@ class Measured(NamedTuple):
         shots: solved examples in front of each question.
         questions: how many were asked.
         chance: the accuracy of guessing; None where it is not known.
+        all_questions: how many the task has; None where it is not known.
     """
 
     metrics: dict[str, Estimate]
     shots: int
     questions: int
     chance: float | None = None
+    all_questions: int | None = None
 
     @property
     def score(self) -> TaskScore | None:
@@ -315,16 +318,18 @@ class Measured(NamedTuple):
             shots=self.shots,
             questions=self.questions,
             chance=self.chance,
+            all_questions=self.all_questions,
         )
 
     def logged(self, name: str) -> dict[str, float | str]:
-        """The metrics of a task of this name as they are logged."""
+        """The metrics of a task of this name as they are logged; see `score_name`."""
         found: dict[str, float | str] = {}
         for metric, (value, error) in ((m, _parts(e)) for m, e in self.metrics.items()):
-            found[f"eval/{name}/{metric}"] = value
+            found[metric] = value
             if error is not None:
-                found[f"eval/{name}/{metric}_stderr"] = error
-        return found
+                found[f"{metric}_stderr"] = error
+        found |= asked_of(self.score) if self.score else {}
+        return {f"eval/{score_name(name, self.shots)}/{what}": x for what, x in found.items()}
 
 
 def _parts(estimate: Estimate) -> tuple[float, float | None]:
@@ -343,7 +348,9 @@ def measure(lm: LM, tasks: Iterable[Questions]) -> dict[str, Measured]:
     loaded = {asked.name: OlmoTask(asked) for asked in tasks}
     found = evaluate(lm, {"tasks": loaded, "groups": {}}, log_samples=False)
     return {
-        name: _measured(found, name)._replace(chance=task.asked.chance)
+        name: _measured(found, name)._replace(
+            chance=task.asked.chance, all_questions=task.asked.all_questions
+        )
         for name, task in loaded.items()
     }
 
@@ -415,5 +422,7 @@ def _measured(found: Mapping[str, Any], name: str) -> Measured:
             value=float(value),
             standard_error=float(error) if isinstance(error, float | int) else None,
         )
-    count = found["n-samples"].get(name, {}).get("effective") or result.get("sample_len", 0)
-    return Measured(metrics, found["n-shot"].get(name, 0), count)
+    samples = found["n-samples"].get(name, {})
+    count = samples.get("effective") or result.get("sample_len", 0)
+    shots = found["n-shot"].get(name, 0)
+    return Measured(metrics, shots, count, all_questions=samples.get("original"))

@@ -64,12 +64,14 @@ class Questions(NamedTuple):
         name: of the task.
         shots: solved examples in front of each question; the most where prompts differ.
         normalised: whether a score by length makes sense: choices are of different lengths.
+        all_questions: how many the task has, of which these are some; None: it is not known.
     """
 
     name: str
     shots: int
     questions: tuple[Question, ...]
     normalised: bool = True
+    all_questions: int | None = None
 
     @property
     def chance(self) -> float:
@@ -159,7 +161,7 @@ def read_questions(task: str, shots: int = 0, limit: int | None = None) -> Quest
     count = len(found) if limit is None else min(limit, len(found))
     chosen = tuple(found[i * len(found) // count] for i in range(count))
     # Its choices are contexts, after which the same text follows.
-    return Questions(task, shots, chosen, normalised=task != "olmo_winogrande")
+    return Questions(task, shots, chosen, task != "olmo_winogrande", len(found))
 
 
 def _place(folder: Path, task: str) -> Path:

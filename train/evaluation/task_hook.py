@@ -18,6 +18,7 @@ class TaskEvaluation:
 
         eval/<task>/acc, acc_stderr              the right choice has the greatest log-likelihood
         eval/<task>/acc_norm, acc_norm_stderr    the same of log-likelihoods per character
+        eval/<task>_5shot/acc, ...               with five examples before each question
     """
 
     def __init__(

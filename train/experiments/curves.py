@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from train.experiments.result import Curve, HeldoutCurve
+from train.experiments.result import EVAL, Curve, HeldoutCurve
 from train.metrics.lines import lines_of
 
 EMA_DECAY = 0.99
@@ -16,7 +16,7 @@ EMA_DECAY = 0.99
 MOST_POINTS = 1000
 """Points of a curve; a chart shows no more, and a ledger of many runs is read at once."""
 
-EVAL, BITS = "eval/", "/bits_per_byte"
+BITS = "/bits_per_byte"
 
 Line = Mapping[str, Any]
 

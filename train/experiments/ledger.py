@@ -12,8 +12,9 @@ be made again, also of a run of an earlier version or of one that was killed.
 """
 
 import json
+import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -33,7 +34,6 @@ from train.config import Config
 from train.engines.device import precision
 from train.experiments.curves import (
     BITS,
-    EVAL,
     Line,
     bits_by_source,
     curve_of,
@@ -43,8 +43,8 @@ from train.experiments.curves import (
     read_lines,
 )
 from train.experiments.latency import read_latency
-from train.experiments.result import FILE as RESULT
 from train.experiments.result import (
+    EVAL,
     Beginning,
     Estimate,
     Heldout,
@@ -54,7 +54,9 @@ from train.experiments.result import (
     read_result,
     write_result,
 )
+from train.experiments.result import FILE as RESULT
 from train.experiments.scores import Scores, read_scores, write_scores
+from train.experiments.task_scores import joined, scores_in
 from train.run_dir.lock import holder_of
 from train.run_dir.name import identity, short_hash, usual_settings
 from train.run_dir.prepare import START
@@ -110,7 +112,7 @@ def add_scores(
         directory: of the run.
         step: of the checkpoint.
         heldout: by the name of the source or file.
-        tasks: by the name of the task.
+        tasks: by the name of the task and its shots.
 
     Raises:
         OSError: a file cannot be written.
@@ -201,7 +203,7 @@ def result_of(directory: Path, *, held: Literal[False] | None = None) -> Result:
         loss=last.get("train/loss"),
         loss_ema=curve.loss_ema[-1] if curve.loss_ema else None,
         heldout=_newest(heldout_of(lines), scores, ended, steps=int(last.get("step", 0))),
-        tasks=dict(scores.tasks) if scores else {},
+        tasks=_tasks(lines, scores, ended, steps=int(last.get("step", 0))),
         kv_context=context,
         kv_bytes=int(last.get("kv/bytes_per_sequence", cost.total)),
         kv_hidden_bytes=int(last.get("kv/hidden_bytes_per_sequence", cost.hidden)),
@@ -243,6 +245,31 @@ def _newest(
     if ended.status == "finished":
         newest = max(newest, steps)
     return {name: text for name, text in found.items() if text.step == newest}
+
+
+def _tasks(
+    lines: Sequence[Line], scores: Scores | None, ended: Ended, *, steps: int
+) -> dict[str, TaskScore]:
+    """The scores of a run's last step: those of `evaluate.py`, and those that the run has logged.
+
+    The run asks a part of the questions, so that a score of more of them counts.
+    """
+    found = scores.tasks if scores else {}
+    if scores and ended.status == "finished" and scores.step < steps:
+        found = {}
+    return joined(found, _logged_tasks(lines, steps))
+
+
+def _logged_tasks(lines: Iterable[Line], step: int) -> dict[str, TaskScore]:
+    return next((scores_in(line) for line in lines if line["step"] == step), {})
+
+
+def of_fewer_questions(directory: Path, *, step: int, tasks: Mapping[str, TaskScore]) -> list[str]:
+    """The tasks of which the run has a score of more questions already, of the same step."""
+    before = read_scores(directory)
+    kept = before.tasks if before is not None and before.step == step else {}
+    kept = joined(kept, _logged_tasks(read_lines(directory / "metrics.jsonl"), step))
+    return [n for n, score in tasks.items() if n in kept and score.questions < kept[n].questions]
 
 
 def heldout_of(lines: Sequence[Line]) -> dict[str, Heldout]:
@@ -349,10 +376,14 @@ def _not_evaluated(config: Config, lines: Sequence[Line], last: int) -> list[str
     """
     own = (*config.data.heldout_names.values(), *config.eval.task_names)
     evaluated = {
-        name: {line["step"] for line in lines if any(k.startswith(f"{EVAL}{name}/") for k in line)}
-        for name in own
+        name: {line["step"] for line in lines if any(map(_evaluates(name), line))} for name in own
     }
     return [name for name, steps in evaluated.items() if steps and max(steps) < last]
+
+
+def _evaluates(name: str) -> Callable[[str], object]:
+    """Whether a metric is of a source or task, whatever the examples before its questions."""
+    return re.compile(rf"{EVAL}{re.escape(name)}(_\d+shot)?/").match
 
 
 @cache

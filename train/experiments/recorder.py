@@ -22,6 +22,7 @@ from train.experiments.ledger import (
 )
 from train.experiments.ledger import record_end as write_end
 from train.experiments.result import Status
+from train.experiments.task_scores import scores_in
 from train.metrics.record import Metrics
 from train.run_dir.name import identity
 
@@ -42,8 +43,9 @@ def record_complete(
     """
     if groups.is_rank_zero:
         with _told(console):
-            if heldout := heldout_of([metrics]):
-                add_scores(config.run_dir, step=step, heldout=heldout)
+            heldout, tasks = heldout_of([metrics]), scores_in(metrics)
+            if heldout or tasks:
+                add_scores(config.run_dir, step=step, heldout=heldout, tasks=tasks)
             # Last, because it knows that the process that holds the directory is this one.
             write_end(config.run_dir, Ended(status="finished"))
 

@@ -18,6 +18,9 @@ from data.storage.atomic import write_atomic
 FILE = "result.json"
 VERSION = 1
 
+EVAL = "eval/"
+"""How the names of metrics of evaluations begin."""
+
 Status = Literal["finished", "unfinished", "diverged", "failed"]
 
 
@@ -63,6 +66,8 @@ class TaskScore:
             the task has no such score.
         shots: solved examples in front of each question.
         questions: how many were asked.
+        all_questions: how many the task has; None where it is not known. With fewer asked, the
+            score is that of a part of the task.
         chance: the accuracy of guessing.
     """
 
@@ -71,6 +76,7 @@ class TaskScore:
     shots: int
     questions: int
     chance: float | None = None
+    all_questions: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,7 +178,7 @@ class Result:
         loss: training loss at the end, of the last batch.
         loss_ema: the smoothed training loss at the end; see `Curve`.
         heldout: by the name of the source or file; of the last step that was evaluated.
-        tasks: by the name of the task.
+        tasks: by the name of the task and its shots; see `train.experiments.task_scores`.
         kv_context: the tokens of the sequence whose cache is counted.
         kv_bytes: of the whole cache.
         kv_hidden_bytes: of those, of hidden copies.

@@ -15,6 +15,7 @@ from conf.errors import DataError, reason_of
 from conf.validation import as_dict
 from data.storage.atomic import write_atomic
 from train.experiments.result import Heldout, TaskScore
+from train.experiments.task_scores import joined, named
 
 FILE = "scores.json"
 
@@ -26,7 +27,7 @@ class Scores:
     Attributes:
         step: optimizer steps of the checkpoint.
         heldout: by the name of the source or file.
-        tasks: by the name of the task.
+        tasks: by the name of the task and its shots; see `train.experiments.task_scores`.
     """
 
     step: int
@@ -44,25 +45,12 @@ def write_scores(directory: Path, new: Scores) -> None:
     """
     before = read_scores(directory)
     if before is not None and before.step == new.step:
-        better = {name: before.tasks[name] for name in of_fewer_questions(directory, new)}
         new = replace(
             new,
             heldout={**before.heldout, **new.heldout},
-            tasks={**before.tasks, **new.tasks, **better},
+            tasks=joined(new.tasks, before.tasks),
         )
     write_atomic(directory / FILE, json.dumps(as_dict(new), indent=1, allow_nan=False) + "\n")
-
-
-def of_fewer_questions(directory: Path, new: Scores) -> list[str]:
-    """The tasks of which the run's directory has a score of more questions, of the same step."""
-    before = read_scores(directory)
-    if before is None or before.step != new.step:
-        return []
-    return [
-        name
-        for name, score in new.tasks.items()
-        if name in before.tasks and score.questions < before.tasks[name].questions
-    ]
 
 
 def read_scores(directory: Path) -> Scores | None:
@@ -73,13 +61,14 @@ def read_scores(directory: Path) -> Scores | None:
     """
     path = directory / FILE
     try:
-        return _adapter().validate_json(path.read_bytes())
+        found = _adapter().validate_json(path.read_bytes())
     except FileNotFoundError:
         return None
     except ValidationError as error:
         raise DataError(
             f"{path}: is damaged ({reason_of(error)}); delete it and evaluate again"
         ) from None
+    return replace(found, tasks=named(found.tasks))
 
 
 @cache

@@ -15,6 +15,7 @@ import zstandard
 
 from conf.arguments import parse
 from conf.errors import ConfigError, DataError
+from tests.train.evaluation.olmo_wheel import QUESTIONS
 from train.arguments import EvaluateArguments, ExportArguments
 from train.evaluate import main
 from train.experiments.ledger import read_run
@@ -150,13 +151,14 @@ def test_scores_of_tasks_are_kept_beside_earlier_ones(run: Path) -> None:
     for tasks in ("olmo_piqa", "olmo_winogrande,olmo_mmlu"):
         assert main(arguments(f"run={run}", f"tasks={tasks}", "limit=5", "shots=3")) == 0
     kept = read_result(run / "result.json").tasks
-    assert set(kept) == {"olmo_piqa", "olmo_winogrande", "olmo_mmlu"}
-    assert (kept["olmo_piqa"].questions, kept["olmo_piqa"].shots) == (5, 3)
-    assert kept["olmo_winogrande"].accuracy_norm is None
-    assert kept["olmo_mmlu"].chance == pytest.approx(0.25)
+    piqa, winogrande, mmlu = (f"olmo_{name}_3shot" for name in ("piqa", "winogrande", "mmlu"))
+    assert set(kept) == {piqa, winogrande, mmlu}
+    assert (kept[piqa].questions, kept[piqa].all_questions, kept[piqa].shots) == (5, QUESTIONS, 3)
+    assert kept[winogrande].accuracy_norm is None
+    assert kept[mmlu].chance == pytest.approx(0.25)
     logged = lines(run)[-1]
-    assert logged["eval/olmo_mmlu/acc"] == kept["olmo_mmlu"].accuracy.value
-    assert logged["eval/olmo_mmlu/acc_stderr"] == kept["olmo_mmlu"].accuracy.standard_error
+    assert logged[f"eval/{mmlu}/acc"] == kept[mmlu].accuracy.value
+    assert logged[f"eval/{mmlu}/acc_stderr"] == kept[mmlu].accuracy.standard_error
 
 
 def test_a_score_of_fewer_questions_replaces_none_of_more(
@@ -169,6 +171,13 @@ def test_a_score_of_fewer_questions_replaces_none_of_more(
     kept = read_result(run / "result.json").tasks["olmo_arc_easy"]
     assert kept.questions == 6
     assert lines(run)[-1]["eval/olmo_arc_easy/acc"] == kept.accuracy.value
+    # With other examples it is another score, which replaces none.
+    assert main(arguments(f"run={run}", "tasks=olmo_arc_easy", "limit=3", "shots=1")) == 0
+    tasks = read_result(run / "result.json").tasks
+    assert tasks["olmo_arc_easy"] == kept
+    other = tasks["olmo_arc_easy_1shot"]
+    assert (other.questions, other.shots) == (3, 1)
+    assert lines(run)[-1]["eval/olmo_arc_easy_1shot/acc"] == other.accuracy.value
 
 
 def test_nothing_is_kept_if_so_asked(run: Path, capsys: pytest.CaptureFixture[str]) -> None:

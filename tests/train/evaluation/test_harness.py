@@ -136,7 +136,8 @@ def test_a_task_without_a_score_by_length_has_none(both: Both) -> None:
     assert list(found.metrics) == ["acc"]
     assert found.score is not None
     assert found.score.accuracy_norm is None
-    assert set(found.logged("x")) == {"eval/x/acc", "eval/x/acc_stderr"}
+    names = ("acc", "acc_stderr", "shots", "questions", "chance")
+    assert set(found.logged("x")) == {f"eval/x/{name}" for name in names}
 
 
 def test_a_stop_ends_it_early(both: Both, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,6 +201,7 @@ def test_a_task_of_the_harness_is_measured_with_shots_and_a_limit(
     )
     assert ours == theirs
     assert (ours["made_up_file"].shots, ours["made_up_file"].questions) == (2, 5)
+    assert ours["made_up_file"].all_questions > 5
     assert set(ours["made_up_file"].metrics) == {"acc", "acc_norm"}
 
 

@@ -9,6 +9,7 @@ import torch
 
 from conf.errors import ConfigError
 from data.tokenizer import Tokenizer
+from tests.train.evaluation.olmo_wheel import QUESTIONS
 from tests.train.many_ranks import run_ranks
 from tests.train.metrics.test_hooks import record_of
 from train.checkpoint.load_run import load_run
@@ -18,6 +19,8 @@ from train.ending import Ending
 from train.engines.fsdp import FsdpEngine
 from train.evaluation.questions import Questions, check_lengths, read_questions
 from train.evaluation.task_hook import TaskEvaluation, questions_of_run
+from train.experiments.ledger import result_of
+from train.experiments.task_scores import ASKED
 
 pytest.importorskip("lm_eval", reason="needs lm-eval")
 pytestmark = pytest.mark.usefixtures("unpacked")
@@ -39,12 +42,20 @@ def test_a_run_logs_what_its_checkpoint_scores(
     wanted = {}
     for name, found in measure(CachedLM(model, tokenizer), tasks).items():
         wanted |= found.logged(name)
-    lines = [line for line in logged(settings.run_dir) if "eval/olmo_piqa/acc" in line]
+    lines = [line for line in logged(settings.run_dir) if "eval/olmo_piqa_1shot/acc" in line]
     assert [line["step"] for line in lines] == [3, 6]
     assert step == 6
     assert {key: lines[-1][key] for key in wanted} == wanted
-    piqa = {f"eval/olmo_piqa/{name}" for name in (*ACCURACIES, "acc_norm", "acc_norm_stderr")}
-    assert set(wanted) == piqa | {f"eval/olmo_winogrande/{name}" for name in ACCURACIES}
+    piqa = {f"eval/olmo_piqa_1shot/{name}" for name in (*ACCURACIES, "acc_norm", "acc_norm_stderr")}
+    plain = {f"eval/olmo_winogrande_1shot/{name}" for name in ACCURACIES}
+    asked = {f"eval/{name}_1shot/{x}" for name in settings.eval.task_names for x in ASKED}
+    assert set(wanted) == piqa | plain | asked
+    # They are part of the run's result, as of six questions of all.
+    scores = result_of(settings.run_dir).tasks
+    assert scores.keys() == {"olmo_piqa_1shot", "olmo_winogrande_1shot"}
+    score = scores["olmo_piqa_1shot"]
+    assert score.accuracy.value == wanted["eval/olmo_piqa_1shot/acc"]
+    assert (score.shots, score.questions, score.all_questions) == (1, 6, QUESTIONS)
 
 
 def scores(groups: ProcessGroups, config: Config, tasks: list[Questions]) -> dict[str, Any]:

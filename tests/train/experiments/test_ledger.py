@@ -21,6 +21,7 @@ from train.experiments.ledger import (
     add_scores,
     forget_end,
     group_of,
+    of_fewer_questions,
     read_run,
     record_end,
     result_of,
@@ -201,6 +202,43 @@ def test_scores_stay_until_there_is_a_later_checkpoint(run) -> None:
     assert result_of(directory).tasks == {}
     assert add_scores(directory, step=9, heldout={"my.jsonl": TEXT})
     assert result_of(directory).tasks == {}
+
+
+def asked(name: str, accuracy: float, questions: int) -> dict[str, Any]:
+    told = {"acc": accuracy, "acc_stderr": 0.1, "shots": 0, "questions": questions, "chance": 0.25}
+    return {f"eval/{name}/{what}": value for what, value in told.items()}
+
+
+def test_scores_that_a_run_has_logged_at_its_end_are_part_of_its_result(run) -> None:
+    halfway = {"step": 3, **asked("arc", 0.3, 200)}
+    old = {"step": 6, "eval/piqa/acc": 0.5}  # of a version that did not say how it asked
+    directory = run(line(3, 4.0), halfway, line(6, 3.0), old)
+    record_end(directory, Ended(status="finished"))
+    assert result_of(directory).tasks == {}
+    directory = run(line(3, 4.0), halfway, line(6, 3.0, **asked("arc", 0.4, 200)))
+    own = result_of(directory).tasks["arc"]
+    assert own == TaskScore(
+        accuracy=Estimate(value=0.4, standard_error=0.1),
+        accuracy_norm=None,
+        shots=0,
+        questions=200,
+        chance=0.25,
+    )
+    few, full = (replace(own, questions=n, accuracy=Estimate(value=0.9)) for n in (20, 500))
+    assert of_fewer_questions(directory, step=6, tasks={"arc": few, "other": few}) == ["arc"]
+    assert of_fewer_questions(directory, step=6, tasks={"arc": full}) == []
+    for score, kept in ((few, own), (full, full)):
+        add_scores(directory, step=6, tasks={"arc": score})
+        assert result_of(directory).tasks == {"arc": kept}
+
+
+def test_scores_of_a_task_with_other_examples_stay_beside_each_other(run) -> None:
+    directory = run(line(6, 3.0))
+    five = replace(SCORE, shots=5)
+    # As an earlier version has named it.
+    add_scores(directory, step=6, tasks={"arc": five})
+    add_scores(directory, step=6, tasks={"arc": SCORE})
+    assert result_of(directory).tasks == {"arc": SCORE, "arc_5shot": five}
 
 
 def test_losses_of_earlier_checkpoints_do_not_stay_as_the_runs_own(run) -> None:

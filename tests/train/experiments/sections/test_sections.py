@@ -168,6 +168,36 @@ def test_a_task_that_was_asked_otherwise_has_a_column_of_its_own() -> None:
     assert "average" not in rows["vanilla"]
 
 
+def test_a_task_with_other_examples_has_columns_and_averages_of_its_own() -> None:
+    score = TaskScore(
+        accuracy=Estimate(value=0.5), accuracy_norm=None, shots=0, questions=200, all_questions=570
+    )
+    five = replace(score, shots=5, accuracy=Estimate(value=0.7))
+    asked = {"arc": score, "piqa": score, "arc_5shot": five, "piqa_5shot": five}
+    found = tasks(experiment_of([a_run("vanilla", 0, gain=0.0, tasks=asked)]))
+    row = table(found, "tasks")["vanilla"]
+    assert (row["arc_200_questions_0_shots"], row["piqa_200_questions_5_shots"]) == ("50.0", "70.0")
+    assert (row["average_0_shots"], row["average_5_shots"]) == ("50.0", "70.0")
+    assert found
+    (shown,) = (t for t in tables((found,)) if t.name == "tasks")
+    assert shown.columns[1].unit == "200 of 570 questions, 0 shots"
+    assert "it is always the same part of them" in shown.note
+
+
+def test_accuracies_are_compared_by_the_seeds_that_all_groups_have() -> None:
+    def a_score(value: float) -> dict[str, TaskScore]:
+        estimate = Estimate(value=value)
+        return {"arc": TaskScore(accuracy=estimate, accuracy_norm=None, shots=0, questions=9)}
+
+    of = {("vanilla", 0): 0.5, ("vanilla", 1): 0.9, ("phd-2", 0): 0.6, ("phd-3", 0): 0.4}
+    runs = [a_run(m, seed, gain=0.0, tasks=a_score(x)) for (m, seed), x in of.items()]
+    found = tasks(experiment_of(runs))
+    assert [row["arc"] for row in table(found, "tasks").values()] == ["50.0", "60.0", "40.0"]
+    assert found
+    (shown,) = tables((found,))
+    assert "means are of seed 0, which all of them have" in shown.note
+
+
 def test_seeds_are_compared_at_the_same_steps() -> None:
     group = groups_of([a_run("vanilla", seed, gain=0.0) for seed in range(2)])[0]
     whole, other = (run.curve for run in group.runs)
