@@ -212,7 +212,8 @@ def notes_at_end(experiment: Experiment) -> list[str]:
     if shared.note and shared.seeds:
         told = f"All groups that can be compared have {seeds_in_words(shared.seeds)}; other seeds "
         told += "may be easier or harder."
-    return [note for note in (experiment.not_alike, experiment.not_measured, told) if note]
+    notes = (experiment.not_alike, experiment.not_measured, experiment.not_of_one_length, told)
+    return [note for note in notes if note]
 
 
 def base_of(experiment: Experiment, group: Group) -> Group | None:
@@ -341,7 +342,7 @@ def against_vanilla(experiment: Experiment) -> list[AgainstVanilla]:
     for group in experiment.groups:
         if group.model == VANILLA or not (values := _ends(experiment, group)):
             continue
-        ours = _Found(values=values)
+        ours = _Found(values=values, at_end=_at_end(group))
         standings = {cost: _beside_vanilla(experiment, group, cost, ours) for cost in Cost}
         own = spread([value for _, value in values])
         rows.append(AgainstVanilla(group=group, value=own, standings=standings))
@@ -376,7 +377,7 @@ def _beside_vanilla(experiment: Experiment, group: Group, cost: Cost, ours: "_Fo
             found[other.key] = _values_at(experiment, other, Cost.TOKENS, tokens)
     ended = {key for key, each in found.items() if each.lack == Lack.NOT_REACHED}
     with_less = {
-        other.key: _Found(_ends(experiment, other), with_less=True)
+        other.key: _Found(_ends(experiment, other), _at_end(other), with_less=True)
         for other in vanilla
         if other.key in ended
     }
@@ -469,7 +470,7 @@ def _values_at(
     if share > 1 + cost.alike:
         return _Found(lack=Lack.NOT_REACHED)
     if share >= 1 - cost.alike:
-        return _Found(ends)
+        return _Found(ends, _at_end(group))
     values = []
     for run in group.runs:
         places, points = experiment.measure.curve(run, _ALONG[cost])
@@ -478,6 +479,11 @@ def _values_at(
             return _Found(lack=Lack.NOT_EVALUATED)
         values.append((run.seed, float(np.interp(place, places, points))))
     return _Found(tuple(values), at_end=False)
+
+
+def _at_end(group: Group) -> bool:
+    """Whether all runs of a group have come to the end of their schedule."""
+    return all(run.at_end for run in group.runs)
 
 
 _ALONG = {Cost.TOKENS: "tokens", Cost.FLOPS: "flops", Cost.SECONDS: "seconds"}

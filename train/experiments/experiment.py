@@ -103,6 +103,18 @@ class Experiment:
         told = f"Without {self.measure.words}, and so in no comparison: {', '.join(left)}."
         return told if left else ""
 
+    @property
+    def not_of_one_length(self) -> str:
+        """Sentences that name the groups whose runs have other tokens, or stopped early."""
+        unlike = [g for g in self.groups if not g.is_of_one_length]
+        short = [g.label for g in self.groups if not all(run.at_end for run in g.runs)]
+        told = [
+            f"Runs of {g.label} have {g.length} tokens, and stand at their mean." for g in unlike
+        ]
+        if short:
+            told.append(f"Ended before their schedule, for want of text: {', '.join(short)}.")
+        return " ".join(told)
+
     def at_shared_seeds(self) -> Shared:
         """The groups with the runs of the seeds that all that can be compared have."""
         usual = [group for group in self.comparable if self.measure.spread(group)]

@@ -63,6 +63,16 @@ class Group:
         """The name of the variant, such as `phd_cswa-2-16-32`."""
         return self.runs[0].model
 
+    @property
+    def length(self) -> str:
+        """Its tokens in words; from the least to the most, where only time has ended its runs."""
+        return _length(self.runs)
+
+    @property
+    def is_of_one_length(self) -> bool:
+        """Whether its runs have as many tokens as each other, as far as `length` tells."""
+        return len({short_count(run.tokens) for run in self.runs}) == 1
+
 
 def groups_of(results: Sequence[Result]) -> list[Group]:
     """The groups of the finished runs, in the order of legends: vanilla, then as in the paper.
@@ -77,7 +87,7 @@ def groups_of(results: Sequence[Result]) -> list[Group]:
     first = {key: found[0] for key, found in runs.items()}
     ordered = sorted(first, key=lambda key: _place(first[key]))
     look = styles({key: first[key].model for key in ordered})
-    labels = _labels({key: first[key] for key in ordered})
+    labels = _labels({key: runs[key] for key in ordered})
     by_seed = {key: tuple(sorted(runs[key], key=lambda run: run.seed)) for key in ordered}
     return [Group(key, labels[key], look[key], by_seed[key]) for key in ordered]
 
@@ -188,13 +198,27 @@ def _place(result: Result) -> tuple[Any, ...]:
     return rank, values, result.parameters, result.tokens, changes, result.group
 
 
-def _labels(first: Mapping[str, Result]) -> dict[str, str]:
+def _length(runs: Sequence[Result]) -> str:
+    """The tokens of some runs, which are equal if they differ by less than shows.
+
+    >>> from types import SimpleNamespace as run
+    >>> _length([run(tokens=1_000_000), run(tokens=1_000_010)])
+    '1M'
+    >>> _length([run(tokens=9), run(tokens=5)])
+    '5 to 9'
+    """
+    ends = [short_count(end(run.tokens for run in runs)) for end in (min, max)]
+    return " to ".join(dict.fromkeys(ends))
+
+
+def _labels(runs: Mapping[str, Sequence[Result]]) -> dict[str, str]:
     """A label for each group, by its first run; no two are equal.
 
     It tells the variant, and in what the group differs from more than half of the groups.
     """
-    if not first:
+    if not runs:
         return {}
+    first = {key: found[0] for key, found in runs.items()}
     size, length = (
         _majority(getattr(r, name) for r in first.values()) for name in ("size", "tokens")
     )
@@ -205,7 +229,7 @@ def _labels(first: Mapping[str, Result]) -> dict[str, str]:
     labels = {}
     for key, result in first.items():
         parts = [result.size] if result.size != size else []
-        parts += [f"{short_count(result.tokens)} tokens"] if result.tokens != length else []
+        parts += [f"{_length(runs[key])} tokens"] if result.tokens != length else []
         parts += [
             _setting(name, value)
             for name, value in told(result.settings).items()

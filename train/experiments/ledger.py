@@ -195,6 +195,7 @@ def result_of(directory: Path, *, held: Literal[False] | None = None) -> Result:
         parameters=sum(parameters.values()),
         embedding_parameters=parameters["embedding"] + parameters["head"],
         steps=int(last.get("step", 0)),
+        total_steps=config.total_steps,
         tokens=int(progress.tokens[-1]) if trained else 0,
         train_flops=float(progress.flops[-1]) if trained else 0.0,
         train_s=float(progress.seconds[-1]) if trained else 0.0,

@@ -173,6 +173,7 @@ class Result:
         parameters: of the model, with the embedding.
         embedding_parameters: of the embedding, and of a head of its own.
         steps, tokens, train_flops, train_s: of the whole run so far; see `Curve`.
+        total_steps: that its schedule has; None: it has no end, or that was not kept.
         tokens_per_s: the median over the logged intervals; None if none was logged.
         mfu: model FLOPs utilization, the median; None where the device's peak is not known.
         loss: training loss at the end, of the last batch.
@@ -224,7 +225,13 @@ class Result:
     curve: Curve = field(default_factory=Curve)
     heldout_curves: dict[str, HeldoutCurve] = field(default_factory=dict)
     began_with: Beginning | None = None
+    total_steps: int | None = None
     version: int = VERSION
+
+    @property
+    def at_end(self) -> bool:
+        """Whether it has come to the end of its schedule; no run that was out of text before."""
+        return self.total_steps is None or self.steps >= self.total_steps
 
 
 class Unread(NamedTuple):

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from conf.errors import DataError
 from conf.extras import pip_command
-from conf.wording import plural, short_count
+from conf.wording import plural
 from train.config import Config
 from train.console import script_command
 from train.experiments.result import FILE, Result, read_result
@@ -75,7 +75,7 @@ def comparison(results: Sequence[Result]) -> Table:
         table.add_row(
             row.group.label,
             str(len(row.group.runs)),
-            short_count(first.tokens),
+            row.group.length,
             f"{first.train_flops:.3g}",
             f"{first.kv_bytes:,}",
             spelled(row.at_shared),

@@ -14,6 +14,7 @@ from train.experiments.comparison import (
     against_vanilla,
     difference,
     final_table,
+    notes_at_end,
     side_by_side,
 )
 from train.experiments.experiment import Experiment, experiment_of
@@ -259,6 +260,33 @@ def test_settings_tell_the_text_where_a_run_has_no_fingerprint(setting: str, sam
     assert (row.base is not None) == same
     read = [on(r, fingerprint="1") for r in runs]
     assert final_table(experiment_of(read))[1].base is not None
+
+
+def test_groups_that_time_has_ended_tell_their_range_of_tokens() -> None:
+    timed = [run("phd-2", seed, 1.9, tokens=n) for seed, n in enumerate((800, 1200))]
+    timed = [replace(r, group="timed") for r in timed]
+    found = experiment_of([*(run("vanilla", seed, 2.0) for seed in range(2)), *timed])
+    group = found.groups[1]
+    assert (group.length, group.is_of_one_length) == ("800 to 1.2k", False)
+    assert [group.length for group in found.groups[:1]] == ["1k"]
+    told = f"Runs of {group.label} have 800 to 1.2k tokens, and stand at their mean."
+    assert told in notes_at_end(found)
+    # At their mean they stand at their ends, which are those of their schedules: it has none.
+    [tokens, *_] = side_by_side(found)
+    assert tokens.standings[group.key].at_end
+
+
+def test_runs_that_were_out_of_text_before_their_schedule_are_not_at_its_end() -> None:
+    short = replace(run("vanilla", 0, 2.0), steps=10, total_steps=20)
+    whole = replace(run("phd-2", 0, 1.9), steps=20, total_steps=20)
+    found = experiment_of([short, whole])
+    assert notes_at_end(found) == ["Ended before their schedule, for want of text: vanilla."]
+    [tokens, *_] = side_by_side(found)
+    assert [s.at_end for s in tokens.standings.values()] == [False, True]
+    [row] = against_vanilla(found)
+    assert (row.standings[Cost.TOKENS].at_end, row.standings[Cost.TOKENS].rival_at_end) == (
+        *(True, False),
+    )
 
 
 def began(result: Result, start: str | None) -> Result:

@@ -84,6 +84,7 @@ def test_an_old_run_gives_a_result(run) -> None:
     found = result_of(directory)
     assert (found.status, found.reason) == ("finished", None)
     assert (found.steps, found.tokens, found.train_flops, found.train_s) == (6, 60, 600.0, 4.0)
+    assert (found.total_steps, found.at_end) == (6, True)
     assert (found.devices, found.device, found.commit) == (2, "GPU", "abc")
     assert found.command == "python train/main.py seed=0"
     assert (found.loss, found.tokens_per_s) == (3.0, 15.0)

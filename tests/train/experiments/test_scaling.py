@@ -205,8 +205,9 @@ def test_runs_that_switch_copies_on_or_start_from_another_are_families_of_their_
 
 def test_runs_that_did_not_finish_and_those_without_a_loss_are_no_points() -> None:
     runs = with_settings(0.0)
-    left_out = [replace(runs[0], status="diverged"), replace(runs[1], heldout={}), *runs[2:]]
-    assert len(points_of(left_out, loss_of).runs) == len(runs) - 2
+    short = replace(runs[2], total_steps=runs[2].steps + 1)
+    others = [replace(runs[0], status="diverged"), replace(runs[1], heldout={}), short]
+    assert len(points_of([*others, *runs[3:]], loss_of).runs) == len(runs) - 3
 
 
 def test_parameters_are_parted_into_those_of_the_embedding_and_those_of_blocks() -> None:

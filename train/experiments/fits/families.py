@@ -121,7 +121,7 @@ def source_of_fits(fits: Iterable[Fitted], results: Iterable[Result]) -> Source:
 
 
 def points_of(results: Iterable[Result], loss: Callable[[Result], float | None]) -> Points:
-    """The finished runs that have a loss; of several settings of one size and length, the best.
+    """The runs that have a loss at their end; of several settings of a size and length, the best.
 
     Of groups of runs with equal parameters, copies and tokens, those with the least mean loss are
     taken, as a law says what a size and a length can reach. So a sweep over learning rates gives
@@ -134,7 +134,7 @@ def points_of(results: Iterable[Result], loss: Callable[[Result], float | None])
     points = [
         _point(result, value)
         for result in first_of_seeds(results)
-        if (value := loss(result)) is not None
+        if result.at_end and (value := loss(result)) is not None
     ]
     level: dict[str, list[float]] = defaultdict(list)
     for point in Points(tuple(points)).without_shifts().runs:

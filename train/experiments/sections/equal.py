@@ -144,7 +144,8 @@ def _side_by_side(experiment: Experiment) -> Table:
     )
     if any(each.cost == Cost.SECONDS for each in found):
         notes.append(SHARED)
-    notes += [told for told in (experiment.not_alike, experiment.not_measured) if told]
+    unlike = (experiment.not_alike, experiment.not_measured, experiment.not_of_one_length)
+    notes += [told for told in unlike if told]
     notes += [f"Decode latency is that of {each.setting}." for each in found if each.setting]
     notes += [f"At equal {e.cost.value}: {e.lack}." for e in every if e.amount is None]
     title = f"The {experiment.measure.words} at equal cost"
@@ -200,6 +201,7 @@ def _pairs(experiment: Experiment, rows: Sequence[AgainstVanilla]) -> Table:
 def _pair(row: AgainstVanilla, cost: Cost, standing: Standing) -> tuple[Cell, ...]:
     found, rival = standing.difference, standing.rival
     remarks = [] if found is None or found.paired else ["seeds are not the same"]
+    remarks += [] if standing.at_end else ["ended before its schedule"]
     remarks += [] if standing.rival_at_end else ["vanilla in the middle of its schedule"]
     remarks += ["vanilla with less"] if standing.rival_with_less else []
     remarks += [f"vanilla: {standing.lack}"] if standing.lack else []

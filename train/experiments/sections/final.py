@@ -1,6 +1,7 @@
 """The end of each group of runs, and its difference to vanilla."""
 
-from train.experiments import drawings
+from statistics import fmean
+
 from train.experiments.comparison import FinalRow, final_table, notes_at_end
 from train.experiments.document import Section
 from train.experiments.experiment import Experiment
@@ -64,7 +65,7 @@ def _row(row: FinalRow, *, at_shared_seeds: bool) -> tuple[Cell, ...]:
     return (
         text(row.group.label, row.group.style),
         Cell("one seed" if len(runs) == 1 else str(len(runs)), len(runs)),
-        Cell(drawings.tokens(runs[0].tokens), runs[0].tokens),
+        Cell(row.group.length, fmean(run.tokens for run in runs)),
         *((number(at_shared, "{:.4f}"),) if at_shared_seeds else ()),
         number(value.mean if value else None, "{:.4f}"),
         number(value.deviation if value else None, "{:.4f}"),
