@@ -6,11 +6,8 @@ Hydra composes the files, sweeps and prints, but it stops at the first thing tha
 
 import sys
 from argparse import Namespace
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from itertools import product
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any, NamedTuple, NoReturn, TypeVar, cast
@@ -42,7 +39,6 @@ from conf.validation import (
     flatten_keys,
     keys,
 )
-from phd.config import ModelConfig
 from train.conf_files import CONF, choices, groups
 from train.config import SECTIONS, Config
 from train.distributed.dist_env import DistEnv
@@ -63,7 +59,8 @@ from train.overrides import (
 )
 from train.run_dir.name import named
 from train.settings.engine import DeepSpeedConfig, FsdpConfig
-from train.settings.train import TrainConfig
+from train.shorthands import config_of
+from train.sweeps.jobs import Job, in_group, jobs_problems, tell_of_no_chunk
 from train.sweeps.sweep import Launcher, Sweep
 
 T = TypeVar("T")
@@ -131,7 +128,7 @@ def run(
     def job(tree: DictConfig) -> None:
         hydra_config = HydraConfig.get()
         config = named(_read(tree), labels(hydra_config.overrides.task, command.swept))
-        config = _grouped(config, command.group)
+        config = in_group(config, command.group)
         _hide_secrets(config)
         if hydra_config.mode == RunMode.MULTIRUN:
             sweep.run(config, lambda: attempt(config))
@@ -448,8 +445,7 @@ def check(
     """
     overrides = list(overrides)
     parsed, problems = parse_overrides(overrides, list(other_keys))
-    jobs: list[Config] = []
-    typed: list[Typed] = []
+    jobs: list[Job] = []
     swept: set[str] = set()
     launcher, folder, group = Launcher.NONE, None, None
     with _composing(), collecting(problems):
@@ -458,67 +454,59 @@ def check(
         if multirun or whole.hydra.mode == RunMode.MULTIRUN:
             points, swept = points_of(parsed.values(), whole.hydra.sweeper.params)
             group = sweep_name(parsed.values())
-            for point in points:
-                with collecting(problems):
-                    problems += given_twice(point)
-                    job = named(_read(hydra.compose("config", point)), labels(point, swept))
-                    jobs.append(_grouped(job, group))
-                    typed.append(Typed.of(point, swept))
-            launcher, folder = _launcher(whole), Path(whole.hydra.sweep.dir)
-            problems += _launcher_problems(launcher)
+            jobs = _members(points, swept, group, problems)
+            launcher, folder = Launcher.of(whole.hydra.launcher), Path(whole.hydra.sweep.dir)
+            problems += launcher.problems(DistEnv.from_environment().world_size)
         else:
-            swept_texts = [text.lstrip("+") for text in parsed if text not in one]
             problems += [
                 Problem(text, expected=NO_SWEEP, hint=f"a list is {as_list(text)}")
-                for text in swept_texts
+                for text in (text.lstrip("+") for text in parsed if text not in one)
             ]
-            jobs.append(named(_read(whole), {}))
-            typed.append(Typed.of(one, swept))
-    # A setting that was given, and could not be read, is not told again as one that is missing.
+            jobs = [Job(named(_read(whole), {}), Typed.of(one, swept))]
     read = {o.key_or_group for o in parsed.values() if multirun or not o.is_sweep_override()}
-    unread = {text.lstrip("+").partition("=")[0] for text in overrides} - read
-    problems = [
-        problem
-        for problem in problems
-        if not isinstance(problem, Problem)
-        or (problem.key, problem.expected) not in product(unread, [HAS_TO_BE_GIVEN])
-    ]
-    # What is varied to no effect also makes equal names, which is no problem of its own then.
-    problems += _unused(jobs, typed) or _shared_directories(jobs)
+    problems = _without_unread(problems, overrides, read)
+    problems += jobs_problems(jobs)
     if problems:
         raise ConfigError(problems)
-    _tell_of_no_chunk(jobs, typed)
-    return Command(list(parsed), swept, jobs, launcher, folder, group)
+    if not DistEnv.from_environment().rank:
+        tell_of_no_chunk(jobs)
+    return Command(list(parsed), swept, [job.config for job in jobs], launcher, folder, group)
 
 
-def _grouped(config: Config, group: str | None) -> Config:
-    """The config of a run that Weights & Biases shows with the others of its sweep."""
-    if not group or config.hooks.wandb.group is not None:
-        return config
-    wandb = replace(config.hooks.wandb, group=group)
-    return replace(config, hooks=replace(config.hooks, wandb=wandb))
+def _members(
+    points: Iterable[list[str]],
+    swept: set[str],
+    group: str | None,
+    problems: list[Problem | str],
+) -> list[Job]:
+    """The jobs of a sweep that can be composed; adds the problems of the others."""
+    jobs = []
+    for point in points:
+        with collecting(problems):
+            problems += given_twice(point)
+            config = named(_read(hydra.compose("config", point)), labels(point, swept))
+            jobs.append(Job(in_group(config, group), Typed.of(point, swept)))
+    return jobs
 
 
-def _launcher(tree: DictConfig) -> Launcher:
-    """In which processes Hydra's launcher runs the jobs of a sweep."""
-    target = str(tree.hydra.launcher.get("_target_", ""))
-    if "basic_launcher" in target:
-        return Launcher.NONE
-    if "joblib" not in target:
-        return Launcher.JOBS
-    from joblib import effective_n_jobs  # comes with the launcher
+def _without_unread(
+    problems: Iterable[Problem | str], overrides: Iterable[str], read: Collection[str]
+) -> list[Problem | str]:
+    """The problems, without those of settings that seem to be missing.
 
-    # joblib has no pool of one process; it runs them in this one.
-    processes = tree.hydra.launcher.n_jobs
-    return Launcher.NONE if processes and effective_n_jobs(processes) == 1 else Launcher.POOL
+    A setting that was given, and could not be read, is not told again as one that is missing.
 
-
-def _launcher_problems(launcher: Launcher) -> list[Problem]:
-    if launcher == Launcher.NONE or DistEnv.from_environment().world_size == 1:
-        return []
-    reason = "starts runs of one process, and this command has several"
-    hint = "leave it out, and the runs follow each other on all processes"
-    return [Problem("hydra/launcher", expected=reason, hint=hint)]
+    Args:
+        overrides: as they were given.
+        read: the keys of those that could be read.
+    """
+    given = {text.lstrip("+").partition("=")[0] for text in overrides}
+    missing = {(key, HAS_TO_BE_GIVEN) for key in given - set(read)}
+    return [
+        problem
+        for problem in problems
+        if not isinstance(problem, Problem) or (problem.key, problem.expected) not in missing
+    ]
 
 
 @contextmanager
@@ -570,72 +558,4 @@ def _read(tree: DictConfig) -> Config:
     for key, value in (tree.get(TOGETHER) or {}).items():
         OmegaConf.update(own, str(key), value, force_add=True)
     values = cast(dict[str, Any], OmegaConf.to_container(own, resolve=True))
-    model = _without_chunk(values["model"])
-    cost = model.pop(DEEPENED, None) if isinstance(model, dict) else None
-    config = Config.from_dict({**values, "model": model})
-    return config if cost is None else _deepened(config, cost)
-
-
-def _deepened(config: Config, cost: Any) -> Config:
-    """The config with as many layers as cost at least what the variant of this name does."""
-    from phd.flops import layers_at_flops, training_flops  # needs torch
-
-    try:
-        other = config.model.as_variant(str(cost))
-    except ValueError as error:
-        raise ConfigError([Problem(f"model.{DEEPENED}", cost, str(error))]) from error
-    row = config.train.seq_len
-    layers = layers_at_flops(config.model, training_flops(other, row), row)
-    train = _length_of_parameters(config)
-    return replace(config, train=train, model=replace(config.model, layers=layers))
-
-
-def _length_of_parameters(config: Config) -> TrainConfig:
-    """The settings with a length for each parameter in tokens, which more layers leave as it is."""
-    train, ratio = config.train, config.train.max_tokens_per_parameter
-    if ratio is None:
-        return train
-    limits = [int(ratio * config.parameters), *([train.max_tokens] if train.max_tokens else [])]
-    return replace(train, max_tokens=min(limits), max_tokens_per_parameter=None)
-
-
-def _without_chunk(model: Any) -> Any:
-    """The model's settings; with a chunk of null, which is no chunk, those of `phd_swa`."""
-    if not isinstance(model, dict) or model.get("chunk", "") is not None:
-        return model
-    variant = "phd_swa" if model.get("variant") == "phd_cswa" else model.get("variant")
-    return {**model, "variant": variant, "chunk": ModelConfig.chunk}
-
-
-def _unused(jobs: Sequence[Config], typed: Sequence[Typed]) -> list[Problem]:
-    """The settings of the command line that change nothing.
-
-    One that all members of a sweep share must change at least one of them. One that is varied must
-    change each, or two members would be the same run.
-    """
-    unused = [{problem.key: problem for problem in job.unused()} for job in jobs]
-    everywhere = set.intersection(*map(set, unused)) if unused else set()
-    return [
-        problem
-        for problems, settings in zip(unused, typed, strict=True)
-        for key, problem in problems.items()
-        if key in settings.varied and (settings.varied[key] or key in everywhere)
-    ]
-
-
-def _tell_of_no_chunk(jobs: Sequence[Config], typed: Sequence[Typed]) -> None:
-    """Say what `model.chunk=null` means, once, before anything begins."""
-    asked = (
-        job.model.variant for job, settings in zip(jobs, typed, strict=True) if settings.no_chunk
-    )
-    if "phd_swa" in asked and not DistEnv.from_environment().rank:
-        print("model.chunk=null: no chunk, which is model=phd_swa", file=sys.stderr)
-
-
-def _shared_directories(jobs: Iterable[Config]) -> list[Problem]:
-    hint = "leave run.dir out, and sweep settings that make a difference"
-    return [
-        Problem("run.dir", str(path), f"{count} jobs of this sweep would share it", hint)
-        for path, count in Counter(job.run_dir for job in jobs).items()
-        if count > 1
-    ]
+    return config_of(values)

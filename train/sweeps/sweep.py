@@ -5,14 +5,15 @@ import os
 import shutil
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from enum import Enum
 from functools import partial
 from pathlib import Path
 from tempfile import mkdtemp
+from typing import Any
 
-from conf.errors import USER_ERRORS, report
+from conf.errors import USER_ERRORS, Problem, report
 from conf.exit_codes import ExitCode
 from train.config import Config
 from train.distributed.dist_env import DistEnv
@@ -36,6 +37,28 @@ class Launcher(Enum):
     NONE = "none"
     POOL = "pool"
     JOBS = "jobs"
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> "Launcher":
+        """That of Hydra's settings `hydra.launcher`."""
+        target = str(settings.get("_target_", ""))
+        if "basic_launcher" in target:
+            return cls.NONE
+        if "joblib" not in target:
+            return cls.JOBS
+        from joblib import effective_n_jobs  # comes with the launcher
+
+        # joblib has no pool of one process; it runs them in this one.
+        processes = settings["n_jobs"]
+        return cls.NONE if processes and effective_n_jobs(processes) == 1 else cls.POOL
+
+    def problems(self, world_size: int) -> list[Problem]:
+        """Why a command of several ranks cannot have this launcher."""
+        if self == Launcher.NONE or world_size == 1:
+            return []
+        reason = "starts runs of one process, and this command has several"
+        hint = "leave it out, and the runs follow each other on all processes"
+        return [Problem("hydra/launcher", expected=reason, hint=hint)]
 
 
 class Sweep:
