@@ -65,6 +65,11 @@ class Experiment:
         """Whether the measure of two groups is of the same text, so that they can be compared."""
         return same_text(one.runs[0], other.runs[0], self.measure.source)
 
+    def text_of(self, run: Result) -> int:
+        """A number that is equal for runs of groups whose measure is of the same text."""
+        own = next(group for group in self.groups if any(one is run for one in group.runs))
+        return next(n for n, group in enumerate(self.groups) if self.same_text(group, own))
+
     def are_alike(self, one: Group, other: Group) -> bool:
         """Whether two groups have the same text and start, so that costs can be compared.
 

@@ -192,6 +192,23 @@ def test_another_kind_of_model_or_text_is_another_family() -> None:
     assert [sum(copies(run) == 1 for run in family.runs) for family in found] == [36, 36, 18]
 
 
+def test_runs_that_were_evaluated_on_another_text_are_other_families() -> None:
+    """As those of another machine, whose files of the same names are others."""
+
+    def read(runs: list[Result], fingerprint: str) -> list[Result]:
+        texts = [replace(run.heldout["heldout"], fingerprint=fingerprint) for run in runs]
+        return [replace(r, heldout={"heldout": t}) for r, t in zip(runs, texts, strict=True)]
+
+    here, there = read(with_settings(0.0), "a"), read(with_settings(0.2), "b")
+    other = [replace(run, size=f"{run.size} there") for run in there]
+    text_of = experiment_of([*here, *other]).text_of
+    labels = ["vanilla", "phd_cswa-2-16-32", "vanilla, text 2", "phd_cswa-2-16-32, text 2"]
+    assert [family.label for family in variants([*here, *other], text_of)] == labels
+    found = families([*here, *other], text_of)
+    assert [len(family.runs) for family in found] == [36, 36]
+    assert {run.heldout["heldout"].fingerprint for run in found[0].runs} == {"a"}
+
+
 def test_runs_that_switch_copies_on_or_start_from_another_are_families_of_their_own() -> None:
     late = {"schedule.copies.0": 1, "schedule.copies.0.75": 2}
     runs = [

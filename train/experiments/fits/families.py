@@ -1,7 +1,7 @@
 """Runs that one law can be asked of: of one variant, text and kind of model, in all sizes."""
 
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -45,31 +45,47 @@ class Family:
     runs: tuple[Result, ...]
 
 
-def variants(results: Iterable[Result]) -> list[Family]:
-    """The runs of each variant, K included, in the order in which they come."""
+Text = Callable[[Result], int]
+"""Numbers the texts that runs were evaluated on."""
+
+
+def one_text(result: Result) -> int:  # noqa: ARG001
+    """Takes all runs to be evaluated on the same text."""
+    return 0
+
+
+def variants(results: Iterable[Result], text: Text = one_text) -> list[Family]:
+    """The runs of each variant, K included, in the order in which they come.
+
+    Args:
+        text: runs of other texts are in other families.
+    """
     runs: dict[str, list[Result]] = defaultdict(list)
     for result in results:
-        runs[_key(result.model, _kind(result))].append(result)
+        runs[_key(result.model, _kind(result), text(result))].append(result)
     return _labelled([(found[0].model, found) for found in runs.values()])
 
 
-def families(results: Iterable[Result]) -> list[Family]:
+def families(results: Iterable[Result], text: Text = one_text) -> list[Family]:
     """The runs of each variant in all K, together with those of vanilla, for a fit of phi.
 
     A variant without a vanilla run of its kind and text is among them, too: a fit then says what
     is missing.
+
+    Args:
+        text: as that of `variants`.
     """
     results = list(results)
     plain: dict[str, list[Result]] = defaultdict(list)
     runs: dict[str, list[Result]] = defaultdict(list)
     for result in results:
         if copies(result) == 1:
-            plain[_key("vanilla", _kind(result, OF_COPIES))].append(result)
+            plain[_key("vanilla", _kind(result, OF_COPIES), text(result))].append(result)
         else:
-            runs[_key(_with_any_copies(result), _kind(result))].append(result)
+            runs[_key(_with_any_copies(result), _kind(result), text(result))].append(result)
     named = []
     for found in runs.values():
-        vanilla = plain.get(_key("vanilla", _kind(found[0], OF_COPIES)), [])
+        vanilla = plain.get(_key("vanilla", _kind(found[0], OF_COPIES), text(found[0])), [])
         named.append((_with_any_copies(found[0]), [*found, *vanilla]))
     return _labelled(named)
 
@@ -92,13 +108,17 @@ def _kind(result: Result, without: Iterable[str] = ()) -> dict[str, Any]:
     }
 
 
-def _key(name: str, kind: Mapping[str, Any]) -> str:
-    return json.dumps([name, kind], sort_keys=True, default=str)
+def _key(name: str, kind: Mapping[str, Any], text: int) -> str:
+    return json.dumps([name, kind, text], sort_keys=True, default=str)
 
 
 def _labelled(named: Sequence[tuple[str, list[Result]]]) -> list[Family]:
-    """Families; those of one name but the first also tell in which settings they differ from it."""
+    """Families; those of one name but the first also tell in which settings they differ from it.
+
+    Where no setting differs, they were evaluated on other texts, which have numbers.
+    """
     first: dict[str, dict[str, Any]] = {}
+    texts: Counter[str] = Counter()
     found = []
     for name, runs in named:
         usual, own = first.setdefault(name, _kind(runs[0])), _kind(runs[0])
@@ -107,7 +127,10 @@ def _labelled(named: Sequence[tuple[str, list[Result]]]) -> list[Family]:
             for key, value in own.items()
             if value != usual.get(key)
         ]
-        found.append(Family(", ".join([name, *others]), tuple(runs)))
+        label = ", ".join([name, *others])
+        texts[label] += 1
+        label += f", text {texts[label]}" if texts[label] > 1 else ""
+        found.append(Family(label, tuple(runs)))
     return found
 
 

@@ -72,6 +72,7 @@ def _training(experiment: Experiment) -> Table:
         f"sequence of {' or '.join(f'{context:,}' for context in contexts)} tokens. Vanilla is "
         "the group that others are compared with at their end."
     )
+    note = f"{note} {experiment.not_of_one_length}".strip()
     title = "Training and the KV cache"
     source = source_of_groups(experiment.groups)
     return without_empty_columns(Table("costs", title, COLUMNS, rows, source, note))

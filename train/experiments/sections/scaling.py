@@ -25,8 +25,8 @@ def scaling(experiment: Experiment) -> Section | None:
     runs = [run for group in experiment.groups for run in group.runs]
     if not runs:
         return None
-    over_both = _ask(variants(runs), over_size_and_data, experiment)
-    of_copies = _ask(families(runs), with_copies, experiment)
+    over_both = _ask(variants(runs, experiment.text_of), over_size_and_data, experiment)
+    of_copies = _ask(families(runs, experiment.text_of), with_copies, experiment)
     laws, phis = _fits(over_both), _fits(of_copies)
     blocks: list[Block] = []
     if phis:
