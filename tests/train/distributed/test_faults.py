@@ -73,17 +73,35 @@ def poisoned(
     return run_with(groups, overrides, prepare)
 
 
-@pytest.mark.parametrize("what", ["loss", "gradient"])
+POISONED = (*FOUR, "train.max_steps=6", "schedule=constant", "checkpoint.every=1")
+
+
+@pytest.fixture(scope="module", params=["loss", "gradient"])
+def what(request: pytest.FixtureRequest) -> str:
+    """Is NaN."""
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def poisoned_alone(what: str, small_at, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on one rank that has the same bad step."""
+    run = tmp_path_factory.mktemp("poisoned") / "run"
+    run_ranks(1, poisoned, small_at(run, *POISONED), 4, 0, what)
+    return run
+
+
 @pytest.mark.parametrize("engine", ["engine=fsdp", "engine=ddp", "engine=deepspeed"])
 def test_one_nan_on_one_rank_costs_one_step_on_all(
-    engine: str, what: str, small_at: Callable[..., list[str]], tmp_path: Path
+    engine: str,
+    what: str,
+    poisoned_alone: Path,
+    small_at: Callable[..., list[str]],
+    tmp_path: Path,
 ) -> None:
-    settings = [*FOUR, "train.max_steps=6", "schedule=constant", "checkpoint.every=1"]
-    many = small_at(tmp_path / "many", *settings, engine)
+    many = small_at(tmp_path / "many", *POISONED, engine)
     ends = run_ranks(2, poisoned, many, 4, 1, what)
     assert ends == [("finished", 6)] * 2
-    run_ranks(1, poisoned, small_at(tmp_path / "one", *settings), 4, 0, what)
-    ours, theirs = (curve(tmp_path / name) for name in ("many", "one"))
+    ours, theirs = curve(tmp_path / "many"), curve(poisoned_alone)
     if what == "loss":
         assert ours.pop(4) is theirs.pop(4) is None
     assert list(ours.values()) == pytest.approx(list(theirs.values()), abs=1e-5)
@@ -116,13 +134,13 @@ def whole(groups: ProcessGroups, overrides: list[str]) -> tuple[int, str]:
     return train_to_the_end(load(overrides), console, groups, StopSignal()), told.getvalue()
 
 
-@pytest.fixture
-def spiking(small_at, outlier: Path, tmp_path: Path) -> Callable[..., list[str]]:
+@pytest.fixture(scope="module")
+def spiking(small_at, outlier: Path) -> Callable[[Path, str], list[str]]:
     """The overrides of a run that meets the noise, under a policy."""
 
-    def overrides(policy: str, *others: str) -> list[str]:
+    def overrides(run: Path, policy: str) -> list[str]:
         return small_at(
-            tmp_path / policy,
+            run,
             *FOUR,
             f"data.sources.files.paths={outlier}",
             "data.shuffle=false",
@@ -135,10 +153,18 @@ def spiking(small_at, outlier: Path, tmp_path: Path) -> Callable[..., list[str]]
             "schedule=constant",
             "optim.lr=1e-2",
             "checkpoint.every=10",
-            *others,
         )
 
     return overrides
+
+
+@pytest.fixture(scope="module")
+def skipping_alone(spiking, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on one rank that has skipped the noise."""
+    run = tmp_path_factory.mktemp("skipping") / "run"
+    [(code, _)] = run_ranks(1, whole, spiking(run, "skip"))
+    assert code == ExitCode.FINISHED
+    return run
 
 
 def bad_step(run: Path) -> dict[str, Any]:
@@ -146,27 +172,28 @@ def bad_step(run: Path) -> dict[str, Any]:
     return json.loads(part.read_text())
 
 
-def test_a_spike_is_skipped_by_all_ranks_alike(spiking, tmp_path: Path) -> None:
-    told = run_ranks(2, whole, spiking("skip"))
+def test_a_spike_is_skipped_by_all_ranks_alike(
+    spiking, skipping_alone: Path, tmp_path: Path
+) -> None:
+    told = run_ranks(2, whole, spiking(tmp_path / "skip", "skip"))
     assert [code for code, _ in told] == [ExitCode.FINISHED] * 2
     assert "is bad: its " in told[0][1]
     bad = bad_step(tmp_path / "skip")
     assert bad["batch"] == bad["step"]
-    alone = run_ranks(1, whole, [*spiking("skip"), f"run.dir={tmp_path / 'alone'}"])
-    assert alone[0][0] == ExitCode.FINISHED
-    assert bad_step(tmp_path / "alone")["step"] == bad["step"]
-    ours, theirs = (list(curve(tmp_path / name).values()) for name in ("skip", "alone"))
+    assert bad_step(skipping_alone)["step"] == bad["step"]
+    ours, theirs = (list(curve(run).values()) for run in (tmp_path / "skip", skipping_alone))
     assert ours == pytest.approx(theirs, abs=1e-5)
 
 
-def test_a_rollback_passes_over_the_batch_and_nothing_else(spiking, tmp_path: Path) -> None:
-    told = run_ranks(2, whole, spiking("rollback"))
+def test_a_rollback_passes_over_the_batch_and_nothing_else(
+    spiking, skipping_alone: Path, tmp_path: Path
+) -> None:
+    told = run_ranks(2, whole, spiking(tmp_path / "rollback", "rollback"))
     assert [code for code, _ in told] == [ExitCode.FINISHED] * 2
     assert "going back to the last checkpoint" in told[0][1]
-    run_ranks(1, whole, spiking("skip"))
     bad = bad_step(tmp_path / "rollback")["step"]
-    assert bad == bad_step(tmp_path / "skip")["step"]
-    steps, skipping = curve(tmp_path / "rollback"), curve(tmp_path / "skip")
+    assert bad == bad_step(skipping_alone)["step"]
+    steps, skipping = curve(tmp_path / "rollback"), curve(skipping_alone)
     assert list(steps) == list(range(1, 51))
     before = [steps[n] for n in range(1, bad)]
     assert before == pytest.approx([skipping[n] for n in range(1, bad)], abs=1e-5)
@@ -176,7 +203,7 @@ def test_a_rollback_passes_over_the_batch_and_nothing_else(spiking, tmp_path: Pa
 
 
 def test_abort_ends_all_ranks_and_saves_nothing_new(spiking, tmp_path: Path) -> None:
-    told = run_ranks(2, whole, spiking("abort"))
+    told = run_ranks(2, whole, spiking(tmp_path / "abort", "abort"))
     assert [code for code, _ in told] == [ExitCode.CRASHED] * 2
     assert "faults.policy=abort" in told[0][1]
     result = read_result(tmp_path / "abort" / "result.json")
@@ -188,6 +215,13 @@ def test_abort_ends_all_ranks_and_saves_nothing_new(spiking, tmp_path: Path) -> 
 
 
 # Signals
+
+
+def signalled_each(
+    groups: ProcessGroups, runs: list[tuple[list[str], int]], learning: bool, number: int
+) -> list[Any]:
+    """Several runs, one after the other, each of which gets a signal of its own."""
+    return [signalled(groups, overrides, learning, number, how) for overrides, how in runs]
 
 
 def signalled(
@@ -221,30 +255,43 @@ PLACES = {
 }
 
 
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT])
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+
+
 @pytest.mark.parametrize("place", PLACES)
 def test_a_signal_to_one_rank_ends_all_where_they_are(
-    place: str, how: signal.Signals, small_at: Callable[..., list[str]], tmp_path: Path
+    place: str, small_at: Callable[..., list[str]], tmp_path: Path
 ) -> None:
     settings, learning, number = PLACES[place]
-    run = tmp_path / "run"
-    overrides = small_at(run, *FOUR, "train.max_steps=100000", "schedule=constant", *settings)
-    told = run_ranks(2, signalled, overrides, learning, number, int(how))
-    assert told == [(how.name, 2)] * 2
-    assert (run / "checkpoints" / "step_00000002" / "COMPLETE").exists()
-    assert not {"eval/heldout/loss", "sample/text"} & set().union(*lines(run))
-    assert list(curve(run)) == [1, 2]
+    length = ("train.max_steps=100000", "schedule=constant")
+    runs = {how: tmp_path / how.name for how in SIGNALS}
+    each = [(small_at(run, *FOUR, *length, *settings), int(how)) for how, run in runs.items()]
+    told = run_ranks(2, signalled_each, each, learning, number)
+    assert told == [[(how.name, 2) for how in SIGNALS]] * 2
+    for run in runs.values():
+        assert (run / "checkpoints" / "step_00000002" / "COMPLETE").exists()
+        assert not {"eval/heldout/loss", "sample/text"} & set().union(*lines(run))
+        assert list(curve(run)) == [1, 2]
+
+
+MICRO = (*FOUR, "train.max_steps=6", "schedule=constant", "train.micro_batch=1")
+
+
+@pytest.fixture(scope="module")
+def calm(small_at, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on two ranks, with four micro-batches in each step, that nobody disturbed."""
+    run = tmp_path_factory.mktemp("calm") / "run"
+    run_ranks(2, whole, small_at(run, *MICRO))
+    return run
 
 
 def test_a_run_that_was_given_up_within_a_step_goes_on_bitwise(
-    small_at: Callable[..., list[str]], tmp_path: Path
+    small_at: Callable[..., list[str]], calm: Path, tmp_path: Path
 ) -> None:
-    settings = [*FOUR, "train.max_steps=6", "schedule=constant", "train.micro_batch=1"]
-    cut = small_at(tmp_path / "cut", *settings)
+    cut = small_at(tmp_path / "cut", *MICRO)
     run_ranks(2, signalled, cut, True, 4 * 3 + 2, int(signal.SIGTERM))
     run_ranks(2, whole, cut)
-    run_ranks(2, whole, small_at(tmp_path / "calm", *settings))
-    assert curve(tmp_path / "cut") == curve(tmp_path / "calm")
+    assert curve(tmp_path / "cut") == curve(calm)
 
 
 def early(groups: ProcessGroups, overrides: list[str]) -> tuple[int, str]:
@@ -266,32 +313,40 @@ def test_a_signal_before_the_first_step_ends_all_ranks_without_a_trace(
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-@pytest.mark.parametrize(
-    "engine", ["fsdp", "ddp", "deepspeed engine.stage=2", "deepspeed engine.stage=3"]
-)
+def whole_each(groups: ProcessGroups, runs: list[list[str]]) -> list[int]:
+    """Several runs, one after the other: their exit codes."""
+    return [whole(groups, overrides)[0] for overrides in runs]
+
+
 def test_half_precision_trains_evaluates_and_samples_on_every_engine(
-    engine: str, small_at: Callable[..., list[str]], tmp_path: Path
+    small_at: Callable[..., list[str]], tmp_path: Path
 ) -> None:
     prompt = "hooks.sample.prompt='def '"
-    settings = [*FOUR, prompt, "engine.precision=bf16", *f"engine={engine}".split()]
-    told = run_ranks(2, whole, small_at(tmp_path / "run", *settings))
-    assert [code for code, _ in told] == [ExitCode.FINISHED] * 2
-    *_, last = lines(tmp_path / "run")
-    assert last["sample/text"].startswith("def ")
-    assert 4 < last["eval/heldout/loss"] < 7
+    engines = ("fsdp", "ddp", "deepspeed engine.stage=2", "deepspeed engine.stage=3")
+    runs = {engine: tmp_path / engine.replace(" ", "-").replace("=", "-") for engine in engines}
+    settings = [
+        small_at(run, *FOUR, prompt, "engine.precision=bf16", *f"engine={engine}".split())
+        for engine, run in runs.items()
+    ]
+    told = run_ranks(2, whole_each, settings)
+    assert told == [[ExitCode.FINISHED] * len(engines)] * 2
+    for engine, run in runs.items():
+        *_, last = lines(run)
+        assert last["sample/text"].startswith("def "), engine
+        assert 4 < last["eval/heldout/loss"] < 7, engine
 
 
 # Ranks that hang, or are slow
 
 
-def hanging(groups: ProcessGroups, overrides: list[str], seconds: float) -> Any:
-    """Rank 1 takes its time in step 3."""
+def hanging(groups: ProcessGroups, overrides: list[str], number: int, seconds: float) -> Any:
+    """Rank 1 takes its time in its `number`th forward pass that is for learning."""
     passes = 0
 
     def before(*_: Any) -> None:
         nonlocal passes
         passes += torch.is_grad_enabled()
-        if passes == 3 and torch.is_grad_enabled() and groups.rank == 1:
+        if passes == number and torch.is_grad_enabled() and groups.rank == 1:
             passes += 1
             sleep(seconds)
 
@@ -308,7 +363,7 @@ def test_a_hung_rank_ends_all_and_everybody_writes_down_where_it_was(
     run = tmp_path / "run"
     overrides = small_at(run, *FOUR, "faults.step_timeout=5s", "checkpoint.every=1")
     with pytest.raises(RanksFailedError) as error:
-        run_ranks(2, hanging, overrides, 1000.0)
+        run_ranks(2, hanging, overrides, 3, 1000.0)
     assert error.value.outcomes == ["the process died"] * 2  # none had to be killed
     hung, waiting = ((run / "stacks" / f"rank_{r}.txt").read_text() for r in (1, 0))
     assert "in before" in hung  # where it sleeps
@@ -318,11 +373,10 @@ def test_a_hung_rank_ends_all_and_everybody_writes_down_where_it_was(
 
 
 def test_a_rank_that_is_a_thousand_times_slower_is_waited_for(
-    small_at: Callable[..., list[str]], tmp_path: Path
+    small_at: Callable[..., list[str]], calm: Path, tmp_path: Path
 ) -> None:
     """A step takes milliseconds, this one seconds."""
-    slow, calm = (small_at(tmp_path / name, *FOUR) for name in ("slow", "calm"))
-    assert run_ranks(2, hanging, slow, 5.0) == [("finished", 6)] * 2
-    run_ranks(2, whole, calm)
-    assert curve(tmp_path / "slow") == curve(tmp_path / "calm")
+    slow = small_at(tmp_path / "slow", *MICRO)
+    assert run_ranks(2, hanging, slow, 4 * 2 + 1, 5.0) == [("finished", 6)] * 2
+    assert curve(tmp_path / "slow") == curve(calm)
     assert curve(tmp_path / "slow", "throughput/step_s")[3] > 5
