@@ -204,12 +204,9 @@ def _open(
     """Open everything in its order; what has to be closed after a failure goes to `on_error`."""
     torch.manual_seed(config.seed)  # else the generators would start from a random state
     _configure_process(config, groups)
-    store = CheckpointStore(
-        config.run_dir / "checkpoints",
-        keep=config.checkpoint.keep,
-        keep_every=config.checkpoint.keep_every,
-        groups=groups,
-    )
+    keep, keep_every = config.checkpoint.keep, config.checkpoint.keep_every
+    folder = config.run_dir / "checkpoints"
+    store = CheckpointStore(folder, keep=keep, keep_every=keep_every, groups=groups)
     checkpoint = newest_checkpoint(config, store, console)
     progress = Progress.of(config, checkpoint)
     first = not skip_batches  # remarks are told once, and not after each rollback
@@ -225,11 +222,7 @@ def _open(
     heldout = heldout_evaluations(config, text.documents, tokenizer, engine, stop, console)
     prompt = sample_prompt(config, tokenizer, {e.name: e.text for e in heldout})
     engine.set_copies(config.copy_stage(progress.step).K)
-    source = None
-    if checkpoint:
-        engine.restore(checkpoint)
-    else:
-        source = load_start(config, engine, tokenizer, console)
+    source = _restore(config, engine, checkpoint, tokenizer, console)
     _prepare_files(config, text, source, groups, console)
     detector = SpikeDetector(config.faults, progress.bad_steps)
     saved = _same_in_all_checkpoints(config, text, checkpoint, groups, console)
@@ -245,12 +238,7 @@ def _open(
         watchdog=watchdog,
         stop_sync=stop_sync,
         bad_step_policy=BadStepPolicy(detector, engine, tokenizer, config.run_dir, console),
-        hooks=(
-            TrainingMetrics(config),
-            DataProgress(config, text.documents.quarantine, groups),
-            Throughput(config, engine.device, progress.tokens, progress.flops, groups),
-            KVCost(config, engine.dtype),
-        ),
+        hooks=_measurements(config, engine, text, progress, groups),
         save=SaveCheckpoint(config, engine, store, saved, tokenizer),
         evaluations=(*heldout, *task_evaluations(config, tokenizer, engine, stop)),
         sample=Sample(config, engine, tokenizer, prompt, stop),
@@ -279,6 +267,36 @@ def _device(config: Config) -> torch.device:
         raise ConfigError(problems)
     check_float8(config.engine, device)
     return device
+
+
+def _restore(
+    config: Config,
+    engine: Engine,
+    checkpoint: Checkpoint | None,
+    tokenizer: Tokenizer,
+    console: Console,
+) -> Source | None:
+    """Give the engine the weights and moments of the checkpoint, or of what the run starts from.
+
+    Returns:
+        what a new run starts from; None if it goes on, or has random weights.
+    """
+    if checkpoint:
+        engine.restore(checkpoint)
+        return None
+    return load_start(config, engine, tokenizer, console)
+
+
+def _measurements(
+    config: Config, engine: Engine, text: RunText, progress: Progress, groups: ProcessGroups
+) -> tuple[Hook, ...]:
+    """The hooks that measure the training itself."""
+    return (
+        TrainingMetrics(config),
+        DataProgress(config, text.documents.quarantine, groups),
+        Throughput(config, engine.device, progress.tokens, progress.flops, groups),
+        KVCost(config, engine.dtype),
+    )
 
 
 def _prepare_files(
