@@ -181,10 +181,10 @@ def figure_of(chart: Chart) -> Figure:
     with _look(chart.name):
         figure = Figure(figsize=size, layout="constrained")
         figure.suptitle(chart.title, fontsize=13)
-        grid = figure.subplots(lines, columns, squeeze=False).flat
+        grid = list(figure.subplots(lines, columns, squeeze=False).flat)
         for axes, panel in zip(grid, chart.panels, strict=False):
             panel.draw(axes)
-        for axes in list(grid)[len(chart.panels) :]:
+        for axes in grid[len(chart.panels) :]:
             axes.remove()
         if chart.legend:
             handles = [line([], [], style, label) for label, style in chart.legend]

@@ -132,6 +132,8 @@ class Standing:
 
     Attributes:
         value: None where there is none; `lack` says why.
+        lack: of the group's value, or of a vanilla model to compare it with.
+        vanilla_lacks: whether it is vanilla's.
         at_end: whether the value is that of the runs' ends, and not of the middle of their
             schedules.
         rival: the vanilla group that does best beside this one; None if there is none, or if this
@@ -143,11 +145,17 @@ class Standing:
 
     value: Spread | None = None
     lack: Lack | None = None
+    vanilla_lacks: bool = False
     at_end: bool = True
     rival: Group | None = None
     difference: Difference | None = None
     rival_at_end: bool = True
     rival_with_less: bool = False
+
+    @property
+    def reason(self) -> str:
+        """Why there is no difference to vanilla; empty if there is one."""
+        return f"{'vanilla: ' * self.vanilla_lacks}{self.lack or ''}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -385,7 +393,9 @@ def _beside_vanilla(experiment: Experiment, group: Group, cost: Cost, ours: "_Fo
     if (gap := standing.difference) and (gap.mean > 0 or any(x.values for x in found.values())):
         return standing
     lacks = [each.lack for each in found.values() if each.lack]
-    return Standing(value=_spread(ours.values), lack=lacks[0] if lacks else Lack.NO_VANILLA)
+    if not lacks:
+        return Standing(value=_spread(ours.values), lack=Lack.NO_VANILLA)
+    return Standing(value=_spread(ours.values), lack=lacks[0], vanilla_lacks=True)
 
 
 def _unlike(experiment: Experiment, one: Group, other: Group) -> Lack | None:

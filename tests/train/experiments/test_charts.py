@@ -11,7 +11,7 @@ pytest.importorskip("matplotlib")
 from matplotlib.axes import Axes
 
 from tests.train.experiments.made_up import HOSTILE
-from train.experiments.charts import Chart, Panel, panel_svg, write_png
+from train.experiments.charts import Chart, Panel, figure_of, panel_svg, write_png
 from train.experiments.drawings import Axis, Curve, Mark, after_the_start, draw_curves, draw_marks
 from train.experiments.source import Source
 from train.experiments.theme import PALETTE, Style, styles
@@ -103,3 +103,9 @@ def test_values_stand_below_each_other_in_their_order() -> None:
         if text in ("a", "b")
     }
     assert heights["a"] < heights["b"]
+
+
+@pytest.mark.parametrize("panels", [1, 2, 4, 5])
+def test_a_picture_has_no_empty_panel(panels: int) -> None:
+    chart = Chart("a-chart", "a title", (Panel("one", "one", draw),) * panels, SOURCE)
+    assert len(figure_of(chart).axes) == panels

@@ -210,6 +210,8 @@ def test_vanilla_that_is_better_with_less_wins_and_is_marked() -> None:
     # Vanilla that is worse with less says nothing of what it would be with as much.
     [row] = against_vanilla(experiment_of([cheap, run("phd-2", 0, 1.0)]))
     assert row.standings[Cost.FLOPS].lack == Lack.NOT_REACHED
+    assert row.standings[Cost.FLOPS].reason == "vanilla: not reached"
+    assert row.standings[Cost.DECODE_MS].reason == "not measured"  # of its own model
     [row] = against_vanilla(experiment_of([dear, run("phd-2", 0, 2.0)]))
     assert not row.standings[Cost.FLOPS].rival_with_less
 

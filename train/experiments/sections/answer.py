@@ -81,8 +81,8 @@ def sentence(rows: Sequence[AgainstVanilla], cost: Cost, measure: Measure) -> st
     """What was found at equal cost: of one variant, and of how many vanilla is told apart."""
     found = differences(rows, cost)
     if not found:
-        lacks = sorted({str(row.standings[cost].lack) for row in rows if row.standings[cost].lack})
-        return f"At equal {cost.value}, nothing can be compared. Vanilla: {', '.join(lacks)}."
+        reasons = sorted({reason for row in rows if (reason := row.standings[cost].reason)})
+        return f"At equal {cost.value}, nothing can be compared ({'; '.join(reasons)})."
     best = _head(found)
     parts = [f"At equal {cost.value}, {_told(best, found, measure)} ({_sureness(best.gap)})."]
     if best is not found[0]:

@@ -101,7 +101,7 @@ def _chart(experiment: Experiment, rows: Sequence[AgainstVanilla]) -> Chart:
 def _mark(row: AgainstVanilla, standing: Standing) -> Mark:
     found, group = standing.difference, row.group
     if found is None:
-        return Mark(group.label, group.style, None, absent=f"vanilla: {standing.lack}")
+        return Mark(group.label, group.style, None, absent=standing.reason)
     return Mark(group.label, group.style, found.mean, found.low, found.high)
 
 
@@ -204,7 +204,7 @@ def _pair(row: AgainstVanilla, cost: Cost, standing: Standing) -> tuple[Cell, ..
     remarks += [] if standing.at_end else ["ended before its schedule"]
     remarks += [] if standing.rival_at_end else ["vanilla in the middle of its schedule"]
     remarks += ["vanilla with less"] if standing.rival_with_less else []
-    remarks += [f"vanilla: {standing.lack}"] if standing.lack else []
+    remarks += [standing.reason] if standing.reason else []
     return (
         text(row.group.label, row.group.style),
         text(cost.value),

@@ -35,7 +35,7 @@ def test_a_gain_is_told_with_its_interval() -> None:
     assert (
         "interval of the difference \N{MINUS SIGN}0.081 to \N{MINUS SIGN}0.051, 3 seeds" in tokens
     )
-    assert flops == "At equal training FLOPs, nothing can be compared. Vanilla: not reached."
+    assert flops == "At equal training FLOPs, nothing can be compared (vanilla: not reached)."
 
 
 def test_vanilla_that_wins_at_equal_flops_is_told() -> None:
