@@ -67,6 +67,13 @@ def run_ranks(
     return values
 
 
+def variables_of(rank: int, world_size: int, port: int) -> dict[str, str]:
+    """What torchrun tells a rank of this machine; its `TCPStore` listens at the port."""
+    place = {"RANK": rank, "WORLD_SIZE": world_size, "LOCAL_RANK": rank}
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": 1}
+    return {name: str(value) for name, value in (place | meeting).items()}
+
+
 def _rank(
     pipe: Connection,
     rank: int,
@@ -77,9 +84,7 @@ def _rank(
     arguments: tuple[Any, ...],
 ) -> None:
     """One of the processes."""
-    place = {"RANK": rank, "WORLD_SIZE": world_size, "LOCAL_RANK": rank}
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": 1}
-    os.environ |= environment | {k: str(value) for k, value in (place | meeting).items()}
+    os.environ |= environment | variables_of(rank, world_size, port)
     del sys.argv[1:]  # pytest's options are no overrides of a run
     torch.set_num_threads(1)
     try:

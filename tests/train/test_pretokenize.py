@@ -266,7 +266,7 @@ def command(tmp_path: Path) -> Iterator[Callable[..., Process]]:
     """Starts the command as a user does, on text that takes it a few seconds."""
     started: list[Process] = []
     rng, words = Random(1), [f"word{i}" for i in range(500)]
-    texts = [" ".join(rng.choices(words, k=2000)) for _ in range(960)]
+    texts = [" ".join(rng.choices(words, k=2000)) for _ in range(480)]
     path = write_lines(tmp_path / "long.jsonl", texts)
 
     def start(out: str, *others: str) -> Process:
@@ -363,7 +363,7 @@ def test_a_killed_command_goes_on_to_the_same_files(
     assert {name: path.stat().st_mtime_ns for name, path in kept.items()} == times
 
     first, advice = output.splitlines()
-    assert first.startswith("files: 960 documents, ")
+    assert first.startswith("files: 480 documents, ")
     assert " bytes per token), 0 records quarantined, " in first
     assert last.splitlines()[0].split(" quarantined")[0] == first.split(" quarantined")[0]
     assert advice == (
