@@ -158,6 +158,19 @@ def test_a_run_that_was_killed_before_its_last_evaluation_is_not_finished(run) -
     assert result_of(run(task, line(6, 3.0))).status == "finished"  # none that the run asks for
 
 
+@pytest.mark.parametrize("logged", ["olmo_piqa_5shot", "olmo_piqa"])  # as earlier versions named it
+def test_a_run_that_was_killed_before_its_last_tasks_is_not_finished(
+    logged: str, run, settings: Config
+) -> None:
+    directory = run({"step": 3, f"eval/{logged}/acc": 0.5}, line(6, 3.0))
+    tasks = replace(settings.eval, tasks=("olmo_piqa",), task_shots=5)
+    told = yaml.safe_dump(replace(settings, eval=tasks).to_dict())
+    (directory / "config.yaml").write_text(told)
+    found = result_of(directory)
+    assert found.status == "unfinished"
+    assert "before olmo_piqa was evaluated after its last step" in str(found.reason)
+
+
 def test_how_a_run_has_ended_is_kept_until_it_goes_on(run) -> None:
     directory = run(line(1, 3.0))
     ended = Ended(status="failed", reason="DataError: https://me:secret@host/a is missing")
