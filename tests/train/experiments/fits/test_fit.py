@@ -88,9 +88,9 @@ def test_more_seeds_narrow_the_interval() -> None:
 
 
 def of_unequal_seeds(number: int) -> Points:
-    """Three seeds, which differ by more than their groups; those of K = 3 have the first alone."""
+    """Seeds that differ by more than groups; of the three, those with copies have the first."""
     points = synthetic(lengths=LENGTHS[:1], seeds=3, noise=0.004, shift=0.07, seed=number)
-    return Points(tuple(p for p in points.runs if p.K < 3 or p.seed == 0))
+    return Points(tuple(p for p in points.runs if p.K == 1 or p.seed == 0))
 
 
 def covered(points: Points) -> bool:
@@ -104,10 +104,10 @@ def covered(points: Points) -> bool:
 
 def test_intervals_hold_phi_as_often_as_they_say_though_groups_have_other_seeds() -> None:
     samples = [of_unequal_seeds(number) for number in range(24)]
-    assert sum(map(covered, samples)) >= 21  # 95 % are 22.8; of 200 such samples 194 were counted
+    assert sum(map(covered, samples)) >= 22  # 95 % are 22.8; of 200 such samples 194 were counted
     # Who does not look at the seeds takes what they differ by for what groups differ by.
     blind = [Points(tuple(p._replace(seed=0) for p in points.runs)) for points in samples[:12]]
-    assert sum(map(covered, blind)) < 6
+    assert sum(map(covered, blind)) < 4
 
 
 def test_the_shifts_of_seeds_are_found_and_change_nothing_but_the_constant() -> None:
