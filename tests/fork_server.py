@@ -1,5 +1,6 @@
 """Processes that start without the seconds of their imports: forked from one that has made them."""
 
+import atexit
 import multiprocessing
 import os
 import runpy
@@ -35,19 +36,27 @@ def fork_server() -> ForkServerContext:
 
 
 class Command:
-    """A script of this checkout, as if Python had been started with it; like a `Popen`.
+    """A script that runs as if Python had been started with it; like a `Popen`.
+
+    Args:
+        strict: whether its warnings are errors.
 
     Attributes:
         returncode: None as long as it runs.
     """
 
     def __init__(
-        self, script: Path, *arguments: str, cwd: Path, env: Mapping[str, str] | None = None
+        self,
+        script: Path,
+        *arguments: str,
+        cwd: Path,
+        env: Mapping[str, str] | None = None,
+        strict: bool = True,
     ) -> None:
         self._folder = Path(mkdtemp())
         self._streams = [self._folder / name for name in ("output", "errors")]
         variables = dict(os.environ if env is None else env)
-        given = ([str(script), *arguments], cwd, variables, self._streams)
+        given = ([str(script), *arguments], cwd, variables, self._streams, strict)
         self._process = fork_server().Process(target=_run, args=given)
         self._process.start()
 
@@ -86,8 +95,10 @@ class Command:
         return output, errors
 
 
-def _run(command: list[str], cwd: Path, env: dict[str, str], streams: list[Path]) -> None:
-    """In the new process: runs a script as Python does, with warnings as errors."""
+def _run(
+    command: list[str], cwd: Path, env: dict[str, str], streams: list[Path], strict: bool
+) -> None:
+    """In the new process: runs a script as Python does."""
     for number, path in enumerate(streams, start=1):
         with path.open("w") as file:
             os.dup2(file.fileno(), number)
@@ -97,7 +108,8 @@ def _run(command: list[str], cwd: Path, env: dict[str, str], streams: list[Path]
     os.environ.clear()
     os.environ |= env
     sys.argv[:] = command
-    warnings.simplefilter("error")
+    if strict:
+        warnings.simplefilter("error")
     try:
         runpy.run_path(command[0], run_name="__main__")
     except KeyboardInterrupt:
@@ -107,3 +119,5 @@ def _run(command: list[str], cwd: Path, env: dict[str, str], streams: list[Path]
     except Exception:
         traceback.print_exc()
         sys.exit(1)
+    finally:
+        atexit._run_exitfuncs()  # a process that was forked would end without

@@ -5,8 +5,6 @@ import json
 import os
 import resource
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -21,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from tests.fork_server import Command
 from tests.patience import PATIENCE_S
 from train.metrics.record import Metrics
 from train.metrics.sinks import (
@@ -302,6 +301,7 @@ def test_a_directory_that_cannot_be_written_costs_wandb_alone(
 ONLINE = """
 import os, signal, sys, threading
 from pathlib import Path
+from time import sleep
 from rich.console import Console
 from train.metrics import sinks
 from train.compose import load
@@ -322,7 +322,8 @@ def write(step):
     assert "wandb" in [thread.name for thread in threading.enumerate()]
 
 write(1)
-sys.stdin.readline()
+while not Path("go").exists():
+    sleep(0.02)
 if sys.argv[1] == "stopped":
     children = [p.read_text() for p in Path("/proc/self/task").glob("*/children")]
     child = int(" ".join(children))
@@ -417,24 +418,16 @@ def test_a_wandb_that_is_gone_costs_little_time_and_no_metrics(
         "WANDB_ERROR_REPORTING": "false",
     }
     patience = [] if trouble == "stopped" else [str(PATIENCE_S)]
-    with (tmp_path / "output").open("w") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-c", ONLINE, trouble, *small(), *patience],
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        if "start" not in trouble:
-            assert server.known.wait(PATIENCE_S)
-        if trouble == "silent later":
-            server.silent.set()
-        assert process.stdin is not None
-        process.stdin.write("\n")
-        process.stdin.close()
-        assert process.wait(2 * PATIENCE_S) == 0
-    text = (tmp_path / "output").read_text()
+    (tmp_path / "online.py").write_text(ONLINE)
+    script = tmp_path / "online.py", trouble, *small(), *patience
+    process = Command(*script, cwd=tmp_path, env=environment, strict=False)
+    if "start" not in trouble:
+        assert server.known.wait(PATIENCE_S)
+    if trouble == "silent later":
+        server.silent.set()
+    (tmp_path / "go").touch()
+    text = "".join(process.communicate(2 * PATIENCE_S))
+    assert process.returncode == 0, text
     if trouble == "stopped":
         os.kill(int(text.partition("stopped ")[2].split()[0]), signal.SIGKILL)
     assert text.count("Weights & Biases") == bool(told)
@@ -548,15 +541,12 @@ sink.close()
 def test_a_resumed_run_that_is_evaluated_is_one_offline_run_on_wandb(small, tmp_path: Path) -> None:
     environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")}
     environment |= {"HOME": str(tmp_path / "home"), "PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run(
-        [sys.executable, "-c", OFFLINE, *small("hooks.wandb.mode=auto", *WANDB)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "failed" not in done.stdout
+    (tmp_path / "offline.py").write_text(OFFLINE)
+    script = tmp_path / "offline.py", *small("hooks.wandb.mode=auto", *WANDB)
+    done = Command(*script, cwd=tmp_path, env=environment, strict=False)
+    output, errors = done.communicate(PATIENCE_S)
+    assert done.returncode == 0, errors
+    assert "failed" not in output
     name = (tmp_path / "run/wandb_id.txt").read_text()
     files = sorted((tmp_path / "run/wandb").glob("offline-run-*/run-*.wandb"))
     assert [file.name for file in files] == [f"run-{name}.wandb"] * 3
