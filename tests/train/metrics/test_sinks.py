@@ -417,7 +417,7 @@ def test_a_wandb_that_is_gone_costs_little_time_and_no_metrics(
         "WANDB_BASE_URL": f"http://127.0.0.1:{server.http.server_port}",
         "WANDB_ERROR_REPORTING": "false",
     }
-    patience = [] if trouble == "stopped" else [str(PATIENCE_S)]
+    patience = [] if trouble == "stopped" else [str(PATIENCE_S / 2)]
     (tmp_path / "online.py").write_text(ONLINE)
     script = tmp_path / "online.py", trouble, *small(), *patience
     process = Command(*script, cwd=tmp_path, env=environment, strict=False)
@@ -426,7 +426,7 @@ def test_a_wandb_that_is_gone_costs_little_time_and_no_metrics(
     if trouble == "silent later":
         server.silent.set()
     (tmp_path / "go").touch()
-    text = "".join(process.communicate(2 * PATIENCE_S))
+    text = "".join(process.communicate(PATIENCE_S))
     assert process.returncode == 0, text
     if trouble == "stopped":
         os.kill(int(text.partition("stopped ")[2].split()[0]), signal.SIGKILL)
