@@ -69,7 +69,7 @@ NEEDS_CUDA = re.compile(r"needs .*\b(GPU|CUDA)\b")
 """The reason for which a test is skipped where there is no GPU."""
 
 WATCHED = re.compile(
-    r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|(MASTER|TORCHELASTIC|SLURM|PHD|HF|CUDA)_\w+"
+    r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|(MASTER|TORCHELASTIC|SLURM|PHD|CUDA)_\w+"
     r"|PYTHONPATH|OMP_NUM_THREADS|XDG_CACHE_HOME"
 )
 """Variables that tell a process which rank it is, or where its files and devices are. Libraries set

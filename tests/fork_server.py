@@ -84,11 +84,12 @@ class Command:
         """What it wrote to stdout and to stderr, when it has ended; to be called once.
 
         Raises:
-            TimeoutExpired: it has not ended after so many seconds.
+            TimeoutExpired: it has not ended after so many seconds; it is killed.
         """
         self._process.join(timeout)
         if self.returncode is None:
             assert timeout is not None
+            self.kill()  # Python would wait for it at its own end
             raise TimeoutExpired(str(self._process), timeout)
         output, errors = (path.read_text() for path in self._streams)
         shutil.rmtree(self._folder)
@@ -114,6 +115,8 @@ def _run(
         runpy.run_path(command[0], run_name="__main__")
     except KeyboardInterrupt:
         traceback.print_exc()
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGINT)
     except Exception:

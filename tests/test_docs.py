@@ -108,9 +108,11 @@ def leads_somewhere(page: Path, link: str) -> bool:
     target = (page.parent / file) if file else page
     if not target.exists():
         return False
+    if not anchor:
+        return True
     headings = re.findall(r"^#+ (.*)$", FENCE.sub("", text_of(target)), re.MULTILINE)
     slugs = [re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings]
-    return not anchor or anchor in slugs
+    return anchor in slugs
 
 
 def is_no_file(path: str, page: Path) -> bool:

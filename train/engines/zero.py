@@ -257,9 +257,9 @@ class DeepSpeedEngine(Engine):
 
     def close(self) -> None:
         """Remove the process groups, hooks, replaced functions and variables."""
-        self.engine.destroy()
-        self.deepspeed.comm.destroy_process_group(self.engine.data_parallel_group)
-        self.undo.close()
+        with self.undo:
+            self.engine.destroy()
+            self.deepspeed.comm.destroy_process_group(self.engine.data_parallel_group)
 
 
 def import_deepspeed(device: torch.device) -> ModuleType:
@@ -343,13 +343,13 @@ def _process_group(groups: ProcessGroups, device: torch.device) -> Iterator[None
     before = os.environ.get("LOCAL_RANK")
     os.environ["LOCAL_RANK"] = str(groups.dist_env.local_rank)
     own = not dist.is_initialized()
-    if own:
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
+        if own:
+            backend = "nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         yield
     finally:
-        if own:
+        if own and dist.is_initialized():
             dist.destroy_process_group()
         if before is None:
             del os.environ["LOCAL_RANK"]

@@ -42,7 +42,8 @@ def read_lines(path: Path) -> list[Line]:
     """The lines of a `metrics.jsonl`, one for each step, in the order of steps.
 
     A run that was resumed goes back to its checkpoint, and takes the steps since then again: the
-    later lines count. What was measured of a step afterwards is joined to its line.
+    later lines count. What was measured of a step afterwards is joined to its line, which keeps its
+    time.
     """
     try:
         text = path.read_text(encoding="utf-8", errors="replace")
@@ -56,7 +57,8 @@ def read_lines(path: Path) -> list[Line]:
             if step <= newest:
                 lines = {earlier: lines[earlier] for earlier in lines if earlier < step}
             newest = step
-        lines[step] = lines.get(step, {}) | line
+        taken = {"time": lines[step]["time"]} if "time" in lines.get(step, {}) else {}
+        lines[step] = lines.get(step, {}) | line | taken
     return [lines[step] for step in sorted(lines)]
 
 

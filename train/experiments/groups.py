@@ -110,11 +110,12 @@ def same_start(one: Result, other: Result) -> bool:
     """Whether two runs began with the same weights, or both with random ones.
 
     The checkpoint tells it, where it was kept of both: a run that others begin with may have
-    trained on between them. Otherwise the setting does.
+    trained on between them. Otherwise the setting does, as of a directory of another program.
     """
     if one.began_with and other.began_with:
-        mine, theirs = (x.manifest or x.path for x in (one.began_with, other.began_with))
-        return mine == theirs
+        mine, theirs = one.began_with.manifest, other.began_with.manifest
+        if mine or theirs:
+            return mine == theirs
     return one.settings.get(START) == other.settings.get(START)
 
 
@@ -177,7 +178,7 @@ def at_shared_seeds(groups: Sequence[Group]) -> Shared:
         return Shared(tuple(groups), seeds, "")
     if not seeds:
         note = "There is no seed that all groups have, and some seeds are easier than others: "
-        return Shared(tuple(groups), (), note + "only the differences between groups tell much.")
+        return Shared(tuple(groups), (), note + "only differences over equal seeds tell much.")
     kept = tuple(
         replace(group, runs=tuple(run for run in group.runs if run.seed in seeds))
         for group in groups

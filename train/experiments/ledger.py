@@ -16,6 +16,7 @@ import re
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -57,6 +58,7 @@ from train.experiments.result import (
 from train.experiments.result import FILE as RESULT
 from train.experiments.scores import Scores, read_scores, write_scores
 from train.experiments.task_scores import joined, scores_in
+from train.run_dir.environment import TIME
 from train.run_dir.lock import holder_of
 from train.run_dir.name import identity, short_hash, usual_settings
 from train.run_dir.prepare import START
@@ -163,9 +165,9 @@ def result_of(directory: Path, *, held: Literal[False] | None = None) -> Result:
             know.
     """
     config = config_of(directory)
-    start = _last_start(directory)
     lines = read_lines(directory / "metrics.jsonl")
     trained = [line for line in lines if "train/loss" in line]
+    start = _training_start(directory, trained)
     progress = progress_of(trained, config.train.tokens_per_step, config.flops_per_step)
     curve, last = curve_of(trained, progress), trained[-1] if trained else {}
     ended = _ended(directory, config, lines, held=held)
@@ -313,13 +315,29 @@ def config_of(directory: Path) -> Config:
         raise DataError(f"{path}: is of another version, or damaged: {problems}") from None
 
 
-def _last_start(directory: Path) -> dict[str, Any]:
-    """The environment of the last start; empty where it is not known."""
+def _training_start(directory: Path, trained: Sequence[Line]) -> dict[str, Any]:
+    """The environment of the start that took the newest step; empty where it is not known.
+
+    A later start may have measured the finished run once more, on another machine.
+
+    Args:
+        directory: of the run.
+        trained: the lines of its steps.
+    """
     try:
         starts = json.loads((directory / "environment.json").read_bytes())
     except (FileNotFoundError, ValueError):
         return {}
-    return starts[-1] if isinstance(starts, list) and starts else {}
+    if not isinstance(starts, list) or not starts:
+        return {}
+    end = trained[-1].get("time") if trained else None
+    before = [start for start in starts if end is None or _begun(start) <= end]
+    return (before or starts)[-1]
+
+
+def _begun(start: Mapping[str, Any]) -> float:
+    """When a start began, in seconds since 1970; 0 where it is not told."""
+    return datetime.strptime(text, TIME).timestamp() if (text := start.get("time")) else 0.0
 
 
 def _began_with(directory: Path) -> Beginning | None:
@@ -419,7 +437,8 @@ def _differences(config: Config, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def trained_dtype(directory: Path, config: Config) -> torch.dtype:
     """The dtype of the matrix products of a run's last start, with which it evaluates itself."""
-    start = _last_start(directory)
+    lines = read_lines(directory / "metrics.jsonl")
+    start = _training_start(directory, [line for line in lines if "train/loss" in line])
     on_cpu = start.get("device", "cpu") == "cpu"
     return precision(config.engine, torch.device("cpu" if on_cpu else "cuda"))
 

@@ -43,11 +43,13 @@ def record_complete(
     """
     if groups.is_rank_zero:
         with _told(console):
+            finished = Ended(status="finished")
+            write_end(config.run_dir, finished)
             heldout, tasks = heldout_of([metrics]), scores_in(metrics)
             if heldout or tasks:
                 add_scores(config.run_dir, step=step, heldout=heldout, tasks=tasks)
-            # Last, because it knows that the process that holds the directory is this one.
-            write_end(config.run_dir, Ended(status="finished"))
+                # It knows that the process that holds the directory is this one.
+                write_end(config.run_dir, finished)
 
 
 @contextmanager

@@ -32,6 +32,10 @@ LAUNCHED_BY = "LAUNCHED_BY"  # the variable in which `python -m launch` hands on
 DRIVER_FILE = Path("/proc/driver/nvidia/version")
 
 
+TIME = "%Y-%m-%d %H:%M:%S %z"
+"""How the time of a start is written."""
+
+
 def environment(revision: Revision) -> dict[str, Any]:
     """The machine, the versions of packages, and the source revision of this process.
 
@@ -39,7 +43,7 @@ def environment(revision: Revision) -> dict[str, Any]:
     installed, the `launcher` of a process that was started without one.
     """
     return {
-        "time": strftime("%Y-%m-%d %H:%M:%S %z"),
+        "time": strftime(TIME),
         "command": _without_secrets(sys.argv),  # as Hydra got it
         "argv": _without_secrets(sys.orig_argv),  # as it was typed, with Python's own options
         "launcher": _without_secrets(json.loads(os.environ.get(LAUNCHED_BY, "null"))),

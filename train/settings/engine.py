@@ -33,12 +33,14 @@ DECIDED_ELSEWHERE = {
 # and bad steps are skipped in an optimizer that these features bypass.
 ANOTHER_SUM = "gradients are summed over ranks; the loss is already a mean over all targets"
 ANOTHER_ADAMW = "it updates weights without the optimizer that skips bad steps"
+ANOTHER_PLACE = "DeepSpeed would save the weights of one parameter as those of another"
 IMPOSSIBLE = {
     "gradient_allreduce_op": ANOTHER_SUM,
     "gradient_predivide_factor": ANOTHER_SUM,
     "prescale_gradients": ANOTHER_SUM,
     "zero_optimization.zenflow": ANOTHER_ADAMW,
     "zero_optimization.super_offload": ANOTHER_ADAMW,
+    "zero_optimization.round_robin_gradients": ANOTHER_PLACE,
 }
 
 

@@ -40,27 +40,6 @@ class CopyStage(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CheckpointConfig(Settings):
-    """When the run's state is saved. It is also saved at the end and after a signal to stop.
-
-    Attributes:
-        every: the steps between two checkpoints; 0: only at the end.
-        keep: how many of the newest checkpoints are kept.
-        keep_every: the checkpoints of every multiple of this many steps are kept, too; 0: only the
-            newest are kept.
-    """
-
-    every: int = 100
-    keep: int = 2
-    keep_every: int = 0
-
-    def problems(self) -> list[Problem]:
-        return at_least(self, "checkpoint", 0, "every", "keep_every") + at_least(
-            self, "checkpoint", 1, "keep"
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
 class ScheduleConfig(Settings):
     """The learning rate as a function of the step: a linear warm-up, then `kind`.
 

@@ -25,6 +25,7 @@ from pathlib import Path
 from time import monotonic
 from types import FrameType
 
+from conf.errors import reason_of
 from conf.exit_codes import ExitCode
 from conf.standard_streams import guard_standard_streams
 from train.config import Config
@@ -116,7 +117,7 @@ def as_member(config: Config, folder: Path, run: Callable[[], Outcome]) -> Outco
                 with _output_in(config.run_dir / LOG, f"{config.name}: begins"):
                     outcome = run()
             except OSError as error:  # of the log; those of the run are an outcome already
-                outcome = Outcome(config.name, ExitCode.CRASHED, f"no log: {error}")
+                outcome = Outcome(config.name, ExitCode.CRASHED, f"no log: {reason_of(error)}")
     except (SystemExit, KeyboardInterrupt) as end:
         code = ExitCode.REQUEUE if isinstance(end, SystemExit) else ExitCode.INTERRUPTED
         outcome = Outcome(config.name, code, "it was told to end", ended=True)

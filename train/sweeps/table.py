@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from conf.errors import DataError
@@ -64,7 +65,7 @@ def comparison(results: Sequence[Result]) -> Table:
     table = Table(
         title=f"{title}, and 95 % intervals over seeds",
         title_justify="left",
-        caption=" ".join(notes_at_end(experiment)) or None,
+        caption=escape(" ".join(notes_at_end(experiment))) or None,
         caption_justify="left",
     )
     of = f", {seeds_in_words(shared.seeds)}" if shared.note and shared.seeds else ""
@@ -73,15 +74,20 @@ def comparison(results: Sequence[Result]) -> Table:
     for row in rows:
         first = row.group.runs[0]
         table.add_row(
-            row.group.label,
+            escape(row.group.label),
             str(len(row.group.runs)),
             row.group.length,
             f"{first.train_flops:.3g}",
             f"{first.kv_bytes:,}",
             spelled(row.at_shared),
-            spelled(row.difference, sign="+"),
+            spelled(row.difference, sign="+") + other_seeds(row.difference),
         )
     return table
+
+
+def other_seeds(difference: "Difference | None") -> str:
+    """A remark where a difference is between runs of other seeds, some of which are easier."""
+    return " (other seeds)" if difference is not None and not difference.paired else ""
 
 
 def spelled(value: "Spread | Difference | None", sign: str = "") -> str:

@@ -3,18 +3,17 @@
 import io
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch.distributed as dist
 from rich.console import Console
 from rich.progress import Progress
 
-from tests.fork_server import Command
-from tests.patience import PATIENCE_S
-from tests.train.many_ranks import RanksFailedError, run_ranks, variables_of
+from tests.train.many_ranks import RanksFailedError, run_ranks
 from train.compose import load
 from train.distributed.process_groups import ProcessGroups
 from train.loop import train
@@ -170,22 +169,17 @@ def test_the_runs_of_a_sweep_follow_each_other_on_all_ranks(
 ) -> None:
     settings = [text for text in small_at(tmp_path, *FOUR) if not text.startswith("run.dir")]
     sweep = ["-m", "engine=deepspeed,fsdp", "train.max_steps=2"]
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    ranks = [
-        Command(
-            ROOT / "train/main.py",
-            *settings,
-            *sweep,
-            cwd=tmp_path,
-            env=os.environ | variables_of(rank, 2, store.port) | {"PYTHONPATH": str(ROOT)},
-        )
-        for rank in range(2)
-    ]
-    told = [rank.communicate(PATIENCE_S) for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], told
+    done = subprocess.run(
+        [sys.executable, "-m", "launch", "local", "processes=2", *settings, *sweep],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
     runs = sorted(path for path in (tmp_path / "runs").iterdir() if path.is_dir())
     assert len(runs) == 2
     for run in runs:
         assert len(curve(run)) == 2, run
     assert (tmp_path / "runs" / "multirun.yaml").exists()
-    assert [output.count("the plan:") for output, _ in told] == [2, 0]  # the first rank speaks
+    assert done.stdout.count("the plan:") == 2  # the first rank speaks for all

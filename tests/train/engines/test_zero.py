@@ -546,3 +546,9 @@ def test_what_deepspeed_refuses_is_told_in_one_line(override: str, told: str) ->
     [line] = map(str, error.value.problems)
     assert re.match(rf"engine\.deepspeed\.(.*\.)?{told}", line), line
     assert "\n" not in line
+
+
+def test_what_would_save_weights_under_other_names_is_refused() -> None:
+    key = "engine.deepspeed.zero_optimization.round_robin_gradients"
+    with pytest.raises(ConfigError, match=f"{key}.* the weights of one parameter as those of"):
+        configured(f"{key}=true")

@@ -106,6 +106,20 @@ def test_an_old_run_gives_a_result(run) -> None:
     assert read_result(update(directory)) == found == read_run(directory)
 
 
+def test_a_start_that_only_measured_is_not_the_one_that_trained(run) -> None:
+    directory = run(*(line(step, 3.0, time=1000.0 + step) for step in range(1, 7)))
+    trained = {"time": "1970-01-01 00:16:30 +0000", "revision": "abc", "device": "GPU"}
+    measured = {"time": "1970-01-01 00:20:00 +0000", "revision": "def", "device": "cpu"}
+    with (directory / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 6, "time": 1200.5, **evaluated(2.0)}) + "\n")
+    for starts in ([trained], [trained, measured]):
+        (directory / "environment.json").write_text(json.dumps(starts))
+        found = result_of(directory)
+        assert (found.commit, found.device) == ("abc", "GPU")
+    (directory / "environment.json").write_text(json.dumps([trained, trained | {"revision": "x"}]))
+    assert result_of(directory).commit == "x"  # it trained on
+
+
 def test_a_step_that_was_taken_again_counts_once(run) -> None:
     before = [line(2, 9.0), line(4, 9.0, **evaluated(9.0))]
     again = [line(3, 4.0), line(4, 4.0), {"step": 3, **evaluated(5.0)}]

@@ -9,7 +9,7 @@ from typing import Any
 
 from train.experiments.fits.fit import Fitted
 from train.experiments.fits.points import Point, Points
-from train.experiments.groups import first_of_seeds, told
+from train.experiments.groups import groups_of, told
 from train.experiments.result import Result
 from train.experiments.source import Source, source_of
 
@@ -155,8 +155,9 @@ def points_of(results: Iterable[Result], loss: Callable[[Result], float | None])
         loss: the loss of a run; None if it has none.
     """
     points = [
-        _point(result, value)
-        for result in first_of_seeds(results)
+        _point(result, group.key, value)
+        for group in groups_of(list(results))
+        for result in group.runs
         if result.at_end and (value := loss(result)) is not None
     ]
     level: dict[str, list[float]] = defaultdict(list)
@@ -171,10 +172,10 @@ def points_of(results: Iterable[Result], loss: Callable[[Result], float | None])
     return Points(tuple(point for group in best for point in group))
 
 
-def _point(result: Result, loss: float) -> Point:
+def _point(result: Result, group: str, loss: float) -> Point:
     return Point(
         run=result.name,
-        group=result.group,
+        group=group,
         once=result.embedding_parameters,
         repeated=result.parameters - result.embedding_parameters,
         K=copies(result),
