@@ -70,10 +70,10 @@ NEEDS_CUDA = re.compile(r"needs .*\b(GPU|CUDA)\b")
 
 WATCHED = re.compile(
     r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|(MASTER|TORCHELASTIC|SLURM|PHD|CUDA)_\w+"
-    r"|PYTHONPATH|OMP_NUM_THREADS|XDG_CACHE_HOME"
+    r"|OMP_NUM_THREADS|XDG_CACHE_HOME"
 )
 """Variables that tell a process which rank it is, or where its files and devices are. Libraries set
-others for good when they are first imported."""
+others for good when they are first imported, and a command puts its checkout on PYTHONPATH."""
 
 RANK = {Path(__file__).parent / name: rank for rank, name in enumerate(LONGEST_FIRST)}
 
