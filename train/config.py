@@ -242,12 +242,13 @@ class Config(Settings):
         found += map(_of_length, self.schedule.stage_problems(total, self.shortest_limits))
         found += map(_of_length, self.train.profile_problems(total))
         found += self.engine.problems_with(self.model, self.train.seq_len)
+        found += self.engine.optimizer_problems(self.optim.kind)
         # `auto` is decided on the machine that trains; train/run.py asks again with its device.
         return found + (self.device_problems("cpu") if self.engine.device == "cpu" else [])
 
     def unused(self) -> list[Problem]:
         """The settings of all sections that change nothing in this run."""
-        parts = (self.model, self.tokenizer, self.train, self.schedule, self.engine)
+        parts = (self.model, self.tokenizer, self.train, self.optim, self.schedule, self.engine)
         found = [problem for part in parts for problem in part.unused()]
         own = self.train.flops_of is not None and self.flops_model == self.model
         if own and self.schedule.copies is None:

@@ -35,6 +35,7 @@ from train.arguments import PlanArguments
 from train.config import Config
 from train.costs.disk import checkpoint_disk
 from train.costs.duration import find_speed
+from train.costs.optimizer import optimizer_cost
 from train.costs.plan import Compute, Plan, Target
 from train.costs.plan_table import print_plan
 from train.costs.plan_warnings import warnings_of
@@ -73,6 +74,9 @@ def make_plan(
     dtype = precision(config.engine, torch.device(target.kind))
     fitted = fit(config, dtype, world_size=world_size, device=target.kind, available=target.memory)
     config = fitted.config
+    compute = _compute(config, text)
+    step_flops = config.train.tokens_per_step * compute.flops
+    optimizer = optimizer_cost(config, dtype, world_size)
     plan = Plan(
         config=config,
         world_size=world_size,
@@ -80,7 +84,8 @@ def make_plan(
         dtype=dtype,
         attention=_attention(config, target, dtype),
         parameters=parameters,
-        compute=_compute(config, text),
+        compute=compute,
+        optimizer=optimizer,
         memory=predict_memory(config, dtype, world_size, target.kind),
         chosen=fitted.chosen,
         disk=checkpoint_disk(config, sum(parameters.values())),
@@ -91,6 +96,7 @@ def make_plan(
             run=arguments.measured,
             own=config.run_dir,
             compiled=config.engine.compiles_on(target.kind),
+            uncounted=optimizer.busiest * world_size / step_flops if optimizer else 0.0,
         ),
         warnings=(),
     )

@@ -501,6 +501,11 @@ UNUSED: dict[str, list[str]] = {
     ],
     "model.head_init=fan_in": [f"model.head_init='fan_in': {HEAD}"],
     "schedule=constant schedule.final_ratio=0.2": [f"schedule.final_ratio=0.2: {PEAK}"],
+    "optim.ns_steps=4 optim.muon_lr=0.02": [
+        f"optim.{setting}: optim.kind=adamw orthogonalises nothing; leave it out, or choose "
+        "optim=muon for it"
+        for setting in ("muon_lr=0.02", "ns_steps=4")
+    ],
     "schedule.decay_fraction=0.3": [f"schedule.decay_fraction=0.3: {NO_DECAY}"],
     "size=151m schedule.warmup_fraction=0.1": [f"schedule.warmup_fraction=0.1: {WARM_UP}"],
     "tokenizer=file tokenizer.path=a.model tokenizer.kind=bpe tokenizer.sample_bytes=9": [

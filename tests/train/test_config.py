@@ -207,6 +207,8 @@ WORDING: list[tuple[Any, ...]] = [
         {"optim.betas": [0.9, 1]},
         "optim.betas=[0.9, 1.0]: expected two numbers from 0 to below 1",
     ),
+    ({"optim.momentum": 1}, "optim.momentum=1.0: expected a number from 0 to below 1"),
+    ({"optim.ns_steps": 0}, "optim.ns_steps=0: expected an integer of at least 1"),
     ({"train.max_time": 0}, "train.max_time=0.0: expected more than 0 seconds"),
     ({"checkpoint.keep": 0}, "checkpoint.keep=0: expected an integer of at least 1"),
     ({"hooks.sample.every": -1}, "hooks.sample.every=-1: expected an integer of at least 0"),

@@ -4,9 +4,7 @@ from math import lcm
 from typing import NamedTuple
 
 from train.config import Config
-
-BYTES_PER_PARAMETER = 12
-"""A float32 weight and AdamW's two float32 moments."""
+from train.engines.state_rules import moment_bytes
 
 
 class Disk(NamedTuple):
@@ -34,7 +32,7 @@ def checkpoint_disk(config: Config, parameters: int) -> Disk:
     new one is complete.
     """
     settings, total = config.checkpoint, config.total_steps
-    size = BYTES_PER_PARAMETER * parameters
+    size = 4 * parameters + moment_bytes(config.model, config.optim)  # all of it is float32
     if total is None:
         return Disk(size, None if settings.keep_every else settings.keep + 1)
     # The moment before the last save is complete, when all that is kept so far is there.

@@ -47,7 +47,13 @@ class Measured(NamedTuple):
 
 
 def find_speed(
-    *, peak: float | None, mfu: float | None, run: str | None, own: Path, compiled: bool
+    *,
+    peak: float | None,
+    mfu: float | None,
+    run: str | None,
+    own: Path,
+    compiled: bool,
+    uncounted: float = 0.0,
 ) -> Speed | None:
     """The speed of a device; None if nothing is known of it.
 
@@ -57,6 +63,8 @@ def find_speed(
         run: the directory of an earlier run to take it from, as the user gives it.
         own: the directory of the planned run, whose earlier part is taken if nothing is given.
         compiled: whether blocks are compiled.
+        uncounted: FLOPs of a device that an MFU does not count, for each that it does; a speed that
+            is given or measured has them in it.
 
     Raises:
         ConfigError: the given run has measured no speed that fits this device.
@@ -82,7 +90,7 @@ def find_speed(
             raise ConfigError([Problem("measured", run, expected, "give mfu=, such as mfu=0.3")])
     if peak is None:
         return None
-    assumed = ASSUMED_MFU_COMPILED if compiled else ASSUMED_MFU
+    assumed = (ASSUMED_MFU_COMPILED if compiled else ASSUMED_MFU) / (1 + uncounted)
     return Speed(assumed * peak, assumed, f"an assumed MFU of {assumed:.0%}")
 
 

@@ -8,6 +8,7 @@ import torch
 from train.config import Config
 from train.costs.disk import Disk
 from train.costs.duration import Speed
+from train.costs.optimizer import OptimizerCost
 from train.costs.text import Text
 from train.engines.memory import Memory
 
@@ -57,6 +58,7 @@ class Plan:
         attention: the kernels that compute it there, by name; None: the device is not known.
         parameters: numbers of parameters by group. A tied LM head counts as the embedding.
         compute: FLOPs per token.
+        optimizer: what Muon computes and sends in a step; None: the optimizer is AdamW alone.
         memory: predicted bytes on one device.
         chosen: the settings that are `auto`, and what they are on this device.
         disk: bytes of checkpoints.
@@ -72,6 +74,7 @@ class Plan:
     attention: str | None
     parameters: dict[str, int]
     compute: Compute
+    optimizer: OptimizerCost | None
     memory: Memory
     chosen: dict[str, int | str]
     disk: Disk
@@ -141,6 +144,7 @@ class Plan:
             "flops_per_token": self.compute.flops,
             "vanilla_flops_per_token": self.compute.vanilla,
             "flops_basis": self.compute.basis,
+            "optimizer": None if self.optimizer is None else self.optimizer._asdict(),
             "micro_batch": config.train.micro_batch_on(self.world_size),
             "activation_checkpointing": config.engine.activation_checkpointing,
             "chosen": self.chosen,

@@ -13,6 +13,7 @@ from conf.wording import byte_size, duration, plural, short_count, two_digits
 from train.config import Config
 from train.console import warn
 from train.costs.disk import Disk
+from train.costs.optimizer import OptimizerCost
 from train.costs.plan import Plan
 from train.costs.recipe import describe_recipe
 from train.costs.text import Text
@@ -52,6 +53,8 @@ def _rows(plan: Plan) -> Iterator[tuple[str, str]]:
     ratio = plan.compute.flops / plan.compute.vanilla
     this, vanilla = short_count(plan.compute.flops), short_count(plan.compute.vanilla)
     yield "FLOPs per token", f"{this}, {ratio:.2f} x vanilla's {vanilla}"
+    if plan.optimizer is not None:
+        yield "optimizer", _optimizer_row(plan, plan.optimizer)
     if plan.flops is not None:
         yield "time", _time_row(plan)
     yield "memory", _memory_row(plan)
@@ -111,6 +114,22 @@ def _compute_row(plan: Plan) -> str:
     if plan.compute.basis == "sampled" and plan.text is not None:
         return f"about {flops}, by the documents in {plural(plan.text.rows, 'row')} of the text"
     return flops
+
+
+def _optimizer_row(plan: Plan, cost: OptimizerCost) -> str:
+    step = plan.config.train.tokens_per_step * plan.compute.flops
+    told = (
+        f"Muon for {short_count(cost.parameters)} parameters: {cost.flops:.2e} FLOPs a step of "
+        f"Newton-Schulz, {two_digits(100 * cost.flops / step)} % of the training FLOPs, which "
+        "count without them"
+    )
+    if plan.world_size == 1:
+        return told
+    return (
+        f"{told}; the busiest of {plan.world_size} ranks has "
+        f"{two_digits(100 * cost.busiest / cost.flops)} % of them, and each receives "
+        f"{byte_size(cost.received)}"
+    )
 
 
 def _time_row(plan: Plan) -> str:

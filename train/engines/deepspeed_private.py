@@ -31,6 +31,18 @@ def shard_size(parameter: nn.Parameter) -> int:
     return parameter.ds_tensor.numel()  # type: ignore[attr-defined]
 
 
+def fragment(parameter: nn.Parameter) -> tuple[int, int]:
+    """Which part of its rank's flat partition is a parameter's at stages 1 and 2: (start, numel).
+
+    The partitions of the ranks, one after another, are all parameters of a group, one after
+    another. So a parameter's parts, in the order of the ranks, are the whole of it.
+    """
+    mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+    if mapping is None:  # it lies on other ranks
+        return 0, 0
+    return mapping.hp_fragment_address.start, mapping.hp_fragment_address.numel
+
+
 @contextmanager
 def kept_gathered(parameters: list[nn.Parameter], owner: object) -> Iterator[None]:
     """Within this context, modules do not release these gathered parameters (stage 3).

@@ -222,7 +222,8 @@ class Engine(ABC):
         """This rank's part of a checkpoint, under the names that every engine uses.
 
             model.<parameter>                                       float32 weights
-            optimizer.<parameter>.exp_avg, .exp_avg_sq, .step       AdamW's state
+            optimizer.<parameter>.exp_avg, .exp_avg_sq, .step       where AdamW updates it
+            optimizer.<parameter>.momentum_buffer                   where Muon does
             random.<device>                                         generators of rank 0
 
         Each is a plain tensor, which one rank returns, or a DTensor, which all ranks return. Every
@@ -246,8 +247,8 @@ class Engine(ABC):
         """Load whole weights by parameter name. Every rank calls this.
 
         Args:
-            optimizer: gives AdamW's state of a parameter, whole: `exp_avg`, `exp_avg_sq`, `step`.
-                None: it stays zero.
+            optimizer: gives the optimizer's state of a parameter, whole, by the names of its rule
+                (`train.engines.state_rules`). None: it stays zero.
         """
 
     @abstractmethod

@@ -20,9 +20,11 @@ from train.distributed.process_groups import ProcessGroups
 from train.engines.device import autocast
 from train.engines.engine import Engine
 from train.engines.limits import Limits
-from train.engines.optimizer import MOMENTS, adamw, add_moments, set_clip_and_skip
+from train.engines.muon import MuonAdamW, Place
+from train.engines.optimizer import add_state, optimizer_of, set_clip_and_skip, set_lr
 from train.engines.parallelize import drop_unreduced_gradients, parallelize, sharded_modules
 from train.engines.rounded_weights import RoundedWeights
+from train.engines.state_rules import STEP, matrix_shapes
 from train.settings.engine import FsdpConfig
 
 
@@ -36,7 +38,7 @@ class FsdpEngine(Engine):
 
     In a lone process each of these is a plain model. AdamW treats each element alone, so the
     optimizer works on this rank's shards as plain tensors: DTensors would dispatch each operation
-    in Python.
+    in Python. Muon exchanges shards of matrices itself.
     """
 
     def __init__(self, config: Config, groups: ProcessGroups) -> None:
@@ -54,8 +56,10 @@ class FsdpEngine(Engine):
         self.parameters = dict(self.model.named_parameters())
         # These share their memory with the parameters: an update of the one is one of the other.
         self.shards = {name: _local(p.detach()) for name, p in self.parameters.items()}
-        self.optimizer = adamw(self.shards, config.optim)
-        add_moments(self.optimizer)
+        self.optimizer = optimizer_of(self.shards, config.optim, self.dtype)
+        add_state(self.optimizer)
+        if isinstance(self.optimizer, MuonAdamW):
+            self._share_matrices(self.optimizer)
         # Where weights are sharded, FSDP2 rounds the shards that it gathers.
         exact = isinstance(self.model_with_loss, FSDPModule)
         self.rounded = RoundedWeights(self.model, torch.float32 if exact else self.dtype)
@@ -90,8 +94,7 @@ class FsdpEngine(Engine):
         # On DTensors this reduces the squared norms of the shards over the ranks.
         grad_norm = _full(get_total_norm(gradients))
         applied = limits.allow(loss, grad_norm)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        set_lr(self.optimizer, lr)
         set_clip_and_skip(self.optimizer, grad_norm, self.config.optim.grad_clip, applied)
         self.optimizer.step()
         self.rounded.refresh()
@@ -161,10 +164,10 @@ class FsdpEngine(Engine):
         if optimizer is None:
             return
         for name, parameter in self.parameters.items():
-            given, own = optimizer(name), self.optimizer.state[self.shards[name]]
-            for key in MOMENTS:
-                own[key].copy_(_local(_sharded_like(parameter, given[key])))
-            own["step"].copy_(given["step"])
+            given = optimizer(name)
+            for key, own in self.optimizer.state[self.shards[name]].items():
+                whole = given[key]
+                own.copy_(whole if key == STEP else _local(_sharded_like(parameter, whole)))
 
     @torch.no_grad()
     def _fill(self, weights: Iterable[tuple[str, Tensor]]) -> None:
@@ -177,13 +180,22 @@ class FsdpEngine(Engine):
     def _checkpoint_tensors(self) -> Iterator[dict[str, Tensor]]:
         """For each parameter the tensors of a checkpoint, by canonical name."""
         for name, parameter in self.parameters.items():
-            moments = self.optimizer.state[self.shards[name]]
-            yield {
-                f"model.{name}": parameter.detach(),
-                f"optimizer.{name}.exp_avg": _as_dtensor(parameter, moments["exp_avg"]),
-                f"optimizer.{name}.exp_avg_sq": _as_dtensor(parameter, moments["exp_avg_sq"]),
-                f"optimizer.{name}.step": moments["step"],
+            state = {
+                f"optimizer.{name}.{key}": own if key == STEP else _as_dtensor(parameter, own)
+                for key, own in self.optimizer.state[self.shards[name]].items()
             }
+            yield {f"model.{name}": parameter.detach(), **state}
+
+    def _share_matrices(self, optimizer: MuonAdamW) -> None:
+        """Tell Muon which rows of each matrix are on this rank."""
+        shards = 1
+        if isinstance(self.model_with_loss, FSDPModule):
+            weight = next(iter(self.parameters.values()))
+            assert isinstance(weight, DTensor)
+            shards = weight.device_mesh.size(-1)  # of HSDP's mesh, the last axis shards
+        shapes = matrix_shapes(self.config.model, self.config.optim)
+        places = [Place(i, 0, self.shards[name].numel()) for i, name in enumerate(shapes)]
+        optimizer.share(list(shapes.values()), places, self.groups, shards)
 
     def _reshard(self) -> None:
         """Free the gathered weights; each rank keeps its shards."""

@@ -15,7 +15,8 @@ The peak is the highest point of a step's timeline, and not the sum of all that 
           block 0 .. L-1         loss      block L-1 .. 0   AdamW
 
 Where activations are few, as with full checkpointing, gradients are the most, and the peak is at
-the end of the backward pass or in the optimizer's step, which works in place.
+the end of the backward pass or in the optimizer's step. AdamW's works in place; Muon's has copies
+of what it orthogonalises.
 
 `fit` chooses the micro-batch and the activation checkpointing by this prediction, which is a
 function of the configuration, and by the memory that the device has in total: what is free at the
@@ -34,6 +35,8 @@ from conf.wording import byte_size
 from phd.model import count_parameters
 from train.config import Config
 from train.engines.footprint import Footprint, Pass, Recompute, block_footprints, head_footprint
+from train.engines.muon import muon_step_bytes
+from train.engines.state_rules import matrix_shapes, moment_bytes
 from train.settings.engine import DeepSpeedConfig, FsdpConfig
 
 # cuBLAS and cuBLASLt share a workspace of 32 MiB on Hopper, which PyTorch's allocator gives them.
@@ -46,7 +49,7 @@ class Memory(NamedTuple):
     Attributes:
         weights: float32 shards, and copies of them in the dtype of the products.
         gradients: those that there are at the peak.
-        moments: AdamW's.
+        moments: of the optimizer.
         activations: what the forward pass has saved and the backward pass still needs.
         working: what is being computed: the inside of a block, the loss, the scratch of kernels.
     """
@@ -67,7 +70,8 @@ class _Placed(NamedTuple):
 
     Attributes:
         weights: what stays of them.
-        moments: AdamW's.
+        moments: of the optimizer.
+        step: what its step takes besides.
         before: gradients that are there before a backward pass begins.
         gathered: the most that is gathered of sharded weights at one time.
         reduced: the most that a block's gradients take while they are summed over ranks.
@@ -76,6 +80,7 @@ class _Placed(NamedTuple):
 
     weights: int
     moments: int
+    step: int
     before: int
     gathered: int
     reduced: int
@@ -87,7 +92,7 @@ def predict_memory(
 ) -> Memory:
     """Predict the peak memory of training on each of `world_size` devices.
 
-    Weights, gradients and AdamW's two moments are float32. On CUDA it is what
+    Weights, gradients and the optimizer's moments are float32. On CUDA it is what
     `torch.cuda.max_memory_allocated` shows: the CUDA context and what the allocator cannot use come
     on top.
 
@@ -150,12 +155,23 @@ def _placed(config: Config, given: Pass, world_size: int) -> _Placed:
     matrices = counts["attention"] + counts["feed-forward"] if given.rounded else 0
     return _Placed(
         weights=4 * parameters // weights + given.dtype.itemsize * matrices,
-        moments=8 * parameters // moments,
+        moments=moment_bytes(config.model, config.optim) // moments,
+        step=_step_bytes(config, given, world_size, moments),
         before=before if given.accumulates else 0,
         gathered=gathered,
         reduced=reduced,
         shards=gradients,
     )
+
+
+def _step_bytes(config: Config, given: Pass, ranks: int, shards: int) -> int:
+    """What the optimizer's step takes of memory; AdamW's is one kernel, and takes nothing."""
+    shapes = matrix_shapes(config.model, config.optim)
+    if not shapes:
+        return 0
+    flat = isinstance(config.engine, DeepSpeedConfig) and config.engine.stage > 0
+    sizes = list(shapes.values())
+    return muon_step_bytes(sizes, given.dtype, ranks=ranks, shards=shards, flat=flat)
 
 
 def _frees_gathered(config: Config) -> bool:
@@ -208,7 +224,7 @@ def _peak(placed: _Placed, parts: Sequence[Footprint]) -> Memory:
     for part in reversed(parts):
         note(saved, placed.gathered + placed.reduced + part.backward - part.saved)
         saved, new = saved - part.saved, new + part.gradients
-    note(0, 0)  # the optimizer's step
+    note(0, placed.step)  # the optimizer's
     return max(moments, key=lambda memory: memory.total)
 
 

@@ -1,51 +1,74 @@
-"""AdamW (arXiv 1711.05101) with fused clipping and skipping of bad steps."""
+"""The optimizer of a run, AdamW (arXiv 1711.05101) or Muon with it, which clips and skips."""
 
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
+from train.engines.muon import MuonAdamW
+from train.engines.state_rules import ADAMW, MUON, STEP, Rule, is_embedding, rules_of
 from train.settings.optim import OptimConfig
 from train.torch_private import fuse_clip_and_skip
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-"""AdamW's state of a parameter besides its step: running means of the gradient and its square."""
 
-
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over all parameters of a model, with its moments allocated."""
-    optimizer = adamw(dict(model.named_parameters()), config)
-    add_moments(optimizer)
+def build_optimizer(
+    model: nn.Module, config: OptimConfig, dtype: torch.dtype = torch.float32
+) -> torch.optim.Optimizer:
+    """The optimizer of all parameters of a model, with its state allocated."""
+    optimizer = optimizer_of(dict(model.named_parameters()), config, dtype)
+    add_state(optimizer)
     return optimizer
 
 
-def adamw(parameters: Mapping[str, Tensor], config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW with weight decay on everything except embeddings.
+def optimizer_of(
+    parameters: Mapping[str, Tensor], config: OptimConfig, dtype: torch.dtype
+) -> torch.optim.Optimizer:
+    """The optimizer, with weight decay on everything except embeddings.
 
     OLMo 2 leaves them out (arXiv 2501.00656), because decay shrinks their norms, and small
     embeddings give the first layers large gradients.
 
     Args:
-        parameters: by canonical name. They may be shards, because AdamW treats each element alone.
-        config: learning rate, betas, eps and weight decay.
+        parameters: by canonical name. They may be shards, because AdamW treats each element alone;
+            for Muon see `MuonAdamW.share`.
+        config: of the optimizer.
+        dtype: of the matrix products, which Muon makes its own in.
     """
-    decayed = [p for name, p in parameters.items() if not is_embedding(name)]
-    embeddings = [p for name, p in parameters.items() if is_embedding(name)]
-    groups = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": embeddings, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+    rules = rules_of(parameters, config)
+
+    def group(rule: Rule, embedding: bool, lr: float) -> dict[str, object]:
+        return {
+            "params": [
+                parameter
+                for name, parameter in parameters.items()
+                if rules[name] == rule and is_embedding(name) == embedding
+            ],
+            "weight_decay": 0.0 if embedding else config.weight_decay,
+            "rule": rule,
+            "lr": lr,
+            "lr_ratio": lr / config.lr,
+        }
+
+    groups = [group(ADAMW, False, config.lr), group(ADAMW, True, config.lr)]
+    if config.kind == "muon":
+        return MuonAdamW([*groups, group(MUON, False, config.muon_lr or config.lr)], config, dtype)
+    return torch.optim.AdamW(groups, betas=config.betas, eps=config.eps, fused=True)
 
 
-def add_moments(optimizer: torch.optim.Optimizer) -> None:
-    """Allocate AdamW's state before its first step, so that a checkpoint can be loaded into it."""
+def add_state(optimizer: torch.optim.Optimizer) -> None:
+    """Allocate the state before the first step, so that a checkpoint can be loaded into it."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            optimizer.state[parameter] = {
-                "step": torch.zeros((), device=parameter.device),
-                **{name: torch.zeros_like(parameter) for name in MOMENTS},
-            }
+            state = {name: torch.zeros_like(parameter) for name in group["rule"].moments}
+            if group["rule"].counts:
+                state[STEP] = torch.zeros((), device=parameter.device)
+            optimizer.state[parameter] = state
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the learning rate of the next step, of which each group has its own multiple."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_ratio"]
 
 
 def set_clip_and_skip(
@@ -69,8 +92,3 @@ def set_clip_and_skip(
     # The kernel divides the gradient by this; 1e-6 is that of `clip_grad_norm_`.
     scale = ((grad_norm + 1e-6) / (grad_clip or torch.inf)).clamp(min=1)
     fuse_clip_and_skip(optimizer, scale.to(device), applied.logical_not().float().to(device))
-
-
-def is_embedding(name: str) -> bool:
-    """Whether a parameter is an embedding. A tied LM head is one, too: it has the same name."""
-    return name.startswith(("embed.", "copy_embed."))

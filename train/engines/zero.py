@@ -7,8 +7,9 @@
     3         moments, gradients, weights      with every micro-batch
 
 DeepSpeed moves weights and gradients between ranks, and between device and host. The optimizer is
-torch's AdamW. At every stage it clips the gradient and skips bad steps in its own kernel, as in the
-other engine. Weights are float32, and `engine.precision` is that of matrix products.
+that of the other engine, torch's AdamW or Muon with it, and never DeepSpeed's own. At every stage
+it clips the gradient and skips bad steps itself. Weights are float32, and `engine.precision` is
+that of matrix products.
 """
 
 import importlib
@@ -41,6 +42,7 @@ from train.engines.compilation import compile_blocks
 from train.engines.deepspeed_private import (
     check_json,
     disable_shared_memory_comm,
+    fragment,
     global_grad_norm,
     kept_gathered,
     shard_size,
@@ -48,7 +50,9 @@ from train.engines.deepspeed_private import (
 from train.engines.device import autocast
 from train.engines.engine import Engine
 from train.engines.limits import Limits
-from train.engines.optimizer import MOMENTS, adamw, add_moments, is_embedding, set_clip_and_skip
+from train.engines.muon import MuonAdamW, Place
+from train.engines.optimizer import add_state, optimizer_of, set_clip_and_skip, set_lr
+from train.engines.state_rules import STEP, is_embedding, matrix_shapes, rules_of
 from train.settings.engine import DeepSpeedConfig
 
 
@@ -77,7 +81,8 @@ class DeepSpeedEngine(Engine):
 
     def _initialize(self, config: Config, settings: DeepSpeedConfig, world_size: int) -> None:
         # Meta tensors keep the shapes, which DeepSpeed's parameters do not show at stage 3.
-        self.shapes = list(self.model.named_parameters())
+        self.shapes = dict(self.model.named_parameters())
+        self.rules = rules_of(self.shapes, config.optim)
         json = deepspeed_json(config, world_size, self.dtype)
         check_json(json)
         self._make_weights(json)
@@ -85,12 +90,15 @@ class DeepSpeedEngine(Engine):
         if settings.compile:
             compile_blocks(self.model)
         # Its moments are made later, because DeepSpeed replaces the tensors that it updates.
-        self.adamw = adamw(dict(self.model.named_parameters()), config.optim)
-        self.adamw.register_step_pre_hook(self._before_adamw)
+        parameters = dict(self.model.named_parameters())
+        self.optimizer = optimizer_of(parameters, config.optim, self.dtype)
+        self.optimizer.register_step_pre_hook(self._before_step)
         self.engine, *_ = self.deepspeed.initialize(
-            model=self.model_with_loss, optimizer=self.adamw, config=json
+            model=self.model_with_loss, optimizer=self.optimizer, config=json
         )
         self.model_with_loss = self.engine
+        if isinstance(self.optimizer, MuonAdamW):
+            self._share_matrices(self.optimizer)
         self._make_moments()
 
     def _make_weights(self, json: dict[str, Any]) -> None:
@@ -110,8 +118,23 @@ class DeepSpeedEngine(Engine):
         the first step. At stage 3 AdamW sees the tensors that it updates only within a step, and
         allocates the moments itself then.
         """
-        add_moments(self.adamw)
+        add_state(self.optimizer)
         self._skipped_step()
+
+    def _share_matrices(self, optimizer: MuonAdamW) -> None:
+        """Tell Muon which part of each matrix is on this rank.
+
+        At stages 1 and 2 all parameters of a group lie one after another in one tensor, of which
+        each rank has a part. At stage 0 each rank has all of them.
+        """
+        shapes = matrix_shapes(self.config.model, self.config.optim)
+        parameters = [self.model.get_parameter(name) for name in shapes]
+        if self.stage == 0:
+            places = [Place(i, 0, parameter.numel()) for i, parameter in enumerate(parameters)]
+        else:
+            places = [Place(0, *fragment(parameter)) for parameter in parameters]
+        shards = self.groups.world_size if self.stage else 1
+        optimizer.share(list(shapes.values()), places, self.groups, shards)
 
     def grad_sync(self, last: bool) -> AbstractContextManager[object]:
         self.engine.set_gradient_accumulation_boundary(last)
@@ -123,18 +146,17 @@ class DeepSpeedEngine(Engine):
         self.engine.backward(loss * self.groups.world_size, scale_wrt_gas=False)
 
     def optimizer_step(self, lr: float, loss: Tensor, limits: Limits) -> tuple[Tensor, Tensor]:
-        for group in self.adamw.param_groups:
-            group["lr"] = lr
+        set_lr(self.optimizer, lr)
         self.step_loss, self.limits = loss, limits
-        # Stages 1 to 3 do not call AdamW if the gradient is not finite. Then this value remains.
+        # Stages 1 to 3 make no update if the gradient is not finite. Then this value remains.
         self.grad_norm = torch.tensor(torch.inf, device=self.device)
         self.engine.step()
         return self.grad_norm, self._applied
 
-    def _before_adamw(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
-        """Have AdamW's kernel clip the gradient, and skip a bad step.
+    def _before_step(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        """Have the optimizer clip the gradient, and skip a bad step.
 
-        Stages 1 to 3 call AdamW, and so this, once for each parameter group.
+        Stages 1 to 3 call it, and so this, once for each parameter group.
         """
         if self.stage == 0:
             norm = get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
@@ -168,26 +190,32 @@ class DeepSpeedEngine(Engine):
         device holds one of them at a time.
         """
         weights, optimizer = {}, {}
-        step = next(iter(self.adamw.state.values()))["step"]
+        step = next(state[STEP] for state in self.optimizer.state.values() if STEP in state)
         for number, (name, parameter) in enumerate(self.model.named_parameters()):
-            whole = [self._full_tensor(parameter, key) for key in (None, *MOMENTS)]
+            rule = self.rules[name]
+            whole = [self._full_tensor(parameter, key) for key in (None, *rule.moments)]
             if number % self.groups.world_size == self.groups.rank:
                 weights[name], *moments = whole if self.stage == 0 else (x.cpu() for x in whole)
-                optimizer[name] = {"step": step, **dict(zip(MOMENTS, moments, strict=True))}
+                optimizer[name] = dict(zip(rule.moments, moments, strict=True))
+                if rule.counts:
+                    optimizer[name][STEP] = step
         random = self.random_state() if self.groups.is_rank_zero else {}
         return {"model": weights, "optimizer": optimizer, "random": random}
 
     def restore(self, checkpoint: Checkpoint) -> None:
-        step = torch.empty((), device="meta")
-        moments = {name: {**dict.fromkeys(MOMENTS, x), "step": step} for name, x in self.shapes}
-        checkpoint.check({"model": dict(self.shapes), "optimizer": moments})
-        for name, parameter in self.model.named_parameters():
-            keys = [f"model.{name}", *(f"optimizer.{name}.{key}" for key in (*MOMENTS, "step"))]
-            *values, step = checkpoint.read(keys).values()
-            for key, value in zip((None, *MOMENTS), values, strict=True):
-                self._set_tensor(parameter, key, value)
-        self._skipped_step()
-        self._set_adamw_step(step)
+        scalar = torch.empty((), device="meta")
+        state = {
+            name: {key: scalar if key == STEP else self.shapes[name] for key in rule.state}
+            for name, rule in self.rules.items()
+        }
+        checkpoint.check({"model": self.shapes, "optimizer": state})
+
+        def read(name: str) -> dict[str, Tensor]:
+            keys = self.rules[name].state
+            tensors = checkpoint.read(f"optimizer.{name}.{key}" for key in keys)
+            return dict(zip(keys, tensors.values(), strict=True))
+
+        self._load_each(lambda name: checkpoint.read([f"model.{name}"])[f"model.{name}"], read)
         random = self.random_state()
         saved = checkpoint.read(f"random.{x}" for x in random if f"random.{x}" in checkpoint.specs)
         self.set_random_state(random | {name.partition(".")[2]: x for name, x in saved.items()})
@@ -197,27 +225,35 @@ class DeepSpeedEngine(Engine):
         weights: Mapping[str, Tensor],
         optimizer: Callable[[str], Mapping[str, Tensor]] | None = None,
     ) -> None:
+        self._load_each(weights.__getitem__, optimizer)
+
+    def _load_each(
+        self,
+        weight: Callable[[str], Tensor],
+        optimizer: Callable[[str], Mapping[str, Tensor]] | None,
+    ) -> None:
+        """Load whole weights, and the optimizer's state if it is given, one by one."""
         step = None
         for name, parameter in self.model.named_parameters():
-            self._set_tensor(parameter, None, weights[name])
-            if optimizer:
-                given = optimizer(name)
-                step = given["step"]
-                for key in MOMENTS:
-                    self._set_tensor(parameter, key, given[key])
+            self._set_tensor(parameter, None, weight(name))
+            if optimizer is None:
+                continue
+            given, rule = optimizer(name), self.rules[name]
+            step = given.get(STEP, step)
+            for key in rule.moments:
+                self._set_tensor(parameter, key, given[key])
         self._skipped_step()
-        if step is not None:
-            self._set_adamw_step(step)
-
-    def _set_adamw_step(self, step: Tensor) -> None:
-        """Have AdamW count on from `step`, which is the same for all parameters."""
-        for state in self.adamw.state.values():
-            state["step"].copy_(step)
+        if step is None:
+            return
+        # AdamW counts on from `step`, which is the same for all parameters.
+        for state in self.optimizer.state.values():
+            if STEP in state:
+                state[STEP].copy_(step)
 
     def _full_tensor(self, parameter: nn.Parameter, key: str | None) -> Tensor:
         """All-gather a float32 weight (`key` None) or a moment of it. Every rank calls this."""
         if self.stage == 0:
-            return parameter.detach() if key is None else self.adamw.state[parameter][key]
+            return parameter.detach() if key is None else self.optimizer.state[parameter][key]
         if key is None:
             return self.deepspeed.utils.safe_get_full_fp32_param(parameter)
         return self.deepspeed.utils.safe_get_full_optimizer_state(parameter, key)
@@ -306,8 +342,10 @@ def deepspeed_json(config: Config, world_size: int, dtype: torch.dtype) -> dict[
     json = {
         "train_micro_batch_size_per_gpu": config.train.micro_batch_on(world_size),
         "gradient_accumulation_steps": config.train.accumulation(world_size),
-        "gradient_clipping": 0.0,  # the default is 1.0; AdamW clips, see `_before_adamw`
+        "gradient_clipping": 0.0,  # the default is 1.0; the optimizer clips, see `_before_step`
         "zero_optimization": zero,
+        # It knows AdamW, and asks whether another optimizer is meant.
+        "zero_allow_untested_optimizer": config.optim.kind != "adamw",
         # DeepSpeed's CPU AdamW is no faster than torch's fused one, and has no `found_inf`.
         "zero_force_ds_cpu_optimizer": False,
         # DeepSpeed's `bf16` would store weights in bfloat16. Here only matrix products have it.

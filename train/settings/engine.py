@@ -43,6 +43,20 @@ IMPOSSIBLE = {
     "zero_optimization.round_robin_gradients": ANOTHER_PLACE,
 }
 
+# Keys with which DeepSpeed says nothing and does otherwise than `optim.kind: muon` means. Its own
+# Muon is refused as `optimizer`: it looks for "embed" in names, takes AdamW where it finds no
+# matrix, and orthogonalises before it clips.
+ANOTHER_MUON = {
+    "offload_optimizer": (
+        "optim.kind=muon would make its matrix products on the host",
+        "choose engine=fsdp, which shards weights, gradients and moments",
+    ),
+    "save_muon_momentum_buffer_in_memory": (
+        "it is of DeepSpeed's own Muon, and here it would change nothing",
+        "leave it out",
+    ),
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig(Settings):
@@ -118,6 +132,10 @@ class EngineConfig(Settings):
             return []
         reason, hint = f"engine.precision={self.precision} scales nothing", "choose fp8"
         return without_effect(self, "engine", reason, f"{hint} for it", "fp8_scaling")
+
+    def optimizer_problems(self, kind: str) -> list[Problem]:  # noqa: ARG002
+        """Why the engine cannot make the steps of an `optim.kind`."""
+        return []
 
     def problems_on(self, world_size: int) -> list[Problem]:  # noqa: ARG002
         """Why the engine cannot spread the work over this many ranks."""
@@ -218,6 +236,28 @@ class DeepSpeedConfig(EngineConfig):
             Problem(f"engine.deepspeed.{key}", expected=why, hint="leave it out")
             for key, why in IMPOSSIBLE.items()
             if key in given
+        ]
+
+    def optimizer_problems(self, kind: str) -> list[Problem]:
+        """Why Muon, which needs whole matrices on their device, cannot be had at some stages."""
+        if kind != "muon":
+            return []
+        found, others = [], ("optim.kind",)
+        fsdp = "choose engine=fsdp, which shards weights, gradients and moments"
+        if self.stage == 3:
+            why = (
+                "optim.kind=muon needs whole matrices, and stage 3 gives the optimizer flat and "
+                "padded parts of many"
+            )
+            found.append(Problem("engine.stage", 3, why, f"choose 0, 1 or 2; or {fsdp}", others))
+        if self.offload_optimizer:
+            why = "optim.kind=muon would make its matrix products on the host"
+            found.append(Problem("engine.offload_optimizer", True, why, fsdp, others))
+        zero = self.deepspeed.get("zero_optimization") or {}
+        return found + [
+            Problem(f"engine.deepspeed.zero_optimization.{key}", zero[key], why, hint, others)
+            for key, (why, hint) in ANOTHER_MUON.items()
+            if key in zero
         ]
 
 

@@ -22,8 +22,8 @@ class RunConfig(Settings):
             its newest checkpoint, one of its checkpoints (`runs/a/checkpoints/step_00000100`), or
             a Hugging Face directory of an OLMo 2 or Llama model. null: random weights. If it has a
             `tokenizer.model`, that is the run's tokenizer.
-        start_optimizer: also take AdamW's moments and its count of steps from there. The step, the
-            learning rate and the text begin anew.
+        start_optimizer: also take the optimizer's moments and its count of steps from there. The
+            step, the learning rate and the text begin anew.
     """
 
     name: str | None = None
@@ -35,7 +35,7 @@ class RunConfig(Settings):
     def problems(self) -> list[Problem]:
         found = []
         if self.start_optimizer and self.start_from is None:
-            reason = "there is no other run to take AdamW's moments from"
+            reason = "there is no other run to take the optimizer's moments from"
             hint, others = "give it as run.start_from=RUN", ("run.start_from",)
             found.append(Problem("run.start_optimizer", True, reason, hint, others))
         return found + self._name_problems()

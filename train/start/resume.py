@@ -15,7 +15,7 @@ from train.console import warn
 from train.engines.schedule import config_before, schedule_change
 
 # Settings that a resumed run must share with its checkpoint; the rest may be changed.
-FIXED = ("seed", "model", "train.global_batch", "train.seq_len")
+FIXED = ("seed", "model", "train.global_batch", "train.seq_len", "optim.kind")
 
 
 class Progress(NamedTuple):

@@ -1,4 +1,4 @@
-"""The weights that a new run starts with, and AdamW's moments if it asks for them.
+"""The weights that a new run starts with, and the optimizer's moments if it asks for them.
 
 run.start_from          weights                          run.start_optimizer=true
 a Hugging Face model    of an OLMo 2 or Llama model      not possible: it has no moments
@@ -17,7 +17,7 @@ from conf.errors import ConfigError, Problem
 from conf.validation import build
 from data.tokenizer import Tokenizer
 from phd.config import ModelConfig
-from phd.hf.convert import starting_state, weight_shapes
+from phd.hf.convert import starting_state
 from train.checkpoint.manifest import MARKER
 from train.checkpoint.reader import Checkpoint, RejectedCheckpoint
 from train.checkpoint.store import CheckpointStore
@@ -25,7 +25,7 @@ from train.config import Config
 from train.console import warn
 from train.distributed.process_groups import ProcessGroups, raise_on_all_ranks
 from train.engines.engine import Engine
-from train.engines.optimizer import MOMENTS
+from train.engines.state_rules import state_shapes
 from train.hf.pretrained import load_pretrained
 from train.start.directory import CHECKPOINTS, OTHERWISE, Kind, kind_of
 
@@ -34,7 +34,6 @@ SHAPE = (
     *("layers", "dim", "ffn_dim", "heads", "kv_heads", "head_dim", "vocab_size"),
     *("rope_theta", "norm", "norm_eps"),
 )
-STATE = (*MOMENTS, "step")
 
 
 class Source(NamedTuple):
@@ -62,8 +61,8 @@ class Start(NamedTuple):
 
     Attributes:
         weights: by parameter name, whole, in float32.
-        optimizer: gives AdamW's state of a parameter, read from disk when it is called; None: the
-            run starts with moments of 0.
+        optimizer: gives the optimizer's state of a parameter, read from disk when it is called;
+            None: the run starts with moments of 0.
         tokenizer: the fingerprint of the tokenizer that the weights were trained with; None: a
             Hugging Face directory does not say it.
         rejected: damaged checkpoints that are newer than the one that was taken.
@@ -133,11 +132,12 @@ def _of_checkpoint(config: Config, path: Path, checkpoint: Checkpoint) -> Start:
     _check_shape(path, config.model, source)
     optimizer = None
     if config.run.start_optimizer:
-        _check_moments(checkpoint, config.model)
+        _check_state(checkpoint, config)
 
         def optimizer(name: str) -> dict[str, Tensor]:
-            names = [f"optimizer.{name}.{key}" for key in STATE]
-            return dict(zip(STATE, checkpoint.read(names).values(), strict=True))
+            prefix = f"optimizer.{name}."
+            names = [key for key in checkpoint.specs if key.startswith(prefix)]
+            return {n.removeprefix(prefix): x for n, x in checkpoint.read(names).items()}
 
     weights = starting_state(config.model, checkpoint.load_weights())
     tokenizer = checkpoint.state["stream"]["tokenizer"]
@@ -187,19 +187,27 @@ def _spelled(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _check_moments(checkpoint: Checkpoint, config: ModelConfig) -> None:
-    """Refuse a checkpoint without moments for one of the parameters, as those of new copies."""
+def _check_state(checkpoint: Checkpoint, config: Config) -> None:
+    """Refuse a checkpoint without moments for one of the parameters.
+
+    Vectors of new copies have none, and another optimizer has others.
+    """
+    before = checkpoint.state["config"]["optim"]["kind"]
+    if before != config.optim.kind:
+        raise ConfigError([_no_moments(f"{checkpoint.path} has those of optim={before}")])
     specs = checkpoint.specs
-    missing = [
-        name
-        for name, shape in weight_shapes(config).items()
-        for spec in [specs.get(f"optimizer.{name}.{MOMENTS[0]}")]
+    needed = state_shapes(config.model, config.optim)
+    missing = {
+        name.rpartition(".")[0]: None
+        for name, shape in needed.items()
+        for spec in [specs.get(f"optimizer.{name}")]
         if spec is None or spec.shape != shape
-    ]
+    }
     if missing:
         raise ConfigError([_no_moments(f"{checkpoint.path} has none for {', '.join(missing)}")])
 
 
 def _no_moments(reason: str) -> Problem:
     hint = "set run.start_optimizer=false to start with the weights alone"
-    return Problem("run.start_optimizer", True, f"AdamW's moments are asked for; {reason}", hint)
+    reason = f"the optimizer's moments are asked for; {reason}"
+    return Problem("run.start_optimizer", True, reason, hint)

@@ -18,11 +18,13 @@ from train.distributed.process_groups import ProcessGroups
 from train.engines.deepspeed_private import (
     check_json,
     disable_shared_memory_comm,
+    fragment,
     global_grad_norm,
     kept_gathered,
     shard_size,
 )
 from train.engines.limits import Limits
+from train.engines.state_rules import is_embedding
 from train.engines.zero import DeepSpeedEngine, import_deepspeed
 
 pytest.importorskip("deepspeed")
@@ -47,9 +49,9 @@ def opened(groups: ProcessGroups, stage: int) -> Iterator[DeepSpeedEngine]:
 
 
 def gradient_norms(engine: DeepSpeedEngine) -> list[float]:
-    """The norm as each call of AdamW finds it, within the step."""
+    """The norm as each call of the optimizer finds it, within the step."""
     norms: list[float] = []
-    engine.adamw.register_step_pre_hook(
+    engine.optimizer.register_step_pre_hook(
         lambda *_: norms.append(float(global_grad_norm(engine.engine.optimizer)))
     )
     rank = engine.groups.rank
@@ -75,12 +77,24 @@ def sharding(engine: DeepSpeedEngine) -> dict[str, Any]:
     return {"sizes": sizes, "released": released, "kept": kept, "after": embedding.weight.numel()}
 
 
+def pieces(engine: DeepSpeedEngine) -> dict[str, list[float]]:
+    """What `fragment` says is this rank's of each parameter."""
+    others, embeddings = (group["params"][0] for group in engine.optimizer.param_groups)
+    found = {}
+    for name, parameter in engine.model.named_parameters():
+        flat = embeddings if is_embedding(name) else others
+        found[name] = flat.detach().narrow(0, *fragment(parameter)).tolist()
+    return found
+
+
 def on_a_rank(groups: ProcessGroups, _: Path) -> dict[str, Any]:
     linear = nn.functional.linear
-    seen: dict[str, Any] = {"norms": {}}
+    seen: dict[str, Any] = {"norms": {}, "pieces": {}}
     for stage in STAGES:
         with opened(groups, stage) as engine:
             seen["norms"][stage] = gradient_norms(engine)
+            if stage < 3:
+                seen["pieces"][stage] = pieces(engine)
             if stage == 3:
                 seen |= sharding(engine)
                 seen["linear is replaced"] = nn.functional.linear is not linear
@@ -114,6 +128,18 @@ def test_the_gradients_norm_is_known_within_the_step(
         for stage in STAGES:
             assert seen["norms"][stage] == pytest.approx([norm] * len(seen["norms"][stage]))
             assert seen["norms"][stage]
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_the_ranks_parts_of_a_parameter_are_the_whole_of_it_in_their_order(
+    stage: int, ranks: list[dict[str, Any]], model: Transformer
+) -> None:
+    of_ranks = [seen["pieces"][stage] for seen in ranks]
+    cut = [name for name in of_ranks[0] if all(parts[name] for parts in of_ranks)]
+    assert cut  # at a border between ranks
+    for name, parameter in model.named_parameters():
+        whole = [value for parts in of_ranks for value in parts[name]]
+        assert whole == parameter.flatten().tolist(), name
 
 
 def test_stage_3_cuts_each_parameter_into_equal_padded_shards(

@@ -1,0 +1,138 @@
+"""Work on whole matrices whose pieces are on many ranks: each is done once, by one rank.
+
+    rank    its pieces           whole matrices                    its pieces
+    0       a0 b0 c0   --+--->   a = a0 a1       --> f(a)    --+--->   of f(a), f(b), f(c)
+    1       a1 b1 c1   --+--->   b = b0 b1, c    --> f(b), f(c)  +--->   of f(a), f(b), f(c)
+
+For P numbers in matrices, S shards and n ranks, each rank receives P / n numbers on the way there,
+and P / S on the way back. If each rank gathered all matrices instead, it would receive P numbers,
+once, and compute n times as much.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from heapq import heapify, heapreplace
+from math import prod
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from train.distributed.process_groups import ProcessGroups
+
+Shape = Sequence[int]
+
+
+def deal(costs: Sequence[float], ranks: int) -> list[int]:
+    """The rank that does each piece of work: the most costly first, to whom has the least so far.
+
+    >>> deal([1, 8, 1, 3, 4], 2)
+    [1, 0, 0, 1, 1]
+    """
+    loads = [(0.0, rank) for rank in range(ranks)]
+    heapify(loads)
+    owners = [0] * len(costs)
+    # Where costs are equal, the order is that of the work, so that all ranks deal alike.
+    for work in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        load, rank = loads[0]
+        owners[work] = rank
+        heapreplace(loads, (load + costs[work], rank))
+    return owners
+
+
+class MatrixExchange:
+    """Who does which matrix, and which part of it each rank holds.
+
+    Ranks form rows of S neighbours that hold a whole model together (FSDP2 and ZeRO: one row of
+    all; HSDP: `replicate` rows; DDP: each rank alone). A matrix lies on the ranks of a row in
+    consecutive pieces of its rows of numbers, some of which may be empty. It goes to its owner from
+    the owner's row, and comes back to all ranks. Each rank is sent one message each way.
+
+    Args:
+        shapes: of the matrices.
+        costs: of the work on each.
+        held: how many numbers of each matrix this rank holds.
+        groups: the ranks. Every rank makes this exchange.
+        shards: S.
+    """
+
+    def __init__(
+        self,
+        shapes: Sequence[Shape],
+        costs: Sequence[float],
+        held: Sequence[int],
+        *,
+        groups: ProcessGroups,
+        shards: int,
+    ) -> None:
+        self.shapes, self.rank, self.ranks = shapes, groups.rank, groups.world_size
+        self.owned: list[list[int]] = [[] for _ in range(self.ranks)]
+        for number, owner in enumerate(deal(costs, self.ranks)):
+            self.owned[owner].append(number)
+        self.sizes = groups.gather(list(held))
+        self.starts: list[list[int]] = []
+        for rank in range(self.ranks):
+            if rank % shards == 0:
+                ends = [0] * len(shapes)
+            self.starts.append(ends)
+            ends = list(map(sum, zip(ends, self.sizes[rank], strict=True)))
+            assert (rank + 1) % shards or ends == list(map(prod, shapes)), ends
+        first = self.rank - self.rank % shards
+        self.row = range(first, first + shards)
+
+    def __call__(
+        self, pieces: Sequence[Tensor], work: Callable[[Tensor], Tensor]
+    ) -> Iterator[Tensor]:
+        """This rank's pieces of `work` of each whole matrix. Every rank calls this.
+
+        Args:
+            pieces: this rank's, flat, all of one dtype. Where the rank is alone, `work` gets them.
+            work: maps a matrix, which it may overwrite, to one of the same shape and dtype.
+        """
+        if self.ranks == 1:
+            for piece, shape in zip(pieces, self.shapes, strict=True):
+                yield work(piece.view(*shape)).flatten()
+            return
+        done = {
+            number: work(whole.view(*self.shapes[number])).flatten()
+            for number, whole in self._gathered(pieces).items()
+        }
+        yield from self._scattered(done, like=pieces[0])
+
+    def _gathered(self, pieces: Sequence[Tensor]) -> dict[int, Tensor]:
+        """The whole matrices that this rank owns, flat."""
+        mine = self.owned[self.rank]
+        given, sizes = [], []
+        for rank, owned in enumerate(self.owned):
+            near = rank in self.row
+            given.append([pieces[number] for number in owned] if near else [])
+            sizes.append([self.sizes[rank][number] for number in mine] if near else [])
+        received = _exchange(given, sizes, like=pieces[0])
+        of_row = [received[rank] for rank in self.row]
+        return {number: torch.cat([x[i] for x in of_row]) for i, number in enumerate(mine)}
+
+    def _scattered(self, done: dict[int, Tensor], like: Tensor) -> list[Tensor]:
+        """This rank's pieces of all matrices, of which it owns those that are given."""
+        given = [
+            [x.narrow(0, starts[number], sizes[number]) for number, x in done.items()]
+            for starts, sizes in zip(self.starts, self.sizes, strict=True)
+        ]
+        own = self.sizes[self.rank]
+        received = _exchange(given, [[own[i] for i in owned] for owned in self.owned], like)
+        pieces: dict[int, Tensor] = {}
+        for owned, parts in zip(self.owned, received, strict=True):
+            pieces.update(zip(owned, parts, strict=True))
+        return [pieces[number] for number in range(len(self.shapes))]
+
+
+def _exchange(
+    given: Sequence[Sequence[Tensor]], sizes: Sequence[Sequence[int]], like: Tensor
+) -> list[Sequence[Tensor]]:
+    """Send each rank its tensors, in one message; return those of each rank, of known sizes."""
+    out = [tensor for tensors in given for tensor in tensors]
+    sent = torch.cat(out) if out else like.new_empty(0)
+    totals = [sum(of_rank) for of_rank in sizes]
+    received = like.new_empty(sum(totals))
+    splits = [sum(tensor.numel() for tensor in tensors) for tensors in given]
+    dist.all_to_all_single(received, sent, totals, splits)
+    parts = received.split(totals)
+    return [part.split(list(of_rank)) for part, of_rank in zip(parts, sizes, strict=True)]

@@ -1,0 +1,182 @@
+"""Muon for the matrices of the blocks, and AdamW for all other parameters, as one optimizer.
+
+    G   the gradient, clipped
+    M   <- 0.95 M + 0.05 G            momentum
+    O   =  Newton-Schulz(0.95 M + 0.05 G)
+    W   <- (1 - lr decay) W - lr c(m, n) O
+
+The mathematics is that of `torch.optim.Muon`, which works on whole matrices of one process. Here
+the matrices may be in pieces: all but Newton-Schulz treats each number alone, and that is done by
+one rank for each matrix (see `train.engines.matrix_exchange`). The pieces travel in the dtype of
+the products, to which they are rounded anyway.
+
+Queries, keys, values, gate and up are matrices of their own here, and each is orthogonalised alone.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from math import prod, sqrt
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from train.distributed.process_groups import ProcessGroups
+from train.engines.matrix_exchange import MatrixExchange, Shape
+from train.engines.newton_schulz import newton_schulz, newton_schulz_flops
+from train.engines.state_rules import MUON
+from train.settings.optim import OptimConfig
+from train.torch_private import fuse_clip_and_skip
+
+
+class Place(NamedTuple):
+    """Where this rank's piece of a matrix is.
+
+    Attributes:
+        tensor: its number among the parameters of Muon's group.
+        start, numel: of the piece in that tensor, which may hold many matrices one after another.
+    """
+
+    tensor: int
+    start: int
+    numel: int
+
+    def view(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The piece, flat, in the memory of these tensors, which are shaped as the parameters."""
+        return tensors[self.tensor].view(-1).narrow(0, self.start, self.numel)
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """Muon for the groups whose rule it is, AdamW for the others.
+
+    It clips and skips as the fused AdamW does, by the tensors `grad_scale` and `found_inf`
+    (`train.torch_private.fuse_clip_and_skip`), and never waits for the device.
+
+    Args:
+        groups: of parameters, each with its `rule`, `weight_decay` and `lr`; one of them is Muon's.
+        config: of the optimizer.
+        dtype: of the products of Newton-Schulz.
+    """
+
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+
+    def __init__(
+        self, groups: Sequence[dict[str, Any]], config: OptimConfig, dtype: torch.dtype
+    ) -> None:
+        super().__init__(groups, {"lr": config.lr})
+        self.config, self.dtype = config, dtype
+        [self.muon] = (group for group in self.param_groups if group["rule"] == MUON)
+        shapes = [parameter.shape for parameter in self.muon["params"]]
+        self.share(shapes, [Place(i, 0, prod(shape)) for i, shape in enumerate(shapes)])
+        # Both have the same groups, so that DeepSpeed replaces the parameters of both.
+        others = [group for group in self.param_groups if group["rule"] != MUON]
+        self.adamw = torch.optim.AdamW(
+            others, lr=config.lr, betas=config.betas, eps=config.eps, fused=True
+        )
+        self.adamw.state = self.state
+
+    def share(
+        self,
+        shapes: Sequence[Shape],
+        places: Sequence[Place],
+        groups: ProcessGroups | None = None,
+        shards: int = 1,
+    ) -> None:
+        """Work together with other ranks from now on, each of which calls this.
+
+        Args:
+            shapes: of the whole matrices.
+            places: where this rank's pieces of the matrices are, in their order.
+            groups: the ranks; None: this one alone.
+            shards: how many ranks hold a model together; see `MatrixExchange`.
+        """
+        self.shapes, self.places = shapes, places
+        self.exchange = MatrixExchange(
+            shapes,
+            [newton_schulz_flops(shape, self.config.ns_steps) for shape in shapes],
+            [place.numel for place in places],
+            groups=groups or ProcessGroups(),
+            shards=shards,
+        )
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Update the parameters of `param_groups`, which may be some of the groups alone."""
+        assert closure is None
+        if others := [group for group in self.param_groups if group["rule"] != MUON]:
+            self.adamw.param_groups = others
+            if self.grad_scale is not None and self.found_inf is not None:
+                fuse_clip_and_skip(self.adamw, self.grad_scale, self.found_inf)
+            self.adamw.step()
+        if len(others) < len(self.param_groups):
+            self._update_matrices()
+
+    def _update_matrices(self) -> None:
+        """One step of Muon.
+
+        A bad step, which may have any gradient, is taken with the momentum in place of the
+        gradient. That changes the momentum in nothing, and all that follows is finite, so that 0
+        times it is 0.
+        """
+        group, config = self.muon, self.config
+        parameters: list[Tensor] = group["params"]
+        applied: Tensor | float = 1.0
+        if self.found_inf is not None:
+            applied = 1 - self.found_inf
+        directions = [self._direction(parameter) for parameter in parameters]
+        pieces = [place.view(directions) for place in self.places]
+        orthogonalize = partial(newton_schulz, steps=config.ns_steps)
+        lr, decay = group["lr"], group["weight_decay"]
+        for parameter in parameters:
+            parameter.mul_(1 - lr * decay * applied)
+        updates = self.exchange(pieces, orthogonalize)
+        for place, shape, update in zip(self.places, self.shapes, updates, strict=True):
+            alpha = -lr * lr_factor(shape, config)
+            place.view(parameters).add_(update.mul_(applied), alpha=alpha)
+
+    def _direction(self, parameter: Tensor) -> Tensor:
+        """Advance a parameter's momentum; return what is orthogonalised, in a tensor of its own."""
+        momentum, decay = self.state[parameter]["momentum_buffer"], self.config.momentum
+        gradient = parameter.grad
+        assert gradient is not None
+        if self.grad_scale is not None:
+            gradient = gradient / self.grad_scale
+        if self.found_inf is not None:
+            gradient = torch.where(self.found_inf > 0, momentum, gradient)
+        momentum.lerp_(gradient, 1 - decay)
+        if self.config.nesterov:
+            return gradient.lerp(momentum, decay).to(self.dtype)
+        return momentum.to(self.dtype, copy=True)
+
+
+def lr_factor(shape: Shape, config: OptimConfig) -> float:
+    """What a matrix multiplies its learning rate by, as `adjust_lr` of `OptimConfig` says."""
+    rows, columns = shape
+    if config.adjust_lr == "original":
+        return sqrt(max(1, rows / columns))
+    return 0.2 * sqrt(max(rows, columns))
+
+
+def muon_step_bytes(
+    shapes: Sequence[Shape], dtype: torch.dtype, *, ranks: int, shards: int, flat: bool
+) -> int:
+    """The most that a step of Muon takes of a rank's memory beside weights, gradients and moments.
+
+    It is at the end of one of three parts: the last direction, the largest matrix, the way back.
+
+    Args:
+        shapes: of the matrices.
+        dtype: of the products.
+        ranks, shards: see `MatrixExchange`.
+        flat: whether all matrices lie in one tensor, as with ZeRO.
+    """
+    numbers = [prod(shape) for shape in shapes]
+    here, owned = sum(numbers) // shards, sum(numbers) // ranks if ranks > 1 else 0
+    largest = here if flat else max(numbers) // shards
+    # The matrix before and after a step, the update before it, and two squares.
+    scratch = max(3 * prod(shape) + 2 * min(shape) ** 2 for shape in shapes)
+    back = owned + 2 * here if ranks > 1 else 0
+    return dtype.itemsize * here + max(
+        8 * largest, dtype.itemsize * (2 * owned + scratch), dtype.itemsize * back
+    )
