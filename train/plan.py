@@ -43,7 +43,7 @@ from train.costs.text import Text, look_at_text
 from train.engines.accelerators import ACCELERATORS, accelerator, accelerator_of_device
 from train.engines.attention import planned_attention
 from train.engines.device import machine_memory, precision
-from train.engines.memory import fit, predict_memory
+from train.engines.memory import fit, predict_memory, shard_counts
 
 
 def make_plan(
@@ -76,7 +76,7 @@ def make_plan(
     config = fitted.config
     compute = _compute(config, text)
     step_flops = config.train.tokens_per_step * compute.flops
-    optimizer = optimizer_cost(config, dtype, world_size)
+    optimizer = optimizer_cost(config, dtype, world_size, shard_counts(config, world_size)[-1])
     plan = Plan(
         config=config,
         world_size=world_size,

@@ -6,7 +6,6 @@ import torch
 
 from train.config import Config
 from train.engines.matrix_exchange import deal
-from train.engines.memory import shard_counts
 from train.engines.newton_schulz import newton_schulz_flops
 from train.engines.state_rules import matrix_shapes
 
@@ -27,11 +26,14 @@ class OptimizerCost(NamedTuple):
     received: int
 
 
-def optimizer_cost(config: Config, dtype: torch.dtype, world_size: int) -> OptimizerCost | None:
+def optimizer_cost(
+    config: Config, dtype: torch.dtype, world_size: int, shards: int
+) -> OptimizerCost | None:
     """The cost of a step of Muon on `world_size` ranks; None: the optimizer is AdamW alone.
 
     Args:
         dtype: of the matrix products.
+        shards: into how many the moments are divided.
     """
     shapes = list(matrix_shapes(config.model, config.optim).values())
     if not shapes:
@@ -41,7 +43,6 @@ def optimizer_cost(config: Config, dtype: torch.dtype, world_size: int) -> Optim
     for cost, owner in zip(costs, deal(costs, world_size), strict=True):
         loads[owner] += cost
     parameters = sum(shape.numel() for shape in shapes)
-    *_, shards = shard_counts(config, world_size)
     # Of each matrix that a rank owns or has a part of, it has some numbers already.
     there = parameters / world_size * (1 - 1 / shards)
     back = parameters / shards * (1 - 1 / world_size)

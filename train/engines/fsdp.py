@@ -20,8 +20,14 @@ from train.distributed.process_groups import ProcessGroups
 from train.engines.device import autocast
 from train.engines.engine import Engine
 from train.engines.limits import Limits
-from train.engines.muon import MuonAdamW, Place
-from train.engines.optimizer import add_state, optimizer_of, set_clip_and_skip, set_lr
+from train.engines.muon import Place
+from train.engines.optimizer import (
+    add_state,
+    optimizer_of,
+    set_clip_and_skip,
+    set_lr,
+    share_matrices,
+)
 from train.engines.parallelize import drop_unreduced_gradients, parallelize, sharded_modules
 from train.engines.rounded_weights import RoundedWeights
 from train.engines.state_rules import STEP, matrix_shapes
@@ -58,8 +64,9 @@ class FsdpEngine(Engine):
         self.shards = {name: _local(p.detach()) for name, p in self.parameters.items()}
         self.optimizer = optimizer_of(self.shards, config.optim, self.dtype)
         add_state(self.optimizer)
-        if isinstance(self.optimizer, MuonAdamW):
-            self._share_matrices(self.optimizer)
+        shapes = matrix_shapes(config.model, config.optim)
+        places = [Place(i, 0, self.shards[name].numel()) for i, name in enumerate(shapes)]
+        share_matrices(self.optimizer, shapes, places, groups, self._shard_count)
         # Where weights are sharded, FSDP2 rounds the shards that it gathers.
         exact = isinstance(self.model_with_loss, FSDPModule)
         self.rounded = RoundedWeights(self.model, torch.float32 if exact else self.dtype)
@@ -186,16 +193,12 @@ class FsdpEngine(Engine):
             }
             yield {f"model.{name}": parameter.detach(), **state}
 
-    def _share_matrices(self, optimizer: MuonAdamW) -> None:
-        """Tell Muon which rows of each matrix are on this rank."""
-        shards = 1
-        if isinstance(self.model_with_loss, FSDPModule):
-            weight = next(iter(self.parameters.values()))
-            assert isinstance(weight, DTensor)
-            shards = weight.device_mesh.size(-1)  # of HSDP's mesh, the last axis shards
-        shapes = matrix_shapes(self.config.model, self.config.optim)
-        places = [Place(i, 0, self.shards[name].numel()) for i, name in enumerate(shapes)]
-        optimizer.share(list(shapes.values()), places, self.groups, shards)
+    @property
+    def _shard_count(self) -> int:
+        """How many ranks hold the model together."""
+        weight = next(iter(self.parameters.values()))
+        # The last axis of the mesh shards; HSDP's first one replicates.
+        return weight.device_mesh.size(-1) if isinstance(weight, DTensor) else 1
 
     def _reshard(self) -> None:
         """Free the gathered weights; each rank keeps its shards."""

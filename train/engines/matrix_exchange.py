@@ -17,8 +17,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from train.distributed.process_groups import ProcessGroups
-
 Shape = Sequence[int]
 
 
@@ -50,8 +48,8 @@ class MatrixExchange:
     Args:
         shapes: of the matrices.
         costs: of the work on each.
-        held: how many numbers of each matrix this rank holds.
-        groups: the ranks. Every rank makes this exchange.
+        sizes: by rank, how many numbers of each matrix it holds.
+        rank: this one.
         shards: S.
     """
 
@@ -59,25 +57,23 @@ class MatrixExchange:
         self,
         shapes: Sequence[Shape],
         costs: Sequence[float],
-        held: Sequence[int],
+        sizes: Sequence[Sequence[int]],
         *,
-        groups: ProcessGroups,
+        rank: int,
         shards: int,
     ) -> None:
-        self.shapes, self.rank, self.ranks = shapes, groups.rank, groups.world_size
-        self.owned: list[list[int]] = [[] for _ in range(self.ranks)]
+        self.shapes, self.sizes, self.rank, self.ranks = shapes, sizes, rank, len(sizes)
+        self.owned: list[list[int]] = [[] for _ in sizes]
         for number, owner in enumerate(deal(costs, self.ranks)):
             self.owned[owner].append(number)
-        self.sizes = groups.gather(list(held))
+        self.row = range(rank - rank % shards, rank - rank % shards + shards)
         self.starts: list[list[int]] = []
-        for rank in range(self.ranks):
-            if rank % shards == 0:
-                ends = [0] * len(shapes)
-            self.starts.append(ends)
-            ends = list(map(sum, zip(ends, self.sizes[rank], strict=True)))
-            assert (rank + 1) % shards or ends == list(map(prod, shapes)), ends
-        first = self.rank - self.rank % shards
-        self.row = range(first, first + shards)
+        for first in range(0, self.ranks, shards):
+            ends = [0] * len(shapes)
+            for held in sizes[first : first + shards]:
+                self.starts.append(ends)
+                ends = list(map(sum, zip(ends, held, strict=True)))
+            assert ends == list(map(prod, shapes)), ends
 
     def __call__(
         self, pieces: Sequence[Tensor], work: Callable[[Tensor], Tensor]

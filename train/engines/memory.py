@@ -35,7 +35,7 @@ from conf.wording import byte_size
 from phd.model import count_parameters
 from train.config import Config
 from train.engines.footprint import Footprint, Pass, Recompute, block_footprints, head_footprint
-from train.engines.muon import muon_step_bytes
+from train.engines.newton_schulz import muon_step_bytes
 from train.engines.state_rules import matrix_shapes, moment_bytes
 from train.settings.engine import DeepSpeedConfig, FsdpConfig
 

@@ -21,10 +21,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from train.distributed.process_groups import ProcessGroups
-from train.engines.matrix_exchange import MatrixExchange, Shape
-from train.engines.newton_schulz import newton_schulz, newton_schulz_flops
-from train.engines.state_rules import MUON
+from train.engines.matrix_exchange import MatrixExchange
+from train.engines.newton_schulz import Shape, newton_schulz, newton_schulz_flops
 from train.settings.optim import OptimConfig
 from train.torch_private import fuse_clip_and_skip
 
@@ -47,13 +45,13 @@ class Place(NamedTuple):
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """Muon for the groups whose rule it is, AdamW for the others.
+    """Muon for one group of parameters, AdamW for the others.
 
     It clips and skips as the fused AdamW does, by the tensors `grad_scale` and `found_inf`
     (`train.torch_private.fuse_clip_and_skip`), and never waits for the device.
 
     Args:
-        groups: of parameters, each with its `rule`, `weight_decay` and `lr`; one of them is Muon's.
+        groups: of parameters, each with its `rule`, `weight_decay` and `lr`; the last is Muon's.
         config: of the optimizer.
         dtype: of the products of Newton-Schulz.
     """
@@ -66,11 +64,11 @@ class MuonAdamW(torch.optim.Optimizer):
     ) -> None:
         super().__init__(groups, {"lr": config.lr})
         self.config, self.dtype = config, dtype
-        [self.muon] = (group for group in self.param_groups if group["rule"] == MUON)
+        *others, self.muon = self.param_groups
         shapes = [parameter.shape for parameter in self.muon["params"]]
-        self.share(shapes, [Place(i, 0, prod(shape)) for i, shape in enumerate(shapes)])
+        numbers = [prod(shape) for shape in shapes]
+        self.share(shapes, [Place(i, 0, n) for i, n in enumerate(numbers)], [numbers])
         # Both have the same groups, so that DeepSpeed replaces the parameters of both.
-        others = [group for group in self.param_groups if group["rule"] != MUON]
         self.adamw = torch.optim.AdamW(
             others, lr=config.lr, betas=config.betas, eps=config.eps, fused=True
         )
@@ -80,7 +78,8 @@ class MuonAdamW(torch.optim.Optimizer):
         self,
         shapes: Sequence[Shape],
         places: Sequence[Place],
-        groups: ProcessGroups | None = None,
+        sizes: Sequence[Sequence[int]],
+        rank: int = 0,
         shards: int = 1,
     ) -> None:
         """Work together with other ranks from now on, each of which calls this.
@@ -88,23 +87,17 @@ class MuonAdamW(torch.optim.Optimizer):
         Args:
             shapes: of the whole matrices.
             places: where this rank's pieces of the matrices are, in their order.
-            groups: the ranks; None: this one alone.
-            shards: how many ranks hold a model together; see `MatrixExchange`.
+            sizes, rank, shards: see `MatrixExchange`.
         """
         self.shapes, self.places = shapes, places
-        self.exchange = MatrixExchange(
-            shapes,
-            [newton_schulz_flops(shape, self.config.ns_steps) for shape in shapes],
-            [place.numel for place in places],
-            groups=groups or ProcessGroups(),
-            shards=shards,
-        )
+        costs = [newton_schulz_flops(shape, self.config.ns_steps) for shape in shapes]
+        self.exchange = MatrixExchange(shapes, costs, sizes, rank=rank, shards=shards)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Update the parameters of `param_groups`, which may be some of the groups alone."""
         assert closure is None
-        if others := [group for group in self.param_groups if group["rule"] != MUON]:
+        if others := [g for g in self.param_groups if g["rule"] != self.muon["rule"]]:
             self.adamw.param_groups = others
             if self.grad_scale is not None and self.found_inf is not None:
                 fuse_clip_and_skip(self.adamw, self.grad_scale, self.found_inf)
@@ -156,27 +149,3 @@ def lr_factor(shape: Shape, config: OptimConfig) -> float:
     if config.adjust_lr == "original":
         return sqrt(max(1, rows / columns))
     return 0.2 * sqrt(max(rows, columns))
-
-
-def muon_step_bytes(
-    shapes: Sequence[Shape], dtype: torch.dtype, *, ranks: int, shards: int, flat: bool
-) -> int:
-    """The most that a step of Muon takes of a rank's memory beside weights, gradients and moments.
-
-    It is at the end of one of three parts: the last direction, the largest matrix, the way back.
-
-    Args:
-        shapes: of the matrices.
-        dtype: of the products.
-        ranks, shards: see `MatrixExchange`.
-        flat: whether all matrices lie in one tensor, as with ZeRO.
-    """
-    numbers = [prod(shape) for shape in shapes]
-    here, owned = sum(numbers) // shards, sum(numbers) // ranks if ranks > 1 else 0
-    largest = here if flat else max(numbers) // shards
-    # The matrix before and after a step, the update before it, and two squares.
-    scratch = max(3 * prod(shape) + 2 * min(shape) ** 2 for shape in shapes)
-    back = owned + 2 * here if ranks > 1 else 0
-    return dtype.itemsize * here + max(
-        8 * largest, dtype.itemsize * (2 * owned + scratch), dtype.itemsize * back
-    )

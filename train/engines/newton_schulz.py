@@ -1,8 +1,12 @@
 """Newton-Schulz iterations, which make a matrix nearly orthogonal (arXiv 2409.20325)."""
 
 from collections.abc import Sequence
+from math import prod
 
+import torch
 from torch import Tensor, addmm
+
+Shape = Sequence[int]
 
 # Those of `torch.optim.Muon`, from Keller Jordan's post: the steepest slope at 0, for few steps.
 A, B, C = 3.4445, -4.7750, 2.0315
@@ -35,7 +39,31 @@ def newton_schulz(x: Tensor, steps: int) -> Tensor:
     return wide.mT if tall else wide
 
 
-def newton_schulz_flops(shape: Sequence[int], steps: int) -> int:
+def newton_schulz_flops(shape: Shape, steps: int) -> int:
     """FLOPs of `newton_schulz` of a matrix with sides m <= n: 4 m^2 n + 2 m^3 for each step."""
     short, long = sorted(shape)
     return steps * (4 * short * short * long + 2 * short**3)
+
+
+def muon_step_bytes(
+    shapes: Sequence[Shape], dtype: torch.dtype, *, ranks: int, shards: int, flat: bool
+) -> int:
+    """The most that a step of Muon takes of a rank's memory beside weights, gradients and moments.
+
+    It is at the end of one of three parts: the last direction, the largest matrix, the way back.
+
+    Args:
+        shapes: of the matrices.
+        dtype: of the products.
+        ranks, shards: see `train.engines.matrix_exchange`.
+        flat: whether all matrices lie in one tensor, as with ZeRO.
+    """
+    numbers = [prod(shape) for shape in shapes]
+    here, owned = sum(numbers) // shards, sum(numbers) // ranks if ranks > 1 else 0
+    largest = here if flat else max(numbers) // shards
+    # The matrix before and after a step, the update before it, and two squares.
+    scratch = max(3 * prod(shape) + 2 * min(shape) ** 2 for shape in shapes)
+    back = owned + 2 * here if ranks > 1 else 0
+    return dtype.itemsize * here + max(
+        8 * largest, dtype.itemsize * (2 * owned + scratch), dtype.itemsize * back
+    )

@@ -1,11 +1,12 @@
 """The optimizer of a run, AdamW (arXiv 1711.05101) or Muon with it, which clips and skips."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from train.engines.muon import MuonAdamW
+from train.distributed.process_groups import ProcessGroups
+from train.engines.muon import MuonAdamW, Place
 from train.engines.state_rules import ADAMW, MUON, STEP, Rule, is_embedding, rules_of
 from train.settings.optim import OptimConfig
 from train.torch_private import fuse_clip_and_skip
@@ -53,6 +54,26 @@ def optimizer_of(
     if config.kind == "muon":
         return MuonAdamW([*groups, group(MUON, False, config.muon_lr or config.lr)], config, dtype)
     return torch.optim.AdamW(groups, betas=config.betas, eps=config.eps, fused=True)
+
+
+def share_matrices(
+    optimizer: torch.optim.Optimizer,
+    shapes: Mapping[str, torch.Size],
+    places: Sequence[Place],
+    groups: ProcessGroups,
+    shards: int,
+) -> None:
+    """Have the ranks share Muon's work on matrices; AdamW has none. Every rank calls this.
+
+    Args:
+        shapes: of the whole matrices, in the order of the parameters.
+        places: where this rank's piece of each is among Muon's parameters.
+        groups: the ranks.
+        shards: how many neighbouring ranks hold a whole model together.
+    """
+    if isinstance(optimizer, MuonAdamW):
+        sizes = groups.gather([place.numel for place in places])
+        optimizer.share(list(shapes.values()), places, sizes, groups.rank, shards)
 
 
 def add_state(optimizer: torch.optim.Optimizer) -> None:

@@ -50,8 +50,14 @@ from train.engines.deepspeed_private import (
 from train.engines.device import autocast
 from train.engines.engine import Engine
 from train.engines.limits import Limits
-from train.engines.muon import MuonAdamW, Place
-from train.engines.optimizer import add_state, optimizer_of, set_clip_and_skip, set_lr
+from train.engines.muon import Place
+from train.engines.optimizer import (
+    add_state,
+    optimizer_of,
+    set_clip_and_skip,
+    set_lr,
+    share_matrices,
+)
 from train.engines.state_rules import STEP, is_embedding, matrix_shapes, rules_of
 from train.settings.engine import DeepSpeedConfig
 
@@ -97,8 +103,7 @@ class DeepSpeedEngine(Engine):
             model=self.model_with_loss, optimizer=self.optimizer, config=json
         )
         self.model_with_loss = self.engine
-        if isinstance(self.optimizer, MuonAdamW):
-            self._share_matrices(self.optimizer)
+        self._share_matrices()
         self._make_moments()
 
     def _make_weights(self, json: dict[str, Any]) -> None:
@@ -121,7 +126,7 @@ class DeepSpeedEngine(Engine):
         add_state(self.optimizer)
         self._skipped_step()
 
-    def _share_matrices(self, optimizer: MuonAdamW) -> None:
+    def _share_matrices(self) -> None:
         """Tell Muon which part of each matrix is on this rank.
 
         At stages 1 and 2 all parameters of a group lie one after another in one tensor, of which
@@ -134,7 +139,7 @@ class DeepSpeedEngine(Engine):
         else:
             places = [Place(0, *fragment(parameter)) for parameter in parameters]
         shards = self.groups.world_size if self.stage else 1
-        optimizer.share(list(shapes.values()), places, self.groups, shards)
+        share_matrices(self.optimizer, shapes, places, self.groups, shards)
 
     def grad_sync(self, last: bool) -> AbstractContextManager[object]:
         self.engine.set_gradient_accumulation_boundary(last)

@@ -23,8 +23,8 @@ from train.compose import load
 from train.distributed.process_groups import ProcessGroups
 from train.engines.footprint import LiveBytes
 from train.engines.limits import Limits
-from train.engines.muon import MuonAdamW, muon_step_bytes
-from train.engines.newton_schulz import newton_schulz, newton_schulz_flops
+from train.engines.muon import MuonAdamW
+from train.engines.newton_schulz import muon_step_bytes, newton_schulz, newton_schulz_flops
 from train.engines.optimizer import build_optimizer, set_clip_and_skip
 from train.engines.state_rules import moment_bytes, state_shapes
 from train.loop import train_step
