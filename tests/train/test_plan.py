@@ -259,6 +259,31 @@ def test_ranks_share_the_batch_the_memory_and_the_time() -> None:
     assert "1 forward pass on each of 8 ranks" in printed(eight)
 
 
+def test_what_muon_takes_is_told_and_slows_the_assumed_speed() -> None:
+    given = ("run.dir=/nowhere", "engine=fsdp")
+    adamw = plan_of(*given, device="H100")
+    plan, shared = (plan_of(*given, "optim=muon", device="H100", processes=n) for n in (1, 8))
+    matrices = adamw.parameters["attention"] + adamw.parameters["feed-forward"]
+    one, eight = plan.optimizer, shared.optimizer
+    assert one is not None
+    assert eight is not None
+    assert one.parameters == matrices
+    assert one.busiest == one.flops == eight.flops
+    assert one.flops / 8 <= eight.busiest < one.flops / 4
+    # Of a shard of 1/8 in bf16, 7/8 come from others, on the way there and on the way back.
+    assert (one.received, eight.received) == (0, 2 * 2 * matrices // 8 * 7 // 8)
+    assert plan.memory.moments == adamw.memory.moments - 4 * matrices
+    assert plan.disk.checkpoint == adamw.disk.checkpoint - 4 * matrices
+    step = plan.config.train.tokens_per_step * plan.compute.flops
+    assert plan.flops == adamw.flops
+    assert plan.time_s == pytest.approx(adamw.time_s * (1 + one.flops / step))
+    assert plan.to_json()["optimizer"]["flops"] == one.flops
+    assert "FLOPs a step of Newton-Schulz, 22 % of the training FLOPs" in printed(plan)
+    assert "of 8 ranks has" in printed(shared)
+    assert adamw.optimizer is None
+    assert "Newton" not in printed(adamw)
+
+
 @pytest.mark.parametrize(
     ("overrides", "given", "told"),
     [

@@ -87,7 +87,9 @@ def bench_step(config: Config, repeat: int, device: torch.device, *, short: bool
     ratios = _ratios(model.size, flops, times)
     subject = f"{subject_of(model, device)}\n{kernels}"
     if not any(name.startswith("transformers") for name in builds):
-        subject += "; transformers is not installed, and left out"
+        missing = config.optim.kind == "adamw"
+        reason = "is not installed" if missing else f"has no optim.kind={config.optim.kind} here"
+        subject += f"; transformers {reason}, and is left out"
     return Result(table, ratios, subject, panels=[panel])
 
 
@@ -237,9 +239,10 @@ def _transformers_steps(
 ) -> dict[str, Build]:
     """The steps of `Olmo2ForCausalLM`: with each attention that is installed, and compiled.
 
-    None where transformers is missing, as on a bare machine that is to be measured.
+    None where transformers is missing, as on a bare machine that is to be measured, and none where
+    the optimizer is not AdamW: Muon knows this project's matrices by their names.
     """
-    if find_spec("transformers") is None:
+    if find_spec("transformers") is None or config.optim.kind != "adamw":
         return {}
     from transformers.utils import is_flash_attn_2_available
 

@@ -17,8 +17,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-Shape = Sequence[int]
-
 
 def deal(costs: Sequence[float], ranks: int) -> list[int]:
     """The rank that does each piece of work: the most costly first, to whom has the least so far.
@@ -55,7 +53,7 @@ class MatrixExchange:
 
     def __init__(
         self,
-        shapes: Sequence[Shape],
+        shapes: Sequence[torch.Size],
         costs: Sequence[float],
         sizes: Sequence[Sequence[int]],
         *,

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from train.engines.matrix_exchange import MatrixExchange
-from train.engines.newton_schulz import Shape, newton_schulz, newton_schulz_flops
+from train.engines.newton_schulz import newton_schulz, newton_schulz_flops
 from train.settings.optim import OptimConfig
 from train.torch_private import fuse_clip_and_skip
 
@@ -76,7 +76,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
     def share(
         self,
-        shapes: Sequence[Shape],
+        shapes: Sequence[torch.Size],
         places: Sequence[Place],
         sizes: Sequence[Sequence[int]],
         rank: int = 0,
@@ -143,7 +143,7 @@ class MuonAdamW(torch.optim.Optimizer):
         return momentum.to(self.dtype, copy=True)
 
 
-def lr_factor(shape: Shape, config: OptimConfig) -> float:
+def lr_factor(shape: torch.Size, config: OptimConfig) -> float:
     """What a matrix multiplies its learning rate by, as `adjust_lr` of `OptimConfig` says."""
     rows, columns = shape
     if config.adjust_lr == "original":

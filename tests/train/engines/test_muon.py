@@ -102,7 +102,7 @@ def test_in_float32_the_singular_values_are_mapped_by_the_polynomial(
 
 
 def test_its_flops_are_those_of_its_products() -> None:
-    for shape in [(5, 9), (9, 5), (6, 6)]:
+    for shape in map(torch.Size, [(5, 9), (9, 5), (6, 6)]):
         with FlopCounterMode(display=False) as counter:
             newton_schulz(torch.randn(shape), steps=3)
         assert counter.get_total_flops() == newton_schulz_flops(shape, steps=3)
