@@ -14,7 +14,7 @@ from rich.progress import Progress
 
 from conf.errors import ConfigError
 from conf.validation import build
-from conf.wording import plural
+from conf.wording import byte_size, plural
 from data.sources.token_files import write_tokens
 from phd.flops import training_flops_per_token
 from phd.model import count_parameters
@@ -22,6 +22,7 @@ from train import compose
 from train.arguments import PlanArguments
 from train.compose import load
 from train.costs.duration import measure
+from train.costs.optimizer import optimizer_cost
 from train.costs.plan import Plan
 from train.costs.plan_table import print_plan
 from train.costs.text import SourceText, Text, look_at_text
@@ -260,11 +261,10 @@ def test_ranks_share_the_batch_the_memory_and_the_time() -> None:
 
 
 def test_what_muon_takes_is_told_and_slows_the_assumed_speed() -> None:
-    given = ("run.dir=/nowhere", "engine=fsdp")
-    adamw = plan_of(*given, device="H100")
-    plan, shared = (plan_of(*given, "optim=muon", device="H100", processes=n) for n in (1, 8))
+    given = ("run.dir=/nowhere", "engine.compile=false")
+    adamw, plan = (plan_of(*given, f"optim={kind}", device="H100") for kind in ("adamw", "muon"))
     matrices = adamw.parameters["attention"] + adamw.parameters["feed-forward"]
-    one, eight = plan.optimizer, shared.optimizer
+    one, eight = plan.optimizer, optimizer_cost(plan.config, torch.bfloat16, 8, shards=8)
     assert one is not None
     assert eight is not None
     assert one.parameters == matrices
@@ -279,7 +279,9 @@ def test_what_muon_takes_is_told_and_slows_the_assumed_speed() -> None:
     assert plan.time_s == pytest.approx(adamw.time_s * (1 + one.flops / step))
     assert plan.to_json()["optimizer"]["flops"] == one.flops
     assert "FLOPs a step of Newton-Schulz, 22 % of the training FLOPs" in printed(plan)
-    assert "of 8 ranks has" in printed(shared)
+    told = printed(replace(plan, world_size=8, optimizer=eight, config=load(["optim=muon"])))
+    received = byte_size(eight.received)
+    assert f"the busiest of 8 ranks has 17 % of them, and each receives {received}" in told
     assert adamw.optimizer is None
     assert "Newton" not in printed(adamw)
 
