@@ -300,9 +300,9 @@ def test_what_deepspeed_would_do_otherwise_is_refused_by_name(override: str) -> 
     assert [str(problem) for problem in error.value.problems] == [REFUSED[override]]
 
 
-def test_a_run_goes_on_with_the_optimizer_that_it_has_begun_with(small, trained) -> None:
+def test_a_run_goes_on_with_the_optimizer_it_began_with(small, trained, opened) -> None:
     first = load(small("optim=muon", "train.max_steps=2"))
-    trained(first)
+    state = flatten(trained(first).run.engine.state())
     for other, told in {
         ("optim=adamw",): "optim.kind was 'muon' and is now 'adamw'",
         ("run.name=new", f"run.start_from={first.run_dir}", "run.start_optimizer=true"): (
@@ -312,4 +312,9 @@ def test_a_run_goes_on_with_the_optimizer_that_it_has_begun_with(small, trained)
         into = small() if "optim=adamw" in other else small(f"run.dir={first.run_dir}-other")
         with pytest.raises(ConfigError, match=told):
             trained(load([*into, *other]))
+    given = (f"run.dir={first.run_dir}-third", f"run.start_from={first.run_dir}", "optim=muon")
+    started = flatten(opened(load(small(*given, "run.start_optimizer=true"))).engine.state())
+    names = [name for name in state if not name.startswith("random.")]
+    assert any(name.endswith("momentum_buffer") for name in names)
+    assert all(torch.equal(started[name], state[name]) for name in names)
     assert trained(load(small("optim=muon", "train.max_steps=3"))).record.step == 3
