@@ -20,6 +20,7 @@ DECIDED_ELSEWHERE = {
     "gradient_accumulation_steps": "train.micro_batch",
     "gradient_clipping": "optim.grad_clip",
     "optimizer": "optim",
+    "zero_allow_untested_optimizer": "optim",
     "scheduler": "schedule",
     "fp16": "engine.precision",
     "bf16": "engine.precision",
@@ -30,7 +31,8 @@ DECIDED_ELSEWHERE = {
 
 # Keys with which DeepSpeed would take another optimizer step than the other engines do. The loss is
 # already divided by the number of targets on all ranks, so gradients must be summed, not averaged;
-# and bad steps are skipped in an optimizer that these features bypass.
+# and bad steps are skipped in an optimizer that these features bypass. With the last key, training
+# is the same, but `safe_get_full_fp32_param` and the like reorder parameters only in part.
 ANOTHER_SUM = "gradients are summed over ranks; the loss is already a mean over all targets"
 ANOTHER_ADAMW = "it updates weights without the optimizer that skips bad steps"
 ANOTHER_PLACE = "DeepSpeed would save the weights of one parameter as those of another"
@@ -44,8 +46,8 @@ IMPOSSIBLE = {
 }
 
 # Keys with which DeepSpeed says nothing and does otherwise than `optim.kind: muon` means. Its own
-# Muon is refused as `optimizer`: it looks for "embed" in names, takes AdamW where it finds no
-# matrix, and orthogonalises before it clips.
+# Muon is refused as `optimizer`: it goes by "embed" and "lm_head" in names, so that it would take
+# `head` for a matrix of a block, and it orthogonalises before it clips.
 ANOTHER_MUON = {
     "offload_optimizer": (
         "optim.kind=muon would make its matrix products on the host",

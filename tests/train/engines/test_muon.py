@@ -288,6 +288,10 @@ REFUSED = {
     f"{FSDP}",
     f"{ZERO}save_muon_momentum_buffer_in_memory=true": f"{ZERO}save_muon_momentum_buffer_in_memory"
     "=true: it is of DeepSpeed's own Muon, and here it would change nothing; leave it out",
+    f"{ZERO}round_robin_gradients=true": f"{ZERO}round_robin_gradients: DeepSpeed would save the "
+    "weights of one parameter as those of another; leave it out",
+    "engine.deepspeed.zero_allow_untested_optimizer=false": "engine.deepspeed."
+    "zero_allow_untested_optimizer: follows from optim; set that instead",
     "engine.deepspeed.optimizer.type=Muon": "engine.deepspeed.optimizer: follows from optim; set "
     "that instead",
 }
