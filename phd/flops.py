@@ -7,7 +7,7 @@ from itertools import count
 from typing import NamedTuple
 
 from phd.config import ModelConfig
-from phd.pattern import Pattern
+from phd.pattern import Pattern, patterns_of
 
 
 class Flops(NamedTuple):
@@ -28,24 +28,23 @@ def forward_flops(config: ModelConfig, *documents: int) -> Flops:
     4 H per head, for the score and for the weighted value. Norms, RoPE, softmax and the embedding
     are not counted, as is customary (arXiv 2204.02311, appendix B). Work that the model skips is
     not counted either: the last layer computes only keys and values for all copies but the last,
-    the first layer projects copies once where they are still equal, the LM head runs on one copy.
+    the first layer projects copies once where they are still equal, hidden copies that nobody sees
+    have no keys, the LM head runs on one copy.
     """
-    pattern, lengths, tokens = Pattern.of(config), Counter(documents), sum(documents)
+    lengths, tokens = Counter(documents), sum(documents)
     K, H, D = config.K, config.head_dim, config.dim
     query = 2 * D * config.heads * H
     keys = 2 * 2 * D * config.kv_heads * H
     output = query
     ffn = 3 * 2 * D * config.ffn_dim
-    pairs = {
-        queries: sum(n * _pairs(pattern, length, queries) for length, n in lengths.items())
-        for queries in {1, K}
-    }
     linear = attention = 0
-    for layer in range(config.layers):
+    for layer, pattern in enumerate(patterns_of(config)):
         queries = 1 if layer == config.layers - 1 else K
-        distinct = 1 if layer == 0 and not config.copy_embedding else K
-        linear += min(queries, distinct) * query + distinct * keys + queries * (output + ffn)
-        attention += 4 * H * config.heads * pairs[queries]
+        distinct = K if layer else config.distinct_inputs
+        linear += min(queries, distinct) * query + queries * (output + ffn)
+        linear += min(pattern.key_copies, distinct) * keys
+        pairs = sum(n * _pairs(pattern, length, queries) for length, n in lengths.items())
+        attention += 4 * H * config.heads * pairs
     return Flops(linear * tokens + 2 * D * config.vocab_size * tokens, attention)
 
 

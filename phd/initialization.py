@@ -14,7 +14,7 @@ def initial_weights(model: nn.Module, seed: int) -> Iterator[tuple[str, Tensor]]
     """The name of each parameter of a `Transformer` on any device, and its value on the CPU.
 
         parameter                 standard deviation
-        embed, q k v              1 / sqrt(2.5 D)                    truncated at 3 sigma
+        embed, copy_input, q k v  1 / sqrt(2.5 D)                    truncated at 3 sigma
         head                      1 / sqrt(2.5 D)                    truncated at 3 sigma
           with head_init fan_in   1 / sqrt(D)                        truncated at 3 sigma
         gate, up                  1 / sqrt(2.5 D)                    truncated at 3 sigma

@@ -14,7 +14,7 @@ from phd.initialization import initial_weights
 from phd.linear import Linear, fuse_weights, project
 from phd.loss import Loss, cross_entropy_per_target, next_token_loss
 from phd.norm import RMSNorm
-from phd.pattern import Pattern
+from phd.pattern import Pattern, patterns_of
 from phd.rope import Rope, rotate
 from phd.segments import Segments
 from phd.torch_private import has_hooks
@@ -39,6 +39,9 @@ class RowContext:
     def select_queries(self, x: Tensor) -> Tensor:
         return x[:, -1:] if self.last_copy_only else x
 
+    def select_keys(self, x: Tensor) -> Tensor:
+        return x if self.pattern.key_copies == self.pattern.K else x[:, : self.pattern.key_copies]
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = self.rotated(q, k, v)
         return attend(q, k, v, self.pattern, self.backend, self.segments)
@@ -46,9 +49,9 @@ class RowContext:
     def rotated(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What `phd.attention.attend` takes: (B, heads, copies, T, H), rotated by RoPE."""
         cos, sin = self.rope
-        K, Q = self.pattern.K, 1 if self.last_copy_only else self.pattern.K
+        K, Q = self.pattern.key_copies, 1 if self.last_copy_only else self.pattern.K
         q = rotate(q, cos[:, -Q:], sin[:, -Q:])
-        k, v = rotate(k, cos, sin), v.transpose(1, 2)
+        k, v = rotate(k, cos[:, :K], sin[:, :K]), v.transpose(1, 2)
         # Copies that are still equal were projected once.
         q, k, v = (x.expand(-1, -1, copies, -1, -1) for x, copies in ((q, Q), (k, K), (v, K)))
         return q, k, v
@@ -58,9 +61,9 @@ class Transformer(nn.Module):
     """A decoder that computes K copies of each token and predicts from the last.
 
         tokens (B, T)
-          | embed, + copy_embedding
+          | embed, copy_input, + copy_embedding
         x (B, K, T, D)          equal copies are kept as one until attention tells them apart
-          | blocks[0 .. L-2]    every copy
+          | blocks[0 .. L-2]    every copy; with free_pause only originals have keys and values
           | blocks[L-1]         keys and values of every copy, all else of the last alone
           | norm
         hidden (B, T, D)        the last copy
@@ -73,8 +76,13 @@ class Transformer(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.pattern = Pattern.of(config)
+        self.patterns = patterns_of(config)
         self.embed = nn.Embedding(config.vocab_size, config.dim)
+        if config.hidden_input != "token":
+            # Copy s has the rows from (s-1) * V on of one table, or all have one row.
+            tables = config.hidden_input == "table"
+            rows = (config.K - 1) * config.vocab_size if tables else 1
+            self.copy_input = nn.Embedding(rows, config.dim)
         if config.copy_embedding:
             self.copy_embed = nn.Embedding(config.K, config.dim)
         self.rope = Rope(config)
@@ -115,11 +123,13 @@ class Transformer(nn.Module):
 
         No weight changes: all copies go through the same ones. `config` says the new K, so that
         whatever computes with the model (a cache, a count of FLOPs) follows. Vectors of
-        `copy_embedding` that are for further copies wait.
+        `copy_embedding`, and tables of `copy_input`, that are for further copies wait.
         """
         self.config = replace(self.config, K=K)
         assert not self.config.copy_embedding or len(self.copy_embed.weight) >= K, K
-        self.pattern = Pattern.of(self.config)
+        tables = (K - 1) * self.config.vocab_size
+        assert self.config.hidden_input != "table" or len(self.copy_input.weight) >= tables, K
+        self.patterns = patterns_of(self.config)
         self.rope.set_copies(K)
         return self
 
@@ -153,10 +163,11 @@ class Transformer(nn.Module):
             )
         x = self.embedded(tokens)
         rope = self.rope.tables(T, segments)
-        for i, block in enumerate(self.blocks):
+        layers = zip(self.blocks, self.patterns, strict=True)
+        for i, (block, pattern) in enumerate(layers):
             # The loss reads the last copy; the others give keys and values, also in the last layer.
             last = i == self.config.layers - 1
-            x = block(x, RowContext(self.pattern, self.config.attention, rope, last, segments))
+            x = block(x, RowContext(pattern, self.config.attention, rope, last, segments))
         return self.norm(x).squeeze(1)
 
     def embedded(self, tokens: Tensor) -> Tensor:
@@ -164,9 +175,24 @@ class Transformer(nn.Module):
         x = self.embed(tokens).unsqueeze(1)
         # The residual stream is float32, also where the weights are gathered in half precision.
         x = x.to(torch.promote_types(x.dtype, torch.float32))
+        if self.config.hidden_input != "token":
+            x = torch.cat([x, self._hidden_input(tokens).to(x.dtype)], 1)
         if not self.config.copy_embedding:
             return x
         return x + self.copy_embed.weight[: self.config.K, None]
+
+    def _hidden_input(self, tokens: Tensor) -> Tensor:
+        """tokens, int (B, T) -> what hidden copies are fed (B, K-1, T, D), which is no original's.
+
+        learned    one vector for all          table    row (s-1) * V + token for copy s
+        """
+        hidden = self.config.K - 1
+        if self.config.hidden_input == "learned":
+            vector = self.copy_input.weight
+            return vector.expand(len(tokens), hidden, tokens.shape[1], -1)
+        first = torch.arange(hidden, device=tokens.device)[:, None] * self.config.vocab_size
+        table: Tensor = self.copy_input(tokens[:, None] + first)
+        return table
 
     def logits(self, tokens: Tensor, segments: Segments | None = None) -> Tensor:
         """tokens, int (B, T) -> (B, T, V)."""

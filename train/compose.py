@@ -73,8 +73,8 @@ EXTRAS = {
 """What Hydra says where a launcher is not installed, and with what it comes."""
 
 OF_PHD = (
-    *("variant", "K", "window", "chunk", "span_unit"),
-    *("copy_positions", "copy_embedding", DEEPENED),
+    *("variant", "K", "window", "chunk", "span_unit", "originals_see_hidden"),
+    *("copy_positions", "copy_input", "copy_embedding", DEEPENED),
 )
 """The model's settings that a vanilla model does not have."""
 

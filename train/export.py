@@ -31,7 +31,7 @@ from conf.extras import pip_command
 from conf.wording import plural
 from data.storage.atomic import new_directory
 from data.tokenizer import Tokenizer
-from phd.config import ModelConfig
+from phd.config import VARIANTS, ModelConfig
 from phd.hf.convert import BY_NORM
 from phd.inference.cache import kv_bytes
 from phd.model import Transformer, count_parameters
@@ -183,9 +183,13 @@ def model_card(
 
 def _shape(config: ModelConfig) -> dict[str, Any]:
     rows: dict[str, Any] = {"variant": config.name, "copies of each token, K": config.K}
-    if config.variant in ("phd_swa", "phd_cswa"):
-        rows["window, W"] = f"{config.window} ({config.span_unit})"
-    if config.variant == "phd_cswa":
+    traits = VARIANTS[config.variant]
+    if traits.window:
+        unit = "token" if config.variant == "sps" else config.span_unit
+        rows["window, W"] = f"{config.window} ({unit})"
+    if config.hidden_input != "token":
+        rows["input of hidden copies"] = config.hidden_input
+    if traits.chunk:
         rows["chunk, C"] = f"{config.chunk} ({config.span_unit})"
     return rows | {
         "parameters": f"{sum(count_parameters(config).values()):,}",

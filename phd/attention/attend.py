@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from phd.attention.blocks import has_kernels
+from phd.attention.blocks import has_kernels, has_local_kernels
 from phd.attention.causal_kernels import Platform, causal_kernel
 from phd.attention.flex import flex_attention
 from phd.attention.packed import fused_attention, packed_attention
@@ -28,7 +28,8 @@ def attend(
     Args:
         q: (B, N, Q, T, H): the queries of every copy (Q = K), or of the last one alone (Q = 1),
             which is all that the last layer needs.
-        k, v: (B, G, K, T, H); query head i reads key/value head `i // (N // G)`.
+        k, v: (B, G, K, T, H); query head i reads key/value head `i // (N // G)`. Where no slot sees
+            hidden copies, they are of the originals alone: K is `pattern.key_copies`.
         pattern: which slot may attend to which, over K copies of T tokens.
         backend: `reference` (dense mask, the definition), `packed` (PyTorch's operators, fast
             everywhere), `fused` (Triton kernels, CUDA only), `flex` (CUDA only), or `auto`, which
@@ -41,29 +42,35 @@ def attend(
     Raises:
         ValueError: if the backend cannot run on this device; none ever drops a rule instead.
     """
-    assert k.shape[2] == pattern.K, (k.shape, pattern)
+    assert k.shape[2] == pattern.key_copies, (k.shape, pattern)
     assert q.shape[2] in (1, pattern.K), (q.shape, pattern)
     assert q.shape[1] % k.shape[1] == 0, (q.shape, k.shape)
     assert segments is None or segments.starts.shape == (q.shape[0], q.shape[3]), q.shape
-    chosen = resolve_backend(backend, q.device.type, q.dtype, q.shape[4], HAS_TRITON)
+    chosen = resolve_backend(backend, q.device.type, q.dtype, q.shape[4], HAS_TRITON, pattern)
     return BACKENDS[chosen](q, k, v, pattern, segments)
 
 
 def resolve_backend(
-    backend: Backend, device_type: str, dtype: torch.dtype, head_dim: int, has_triton: bool
+    backend: Backend,
+    device_type: str,
+    dtype: torch.dtype,
+    head_dim: int,
+    has_triton: bool,
+    pattern: Pattern,
 ) -> Backend:
     """The backend that runs on a device: what `auto` stands for there, or the one that is named.
 
-    `auto` is `fused` on CUDA where there are kernels for the dtype and H and Triton is installed,
-    as it is wherever torch comes as a CUDA build for Linux. Elsewhere it is `packed`.
+    `auto` is `fused` on CUDA where there are kernels for the dtype, H and the pattern, and Triton
+    is installed, as it is wherever torch comes as a CUDA build for Linux. Elsewhere it is `packed`.
 
-    >>> resolve_backend("auto", "cuda", torch.bfloat16, 64, has_triton=True)
+    >>> phd = Pattern("hidden", K=2)
+    >>> resolve_backend("auto", "cuda", torch.bfloat16, 64, has_triton=True, pattern=phd)
     'fused'
     """
     if backend != "auto":
         return backend
-    fused = device_type == "cuda" and has_triton and has_kernels(dtype, head_dim)
-    return "fused" if fused else "packed"
+    has_all = has_kernels(dtype, head_dim) and has_local_kernels(pattern)
+    return "fused" if device_type == "cuda" and has_triton and has_all else "packed"
 
 
 def reference_attention(
@@ -75,7 +82,7 @@ def reference_attention(
     keys, values = (x.repeat_interleave(repeat, 1).flatten(2, 3) for x in (k, v))
     scores = q.flatten(2, 3) @ keys.mT * H**-0.5
     mask = pattern.mask(T, q.device)[None] if segments is None else segments.mask(pattern)
-    mask = mask[:, None, -Q:].flatten(4, 5).flatten(2, 3)
+    mask = mask[:, None, -Q:, :, : pattern.key_copies].flatten(4, 5).flatten(2, 3)
     weights = scores.masked_fill(~mask, -torch.inf).softmax(-1)
     return (weights @ values).view(B, N, Q, T, H)
 
@@ -115,7 +122,7 @@ def describe_attention(
     >>> describe_attention(pattern, "packed", hopper, torch.bfloat16, 64)
     'rule 1 by cuDNN 9.19, rules 2 and 3 by batched products'
     """
-    backend = resolve_backend(backend, platform.type, dtype, head_dim, platform.triton)
+    backend = resolve_backend(backend, platform.type, dtype, head_dim, platform.triton, pattern)
     if backend not in RULES_2_AND_3:
         return {"reference": "dense mask", "flex": "FlexAttention"}[backend]
     kernel = causal_kernel(platform, dtype, head_dim, documents=documents)

@@ -32,6 +32,7 @@ class LocalRule:
     def of(cls, pattern: Pattern) -> "LocalRule":
         """Plain PHD, which sees its own token alone, has chunks of one token."""
         assert pattern.rule == "hidden"
+        assert has_local_kernels(pattern)
         hidden, longest = pattern.K - 1, ENDLESS // (pattern.K - 1)
         if pattern.window is None or pattern.span_tokens == 1:
             return cls(hidden, 1, 1, False)
@@ -148,6 +149,11 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 def has_kernels(dtype: torch.dtype, head_dim: int) -> bool:
     """Whether there are kernels for a dtype and H."""
     return dtype in DTYPES and (dtype.itemsize, table_width(head_dim)) in BACKWARD
+
+
+def has_local_kernels(pattern: Pattern) -> bool:
+    """Whether the kernels can follow a pattern: they have hidden copies as queries alone."""
+    return not pattern.originals_see_hidden
 
 
 def padded_head(head_dim: int) -> int:

@@ -95,7 +95,7 @@ def flex_mask(
         *_block_lists(every),
         BLOCK_SIZE=MASK_BLOCK_SIZE,
         mask_mod=in_row if segments is None else in_document,
-        seq_lengths=(copies * T, pattern.K * T),
+        seq_lengths=(copies * T, pattern.key_copies * T),
     )
 
 
@@ -109,10 +109,10 @@ def block_table(pattern: Pattern, starts: Tensor) -> tuple[Tensor, Tensor]:
     last = first + MASK_BLOCK_SIZE - 1
     some, every = [], []
     for s in range(pattern.K):
-        ranges = [pattern.visible_tokens(s, r, position) for r in range(pattern.K)]
+        ranges = [pattern.visible_tokens(s, r, position) for r in range(pattern.key_copies)]
         low, high = (
             (torch.stack(x, 2) + starts[..., None])[..., None] for x in zip(*ranges, strict=True)
-        )  # (B, T, K, 1)
+        )  # (B, T, key copies, 1)
         meets = torch.maximum(low, first) <= torch.minimum(high, last)
         covers = (low <= first) & (high >= last)
         some.append(meets.unflatten(1, (-1, MASK_BLOCK_SIZE)).any(2).flatten(2))

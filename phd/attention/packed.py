@@ -9,7 +9,8 @@
 Rule 1 is the same causal attention for all copies, so the K copies are K times as many query heads
 of the same key/value head, and one stock kernel reads the keys for all of them
 (`phd.attention.causal_kernels` chooses it). By rules 2 and 3 a hidden copy sees an interval of the
-hidden copies that ends with itself (`phd.attention.tiles`). The two results merge by their
+hidden copies that ends with itself (`phd.attention.tiles`), and so does an original where originals
+see hidden copies, too (`sps`); it may see none. The two results merge by their
 log-sum-exps, and the backward runs both parts on the merged ones:
 
     lse = log(exp(lse_1) + exp(lse_2))        out = exp(lse_1 - lse) out_1 + exp(lse_2 - lse) out_2
@@ -27,7 +28,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from phd.attention.blocks import has_kernels
+from phd.attention.blocks import has_kernels, has_local_kernels
 from phd.attention.flash import merge
 from phd.attention.tiles import TileRange, Tiles
 from phd.attention.varlen import causal_attention, isolated_backward, isolated_forward
@@ -50,15 +51,18 @@ def fused_attention(
 
     Raises:
         ValueError: off CUDA (but for tests, which set TRITON_INTERPRET=1), without Triton, in
-            another dtype, or with wider heads than there are kernels for.
+            another dtype, with wider heads than there are kernels for, or where originals see
+            hidden copies.
     """
     if pattern.rule == "hidden":
-        _check_fused(q)
+        _check_fused(q, pattern)
     return _packed(q, k, v, pattern, segments, fused=True)
 
 
-def _check_fused(q: Tensor) -> None:
+def _check_fused(q: Tensor, pattern: Pattern) -> None:
     reason = fused_obstacle(q.device, q.dtype, q.shape[-1])
+    if not has_local_kernels(pattern):
+        reason = "no kernel in which originals see hidden copies"
     if reason is not None:
         hint = "choose model.attention=packed, which runs everywhere"
         raise ValueError(f"model.attention=fused: {reason}; {hint}")
@@ -81,12 +85,22 @@ def _packed(
     q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, segments: Segments | None, fused: bool
 ) -> Tensor:
     B, N, Q, T, H = q.shape
-    if pattern.rule == "hidden" or Q < pattern.K:
+    if pattern.rule == "stream":
+        return _streams(q, k[:, :, -Q:], v[:, :, -Q:], segments)
+    if pattern.rule != "flat" or Q < pattern.K:
         return _Packed.apply(q, k, v, pattern, segments, fused)
     # Every slot sees every slot before it: a plain causal row of K*T slots, token-major.
     q, k, v = (x.transpose(2, 3).flatten(2, 3) for x in (q, k, v))
     out = causal_attention(q, k, v, None if segments is None else segments.repeated(Q))
     return out.view(B, N, T, Q, H).transpose(2, 3)
+
+
+def _streams(q: Tensor, k: Tensor, v: Tensor, segments: Segments | None) -> Tensor:
+    """Each copy over its own past: the copies are further key heads, each with its query heads."""
+    (B, N, Q, T, H), G = q.shape, k.shape[1]
+    heads = q.unflatten(1, (G, -1)).transpose(2, 3).reshape(B, G * Q * (N // G), T, H)
+    out = causal_attention(heads, k.flatten(1, 2), v.flatten(1, 2), segments)
+    return out.view(B, G, Q, N // G, T, H).transpose(2, 3).reshape(B, N, Q, T, H)
 
 
 def _causal_copies(pattern: Pattern) -> range:
@@ -110,7 +124,7 @@ class _Packed(torch.autograd.Function):
         segments: Segments | None,
         fused: bool,
     ) -> Tensor:
-        assert pattern.rule == "hidden" or q.shape[2] == 1
+        assert pattern.rule != "flat" or q.shape[2] == 1
         B, N, Q, T, H = q.shape
         heads = q.reshape(B, N * Q, T, H)
         out, lse = isolated_forward(heads, k[:, :, 0], v[:, :, 0], H**-0.5, segments)
@@ -176,14 +190,15 @@ def _merge_hidden(
     pattern: Pattern,
     segments: Segments | None,
 ) -> None:
-    """Add rules 2 and 3 to rule 1's result: updates (out, lse) of the hidden queries in place."""
+    """Add rules 2 and 3 to rule 1's result: updates (out, lse) of the local queries in place."""
     (q, k, v), (out, lse) = inputs, result
-    copies = min(q.shape[2], pattern.K - 1)
+    copies = min(q.shape[2], pattern.local_copies)
     q, out, lse = (x[:, :, -copies:] for x in (q, out, lse[..., None]))
     for part in _hidden_parts(q, k, pattern, segments, lse.dtype):
         tiles, scores = part.tiles, part.scores
-        # Finite, because each hidden copy sees itself.
         peak = scores.amax(-1, keepdim=True)
+        if pattern.originals_see_hidden:  # some see none, while each hidden copy sees itself
+            peak = peak.clamp_(min=torch.finfo(peak.dtype).min)
         weights = _exp_(scores.sub_(peak))
         lse_1, lse_2 = tiles.cut_queries(lse), weights.sum(-1, keepdim=True).log_().add_(peak)
         total = torch.logaddexp(lse_1, lse_2)
@@ -203,13 +218,13 @@ def _add_hidden_gradients(
     """Rules 2 and 3's share of the gradients.
 
     Args:
-        gradients: dq, dk, dv, which hold rule 1's share. This adds to the dq of hidden queries,
-            and sets dk and dv of hidden copies, which only hidden queries see.
+        gradients: dq, dk, dv, which hold rule 1's share. This adds to the dq of local queries, and
+            sets dk and dv of hidden copies, which only local queries see.
         inputs: q, k, v.
         result: the merged out and lse, and dout.
     """
     (dq, dk, dv), (q, k, v), (out, lse, dout) = gradients, inputs, result
-    copies, scale = min(q.shape[2], pattern.K - 1), q.shape[-1] ** -0.5
+    copies, scale = min(q.shape[2], pattern.local_copies), q.shape[-1] ** -0.5
     dq, q, out, lse, dout = (x[:, :, -copies:] for x in (dq, q, out, lse[..., None], dout))
     # dout_i . out_i, which is the mean of dp_ij under p_ij over all keys, those of rule 1 included.
     delta = (dout.to(lse.dtype) * out).sum(-1, keepdim=True)
@@ -227,7 +242,7 @@ def _add_hidden_gradients(
 
 
 class _HiddenPart(NamedTuple):
-    """Some tiles of hidden queries, the hidden keys they meet, times 1/sqrt(H), and the scores.
+    """Some tiles of local queries, the hidden keys they meet, times 1/sqrt(H), and the scores.
 
     q (B, G, tiles, queries, H), k (B, G, tiles, keys, H), scores (B, G, tiles, queries, keys),
     -inf where the pattern does not allow them.
@@ -242,7 +257,7 @@ class _HiddenPart(NamedTuple):
 def _hidden_parts(
     q: Tensor, k: Tensor, pattern: Pattern, segments: Segments | None, dtype: torch.dtype
 ) -> Iterator[_HiddenPart]:
-    """The hidden queries q (B, N, copies, T, H) in ranges of tiles, with their keys and scores."""
+    """The local queries q (B, N, copies, T, H) in ranges of tiles, with their keys and scores."""
     B, N, copies, T, H = q.shape
     tiles = Tiles.of(pattern, T, one_document=segments is None)
     position = torch.arange(T, device=q.device)[None] if segments is None else segments.position

@@ -54,7 +54,7 @@ class Tiles:
         """
         hidden = pattern.K - 1
         smallest, largest = ceil(SMALLEST_TILE / hidden), ceil(LARGEST_TILE / hidden)
-        span = min(tokens, pattern.span_tokens or tokens, pattern.chunk_tokens or tokens)
+        span = min(tokens, pattern.span_tokens, pattern.chunk_tokens or tokens)
         # Plain PHD sees one token back, as if each token were a chunk: one mask for all tiles.
         chunk = 1 if span == 1 else min(tokens, pattern.chunk_tokens or tokens)
         if chunk <= largest and (one_document or chunk == 1):
@@ -72,7 +72,7 @@ class Tiles:
 
         Args:
             batch, heads, groups: B, N, G of the queries.
-            copies: how many hidden copies are queries; they are the last ones.
+            copies: how many copies are queries; they are the last ones.
         """
         scores = batch * heads * copies * self.size * (self.pattern.K - 1) * self.reach
         step, count = max(1, SCORES_AT_ONCE // scores), ceil(self.tokens / self.size)
@@ -139,14 +139,14 @@ class TileRange:
                 total[..., start + skip : stop, :] += x[:, :, :, i, skip : stop - start]
 
     def masked(self, position: Tensor) -> Tensor:
-        """Which hidden keys the hidden queries must not see.
+        """Which hidden keys the queries must not see.
 
         Args:
             position: int64 (B or 1, T), the position of each token in its document.
 
         Returns:
             bool (B or 1, tiles or 1, Q * size, keys). Queries past the row's end, which only fill
-            the last tile, see themselves.
+            the last tile, see themselves. Originals may see none.
         """
         size, back, pattern = self.tiles.size, self.tiles.back, self.tiles.pattern
         hidden, device = pattern.K - 1, position.device
@@ -154,9 +154,9 @@ class TileRange:
         visible = pattern.visible_hidden_copies(position[:, tokens])[:, -self.copies :]
         visible = pad(visible, (0, -visible.shape[-1] % size), value=1)
         visible = visible.unflatten(-1, (-1, size)).transpose(1, 2).flatten(2)[..., None]
-        number = torch.arange(hidden, device=device)[:, None]  # s - 1
+        number = torch.arange(-1, hidden, device=device)[:, None]  # s - 1
         query = torch.arange(size, device=device) * hidden + number[-self.copies :]
-        key = torch.arange(-back * size, size, device=device) * hidden + number
+        key = torch.arange(-back * size, size, device=device) * hidden + number[1:]
         distance = query.flatten()[:, None] - key.flatten()
         return (distance < 0) | (distance >= visible)
 

@@ -141,7 +141,9 @@ def starting_state(config: ModelConfig, state: Mapping[str, Tensor]) -> State:
 
     Every copy goes through the same weights, so they stay what they are. Only the embeddings of
     copies that the other model does not have are new, and start at 0. So the originals compute what
-    they compute there. An untied head starts as the embedding of a tied model.
+    they compute there, unless they see hidden copies. An untied head starts as the embedding of a
+    tied model. Of `copy_input`, a new table starts as the embedding, and a new vector as the mean
+    of its rows.
 
     Args:
         config: the other model's, with any variant, K, window, chunk and copy settings.
@@ -155,9 +157,23 @@ def starting_state(config: ModelConfig, state: Mapping[str, Tensor]) -> State:
         given = state.get("copy_embed.weight", vectors)[: config.K]
         vectors[: len(given)] = given
         state = {**state, "copy_embed.weight": vectors}
+    if config.hidden_input != "token":
+        state = {**state, "copy_input.weight": _starting_input(config, state)}
     if not config.tied and "head.weight" not in state:
         state = {**state, "head.weight": state["embed.weight"].clone()}
     return _fitting(state, weight_shapes(config))
+
+
+def _starting_input(config: ModelConfig, state: Mapping[str, Tensor]) -> Tensor:
+    """What hidden copies are fed at first: the other model's, as far as it has that."""
+    embed, given = state["embed.weight"], state.get("copy_input.weight")
+    if config.hidden_input == "learned":
+        return embed.mean(0, keepdim=True) if given is None else given
+    tables = embed.repeat(config.K - 1, 1)
+    if given is not None:
+        given = given[: len(tables)]
+        tables[: len(given)] = given
+    return tables
 
 
 def _names(config: ModelConfig) -> dict[str, str]:

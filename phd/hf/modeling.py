@@ -256,6 +256,13 @@ class PhdForCausalLM(PreTrainedModel, GenerationMixin):
         return self.model.embed
 
     def set_input_embeddings(self, value: nn.Embedding) -> None:  # type: ignore[override]
+        vocab_size = len(value.weight)
+        if self.model.config.hidden_input == "table" and vocab_size != self.config.vocab_size:
+            raise ValueError(
+                f"an embedding of {vocab_size} rows: the tables of hidden copies have "
+                f"{self.config.vocab_size} each; a model with copy_input=table cannot be given "
+                "another vocabulary"
+            )
         self.model.embed = value
         self.moves += 1
         self.model.config = replace(self.model.config, vocab_size=len(value.weight))

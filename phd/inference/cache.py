@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from phd.config import ModelConfig
-from phd.pattern import Pattern
+from phd.pattern import Pattern, patterns_of
 from phd.transfer import to_device
 
 # The capacity of a cache that grows is a multiple of this number of tokens.
@@ -27,7 +27,8 @@ class KVCache:
     Rows are left-aligned: each has its own length, and no query sees a slot beyond it.
 
     Attributes:
-        pattern: which slot may attend to which.
+        pattern: which slot may attend to which, in the last layer.
+        patterns: the same for each layer; what the cache keeps is alike in all of them.
         originals: for each layer, keys and values (2, B, G, slots, H).
         ring: for each layer, keys and values (2, B, G, R, H); R = 0 where hidden copies are not
             kept, else W hidden copies, or those of W tokens, or of a chunk where that has fewer.
@@ -45,7 +46,7 @@ class KVCache:
         device: torch.device | str = "cpu",
     ) -> None:
         self.config = config
-        self.pattern = Pattern.of(config)
+        self.pattern, self.patterns = Pattern.of(config), patterns_of(config)
         self.host_lengths = [0] * batch
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
         shape = (2, batch, config.kv_heads, 0, config.head_dim)
@@ -97,6 +98,7 @@ class KVCache:
         """The same cache, of these layers alone: what is written to it is written here."""
         part = copy(self)
         part.originals, part.ring = self.originals[first:stop], self.ring[first:stop]
+        part.patterns = self.patterns[first:stop]
         return part
 
     def select(self, rows: Tensor) -> None:

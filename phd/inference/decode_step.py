@@ -8,7 +8,13 @@ from torch import Tensor
 from phd.attention.flash import merge_outputs
 from phd.inference.cache import KVCache
 from phd.inference.cached_attention import attend_cached, attend_masked, bias_of
-from phd.inference.incremental import IncrementalForward, Pair, sees_hidden, slots_per_token
+from phd.inference.incremental import (
+    IncrementalForward,
+    Pair,
+    sees_hidden,
+    slots_per_token,
+    without_blind,
+)
 from phd.rope import Rope, rotate
 
 
@@ -16,7 +22,7 @@ class DecodeStep(IncrementalForward):
     """One new token of each row, whose K copies are the slots of every layer.
 
         queries            keys: cached slots, read once for all queries    hidden copies
-        original           all up to its own                                -
+        original           all up to its own                                -, or the ring
         hidden copies      all up to the token's                            the ring and the
                                                                             token's own, by a mask
 
@@ -33,19 +39,24 @@ class DecodeStep(IncrementalForward):
         cos, sin = (x[:, None, None] for x in rope.at(position, copy))
         spans = [1 if hidden else 0] * (len(cache.originals) + more_layers)
         super().__init__(cache, 1, spans, (cos, sin))
-        if hidden:
-            self.bias = bias_of(self._sees_hidden(position)[:, None], cache.ring[0].dtype)
+        if self.has_hidden_keys:
+            sees = self._sees_hidden(position)
+            # Only an original may see none: its softmax is of all, and then it counts as nothing.
+            self.blind = sees.logical_not().all(2)
+            if self.local_per_token == cache.pattern.K:
+                sees |= self.blind[..., None]
+            self.bias = bias_of(sees[:, None], cache.ring[0].dtype)
 
     def _sees_hidden(self, position: Tensor) -> Tensor:
-        """Which hidden copies the new ones see, bool (B or 1, K-1, R + K-1).
+        """Which hidden copies the new local copies see, bool (B or 1, local, R + K-1).
 
         The keys are those in the ring, and then the new ones.
         """
         hidden = self.hidden_per_token
-        number = position * hidden + torch.arange(hidden, device=position.device)
-        key = torch.cat([self.cache.ring_numbers(position * hidden), number], 1)
+        number = position * hidden + torch.arange(-1, hidden, device=position.device)
+        key = torch.cat([self.cache.ring_numbers(position * hidden), number[:, 1:]], 1)
         visible = self.cache.pattern.visible_hidden_copies(position).flatten(1)
-        return sees_hidden(number, visible, key)
+        return sees_hidden(number[:, -self.local_per_token :], visible, key)
 
     @abstractmethod
     def visible_cached(self) -> Tensor | None:
@@ -58,7 +69,7 @@ class DecodeStep(IncrementalForward):
         return x[..., -1:, :]
 
     def rotate(self, q: Tensor, k: Tensor, layer: int) -> Pair:
-        if q.shape[3] != k.shape[3]:
+        if not q.shape[3] == k.shape[3] == self.rope[0].shape[3]:
             return super().rotate(q, k, layer)
         # A kernel's time is that of starting it, so one call for both takes half the time of two.
         both = rotate(torch.cat([q, k], 2), *self.rope).squeeze(2)
@@ -70,11 +81,14 @@ class DecodeStep(IncrementalForward):
         if visible is not None and last:
             visible = visible[:, -1:]
         out, lse = attend_cached(q, *cached, visible)
-        if not self.hidden_per_token:
+        if not self.has_hidden_keys:
             return out
         keys = self.ring_and_new(k, v, layer)
         if last:
             to_hidden = attend_masked(q, *keys, self.bias[:, :, -1:])
+            return merge_outputs(to_hidden, (out, lse)).to(q.dtype)
+        if self.local_per_token == q.shape[2]:
+            to_hidden = without_blind(attend_masked(q, *keys, self.bias), self.blind)
             return merge_outputs(to_hidden, (out, lse)).to(q.dtype)
         to_hidden = attend_masked(q[:, :, 1:], *keys, self.bias)
         hidden = merge_outputs(to_hidden, (out[:, :, 1:], lse[:, :, 1:])).to(q.dtype)

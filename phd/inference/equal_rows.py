@@ -42,6 +42,8 @@ class EqualRows(IncrementalForward):
         cached slots             cached before, new (causal)   -
         a tile's hidden copies   originals before the tile     the tile's originals, hidden copies
 
+    Where originals see hidden copies, they go by tiles, too.
+
     Args:
         tokens: T.
         keep: for how many of the last tokens there will be logits.
@@ -54,7 +56,7 @@ class EqualRows(IncrementalForward):
         token = torch.arange(self.past, self.end, device=cache.lengths.device)[None]
         tables = rope_of_slots(rope, cache.pattern, token, token[:, tokens - spans[0] :])
         super().__init__(cache, tokens, spans, tables)
-        self._biases: dict[TokenTile, Tensor] = {}
+        self._biases: dict[tuple[TokenTile, bool], Tensor] = {}
 
     def slots(self, x: Tensor) -> Tensor:
         x = x.expand(-1, self.cache.pattern.K, -1, -1)
@@ -77,13 +79,12 @@ class EqualRows(IncrementalForward):
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, cached: Pair, layer: int) -> Tensor:
         if not self.is_last(layer):
-            own = k[:, :, : self.cached], v[:, :, : self.cached]
-            causal = self._attend_causally(q[:, :, : self.cached], own, cached)
+            first = self._attend_cached_slots(q[:, :, : self.cached], (k, v), cached, layer)
             if q.shape[2] == self.cached:
-                return causal
+                return first
             # Token by token, as the output projection reads it: then it copies nothing.
             out = q.new_empty(*q.transpose(1, 2).shape).transpose(1, 2)
-            out[:, :, : self.cached] = causal
+            out[:, :, : self.cached] = first
             hidden = q[:, :, self.cached :]
             out[:, :, self.cached :] = self.attend_hidden(hidden, (k, v), cached, layer)
             return out
@@ -94,6 +95,13 @@ class EqualRows(IncrementalForward):
         visible = torch.arange(past + 1, self.end + 1, device=device) * self.cached_per_token
         return attend_cached(q, *cached, visible.expand(len(q), -1))[0]
 
+    def _attend_cached_slots(self, q: Tensor, new: Pair, cached: Pair, layer: int) -> Tensor:
+        """Queries of the new cached slots, in a layer that is not the last."""
+        if self.local_per_token == self.cache.pattern.K:
+            return self._attend_in_tiles(q, range(1), new, cached, layer)
+        k, v = new
+        return self._attend_causally(q, (k[:, :, : self.cached], v[:, :, : self.cached]), cached)
+
     def _attend_causally(self, q: Tensor, own: Pair, cached: Pair) -> Tensor:
         """Queries of the new cached slots over each other, and over all that were there before."""
         result = prompt_forward(q, *own, q.shape[-1] ** -0.5)
@@ -103,16 +111,24 @@ class EqualRows(IncrementalForward):
         return merge_outputs(result, attend_cached(q, *old))
 
     def attend_hidden(self, q: Tensor, new: Pair, cached: Pair, layer: int) -> Tensor:
-        """Queries of hidden copies, a tile of tokens at a time.
+        """Queries of hidden copies, which in the last layer are the last ones alone."""
+        K = self.cache.pattern.K
+        copies = range(K - 1 if self.is_last(layer) else 1, K)
+        return self._attend_in_tiles(q, copies, new, cached, layer)
+
+    def _attend_in_tiles(
+        self, q: Tensor, copies: range, new: Pair, cached: Pair, layer: int
+    ) -> Tensor:
+        """Queries of these copies of the last tokens, a tile of tokens at a time.
 
         All queries of a tile see every original before the tile, so only the rest needs a mask.
         """
-        per_token = 1 if self.is_last(layer) else self.hidden_per_token
+        per_token = len(copies)
         first = self.end - q.shape[2] // per_token
         outs = []
         for tile in self._tiles(first):
             part = q[:, :, (tile.begin - first) * per_token : (tile.stop - first) * per_token]
-            bias = self._bias(tile)
+            bias = self._bias(tile, originals=copies.start == 0)
             if self.is_last(layer):
                 bias = bias[:, :, self.hidden_per_token - 1 :: self.hidden_per_token]
             result = attend_masked(part, *self._masked_keys(tile, new, cached, layer), bias)
@@ -130,7 +146,6 @@ class EqualRows(IncrementalForward):
         share their masks.
         """
         pattern, hidden = self.cache.pattern, self.hidden_per_token
-        assert pattern.span_tokens is not None
         span = min(pattern.span_tokens, pattern.chunk_tokens or pattern.span_tokens)
         # A tile as long as the span has 2 * span tokens of keys: its own, and those further back.
         most = SCORES_AT_ONCE // (2 * span * hidden**2)
@@ -156,28 +171,36 @@ class EqualRows(IncrementalForward):
         )  # fmt: skip
         return keys, values
 
-    def _bias(self, tile: TokenTile) -> Tensor:
+    def _bias(self, tile: TokenTile, *, originals: bool) -> Tensor:
         """The mask of `_masked_keys` for all hidden copies of a tile, (1, 1, queries, keys).
 
-        It is made once for all layers, until the masks that are kept reach `KEPT_MASKS` values.
+        Or for its originals. It is made once for all layers, until the masks that are kept reach
+        `KEPT_MASKS` values.
         """
-        bias = self._biases.get(tile)
+        bias = self._biases.get((tile, originals))
         if bias is not None:
             return bias
-        hidden, device = self.hidden_per_token, self.cache.lengths.device
-        numbers = partial(torch.arange, device=device)
-        token = numbers(tile.begin, tile.stop)
-        query = numbers(tile.begin * hidden, tile.stop * hidden)
+        token = torch.arange(tile.begin, tile.stop, device=self.cache.lengths.device)
+        per_token = 1 if originals else self.hidden_per_token
+        is_seen = token.repeat_interleave(per_token)[:, None] >= token
+        if self.has_hidden_keys:
+            is_seen = torch.cat([self._sees_hidden(tile, token, originals), is_seen], 1)
+        bias = bias_of(is_seen, self.cache.ring[0].dtype)[None, None]
+        if sum(kept.numel() for kept in self._biases.values()) < KEPT_MASKS:
+            self._biases[tile, originals] = bias
+        return bias
+
+    def _sees_hidden(self, tile: TokenTile, token: Tensor, originals: bool) -> Tensor:
+        """Which of the hidden copies in `_masked_keys` the queries of a tile see."""
+        hidden, numbers = self.hidden_per_token, partial(torch.arange, device=token.device)
         key = numbers(max(tile.low, self.past) * hidden, tile.stop * hidden)
         if tile.low < self.past:
             key = torch.cat([self.cache.ring_numbers(self.cache.lengths[:1] * hidden), key])
-        visible = self.cache.pattern.visible_hidden_copies(token).T.flatten()
-        originals = (query // hidden)[:, None] >= token
-        is_seen = torch.cat([sees_hidden(query, visible, key), originals], 1)
-        bias = bias_of(is_seen, self.cache.ring[0].dtype)[None, None]
-        if sum(kept.numel() for kept in self._biases.values()) < KEPT_MASKS:
-            self._biases[tile] = bias
-        return bias
+        visible = self.cache.pattern.visible_hidden_copies(token)
+        if originals:
+            return sees_hidden(token * hidden - 1, visible[0], key)
+        query = numbers(tile.begin * hidden, tile.stop * hidden)
+        return sees_hidden(query, visible[-hidden:].T.flatten(), key)
 
     def write_ring(self, k: Tensor, v: Tensor, layer: int) -> None:
         self.cache.write_ring_slice(layer, k, v, self.end * self.hidden_per_token)

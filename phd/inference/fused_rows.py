@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from phd.attention.attend import resolve_backend
+from phd.attention.blocks import has_local_kernels
 from phd.attention.packed import fused_obstacle
 from phd.inference.cache import KVCache
 from phd.inference.cached_attention import attend_cached
@@ -17,8 +18,9 @@ from phd.torch_private import HAS_TRITON
 def has_fused_rows(cache: KVCache) -> bool:
     """Whether `FusedRows` can do the work of a cache, and its model's backend lets it."""
     config, x = cache.config, cache.originals[0]
-    backend = resolve_backend(config.attention, x.device.type, x.dtype, config.head_dim, HAS_TRITON)
-    if cache.pattern.rule != "hidden" or backend != "fused":
+    device, H, pattern = x.device.type, config.head_dim, cache.pattern
+    backend = resolve_backend(config.attention, device, x.dtype, H, HAS_TRITON, pattern)
+    if pattern.rule != "hidden" or not has_local_kernels(pattern) or backend != "fused":
         return False
     return fused_obstacle(x.device, x.dtype, config.head_dim) is None
 

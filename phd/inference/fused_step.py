@@ -24,6 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from phd.attention.blocks import has_local_kernels
 from phd.attention.packed import fused_obstacle
 from phd.block import Block
 from phd.inference.cache import KVCache
@@ -99,6 +100,10 @@ def why_not_fused(model: Transformer, cache: KVCache) -> str | None:
         return f"the weights are in {named}, and the cache is in {dtype}"
     if (obstacle := fused_obstacle(device, dtype, H)) is not None:
         return obstacle
+    pattern = cache.pattern
+    is_one = all(of_layer == pattern for of_layer in cache.patterns)
+    if not (is_one and has_local_kernels(pattern) and pattern.key_copies == pattern.K):
+        return f"no Triton kernels for the slots that model.variant={model.config.variant} sees"
     if not is_plain(model):
         return "the model has hooks, adapters or other parts put in place"
     # Not done here: weights that move are lost to an optimizer with views of them.

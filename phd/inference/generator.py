@@ -252,8 +252,10 @@ class Generator:
         assert self._cache is not None
         if longest <= min(SHORT_PROMPT, SHORT_SLOTS // self._cache.pattern.K):
             return True
-        # The fused kernels take rows of one length, and in others hidden copies are far slower.
-        return longest <= (1 if has_fused_rows(self._cache) else 2) * shortest
+        # The fused kernels take rows of one length, and in others hidden copies are far slower. So
+        # they are where originals see them, and all have to be computed.
+        one_length = has_fused_rows(self._cache) or self._cache.pattern.originals_see_hidden
+        return longest <= (1 if one_length else 2) * shortest
 
     def _make_room(self, tokens: int) -> None:
         """Allocate the cache, or let it grow."""

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from phd.inference.cache import KVCache
+from phd.inference.cached_attention import attend_cached
 from phd.pattern import Pattern
 from phd.rope import Rope, rotate
 
@@ -49,6 +50,9 @@ class IncrementalForward(ABC):
     Attributes:
         cached_per_token: copies of a token that stay in the cache.
         hidden_per_token: the other copies of a token.
+        has_hidden_keys: whether these give keys and values, which some slot sees.
+        local_per_token: copies of a token, the last ones, that see hidden copies. They are the
+            hidden ones, and with some patterns the originals as well.
         cached: the cached slots of the new tokens, T * cached_per_token.
     """
 
@@ -56,6 +60,8 @@ class IncrementalForward(ABC):
         self.cache, self.spans, self.rope = cache, spans, rope
         self.layers = len(spans)
         self.cached_per_token, self.hidden_per_token = slots_per_token(cache.pattern)
+        self.has_hidden_keys = cache.pattern.has_hidden_keys
+        self.local_per_token = cache.pattern.local_copies
         self.cached = tokens * self.cached_per_token
 
     @abstractmethod
@@ -77,7 +83,8 @@ class IncrementalForward(ABC):
     def attention(self, q: Tensor, k: Tensor, v: Tensor, cached: Pair, layer: int) -> Tensor:
         """The output (B, N, queries, H) of the selected queries q.
 
-        k and v (B, G, M, H) are all new slots of the layer; `write_cache` returned `cached`.
+        k and v (B, G, M, H) are all new slots of the layer that give keys and values; `write_cache`
+        returned `cached`.
         """
 
     @abstractmethod
@@ -90,22 +97,45 @@ class IncrementalForward(ABC):
             return self.last_queries(x)
         return self._without_hidden(x, self.spans[layer] - self.spans[layer + 1])
 
+    def select_keys(self, x: Tensor) -> Tensor:
+        """The slots that give keys and values, of all a layer's slots (B or 1, ..., M, any)."""
+        all_of_them = self.has_hidden_keys or not self.hidden_per_token
+        return x if all_of_them else x[..., : self.cached, :]
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, layer: int) -> Tensor:
         """`phd.block.AttentionContext.attend` in one layer; updates the cache."""
         q, k = self.rotate(q, k, layer)
         v = v.squeeze(1)
         cached = self.write_cache(k[:, :, : self.cached], v[:, :, : self.cached], layer)
-        # Where no logits are wanted, the last layer has no queries, and only fills the cache.
-        out = self.attention(q, k, v, cached, layer) if q.shape[2] else q
+        if self.cache.patterns[layer].rule == "stream":
+            out = self._attend_streams(q, cached)
+        else:
+            # Where no logits are wanted, the last layer has no queries, and only fills the cache.
+            out = self.attention(q, k, v, cached, layer) if q.shape[2] else q
         # After attention, which still needs the hidden copies that will be overwritten.
         if self.spans[layer] and self.cache.ring_size:
             self.write_ring(k[:, :, self.cached :], v[:, :, self.cached :], layer)
         return out.unsqueeze(2)
 
+    def _attend_streams(self, q: Tensor, cached: Pair) -> Tensor:
+        """The output (B, N, slots, H) of all new slots, each of which sees its own copy alone.
+
+        The K copies are K rows of a batch, in which a token's slot sees those up to itself.
+        """
+        B, K = len(q), self.cached_per_token
+        q, k, v = (
+            x.unflatten(2, (-1, K)).permute(0, 3, 1, 2, 4).flatten(0, 1) for x in (q, *cached)
+        )
+        number = torch.arange(1, q.shape[2] + 1, device=q.device)
+        visible = (self.cache.lengths[:, None] + number).repeat_interleave(K, 0)
+        out, _ = attend_cached(q, k, v, visible)
+        return out.unflatten(0, (B, K)).permute(0, 2, 3, 1, 4).flatten(2, 3)
+
     def rotate(self, q: Tensor, k: Tensor, layer: int) -> Pair:
         """Queries and keys (B, 1, heads, slots, H), rotated by RoPE: (B, heads, slots, H)."""
         cos, sin = (self.of_layer(x, layer) for x in self.rope)
         q_cos, q_sin = (self.select_queries(x, layer) for x in (cos, sin))
+        cos, sin = self.select_keys(cos), self.select_keys(sin)
         return rotate(q, q_cos, q_sin).squeeze(2), rotate(k, cos, sin).squeeze(2)
 
     def is_last(self, layer: int) -> bool:
@@ -141,6 +171,9 @@ class LayerContext:
     def select_queries(self, x: Tensor) -> Tensor:
         return self.new.select_queries(x, self.layer)
 
+    def select_keys(self, x: Tensor) -> Tensor:
+        return self.new.select_keys(x)
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return self.new.attend(q, k, v, self.layer)
 
@@ -169,19 +202,28 @@ def hidden_spans(pattern: Pattern, past: int, end: int, keep: int, layers: int) 
 
     There will be logits for the last `keep` of them.
     """
-    if pattern.rule != "hidden":
+    if pattern.cached_slots_per_token == pattern.K:
         return [0] * layers
     first = [pattern.first_influential_token(end - keep, above) for above in range(layers, 0, -1)]
     return [end - max(past, token) for token in first]
 
 
 def sees_hidden(query: Tensor, visible: Tensor, key: Tensor) -> Tensor:
-    """Which hidden copies see which, by their numbers in a row: bool (..., queries, keys).
+    """Which hidden copies are seen, by their numbers in a row: bool (..., queries, keys).
 
     Args:
-        query: (..., queries).
+        query: (..., queries); of an original, that of the hidden copy before it.
         visible: (..., queries), how many hidden copies each query sees, from itself back.
         key: (..., keys); below 0 where there is none.
     """
     distance = query[..., None] - key[..., None, :]
     return (distance >= 0) & (distance < visible[..., None]) & (key >= 0)[..., None, :]
+
+
+def without_blind(result: Pair, blind: Tensor) -> Pair:
+    """A part of attention, (out, lse), in which blind queries, bool (B or 1, Q), see nothing.
+
+    Their log-sum-exp is that of no key, so that they add nothing where parts are merged.
+    """
+    out, lse = result
+    return out, lse.masked_fill(blind[:, None], -torch.inf)

@@ -14,9 +14,14 @@ from phd.inference.incremental import (
     hidden_spans,
     rope_of_slots,
     sees_hidden,
+    without_blind,
 )
 from phd.rope import Rope
 from phd.transfer import to_device
+
+# The most pairs of new slots, of all rows, in a mask in which originals see hidden copies: it has
+# the square of the prompt's length. 2^26 in float32 are 256 MiB.
+MOST_PAIRS = 1 << 26
 
 
 class RaggedRows(IncrementalForward):
@@ -33,9 +38,13 @@ class RaggedRows(IncrementalForward):
     Args:
         new: how many new tokens each row has.
         keep: for how many of each row's last tokens there will be logits.
+
+    Raises:
+        ValueError: where originals see hidden copies, the new tokens are too many for one mask.
     """
 
     def __init__(self, cache: KVCache, rope: Rope, new: Sequence[int], keep: int) -> None:
+        _check_pairs(cache, len(new), max(new))
         tokens, layers, device = max(new), len(cache.originals), cache.lengths.device
         rows = [
             hidden_spans(cache.pattern, past, past + count, keep, layers)
@@ -51,8 +60,12 @@ class RaggedRows(IncrementalForward):
         token = self.begins + torch.arange(tokens, device=device)
         super().__init__(cache, tokens, spans, rope_of_slots(rope, cache.pattern, token, position))
         self.visible = self._visible_cached(position)
-        if spans[0]:
-            self.bias = bias_of(self._sees_hidden(position)[:, None], cache.ring[0].dtype)
+        if spans[0] and self.has_hidden_keys:
+            sees = self._sees_hidden(position)
+            # The softmax of a query that sees nothing would be NaN. So such a query sees all: one
+            # that is no token is read by nobody, and an original's result counts as nothing.
+            self.blind = sees.logical_not().all(2)
+            self.bias = bias_of((sees | self.blind[..., None])[:, None], cache.ring[0].dtype)
             self.ring_source, self.ring_is_new = self._into_ring()
 
     def _visible_cached(self, position: Tensor) -> Tensor:
@@ -63,20 +76,25 @@ class RaggedRows(IncrementalForward):
         return torch.cat([of_cached, of_hidden], 1)[:, None, :, None]
 
     def _sees_hidden(self, position: Tensor) -> Tensor:
-        """Which hidden copies the new ones see, bool (B, span * (K-1), keys).
+        """Which hidden copies the new local slots see, bool (B, queries, keys).
 
-        The keys are those in the ring, and then the new ones.
+        The queries are the new originals, where these see hidden copies, and then the
+        span * (K-1) hidden copies. The keys are those in the ring, and then the new ones.
         """
         hidden = self.hidden_per_token
         first = (self.begins + self.hidden_tokens)[..., None] * hidden
         number = (first + torch.arange(hidden, device=first.device)).flatten(1)
         is_token = (self.hidden_tokens >= 0).repeat_interleave(hidden, 1)
         number = torch.where(is_token, number, -1)
-        visible = self.cache.pattern.visible_hidden_copies(position).transpose(1, 2).flatten(1)
         key = torch.cat([self.cache.ring_numbers(self.begins * hidden), number], 1)
-        # No query sees what is no token. As a query that sees everything: the softmax of a query
-        # that sees nothing would be NaN.
-        return sees_hidden(number, visible, key) | ~is_token[..., None]
+        visible = self.cache.pattern.visible_hidden_copies(position)[:, -hidden:]
+        query, seen = number, visible.transpose(1, 2).flatten(1)
+        if self.local_per_token == self.cache.pattern.K:
+            token = self.begins + torch.arange(self.cached, device=first.device)
+            of_originals = self.cache.pattern.visible_hidden_copies(token)[:, 0]
+            query = torch.cat([token * hidden - 1, query], 1)
+            seen = torch.cat([of_originals, seen], 1)
+        return sees_hidden(query, seen, key)
 
     def _into_ring(self) -> Pair:
         """For each slot of the ring (B, R): the first layer's hidden copy that it gets, if any."""
@@ -112,41 +130,62 @@ class RaggedRows(IncrementalForward):
     def attention(self, q: Tensor, k: Tensor, v: Tensor, cached: Pair, layer: int) -> Tensor:
         # One call for all queries, so that the cache is read once.
         out, lse = attend_cached(q, *cached, self.visible_cached(layer))
-        first = self.first_hidden(q, layer)
-        if first == q.shape[2]:
+        first = self.first_local(q, layer)
+        if first == q.shape[2] or not self.has_hidden_keys:
             return out
         to_cached = out[:, :, first:], lse[:, :, first:]
-        hidden = self.with_hidden(q[:, :, first:], to_cached, k, v, layer)
-        return torch.cat([out[:, :, :first], hidden], 2) if first else hidden
+        local = self.with_hidden(q[:, :, first:], to_cached, k, v, layer)
+        return torch.cat([out[:, :, :first], local], 2) if first else local
 
-    def first_hidden(self, q: Tensor, layer: int) -> int:
-        """Which query of a layer is the first of a hidden copy."""
+    def first_local(self, q: Tensor, layer: int) -> int:
+        """Which query of a layer is the first that sees hidden copies: they come last."""
         last_copies = self.is_last(layer) and self.hidden_per_token
-        return 0 if last_copies else min(self.cached, q.shape[2])
+        if last_copies or self.local_per_token == self.cache.pattern.K:
+            return 0
+        return min(self.cached, q.shape[2])
 
     def visible_cached(self, layer: int) -> Tensor:
         """How many cached slots each of a layer's queries sees, (B, queries)."""
         return self.select_queries(self.of_layer(self.visible, layer), layer)[:, 0, :, 0]
 
     def with_hidden(self, q: Tensor, to_cached: Pair, k: Tensor, v: Tensor, layer: int) -> Tensor:
-        """The output of hidden copies' queries q, from (out, lse) of cached slots alone."""
-        to_hidden = attend_masked(q, *self.ring_and_new(k, v, layer), self._bias_of_layer(layer))
+        """The output of local queries q, from (out, lse) of cached slots alone."""
+        bias, ring = self._local_queries(self.bias, layer), self.cache.ring_size
+        skipped = (self.spans[0] - self.spans[layer]) * self.hidden_per_token
+        if skipped:  # the layer has fewer keys than the first one
+            bias = torch.cat([bias[..., :ring], bias[..., ring + skipped :]], -1)
+        to_hidden = attend_masked(q, *self.ring_and_new(k, v, layer), bias)
+        if self.local_per_token == self.cache.pattern.K:
+            blind = self._local_queries(self.blind[..., None], layer)[..., 0]
+            to_hidden = without_blind(to_hidden, blind)
         return merge_outputs(to_hidden, to_cached).to(q.dtype)
 
-    def _bias_of_layer(self, layer: int) -> Tensor:
-        """The mask of a layer's hidden copies: fewer keys and queries than the first layer's."""
-        bias, hidden, ring = self.bias, self.hidden_per_token, self.cache.ring_size
-        skipped = (self.spans[0] - self.spans[layer]) * hidden
-        if skipped:
-            bias = torch.cat([bias[..., :ring], bias[..., ring + skipped :]], -1)
+    def _local_queries(self, x: Tensor, layer: int) -> Tensor:
+        """The local queries of a layer, of x (B, ..., those of the first layer, any)."""
+        hidden, end = self.hidden_per_token, x.shape[-2]
         if self.is_last(layer):
-            return bias[:, :, -self.keep * hidden :][:, :, hidden - 1 :: hidden]
-        return bias[:, :, -self.spans[layer + 1] * hidden :]
+            return x[..., end - self.keep * hidden + hidden - 1 :: hidden, :]
+        first = end - self.spans[layer + 1] * hidden
+        if self.local_per_token == hidden:
+            return x[..., first:, :]
+        return torch.cat([x[..., : self.cached, :], x[..., first:, :]], -2)
 
     def write_ring(self, k: Tensor, v: Tensor, layer: int) -> None:
         source = self.ring_source - (self.spans[0] - self.spans[layer]) * self.hidden_per_token
         # Below 0 are hidden copies that this layer skips because no later token sees them.
         self.cache.write_ring_rows(layer, k, v, source.clamp(min=0), self.ring_is_new)
+
+
+def _check_pairs(cache: KVCache, rows: int, tokens: int) -> None:
+    """Refuse a mask that would take gigabytes."""
+    K = cache.pattern.K
+    pairs = rows * K * tokens * ((K - 1) * tokens + cache.ring_size)
+    if cache.pattern.originals_see_hidden and pairs > MOST_PAIRS:
+        raise ValueError(
+            f"{rows} rows of unequal lengths with up to {tokens} new tokens: where originals see "
+            "hidden copies, their mask would be too large; pass rows of one length together, or "
+            "fewer tokens at a time (`piece` of phd.inference.prefill.prefill)"
+        )
 
 
 class RaggedPrompts(RaggedRows):
@@ -159,7 +198,7 @@ class RaggedPrompts(RaggedRows):
     def attention(self, q: Tensor, k: Tensor, v: Tensor, cached: Pair, layer: int) -> Tensor:
         if self.is_last(layer) and not self.hidden_per_token:
             return super().attention(q, k, v, cached, layer)
-        first, outs = self.first_hidden(q, layer), []
+        first, outs = self.first_local(q, layer), []
         if first:
             own = k[:, :, : self.cached], v[:, :, : self.cached]
             scale = q.shape[-1] ** -0.5
@@ -167,5 +206,6 @@ class RaggedPrompts(RaggedRows):
         if first < q.shape[2]:
             q = q[:, :, first:]
             to_cached = attend_cached(q, *cached, self.visible_cached(layer)[:, first:])
-            outs.append(self.with_hidden(q, to_cached, k, v, layer))
+            has_keys = self.has_hidden_keys
+            outs.append(self.with_hidden(q, to_cached, k, v, layer) if has_keys else to_cached[0])
         return torch.cat(outs, 2)

@@ -1,13 +1,14 @@
 """Claims about `conf/`: every file composes to a config that means what its name says."""
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from conf.errors import ConfigError
 from conf.validation import flatten_keys
 from data.config import DataConfig, FilesSource, PythonSource
+from phd.config import Variant
 from train.compose import CONF, check, load
 from train.conf_files import recipe_of
 from train.config import Config
@@ -59,7 +60,7 @@ def test_what_a_choice_leaves_open_has_to_be_given() -> None:
         load(["data=files"])
 
 
-@pytest.mark.parametrize("variant", ["vanilla", "naive_repeat", "phd", "phd_swa", "phd_cswa"])
+@pytest.mark.parametrize("variant", get_args(Variant))
 def test_a_model_is_named_after_its_variant(variant: str) -> None:
     model = load([f"model={variant}"]).model
     copies = 1 if variant == "vanilla" else 2
@@ -219,6 +220,11 @@ SWEPT = {
         *("phd_cswa-2-16-32-tiny", "phd_cswa-2-16-32-tiny-copy_positions_flattened"),
         "phd_cswa-2-16-32-tiny-copy_embedding_true",
         *("phd_cswa-3-16-32-tiny", "phd_cswa-3-16t-32t-tiny"),
+    ],
+    "neighbours": [
+        *("vanilla-tiny", "phd_cswa-2-16-32-tiny", "phd-2-tiny", "phd_swa-2-16-inf-tiny"),
+        *("naive_repeat-2-tiny", "hidden_decoding-2-tiny-copy_positions_flattened"),
+        *("pause-2-tiny", "free_pause-2-tiny", "sps-2-16-tiny", "sps-2-0-tiny"),
     ],
     "seeds": [f"phd_cswa-2-16-32-tiny{seed}" for seed in ("", "-seed_1", "-seed_2")],
     "size": [f"{name}-{size}" for size in ("micro", "tiny") for name in ("vanilla", PHD)],

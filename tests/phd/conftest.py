@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from phd.config import CopyPositions, ModelConfig, Norm, SpanUnit, Variant
+from phd.config import VARIANTS, CopyInput, CopyPositions, ModelConfig, Norm, SpanUnit, Variant
 from phd.pattern import Pattern
 from phd.segments import Segments
 
@@ -20,12 +20,15 @@ def configs(draw: st.DrawFn, max_copies: int = 5) -> ModelConfig:
     kv_heads = draw(st.integers(1, 2))
     return ModelConfig(
         variant=variant,
-        K=1 if variant == "vanilla" else draw(st.integers(1, max_copies)),
-        window=draw(SPANS),
+        K=draw(st.integers(1, VARIANTS[variant].most_copies or max_copies)),
+        window=draw(st.integers(0, 5) if variant == "sps" else SPANS),
         chunk=draw(SPANS),
         span_unit=draw(st.sampled_from(get_args(SpanUnit))),
+        originals_see_hidden=draw(st.booleans()),
         copy_positions=draw(st.sampled_from(get_args(CopyPositions))),
+        copy_input=draw(st.sampled_from(["auto", *get_args(CopyInput)])),
         copy_embedding=draw(st.booleans()),
+        full_every=draw(st.integers(1, 3)),
         layers=draw(st.integers(1, 3)),
         dim=12,
         ffn_dim=20,
@@ -52,7 +55,7 @@ def documents(draw: st.DrawFn) -> Segments:
 
 # Tests ask for them by annotation: `@given(config=...)`, `@given(pattern=..., segments=...)`.
 st.register_type_strategy(ModelConfig, configs())
-st.register_type_strategy(Pattern, configs(max_copies=8).map(Pattern.of))
+st.register_type_strategy(Pattern, configs(max_copies=8).map(lambda c: Pattern.of(c, 0)))
 st.register_type_strategy(Segments, documents())
 
 

@@ -1,12 +1,14 @@
 """Models small enough for slow comparisons, with no weight that hides a mistake."""
 
+import os
 from dataclasses import replace
 from typing import Any
 
 import torch
+from hypothesis import settings
 from torch import nn
 
-from phd.config import ModelConfig, Variant
+from phd.config import VARIANTS, ModelConfig, Variant
 from phd.model import Transformer
 
 VOCAB, LIMIT = 17, 64
@@ -37,8 +39,14 @@ FOR_CUDA = replace(
 )
 
 
+def examples(usual: int) -> settings:
+    """Hypothesis's settings: always the same examples, or `make soak-rules`' number of new ones."""
+    asked = os.environ.get("CASES")
+    return settings(derandomize=asked is None, deadline=None, max_examples=int(asked or usual))
+
+
 def of_variant(variant: Variant, **others: Any) -> ModelConfig:
-    K = 1 if variant == "vanilla" else SMALL.K
+    K = min(SMALL.K, VARIANTS[variant].most_copies or SMALL.K)
     return replace(SMALL, **{"variant": variant, "K": K, **others})
 
 

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from phd.config import ModelConfig
 from phd.flops import Flops, forward_flops, training_flops, training_flops_per_token
 from phd.model import Transformer
-from phd.pattern import Pattern
+from phd.pattern import patterns_of
 
 claim = settings(derandomize=True, deadline=None, max_examples=50)
 lengths = st.integers(1, 48)
@@ -42,8 +42,8 @@ def test_the_linear_part_is_what_torch_counts(config: ModelConfig, T: int) -> No
 def test_a_pair_that_the_mask_allows_costs_what_torch_counts_for_it(
     config: ModelConfig, T: int
 ) -> None:
-    mask = Pattern.of(config).mask(T)
-    layers = [mask] * (config.layers - 1) + [mask[-1]]
+    layers = [pattern.mask(T)[:, :, : pattern.key_copies] for pattern in patterns_of(config)]
+    layers[-1] = layers[-1][-1]
     allowed, dense = sum(int(m.sum()) for m in layers), sum(m.numel() for m in layers)
     found, torchs = forward_flops(config, T), counted(config, T, training=False)
     assert found.attention * dense == torchs.attention * allowed

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from phd.config import ModelConfig, Norm, Variant
+from phd.config import VARIANTS, CopyInput, ModelConfig, Norm, Variant
 from phd.model import Transformer
 from phd.pattern import Pattern
-from tests.phd.small_models import model_of
+from tests.phd.small_models import examples, model_of
 
 claim = settings(derandomize=True, deadline=None, max_examples=100)
 SMALL = ModelConfig(
@@ -36,7 +36,7 @@ variants = pytest.mark.parametrize("variant", get_args(Variant))
 
 
 def of_variant(variant: Variant, **settings: Any) -> ModelConfig:
-    K = 1 if variant == "vanilla" else SMALL.K
+    K = min(SMALL.K, VARIANTS[variant].most_copies or SMALL.K)
     return replace(SMALL, **{"variant": variant, "K": K, **settings})
 
 
@@ -52,8 +52,16 @@ class SlowTwin:
         self.weights = dict(model.named_parameters())
 
     def logits(self, tokens: Tensor) -> Tensor:
+        c = self.config
         x = F.embedding(tokens, self.weights["embed.weight"])[:, None]
-        x = x.repeat(1, self.config.K, 1, 1)
+        x = x.repeat(1, c.K, 1, 1)
+        for s in range(1, c.K):
+            match c.hidden_input:
+                case "learned":
+                    x[:, s] = self.weights["copy_input.weight"]
+                case "table":
+                    table = self.weights["copy_input.weight"].view(c.K - 1, c.vocab_size, c.dim)
+                    x[:, s] = F.embedding(tokens, table[s - 1])
         if self.config.copy_embedding:
             x = x + self.weights["copy_embed.weight"][:, None, :]
         for layer in range(self.config.layers):
@@ -86,7 +94,7 @@ class SlowTwin:
             q, k = self.normalised(f"{name}.q_norm", q), self.normalised(f"{name}.k_norm", k)
             v = self.normalised(f"{name}.v_norm", v)
         q, k = self.rotated(q), self.rotated(k)
-        mask = Pattern.of(c).mask(x.shape[2])
+        mask = Pattern.of(c, int(name.split(".")[1])).mask(x.shape[2])
         heads = []
         for i in range(c.heads):
             g = i // (c.heads // c.kv_heads)
@@ -119,7 +127,7 @@ class SlowTwin:
         return x / mean_square.sqrt() * self.weights[f"{name}.weight"]
 
 
-@claim
+@examples(100)
 @given(config=..., B=st.integers(1, 2), tokens=st.integers(1, 30))
 def test_the_loss_and_every_gradient_equal_those_of_the_slow_twin(
     config: ModelConfig, B: int, tokens: int
@@ -152,7 +160,7 @@ def originals(model: Transformer, tokens: Tensor) -> list[Tensor]:
 
 
 @norms
-@pytest.mark.parametrize("variant", ["phd", "phd_swa", "phd_cswa"])
+@pytest.mark.parametrize("variant", ["phd", "phd_swa", "phd_cswa", "free_pause"])
 def test_originals_compute_what_vanilla_computes(variant: Variant, norm: Norm) -> None:
     tokens = random_tokens()
     found = originals(model_of(of_variant(variant, norm=norm)), tokens)
@@ -236,7 +244,9 @@ def test_in_one_layer_exactly_the_slots_that_the_mask_shows_move_an_output(
     config = of_variant(variant, layers=2, norm=norm)
     mask = Pattern.of(config).mask(T)
     for n in (0, 7, 8, T - 1):
-        assert torch.equal(influence(config, n), mask[-1, n])
+        expected = mask[-1, n]
+        expected[-1, n] = True  # by the residual stream, also where it does not see itself
+        assert torch.equal(influence(config, n), expected)
 
 
 @pytest.mark.parametrize("settings", [{"chunk": 8}, {"chunk": 4, "span_unit": "token"}])
@@ -248,6 +258,49 @@ def test_hidden_copies_of_one_chunk_never_influence_another(settings: dict[str, 
         assert torch.equal(moved[0], n <= token)
         assert torch.equal(moved[1:].all(0), (n <= token) & (n // 4 == token // 4))
         assert torch.equal(moved[1:].any(0), moved[1:].all(0))
+
+
+def test_where_originals_see_hidden_copies_chunks_do_leak() -> None:
+    config = of_variant("phd_cswa", window=100, layers=4, originals_see_hidden=True)
+    moved, n = influence(config, T - 1), torch.arange(T)
+    # All but the hidden copies of a chunk's last token, after which the chunk has no original.
+    is_last = (n % 4 == 3) & (n // 4 != (T - 1) // 4)
+    assert torch.equal(~moved, torch.stack([torch.zeros_like(is_last), is_last, is_last]))
+
+
+def test_sps_without_a_window_is_plain_phd_with_a_learned_input() -> None:
+    tokens = random_tokens()
+    sps = model_of(of_variant("sps", K=2, window=0))
+    learned = model_of(of_variant("phd", K=2, copy_input="learned"))
+    assert torch.equal(sps.logits(tokens), learned.logits(tokens))
+    token = model_of(of_variant("phd", K=2))
+    assert not torch.allclose(sps.logits(tokens), token.logits(tokens))
+
+
+@pytest.mark.parametrize("copy_input", ["token", "learned", "table"])
+def test_naive_repetition_of_one_token_is_vanilla_of_what_its_copies_are_fed(
+    copy_input: CopyInput,
+) -> None:
+    """Hidden Decoding and pause tokens are a vanilla model of a longer text."""
+    tokens, K, V = random_tokens(), SMALL.K, SMALL.vocab_size
+    config = of_variant("naive_repeat", copy_positions="flattened", copy_input=copy_input)
+    model = model_of(replace(config, tied=False))
+    longer = replace(config, variant="vanilla", K=1, vocab_size=K * V, tied=False)
+    weights = dict(model.named_parameters())
+    embed = weights["embed.weight"]
+    match copy_input:
+        case "token":
+            rows = embed.repeat(K, 1)
+        case "learned":
+            rows = torch.cat([embed, weights["copy_input.weight"].repeat((K - 1) * V, 1)])
+        case "table":
+            rows = torch.cat([embed, weights["copy_input.weight"]])
+    text = (tokens[:, :, None] + torch.arange(K) * V).flatten(1)
+    own = {name: x for name, x in weights.items() if not name.startswith("copy_input")}
+    head = torch.cat([weights["head.weight"], torch.zeros((K - 1) * V, SMALL.dim)])
+    vanilla = model_of(longer).load({**own, "embed.weight": rows, "head.weight": head})
+    found = vanilla.logits(text)[:, K - 1 :: K, :V]
+    torch.testing.assert_close(model.logits(tokens), found, rtol=1e-9, atol=1e-9)
 
 
 def test_under_autocast_the_loss_stays_close_and_the_stream_stays_in_float32() -> None:

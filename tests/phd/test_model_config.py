@@ -1,17 +1,20 @@
 """A config that cannot make a model says every reason at once; derived values follow from it."""
 
 from math import ceil
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from conf.errors import ConfigError
-from phd.config import ModelConfig
+from phd.config import VARIANTS, CopyInput, ModelConfig, Variant
 
 PROBLEMS = {
-    "model.variant='phd_cswaa': expected one of vanilla, naive_repeat, phd, phd_swa, phd_cswa": {
-        "variant": "phd_cswaa"
-    },
+    "model.variant='phd_cswaa': expected one of vanilla, naive_repeat, phd, phd_swa, phd_cswa, "
+    "pause, free_pause, sps, hidden_decoding": {"variant": "phd_cswaa"},
+    "model.copy_input='own': expected one of auto, token, learned, table": {"copy_input": "own"},
+    "model.window=-1: expected an integer of at least 0": {"variant": "sps", "window": -1},
+    "model.K=3: no slot of free_pause sees a hidden copy, so all but the last would be computed "
+    "for nothing; set model.K=2 or choose model=pause or phd": {"variant": "free_pause", "K": 3},
     "model.span_unit='copies': expected one of hidden, token": {"span_unit": "copies"},
     "model.copy_positions='own': expected one of shared, flattened": {"copy_positions": "own"},
     "model.norm='post': expected one of reordered, pre, hybrid, hybrid_star": {"norm": "post"},
@@ -77,6 +80,10 @@ def test_only_phd_cswa_has_chunks(variant: Any) -> None:
         ("phd_swa-5-16-inf", {"variant": "phd_swa", "K": 5}),
         ("phd_cswa-2-16-32", {}),
         ("phd_cswa-2-4t-8t", {"window": 4, "chunk": 8, "span_unit": "token"}),
+        ("pause-3", {"variant": "pause", "K": 3}),
+        ("free_pause-2", {"variant": "free_pause"}),
+        ("sps-2-0", {"variant": "sps", "window": 0}),
+        ("hidden_decoding-2", {"variant": "hidden_decoding"}),
     ],
 )
 def test_runs_are_named_as_in_the_paper(name: str, settings: dict[str, Any]) -> None:
@@ -84,6 +91,20 @@ def test_runs_are_named_as_in_the_paper(name: str, settings: dict[str, Any]) -> 
     assert model.name == name
     assert ModelConfig(layers=7).as_variant(name).name == name
     assert model.as_variant("vanilla") == model.vanilla_twin
+
+
+def test_every_variant_has_traits() -> None:
+    assert tuple(VARIANTS) == get_args(Variant)
+    assert {traits.copy_input for traits in VARIANTS.values()} == set(get_args(CopyInput))
+
+
+def test_what_hidden_copies_are_fed_is_the_variants_own_unless_it_is_set() -> None:
+    fed = {v: ModelConfig(variant=v, K=t.most_copies or 2) for v, t in VARIANTS.items()}
+    others = {variant for variant, c in fed.items() if c.hidden_input != "token"}
+    assert others == {"pause", "free_pause", "sps", "hidden_decoding"}
+    assert ModelConfig(variant="sps", copy_input="token").hidden_input == "token"
+    assert ModelConfig(variant="phd", copy_input="table").hidden_input == "table"
+    assert ModelConfig(variant="pause", K=1).hidden_input == "token"
 
 
 @pytest.mark.parametrize("name", ["phd", "phd_cswa", "vanilla-2", "phd-2-16-32-64", "PHD-2", ""])

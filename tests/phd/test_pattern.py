@@ -8,8 +8,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from phd.config import ModelConfig
-from phd.pattern import Pattern
+from phd.config import VARIANTS, ModelConfig
+from phd.pattern import Pattern, patterns_of
 
 claim = settings(derandomize=True, deadline=None, max_examples=80)
 lengths = st.integers(1, 12)
@@ -27,7 +27,11 @@ def own(n: int, s: int, m: int, r: int) -> bool:
 
 def near(config: ModelConfig, n: int, s: int, m: int, r: int) -> bool:
     """Rule 3: hidden copies within the window and the chunk."""
-    if config.variant not in ("phd_swa", "phd_cswa") or s == 0 or r == 0:
+    if config.variant == "sps":
+        return r >= 1 and (m, r) <= (n, s) and n - m <= config.window
+    if config.variant not in ("phd_swa", "phd_cswa") or r == 0:
+        return False
+    if s == 0 and not config.originals_see_hidden:
         return False
     hidden = config.K - 1
     distance = n * hidden + s - 1 - (m * hidden + r - 1)
@@ -39,15 +43,17 @@ def near(config: ModelConfig, n: int, s: int, m: int, r: int) -> bool:
 
 
 def sees(config: ModelConfig, n: int, s: int, m: int, r: int) -> bool:
-    if config.variant == "naive_repeat":
+    if config.variant in ("naive_repeat", "pause", "hidden_decoding"):
         return (m, r) <= (n, s)
+    if config.variant == "free_pause":
+        return remembered(n, m, r)
     return remembered(n, m, r) or own(n, s, m, r) or near(config, n, s, m, r)
 
 
 def hidden_mask(pattern: Pattern, T: int) -> Tensor:
-    """The hidden quadrant, numbered h: bool (T * (K-1), T * (K-1))."""
-    hidden = pattern.mask(T)[1:, :, 1:]
-    return hidden.permute(1, 0, 3, 2).reshape(T * (pattern.K - 1), -1)
+    """Which hidden copies, numbered h, the local copies see: bool (T * local, T * (K-1))."""
+    local = pattern.local_copies
+    return pattern.mask(T)[-local:, :, 1:].permute(1, 0, 3, 2).reshape(T * local, -1)
 
 
 @claim
@@ -69,12 +75,14 @@ def test_one_slot_at_a_time_the_predicate_agrees_with_the_mask(pattern: Pattern,
 
 @claim
 @given(pattern=..., T=lengths)
-def test_a_hidden_copy_sees_the_last_so_many_hidden_copies_up_to_itself(
+def test_a_local_copy_sees_the_last_so_many_hidden_copies_up_to_itself_or_before_it(
     pattern: Pattern, T: int
 ) -> None:
     assume(pattern.rule == "hidden")
-    h = torch.arange(T * (pattern.K - 1))
-    behind = h[:, None] - h
+    hidden = pattern.K - 1
+    copies = torch.arange(pattern.K - pattern.local_copies, pattern.K)
+    place = (torch.arange(T)[:, None] * hidden + copies - 1).flatten()
+    behind = place[:, None] - torch.arange(T * hidden)
     seen = pattern.visible_hidden_copies(torch.arange(T)).T.flatten()[:, None]
     assert torch.equal(hidden_mask(pattern, T), (behind >= 0) & (behind < seen))
 
@@ -100,9 +108,8 @@ def test_pairs_counts_the_mask(pattern: Pattern, T: int, data: st.DataObject) ->
 @given(pattern=..., T=lengths)
 def test_no_hidden_copy_sees_further_than_span_tokens(pattern: Pattern, T: int) -> None:
     assume(pattern.rule == "hidden" and pattern.chunk_tokens is None)
-    s, n, r, m = pattern.mask(T).nonzero().unbind(1)
-    assert pattern.span_tokens is not None
-    furthest = int((n - m)[(s > 0) & (r > 0)].max()) + 1
+    _, n, r, m = pattern.mask(T).nonzero().unbind(1)
+    furthest = int((n - m)[r > 0].max()) + 1
     assert furthest == min(T, pattern.span_tokens)
 
 
@@ -112,11 +119,13 @@ def test_the_cache_holds_what_is_remembered_and_the_most_that_rule_3_shows_at_on
     config: ModelConfig, T: int
 ) -> None:
     K = config.K
-    if config.variant == "naive_repeat":
+    if config.variant in ("naive_repeat", "pause", "hidden_decoding"):
         expected = (T * K, 0)
     else:
         slots = list(product(range(T), range(1, K)))
-        shown = [sum(near(config, n, s, m, r) for m, r in slots) for n, s in slots]
+        # With `sps` and w = 0 that is its own slots alone, which no later token sees.
+        is_own = config.variant == "sps" and config.window == 0
+        shown = [sum(near(config, n, s, m, r) for m, r in slots) for n, s in slots if not is_own]
         expected = (T, max(shown, default=0))
     assert Pattern.of(config).cached_slots(T) == expected
 
@@ -128,3 +137,64 @@ def test_the_drawing_shows_the_mask(pattern: Pattern, T: int) -> None:
     rows = [line.split()[1:] for line in pattern.draw(T).splitlines()[1:]]
     drawn = torch.tensor([[cell != "." for cell in row] for row in rows])
     assert torch.equal(drawn, pattern.mask(T).view(size, size))
+
+
+@claim
+@given(config=..., T=lengths)
+def test_keys_that_no_slot_sees_are_not_computed_and_all_others_are(
+    config: ModelConfig, T: int
+) -> None:
+    pattern = Pattern.of(config)
+    is_seen = pattern.mask(T).flatten(0, 1).any(0).any(1)
+    assert is_seen.tolist() == [r < pattern.key_copies for r in range(pattern.K)]
+
+
+@claim
+@given(config=..., T=lengths)
+def test_originals_are_vanilla_where_they_see_no_hidden_copy(config: ModelConfig, T: int) -> None:
+    pattern, token = Pattern.of(config), torch.arange(T)
+    mask = pattern.mask(T)[0]
+    assert torch.equal(mask[:, 0], token[:, None] >= token)
+    sees_hidden = bool(mask[:, 1:].any())
+    assert not (pattern.originals_are_vanilla and sees_hidden)
+    # Of the first tokens there are no hidden copies to see.
+    if T > 1 and pattern.chunk_tokens != 1:
+        assert pattern.originals_are_vanilla is not sees_hidden
+
+
+NOT_VANILLA = {"naive_repeat", "pause", "hidden_decoding", "sps"}
+
+
+def test_the_variants_whose_originals_are_not_vanillas_are_these() -> None:
+    found = {
+        name
+        for name, traits in VARIANTS.items()
+        if not Pattern.of(
+            ModelConfig(variant=name, K=traits.most_copies or 3)
+        ).originals_are_vanilla
+    }
+    assert found == NOT_VANILLA
+
+
+def test_layers_of_streams_show_each_copy_its_own_past_and_the_others_all() -> None:
+    config = ModelConfig(variant="hidden_decoding", K=3, layers=8, full_every=3)
+    patterns = patterns_of(config)
+    assert [p.rule == "flat" for p in patterns] == [i in (2, 5, 7) for i in range(8)]
+    slots = list(product(range(3), range(5)))
+    expected = torch.tensor([[r == s and m <= n for r, m in slots] for s, n in slots])
+    assert torch.equal(patterns[0].mask(5).view(15, 15), expected)
+
+
+def test_sps_without_a_window_is_plain_phd() -> None:
+    sps = ModelConfig(variant="sps", window=0)
+    assert Pattern.of(sps) == Pattern.of(ModelConfig(variant="phd"))
+
+
+@claim
+@given(w=st.integers(1, 6), K=st.integers(2, 4))
+def test_sps_is_phd_swa_whose_originals_see_hidden_copies(w: int, K: int) -> None:
+    sps = ModelConfig(variant="sps", K=K, window=w)
+    swa = ModelConfig(
+        variant="phd_swa", K=K, window=w + 1, span_unit="token", originals_see_hidden=True
+    )
+    assert Pattern.of(sps) == Pattern.of(swa)

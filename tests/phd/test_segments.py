@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from phd.attention.attend import attend
-from phd.config import Backend, CopyPositions, ModelConfig, SpanUnit, Variant
+from phd.config import VARIANTS, Backend, CopyPositions, ModelConfig, SpanUnit, Variant
 from phd.model import Transformer
 from phd.pattern import Pattern
 from phd.segments import Segments
@@ -80,7 +80,7 @@ def test_a_document_in_a_row_is_computed_as_if_it_were_alone(
     chunk = 4 if unit == "token" else 4 * max(K - 1, 1)
     config = ModelConfig(
         variant=variant,
-        K=K,
+        K=min(K, VARIANTS[variant].most_copies or K),
         chunk=chunk,
         span_unit=unit,
         copy_positions=positions,
@@ -150,7 +150,7 @@ def check_attention(
 ) -> None:
     """Packed against the dense mask, out and every gradient, with N = 4 and G = 2 heads."""
     B, T, H = *segments.starts.shape, 6
-    shapes = [(B, 4, Q, T, H), (B, 2, pattern.K, T, H), (B, 2, pattern.K, T, H)]
+    shapes = [(B, 4, Q, T, H), *[(B, 2, pattern.key_copies, T, H)] * 2]
     qkv = [torch.randn(shape, dtype=dtype, requires_grad=True) for shape in shapes]
     dout = torch.randn(shapes[0], dtype=dtype)
     packed = solve(qkv, dout, pattern, "packed", segments)

@@ -229,6 +229,7 @@ def test_the_attention_benchmark_gives_the_promised_ratios(
     rows = {(row["pass"], row["work"]): row for row in report["rows"]}
     works = {"vanilla", "vanilla_ours", "dense_mask_K3", "product"}
     works |= {f"{variant}_K{K}" for variant in ("phd_cswa", "naive_repeat") for K in (2, 3)}
+    works |= {"free_pause_K2", "sps_K2"}
     passes = ("forward", "+ backward")
     assert set(rows) == {(name, work) for name in passes for work in works}
     for (_, work), row in rows.items():

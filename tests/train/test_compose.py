@@ -105,7 +105,7 @@ def test_everything_wrong_with_a_command_line_is_told_at_once() -> None:
         "optim.betas=0.9,0.95",
         "train.global_batch=10",
     )
-    assert found[0].startswith("model=phd_csw: expected one of naive_repeat, phd, phd_cswa,")
+    assert found[0].startswith("model=phd_csw: expected one of free_pause, hidden_decoding, naive")
     assert found[0].endswith(". Did you mean phd_cswa?")
     assert found[1:3] == [
         "modle: unknown group or key. Did you mean model?",
@@ -489,6 +489,8 @@ WARM_UP = (
 )
 TRAINED = "the tokenizer of tokenizer.path is trained already; leave it out, or leave out the path"
 ONCE = "feeds each token once; leave it out, or choose another variant"
+SEE, SWA = "see hidden copies", "leave it out, or choose model=phd_swa"
+DECODING = "leave it out, or choose model=hidden_decoding"
 UNUSED: dict[str, list[str]] = {
     "model=phd_swa model.chunk=32": [f"model.chunk=32: model.variant=phd_swa {CHUNK}"],
     "model=phd ++model.chunk=8": [f"model.chunk=8: model.variant=phd {CHUNK}"],
@@ -498,6 +500,13 @@ UNUSED: dict[str, list[str]] = {
     "model=vanilla model.span_unit=token model.copy_positions=flattened": [
         f"model.span_unit='token': model.variant=vanilla {WINDOW}",
         f"model.copy_positions='flattened': model.variant=vanilla {ONCE}",
+    ],
+    "model=sps model.span_unit=token model.originals_see_hidden=true": [
+        f"model.span_unit='token': model.variant=sps counts its window in tokens; {SWA}",
+        f"model.originals_see_hidden=True: with model.variant=sps originals always {SEE}; {SWA}",
+    ],
+    "model=pause model.full_every=2": [
+        f"model.full_every=2: all layers of model.variant=pause have one rule; {DECODING}"
     ],
     "model.head_init=fan_in": [f"model.head_init='fan_in': {HEAD}"],
     "schedule=constant schedule.final_ratio=0.2": [f"schedule.final_ratio=0.2: {PEAK}"],

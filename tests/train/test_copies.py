@@ -178,6 +178,12 @@ def test_it_is_another_run_than_one_without_a_schedule() -> None:
         ("{0:1,0.999:2}", [], "the run has 320 steps, too few for a step with each K"),
         ("{0:1,0.5:2}", ["train.max_time=1h", "schedule=constant"], "whose length in steps is"),
         ("{0:3,0.5:2}", ["model.copy_embedding=true"], "let the last K be the largest"),
+        (
+            "{0:1,0.5:2}",
+            ["model=sps"],
+            "=learned is not trained while there are no",
+        ),
+        ("{0:3,0.5:2}", ["model.copy_input=table"], "has tables for the last model.K=2 copies"),
         ("{a:1}", [], "expected the K from each fraction of the run on"),
     ],
 )

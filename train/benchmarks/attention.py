@@ -21,7 +21,10 @@ from train.benchmarks.timing import Bar, Kind, Panel, Result, Times, Work, besid
 BASE = "vanilla"
 """PyTorch's own causal attention with the kernel that it chooses, and what all is compared with."""
 
-VANILLA = Pattern("causal")
+VANILLA, PHD = Pattern("causal"), Pattern("hidden", K=2)
+
+NEIGHBOURS: tuple[Variant, ...] = ("free_pause", "sps")
+"""The neighbours of PHD whose rule is no other variant's."""
 
 FORWARD, BOTH = "forward", "+ backward"
 
@@ -52,6 +55,7 @@ class Grid(NamedTuple):
         naive, flex, packed: naive repetition, and two backends that are named;
         rule_1: the causal kernel alone;
         variants: phd and phd_swa;
+        neighbours: free_pause and sps, whose window is the others' W;
         dense: the dense mask.
     """
 
@@ -62,6 +66,7 @@ class Grid(NamedTuple):
     packed: tuple[int, ...] = ()
     rule_1: tuple[int, ...] = ()
     variants: tuple[int, ...] = ()
+    neighbours: tuple[int, ...] = ()
     dense: tuple[int, ...] = ()
 
 
@@ -70,6 +75,7 @@ GRIDS = {
         shapes=(Shape(1, 8, 2, 64, 1024), Shape(1, 8, 2, 64, 2048)),
         copies=(2, 3, 4),
         naive=(3,),
+        neighbours=(2,),
         dense=(3,),
     ),
     "cuda": Grid(
@@ -80,11 +86,18 @@ GRIDS = {
         packed=(2, 3, 4),
         rule_1=(2, 3, 4),
         variants=(2,),
+        neighbours=(2,),
     ),
 }
 
 SHORT_GRIDS = {
-    "cpu": Grid(shapes=(Shape(1, 4, 2, 32, 128),), copies=(2, 3), naive=(2, 3), dense=(3,)),
+    "cpu": Grid(
+        shapes=(Shape(1, 4, 2, 32, 128),),
+        copies=(2, 3),
+        naive=(2, 3),
+        neighbours=(2,),
+        dense=(3,),
+    ),
     "cuda": Grid(
         shapes=GRIDS["cuda"].shapes[:1], copies=(2, 3), naive=(2, 3), flex=(2,), rule_1=(2, 3)
     ),
@@ -139,8 +152,9 @@ def subjects_of(shape: Shape, grid: Grid, device: torch.device) -> dict[str, Sub
 
     def subject(variant: Variant, K: int, backend: Backend = "auto") -> Subject:
         pattern = Pattern.of(ModelConfig(variant=variant, K=K))
-        chosen = _backend(backend, shape, device)
-        works = _autograd_works(lambda q, k, v: attend(q, k, v, pattern, chosen), *inputs(K))
+        chosen = _backend(backend, shape, device, pattern)
+        own = inputs(K) if pattern.key_copies == K else inputs(K, pattern.key_copies)
+        works = _autograd_works(lambda q, k, v: attend(q, k, v, pattern, chosen), *own)
         return Subject(K, chosen, *works, _flops(shape, pattern))
 
     found = {BASE: _sdpa(shape, *inputs(1)), "vanilla_ours": subject("vanilla", 1)}
@@ -156,6 +170,8 @@ def subjects_of(shape: Shape, grid: Grid, device: torch.device) -> dict[str, Sub
             found[f"naive_repeat_K{K}"] = subject("naive_repeat", K)
     for K in grid.variants:
         found |= {f"phd_K{K}": subject("phd", K), f"phd_swa_K{K}": subject("phd_swa", K)}
+    for K in grid.neighbours:
+        found |= {f"{name}_K{K}": subject(name, K) for name in NEIGHBOURS}
     return found | {f"dense_mask_K{K}": subject("phd_cswa", K, "reference") for K in grid.dense}
 
 
@@ -216,7 +232,7 @@ def _panel(
     bars, default = [], _backend("auto", shape, device)
     for work, subject in subjects.items():
         if not work.startswith("dense_mask"):
-            ours = work.startswith(("phd", "vanilla_")) and subject.backend == default
+            ours = work.startswith(("phd", "vanilla_", *NEIGHBOURS)) and subject.backend == default
             kind = Kind.BASE if work == BASE else Kind.OURS if ours else Kind.PEER
             how = "" if work.endswith(subject.backend) else f" ({subject.backend})"
             label = work.replace("_", " ") + how
@@ -226,16 +242,23 @@ def _panel(
     return Panel(f"{passes}: {shape}", "time / vanilla's", bars)
 
 
-def _backend(backend: Backend, shape: Shape, device: torch.device) -> Backend:
-    return resolve_backend(backend, device.type, dtype_of(device), shape.H, HAS_TRITON)
+def _backend(
+    backend: Backend, shape: Shape, device: torch.device, pattern: Pattern = PHD
+) -> Backend:
+    return resolve_backend(backend, device.type, dtype_of(device), shape.H, HAS_TRITON, pattern)
 
 
-def _inputs(shape: Shape, device: torch.device, K: int) -> tuple[list[Tensor], Tensor]:
-    """q, k and v, and the gradient of the output, each (B, heads, K, T, H)."""
+def _inputs(
+    shape: Shape, device: torch.device, K: int, key_copies: int | None = None
+) -> tuple[list[Tensor], Tensor]:
+    """q, k and v, and the gradient of the output, each (B, heads, K, T, H).
+
+    Fewer copies may give keys and values; None: all K.
+    """
     B, N, G, H, T = shape
     q, k, v, dout = (
-        torch.randn(B, heads, K, T, H, device=device, dtype=dtype_of(device))
-        for heads in (N, G, G, N)
+        torch.randn(B, heads, copies, T, H, device=device, dtype=dtype_of(device))
+        for heads, copies in ((N, K), (G, key_copies or K), (G, key_copies or K), (N, K))
     )
     return [x.requires_grad_() for x in (q, k, v)], dout
 

@@ -56,8 +56,12 @@ def load_run(directory: Path, device: torch.device) -> LoadedRun:
     K, weights = config.copy_stage(max(0, checkpoint.step - 1)).K, checkpoint.load_weights()
     with torch.device("meta"):
         model = Transformer(replace(config.model, K=K))
-    if config.model.copy_embedding:  # vectors of copies that still wait are no part of it
+    # Vectors and tables of copies that still wait are no part of it.
+    if config.model.copy_embedding:
         weights["copy_embed.weight"] = weights["copy_embed.weight"][:K]
+    if config.model.hidden_input == "table":
+        rows = (K - 1) * config.model.vocab_size
+        weights["copy_input.weight"] = weights["copy_input.weight"][:rows]
     model.to_empty(device=device).load(weights)
     tokenizer = _tokenizer(checkpoint, directory)
     return LoadedRun(model.eval(), tokenizer, checkpoint.step, config)

@@ -136,7 +136,7 @@ def block_footprints(given: Pass, checkpoint_every: int = 1) -> list[Footprint]:
 def _block_footprint(given: Pass, layer: int) -> Footprint:
     """The footprint of one block."""
     model = given.model
-    copies = model.K if layer or model.copy_embedding else 1
+    copies = model.K if layer else model.distinct_inputs
     shape = (given.rows, copies, given.tokens, model.dim)
     with FakeTensorMode():
         block = _weighted(Block(model, layer), given.weights)

@@ -199,10 +199,13 @@ def _embedding(given: Pass) -> Footprint:
     """The footprint of the embedding. A tied one adds its gradient to that of the head."""
     model = given.model
     tokens = given.rows * given.tokens
-    out = 4 * tokens * model.dim * (1 + model.K if model.copy_embedding else 1)
-    gradient = _head_bytes(given)
-    new = 0 if model.tied or given.accumulates else gradient
-    return Footprint(out, 8 * tokens, 0, out + gradient, new)
+    # The originals; tables' rows for hidden copies; all copies joined; with their vectors.
+    tables = model.K - 1 if model.hidden_input == "table" else 0
+    kept = 1 + tables + model.K * ((model.hidden_input != "token") + model.copy_embedding)
+    out = 4 * tokens * model.dim * kept
+    embedding, of_tables = _head_bytes(given), tables * _head_bytes(given)
+    new = 0 if given.accumulates else of_tables + (0 if model.tied else embedding)
+    return Footprint(out, 8 * tokens * (1 + tables), 0, out + embedding + of_tables, new)
 
 
 def _head_bytes(given: Pass) -> int:

@@ -47,7 +47,7 @@ MUON = Rule("Muon", ("momentum_buffer",), counts=False)
 
 def is_embedding(name: str) -> bool:
     """Whether a parameter is an embedding. A tied LM head is one, too: it has the same name."""
-    return name.startswith(("embed.", "copy_embed."))
+    return name.startswith(("embed.", "copy_embed.", "copy_input."))
 
 
 def rule_of(name: str, parameter: Tensor, config: OptimConfig) -> Rule:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from conf.wording import short_count
+from phd.config import VARIANTS
 from train.experiments.result import Result
 from train.experiments.source import Source, seeds_in_words, source_of
 from train.experiments.texts import LOADING, same_texts
@@ -187,7 +188,7 @@ def at_shared_seeds(groups: Sequence[Group]) -> Shared:
     return Shared(kept, seeds, note + "some seeds are easier than others.")
 
 
-FAMILIES = ("vanilla", "naive_repeat", "phd", "phd_swa", "phd_cswa")
+FAMILIES = tuple(VARIANTS)
 
 
 def _place(result: Result) -> tuple[Any, ...]:

@@ -220,6 +220,18 @@ class ScheduleConfig(Settings):
             reason = f"model.copy_embedding=true has vectors for the last model.K={model.K} copies"
             hint = "let the last K be the largest"
             return [self.copies_problem(reason, hint, ("model.copy_embedding",))]
+        return self._input_problems(model, copies)
+
+    def _input_problems(self, model: ModelConfig, copies: Sequence[int]) -> list[Problem]:
+        """Why what hidden copies are fed does not fit these K."""
+        others, name = ("model.copy_input",), f"model.copy_input={model.hidden_input}"
+        if model.hidden_input != "token" and min(copies) == 1:
+            reason = f"{name} is not trained while there are no hidden copies"
+            hint = "let every K be 2 at least, or set model.copy_input=token"
+            return [self.copies_problem(reason, hint, others)]
+        if model.hidden_input == "table" and max(copies) > model.K:
+            reason = f"{name} has tables for the last model.K={model.K} copies"
+            return [self.copies_problem(reason, "let the last K be the largest", others)]
         return []
 
     def stage_problems(self, total: int | None, limits: Sequence[str]) -> list[Problem]:

@@ -148,6 +148,7 @@ def pretrained_start(path: Path, config: ModelConfig) -> dict[str, Tensor]:
     """The weights of an OLMo 2 or Llama directory as the initial weights of any variant.
 
     The originals of a PHD model attend to originals only, so they compute what that model computes.
+    They do not with `naive_repeat`, `pause`, `hidden_decoding` and `sps`, where they see others.
 
     Raises:
         DataError: the directory cannot be read.
@@ -172,11 +173,13 @@ def _check_shape(path: Path, config: ModelConfig, source: ModelConfig) -> None:
     # their own, which start at 0. What the weights have cannot be left out.
     names += ["tied"] * (config.tied and not source.tied)
     names += ["copy_embedding"] * (source.copy_embedding and not config.copy_embedding)
-    if names:
+    pairs = [(name, getattr(source, name), getattr(config, name)) for name in names]
+    theirs, ours = source.hidden_input, config.hidden_input
+    pairs += [("copy_input", theirs, ours)] * (theirs not in ("token", ours))
+    if pairs:
         differences = ", ".join(
-            f"model.{name}={_spelled(getattr(source, name))} "
-            f"(here it is {_spelled(getattr(config, name))})"
-            for name in names
+            f"model.{name}={_spelled(their)} (here it is {_spelled(our)})"
+            for name, their, our in pairs
         )
         hint = f"set {differences}"
         problem = Problem("run.start_from", str(path), "a model of another shape", hint)

@@ -5,7 +5,7 @@ from typing import Literal, get_args
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -16,6 +16,10 @@ import phd.attention.tiles
 from phd.attention.attend import attend, resolve_backend
 from phd.config import Backend
 from phd.pattern import Pattern
+from tests.phd.small_models import examples
+
+PHD = Pattern("hidden", K=2)
+SPS = Pattern("hidden", K=2, window=3, span_unit="token", originals_see_hidden=True)
 
 Layout = Literal["contiguous", "token_major", "equal_copies"]
 Upstream = Literal["random", "token_major", "all_ones"]
@@ -67,7 +71,7 @@ def arranged(x: Tensor, layout: Layout) -> Tensor:
 
 def leaves(case: Case, dtype: torch.dtype = torch.float64) -> list[Tensor]:
     """q, k, v."""
-    N, K = case.G * case.heads_per_group, case.pattern.K
+    N, K = case.G * case.heads_per_group, case.pattern.key_copies
     shapes = [(N, case.Q), (case.G, K), (case.G, K)]
     generator = torch.Generator().manual_seed(0)
     q, k, v = (
@@ -92,7 +96,7 @@ def solve(case: Case, backend: Backend, qkv: list[Tensor]) -> tuple[Tensor, ...]
     return out, *torch.autograd.grad(total, qkv)
 
 
-@settings(derandomize=True, deadline=None, max_examples=250)
+@examples(250)
 @given(case=cases(), at_once=st.sampled_from([1, 10_000, phd.attention.tiles.SCORES_AT_ONCE]))
 def test_packed_equals_the_dense_definition(case: Case, at_once: int) -> None:
     qkv = leaves(case)
@@ -112,6 +116,8 @@ def test_packed_equals_the_dense_definition(case: Case, at_once: int) -> None:
         Pattern("flat", K=3),
         Pattern("hidden", K=3),
         Pattern("hidden", K=3, window=3, chunk_tokens=2),
+        Pattern("hidden", K=3, window=3, chunk_tokens=2, originals_see_hidden=True),
+        Pattern("causal", K=3),
     ],
 )
 def test_packed_gradients_are_those_of_finite_differences(pattern: Pattern, Q: int) -> None:
@@ -148,12 +154,14 @@ def test_a_named_backend_is_taken_and_auto_is_fused_where_triton_compiles(
     for backend in get_args(Backend):
         chosen = "fused" if device == "cuda" and has_triton else "packed"
         expected = chosen if backend == "auto" else backend
-        assert resolve_backend(backend, device, torch.bfloat16, 64, has_triton) == expected
+        assert resolve_backend(backend, device, torch.bfloat16, 64, has_triton, PHD) == expected
 
 
 def test_auto_is_packed_where_there_is_no_fused_kernel() -> None:
     for dtype, head_dim in ((torch.float64, 64), (torch.float32, 129), (torch.bfloat16, 257)):
-        assert resolve_backend("auto", "cuda", dtype, head_dim, has_triton=True) == "packed"
+        assert resolve_backend("auto", "cuda", dtype, head_dim, True, PHD) == "packed"
+    given = "cuda", torch.bfloat16, 64, True, SPS
+    assert resolve_backend("auto", *given) == "packed"
 
 
 def test_fused_without_triton_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,6 +177,12 @@ def test_fused_on_the_cpu_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) ->
     q = torch.randn(1, 2, 2, 8, 4)
     with pytest.raises(ValueError, match=r"^model\.attention=fused: .* device cpu; .*=packed"):
         attend(q, q, q, Pattern("hidden", K=2), "fused")
+
+
+def test_fused_refuses_originals_that_see_hidden_copies_by_name() -> None:
+    q = torch.randn(1, 2, 2, 8, 4)
+    with pytest.raises(ValueError, match=r"^model\.attention=fused: .*originals see hid.*packed"):
+        attend(q, q, q, SPS, "fused")
 
 
 def test_auto_computes_what_packed_computes() -> None:

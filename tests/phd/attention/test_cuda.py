@@ -60,7 +60,7 @@ def check(
     heads: tuple[int, int, int] = (N, G, H),
 ) -> None:
     """Output and gradients on the GPU against the dense definition in float64 on the CPU."""
-    Q, K = 1 if last_copy_only else pattern.K, pattern.K
+    Q, K = 1 if last_copy_only else pattern.K, pattern.key_copies
     n, g, h = heads
     shapes = [(B, n, Q, T, h), (B, g, K, T, h), (B, g, K, T, h), (B, n, Q, T, h)]
     rounded = [torch.randn(shape).to(dtype) for shape in shapes]

@@ -46,8 +46,8 @@ def check_same(ours: BlockMask, torchs: BlockMask) -> None:
 @claim
 @given(pattern=..., T=whole_blocks)
 def test_the_block_table_is_the_mask_reduced(pattern: Pattern, T: int) -> None:
-    blocks = pattern.K * T // BLOCK
-    mask = pattern.mask(T).view(blocks, BLOCK, blocks, BLOCK)
+    blocks, of_keys = pattern.K * T // BLOCK, pattern.key_copies * T // BLOCK
+    mask = pattern.mask(T)[:, :, : pattern.key_copies].reshape(blocks, BLOCK, of_keys, BLOCK)
     some, every = block_table(pattern, torch.zeros(1, T, dtype=torch.int64))
     assert torch.equal(some[0], mask.any(3).any(1))
     assert torch.equal(every[0], mask.all(3).all(1))
@@ -59,7 +59,7 @@ def test_the_block_mask_is_the_one_that_torch_finds_by_trying_every_slot(
     pattern: Pattern, T: int, last_copy_only: bool
 ) -> None:
     copies = 1 if last_copy_only else pattern.K
-    dense = pattern.mask(T)[-copies:].view(copies * T, pattern.K * T)
+    dense = pattern.mask(T)[-copies:, :, : pattern.key_copies].flatten(2, 3).flatten(0, 1)
 
     def stored(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:  # noqa: ARG001
         return dense[query, key]
@@ -79,7 +79,7 @@ def test_so_is_the_block_mask_of_documents(
     copies = 1 if last_copy_only else pattern.K
     B, T = segments.starts.shape
     filled = Segments.of(pad(segments.starts, (0, -T % BLOCK), value=T))
-    dense = filled.mask(pattern)[:, -copies:].flatten(3, 4).flatten(1, 2)
+    dense = filled.mask(pattern)[:, -copies:, :, : pattern.key_copies].flatten(3, 4).flatten(1, 2)
 
     def stored(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:  # noqa: ARG001
         return dense[b, query, key]
@@ -97,7 +97,7 @@ def test_so_is_the_block_mask_of_documents(
 @given(pattern=..., T=st.integers(1, 20))
 def test_flex_computes_the_dense_definition(pattern: Pattern, T: int) -> None:
     q, k, v = torch.randn(3, 2, 4, pattern.K, T, 8, dtype=torch.float64)
-    k, v = k[:, :2], v[:, :2]
+    k, v = (x[:, :2, : pattern.key_copies] for x in (k, v))
     for queries in (q, q[:, :, -1:]):
         out = masked_flex(eager_flex_attention, queries, k, v, pattern)
         torch.testing.assert_close(out, attend(queries, k, v, pattern, "reference"))
@@ -111,7 +111,7 @@ def test_flex_computes_the_dense_definition_of_documents(
 ) -> None:
     B, T = segments.starts.shape
     q, k, v = torch.randn(3, B, 4, pattern.K, T, 8, dtype=torch.float64)
-    k, v = k[:, :2], v[:, :2]
+    k, v = (x[:, :2, : pattern.key_copies] for x in (k, v))
     for queries in (q, q[:, :, -1:]):
         out = masked_flex(eager_flex_attention, queries, k, v, pattern, segments)
         torch.testing.assert_close(out, attend(queries, k, v, pattern, "reference", segments))

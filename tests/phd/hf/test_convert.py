@@ -194,6 +194,23 @@ def test_copy_embeddings_start_at_zero_and_all_else_as_it_was() -> None:
     assert all(start[name] is state[name] for name in state)
 
 
+def test_what_hidden_copies_are_fed_starts_as_the_embedding_or_its_mean() -> None:
+    config, state = from_hugging_face(*described(original("olmo2")))
+    embed = state["embed.weight"]
+    learned = starting_state(replace(config, variant="sps", K=3), state)
+    assert torch.equal(learned["copy_input.weight"], embed.mean(0, keepdim=True))
+    decoding = replace(config, variant="hidden_decoding", K=3)
+    tables = starting_state(decoding, state)
+    assert torch.equal(tables["copy_input.weight"], torch.cat([embed, embed]))
+    # So it begins as naive repetition.
+    repeating = ours(replace(config, variant="naive_repeat", K=3), state)
+    assert torch.equal(ours(decoding, tables).logits(text()), repeating.logits(text()))
+    # Of a model that has tables, they are kept, and there is a new one for a further copy.
+    tables["copy_input.weight"] = torch.randn(2 * len(embed), 32)
+    more = starting_state(replace(decoding, K=4), tables)["copy_input.weight"]
+    assert torch.equal(more, torch.cat([tables["copy_input.weight"], embed]))
+
+
 def test_a_tied_checkpoint_may_start_an_untied_model_but_not_the_reverse() -> None:
     config, state = from_hugging_face(*described(original("olmo2", tie_word_embeddings=True)))
     model = ours(replace(config, tied=False), starting_state(replace(config, tied=False), state))

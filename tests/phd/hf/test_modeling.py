@@ -620,6 +620,12 @@ def test_a_vocabulary_can_grow(tied: bool, tmp_path: Path) -> None:
     close(PhdForCausalLM.from_pretrained(tmp_path)(ids).logits, after)
 
 
+def test_tables_of_hidden_copies_keep_their_vocabulary() -> None:
+    model = theirs(of_variant("hidden_decoding"))
+    with pytest.raises(ValueError, match=r"copy_input=table cannot be given another vocabulary"):
+        model.resize_token_embeddings(V + 3)
+
+
 # What is refused
 
 REFUSED: dict[str, tuple[Callable[[Tensor], dict[str, Any]], str]] = {

@@ -30,6 +30,12 @@ def cache_of(batch: int = 1, capacity: int = 8, **settings: Any) -> KVCache:
         ({"variant": "phd_cswa", "K": 4, "window": 16, "chunk": 7}, 9),
         ({"variant": "phd_cswa", "K": 3, "window": 16, "chunk": 5, "span_unit": "token"}, 10),
         ({"variant": "phd_cswa", "K": 1}, 0),
+        ({"variant": "pause", "K": 3}, 2000),
+        ({"variant": "hidden_decoding", "K": 2}, 1000),
+        ({"variant": "free_pause", "K": 2}, 0),
+        ({"variant": "sps", "K": 2, "window": 0}, 0),
+        ({"variant": "sps", "K": 2, "window": 16}, 17),
+        ({"variant": "sps", "K": 3, "window": 16}, 34),
     ],
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else "",
 )

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from phd.attention.flash import LONG_PROMPT, causal_forward, prompt_forward
-from phd.config import Norm, SpanUnit, Variant
+from phd.config import VARIANTS, Norm, SpanUnit, Variant
 from phd.inference.cached_attention import attend_cached
 from phd.inference.cuda_graph import Decoder
 from phd.inference.fused_rows import has_fused_rows
@@ -29,7 +29,7 @@ LAYER_OF_1B2 = {"dim": 2048, "ffn_dim": 8192, "heads": 32, "kv_heads": 8, "head_
 
 
 def model_of(variant: Variant, **others: Any) -> Transformer:
-    K = 1 if variant == "vanilla" else 3
+    K = min(3, VARIANTS[variant].most_copies or 3)
     return (
         Transformer(replace(FOR_CUDA, **{"variant": variant, "K": K, **others}))
         .reset(0)
@@ -163,7 +163,7 @@ def test_several_tokens_at_once_are_those_one_by_one(variant: Variant) -> None:
 def test_a_prompt_in_pieces_gives_what_the_full_forward_gives(
     variant: Variant, copies: int
 ) -> None:
-    model = model_of(variant, K=1 if variant == "vanilla" else copies)
+    model = model_of(variant, K=min(copies, VARIANTS[variant].most_copies or copies))
     tokens = tokens_of(2, 300)
     full = model.logits(tokens)
     logits, cache = prefill(model, tokens[:, :203], piece=90)
@@ -261,7 +261,7 @@ def test_half_precision_is_near_at_the_shape_of_1b2s_layers(K: int) -> None:
 def test_the_kernels_of_a_token_equal_the_slow_step(
     variant: Variant, head_dim: int, dtype: torch.dtype
 ) -> None:
-    K = 1 if variant == "vanilla" else 3
+    K = min(3, VARIANTS[variant].most_copies or 3)
     config = replace(FOR_CUDA, variant=variant, K=K, head_dim=head_dim, layers=2)
     twins = Twins(config, [300, 0, 63, 32, 511], 600, dtype, "cuda")
     for _ in range(3):

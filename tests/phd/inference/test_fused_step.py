@@ -6,13 +6,15 @@ from typing import get_args
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 
+from phd.attention.blocks import has_local_kernels
 from phd.config import ModelConfig, Norm, Variant
 from phd.inference.cuda_graph import Decoder
 from phd.inference.fused_step import FusedStep, why_not_fused
 from phd.inference.prefill import new_cache, prefill
 from phd.model import Transformer
+from phd.pattern import Pattern
 from tests.phd.small_models import SMALL, model_of, of_variant
 
 pytestmark = pytest.mark.usefixtures("triton_interpreter")
@@ -40,8 +42,14 @@ def apart(model: Transformer, tokens: torch.Tensor, lengths: list[int], steps: i
     return worst
 
 
+WITHOUT = ("free_pause", "sps")
+"""The variants that the kernels cannot do."""
+
+REPEATED = ("naive_repeat", "hidden_decoding")
+"""The variants whose rule is that of `pause`."""
+
 CASES = [
-    *((variant, "reordered") for variant in get_args(Variant)),
+    *((variant, "reordered") for variant in get_args(Variant) if variant not in WITHOUT + REPEATED),
     *(("phd_cswa", norm) for norm in get_args(Norm)[1:]),
 ]
 
@@ -59,6 +67,8 @@ def test_it_gives_the_logits_of_the_full_forward(variant: Variant, norm: Norm) -
 @given(config=...)
 @torch.no_grad()
 def test_it_does_so_for_every_setting_of_a_model(config: ModelConfig) -> None:
+    pattern = Pattern.of(config)
+    assume(has_local_kernels(pattern) and pattern.key_copies == pattern.K)
     model = model_of(config, torch.float32)
     tokens = torch.randint(0, 17, (3, 24))
     assert apart(model, tokens, lengths=[1, 22, 13], steps=2) < 2e-5
@@ -96,6 +106,17 @@ def test_it_says_why_it_cannot_be_used() -> None:
     assert reason == "the model has hooks, adapters or other parts put in place"
     handle.remove()
     assert why_not_fused(single, new_cache(single, 1, 8)) is None
+
+
+@pytest.mark.parametrize("variant", WITHOUT)
+def test_a_rule_without_kernels_is_told_by_name_and_decoded_without_them(variant: Variant) -> None:
+    model = model_of(of_variant(variant), torch.float32).fuse_projections()
+    logits, cache = prefill(model, torch.arange(9)[None], capacity=10)
+    reason = why_not_fused(model, cache)
+    assert reason == f"no Triton kernels for the slots that model.variant={variant} sees"
+    found = Decoder(model, cache)(logits.argmax(-1))
+    text = torch.cat([torch.arange(9), logits.argmax(-1)])[None]
+    torch.testing.assert_close(found, model.logits(text)[:, -1], rtol=1e-4, atol=1e-5)
 
 
 def test_weights_that_are_read_stay_where_they_are() -> None:

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from conf.errors import ConfigError
-from phd.config import Norm, SamplingConfig, Variant
+from phd.config import VARIANTS, Norm, SamplingConfig, Variant
 from phd.inference.generator import (
     FinishReason,
     Generator,
@@ -72,7 +72,7 @@ def as_on_cuda(generator: Generator) -> Generator:
 
 
 def drawn_model(rng: random.Random, variant: Variant) -> Transformer:
-    K = 1 if variant == "vanilla" else rng.randint(1, 4)
+    K = rng.randint(1, VARIANTS[variant].most_copies or 4)
     return model_of(
         of_variant(
             variant,

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from phd.config import SamplingConfig, Variant
+from phd.config import VARIANTS, SamplingConfig, Variant
 from phd.inference.generator import Generator, Request
 from phd.inference.sampling import Sampler
 from phd.model import Transformer
@@ -25,7 +25,7 @@ variants = pytest.mark.parametrize("variant", get_args(Variant))
 
 
 def model_of(variant: Variant) -> Transformer:
-    K = 1 if variant == "vanilla" else 3
+    K = min(3, VARIANTS[variant].most_copies or 3)
     return Transformer(replace(FOR_CUDA, variant=variant, K=K)).reset(0).cuda().fuse_projections()
 
 

@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from phd.config import CopyPositions, ModelConfig, Norm, SpanUnit, Variant
-from phd.inference import equal_rows
+from phd.config import VARIANTS, CopyInput, CopyPositions, ModelConfig, Norm, SpanUnit, Variant
+from phd.inference import equal_rows, ragged_rows
 from phd.inference.cache import KVCache
 from phd.inference.prefill import decode, extend, new_cache, prefill
 from phd.model import Transformer
-from tests.phd.small_models import SMALL, model_of, of_variant
+from tests.phd.small_models import SMALL, examples, model_of, of_variant
 
 variants = pytest.mark.parametrize("variant", get_args(Variant))
 
@@ -25,12 +25,15 @@ def configs(draw: st.DrawFn) -> ModelConfig:
     return replace(
         SMALL,
         variant=variant,
-        K=1 if variant == "vanilla" else draw(st.integers(1, 5)),
-        window=draw(st.integers(1, 9)),
+        K=draw(st.integers(1, VARIANTS[variant].most_copies or 5)),
+        window=draw(st.integers(0 if variant == "sps" else 1, 9)),
         chunk=draw(st.integers(1, 12)),
         span_unit=draw(st.sampled_from(get_args(SpanUnit))),
+        originals_see_hidden=draw(st.booleans()),
+        copy_input=draw(st.sampled_from(["auto", *get_args(CopyInput)])),
         copy_positions=draw(st.sampled_from(get_args(CopyPositions))),
         copy_embedding=draw(st.booleans()),
+        full_every=draw(st.integers(1, 3)),
         norm=draw(st.sampled_from(get_args(Norm))),
         tied=draw(st.booleans()),
         layers=draw(st.integers(1, 4)),
@@ -106,7 +109,7 @@ def worst(model: Transformer, cut: Cuts, padding: int = 0) -> float:
     return max(x.abs().max().item() for x in differences if x.numel())
 
 
-@settings(derandomize=True, deadline=None, max_examples=250)
+@examples(250)
 @given(config=configs(), cut=cuts(), padding=st.integers(0, 2))
 def test_logits_from_a_cache_are_those_of_the_full_forward(
     config: ModelConfig, cut: Cuts, padding: int
@@ -120,6 +123,19 @@ def test_hidden_copies_of_a_prompt_may_be_cut_into_tiles(config: ModelConfig, cu
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(equal_rows, "QUERIES_PER_TILE", 1)
         assert worst(model_of(config), cut) < 1e-9
+
+
+def test_a_mask_of_all_pairs_is_refused_where_it_would_be_large(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, tokens = model_of(of_variant("sps")), torch.randint(0, 17, (2, 30))
+    whole, _ = prefill(model, tokens, [30, 7])
+    monkeypatch.setattr(ragged_rows, "MOST_PAIRS", 2 * 3 * 10 * (2 * 10 + 10))
+    with pytest.raises(ValueError, match=r"^2 rows of unequal lengths .* 30 new tokens: .* piece"):
+        prefill(model, tokens, [30, 7])
+    in_pieces, _ = prefill(model, tokens, [30, 7], piece=10)
+    torch.testing.assert_close(in_pieces, whole)
+    prefill(model_of(of_variant("phd_swa")), tokens, [30, 7])
 
 
 @variants

@@ -13,7 +13,7 @@ import torch
 
 from conf.arguments import parse
 from conf.errors import ConfigError
-from phd.config import ModelConfig, Variant
+from phd.config import VARIANTS, ModelConfig, Variant
 from phd.inference.cache import kv_bytes
 from phd.inference.prefill import decode, prefill
 from phd.linear import Linear
@@ -285,7 +285,7 @@ def test_every_model_multiplies_by_fused_weights() -> None:
 
 @pytest.mark.parametrize("variant", get_args(Variant))
 def test_a_prompt_is_read_into_a_cache_of_its_size(variant: Variant) -> None:
-    model = models().of(variant, 1 if variant == "vanilla" else 3)
+    model = models().of(variant, min(3, VARIANTS[variant].most_copies or 3))
     work = Prefill(model, 24)
     work()
     assert work.prompt.shape == (1, 24)
@@ -294,7 +294,7 @@ def test_a_prompt_is_read_into_a_cache_of_its_size(variant: Variant) -> None:
 
 @pytest.mark.parametrize("variant", get_args(Variant))
 def test_every_turn_decodes_the_last_tokens_of_the_context(variant: Variant) -> None:
-    work = Decode(models().of(variant, 1 if variant == "vanilla" else 3), [18], 4)
+    work = Decode(models().of(variant, min(3, VARIANTS[variant].most_copies or 3)), [18], 4)
     before = [x.clone() for x in work.cache.originals]
     written = 4 * work.cache.pattern.cached_slots_per_token
     for _ in range(2):

@@ -33,6 +33,9 @@ VARIANTS = (
     ["model=phd_cswa", "train.micro_batch=2"],
     ["model=phd_swa", "model.norm=pre", "model.tied=false"],
     ["model=naive_repeat", "optim.z_loss=1e-4"],
+    ["model=free_pause"],
+    ["model=sps", "model.copy_embedding=true"],
+    ["model=hidden_decoding", "model.full_every=2"],
 )
 
 

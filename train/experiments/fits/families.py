@@ -28,7 +28,13 @@ KIND = (
 )
 """How the settings begin with which losses are not comparable, or K is not one number."""
 
-OF_COPIES = {f"model.{name}" for name in ("copy_positions", "copy_embedding", "span_unit")}
+OF_COPIES = {
+    f"model.{name}"
+    for name in (
+        *("copy_positions", "copy_input", "copy_embedding"),
+        *("span_unit", "originals_see_hidden"),
+    )
+}
 """What changes nothing in a model without copies."""
 
 

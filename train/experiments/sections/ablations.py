@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
 
+from phd.config import VARIANTS
 from train.experiments import drawings
 from train.experiments.charts import Chart, Panel
 from train.experiments.document import Section, missing
@@ -30,8 +31,10 @@ class Knob(NamedTuple):
     families: tuple[str, ...]
 
 
+WITH_ANY_K = tuple(variant for variant, traits in VARIANTS.items() if traits.most_copies is None)
+
 KNOBS = (
-    Knob("K", "K", "copies of each token, K", ("naive_repeat", "phd", "phd_swa", "phd_cswa")),
+    Knob("K", "K", "copies of each token, K", WITH_ANY_K),
     Knob("window", "W", "window, W", ("phd_swa", "phd_cswa")),
     Knob("chunk", "C", "chunk, C", ("phd_cswa", "phd_swa")),
 )
