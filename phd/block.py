@@ -21,7 +21,7 @@ class AttentionContext(Protocol):
         """
 
     def select_keys(self, x: Tensor) -> Tensor:
-        """The slots of x (B, K or 1, T, D) that give keys and values: x itself where all do."""
+        """What gives keys and values (B, K or 1, T, D): x itself where all its slots do."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Rotate queries and keys by RoPE, and attend.
@@ -62,23 +62,25 @@ class Block(nn.Module):
         The result holds the slots that the context selects. x may hold one copy for all K where
         they are still equal.
         """
-        stream = context.select_queries(x)
+        stream, keys = context.select_queries(x), context.select_keys(x)
         match self.wiring:
             case "reordered":
-                x = stream + self.attention_norm(self._attention_of(x, context))
+                x = stream + self.attention_norm(self._attention_of(x, keys, context))
                 return x + self.ffn_norm(self.ffn(x))
             case "pre":
-                x = stream + self._attention_of(self.attention_norm(x), context)
+                normed = self.attention_norm(x)
+                keys = normed if keys is x else self.attention_norm(keys)
+                x = stream + self._attention_of(normed, keys, context)
                 return x + self.ffn(self.ffn_norm(x))
             case _:
-                x = self.ffn_norm(stream + self._attention_of(x, context))
+                x = self.ffn_norm(stream + self._attention_of(x, keys, context))
                 return x + self.ffn(x)
 
-    def _attention_of(self, x: Tensor, context: AttentionContext) -> Tensor:
+    def _attention_of(self, x: Tensor, keys: Tensor, context: AttentionContext) -> Tensor:
         # Selecting is a slice, so doing it twice costs nothing. With `pre`, attention reads another
         # tensor than the stream; with the others, one slice for both would change the order in
         # which gradients are summed, and so their last bits.
-        return self.attention(context.select_queries(x), context.select_keys(x), context)
+        return self.attention(context.select_queries(x), keys, context)
 
 
 class Attention(nn.Module):

@@ -21,6 +21,7 @@ Variant = Literal[
 ]
 SpanUnit = Literal["hidden", "token"]
 CopyInput = Literal["token", "learned", "table"]
+LoopKeys = Literal["first", "own"]
 CopyPositions = Literal["shared", "flattened"]
 Norm = Literal["reordered", "pre", "hybrid", "hybrid_star"]
 Backend = Literal["auto", "reference", "packed", "fused", "flex"]
@@ -57,7 +58,7 @@ VARIANTS: dict[Variant, Traits] = {
 }
 
 NAME = re.compile(
-    r"(?P<vanilla>vanilla)|"
+    r"(?P<vanilla>vanilla)|loop-(?P<passes>\d+)(-(?P<loop_keys>own))?|"
     rf"(?P<variant>{'|'.join(name for name in VARIANTS if name != 'vanilla')})-(?P<K>\d+)"
     r"(-(?P<window>\d+)(?P<unit>t?)(-(inf|(?P<chunk>\d+)t?))?)?"
 )
@@ -96,6 +97,10 @@ class ModelConfig(Settings):
         full_every: of so many layers, one sees all copies, and so does the last layer. In the
             others each copy sees its own copy's past alone, which is cheaper. Only
             `hidden_decoding` uses it.
+        passes: how often a token goes through the whole stack of layers: the output of a pass is
+            the input of the next. Only `vanilla` has several; `model=loop` sets them.
+        loop_keys: which keys and values the passes see. `first`: those of the first pass, which
+            alone are kept in the KV cache. `own`: each pass those of its own, which are all kept.
         attention: the implementation of attention. `reference` is the definition, with a dense
             mask; `packed` is fast everywhere; `fused` is `packed` with Triton kernels for hidden
             copies, on CUDA only; `flex` is FlexAttention, on CUDA only; `auto` is `fused` on CUDA
@@ -130,6 +135,8 @@ class ModelConfig(Settings):
     copy_input: Literal["auto", "token", "learned", "table"] = "auto"
     copy_embedding: bool = False
     full_every: int = 1
+    passes: int = 1
+    loop_keys: LoopKeys = "first"
     attention: Backend = "auto"
 
     size: str = "tiny"
@@ -188,6 +195,10 @@ class ModelConfig(Settings):
         if self.variant == "vanilla":
             reason, hint = f"{variant} feeds each token once", "choose another variant"
             found += without_effect(self, "model", reason, hint, "copy_positions", "copy_input")
+        if self.passes == 1:
+            hint = "choose model=loop"
+            reason = "model.passes=1 makes no loop"
+            found += without_effect(self, "model", reason, hint, "loop_keys")
         if self.tied:
             reason = "model.tied=true makes the head the embedding"
             found += without_effect(self, "model", reason, "set model.tied=false", "head_init")
@@ -213,6 +224,12 @@ class ModelConfig(Settings):
             )
             hint = "set model.K=2 or choose model=pause or phd"
             found.append(Problem("model.K", self.K, reason, hint, others=("model.variant",)))
+        if self.passes > 1 and self.variant != "vanilla":
+            reason = f"model.variant={self.variant} goes through the layers once"
+            hint = "set model.passes=1 or choose model=loop"
+            found.append(
+                Problem("model.passes", self.passes, reason, hint, others=("model.variant",))
+            )
         if self.kv_heads >= 1 and self.heads % self.kv_heads:
             reason = (
                 f"must divide model.heads={self.heads}, because each key/value head serves the "
@@ -246,6 +263,16 @@ class ModelConfig(Settings):
         """How many copies of a token differ in what they are fed: all K, or 1 where none does."""
         return self.K if self.copy_embedding or self.hidden_input != "token" else 1
 
+    @property
+    def depth(self) -> int:
+        """How many layers a token goes through: those of all passes."""
+        return self.layers * self.passes
+
+    @property
+    def cached_layers(self) -> int:
+        """How many layers have keys and values in the KV cache."""
+        return self.depth if self.loop_keys == "own" else self.layers
+
     def has_streams(self, layer: int) -> bool:
         """Whether each copy sees its own copy's past alone in a layer."""
         is_full = layer == self.layers - 1 or (layer + 1) % self.full_every == 0
@@ -261,7 +288,7 @@ class ModelConfig(Settings):
     @property
     def vanilla_twin(self) -> "ModelConfig":
         """The plain transformer of the same size, which costs are compared with."""
-        return replace(self, variant="vanilla", K=1)
+        return replace(self, variant="vanilla", K=1, passes=1)
 
     def as_variant(self, name: str) -> "ModelConfig":
         """The model of this size of a variant, which the paper's name of it tells.
@@ -280,18 +307,25 @@ class ModelConfig(Settings):
             raise ValueError("expected vanilla, or a variant with its K, such as phd_cswa-2")
         if found["vanilla"]:
             return self.vanilla_twin
+        if found["passes"]:
+            keys: LoopKeys = "own" if found["loop_keys"] else "first"
+            passes = int(found["passes"])
+            return replace(self, variant="vanilla", K=1, passes=passes, loop_keys=keys)
         given = {key: int(n) for key in ("K", "window", "chunk") if (n := found[key])}
         unit: SpanUnit = "token" if found["unit"] else "hidden"
         span_unit = unit if found["window"] else self.span_unit
         # The pattern has matched one of the names of `Variant`.
         values: dict[str, Any] = {"variant": found["variant"], **given, "span_unit": span_unit}
+        values["passes"] = 1
         return replace(self, **values)
 
     @property
     def name(self) -> str:
-        """The paper's name: `phd_cswa-K-W-C`, `phd_swa-K-W-inf`, `phd-K`; `sps-K-w` and others."""
+        """The paper's name: `phd_cswa-K-W-C`, `phd_swa-K-W-inf`, `phd-K`; `sps-K-w`, `loop-K`."""
         unit = "t" if self.span_unit == "token" else ""
         match self.variant:
+            case "vanilla" if self.passes > 1:
+                return f"loop-{self.passes}" + ("-own" if self.loop_keys == "own" else "")
             case "vanilla":
                 return "vanilla"
             case "phd_swa":

@@ -29,7 +29,8 @@ def forward_flops(config: ModelConfig, *documents: int) -> Flops:
     are not counted, as is customary (arXiv 2204.02311, appendix B). Work that the model skips is
     not counted either: the last layer computes only keys and values for all copies but the last,
     the first layer projects copies once where they are still equal, hidden copies that nobody sees
-    have no keys, the LM head runs on one copy.
+    have no keys, the LM head runs on one copy. Every pass of a loop projects keys, also those of
+    the first pass.
     """
     lengths, tokens = Counter(documents), sum(documents)
     K, H, D = config.K, config.head_dim, config.dim
@@ -39,7 +40,7 @@ def forward_flops(config: ModelConfig, *documents: int) -> Flops:
     ffn = 3 * 2 * D * config.ffn_dim
     linear = attention = 0
     for layer, pattern in enumerate(patterns_of(config)):
-        queries = 1 if layer == config.layers - 1 else K
+        queries = 1 if layer == config.depth - 1 else K
         distinct = K if layer else config.distinct_inputs
         linear += min(queries, distinct) * query + queries * (output + ffn)
         linear += min(pattern.key_copies, distinct) * keys

@@ -28,6 +28,8 @@ class RowContext:
         rope: (cos, sin) of all copies.
         last_copy_only: only the last copy is computed; the others give keys and values alone.
         segments: documents that do not see each other; None: each row is one document.
+        first_pass: what the layer was given in the first pass of a loop, if keys and values are of
+            that; None: they are of what it is given now.
     """
 
     pattern: Pattern
@@ -35,11 +37,14 @@ class RowContext:
     rope: tuple[Tensor, Tensor]
     last_copy_only: bool
     segments: Segments | None
+    first_pass: Tensor | None = None
 
     def select_queries(self, x: Tensor) -> Tensor:
         return x[:, -1:] if self.last_copy_only else x
 
     def select_keys(self, x: Tensor) -> Tensor:
+        if self.first_pass is not None:
+            return self.first_pass
         return x if self.pattern.key_copies == self.pattern.K else x[:, : self.pattern.key_copies]
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -65,7 +70,7 @@ class Transformer(nn.Module):
         x (B, K, T, D)          equal copies are kept as one until attention tells them apart
           | blocks[0 .. L-2]    every copy; with free_pause only originals have keys and values
           | blocks[L-1]         keys and values of every copy, all else of the last alone
-          | norm
+          | norm                after model.passes times through all blocks
         hidden (B, T, D)        the last copy
           | head
         logits (B, T, V)
@@ -99,6 +104,11 @@ class Transformer(nn.Module):
         from the embedding.
         """
         return self.embed.weight if self.config.tied else self.head.weight
+
+    @property
+    def unrolled(self) -> list[nn.Module]:
+        """The blocks in the order in which a token goes through them, in all passes."""
+        return [*self.blocks] * self.config.passes
 
     @torch.no_grad()
     def reset(self, seed: int) -> "Transformer":
@@ -163,11 +173,15 @@ class Transformer(nn.Module):
             )
         x = self.embedded(tokens)
         rope = self.rope.tables(T, segments)
-        layers = zip(self.blocks, self.patterns, strict=True)
-        for i, (block, pattern) in enumerate(layers):
+        first_pass: list[Tensor] = []
+        c = self.config
+        for i, (block, pattern) in enumerate(zip(self.unrolled, self.patterns, strict=True)):
             # The loss reads the last copy; the others give keys and values, also in the last layer.
-            last = i == self.config.layers - 1
-            x = block(x, RowContext(pattern, self.config.attention, rope, last, segments))
+            last = i == c.depth - 1
+            keys = first_pass[i % c.layers] if i >= c.cached_layers else None
+            if i < c.cached_layers < c.depth:
+                first_pass.append(x)
+            x = block(x, RowContext(pattern, c.attention, rope, last, segments, keys))
         return self.norm(x).squeeze(1)
 
     def embedded(self, tokens: Tensor) -> Tensor:

@@ -314,5 +314,5 @@ class Pattern:
 
 
 def patterns_of(config: ModelConfig) -> tuple[Pattern, ...]:
-    """The pattern of each layer."""
-    return tuple(Pattern.of(config, layer) for layer in range(config.layers))
+    """The pattern of each layer that a token goes through."""
+    return tuple(Pattern.of(config, layer) for layer in range(config.layers)) * config.passes

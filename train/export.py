@@ -72,7 +72,8 @@ def main(args: ExportArguments) -> int:
 
 def is_plain(config: ModelConfig) -> bool:
     """Whether a class of transformers computes the same as this model."""
-    return config.K == 1 and not config.copy_embedding and config.norm in BY_NORM
+    is_vanilla = config.K == 1 and config.passes == 1 and not config.copy_embedding
+    return is_vanilla and config.norm in BY_NORM
 
 
 def write_model(directory: Path, model: Transformer, tokenizer: Tokenizer) -> None:
@@ -187,6 +188,8 @@ def _shape(config: ModelConfig) -> dict[str, Any]:
     if traits.window:
         unit = "token" if config.variant == "sps" else config.span_unit
         rows["window, W"] = f"{config.window} ({unit})"
+    if config.passes > 1:
+        rows["passes through the layers"] = f"{config.passes}, keys of {config.loop_keys}"
     if config.hidden_input != "token":
         rows["input of hidden copies"] = config.hidden_input
     if traits.chunk:

@@ -240,6 +240,11 @@ def _unwritable(config: ModelConfig) -> list[str]:
             f"model.K={config.K}: Hugging Face's models feed each token once; "
             "set model=vanilla to write the model of the originals alone"
         )
+    if config.passes > 1:
+        found.append(
+            f"model.passes={config.passes}: Hugging Face's models go through their layers once; "
+            "write a model with model.passes=1"
+        )
     if config.copy_embedding:
         found.append(
             "model.copy_embedding=True: Hugging Face's models have no copy embeddings; "

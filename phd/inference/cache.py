@@ -28,7 +28,8 @@ class KVCache:
 
     Attributes:
         pattern: which slot may attend to which, in the last layer.
-        patterns: the same for each layer; what the cache keeps is alike in all of them.
+        patterns: the same for each layer that a token goes through; what the cache keeps is alike
+            in all of them.
         originals: for each layer, keys and values (2, B, G, slots, H).
         ring: for each layer, keys and values (2, B, G, R, H); R = 0 where hidden copies are not
             kept, else W hidden copies, or those of W tokens, or of a chunk where that has fewer.
@@ -51,14 +52,19 @@ class KVCache:
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
         shape = (2, batch, config.kv_heads, 0, config.head_dim)
         empty = torch.empty(shape, dtype=dtype, device=device)
-        self.originals = [empty] * config.layers
-        self.ring = [empty] * config.layers
+        self.originals = [empty] * config.cached_layers
+        self.ring = [empty] * config.cached_layers
         self._resize(capacity)
 
     @property
     def capacity(self) -> int:
         """Tokens that there is room for in each row."""
         return self.originals[0].shape[3] // self.pattern.cached_slots_per_token
+
+    @property
+    def depth(self) -> int:
+        """The layers that a token goes through. Later passes of a loop may have none in here."""
+        return len(self.patterns)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -39,6 +39,11 @@ class CompiledStep:
     def __init__(
         self, model: Transformer, cache: KVCache, backend: str | Callable[..., Any] = "inductor"
     ) -> None:
+        if model.config.passes > 1:
+            raise ValueError(
+                f"model.passes={model.config.passes}: a decode step of a loop cannot be compiled; "
+                "leave compile out"
+            )
         self.model, self.cache = model, cache
         self.blocks = [cast(Block, block) for block in model.blocks]
         self.size = layers_per_graph(len(self.blocks))

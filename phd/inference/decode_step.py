@@ -37,7 +37,7 @@ class DecodeStep(IncrementalForward):
         _, hidden = slots_per_token(cache.pattern)
         copy = torch.arange(cache.pattern.K, device=position.device)
         cos, sin = (x[:, None, None] for x in rope.at(position, copy))
-        spans = [1 if hidden else 0] * (len(cache.originals) + more_layers)
+        spans = [1 if hidden else 0] * (cache.depth + more_layers)
         super().__init__(cache, 1, spans, (cos, sin))
         if self.has_hidden_keys:
             sees = self._sees_hidden(position)
@@ -60,7 +60,7 @@ class DecodeStep(IncrementalForward):
 
     @abstractmethod
     def visible_cached(self) -> Tensor | None:
-        """How many cached slots the K copies see, (B, K); None: all that `write_cache` returns."""
+        """How many cached slots the K copies see, (B, K); None: all that `read_cache` returns."""
 
     def slots(self, x: Tensor) -> Tensor:
         return slots_of_token(x, self.cache.pattern.K)
@@ -109,8 +109,10 @@ class EqualDecodeStep(DecodeStep):
     def visible_cached(self) -> None:
         return None
 
-    def write_cache(self, k: Tensor, v: Tensor, layer: int) -> Pair:
+    def write_cache(self, k: Tensor, v: Tensor, layer: int) -> None:
         self.cache.write_slice(layer, k, v, self.past)
+
+    def read_cache(self, layer: int) -> Pair:
         keys, values = self.cache.originals[layer].narrow(3, 0, self.past + 1)
         return keys, values
 
@@ -149,8 +151,10 @@ class RaggedDecodeStep(DecodeStep):
     def visible_cached(self) -> Tensor:
         return self.visible
 
-    def write_cache(self, k: Tensor, v: Tensor, layer: int) -> Pair:
+    def write_cache(self, k: Tensor, v: Tensor, layer: int) -> None:
         self.cache.write_rows(layer, k, v, self.begins * self.cached_per_token)
+
+    def read_cache(self, layer: int) -> Pair:
         slots = self.reach * self.cached_per_token
         keys, values = self.cache.originals[layer].narrow(3, 0, slots)
         return keys, values

@@ -52,7 +52,7 @@ class EqualRows(IncrementalForward):
     def __init__(self, cache: KVCache, rope: Rope, tokens: int, keep: int) -> None:
         self.past, self.keep = cache.host_lengths[0], keep
         self.end = self.past + tokens
-        spans = hidden_spans(cache.pattern, self.past, self.end, keep, len(cache.originals))
+        spans = hidden_spans(cache.pattern, self.past, self.end, keep, cache.depth)
         token = torch.arange(self.past, self.end, device=cache.lengths.device)[None]
         tables = rope_of_slots(rope, cache.pattern, token, token[:, tokens - spans[0] :])
         super().__init__(cache, tokens, spans, tables)
@@ -72,8 +72,10 @@ class EqualRows(IncrementalForward):
         first = x.shape[-2] - self.keep * per_token
         return x[..., first + per_token - 1 :: per_token, :]
 
-    def write_cache(self, k: Tensor, v: Tensor, layer: int) -> Pair:
+    def write_cache(self, k: Tensor, v: Tensor, layer: int) -> None:
         self.cache.write_slice(layer, k, v, self.past * self.cached_per_token)
+
+    def read_cache(self, layer: int) -> Pair:
         keys, values = self.cache.originals[layer].narrow(3, 0, self.end * self.cached_per_token)
         return keys, values
 

@@ -104,6 +104,8 @@ def why_not_fused(model: Transformer, cache: KVCache) -> str | None:
     is_one = all(of_layer == pattern for of_layer in cache.patterns)
     if not (is_one and has_local_kernels(pattern) and pattern.key_copies == pattern.K):
         return f"no Triton kernels for the slots that model.variant={model.config.variant} sees"
+    if model.config.passes > 1:
+        return f"no Triton kernels for model.passes={model.config.passes}"
     if not is_plain(model):
         return "the model has hooks, adapters or other parts put in place"
     # Not done here: weights that move are lost to an optimizer with views of them.

@@ -73,17 +73,18 @@ class IncrementalForward(ABC):
         """The slots that predict, of all slots (B or 1, ..., M, any) of the last layer."""
 
     @abstractmethod
-    def write_cache(self, k: Tensor, v: Tensor, layer: int) -> Pair:
-        """Write the new cached slots (B, G, cached, H) to the cache.
+    def write_cache(self, k: Tensor, v: Tensor, layer: int) -> None:
+        """Write the new cached slots (B, G, cached, H) to a layer of the cache."""
 
-        Returns the keys and values (B, G, slots, H) of all cached slots that some query may see.
-        """
+    @abstractmethod
+    def read_cache(self, layer: int) -> Pair:
+        """The keys and values (B, G, slots, H) of all cached slots that some query may see."""
 
     @abstractmethod
     def attention(self, q: Tensor, k: Tensor, v: Tensor, cached: Pair, layer: int) -> Tensor:
         """The output (B, N, queries, H) of the selected queries q.
 
-        k and v (B, G, M, H) are all new slots of the layer that give keys and values; `write_cache`
+        k and v (B, G, M, H) are all new slots of the layer that give keys and values; `read_cache`
         returned `cached`.
         """
 
@@ -97,8 +98,13 @@ class IncrementalForward(ABC):
             return self.last_queries(x)
         return self._without_hidden(x, self.spans[layer] - self.spans[layer + 1])
 
-    def select_keys(self, x: Tensor) -> Tensor:
-        """The slots that give keys and values, of all a layer's slots (B or 1, ..., M, any)."""
+    def select_keys(self, x: Tensor, layer: int) -> Tensor:
+        """The slots that give keys and values, of all a layer's slots (B or 1, ..., M, any).
+
+        None does in later passes of a loop that see the keys of the first.
+        """
+        if self.is_again(layer):
+            return x[..., :0, :]
         all_of_them = self.has_hidden_keys or not self.hidden_per_token
         return x if all_of_them else x[..., : self.cached, :]
 
@@ -106,7 +112,12 @@ class IncrementalForward(ABC):
         """`phd.block.AttentionContext.attend` in one layer; updates the cache."""
         q, k = self.rotate(q, k, layer)
         v = v.squeeze(1)
-        cached = self.write_cache(k[:, :, : self.cached], v[:, :, : self.cached], layer)
+        own = layer % len(self.cache.originals)
+        if not self.is_again(layer):
+            self.write_cache(k[:, :, : self.cached], v[:, :, : self.cached], own)
+        cached = self.read_cache(own)
+        if self.is_again(layer):
+            k, v = (x[:, :, -self.cached :] for x in cached)
         if self.cache.patterns[layer].rule == "stream":
             out = self._attend_streams(q, cached)
         else:
@@ -135,11 +146,15 @@ class IncrementalForward(ABC):
         """Queries and keys (B, 1, heads, slots, H), rotated by RoPE: (B, heads, slots, H)."""
         cos, sin = (self.of_layer(x, layer) for x in self.rope)
         q_cos, q_sin = (self.select_queries(x, layer) for x in (cos, sin))
-        cos, sin = self.select_keys(cos), self.select_keys(sin)
+        cos, sin = self.select_keys(cos, layer), self.select_keys(sin, layer)
         return rotate(q, q_cos, q_sin).squeeze(2), rotate(k, cos, sin).squeeze(2)
 
     def is_last(self, layer: int) -> bool:
         return layer == self.layers - 1
+
+    def is_again(self, layer: int) -> bool:
+        """Whether a layer sees the keys of an earlier pass of a loop, and has none of its own."""
+        return layer >= len(self.cache.originals)
 
     def of_layer(self, x: Tensor, layer: int) -> Tensor:
         """A layer's slots of a tensor (B or 1, ..., M, any) over those of the first layer."""
@@ -172,7 +187,7 @@ class LayerContext:
         return self.new.select_queries(x, self.layer)
 
     def select_keys(self, x: Tensor) -> Tensor:
-        return self.new.select_keys(x)
+        return self.new.select_keys(x, self.layer)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return self.new.attend(q, k, v, self.layer)

@@ -167,7 +167,7 @@ def static_decode_step(model: Transformer, tokens: Tensor, cache: KVCache) -> Te
 def _logits(model: Transformer, tokens: Tensor, new: IncrementalForward) -> Tensor:
     """New tokens (B, T) -> logits (B, keep, V); the cache gets their keys and values."""
     x = new.slots(model.embedded(tokens))
-    for i, block in enumerate(model.blocks):
+    for i, block in enumerate(model.unrolled):
         x = block(x, LayerContext(new, i))
     return model.predict(model.norm(x[:, 0]))
 

@@ -45,7 +45,7 @@ class RaggedRows(IncrementalForward):
 
     def __init__(self, cache: KVCache, rope: Rope, new: Sequence[int], keep: int) -> None:
         _check_pairs(cache, len(new), max(new))
-        tokens, layers, device = max(new), len(cache.originals), cache.lengths.device
+        tokens, layers, device = max(new), cache.depth, cache.lengths.device
         rows = [
             hidden_spans(cache.pattern, past, past + count, keep, layers)
             for past, count in zip(cache.host_lengths, new, strict=True)
@@ -121,8 +121,10 @@ class RaggedRows(IncrementalForward):
         slot = slot.view(len(slot), *[1] * (x.ndim - 3), self.keep, 1)
         return x.gather(-2, slot.expand(*x.shape[:-2], -1, x.shape[-1]))
 
-    def write_cache(self, k: Tensor, v: Tensor, layer: int) -> Pair:
+    def write_cache(self, k: Tensor, v: Tensor, layer: int) -> None:
         self.cache.write_rows(layer, k, v, self.begins * self.cached_per_token)
+
+    def read_cache(self, layer: int) -> Pair:
         slots = self.longest * self.cached_per_token
         keys, values = self.cache.originals[layer].narrow(3, 0, slots)
         return keys, values

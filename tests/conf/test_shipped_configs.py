@@ -224,7 +224,7 @@ SWEPT = {
     "neighbours": [
         *("vanilla-tiny", "phd_cswa-2-16-32-tiny", "phd-2-tiny", "phd_swa-2-16-inf-tiny"),
         *("naive_repeat-2-tiny", "hidden_decoding-2-tiny-copy_positions_flattened"),
-        *("pause-2-tiny", "free_pause-2-tiny", "sps-2-16-tiny", "sps-2-0-tiny"),
+        *("pause-2-tiny", "free_pause-2-tiny", "sps-2-16-tiny", "sps-2-0-tiny", "loop-2-tiny"),
     ],
     "seeds": [f"phd_cswa-2-16-32-tiny{seed}" for seed in ("", "-seed_1", "-seed_2")],
     "size": [f"{name}-{size}" for size in ("micro", "tiny") for name in ("vanilla", PHD)],

@@ -6,7 +6,16 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from phd.config import VARIANTS, CopyInput, CopyPositions, ModelConfig, Norm, SpanUnit, Variant
+from phd.config import (
+    VARIANTS,
+    CopyInput,
+    CopyPositions,
+    LoopKeys,
+    ModelConfig,
+    Norm,
+    SpanUnit,
+    Variant,
+)
 from phd.pattern import Pattern
 from phd.segments import Segments
 
@@ -29,6 +38,8 @@ def configs(draw: st.DrawFn, max_copies: int = 5) -> ModelConfig:
         copy_input=draw(st.sampled_from(["auto", *get_args(CopyInput)])),
         copy_embedding=draw(st.booleans()),
         full_every=draw(st.integers(1, 3)),
+        passes=draw(st.integers(1, 3)) if variant == "vanilla" else 1,
+        loop_keys=draw(st.sampled_from(get_args(LoopKeys))),
         layers=draw(st.integers(1, 3)),
         dim=12,
         ffn_dim=20,

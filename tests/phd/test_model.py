@@ -64,29 +64,32 @@ class SlowTwin:
                     x[:, s] = F.embedding(tokens, table[s - 1])
         if self.config.copy_embedding:
             x = x + self.weights["copy_embed.weight"][:, None, :]
-        for layer in range(self.config.layers):
-            x = self.block(layer, x)
+        first_pass: list[Tensor] = []
+        for i in range(c.passes * c.layers):
+            first_pass.append(x)
+            is_first = i < c.layers or c.loop_keys == "own"
+            x = self.block(i % c.layers, x, x if is_first else first_pass[i % c.layers])
         head = "embed.weight" if self.config.tied else "head.weight"
         return self.normalised("norm", x[:, -1]) @ self.weights[head].T
 
-    def block(self, layer: int, x: Tensor) -> Tensor:
+    def block(self, layer: int, x: Tensor, keys: Tensor) -> Tensor:
         name, norm = f"blocks.{layer}", self.config.norm
         attend = partial(self.attention, f"{name}.attention")
         feed = partial(self.feed_forward, f"{name}.ffn")
         n1 = partial(self.normalised, f"{name}.attention_norm")
         n2 = partial(self.normalised, f"{name}.ffn_norm")
         if norm == "reordered":
-            x = x + n1(attend(x))
+            x = x + n1(attend(x, keys))
             return x + n2(feed(x))
         if norm == "pre" or (norm == "hybrid_star" and layer == 0):
-            x = x + attend(n1(x))
+            x = x + attend(n1(x), n1(keys))
             return x + feed(n2(x))
-        y = n2(x + attend(x))
+        y = n2(x + attend(x, keys))
         return y + feed(y)
 
-    def attention(self, name: str, x: Tensor) -> Tensor:
+    def attention(self, name: str, x: Tensor, keys: Tensor) -> Tensor:
         c = self.config
-        q, k, v = (self.linear(f"{name}.{which}", x) for which in "qkv")
+        q, k, v = (self.linear(f"{name}.{w}", y) for w, y in (("q", x), ("k", keys), ("v", keys)))
         if c.norm == "reordered":  # over whole projections
             q, k = self.normalised(f"{name}.q_norm", q), self.normalised(f"{name}.k_norm", k)
         q, k, v = (y.unflatten(-1, (-1, c.head_dim)) for y in (q, k, v))  # (B, K, T, heads, H)
@@ -301,6 +304,21 @@ def test_naive_repetition_of_one_token_is_vanilla_of_what_its_copies_are_fed(
     vanilla = model_of(longer).load({**own, "embed.weight": rows, "head.weight": head})
     found = vanilla.logits(text)[:, K - 1 :: K, :V]
     torch.testing.assert_close(model.logits(tokens), found, rtol=1e-9, atol=1e-9)
+
+
+@norms
+def test_a_loop_with_keys_of_its_own_is_a_deeper_vanilla_with_the_same_layers(norm: Norm) -> None:
+    tokens = random_tokens()
+    # With hybrid_star the first block has another wiring, in each pass.
+    if norm == "hybrid_star":
+        return
+    loop = model_of(of_variant("vanilla", norm=norm, passes=2, loop_keys="own"))
+    deeper = model_of(of_variant("vanilla", norm=norm, layers=2 * SMALL.layers))
+    weights = dict(loop.named_parameters())
+    for i in range(SMALL.layers):
+        for name, weight in loop.blocks[i].named_parameters():
+            weights[f"blocks.{i + SMALL.layers}.{name}"] = weight
+    torch.testing.assert_close(loop.logits(tokens), deeper.load(weights).logits(tokens))
 
 
 def test_under_autocast_the_loss_stays_close_and_the_stream_stays_in_float32() -> None:

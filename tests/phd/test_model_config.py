@@ -13,6 +13,8 @@ PROBLEMS = {
     "pause, free_pause, sps, hidden_decoding": {"variant": "phd_cswaa"},
     "model.copy_input='own': expected one of auto, token, learned, table": {"copy_input": "own"},
     "model.window=-1: expected an integer of at least 0": {"variant": "sps", "window": -1},
+    "model.passes=2: model.variant=phd goes through the layers once; set model.passes=1 or choose "
+    "model=loop": {"variant": "phd", "passes": 2},
     "model.K=3: no slot of free_pause sees a hidden copy, so all but the last would be computed "
     "for nothing; set model.K=2 or choose model=pause or phd": {"variant": "free_pause", "K": 3},
     "model.span_unit='copies': expected one of hidden, token": {"span_unit": "copies"},
@@ -82,6 +84,8 @@ def test_only_phd_cswa_has_chunks(variant: Any) -> None:
         ("phd_cswa-2-4t-8t", {"window": 4, "chunk": 8, "span_unit": "token"}),
         ("pause-3", {"variant": "pause", "K": 3}),
         ("free_pause-2", {"variant": "free_pause"}),
+        ("loop-3", {"variant": "vanilla", "K": 1, "passes": 3}),
+        ("loop-2-own", {"variant": "vanilla", "K": 1, "passes": 2, "loop_keys": "own"}),
         ("sps-2-0", {"variant": "sps", "window": 0}),
         ("hidden_decoding-2", {"variant": "hidden_decoding"}),
     ],

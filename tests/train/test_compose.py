@@ -105,7 +105,7 @@ def test_everything_wrong_with_a_command_line_is_told_at_once() -> None:
         "optim.betas=0.9,0.95",
         "train.global_batch=10",
     )
-    assert found[0].startswith("model=phd_csw: expected one of free_pause, hidden_decoding, naive")
+    assert found[0].startswith("model=phd_csw: expected one of free_pause, hidden_decoding, loop,")
     assert found[0].endswith(". Did you mean phd_cswa?")
     assert found[1:3] == [
         "modle: unknown group or key. Did you mean model?",

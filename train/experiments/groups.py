@@ -37,7 +37,8 @@ START = "run.start_from"
 """The setting that names the run whose weights a run began with."""
 
 IN_THE_VARIANT = {
-    f"model.{key}" for key in ("size", "variant", "K", "window", "chunk", "span_unit")
+    f"model.{key}"
+    for key in ("size", "variant", "K", "window", "chunk", "span_unit", "passes", "loop_keys")
 }
 """What the name of the variant and the size tell."""
 

@@ -34,7 +34,7 @@ MAY_CHANGE = (
 )
 """How the settings begin that do not make another run; and those that end with `.epochs`."""
 
-IN_THE_VARIANT = ("size", "variant", "K", "window", "chunk", "span_unit")
+IN_THE_VARIANT = ("size", "variant", "K", "window", "chunk", "span_unit", "passes", "loop_keys")
 """What the name of the variant and the size tell already."""
 
 LONGEST = 90

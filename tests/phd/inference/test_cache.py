@@ -31,6 +31,8 @@ def cache_of(batch: int = 1, capacity: int = 8, **settings: Any) -> KVCache:
         ({"variant": "phd_cswa", "K": 3, "window": 16, "chunk": 5, "span_unit": "token"}, 10),
         ({"variant": "phd_cswa", "K": 1}, 0),
         ({"variant": "pause", "K": 3}, 2000),
+        ({"variant": "vanilla", "K": 1, "passes": 3}, 0),
+        ({"variant": "vanilla", "K": 1, "passes": 3, "loop_keys": "own"}, 2000),
         ({"variant": "hidden_decoding", "K": 2}, 1000),
         ({"variant": "free_pause", "K": 2}, 0),
         ({"variant": "sps", "K": 2, "window": 0}, 0),

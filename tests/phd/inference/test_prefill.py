@@ -9,7 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from phd.config import VARIANTS, CopyInput, CopyPositions, ModelConfig, Norm, SpanUnit, Variant
+from phd.config import (
+    VARIANTS,
+    CopyInput,
+    CopyPositions,
+    LoopKeys,
+    ModelConfig,
+    Norm,
+    SpanUnit,
+    Variant,
+)
 from phd.inference import equal_rows, ragged_rows
 from phd.inference.cache import KVCache
 from phd.inference.prefill import decode, extend, new_cache, prefill
@@ -34,6 +43,8 @@ def configs(draw: st.DrawFn) -> ModelConfig:
         copy_positions=draw(st.sampled_from(get_args(CopyPositions))),
         copy_embedding=draw(st.booleans()),
         full_every=draw(st.integers(1, 3)),
+        passes=draw(st.integers(1, 3)) if variant == "vanilla" else 1,
+        loop_keys=draw(st.sampled_from(get_args(LoopKeys))),
         norm=draw(st.sampled_from(get_args(Norm))),
         tied=draw(st.booleans()),
         layers=draw(st.integers(1, 4)),

@@ -34,6 +34,7 @@ VARIANTS = (
     ["model=phd_swa", "model.norm=pre", "model.tied=false"],
     ["model=naive_repeat", "optim.z_loss=1e-4"],
     ["model=free_pause"],
+    ["model=loop"],
     ["model=sps", "model.copy_embedding=true"],
     ["model=hidden_decoding", "model.full_every=2"],
 )
