@@ -503,7 +503,7 @@ UNUSED: dict[str, list[str]] = {
     ],
     "model=sps model.span_unit=token model.originals_see_hidden=true": [
         f"model.span_unit='token': model.variant=sps counts its window in tokens; {SWA}",
-        f"model.originals_see_hidden=True: with model.variant=sps originals always {SEE}; {SWA}",
+        f"model.originals_see_hidden=true: with model.variant=sps originals always {SEE}; {SWA}",
     ],
     "model=pause model.full_every=2": [
         f"model.full_every=2: all layers of model.variant=pause have one rule; {DECODING}"

@@ -117,7 +117,7 @@ class Pass:
 
 
 def block_footprints(given: Pass, checkpoint_every: int = 1) -> list[Footprint]:
-    """The footprint of every block, in their order. Equal blocks are traced once."""
+    """The footprint of every block, in their order, in each pass. Equal blocks are traced once."""
     model, last = given.model, given.model.layers - 1
     plain = replace(given, recompute="none")
     # Where nothing depends on the depth, one layer stands for all.
@@ -129,7 +129,9 @@ def block_footprints(given: Pass, checkpoint_every: int = 1) -> list[Footprint]:
         if model.K == 1 and model.norm != "hybrid_star" and i < last:
             layer = shape.layers - 2
         found.append(_block_footprint(replace(settings, model=shape), layer))
-    return found
+    # The backward pass goes through the last pass of a loop first, and makes the gradients there.
+    earlier = [block._replace(gradients=0) for block in found] * (model.passes - 1)
+    return earlier + found
 
 
 @lru_cache(maxsize=256)

@@ -105,9 +105,6 @@ def predict_memory(
     given = pass_of(config, dtype, world_size, device)
     placed = _placed(config, given, world_size)
     blocks = block_footprints(given, config.engine.checkpoint_every_block)
-    # The backward pass goes through the last pass of a loop first, and makes the gradients there.
-    earlier = [block._replace(gradients=0) for block in blocks] * (given.model.passes - 1)
-    blocks = earlier + blocks
     head = head_footprint(given, config.optim.z_loss)
     if config.model.tied:
         # It waits for the embedding's, also where earlier micro-batches have left a gradient.
