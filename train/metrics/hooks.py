@@ -201,7 +201,7 @@ class KVCost:
         cost = kv_bytes(model, context, dtype)
         vanilla = kv_bytes(model.vanilla_twin, context, dtype)
         # Naive repetition computes as much per token, and is what PHD has to be compared with.
-        naive = replace(model, variant="naive_repeat")
+        naive = replace(model, variant="naive_repeat", passes=1)
         return {
             "kv/bytes_per_sequence": cost.total,
             "kv/hidden_bytes_per_sequence": cost.hidden,

@@ -620,6 +620,27 @@ def test_a_vocabulary_can_grow(tied: bool, tmp_path: Path) -> None:
     close(PhdForCausalLM.from_pretrained(tmp_path)(ids).logits, after)
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        of_variant("vanilla", passes=2),
+        of_variant("vanilla", passes=2, loop_keys="own"),
+        of_variant("hidden_decoding", full_every=2),
+        of_variant("phd_cswa", originals_see_hidden=True, copy_input="table"),
+    ],
+    ids=["loop", "loop-own", "streams", "originals_see_hidden"],
+)
+def test_settings_of_the_neighbours_come_back_and_decode_as_the_full_forward(
+    config: ModelConfig, tmp_path: Path
+) -> None:
+    model, ids = theirs(config), text(2, 9)
+    model.save_pretrained(tmp_path)
+    again = PhdForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
+    assert again.config.model_config == config
+    close(again(ids).logits, model(ids).logits)
+    assert torch.equal(generated(again, ids), generated(model, ids, use_cache=False))
+
+
 def test_tables_of_hidden_copies_keep_their_vocabulary() -> None:
     model = theirs(of_variant("hidden_decoding"))
     with pytest.raises(ValueError, match=r"copy_input=table cannot be given another vocabulary"):
