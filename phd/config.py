@@ -162,11 +162,11 @@ class ModelConfig(Settings):
             if get_args(f.type) and (value := getattr(self, f.name)) not in get_args(f.type)
         ]
         # A Hugging Face config reaches this class without `conf.validation`, which checks types.
-        integers = [f.name for f in fields(self) if f.type is int and f.name != "window"]
+        for name in (f.name for f in fields(self) if f.type is int):
+            may_be_0 = name == "window" and self.variant not in ("phd_swa", "phd_cswa")
+            found += at_least(self, "model", 0 if may_be_0 else 1, name)
         return [
             *found,
-            *at_least(self, "model", 1, *integers),
-            *at_least(self, "model", 1 if self.variant in ("phd_swa", "phd_cswa") else 0, "window"),
             *self._shape_problems(),
             *above(self, "model", 1, "rope_theta"),
             *above(self, "model", 0, "norm_eps"),

@@ -109,6 +109,7 @@ def _run(
     os.environ.clear()
     os.environ |= env
     sys.argv[:] = command
+    sys.path.insert(0, str(Path(command[0]).resolve().parent))
     if strict:
         warnings.simplefilter("error")
     try:

@@ -84,6 +84,7 @@ def _rank(
     arguments: tuple[Any, ...],
 ) -> None:
     """One of the processes."""
+    os.environ.clear()  # the server may have variables of an earlier test
     os.environ |= environment | variables_of(rank, world_size, port)
     del sys.argv[1:]  # pytest's options are no overrides of a run
     torch.set_num_threads(1)

@@ -253,14 +253,18 @@ def _newest(
 def _tasks(
     lines: Sequence[Line], scores: Scores | None, ended: Ended, *, steps: int
 ) -> dict[str, TaskScore]:
-    """The scores of a run's last step: those of `evaluate.py`, and those that the run has logged.
+    """The scores of one step: those of `evaluate.py`, and those that the run has logged.
 
-    The run asks a part of the questions, so that a score of more of them counts.
+    That is the last step of a finished run; else the newest one that has any. The run asks a part
+    of the questions, so that a score of more of them counts.
     """
-    found = scores.tasks if scores else {}
-    if scores and ended.status == "finished" and scores.step < steps:
-        found = {}
-    return joined(found, _logged_tasks(lines, steps))
+    found = {scores.step: scores.tasks} if scores else {}
+    step = max(found, default=0)
+    if ended.status == "finished":
+        step = max(step, steps)
+    else:
+        step = max([step, *(line["step"] for line in lines if scores_in(line))])
+    return joined(found.get(step, {}), _logged_tasks(lines, step))
 
 
 def _logged_tasks(lines: Iterable[Line], step: int) -> dict[str, TaskScore]:

@@ -260,6 +260,17 @@ def test_scores_that_a_run_has_logged_at_its_end_are_part_of_its_result(run) -> 
         assert result_of(directory).tasks == {"arc": kept}
 
 
+def test_the_scores_of_an_unfinished_run_are_of_one_step(run) -> None:
+    first, second = asked("arc", 0.3, 200), asked("arc", 0.4, 200)
+    directory = run(line(3, 4.0, **first), line(4, 3.0))
+    assert result_of(directory).tasks["arc"].accuracy.value == 0.3
+    add_scores(directory, step=3, tasks={"piqa": SCORE})
+    assert result_of(directory).tasks.keys() == {"arc", "piqa"}
+    directory = run(line(3, 4.0, **first), line(4, 3.0, **second), line(5, 3.0))
+    assert result_of(directory).tasks.keys() == {"arc"}
+    assert result_of(directory).tasks["arc"].accuracy.value == 0.4
+
+
 def test_scores_of_a_task_with_other_examples_stay_beside_each_other(run) -> None:
     directory = run(line(6, 3.0))
     five = replace(SCORE, shots=5)

@@ -1,7 +1,7 @@
 """The accuracy in downstream tasks."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from statistics import fmean
 from typing import NamedTuple
 
@@ -111,18 +111,27 @@ def _column(asked: Asked, score: TaskScore, *, alone: bool) -> Column:
 def _averages(columns: Sequence[Asked]) -> dict[str, list[Asked]]:
     """The columns of each average, by its words: of all, or of each number of examples.
 
+    There is none over columns of which two are of one task, which would count twice.
+
     >>> one, two, both = Asked("a", 9, 0), Asked("a", 9, 5), Asked("b", 9, 5)
     >>> [len(each) for each in _averages([one, both]).values()]
     [2]
     >>> {words: len(each) for words, each in _averages([one, two, both]).items()}
     {'5 shots': 2}
+    >>> _averages([two, both, Asked("b", 7, 5)])
+    {}
     """
     ways = Counter(asked.task for asked in columns)
     found = {"": list(columns)}
     if len({asked.shots for asked in columns if ways[asked.task] > 1}) > 1:
         numbers = sorted({asked.shots for asked in columns})
         found = {plural(n, "shot"): [x for x in columns if x.shots == n] for n in numbers}
-    return {words: each for words, each in found.items() if len(each) > 1}
+    once = {words: each for words, each in found.items() if _differ(asked.task for asked in each)}
+    return {words: each for words, each in once.items() if len(each) > 1}
+
+
+def _differ(tasks: Iterable[str]) -> bool:
+    return max(Counter(tasks).values()) == 1
 
 
 def _key(words: str) -> str:

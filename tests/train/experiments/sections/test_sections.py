@@ -168,6 +168,18 @@ def test_a_task_that_was_asked_otherwise_has_a_column_of_its_own() -> None:
     assert "average" not in rows["vanilla"]
 
 
+def test_no_average_counts_a_task_twice_of_which_two_numbers_of_questions_were_asked() -> None:
+    score = TaskScore(accuracy=Estimate(value=0.5), accuracy_norm=None, shots=0, questions=100)
+    most = replace(score, questions=200, accuracy=Estimate(value=0.9))
+    runs = [
+        a_run("phd-2", 0, gain=0.0, tasks={"arc": most, "boolq": score}),
+        a_run("phd-2", 1, gain=0.0, tasks={"arc": score, "boolq": score}),
+    ]
+    row = table(tasks(experiment_of(runs)), "tasks")["phd-2"]
+    assert (row["arc_100_questions_0_shots"], row["arc_200_questions_0_shots"]) == ("50.0", "90.0")
+    assert not any(key.startswith("average") for key in row)
+
+
 def test_a_task_with_other_examples_has_columns_and_averages_of_its_own() -> None:
     score = TaskScore(
         accuracy=Estimate(value=0.5), accuracy_norm=None, shots=0, questions=200, all_questions=570
