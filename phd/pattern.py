@@ -292,14 +292,19 @@ class Pattern:
     def cached_slots(self, tokens: int) -> tuple[int, int]:
         """(slots that stay, hidden copies in the ring) of one row in a cache for `tokens` tokens.
 
-        The ring has room for W hidden copies, or for a chunk where that is shorter. With naive
-        repetition hidden copies stay, and there is no ring.
+        The ring has room for W hidden copies, or for a chunk where that is shorter. Where originals
+        see those of W tokens, it has room for W - 1 tokens, all that a later token sees: the w of
+        `sps`. With naive repetition hidden copies stay, and there is no ring.
         """
         if self.rule != "hidden" or self.window is None:
             return tokens * self.cached_slots_per_token, 0
-        ring = self.window * (self.K - 1) if self.span_unit == "token" else self.window
-        bound = tokens if self.chunk_tokens is None else min(tokens, self.chunk_tokens)
-        return tokens, min(ring, bound * (self.K - 1))
+        hidden, by_token = self.K - 1, self.span_unit == "token"
+        ring = self.window * hidden if by_token else self.window
+        if self.chunk_tokens is not None:
+            ring = min(ring, self.chunk_tokens * hidden)
+        if self.originals_see_hidden and by_token:
+            ring -= hidden  # a token's own
+        return tokens, min(ring, tokens * hidden)
 
     def draw(self, tokens: int) -> str:
         """The mask as text, a row for each query: `o` it sees an original, `h` a hidden copy."""

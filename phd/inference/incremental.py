@@ -5,6 +5,9 @@ layer 1                    o o o o o o o o o o                             h h h
 ...
 last layer   keys and values alone; queries         of the slots that predict  *
 
+In a loop whose passes see the keys of the first pass, the last layer of that pass is the last one
+here, and the other passes go on with the slots that predict alone.
+
 The cached slots of a new token are those whose keys and values stay in the cache: its original, or
 with naive repetition all K copies. Hidden copies are computed only for the last new tokens of a
 row: in each layer for those that influence a logit or a later token.
@@ -58,7 +61,8 @@ class IncrementalForward(ABC):
 
     def __init__(self, cache: KVCache, tokens: int, spans: Sequence[int], rope: Pair) -> None:
         self.cache, self.spans, self.rope = cache, spans, rope
-        self.layers = len(spans)
+        # The last layer with keys and values of its own: the last one, or that of a first pass.
+        self.last = len(spans) - 1 - cache.depth + len(cache.originals)
         self.cached_per_token, self.hidden_per_token = slots_per_token(cache.pattern)
         self.has_hidden_keys = cache.pattern.has_hidden_keys
         self.local_per_token = cache.pattern.local_copies
@@ -94,6 +98,8 @@ class IncrementalForward(ABC):
 
     def select_queries(self, x: Tensor, layer: int) -> Tensor:
         """The slots that a layer computes, of all its slots (B or 1, ..., M, any)."""
+        if self.is_again(layer):
+            return x
         if self.is_last(layer):
             return self.last_queries(x)
         return self._without_hidden(x, self.spans[layer] - self.spans[layer + 1])
@@ -116,8 +122,6 @@ class IncrementalForward(ABC):
         if not self.is_again(layer):
             self.write_cache(k[:, :, : self.cached], v[:, :, : self.cached], own)
         cached = self.read_cache(own)
-        if self.is_again(layer):
-            k, v = (x[:, :, -self.cached :] for x in cached)
         if self.cache.patterns[layer].rule == "stream":
             out = self._attend_streams(q, cached)
         else:
@@ -150,14 +154,17 @@ class IncrementalForward(ABC):
         return rotate(q, q_cos, q_sin).squeeze(2), rotate(k, cos, sin).squeeze(2)
 
     def is_last(self, layer: int) -> bool:
-        return layer == self.layers - 1
+        """Whether the queries of a layer are those of the slots that predict alone."""
+        return layer >= self.last
 
     def is_again(self, layer: int) -> bool:
         """Whether a layer sees the keys of an earlier pass of a loop, and has none of its own."""
-        return layer >= len(self.cache.originals)
+        return layer > self.last
 
     def of_layer(self, x: Tensor, layer: int) -> Tensor:
         """A layer's slots of a tensor (B or 1, ..., M, any) over those of the first layer."""
+        if self.is_again(layer):
+            return self.last_queries(x)
         return self._without_hidden(x, self.spans[0] - self.spans[layer])
 
     def _without_hidden(self, x: Tensor, tokens: int) -> Tensor:

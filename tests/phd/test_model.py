@@ -306,6 +306,15 @@ def test_naive_repetition_of_one_token_is_vanilla_of_what_its_copies_are_fed(
     torch.testing.assert_close(model.logits(tokens), found, rtol=1e-9, atol=1e-9)
 
 
+def test_the_gradient_of_a_learned_vector_in_half_precision_is_rounded_once() -> None:
+    """As sharded weights are: gathered in half precision, while the stream is in float32."""
+    model = model_of(of_variant("pause"), torch.bfloat16)
+    inputs = model.embedded(random_tokens())
+    weight = torch.randn_like(inputs)
+    (gradient,) = torch.autograd.grad((inputs * weight).sum(), [model.copy_input.weight])
+    assert torch.equal(gradient[0], weight[:, 1:].sum((0, 1, 2)).bfloat16())
+
+
 @norms
 def test_a_loop_with_keys_of_its_own_is_a_deeper_vanilla_with_the_same_layers(norm: Norm) -> None:
     tokens = random_tokens()

@@ -118,14 +118,21 @@ def test_no_hidden_copy_sees_further_than_span_tokens(pattern: Pattern, T: int) 
 def test_the_cache_holds_what_is_remembered_and_the_most_that_rule_3_shows_at_once(
     config: ModelConfig, T: int
 ) -> None:
-    K = config.K
+    K, W = config.K, config.window
+    tokens_seen = config.variant == "sps" or (
+        config.originals_see_hidden and config.span_unit == "token"
+    )
     if config.variant in ("naive_repeat", "pause", "hidden_decoding"):
         expected = (T * K, 0)
+    elif config.variant in ("phd_swa", "phd_cswa", "sps") and tokens_seen:
+        # What the tokens after these, however many, see of one another's hidden copies.
+        slots, later = list(product(range(T + 9), range(1, K))), range(T + 9)
+        shown = [sum(near(config, n, 0, m, r) for m, r in slots if m < n) for n in later]
+        expected = (T, min(max(shown), T * (K - 1)))
+        assert W > T + 8 or config.variant == "phd_cswa" or max(shown) <= W * (K - 1)
     else:
         slots = list(product(range(T), range(1, K)))
-        # With `sps` and w = 0 that is its own slots alone, which no later token sees.
-        is_own = config.variant == "sps" and config.window == 0
-        shown = [sum(near(config, n, s, m, r) for m, r in slots) for n, s in slots if not is_own]
+        shown = [sum(near(config, n, s, m, r) for m, r in slots) for n, s in slots]
         expected = (T, max(shown, default=0))
     assert Pattern.of(config).cached_slots(T) == expected
 

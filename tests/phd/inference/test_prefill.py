@@ -141,8 +141,8 @@ def test_a_mask_of_all_pairs_is_refused_where_it_would_be_large(
 ) -> None:
     model, tokens = model_of(of_variant("sps")), torch.randint(0, 17, (2, 30))
     whole, _ = prefill(model, tokens, [30, 7])
-    monkeypatch.setattr(ragged_rows, "MOST_PAIRS", 2 * 3 * 10 * (2 * 10 + 10))
-    with pytest.raises(ValueError, match=r"^2 rows of unequal lengths .* 30 new tokens: .* piece"):
+    monkeypatch.setattr(ragged_rows, "MOST_PAIRS", 2 * 3 * 10 * (2 * 10 + 8))
+    with pytest.raises(ValueError, match=r"^2 rows of unequal lengths .* 30 new tokens: .*`piece`"):
         prefill(model, tokens, [30, 7])
     in_pieces, _ = prefill(model, tokens, [30, 7], piece=10)
     torch.testing.assert_close(in_pieces, whole)
@@ -251,6 +251,21 @@ def test_a_prefill_computes_hidden_copies_only_where_the_future_can_see_them(
 
 def test_naive_repetition_computes_everything() -> None:
     assert Reads(of_variant("naive_repeat"), tokens=38).slots == [114, 114, 1]
+
+
+@pytest.mark.parametrize(("loop_keys", "alone"), [("first", [1] * 7), ("own", [38] * 6 + [1])])
+def test_later_passes_of_a_loop_compute_only_what_a_later_token_or_a_logit_needs(
+    loop_keys: LoopKeys, alone: list[int]
+) -> None:
+    reads = Reads(of_variant("vanilla", passes=3, loop_keys=loop_keys), tokens=38)
+    assert reads.slots == [38, 38, *alone]
+    assert reads.heads == [1]
+
+
+def test_with_sps_a_prompt_needs_all_hidden_copies_but_those_of_the_last_layer() -> None:
+    # Those of the last 4 tokens, which are seen by the last token and by those after it.
+    assert Reads(of_variant("sps", K=2, window=3), tokens=38).slots == [76, 38 + 4, 1]
+    assert Reads(of_variant("sps", K=2, window=0), tokens=38).slots == [39, 39, 1]
 
 
 def test_a_row_longer_than_the_model_knows_positions_for_is_refused() -> None:
