@@ -119,13 +119,14 @@ def test_the_step_benchmark_writes_its_ratios_and_what_they_are_made_of(
     assert main(BenchArguments(name="step", **given)) == 0
     report = json.loads((out / "step.json").read_text(encoding="utf-8"))
     rows = {row["work"]: row for row in report["rows"]}
-    assert set(rows) == {"vanilla", "phd_cswa_K2", "phd_cswa_K3", "transformers", "product"}
+    works = {"vanilla", "vanilla_muon", "phd_cswa_K2", "phd_cswa_K3", "transformers", "product"}
+    assert set(rows) == works
     product = rows.pop("product")
     assert product["of_product"] == 1
     assert product["tokens_per_s"] is None
     for row in rows.values():
         # Of vanilla, which is the base, every run: one before each work and one at the end.
-        assert len(row["seconds"]) == (15 if row["work"] == "vanilla" else 3)
+        assert len(row["seconds"]) == (18 if row["work"] == "vanilla" else 3)
         assert row["of_product"] == pytest.approx(row["tflop/s"] / product["tflop/s"])
         assert row["tflop/s"] / row["tokens_per_s"] == pytest.approx(
             rows["vanilla"]["tflop/s"] / rows["vanilla"]["tokens_per_s"] * row["x_flops"]
@@ -139,7 +140,7 @@ def test_the_step_benchmark_writes_its_ratios_and_what_they_are_made_of(
     ratios = report["ratios"]
     assert set(ratios) == {
         *(f"step_over_{what}_K{K}_tiny" for what in ("flops", "vanilla") for K in (2, 3)),
-        "vanilla_over_transformers_tiny",
+        *("muon_over_adamw_tiny", "vanilla_over_transformers_tiny"),
     }
 
     def ratio(work: str) -> float:
@@ -148,6 +149,7 @@ def test_the_step_benchmark_writes_its_ratios_and_what_they_are_made_of(
         return median(a / b for a, b in pairs)
 
     assert ratios["vanilla_over_transformers_tiny"] == 1 / ratio("transformers")
+    assert ratios["muon_over_adamw_tiny"] == ratio("vanilla_muon")
     for K in (2, 3):
         row = rows[f"phd_cswa_K{K}"]
         assert 1 < row["x_flops"] < K
@@ -174,7 +176,7 @@ def test_a_step_is_measured_without_transformers_too(
     assert main(BenchArguments(name="step", out=str(tmp_path), **given)) == 0
     report = json.loads((tmp_path / "step.json").read_text(encoding="utf-8"))
     works = [row["work"] for row in report["rows"]]
-    assert works == ["vanilla", "phd_cswa_K2", "product"]
+    assert works == ["vanilla", "phd_cswa_K2", "vanilla_muon", "product"]
     assert "transformers is not installed" in report["subject"]
 
 

@@ -30,6 +30,7 @@ from train.loop import train_step
 from train.torch_private import compile_each_shape
 
 BASE = "vanilla"
+MUON = "vanilla_muon"
 COPIES, SHORT_COPIES = (2, 3), (2,)
 
 STEPS = {"cpu": 1, "cuda": 3}
@@ -54,14 +55,15 @@ class Needs(NamedTuple):
 
 
 def bench_step(config: Config, repeat: int, device: torch.device, *, short: bool = False) -> Result:
-    """A training step of vanilla, of PHD-CSWA at K = 2 and 3, and of transformers' Olmo2.
+    """A training step of vanilla, also by Muon, of PHD-CSWA at K = 2 and 3, and of transformers.
 
     The ratio `step_over_flops_K` is the time over vanilla's, divided by the FLOPs over vanilla's:
     at 1, PHD uses the device as well as vanilla does. All steps have the same rows, in the largest
-    micro-batches that fit into the device's memory.
+    micro-batches that fit into the device's memory. `muon_over_adamw` goes by the rows: Muon costs
+    a step as much whatever its tokens, and so counts the less, the more there are.
 
     Args:
-        config: of a run; its variant, its K and its micro-batch are replaced.
+        config: of a run with AdamW; its variant, its K and its micro-batch are replaced.
         repeat: turns of each piece of work.
         device: of the engine.
         short: leave out K = 3, and transformers' compiled model.
@@ -74,6 +76,8 @@ def bench_step(config: Config, repeat: int, device: torch.device, *, short: bool
     generator = torch.Generator().manual_seed(0)
     batch = torch.randint(0, model.vocab_size, (rows, seq_len + 1), generator=generator)
     builds = {name: step_of_engine(replace(config, model=m), batch) for name, m in models.items()}
+    muon = replace(config, model=models[BASE], optim=replace(config.optim, kind="muon"))
+    builds[MUON] = step_of_engine(muon, batch)
     # A slow vanilla step would flatter PHD's ratios. Transformers' step shows that it is not slow.
     builds |= _transformers_steps(config, batch, device, compiled=not short)
     flops = {
@@ -87,9 +91,7 @@ def bench_step(config: Config, repeat: int, device: torch.device, *, short: bool
     ratios = _ratios(model.size, flops, times)
     subject = f"{subject_of(model, device)}\n{kernels}"
     if not any(name.startswith("transformers") for name in builds):
-        missing = config.optim.kind == "adamw"
-        reason = "is not installed" if missing else f"has no optim.kind={config.optim.kind} here"
-        subject += f"; transformers {reason}, and is left out"
+        subject += "; transformers is not installed, and is left out"
     return Result(table, ratios, subject, panels=[panel])
 
 
@@ -204,6 +206,8 @@ def _ratios(size: str, flops: dict[str, float], times: Times) -> dict[str, float
             K = name.removeprefix("phd_cswa_")
             ratios[f"step_over_vanilla_{K}_{size}"] = ratio
             ratios[f"step_over_flops_{K}_{size}"] = ratio * flops[BASE] / flops[name]
+        elif name == MUON:
+            ratios[f"muon_over_adamw_{size}"] = ratio
         elif name != BASE:
             ratios[f"vanilla_over_{name}_{size}"] = 1 / ratio
     return ratios
@@ -239,10 +243,9 @@ def _transformers_steps(
 ) -> dict[str, Build]:
     """The steps of `Olmo2ForCausalLM`: with each attention that is installed, and compiled.
 
-    None where transformers is missing, as on a bare machine that is to be measured, and none where
-    the optimizer is not AdamW: Muon knows this project's matrices by their names.
+    None where transformers is missing, as on a bare machine that is to be measured.
     """
-    if find_spec("transformers") is None or config.optim.kind != "adamw":
+    if find_spec("transformers") is None:
         return {}
     from transformers.utils import is_flash_attn_2_available
 

@@ -9,8 +9,9 @@ and P / S on the way back. If each rank gathered all matrices instead, it would 
 once, and compute n times as much.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from heapq import heapify, heapreplace
+from itertools import chain
 from math import prod
 
 import torch
@@ -35,6 +36,24 @@ def deal(costs: Sequence[float], ranks: int) -> list[int]:
     return owners
 
 
+def batches(
+    numbers: Sequence[int], shapes: Sequence[torch.Size], most: Sequence[int]
+) -> list[list[int]]:
+    """These of the matrices in batches of one shape, of which each says how many it takes at most.
+
+    >>> square, wide = torch.Size([9, 9]), torch.Size([3, 9])
+    >>> batches([0, 1, 2, 4], [square, wide, square, wide, square], most=[2, 3, 2, 3, 2])
+    [[0, 2], [4], [1]]
+    """
+    alike: dict[torch.Size, list[list[int]]] = {}
+    for number in numbers:
+        found = alike.setdefault(shapes[number], [[]])
+        if len(found[-1]) == most[number]:
+            found.append([])
+        found[-1].append(number)
+    return list(chain(*alike.values()))
+
+
 class MatrixExchange:
     """Who does which matrix, and which part of it each rank holds.
 
@@ -46,6 +65,7 @@ class MatrixExchange:
     Args:
         shapes: of the matrices.
         costs: of the work on each.
+        most: of its shape that are worked on at once, by matrix.
         sizes: by rank, how many numbers of each matrix it holds.
         rank: this one.
         shards: S.
@@ -55,6 +75,7 @@ class MatrixExchange:
         self,
         shapes: Sequence[torch.Size],
         costs: Sequence[float],
+        most: Sequence[int],
         sizes: Sequence[Sequence[int]],
         *,
         rank: int,
@@ -64,6 +85,7 @@ class MatrixExchange:
         self.owned: list[list[int]] = [[] for _ in sizes]
         for number, owner in enumerate(deal(costs, self.ranks)):
             self.owned[owner].append(number)
+        self.batches = batches(self.owned[rank], shapes, most)
         self.row = range(rank - rank % shards, rank - rank % shards + shards)
         self.starts: list[list[int]] = []
         for first in range(0, self.ranks, shards):
@@ -75,25 +97,30 @@ class MatrixExchange:
 
     def __call__(
         self, pieces: Sequence[Tensor], work: Callable[[Tensor], Tensor]
-    ) -> Iterator[Tensor]:
-        """This rank's pieces of `work` of each whole matrix. Every rank calls this.
+    ) -> Iterator[tuple[int, Tensor]]:
+        """This rank's piece of `work` of each whole matrix, by number. Every rank calls this.
 
         Args:
-            pieces: this rank's, flat, all of one dtype. Where the rank is alone, `work` gets them.
-            work: maps a matrix, which it may overwrite, to one of the same shape and dtype.
+            pieces: this rank's, flat, all of one dtype.
+            work: maps matrices of one shape, (count, m, n), which it may overwrite, to as many.
         """
         if self.ranks == 1:
-            for piece, shape in zip(pieces, self.shapes, strict=True):
-                yield work(piece.view(*shape)).flatten()
-            return
-        done = {
-            number: work(whole.view(*self.shapes[number])).flatten()
-            for number, whole in self._gathered(pieces).items()
-        }
-        yield from self._scattered(done, like=pieces[0])
+            yield from self._worked([dict(enumerate(pieces))], work)
+        else:
+            done = dict(self._worked(self._gathered(pieces), work))
+            yield from self._scattered(done, like=pieces[0])
 
-    def _gathered(self, pieces: Sequence[Tensor]) -> dict[int, Tensor]:
-        """The whole matrices that this rank owns, flat."""
+    def _worked(
+        self, row: Sequence[Mapping[int, Tensor]], work: Callable[[Tensor], Tensor]
+    ) -> Iterator[tuple[int, Tensor]]:
+        """`work` of each matrix that this rank owns, flat, from the pieces of a row's ranks."""
+        for batch in self.batches:
+            whole = torch.cat([pieces[number] for number in batch for pieces in row])
+            whole = whole.view(len(batch), *self.shapes[batch[0]])
+            yield from zip(batch, work(whole).flatten(1), strict=True)
+
+    def _gathered(self, pieces: Sequence[Tensor]) -> list[dict[int, Tensor]]:
+        """By rank of this row, its pieces of the matrices that this rank owns."""
         mine = self.owned[self.rank]
         given, sizes = [], []
         for rank, owned in enumerate(self.owned):
@@ -101,21 +128,19 @@ class MatrixExchange:
             given.append([pieces[number] for number in owned] if near else [])
             sizes.append([self.sizes[rank][number] for number in mine] if near else [])
         received = _exchange(given, sizes, like=pieces[0])
-        of_row = [received[rank] for rank in self.row]
-        return {number: torch.cat([x[i] for x in of_row]) for i, number in enumerate(mine)}
+        return [dict(zip(mine, received[rank], strict=True)) for rank in self.row]
 
-    def _scattered(self, done: dict[int, Tensor], like: Tensor) -> list[Tensor]:
+    def _scattered(self, done: Mapping[int, Tensor], like: Tensor) -> Iterator[tuple[int, Tensor]]:
         """This rank's pieces of all matrices, of which it owns those that are given."""
+        mine = self.owned[self.rank]
         given = [
-            [x.narrow(0, starts[number], sizes[number]) for number, x in done.items()]
+            [done[number].narrow(0, starts[number], sizes[number]) for number in mine]
             for starts, sizes in zip(self.starts, self.sizes, strict=True)
         ]
         own = self.sizes[self.rank]
         received = _exchange(given, [[own[i] for i in owned] for owned in self.owned], like)
-        pieces: dict[int, Tensor] = {}
         for owned, parts in zip(self.owned, received, strict=True):
-            pieces.update(zip(owned, parts, strict=True))
-        return [pieces[number] for number in range(len(self.shapes))]
+            yield from zip(owned, parts, strict=True)
 
 
 def _exchange(

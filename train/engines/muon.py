@@ -14,15 +14,14 @@ Queries, keys, values, gate and up are matrices of their own here, and each is o
 """
 
 from collections.abc import Sequence
-from functools import partial
-from math import prod, sqrt
+from math import sqrt
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from train.engines.matrix_exchange import MatrixExchange
-from train.engines.newton_schulz import newton_schulz, newton_schulz_flops
+from train.engines.newton_schulz import batch_size, newton_schulz, newton_schulz_flops
 from train.settings.optim import OptimConfig
 from train.torch_private import fuse_clip_and_skip
 
@@ -48,7 +47,8 @@ class MuonAdamW(torch.optim.Optimizer):
     """Muon for one group of parameters, AdamW for the others.
 
     It clips and skips as the fused AdamW does, by the tensors `grad_scale` and `found_inf`
-    (`train.torch_private.fuse_clip_and_skip`), and never waits for the device.
+    (`train.torch_private.fuse_clip_and_skip`), and never waits for the device. `share` has to be
+    called before the first step, also in a lone process.
 
     Args:
         groups: of parameters, each with its `rule`, `weight_decay` and `lr`; the last is Muon's.
@@ -65,9 +65,6 @@ class MuonAdamW(torch.optim.Optimizer):
         super().__init__(groups, {"lr": config.lr})
         self.config, self.dtype = config, dtype
         *others, self.muon = self.param_groups
-        shapes = [parameter.shape for parameter in self.muon["params"]]
-        numbers = [prod(shape) for shape in shapes]
-        self.share(shapes, [Place(i, 0, n) for i, n in enumerate(numbers)], [numbers])
         # Both have the same groups, so that DeepSpeed replaces the parameters of both.
         self.adamw = torch.optim.AdamW(
             others, lr=config.lr, betas=config.betas, eps=config.eps, fused=True
@@ -79,10 +76,10 @@ class MuonAdamW(torch.optim.Optimizer):
         shapes: Sequence[torch.Size],
         places: Sequence[Place],
         sizes: Sequence[Sequence[int]],
-        rank: int = 0,
-        shards: int = 1,
+        rank: int,
+        shards: int,
     ) -> None:
-        """Work together with other ranks from now on, each of which calls this.
+        """Say where the matrices are. Every rank calls this, and they work together from now on.
 
         Args:
             shapes: of the whole matrices.
@@ -91,7 +88,8 @@ class MuonAdamW(torch.optim.Optimizer):
         """
         self.shapes, self.places = shapes, places
         costs = [newton_schulz_flops(shape, self.config.ns_steps) for shape in shapes]
-        self.exchange = MatrixExchange(shapes, costs, sizes, rank=rank, shards=shards)
+        most = [batch_size(shape) for shape in shapes]
+        self.exchange = MatrixExchange(shapes, costs, most, sizes, rank=rank, shards=shards)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -119,14 +117,17 @@ class MuonAdamW(torch.optim.Optimizer):
             applied = 1 - self.found_inf
         directions = [self._direction(parameter) for parameter in parameters]
         pieces = [place.view(directions) for place in self.places]
-        orthogonalize = partial(newton_schulz, steps=config.ns_steps)
-        lr, decay = group["lr"], group["weight_decay"]
+        lr, shrink = group["lr"], 1 - group["lr"] * group["weight_decay"] * applied
         for parameter in parameters:
-            parameter.mul_(1 - lr * decay * applied)
-        updates = self.exchange(pieces, orthogonalize)
-        for place, shape, update in zip(self.places, self.shapes, updates, strict=True):
-            alpha = -lr * lr_factor(shape, config)
-            place.view(parameters).add_(update.mul_(applied), alpha=alpha)
+            parameter.mul_(shrink)
+
+        def update_of(matrices: Tensor) -> Tensor:
+            return newton_schulz(matrices, config.ns_steps).mul_(applied)
+
+        for number, update in self.exchange(pieces, update_of):
+            alpha = -lr * lr_factor(self.shapes[number], config)
+            self.places[number].view(parameters).add_(update, alpha=alpha)
+            del update  # else it would be held while the next batch is worked on
 
     def _direction(self, parameter: Tensor) -> Tensor:
         """Advance a parameter's momentum; return what is orthogonalised, in a tensor of its own."""

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from train.distributed.process_groups import ProcessGroups
 from train.engines.muon import MuonAdamW, Place
-from train.engines.state_rules import ADAMW, MUON, STEP, Rule, is_embedding, rules_of
+from train.engines.state_rules import ADAMW, MUON, STEP, Rule, is_embedding, rule_of, rules_of
 from train.settings.optim import OptimConfig
 from train.torch_private import fuse_clip_and_skip
 
@@ -15,8 +15,12 @@ from train.torch_private import fuse_clip_and_skip
 def build_optimizer(
     model: nn.Module, config: OptimConfig, dtype: torch.dtype = torch.float32
 ) -> torch.optim.Optimizer:
-    """The optimizer of all parameters of a model, with its state allocated."""
-    optimizer = optimizer_of(dict(model.named_parameters()), config, dtype)
+    """The optimizer of all parameters of a model in a lone process, with its state allocated."""
+    parameters = dict(model.named_parameters())
+    optimizer = optimizer_of(parameters, config, dtype)
+    matrices = {n: p.shape for n, p in parameters.items() if rule_of(n, p, config) is MUON}
+    places = [Place(i, 0, shape.numel()) for i, shape in enumerate(matrices.values())]
+    share_matrices(optimizer, matrices, places, ProcessGroups(), shards=1)
     add_state(optimizer)
     return optimizer
 

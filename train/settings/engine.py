@@ -35,11 +35,13 @@ DECIDED_ELSEWHERE = {
 # is the same, but `safe_get_full_fp32_param` and the like reorder parameters only in part.
 ANOTHER_SUM = "gradients are summed over ranks; the loss is already a mean over all targets"
 ANOTHER_ADAMW = "it updates weights without the optimizer that skips bad steps"
+NO_NORM = "the optimizer clips and skips bad steps by the norm of the gradient"
 ANOTHER_PLACE = "DeepSpeed would save the weights of one parameter as those of another"
 IMPOSSIBLE = {
     "gradient_allreduce_op": ANOTHER_SUM,
     "gradient_predivide_factor": ANOTHER_SUM,
     "prescale_gradients": ANOTHER_SUM,
+    "zero_optimization.compute_grad_norm": NO_NORM,
     "zero_optimization.zenflow": ANOTHER_ADAMW,
     "zero_optimization.super_offload": ANOTHER_ADAMW,
     "zero_optimization.round_robin_gradients": ANOTHER_PLACE,
@@ -48,11 +50,11 @@ IMPOSSIBLE = {
 # Keys with which DeepSpeed says nothing and does otherwise than `optim.kind: muon` means. Its own
 # Muon is refused as `optimizer`: it goes by "embed" and "lm_head" in names, so that it would take
 # `head` for a matrix of a block, and it orthogonalises before it clips.
+ON_THE_HOST = "optim.kind=muon would make its matrix products on the host"
+SHARD_INSTEAD = "choose engine=fsdp, which shards weights, gradients and moments"
 ANOTHER_MUON = {
-    "offload_optimizer": (
-        "optim.kind=muon would make its matrix products on the host",
-        "choose engine=fsdp, which shards weights, gradients and moments",
-    ),
+    "offload_optimizer": (ON_THE_HOST, SHARD_INSTEAD),
+    "cpu_offload": (ON_THE_HOST, SHARD_INSTEAD),  # its old name
     "save_muon_momentum_buffer_in_memory": (
         "it is of DeepSpeed's own Muon, and here it would change nothing",
         "leave it out",
@@ -245,16 +247,16 @@ class DeepSpeedConfig(EngineConfig):
         if kind != "muon":
             return []
         found, others = [], ("optim.kind",)
-        fsdp = "choose engine=fsdp, which shards weights, gradients and moments"
         if self.stage == 3:
             why = (
                 "optim.kind=muon needs whole matrices, and stage 3 gives the optimizer flat and "
                 "padded parts of many"
             )
-            found.append(Problem("engine.stage", 3, why, f"choose 0, 1 or 2; or {fsdp}", others))
+            hint = f"choose 0, 1 or 2; or {SHARD_INSTEAD}"
+            found.append(Problem("engine.stage", 3, why, hint, others))
         if self.offload_optimizer:
-            why = "optim.kind=muon would make its matrix products on the host"
-            found.append(Problem("engine.offload_optimizer", True, why, fsdp, others))
+            key = "engine.offload_optimizer"
+            found.append(Problem(key, True, ON_THE_HOST, SHARD_INSTEAD, others))
         zero = self.deepspeed.get("zero_optimization") or {}
         return found + [
             Problem(f"engine.deepspeed.zero_optimization.{key}", zero[key], why, hint, others)
