@@ -273,6 +273,11 @@ class ModelConfig(Settings):
         """How many layers have keys and values in the KV cache."""
         return self.depth if self.loop_keys == "own" else self.layers
 
+    @property
+    def kind(self) -> tuple[str, int]:
+        """The variant and its K, by which benchmarks name a model: a loop's K is its passes."""
+        return ("loop", self.passes) if self.passes > 1 else (self.variant, self.K)
+
     def has_streams(self, layer: int) -> bool:
         """Whether each copy sees its own copy's past alone in a layer."""
         is_full = layer == self.layers - 1 or (layer + 1) % self.full_every == 0

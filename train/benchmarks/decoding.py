@@ -71,9 +71,11 @@ class Decode:
     @property
     def bytes_read(self) -> int:
         """Bytes that the last step must read: each weight once, and what each row has cached."""
-        # An untied embedding is a table: a token reads one row of it.
-        unread = 0 if self.config.tied else self.model.embed.weight.nbytes
-        weights = sum(p.nbytes for p in self.model.parameters()) - unread
+        # A token reads one row of a table: of an untied embedding, and of those of hidden copies.
+        tables = [] if self.config.tied else ["embed.weight"]
+        tables += ["copy_input.weight"] * (self.config.hidden_input == "table")
+        named = self.model.named_parameters(remove_duplicate=False)
+        weights = sum(weight.nbytes for name, weight in named if name not in tables)
         originals = sum(x.nbytes for x in self.cache.originals)
         share = sum(self.lengths) / (len(self.lengths) * self.cache.capacity)
         return weights + round(originals * share) + sum(x.nbytes for x in self.cache.ring)

@@ -32,17 +32,32 @@ class Models:
                 torch.nn.init.normal_(weight, std=STD, generator=generator)
         self.weights = vanilla.fuse_projections().state_dict()
 
-    def of(self, variant: Variant, K: int, span_unit: SpanUnit | None = None) -> Transformer:
+    def of(
+        self, variant: Variant, K: int, span_unit: SpanUnit | None = None, *, passes: int = 1
+    ) -> Transformer:
         """Return the model of a variant. It holds the shared weights, not a copy of them."""
         unit = span_unit or self.size.span_unit
+        config = replace(self.size, variant=variant, K=K, span_unit=unit, passes=passes)
         with torch.device("meta"):
-            model = Transformer(replace(self.size, variant=variant, K=K, span_unit=unit))
-        model.load_state_dict(self.weights, assign=True)
+            model = Transformer(config)
+        model.load_state_dict(self.weights | self._hidden_input(config), assign=True)
         model.rope.build(self.device)
         for layer in model.modules():
             if isinstance(layer, Linear):
                 layer.fused = True  # the shared weights lie one after another already
         return model.eval()
+
+    def _hidden_input(self, config: ModelConfig) -> dict[str, Tensor]:
+        """What hidden copies are fed: rows of the embedding, and for a further table all again."""
+        embed = self.weights["embed.weight"]
+        match config.hidden_input:
+            case "token":
+                return {}
+            case "learned":
+                return {"copy_input.weight": embed[:1]}
+            case "table":
+                tables = embed if config.K == 2 else embed.repeat(config.K - 1, 1)
+                return {"copy_input.weight": tables}
 
 
 def random_tokens(vocab_size: int, *shape: int) -> Tensor:

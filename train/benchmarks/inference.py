@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from math import ceil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -26,6 +26,13 @@ Measurement = dict[str, Any]
 """One row of the table: the work, the variant, K, W's unit, its length, its times and its bytes."""
 
 SHORT = {"naive_repeat": "_naive", "phd": "_phd", "phd_swa": "_swa", "phd_cswa": "_cswa"}
+"""What the variants are called in the names of ratios, where not by their own."""
+
+LOOP = "loop"
+"""A plain transformer that goes through its layers several times, among the neighbours."""
+
+NEIGHBOURS = ("pause", "free_pause", "sps", "hidden_decoding", LOOP)
+"""PHD's neighbours, which are measured at a K of 2: a loop's is its passes."""
 
 WINDOWED = ("phd_swa", "phd_cswa")
 """The variants that have a window."""
@@ -47,10 +54,12 @@ class Grid:
         naive_copies: K of naive repetition. They are few, because its cost grows as K^2.
         steps: tokens that are decoded in a turn. They are the last ones of the context.
         variants: those of PHD that are measured.
+        neighbours: those of `NEIGHBOURS` that are measured.
         span_unit: what windows and chunks count; None: hidden copies, and from `TOKENS_FROM_K` on
             tokens as well.
         compiled: whether decode uses `torch.compile`.
-        rare_units: windows in these units, measured beside others, have a quarter of the turns.
+        rare_units: windows in these units, measured beside others, have a quarter of the turns, as
+            have neighbours.
         transformers: whether decode is measured in transformers, too.
     """
 
@@ -61,6 +70,7 @@ class Grid:
     naive_copies: tuple[int, ...]
     steps: int
     variants: tuple[Variant, ...] = ("phd", "phd_swa", "phd_cswa")
+    neighbours: tuple[str, ...] = ()
     span_unit: SpanUnit | None = None
     compiled: bool = False
     rare_units: tuple[SpanUnit, ...] = ()
@@ -68,11 +78,9 @@ class Grid:
 
     def is_rare(self, config: ModelConfig) -> bool:
         """Whether a model has a quarter of the turns, so that all of them take less time."""
-        return (
-            self.span_unit is None
-            and config.variant in WINDOWED
-            and config.span_unit in self.rare_units
-        )
+        in_rare_unit = config.variant in WINDOWED and config.span_unit in self.rare_units
+        beside_others = bool(self.variants) and config.kind[0] in self.neighbours
+        return beside_others or (self.span_unit is None and in_rare_unit)
 
     def phd_models(self, models: Models, copies: Iterable[int]) -> list[Transformer]:
         """PHD's variants for these K, each with the units that its window is measured in."""
@@ -81,6 +89,15 @@ class Grid:
             for K in copies
             for variant in self.variants
             for unit in self.units(variant, K)
+        ]
+
+    def neighbour_models(self, models: Models) -> list[Transformer]:
+        """The neighbours, each with K = 2, or a loop with the passes of the size."""
+        return [
+            models.of("vanilla", 1, passes=max(2, models.size.passes))
+            if name == LOOP
+            else models.of(cast(Variant, name), 2)
+            for name in self.neighbours
         ]
 
     def units(self, variant: Variant, K: int) -> tuple[SpanUnit, ...]:
@@ -100,6 +117,7 @@ GRIDS = {
         naive_copies=(2, 4),
         steps=8,
         rare_units=("token",),
+        neighbours=NEIGHBOURS,
     ),
     "cuda": Grid(
         prompts=(1024, 8192),
@@ -108,6 +126,7 @@ GRIDS = {
         decode_copies=(2, 4, 8, 16, 64, 256),
         naive_copies=(2, 4, 8),
         steps=64,
+        neighbours=NEIGHBOURS,
     ),
 }
 
@@ -130,6 +149,7 @@ def grid_of(device: torch.device, asked: Asked = Asked()) -> Grid:
     copies = tuple(dict.fromkeys(asked.copies))
     variants = asked.variants or ("naive_repeat", *usual.variants)
     naive = "naive_repeat" in variants
+    chosen = [name for name in NEIGHBOURS if not asked.variants or name in asked.variants]
     return replace(
         usual,
         prompts=tuple(dict.fromkeys(asked.prompts)) or usual.prompts,
@@ -138,6 +158,7 @@ def grid_of(device: torch.device, asked: Asked = Asked()) -> Grid:
         decode_copies=copies or usual.decode_copies,
         naive_copies=tuple(K for K in usual.naive_copies if naive and (not copies or K in copies)),
         variants=tuple(x for x in dict.fromkeys(variants) if x in SHORT and x != "naive_repeat"),
+        neighbours=tuple(chosen) if not copies or 2 in copies else (),
         span_unit=asked.span_unit,
         compiled=asked.compiled,
     )
@@ -157,6 +178,7 @@ def grid_of_model(model: ModelConfig, device: torch.device, asked: Asked = Asked
         decode_copies=copies,
         naive_copies=copies if naive else (),
         variants=() if naive or not copies else (model.variant,),
+        neighbours=(LOOP,) if model.passes > 1 else (),
         span_unit=model.span_unit,
         compiled=asked.compiled,
         transformers=False,
@@ -242,7 +264,7 @@ def measure_inference(
     *,
     keep: Keep = keep_nothing,
 ) -> Result:
-    """Measure vanilla, naive repetition, PHD, PHD-SWA and PHD-CSWA of one size at batch 1.
+    """Measure vanilla, naive repetition, PHD's variants and its neighbours of one size at batch 1.
 
     All of them have the same weights. Prefill of naive repetition takes more than K times as long
     as vanilla's (2.3 times at K = 2, 2048 tokens, two CPU cores). So it has turns of its own beside
@@ -251,8 +273,9 @@ def measure_inference(
     models = Models(replace(size, max_seq_len=max(*grid.prompts, *grid.contexts)), device)
     vanilla = models.of("vanilla", 1)
     naive = [models.of("naive_repeat", K) for K in grid.naive_copies]
-    prefilled = [vanilla, *grid.phd_models(models, grid.prefill_copies), *naive]
-    decoded = [vanilla, *naive, *grid.phd_models(models, grid.decode_copies)]
+    others = [*naive, *grid.neighbour_models(models)]
+    prefilled = [vanilla, *grid.phd_models(models, grid.prefill_copies), *others]
+    decoded = [vanilla, *others, *grid.phd_models(models, grid.decode_copies)]
     rows: list[Measurement] = []
     for tokens in grid.prompts:
         rows += _prefill_rows(prefilled, grid, tokens, repeat, device)
@@ -337,13 +360,14 @@ def _beside(
 
 def _name(config: ModelConfig) -> str:
     """The key of a model's work among all that are timed in turn."""
-    return f"{config.variant} {config.K} {config.span_unit}"
+    return f"{config.kind} {config.span_unit}"
 
 
 def _labels(config: ModelConfig) -> Measurement:
     """The columns that tell which model a row is of."""
     unit = config.span_unit if config.variant in WINDOWED else None
-    return {"variant": config.variant, "K": config.K, "W_in": unit}
+    variant, K = config.kind
+    return {"variant": variant, "K": K, "W_in": unit}
 
 
 def _ratios(rows: list[Measurement]) -> dict[str, float]:
@@ -364,7 +388,8 @@ def _ratios(rows: list[Measurement]) -> dict[str, float]:
                 case "transformers":
                     ratios["decode_vanilla_over_transformers"] = 1 / row["x_vanilla"]
                 case variant:
-                    short = "" if (kind, variant) == ("decode", "phd_cswa") else SHORT[variant]
+                    short = SHORT.get(variant, f"_{variant}")
+                    short = "" if (kind, variant) == ("decode", "phd_cswa") else short
                     unit = "_token" if row["W_in"] == "token" else ""
                     ratios[f"{kind}{short}_K{row['K']}{unit}"] = row["x_vanilla"]
     return ratios

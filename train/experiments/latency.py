@@ -47,7 +47,7 @@ def latency_of(
     """
     times: dict[int, dict[str, float]] = {}
     for row in rows:
-        if (row["variant"], row["K"]) == (model.variant, model.K):
+        if (row["variant"], row["K"]) == model.kind:
             times.setdefault(row["tokens"], {})[row["work"]] = row["ms"]
     on_cpu = machine["device"] == "cpu"
     return [

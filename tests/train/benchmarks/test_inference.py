@@ -35,6 +35,7 @@ from train.benchmarks.decoding import Decode, TransformersDecode, in_transformer
 from train.benchmarks.family import Models
 from train.benchmarks.inference import (
     GRIDS,
+    NEIGHBOURS,
     WINDOWED,
     Asked,
     Grid,
@@ -54,6 +55,7 @@ GRID = Grid(
     naive_copies=(2,),
     steps=3,
     rare_units=("token",),
+    neighbours=NEIGHBOURS,
 )
 TURNS = 3
 PHD = ("phd", "phd_swa", "phd_cswa")
@@ -80,6 +82,8 @@ def measured(kept: list[Result]) -> Result:
 
 
 def config_of(row: dict[str, Any]) -> ModelConfig:
+    if row["variant"] == "loop":
+        return replace(SIZE, variant="vanilla", K=1, passes=row["K"])
     variant = "vanilla" if row["variant"] == "transformers" else row["variant"]
     return replace(SIZE, variant=variant, K=row["K"], span_unit=row["W_in"] or "hidden")
 
@@ -112,6 +116,7 @@ def test_every_variant_is_measured_at_every_length(measured: Result) -> None:
         ("decode", GRID.contexts, GRID.decode_copies),
     ):
         kinds = [("vanilla", 1), *product(PHD, copies), ("naive_repeat", 2)]
+        kinds += product(NEIGHBOURS, [2])
         expected |= {
             (work, *kind, T, unit) for kind in kinds for T in tokens for unit in units(*kind)
         }
@@ -144,7 +149,7 @@ def test_table_ratios_and_figures_have_one_statistic(measured: Result) -> None:
             assert row["ms"] == pytest.approx(1e3 * median(row["seconds"]))
             continue
         slow = (row["work"], row["variant"]) == ("prefill", "naive_repeat")
-        slow |= row["W_in"] == "token"
+        slow |= row["W_in"] == "token" or row["variant"] in NEIGHBOURS
         assert len(row["seconds"]) == (1 if slow else TURNS)
         assert row["x_vanilla"] == pytest.approx(ratio(row))
 
@@ -205,6 +210,8 @@ def test_the_ratios_are_those_of_the_longest_prompt_and_context(measured: Result
             expected[f"{work}{name}_K{K}{'_token' * (unit == 'token')}"] = ratio(row)
     row = find(measured, "decode", "naive_repeat", 2, 18)
     expected["decode_naive_K2"] = ratio(row)
+    for name, (work, tokens) in product(NEIGHBOURS, (("prefill", 24), ("decode", 18))):
+        expected[f"{work}_{name}_K2"] = ratio(find(measured, work, name, 2, tokens))
     theirs = find(measured, "decode", "transformers", 1, 18)
     expected["decode_vanilla_over_transformers"] = 1 / ratio(theirs)
     expected["prefill_naive_K2"] = ratio(find(measured, "prefill", "naive_repeat", 2, 24))
@@ -224,7 +231,9 @@ def test_the_kv_bytes_are_those_of_the_caches_that_were_allocated(measured: Resu
         slot = vanilla / row["tokens"]
         # W counts 4 hidden copies, or those of 4 tokens.
         hidden = 4 * (row["K"] - 1 if row["W_in"] == "token" else 1) * slot
-        more = {"phd_swa": hidden, "phd_cswa": hidden, "naive_repeat": (row["K"] - 1) * vanilla}
+        more = {"phd_swa": hidden, "phd_cswa": hidden, "sps": hidden}
+        all_kept = dict.fromkeys(("naive_repeat", "pause", "hidden_decoding"), vanilla)
+        more |= {name: (row["K"] - 1) * kept for name, kept in all_kept.items()}
         assert row["kv_mib"] == vanilla + more.get(row["variant"], 0)
 
 
@@ -238,7 +247,8 @@ def test_a_tokens_floor_is_what_it_must_read_at_the_speed_of_a_copy() -> None:
             assert row["step"] is row["floor_ms"] is row["of_copy"] is None
             continue
         assert row["step"] == "eager"  # on the CPU
-        read = 4 * (matrices + norms) + row["kv_mib"] * 2**20
+        vector = 32 if row["variant"] in ("pause", "free_pause", "sps") else 0
+        read = 4 * (matrices + norms + vector) + row["kv_mib"] * 2**20
         assert row["floor_ms"] == pytest.approx(row["of_copy"] * row["ms"])
         speeds.setdefault(row["tokens"], set()).add(round(read / row["floor_ms"] / 1e6, 6))
     # All rows of a length are beside the same copy; the copy of the longest is told.
@@ -456,7 +466,10 @@ def test_what_is_asked_takes_the_place_of_what_is_usual() -> None:
     )
     assert grid_of(CPU, asked) == expected
     some = grid_of(CPU, replace(asked, variants=("phd_cswa", "vanilla"), span_unit="token"))
-    assert some == replace(expected, variants=("phd_cswa",), naive_copies=(), span_unit="token")
+    alone = {"naive_copies": (), "neighbours": ()}
+    assert some == replace(expected, variants=("phd_cswa",), span_unit="token", **alone)
+    of_neighbours = grid_of(CPU, replace(asked, variants=("sps", "phd_swa")))
+    assert (of_neighbours.variants, of_neighbours.neighbours) == (("phd_swa",), ("sps",))
     assert grid_of(CPU, replace(asked, variants=("naive_repeat",))).variants == ()
 
 

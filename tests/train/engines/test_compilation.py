@@ -111,6 +111,26 @@ def test_each_number_of_copies_is_compiled_once(
     assert losses[::2] == pytest.approx(losses[1::2], rel=1e-5)
 
 
+def test_a_loops_passes_are_compiled_once_and_compute_the_same(
+    count_graphs: Callable[[str], CompileCounterWithBackend],
+) -> None:
+    counter = count_graphs("eager")
+    settings = (*UNEVEN, "model=loop", "model.passes=3", "model.attention=reference")
+    plain, engine = (
+        FsdpEngine(load([*settings, f"engine.compile={compiled}"]), ProcessGroups())
+        for compiled in ("false", "true")
+    )
+    for step in range(3):
+        for each in (plain, engine):
+            train_step(each, drawn(8, step, documents=False), 1e-3)
+        # A block of the first pass, one that sees the keys of that, and the last, which computes
+        # the last copy alone; each with and without gradients.
+        assert counter.frame_count == 6
+        engine.evaluate(drawn(8, step, documents=False))
+        assert counter.frame_count == 6
+    torch.testing.assert_close(engine.model.state_dict(), plain.model.state_dict())
+
+
 def test_rows_that_fill_up_an_evaluation_do_not_count(
     count_graphs: Callable[[str], CompileCounterWithBackend],
 ) -> None:

@@ -6,11 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from conf.errors import ConfigError, DataError
 from conf.validation import build
 from phd.config import ModelConfig
+from phd.inference.cache import kv_bytes
 from train import bench
 from train.arguments import BenchArguments
 from train.compose import load
@@ -40,6 +42,9 @@ MODELS = {
     "vanilla": {"variant": "vanilla", "K": 1},
     "naive_repeat-3": {"variant": "naive_repeat", "K": 3},
     "phd_cswa-2-3-4": {"K": 2, "copy_embedding": True},
+    "sps-3-3": {"variant": "sps", "K": 3},
+    "hidden_decoding-3": {"variant": "hidden_decoding", "K": 3, "full_every": 2},
+    "loop-3-own": {"variant": "vanilla", "K": 1, "passes": 3, "loop_keys": "own"},
 }
 
 
@@ -58,10 +63,15 @@ def test_the_models_speed_is_part_of_its_result(
     assert bench.main(given) == 0
     assert f"written: {directory / 'result.json'}\n" in capsys.readouterr().out
     rows = json.loads((directory / "inference.json").read_text())["rows"]
-    assert {row["variant"] for row in rows} == {"vanilla", model.variant}
-    own = {
-        (row["work"], row["tokens"]): row["ms"] for row in rows if row["variant"] == model.variant
-    }
+    name, K = ("loop", 3) if model.passes == 3 else (model.variant, model.K)
+    assert {(row["variant"], row["K"]) for row in rows} == {("vanilla", 1), (name, K)}
+    own = {(row["work"], row["tokens"]): row["ms"] for row in rows if row["variant"] == name}
+    vanilla, ours = (
+        {row["kv_mib"] for row in rows if row["variant"] == x and row["tokens"] == 16}
+        for x in ("vanilla", name)
+    )
+    assert ours == {kv_bytes(model, 16, torch.float32).total / 2**20}
+    assert vanilla == {kv_bytes(model.vanilla_twin, 16, torch.float32).total / 2**20}
     found = read_result(directory / "result.json").latency
     assert [(x.context, x.batch, x.dtype) for x in found] == [
         (12, 1, "float32"),
