@@ -94,11 +94,13 @@ class Attention(nn.Module):
     `reordered` normalises a whole projection, as OLMo 2 does. `hybrid` normalises each head, as
     HybridNorm's own code does (BryceZhuo/HybridNorm, `OLMoBlock.attention`): one weight of length H
     serves all query heads, one all key heads and one all value heads.
+
+    muP multiplies the queries by `ModelConfig.query_gain` then.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.head_dim = config.head_dim
+        self.head_dim, self.query_gain = config.head_dim, config.query_gain
         self.norm_per_head = config.norm.startswith("hybrid")
         queries, keys = config.heads * config.head_dim, config.kv_heads * config.head_dim
         self.q = Linear(config.dim, queries)
@@ -129,6 +131,8 @@ class Attention(nn.Module):
             self._split_heads(y, norm)
             for y, norm in ((q, self.q_norm), (k, self.k_norm), (v, self.v_norm))
         )
+        if self.query_gain != 1:
+            q = q * self.query_gain
         out = context.attend(q, k, v)
         return self.o(out.permute(0, 2, 3, 1, 4).flatten(3))
 

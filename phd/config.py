@@ -2,8 +2,8 @@
 
 import re
 from dataclasses import dataclass, fields, replace
-from math import ceil, inf
-from typing import Any, Literal, NamedTuple, get_args
+from math import ceil, inf, sqrt
+from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 from conf.errors import Problem
 from conf.settings import Settings, above, at_least, without_effect
@@ -123,6 +123,14 @@ class ModelConfig(Settings):
         head_init: the standard deviation of an untied head's initial weights. `embedding`: that of
             the embedding, 1/sqrt(2.5 D); `fan_in`: 1/sqrt(D), as OLMo's `full_megatron` has it. A
             tied head is the embedding.
+        mup_base_dim: the D of a narrower model whose best learning rate is known or searched, from
+            which muP (arXiv 2203.03466, table 8) takes it over: with m = dim / mup_base_dim, the
+            matrices of the blocks have 1/m of the learning rate, the logits are divided by m, and
+            the embedding starts as that of the narrower model. `ffn_dim` and `heads` * `head_dim`
+            are to grow as `dim` does. null: the standard parametrisation.
+        mup_base_head_dim: the H of that model; with muP, queries are multiplied by
+            sqrt(mup_base_head_dim / head_dim), so that the scale of attention goes as 1/H and not
+            as 1/sqrt(H). null: `head_dim`; wider models mostly have more heads of the same width.
     """
 
     variant: Variant = "phd_cswa"
@@ -153,13 +161,16 @@ class ModelConfig(Settings):
     norm_eps: float = 1e-6
     tied: bool = True
     head_init: HeadInit = "embedding"
+    mup_base_dim: int | None = None
+    mup_base_head_dim: int | None = None
 
     def problems(self) -> list[Problem]:
         """Every reason why these values cannot make a model."""
         found = [
             Problem(f"model.{f.name}", value, f"expected one of {', '.join(get_args(f.type))}")
             for f in fields(self)
-            if get_args(f.type) and (value := getattr(self, f.name)) not in get_args(f.type)
+            if get_origin(f.type) is Literal
+            and (value := getattr(self, f.name)) not in get_args(f.type)
         ]
         # A Hugging Face config reaches this class without `conf.validation`, which checks types.
         for name in (f.name for f in fields(self) if f.type is int):
@@ -167,13 +178,14 @@ class ModelConfig(Settings):
             found += at_least(self, "model", 0 if may_be_0 else 1, name)
         return [
             *found,
+            *at_least(self, "model", 1, "mup_base_dim", "mup_base_head_dim"),
             *self._shape_problems(),
             *above(self, "model", 1, "rope_theta"),
             *above(self, "model", 0, "norm_eps"),
         ]
 
     def unused(self) -> list[Problem]:
-        """The settings that the variant, or a tied head, has no use for."""
+        """The settings that the variant, a tied head, or a model without muP has no use for."""
         found, variant, traits = [], f"model.variant={self.variant}", VARIANTS[self.variant]
         if not traits.window:
             reason, hint = f"{variant} has no window", "choose model=phd_swa or phd_cswa"
@@ -202,6 +214,10 @@ class ModelConfig(Settings):
         if self.tied:
             reason = "model.tied=true makes the head the embedding"
             found += without_effect(self, "model", reason, "set model.tied=false", "head_init")
+        if self.mup_base_dim is None:
+            reason = "model.mup_base_dim=null is the standard parametrisation"
+            hint = "set model.mup_base_dim"
+            found += without_effect(self, "model", reason, hint, "mup_base_head_dim")
         return found
 
     def _shape_problems(self) -> list[Problem]:
@@ -262,6 +278,18 @@ class ModelConfig(Settings):
     def distinct_inputs(self) -> int:
         """How many copies of a token differ in what they are fed: all K, or 1 where none does."""
         return self.K if self.copy_embedding or self.hidden_input != "token" else 1
+
+    @property
+    def width_ratio(self) -> float:
+        """m of muP, how much wider the model is than its base; 1 without muP."""
+        return 1.0 if self.mup_base_dim is None else self.dim / self.mup_base_dim
+
+    @property
+    def query_gain(self) -> float:
+        """What queries are multiplied by, on top of attention's 1/sqrt(H)."""
+        if self.mup_base_dim is None or self.mup_base_head_dim is None:
+            return 1.0
+        return sqrt(self.mup_base_head_dim / self.head_dim)
 
     @property
     def depth(self) -> int:

@@ -22,12 +22,16 @@ def initial_weights(model: nn.Module, seed: int) -> Iterator[tuple[str, Tensor]]
         norms                     1
         copy_embed                0: the model starts as the one without it
 
+    With muP, D is `mup_base_dim` for embed, copy_input and head. All others are as above: their
+    variance goes as 1 / fan-in already, because `ffn_dim` and heads grow as D does.
+
     Each parameter has a generator of its own, keyed by (seed, name). So all variants of one size
     and seed start from the same weights, and a sharded model starts from those of a whole one.
     Values come one by one, so that no process has to hold all of them.
     """
     config: ModelConfig = model.config  # type: ignore[assignment]
     std = 1 / sqrt(2.5 * config.dim)
+    base_dim = config.mup_base_dim or config.dim
     for name, parameter in model.named_parameters():
         if "norm" in name:
             yield name, torch.ones(parameter.shape, device="cpu")
@@ -38,7 +42,9 @@ def initial_weights(model: nn.Module, seed: int) -> Iterator[tuple[str, Tensor]]
             if name.endswith(("attention.o.weight", "ffn.down.weight")):
                 sigma = std / sqrt(2 * config.layers)
             elif name == "head.weight" and config.head_init == "fan_in":
-                sigma = 1 / sqrt(config.dim)
+                sigma = 1 / sqrt(base_dim)
+            elif not name.startswith("blocks."):
+                sigma = 1 / sqrt(2.5 * base_dim)
             yield name, _truncated_normal(parameter.shape, sigma, f"{seed}/{name}")
 
 

@@ -70,7 +70,7 @@ class Transformer(nn.Module):
         x (B, K, T, D)          equal copies are kept as one until attention tells them apart
           | blocks[0 .. L-2]    every copy; with free_pause only originals have keys and values
           | blocks[L-1]         keys and values of every copy, all else of the last alone
-          | norm                after model.passes times through all blocks
+          | norm                after model.passes times through all blocks; with muP, times 1/m
         hidden (B, T, D)        the last copy
           | head
         logits (B, T, V)
@@ -92,7 +92,8 @@ class Transformer(nn.Module):
             self.copy_embed = nn.Embedding(config.K, config.dim)
         self.rope = Rope(config)
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.layers))
-        self.norm = RMSNorm(config.dim, config.norm_eps)
+        # Logits divided by m: hidden states are linear in the norm, and logits in hidden states.
+        self.norm = RMSNorm(config.dim, config.norm_eps, 1 / config.width_ratio)
         if not config.tied:
             self.head = Linear(config.dim, config.vocab_size)
 

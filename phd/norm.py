@@ -11,16 +11,32 @@ from phd.torch_private import layer_norm_backward
 
 
 class RMSNorm(nn.RMSNorm):
-    """weight * x / sqrt(mean(x^2) + eps) over the last dim (arXiv 1910.07467).
+    """gain * weight * x / sqrt(mean(x^2) + eps) over the last dim (arXiv 1910.07467).
 
     Computed in float32 or wider, also where autocast has made x narrower, or sharding the weight.
+
+    Attributes:
+        gain: a constant, which is 1 but for muP's final norm.
     """
 
     eps: float
 
+    def __init__(
+        self, dim: int, eps: float, gain: float = 1.0, dtype: torch.dtype | None = None
+    ) -> None:
+        super().__init__(dim, eps, dtype=dtype)
+        self.gain = gain
+
+    @property
+    def scaled_weight(self) -> Tensor:
+        """gain * weight, in float32 or wider; the weight itself where it is both already."""
+        weight = self.weight if self.weight.dtype.itemsize >= 4 else self.weight.float()
+        # A product of D values: to multiply x would take a pass over all rows.
+        return weight if self.gain == 1 else weight * self.gain
+
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D) in float32 or wider."""
-        weight = self.weight if self.weight.dtype.itemsize >= 4 else self.weight.float()
+        weight = self.scaled_weight
         x = x.to(weight.dtype)
         if x.device.type != "cpu":
             return rms_norm(x, self.normalized_shape, weight, self.eps)

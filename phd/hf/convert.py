@@ -12,7 +12,8 @@
     norm                       model.norm
     head                       lm_head                            untied; a tied one is embed
 
-RoPE rotates the same pairs of a head in both, so weights need no permutation.
+RoPE rotates the same pairs of a head in both, so weights need no permutation. What muP multiplies
+by when our model computes is multiplied into weights there.
 """
 
 from collections.abc import Mapping
@@ -120,7 +121,8 @@ def to_hugging_face(
 
     Args:
         config: of a model with K = 1 and `norm` reordered (OLMo 2) or pre (Llama).
-        state: the state dict of its `Transformer`; the weights returned share its memory.
+        state: the state dict of its `Transformer`; the weights returned share its memory, but for
+            those that muP's constants are multiplied into.
 
     Raises:
         ValueError: if neither class can compute what the model does, or the state does not fit.
@@ -128,12 +130,26 @@ def to_hugging_face(
     if problems := _unwritable(config):
         raise ValueError("; ".join(problems))
     names = _names(config)
-    weights = _fitting(state, weight_shapes(config))
+    weights = _with_constants(config, _fitting(state, weight_shapes(config)))
     there = {theirs: weights[ours] for ours, theirs in names.items()}
     return _write_config(config), {
         **there,
         HEAD: weights.get("head.weight", weights["embed.weight"]),
     }
+
+
+def _with_constants(config: ModelConfig, weights: State) -> State:
+    """The weights with which the same model without muP computes the same.
+
+    Logits are linear in the final norm's weight, and queries in that of the last thing that makes
+    them: their norm, or the projection where there is none.
+    """
+    queries = "q.weight" if config.norm == "pre" else "q_norm.weight"
+    constants = {"norm.weight": 1 / config.width_ratio} | {
+        f"blocks.{i}.attention.{queries}": config.query_gain for i in range(config.layers)
+    }
+    changed = {name: weights[name] * by for name, by in constants.items() if by != 1}
+    return weights | changed
 
 
 def starting_state(config: ModelConfig, state: Mapping[str, Tensor]) -> State:

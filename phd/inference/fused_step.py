@@ -87,7 +87,10 @@ class FusedStep:
             y = partial_products(out, layer.o)
             h = end_sublayer(stream, y, layer.after_attention, eps, dtype)
             y = partial_products(gated_product(h, layer.gate_up), layer.down)
-            h = end_sublayer(stream, y, layer.after_ffn, eps, dtype)
+            end = layer.after_ffn
+            if last and model.norm.gain != 1:  # now, for the weight may have changed in place
+                end = end._replace(of_sum=model.norm.scaled_weight)
+            h = end_sublayer(stream, y, end, eps, dtype)
         return product(h, model.head_weight)
 
 

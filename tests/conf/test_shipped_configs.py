@@ -4,13 +4,14 @@ from dataclasses import replace
 from typing import Any, get_args
 
 import pytest
+import yaml
 
 from conf.errors import ConfigError
 from conf.validation import flatten_keys
 from data.config import DataConfig, FilesSource, PythonSource
-from phd.config import Variant
+from phd.config import ModelConfig, Variant
 from train.compose import CONF, check, load
-from train.conf_files import recipe_of
+from train.conf_files import load_yaml, recipe_of
 from train.config import Config
 
 CHOICES = [
@@ -235,12 +236,35 @@ SWEPT = {
     "lr": [f"phd_cswa-2-16-32-tiny{lr}" for lr in ("-lr_0.0003", "-lr_0.001", "", "-lr_0.01")],
 }
 
+SWEPT["mup"] = [
+    f"vanilla-tiny{shape}-mup_base_dim_64-lr_{lr}"
+    for shape in (
+        *("-dim_64-ffn_dim_192-heads_1-kv_heads_1", "-dim_128-ffn_dim_384-heads_2"),
+        *("-kv_heads_4", "-dim_512-ffn_dim_1536-heads_8-kv_heads_8"),
+    )
+    for lr in (0.001, 0.002, 0.004, 0.008, 0.016, 0.032)
+]
+
 
 @pytest.mark.parametrize("sweep", SWEEPS)
 def test_a_sweep_is_its_points_each_in_its_own_directory(sweep: str) -> None:
     jobs = check([f"+sweep={sweep}"]).jobs
     assert [job.name for job in jobs] == SWEPT[sweep]
     assert [str(job.run_dir) for job in jobs] == [f"runs/{name}" for name in SWEPT[sweep]]
+
+
+def test_the_sweep_of_mup_grows_all_widths_alike() -> None:
+    sweep = load_yaml("sweep/mup.yaml")
+    swept = yaml.safe_load(f"[{sweep['hydra']['sweeper']['params']['++together']}]")
+    shapes = [
+        ModelConfig(
+            **{key.removeprefix("model."): value for key, value in point.items()}, **sweep["model"]
+        )
+        for point in swept
+    ]
+    assert [shape.width_ratio for shape in shapes] == [1, 2, 4, 8]
+    assert {(s.ffn_dim / s.dim, s.heads * s.head_dim / s.dim) for s in shapes} == {(3, 1)}
+    assert {(s.kv_heads / s.heads, s.query_gain) for s in shapes} == {(1, 1)}
 
 
 def test_the_sweep_of_ablations_compares_units_that_differ() -> None:

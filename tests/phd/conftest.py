@@ -50,6 +50,8 @@ def configs(draw: st.DrawFn, max_copies: int = 5) -> ModelConfig:
         max_seq_len=130,
         norm=draw(st.sampled_from(get_args(Norm))),
         tied=draw(st.booleans()),
+        mup_base_dim=draw(st.sampled_from([None, 5, 12])),
+        mup_base_head_dim=draw(st.sampled_from([None, 4])),
     )
 
 

@@ -57,11 +57,12 @@ def test_no_two_parameters_are_alike() -> None:
 
 
 @pytest.mark.parametrize("head_init", ["embedding", "fan_in"])
-@pytest.mark.parametrize("norm", ["reordered", "hybrid_star"])
-def test_scales_are_those_of_the_table(norm: Any, head_init: Any) -> None:
+@pytest.mark.parametrize(("norm", "base"), [("reordered", None), ("hybrid_star", 40)])
+def test_scales_are_those_of_the_table(norm: Any, base: int | None, head_init: Any) -> None:
     layers, D = 3, 160
     shape: dict[str, Any] = {"layers": layers, "dim": D, "ffn_dim": 320, "tied": False}
-    model = built(**shape, norm=norm, copy_embedding=True, head_init=head_init)
+    shape |= {"norm": norm, "mup_base_dim": base}
+    model = built(**shape, copy_embedding=True, copy_input="learned", head_init=head_init)
     std = 1 / sqrt(2.5 * D)
     # The standard deviation of a normal distribution cut off at 3 sigma.
     cut = 0.98658
@@ -73,11 +74,15 @@ def test_scales_are_those_of_the_table(norm: Any, head_init: Any) -> None:
         else:
             output = "attention.o." in name or "ffn.down." in name
             sigma = std / sqrt(2 * layers) if output else std
+            if not name.startswith("blocks."):
+                sigma = 1 / sqrt(2.5 * (base or D))
             if name == "head.weight" and head_init == "fan_in":
-                sigma = 1 / sqrt(D)
-            assert weight.std().item() == pytest.approx(cut * sigma, rel=0.02), name
-            assert weight.mean().item() == pytest.approx(0, abs=0.02 * sigma), name
-            assert 2.9 * sigma < weight.abs().max() <= 3 * sigma, name
+                sigma = 1 / sqrt(base or D)
+            # 160 numbers for a learned vector, and 10,000 at least for all else.
+            few = 10 if name == "copy_input.weight" else 1
+            assert weight.std().item() == pytest.approx(cut * sigma, rel=0.02 * few), name
+            assert weight.mean().item() == pytest.approx(0, abs=0.02 * few * sigma), name
+            assert 2.9 * sigma / few**0.5 < weight.abs().max() <= 3 * sigma, name
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -70,7 +70,8 @@ class SlowTwin:
             is_first = i < c.layers or c.loop_keys == "own"
             x = self.block(i % c.layers, x, x if is_first else first_pass[i % c.layers])
         head = "embed.weight" if self.config.tied else "head.weight"
-        return self.normalised("norm", x[:, -1]) @ self.weights[head].T
+        logits = self.normalised("norm", x[:, -1]) @ self.weights[head].T
+        return logits if c.mup_base_dim is None else logits * c.mup_base_dim / c.dim
 
     def block(self, layer: int, x: Tensor, keys: Tensor) -> Tensor:
         name, norm = f"blocks.{layer}", self.config.norm
@@ -102,7 +103,10 @@ class SlowTwin:
         for i in range(c.heads):
             g = i // (c.heads // c.kv_heads)
             scores = torch.einsum("bsnh,brmh->bsnrm", q[..., i, :], k[..., g, :])
-            scores = (scores / c.head_dim**0.5).masked_fill(~mask, -torch.inf)
+            scale = 1 / c.head_dim**0.5
+            if c.mup_base_dim is not None and c.mup_base_head_dim is not None:
+                scale = c.mup_base_head_dim**0.5 / c.head_dim
+            scores = (scores * scale).masked_fill(~mask, -torch.inf)
             p = scores.flatten(3).softmax(-1).view_as(scores)
             heads.append(torch.einsum("bsnrm,brmh->bsnh", p, v[..., g, :]))
         return self.linear(f"{name}.o", torch.cat(heads, -1))

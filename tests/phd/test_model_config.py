@@ -34,6 +34,8 @@ PROBLEMS = {
     "number of query heads": {"heads": 4, "kv_heads": 3},
     "model.head_dim=5: must be even, because RoPE rotates pairs of dimensions": {"head_dim": 5},
     "model.rope_theta=1.0: expected a number above 1": {"rope_theta": 1.0},
+    "model.mup_base_dim=0: expected an integer of at least 1": {"mup_base_dim": 0},
+    "model.mup_base_head_dim=-8: expected an integer of at least 1": {"mup_base_head_dim": -8},
     "model.norm_eps=0.0: expected a number above 0": {"norm_eps": 0.0},
 }
 

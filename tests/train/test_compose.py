@@ -491,6 +491,8 @@ TRAINED = "the tokenizer of tokenizer.path is trained already; leave it out, or 
 ONCE = "feeds each token once; leave it out, or choose another variant"
 SEE, SWA = "see hidden copies", "leave it out, or choose model=phd_swa"
 DECODING = "leave it out, or choose model=hidden_decoding"
+NO_MUP = "model.mup_base_dim=null is the standard parametrisation; leave it out, or set "
+NO_MUP += "model.mup_base_dim"
 UNUSED: dict[str, list[str]] = {
     "model=phd_swa model.chunk=32": [f"model.chunk=32: model.variant=phd_swa {CHUNK}"],
     "model=phd ++model.chunk=8": [f"model.chunk=8: model.variant=phd {CHUNK}"],
@@ -509,6 +511,7 @@ UNUSED: dict[str, list[str]] = {
         f"model.full_every=2: all layers of model.variant=pause have one rule; {DECODING}"
     ],
     "model.head_init=fan_in": [f"model.head_init='fan_in': {HEAD}"],
+    "model.mup_base_head_dim=32": [f"model.mup_base_head_dim=32: {NO_MUP}"],
     "schedule=constant schedule.final_ratio=0.2": [f"schedule.final_ratio=0.2: {PEAK}"],
     "optim.ns_steps=4 optim.muon_lr=0.02": [
         f"optim.{setting}: optim.kind=adamw orthogonalises nothing; leave it out, or choose "

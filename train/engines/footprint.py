@@ -165,7 +165,7 @@ def head_footprint(given: Pass, z_loss: float) -> Footprint:
     if given.device == "cuda" and given.dtype != torch.float64:
         return _fused_head(given)
     with FakeTensorMode():
-        module = nn.ModuleDict({"norm": RMSNorm(model.dim, model.norm_eps)})
+        module = nn.ModuleDict({"norm": RMSNorm(model.dim, model.norm_eps, 1 / model.width_ratio)})
         head = nn.Linear(model.dim, model.vocab_size, bias=False)
         module["head"] = _weighted(head, given.weights)
         targets = torch.zeros(given.rows, given.tokens, dtype=torch.int64)

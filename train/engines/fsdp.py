@@ -62,7 +62,9 @@ class FsdpEngine(Engine):
         self.parameters = dict(self.model.named_parameters())
         # These share their memory with the parameters: an update of the one is one of the other.
         self.shards = {name: _local(p.detach()) for name, p in self.parameters.items()}
-        self.optimizer = optimizer_of(self.shards, config.optim, self.dtype)
+        self.optimizer = optimizer_of(
+            self.shards, config.optim, self.dtype, config.model.width_ratio
+        )
         add_state(self.optimizer)
         shapes = matrix_shapes(config.model, config.optim)
         places = [Place(i, 0, self.shards[name].numel()) for i, name in enumerate(shapes)]

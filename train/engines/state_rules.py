@@ -1,4 +1,4 @@
-"""Which state the optimizer keeps of a parameter, by the parameter's name and shape.
+"""Which state the optimizer keeps of a parameter, by the parameter's name.
 
     parameter                      optim=adamw     optim=muon
     matrices of the blocks         AdamW           Muon
@@ -7,12 +7,11 @@
 Engines and checkpoints know of an optimizer only this.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from phd.config import ModelConfig
 from phd.model import Transformer
@@ -50,15 +49,19 @@ def is_embedding(name: str) -> bool:
     return name.startswith(("embed.", "copy_embed.", "copy_input."))
 
 
-def rule_of(name: str, parameter: Tensor, config: OptimConfig) -> Rule:
-    """The rule of a parameter of a `Transformer`, or of a shard with as many dimensions."""
-    is_matrix = name.startswith("blocks.") and parameter.ndim == 2
-    return MUON if config.kind == "muon" and is_matrix else ADAMW
+def is_matrix(name: str) -> bool:
+    """Whether a parameter is a matrix of the blocks; all else there is the weights of norms."""
+    return name.startswith("blocks.") and "norm" not in name
 
 
-def rules_of(parameters: Mapping[str, Tensor], config: OptimConfig) -> dict[str, Rule]:
+def rule_of(name: str, config: OptimConfig) -> Rule:
+    """The rule of a parameter of a `Transformer`."""
+    return MUON if config.kind == "muon" and is_matrix(name) else ADAMW
+
+
+def rules_of(names: Iterable[str], config: OptimConfig) -> dict[str, Rule]:
     """The rule of each parameter by name."""
-    return {name: rule_of(name, p, config) for name, p in parameters.items()}
+    return {name: rule_of(name, config) for name in names}
 
 
 def state_shapes(model: ModelConfig, config: OptimConfig) -> dict[str, torch.Size]:
@@ -66,7 +69,7 @@ def state_shapes(model: ModelConfig, config: OptimConfig) -> dict[str, torch.Siz
     return {
         f"{name}.{key}": torch.Size() if key == STEP else shape
         for name, shape in parameter_shapes(model).items()
-        for key in rule_of(name, torch.empty(shape, device="meta"), config).state
+        for key in rule_of(name, config).state
     }
 
 
@@ -78,8 +81,7 @@ def moment_bytes(model: ModelConfig, config: OptimConfig) -> int:
 def matrix_shapes(model: ModelConfig, config: OptimConfig) -> dict[str, torch.Size]:
     """The shape of each matrix that Muon updates, by the parameter's name."""
     shapes = parameter_shapes(model)
-    metas = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-    return {name: shapes[name] for name, rule in rules_of(metas, config).items() if rule is MUON}
+    return {name: shapes[name] for name, rule in rules_of(shapes, config).items() if rule is MUON}
 
 
 @lru_cache(maxsize=16)

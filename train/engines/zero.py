@@ -97,7 +97,8 @@ class DeepSpeedEngine(Engine):
             compile_blocks(self.model)
         # Its moments are made later, because DeepSpeed replaces the tensors that it updates.
         parameters = dict(self.model.named_parameters())
-        self.optimizer = optimizer_of(parameters, config.optim, self.dtype)
+        ratio = config.model.width_ratio
+        self.optimizer = optimizer_of(parameters, config.optim, self.dtype, ratio)
         self.optimizer.register_step_pre_hook(self._before_step)
         self.engine, *_ = self.deepspeed.initialize(
             model=self.model_with_loss, optimizer=self.optimizer, config=json

@@ -18,7 +18,8 @@ class OptimConfig(Settings):
         kind: `adamw`: AdamW (arXiv 1711.05101). `muon`: Muon for the matrices of the blocks, as in
             `torch.optim.Muon` (https://kellerjordan.github.io/posts/muon/), and AdamW for all else:
             embeddings, head, norms.
-        lr: the peak learning rate, which the schedule scales.
+        lr: the peak learning rate, which the schedule scales; with muP that of a model as wide as
+            `model.mup_base_dim`.
         betas: the decay rates of AdamW's running means of the gradient and of its square.
         eps: is added to the root of AdamW's mean square, so that nothing is divided by 0.
         weight_decay: each step multiplies all parameters but the embedding by

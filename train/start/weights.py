@@ -32,7 +32,7 @@ from train.start.directory import CHECKPOINTS, OTHERWISE, Kind, kind_of
 # The settings that must be equal for two models to compute the same from the same weights.
 SHAPE = (
     *("layers", "dim", "ffn_dim", "heads", "kv_heads", "head_dim", "vocab_size"),
-    *("rope_theta", "norm", "norm_eps"),
+    *("rope_theta", "norm", "norm_eps", "mup_base_dim", "mup_base_head_dim"),
 )
 
 
@@ -187,6 +187,8 @@ def _check_shape(path: Path, config: ModelConfig, source: ModelConfig) -> None:
 
 
 def _spelled(value: object) -> str:
+    if value is None:
+        return "null"
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 

@@ -28,6 +28,7 @@ class QkvNorms(NamedTuple):
         q, k, v: weights; None: no norm.
         eps: what is added to the mean square.
         per_head: each head is normalised, by weights of length H; else a whole projection.
+        query_gain: what queries are multiplied by then.
     """
 
     q: Tensor | None
@@ -35,6 +36,7 @@ class QkvNorms(NamedTuple):
     v: Tensor | None
     eps: float
     per_head: bool
+    query_gain: float = 1.0
 
     @classmethod
     def of(cls, attention: Attention) -> "QkvNorms":
@@ -42,7 +44,7 @@ class QkvNorms(NamedTuple):
         norms = attention.q_norm, attention.k_norm, attention.v_norm
         eps = 0.0 if norms[0] is None else norms[0].eps
         q, k, v = (None if norm is None else norm.weight for norm in norms)
-        return cls(q, k, v, eps, attention.norm_per_head)
+        return cls(q, k, v, eps, attention.norm_per_head, attention.query_gain)
 
 
 def place_token(
@@ -107,7 +109,7 @@ def placement_launch(
     warps = min(8, max(1, triton.next_power_of_2(values // VALUES_PER_WARP)))
     return Launch(
         (rows, 3),
-        (*tensors, cache.originals, new, B, slots, len(rope.cos), norms.eps),
+        (*tensors, cache.originals, new, B, slots, len(rope.cos), norms.eps, norms.query_gain),
         constants,
         {"num_warps": warps, "num_stages": 1},
     )
@@ -173,7 +175,7 @@ def _store(  # type: ignore[no-untyped-def]
 @triton.jit(do_not_specialize=["batch", "slots", "positions"])
 def placement_kernel(  # type: ignore[no-untyped-def]
     qkv, q_weight, k_weight, v_weight, cos, sin, lengths, q, originals, new,
-    batch, slots, positions, eps,
+    batch, slots, positions, eps, query_gain,
     K: tl.constexpr, CACHED: tl.constexpr, HIDDEN: tl.constexpr, PARTS: tl.constexpr,
     HEADS: tl.constexpr, GROUPS: tl.constexpr, HEADS_2: tl.constexpr, GROUPS_2: tl.constexpr,
     H: tl.constexpr, HALF: tl.constexpr, PER_HEAD: tl.constexpr,
@@ -196,6 +198,7 @@ def placement_kernel(  # type: ignore[no-untyped-def]
             )  # fmt: skip
             first, second = _rotated(first, second, cos, sin, H, HALF)
             at = q + (row if EVERY_COPY else b) * (HEADS * H)
+            first, second = first * query_gain, second * query_gain
             _store(at, H, first, second, True, HEADS, HEADS_2, H, HALF)
     else:
         x += (HEADS + (part - 1) * GROUPS) * H

@@ -109,7 +109,10 @@ def test_loss_and_gradients_are_those_of_transformers(model_type: str, tied: boo
 @both_norms
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_what_we_write_gives_transformers_our_logits(norm: str, tied: bool) -> None:
-    model = random_model(norm=norm, tied=tied, head_dim=24, rope_theta=77.0, norm_eps=1e-3)
+    mup = {"mup_base_dim": 10, "mup_base_head_dim": 8}
+    model = random_model(norm=norm, tied=tied, head_dim=24, rope_theta=77.0, norm_eps=1e-3, **mup)
+    assert model.config.width_ratio == 3.2
+    assert model.config.query_gain < 0.6
     hf_config, hf_state = to_hugging_face(model.config, model.state_dict())
     name = MODELS[hf_config["model_type"]]
     assert hf_config["architectures"] == [f"{name}ForCausalLM"]

@@ -76,6 +76,18 @@ def test_it_does_so_for_every_setting_of_a_model(config: ModelConfig) -> None:
 
 
 @torch.no_grad()
+def test_it_reads_the_constants_of_mup_and_weights_that_change_in_place() -> None:
+    config = of_variant("phd_cswa", layers=2, mup_base_dim=6, mup_base_head_dim=1)
+    assert config.query_gain == 0.5
+    model = model_of(config, torch.float32).fuse_projections()
+    tokens = torch.randint(0, 17, (1, 4))
+    _, cache = prefill(model, tokens[:, :3], capacity=4)
+    step = FusedStep(model, cache)
+    model.norm.weight.mul_(3)
+    torch.testing.assert_close(step(tokens[:, 3]), model.logits(tokens)[:, 3], rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
 def test_half_precision_is_as_near_as_its_rounding() -> None:
     dtype, config = torch.bfloat16, replace(SMALL, layers=2)
     exact = model_of(config, torch.float32)

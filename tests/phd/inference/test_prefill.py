@@ -48,6 +48,8 @@ def configs(draw: st.DrawFn) -> ModelConfig:
         norm=draw(st.sampled_from(get_args(Norm))),
         tied=draw(st.booleans()),
         layers=draw(st.integers(1, 4)),
+        mup_base_dim=draw(st.sampled_from([None, 6])),
+        mup_base_head_dim=draw(st.sampled_from([None, 2])),
     )
 
 

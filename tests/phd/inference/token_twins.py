@@ -79,8 +79,14 @@ class Twins:
         q, k, v = qkv.double().view(B, 1, c.K, -1).split(widths, -1)
         q = q[:, :, -1:] if last else q
         parts = (q, attention.q_norm), (k, attention.k_norm), (v, attention.v_norm)
-        heads = (attention._split_heads(x, norm) for x, norm in parts)
-        slow = step.attend(*heads, layer).squeeze(2).transpose(1, 2).flatten(0, 1).flatten(1)
+        q, k, v = (attention._split_heads(x, norm) for x, norm in parts)
+        slow = (
+            step.attend(q * c.query_gain, k, v, layer)
+            .squeeze(2)
+            .transpose(1, 2)
+            .flatten(0, 1)
+            .flatten(1)
+        )
         return slow, self.fast_output(qkv, layer, last, splits)
 
     def fast_output(self, qkv: Tensor, layer: int, last: bool, splits: int | None) -> Tensor:

@@ -1,15 +1,19 @@
 """AdamW decays what it should, and its state has the names of the parameters."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from phd.config import ModelConfig
 from phd.model import Transformer
-from train.engines.optimizer import build_optimizer, is_embedding
+from train.engines.optimizer import build_optimizer, is_embedding, set_lr
 from train.settings.optim import OptimConfig
 
 LR, DECAY = 0.25, 0.5
+MATRICES = ("q.weight", "k.weight", "v.weight", "o.weight", "gate.weight", "up.weight")
+MATRICES += ("down.weight",)
 
 
 def optimizer_state(
@@ -37,6 +41,60 @@ def test_without_a_gradient_everything_decays_but_embeddings(tied: bool) -> None
     for name, parameter in model.named_parameters():
         kept = 1.0 if name in embeddings else 1 - LR * DECAY
         torch.testing.assert_close(parameter.detach(), kept * before[name])
+
+
+@pytest.mark.parametrize(
+    ("settings", "scale"),
+    [
+        ({}, 1 / 4),
+        ({"kind": "muon"}, 1 / 2),
+        ({"kind": "muon", "muon_lr": 1.5 * LR}, 1 / 2),
+        ({"kind": "muon", "adjust_lr": "original"}, 1),
+    ],
+)
+@pytest.mark.parametrize("decay", [0.0, DECAY])
+def test_with_mup_updates_of_matrices_go_by_the_width_and_their_decay_does_not(
+    settings: dict[str, Any], scale: float, decay: float
+) -> None:
+    """With m = 8 / 2, AdamW's updates are 1/4 of what they were, Muon's 1/2, or all of it."""
+    shape: dict[str, Any] = {"tied": False, "norm": "hybrid"}
+    config = OptimConfig(lr=2 * LR, weight_decay=decay, **settings)
+    models = model_of(**shape), model_of(**shape, mup_base_dim=2)
+    models[1].load(dict(models[0].named_parameters()))
+    before = {name: p.detach().clone() for name, p in models[0].named_parameters()}
+    for model in models:
+        optimizer = build_optimizer(model, config)
+        set_lr(optimizer, LR)
+        for seed, parameter in enumerate(model.parameters()):
+            generator = torch.Generator().manual_seed(seed)
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        optimizer.step()
+    matrices = 0
+    for (name, plain), ours in zip(
+        models[0].named_parameters(), models[1].parameters(), strict=True
+    ):
+        matrix = name.endswith(MATRICES)
+        lr = LR * (config.muon_lr or config.lr) / config.lr if matrix else LR
+        kept = before[name] * (1.0 if is_embedding(name) else 1 - lr * decay)
+        update = (plain.detach() - kept) * (scale if matrix else 1)
+        torch.testing.assert_close(ours.detach(), kept + update, rtol=1e-5, atol=1e-6)
+        assert update.abs().max() > 0.01
+        matrices += matrix
+    assert matrices == 14
+
+
+def test_a_model_as_wide_as_its_base_is_trained_as_one_without_mup() -> None:
+    models = model_of(), model_of(mup_base_dim=8, mup_base_head_dim=4)
+    tokens = torch.arange(10)[None]
+    for model in models:
+        optimizer = build_optimizer(model, OptimConfig(lr=LR, weight_decay=DECAY))
+        assert len(optimizer.param_groups) == 2
+        for _ in range(3):
+            model.loss(tokens[:, :-1], tokens[:, 1:]).total.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert all(map(torch.equal, models[0].parameters(), models[1].parameters()))
+    assert torch.equal(*(model.logits(tokens) for model in models))
 
 
 def test_an_untied_head_is_no_embedding() -> None:

@@ -26,7 +26,8 @@ WORLD, ROWS, TOKENS, VOCAB = 4, 8, 16, 61
 SMALL = (*UNEVEN, f"train.global_batch={ROWS}", "train.max_steps=10", "optim.grad_clip=2.3")
 MODELS = {
     "vanilla": ("model=vanilla",),
-    "phd_cswa": (*COPIES, "optim.z_loss=0.01"),
+    # With muP, whose learning rates differ by group.
+    "phd_cswa": (*COPIES, "optim.z_loss=0.01", "model.mup_base_dim=12"),
 }
 # AdamW's first step divides a gradient by its own size. Where that is mere rounding (7e-8 beside
 # 3e-2 in one weight of free_pause), it tells nothing but the order of sums: two micro-batches of

@@ -227,11 +227,12 @@ def test_a_start_of_another_shape_names_what_to_change(tmp_path: Path) -> None:
     pytest.importorskip("safetensors")
     source = vanilla(tied=False)
     save_pretrained(tmp_path / "hf", source.config, source.state_dict())
-    other = replace(source.config, dim=48, rope_theta=1e4, tied=True)
+    other = replace(source.config, dim=48, rope_theta=1e4, tied=True, mup_base_dim=16)
     with pytest.raises(ValueError, match=r"run\.start_from=.*: a model of another shape") as error:
         pretrained_start(tmp_path / "hf", other)
     assert str(error.value).endswith(
         "model.dim=32 (here it is 48), model.rope_theta=500000.0 (here it is 10000.0), "
+        "model.mup_base_dim=null (here it is 16), "
         "model.tied=false (here it is true)"
     )
 
