@@ -4,9 +4,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from phd.model import Transformer
 from train.distributed.process_groups import ProcessGroups
 from train.engines.muon import MuonAdamW, Place
 from train.engines.state_rules import ADAMW, MUON, STEP, is_embedding, is_matrix, rule_of
@@ -15,11 +14,14 @@ from train.torch_private import fuse_clip_and_skip
 
 
 def build_optimizer(
-    model: Transformer, config: OptimConfig, dtype: torch.dtype = torch.float32
+    model: nn.Module,
+    config: OptimConfig,
+    dtype: torch.dtype = torch.float32,
+    width_ratio: float = 1.0,
 ) -> torch.optim.Optimizer:
     """The optimizer of all parameters of a model in a lone process, with its state allocated."""
     parameters = dict(model.named_parameters())
-    optimizer = optimizer_of(parameters, config, dtype, model.config.width_ratio)
+    optimizer = optimizer_of(parameters, config, dtype, width_ratio)
     matrices = {n: p.shape for n, p in parameters.items() if rule_of(n, config) is MUON}
     places = [Place(i, 0, shape.numel()) for i, shape in enumerate(matrices.values())]
     share_matrices(optimizer, matrices, places, ProcessGroups(), shards=1)

@@ -188,7 +188,7 @@ def test_the_memory_of_its_step_is_what_the_plan_counts(
 
 WORLD, ROWS = 4, 8
 SMALL = (
-    *(*UNEVEN, *COPIES, "optim=muon", "model.mup_base_dim=6"),
+    *(*UNEVEN, *COPIES, "optim=muon", "model.mup_base_dim=12"),
     *(f"train.global_batch={ROWS}", "train.micro_batch=1", "train.max_steps=99"),
     *("optim.grad_clip=2.3", "optim.weight_decay=0.3", "optim.muon_lr=5e-3"),
     "model.head_dim=6",  # keys have 6 rows, two on each rank but the last, which has none

@@ -63,7 +63,7 @@ def test_with_mup_updates_of_matrices_go_by_the_width_and_their_decay_does_not(
     models[1].load(dict(models[0].named_parameters()))
     before = {name: p.detach().clone() for name, p in models[0].named_parameters()}
     for model in models:
-        optimizer = build_optimizer(model, config)
+        optimizer = build_optimizer(model, config, width_ratio=model.config.width_ratio)
         set_lr(optimizer, LR)
         for seed, parameter in enumerate(model.parameters()):
             generator = torch.Generator().manual_seed(seed)
@@ -87,7 +87,8 @@ def test_a_model_as_wide_as_its_base_is_trained_as_one_without_mup() -> None:
     models = model_of(), model_of(mup_base_dim=8, mup_base_head_dim=4)
     tokens = torch.arange(10)[None]
     for model in models:
-        optimizer = build_optimizer(model, OptimConfig(lr=LR, weight_decay=DECAY))
+        config, ratio = OptimConfig(lr=LR, weight_decay=DECAY), model.config.width_ratio
+        optimizer = build_optimizer(model, config, width_ratio=ratio)
         assert len(optimizer.param_groups) == 2
         for _ in range(3):
             model.loss(tokens[:, :-1], tokens[:, 1:]).total.backward()
