@@ -151,7 +151,8 @@ def run(
             main = hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
             sweep.launch(main(job))
         rank = DistEnv.from_environment().rank
-        if compare and command.sweep_dir and not sweep.ended and rank == 0:
+        several = command.sweep_dir or any(job.branches and job.run.decays for job in command.jobs)
+        if compare and several and not sweep.ended and rank == 0:
             compare(command.jobs)
     finally:
         sweep.tell_failures()
@@ -301,6 +302,8 @@ def _all_chosen(tree: DictConfig, overrides: Iterable[Override]) -> dict[str, An
 
 def other_runs(config: Config) -> list[list[str]]:
     """The arguments of runs to compare the run at hand with: its own, with another model."""
+    if config.run.decay_of is not None:
+        return []  # the trunk is of this model
     overrides = own_overrides()
     other = "phd_cswa" if config.model.variant == "vanilla" else "vanilla"
     candidates = [

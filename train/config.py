@@ -14,6 +14,7 @@ from conf.errors import ConfigError, Problem
 from conf.seed import Seed
 from conf.settings import Settings, at_least, without_effect
 from conf.validation import as_dict, build
+from conf.wording import plural
 from data.config import DataConfig, TokenizerConfig
 from phd.config import ModelConfig
 from train.settings.checkpoint import CheckpointConfig
@@ -109,7 +110,18 @@ class Config(Settings):
 
     @cached_property
     def step_limits(self) -> dict[str, int]:
-        """The steps that each limit of the length allows, by its setting; not that of time."""
+        """The steps that each limit of the length allows, by its setting; not that of time.
+
+        A trunk ends where its last decay begins, whatever else limits the lengths of its decays.
+        """
+        if self.branches:
+            [key] = self.schedule.given_decays
+            return {key: max(self.branches.values())}
+        return self._limits_of_train
+
+    @property
+    def _limits_of_train(self) -> dict[str, int]:
+        """The same of the settings under `train.` alone."""
         if self.train.flops_of is None:
             limits = self._limits_without_flops
             if self.train.max_flops is not None:
@@ -150,6 +162,37 @@ class Config(Settings):
     def total_steps(self) -> int | None:
         """The steps of the limit that is reached first; None if only time ends the run."""
         return min(self.step_limits.values(), default=self._default_steps)
+
+    @cached_property
+    def branches(self) -> dict[int, int]:
+        """The step after which each decay of a trunk begins, by the length of the decay's run.
+
+        schedule.decays = [4, 8], decay_fraction = 0.5
+
+        step        1  2  3  4  5  6  7  8
+        trunk       ----------              keeps the checkpoints of steps 2 and 4
+        run of 4          ----
+        run of 8                ----------
+
+        Empty for all other runs.
+        """
+        given = self.schedule.given_decays
+        if not self.schedule.is_trunk or len(given) != 1:
+            return {}
+        [(key, lengths)] = given.items()
+        per_step = self.train.tokens_per_step
+        if key == "schedule.decays_tokens_per_parameter":
+            lengths = tuple(int(ratio * self.parameters) for ratio in lengths)
+        steps = [int(x) if key == "schedule.decays" else int(x // per_step) for x in lengths]
+        return {length: length - self.schedule.last_part(length) for length in steps}
+
+    @property
+    def branch(self) -> int | None:
+        """The step after which the decay of a trunk begins; None of a run that is no such decay."""
+        total = self.total_steps
+        if self.run.decay_of is None or total is None:
+            return None
+        return total - self.decay_steps
 
     @cached_property
     def copy_stages(self) -> tuple[CopyStage, ...]:
@@ -201,7 +244,9 @@ class Config(Settings):
     @property
     def warmup_steps(self) -> int:
         """Steps of the warm-up; of a run without a length in steps, 0 unless they are set."""
-        return self.schedule.warmup(self.total_steps, self.train.tokens_per_step)
+        # A trunk may be made longer, so a fraction is of the shortest of its decays' runs.
+        length = min(self.branches) if self.branches else self.total_steps
+        return self.schedule.warmup(length, self.train.tokens_per_step)
 
     @property
     def decay_steps(self) -> int:
@@ -238,6 +283,7 @@ class Config(Settings):
             return found  # the length is not known, of which others are
         found += [*at_least(self, "", 0, "seed"), *self._length_problems(), *self._shape_problems()]
         found += self.schedule.problems_with(self.model)
+        found += self._decay_problems()
         total = self.total_steps
         found += map(_of_length, self.schedule.stage_problems(total, self.shortest_limits))
         found += map(_of_length, self.train.profile_problems(total))
@@ -254,6 +300,9 @@ class Config(Settings):
         if own and self.schedule.copies is None:
             reason, hint = "these are the run's own FLOPs", "choose another variant"
             found += without_effect(self.train, "train", reason, hint, "flops_of")
+        if not self.schedule.is_trunk:
+            reason, hint = f"schedule.kind={self.schedule.kind} has no decays", "choose wsd_s"
+            found += without_effect(self.run, "run", reason, hint, "decays")
         return found
 
     def _flops_of_problems(self) -> list[Problem]:
@@ -265,14 +314,69 @@ class Config(Settings):
         except ValueError as error:
             return [Problem(key, name, str(error))]
         limits = self.step_limits
-        if name is None or limits.get(key, 0) > 0:
+        if name is None or self.branches or limits.get(key, 0) > 0:
             return []
         if key in limits:
             return [Problem(key, name, "its FLOPs are less than one step", others=LENGTHS)]
         hint = "set train.max_steps, train.max_tokens or train.max_flops"
         return [Problem(key, name, "only time ends the run, which has no FLOPs to share", hint)]
 
+    def _decay_problems(self) -> list[Problem]:
+        """Why a run cannot be the decay of a trunk."""
+        trunk, kind = self.run.decay_of, self.schedule.kind
+        if trunk is None:
+            return []
+        key, others = "run.decay_of", ("schedule.kind",)
+        if kind != "wsd":
+            reason = f"schedule.kind={kind} has no end that could start from a trunk"
+            return [Problem(key, trunk, reason, "choose schedule=wsd", others)]
+        if self.schedule.copies is not None:
+            reason = "a decay has the copies of its trunk in all steps"
+            hint = "leave it out, or train the whole run with schedule.copies"
+            return [self.schedule.copies_problem(reason, hint, (key,))]
+        if self.decay_steps == 0:
+            reason, hint = "the decay would have no steps", "choose a part of a run, such as 0.2"
+            fraction = self.schedule.decay_fraction
+            return [Problem("schedule.decay_fraction", fraction, reason, hint, (key,))]
+        if self.run_dir.resolve() == Path(trunk).expanduser().resolve():
+            hint = "choose another run.name or run.dir"
+            return [Problem(key, trunk, "is the directory of this run itself", hint)]
+        return []
+
+    def _trunk_problems(self) -> list[Problem]:
+        """Why the decays of a trunk do not fit its batch, its warm-up and the other limits."""
+        [(key, lengths)] = self.schedule.given_decays.items()
+        others = ("train.global_batch", "train.seq_len", "model", "schedule.decay_fraction")
+        if len(self.branches) < len(lengths):
+            steps = sorted(self.branches)
+            reason = f"in steps these are {steps}, of which some are equal"
+            return [Problem(key, lengths, reason, "let them be further apart", others)]
+        warmup = self.warmup_steps
+        for length, branch in self.branches.items():
+            if branch < max(warmup, 1):
+                reason = f"the decay of a run of {plural(length, 'step')} begins after step "
+                reason += f"{branch}, and the warm-up takes {plural(warmup, 'step')}"
+                hint = "let the run be longer, or shorten the warm-up"
+                if branch < 1:
+                    reason = f"a run of {plural(length, 'step')} has no step before its decay"
+                    hint = "let it be longer, or lower schedule.decay_fraction"
+                return [Problem(key, lengths, reason, hint, others)]
+        if self.train.flops_of is not None:
+            reason = f"{key} says how long the runs of the decays are"
+            hint = "leave it out, or choose schedule=wsd"
+            return [Problem("train.flops_of", self.train.flops_of, reason, hint, (key,))]
+        limits, longest = self._limits_of_train, max(self.branches)
+        if (most := min(limits.values(), default=longest)) >= longest:
+            return []
+        limit = next(name for name, steps in limits.items() if steps == most)
+        reason = f"a decay ends at step {longest}, and {limit} allows {plural(most, 'step')}"
+        return [
+            Problem(key, lengths, reason, f"raise {limit}, or set it to null", (limit, *others))
+        ]
+
     def _length_problems(self) -> list[Problem]:
+        if self.branches:
+            return self._trunk_problems()
         total = self.total_steps
         if total is None:
             return self._unbounded_problems()

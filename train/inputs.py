@@ -43,7 +43,13 @@ def check_inputs(config: Config) -> None:
         )
     if problems:
         raise ConfigError(problems)
-    if config.run.start_from is not None and not _has_tokenizer(config):
+    if _has_tokenizer(config):
+        return
+    if config.run.decay_of is not None:
+        from train.start.trunk import check_trunk
+
+        check_trunk(config)
+    elif config.run.start_from is not None:
         from train.start.directory import kind_of
 
         kind_of(Path(config.run.start_from).expanduser())

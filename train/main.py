@@ -48,18 +48,48 @@ from train.plan import make_plan
 from train.run import Run, open_run, smallest_memory
 from train.run_dir.lock import hold_run_dir
 from train.run_summary import print_summary
+from train.start.trunk import decays_of
+from train.sweeps.finished import finished_itself
+from train.sweeps.sweep import ENDING
 
 MakeHook = Callable[[Run], Hook]
 
 
 def main(config: Config, hooks: Sequence[MakeHook] = ()) -> int:
-    """Plan, train and report; returns an `ExitCode`.
+    """Plan, train and report; returns an `ExitCode`. After a trunk, its decays follow.
 
     Args:
         config: of the run.
         hooks: functions that make hooks of the user's own from the opened run; see
             `train.metrics.record`.
     """
+    if not (config.schedule.is_trunk and config.run.decays):
+        return _plan_train_and_report(config, hooks)
+    return _trunk_and_decays(config, hooks)
+
+
+def _trunk_and_decays(config: Config, hooks: Sequence[MakeHook]) -> int:
+    """A trunk, and then its decays; what has finished already is passed over.
+
+    A decay that diverges does not take the others along. One that was told to end does.
+    """
+    worst: int = ExitCode.FINISHED
+    # Ranks may see different files for a while, and must not part.
+    alone = DistEnv.from_environment().world_size == 1
+    for one in (config, *decays_of(config)):
+        if alone and (done := finished_itself(one)):
+            print(f"{one.name}: finished already, {done}", flush=True)
+            continue
+        code = _plan_train_and_report(one, hooks)
+        gc.collect()  # as between attempts
+        if code and (code in ENDING or one.schedule.is_trunk):
+            return code
+        worst = worst or code
+    return worst
+
+
+def _plan_train_and_report(config: Config, hooks: Sequence[MakeHook]) -> int:
+    """One run from its plan to its report; returns an `ExitCode`."""
     stop_signal = StopSignal()
     # One of several ranks may not leave at once: the others would wait for it.
     alone = DistEnv.from_environment().world_size == 1

@@ -44,6 +44,8 @@ from train.engines.accelerators import ACCELERATORS, accelerator, accelerator_of
 from train.engines.attention import planned_attention
 from train.engines.device import machine_memory, precision
 from train.engines.memory import fit, predict_memory, shard_counts
+from train.run_dir.prepare import METRICS
+from train.start.trunk import trunk_of
 
 
 def make_plan(
@@ -94,7 +96,7 @@ def make_plan(
             peak=target.peak_flops,
             mfu=arguments.mfu,
             run=arguments.measured,
-            own=config.run_dir,
+            own=_measured_in(config),
             compiled=config.engine.compiles_on(target.kind),
             uncounted=optimizer.busiest * world_size / step_flops if optimizer else 0.0,
         ),
@@ -124,6 +126,12 @@ def _target(config: Config, device: str | None) -> Target:
     if wanted == "cuda":
         return Target("a CUDA device", "cuda", None, None, False)
     return Target("this machine", "cpu", machine_memory(), None, True)
+
+
+def _measured_in(config: Config) -> Path:
+    """The directory whose speed is the run's: its own, or that of its trunk before it begins."""
+    begun = config.run.decay_of is None or (config.run_dir / METRICS).exists()
+    return config.run_dir if begun else trunk_of(config)
 
 
 def _attention(config: Config, target: Target, dtype: torch.dtype) -> str | None:

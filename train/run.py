@@ -55,10 +55,12 @@ from train.metrics.sinks import (
 )
 from train.profiling.window import ProfileWindow
 from train.run_dir.lock import hold_run_dir
-from train.run_dir.prepare import prepare_run_dir
+from train.run_dir.prepare import prepare_run_dir, take_over
 from train.settings.engine import DeepSpeedConfig, FsdpConfig
+from train.start.branch import branch_checkpoint
 from train.start.resume import Progress, newest_checkpoint
 from train.start.text import RunText, open_text, share_quarantine
+from train.start.trunk import trunk_of
 from train.start.weights import Source, load_start
 
 
@@ -204,10 +206,18 @@ def _open(
     """Open everything in its order; what has to be closed after a failure goes to `on_error`."""
     torch.manual_seed(config.seed)  # else the generators would start from a random state
     _configure_process(config, groups)
-    keep, keep_every = config.checkpoint.keep, config.checkpoint.keep_every
-    folder = config.run_dir / "checkpoints"
-    store = CheckpointStore(folder, keep=keep, keep_every=keep_every, groups=groups)
-    checkpoint = newest_checkpoint(config, store, console)
+    store = CheckpointStore(
+        config.run_dir / "checkpoints",
+        keep=config.checkpoint.keep,
+        keep_every=config.checkpoint.keep_every,
+        keep_steps=config.branches.values(),
+        groups=groups,
+    )
+    own = newest_checkpoint(config, store, console)
+    branch = None
+    if own is None and config.run.decay_of is not None:
+        branch = branch_checkpoint(config, groups, console)
+    checkpoint = own or branch
     progress = Progress.of(config, checkpoint)
     first = not skip_batches  # remarks are told once, and not after each rollback
     text = open_text(config, checkpoint, groups, console, with_remarks=first)
@@ -223,9 +233,9 @@ def _open(
     prompt = sample_prompt(config, tokenizer, {e.name: e.text for e in heldout})
     engine.set_copies(config.copy_stage(progress.step).K)
     source = _restore(config, engine, checkpoint, tokenizer, console)
-    _prepare_files(config, text, source, groups, console)
+    _prepare_files(config, text, source or branch, groups, console)
     detector = SpikeDetector(config.faults, progress.bad_steps)
-    saved = _same_in_all_checkpoints(config, text, checkpoint, groups, console)
+    saved = _same_in_all_checkpoints(config, text, own, groups, console)
     return Run(
         config=config,
         directory=config.run_dir,
@@ -302,16 +312,23 @@ def _measurements(
 def _prepare_files(
     config: Config,
     text: RunText,
-    source: Source | None,
+    source: Source | Checkpoint | None,
     groups: ProcessGroups,
     console: Console,
 ) -> None:
-    """Write what the run's directory has before the first step, on rank 0; see `train.run_dir`."""
-    started_from = source._asdict() if source else None
+    """Write what the run's directory has before the first step, on rank 0; see `train.run_dir`.
+
+    Args:
+        source: what a new run starts from, or the checkpoint of its trunk.
+    """
+    started_from = source._asdict() if isinstance(source, Source) else None
 
     def prepare() -> None:
-        if groups.is_rank_zero:
-            prepare_run_dir(config, text.tokenizer, console, started_from)
+        if not groups.is_rank_zero:
+            return
+        prepare_run_dir(config, text.tokenizer, console, started_from)
+        if isinstance(source, Checkpoint):
+            take_over(config.run_dir, trunk_of(config), Source.of(source)._asdict())
 
     raise_on_all_ranks(groups, prepare)
     share_quarantine(text.documents, config.run_dir, groups)

@@ -27,6 +27,7 @@ GIVEN = {
     ("data", "tokens"): ["data.sources.tokens.path=tokens/python"],
     ("tokenizer", "file"): ["tokenizer.path=llama.model"],
     ("experiment", "anneal"): ["run.start_from=runs/first"],
+    ("schedule", "wsd_s"): ["schedule.decays=[80,160,320]"],
 }
 
 # The table of sizes: layers, D, FFN, N, G, H, V, tied.

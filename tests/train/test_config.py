@@ -151,7 +151,7 @@ WORDING: list[tuple[Any, ...]] = [
     ),
     (
         {"schedule.kind": "cosin"},
-        "schedule.kind='cosin': expected one of cosine, linear, wsd, constant. ",
+        "schedule.kind='cosin': expected one of cosine, linear, wsd, wsd_s, constant. ",
         "Did you mean cosine?",
     ),
     ({"hooks.kv": 3}, "hooks.kv=3: expected settings such as hooks.kv.context"),

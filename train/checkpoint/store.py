@@ -15,7 +15,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
@@ -71,21 +71,28 @@ class Saved(NamedTuple):
 class CheckpointStore:
     """The checkpoints of one run, in a directory `root` that all its ranks share.
 
-    It keeps the newest `keep` checkpoints, and those of all steps that are multiples of
-    `keep_every`. While one is written, the disk holds one more. Every method is collective: all
-    ranks call it in the same order.
+    It keeps the newest `keep` checkpoints, those of all steps that are multiples of `keep_every`,
+    and those of `keep_steps`. While one is written, the disk holds one more. Every method is
+    collective: all ranks call it in the same order.
 
         training   --| copy |---------- trains on ----------| copy |--
         thread              | write, fsync, read back, rename, delete old |
     """
 
     def __init__(
-        self, root: Path, *, keep: int, keep_every: int = 0, groups: ProcessGroups | None = None
+        self,
+        root: Path,
+        *,
+        keep: int,
+        keep_every: int = 0,
+        keep_steps: Collection[int] = (),
+        groups: ProcessGroups | None = None,
     ) -> None:
         assert keep >= 1, keep
         self.root = root
         self.keep = keep
         self.keep_every = keep_every
+        self.keep_steps = frozenset(keep_steps)
         self.groups = groups or ProcessGroups()
         self._memory = HostMemory()
         self._pending: Future[Saved] | None = None
@@ -147,20 +154,22 @@ class CheckpointStore:
         """Wait until nothing is being written. `wait` and `save` report how the save ended."""
         self._finish()
 
-    def newest(self, otherwise: str = ANEW) -> Checkpoint | None:
+    def newest(self, otherwise: str = ANEW, *, up_to: int | None = None) -> Checkpoint | None:
         """Find the newest complete checkpoint, the same on all ranks; None without any.
 
         The files are divided among the ranks, so that each verifies an equal number of them.
 
         Args:
             otherwise: what to do if all are damaged.
+            up_to: the latest step that is looked at; None: any.
 
         Raises:
             DataError: there are checkpoints, but all are damaged.
         """
         self._finish()
         rejected: tuple[RejectedCheckpoint, ...] = ()
-        for path in self.groups.broadcast([path for _, path in self._newest_first()]):
+        found = [path for step, path in self._newest_first() if up_to is None or step <= up_to]
+        for path in self.groups.broadcast(found):
             flaws = self.groups.gather(self._damage(path))
             flaw = next((_flaw_on(rank, flaw) for rank, flaw in enumerate(flaws) if flaw), None)
             if flaw is None:
@@ -277,7 +286,9 @@ class CheckpointStore:
             if saved > step:
                 continue
             complete = manifest.damage(path, contents=False) is None
-            permanent = self.keep_every and saved % self.keep_every == 0
+            permanent = saved in self.keep_steps or (
+                self.keep_every and saved % self.keep_every == 0
+            )
             if not complete or (kept >= self.keep and not permanent):
                 manifest.remove(path)
             kept += complete

@@ -28,8 +28,8 @@ class Disk(NamedTuple):
 def checkpoint_disk(config: Config, parameters: int) -> Disk:
     """What the checkpoints of a run take at most.
 
-    The newest `keep` stay and those of every multiple of `keep_every`. An older one goes when the
-    new one is complete.
+    The newest `keep` stay, those of every multiple of `keep_every`, and those from which decays
+    start. An older one goes when the new one is complete.
     """
     settings, total = config.checkpoint, config.total_steps
     size = 4 * parameters + moment_bytes(config.model, config.optim)  # all of it is float32
@@ -42,4 +42,5 @@ def checkpoint_disk(config: Config, parameters: int) -> Disk:
     if settings.keep_every and earlier:
         period = lcm(settings.every, settings.keep_every)
         kept = (earlier - newest) * settings.every // period
-    return Disk(size, newest + kept + 1)
+    # The last decay of a trunk starts from its last checkpoint.
+    return Disk(size, newest + kept + max(0, len(config.branches) - 1) + 1)

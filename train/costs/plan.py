@@ -31,6 +31,20 @@ class Target(NamedTuple):
     is_here: bool
 
 
+class Decay(NamedTuple):
+    """A decay of a trunk.
+
+    Attributes:
+        steps: of its run, those of the trunk included.
+        begins_after: the step of the trunk from which it starts.
+        flops: training FLOPs of the steps that are its own.
+    """
+
+    steps: int
+    begins_after: int
+    flops: float
+
+
 class Compute(NamedTuple):
     """Training FLOPs per token of the rows, padding included.
 
@@ -99,11 +113,31 @@ class Plan:
         return None if self.tokens is None else self.tokens * self.compute.flops
 
     @property
+    def own_flops(self) -> float | None:
+        """The same without the steps that the trunk of a decay has taken."""
+        if self.flops is None or self.config.branch is None:
+            return self.flops
+        return self.flops - self._flops_of(self.config.branch)
+
+    @property
+    def decays(self) -> list[Decay]:
+        """The decays of a trunk; none of any other run."""
+        return [
+            Decay(steps, after, self._flops_of(steps - after))
+            for steps, after in self.config.branches.items()
+        ]
+
+    def _flops_of(self, steps: int) -> float:
+        return steps * self.config.train.tokens_per_step * self.compute.flops
+
+    @property
     def time_s(self) -> float | None:
         """Seconds of training, without evaluations and whatever else is between the steps."""
-        if self.flops is None or self.speed is None:
-            return None
-        return self.flops / (self.speed.flops_per_s * self.world_size)
+        return None if self.own_flops is None else self.seconds_of(self.own_flops)
+
+    def seconds_of(self, flops: float) -> float | None:
+        """Seconds of training that take so many FLOPs; None if no speed is known."""
+        return flops / (self.speed.flops_per_s * self.world_size) if self.speed else None
 
     @property
     def drawn(self) -> dict[str, float]:
@@ -141,6 +175,8 @@ class Plan:
             "tokens": self.tokens,
             "ends_by": config.shortest_limits,
             "flops": self.flops,
+            "own_flops": self.own_flops,
+            "decays": [decay._asdict() for decay in self.decays],
             "flops_per_token": self.compute.flops,
             "vanilla_flops_per_token": self.compute.vanilla,
             "flops_basis": self.compute.basis,

@@ -48,8 +48,12 @@ def _rows(plan: Plan) -> Iterator[tuple[str, str]]:
     if recipe := describe_recipe(config):
         yield "recipe", recipe
     yield "length", _length_row(plan)
+    if plan.config.branch is not None:
+        yield "trunk", _trunk_row(plan)
     if plan.flops is not None:
         yield "compute", _compute_row(plan)
+    if plan.decays:
+        yield "decays", _decays_row(plan)
     ratio = plan.compute.flops / plan.compute.vanilla
     this, vanilla = short_count(plan.compute.flops), short_count(plan.compute.vanilla)
     yield "FLOPs per token", f"{this}, {ratio:.2f} x vanilla's {vanilla}"
@@ -95,6 +99,36 @@ def _length_row(plan: Plan) -> str:
     return (
         f"{plural(config.total_steps, 'step')} = {short_count(plan.tokens)} tokens, "
         f"{plan.tokens / sum(plan.parameters.values()):.2f} per parameter{_which_limit(config)}"
+    )
+
+
+def _trunk_row(plan: Plan) -> str:
+    """What of a decay is its trunk's."""
+    config = plan.config
+    total, branch = config.total_steps, config.branch
+    assert total is not None
+    assert branch is not None
+    return (
+        f"{config.run.decay_of} has the first {plural(branch, 'step')}; the last {total - branch} "
+        f"are this run's own, {plan.own_flops:.2e} FLOPs"
+    )
+
+
+def _decays_row(plan: Plan) -> str:
+    """What the decays of a trunk cost beside it, and what as many whole runs would."""
+    decays, trunk = plan.decays, plan.config.total_steps
+    assert trunk is not None
+    assert plan.flops is not None
+    lengths, own = [d.steps for d in decays], [d.steps - d.begins_after for d in decays]
+    flops = sum(decay.flops for decay in decays)
+    seconds = plan.seconds_of(plan.flops + flops)
+    time = "" if seconds is None else f", about {duration(seconds)}"
+    by = "" if plan.config.run.decays else ", each by a command of its own"
+    told, theirs = (", ".join(f"{n:,}" for n in steps) for steps in (lengths, own))
+    return (
+        f"{len(decays)}, of {told} steps, of which {theirs} are not the trunk's{by}: "
+        f"{flops:.2e} FLOPs; with the trunk {plural(trunk + sum(own), 'step')}{time}, where whole "
+        f"runs would take {sum(lengths):,}"
     )
 
 

@@ -220,7 +220,8 @@ def notes_at_end(experiment: Experiment) -> list[str]:
     if shared.note and shared.seeds:
         told = f"All groups that can be compared have {seeds_in_words(shared.seeds)}; other seeds "
         told += "may be easier or harder."
-    notes = (experiment.not_alike, experiment.not_measured, experiment.not_of_one_length, told)
+    lengths = (experiment.not_of_one_length, experiment.of_trunks)
+    notes = (experiment.not_alike, experiment.not_measured, *lengths, told)
     return [note for note in notes if note]
 
 

@@ -120,6 +120,15 @@ class Experiment:
             told.append(f"Ended before their schedule, for want of text: {', '.join(short)}.")
         return " ".join(told)
 
+    @property
+    def of_trunks(self) -> str:
+        """A sentence that names the groups whose runs share steps with others; else empty."""
+        found = [g.label for g in self.groups if all(run.trunk for run in g.runs)]
+        if not found:
+            return ""
+        told = "Decays, which share the steps of their trunk with its other decays"
+        return f"{told}: {', '.join(found)}."
+
     def at_shared_seeds(self) -> Shared:
         """The groups with the runs of the seeds that all that can be compared have."""
         usual = [group for group in self.comparable if self.measure.spread(group)]

@@ -20,6 +20,7 @@ UNTOLD = (
         "run.name",
         "run.dir",
         "run.resume",
+        "run.decay",
         "seed",
         "engine.",
         "checkpoint.",
@@ -81,7 +82,8 @@ def groups_of(results: Sequence[Result]) -> list[Group]:
 
     Args:
         results: of any runs; those that have not finished are passed over, and of runs of the same
-            seed all but the first: a run that is given twice is not two seeds. See `twice`.
+            seed all but the first: a run that is given twice is not two seeds. See `twice`. Trunks
+            are passed over, too: the ends of their decays are what can be compared.
     """
     runs: dict[str, list[Result]] = {}
     for result in first_of_seeds(results):
@@ -136,7 +138,7 @@ def _by_seed(results: Iterable[Result]) -> tuple[list[Result], list[tuple[Result
     first: dict[tuple[str, int], list[Result]] = defaultdict(list)
     kept, others = [], []
     for result in results:
-        if result.status != "finished":
+        if result.status != "finished" or result.is_trunk:
             continue
         rivals = first[result.group, result.seed]
         taken = next((other for other in rivals if _can_be_seeds(other, result)), None)

@@ -2,6 +2,7 @@
 
     config.yaml, environment.json    the settings, and what the run was started with
     start.json                       the weights that run.start_from has given
+    trunk.json                       the checkpoint that run.decay_of has given
     metrics.jsonl                    the curves, and the last evaluation
     scores.json                      what evaluate.py has found; see scores.py
     inference.json                   what bench.py inference has measured; see latency.py
@@ -61,7 +62,7 @@ from train.experiments.task_scores import joined, scores_in
 from train.run_dir.environment import TIME
 from train.run_dir.lock import holder_of
 from train.run_dir.name import identity, short_hash, usual_settings
-from train.run_dir.prepare import START
+from train.run_dir.prepare import START, TRUNK
 
 ENDED = "ended.json"
 
@@ -177,7 +178,8 @@ def result_of(directory: Path, *, held: Literal[False] | None = None) -> Result:
     cost = kv_bytes(config.model, context, dtype)
     settings = flatten_keys(redacted_tree(config.to_dict()))
     return Result(
-        began_with=_began_with(directory),
+        began_with=_beginning_in(directory / START),
+        trunk=_beginning_in(directory / TRUNK),
         name=config.run.name or directory.resolve().name,
         status=ended.status,
         reason=ended.reason or None,
@@ -344,13 +346,12 @@ def _begun(start: Mapping[str, Any]) -> float:
     return datetime.strptime(text, TIME).timestamp() if (text := start.get("time")) else 0.0
 
 
-def _began_with(directory: Path) -> Beginning | None:
-    """What `run.start_from` has given; None where no such thing is kept.
+def _beginning_in(path: Path) -> Beginning | None:
+    """What another run has given; None where no such thing is kept.
 
     Raises:
         DataError: the file is damaged.
     """
-    path = directory / START
     try:
         return _beginning().validate_json(path.read_bytes())
     except FileNotFoundError:

@@ -133,7 +133,7 @@ class Latency:
 
 @dataclass(frozen=True, kw_only=True)
 class Beginning:
-    """The weights that `run.start_from` has given a run.
+    """The weights that `run.start_from` or `run.decay_of` has given a run.
 
     Attributes:
         path: of the checkpoint, or of the Hugging Face directory.
@@ -164,6 +164,8 @@ class Result:
         differences: the settings that differ from the defaults of this size, by full names.
         settings: all settings by full names, without secrets.
         began_with: None: random weights, or those of a run of a version that did not keep it.
+        trunk: of a decay: the checkpoint of the run that has taken its first steps, which are part
+            of what is told here; None of other runs.
         command: what was typed.
         commit: of the source; None if it is not known.
         changed: whether the source had changes that were not committed; None if it is not known.
@@ -225,6 +227,7 @@ class Result:
     curve: Curve = field(default_factory=Curve)
     heldout_curves: dict[str, HeldoutCurve] = field(default_factory=dict)
     began_with: Beginning | None = None
+    trunk: Beginning | None = None
     total_steps: int | None = None
     version: int = VERSION
 
@@ -232,6 +235,11 @@ class Result:
     def at_end(self) -> bool:
         """Whether it has come to the end of its schedule; no run that was out of text before."""
         return self.total_steps is None or self.steps >= self.total_steps
+
+    @property
+    def is_trunk(self) -> bool:
+        """Whether it has no end of its own, but decays, which are runs themselves."""
+        return self.settings.get("schedule.kind") == "wsd_s"
 
 
 class Unread(NamedTuple):

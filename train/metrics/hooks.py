@@ -287,7 +287,8 @@ def sample_prompt(config: Config, tokenizer: Tokenizer, heldout: Mapping[str, Ba
 class SaveCheckpoint:
     """Saves checkpoints while training goes on; after the last step it waits for the save.
 
-    A disk error costs a checkpoint, not the run.
+    A trunk also saves where each of its decays begins. A disk error costs a checkpoint, not the
+    run.
 
         checkpoint/stall_s    how long training stood still for this save
         checkpoint/step       the last step whose save has completed
@@ -309,6 +310,7 @@ class SaveCheckpoint:
         tokenizer: Tokenizer,
     ) -> None:
         self.every = config.checkpoint.every
+        self.steps = frozenset(config.branches.values())
         self.engine = engine
         self.store = store
         self.state = state

@@ -86,7 +86,8 @@ class Hook(Protocol):
 
     Attributes:
         every: steps between two calls; 0: only after the last step. A hook with an attribute
-            `early` that is true is also called after each of `EARLY_STEPS`.
+            `early` that is true is also called after each of `EARLY_STEPS`, and one with an
+            attribute `steps` after each of those.
     """
 
     every: int
@@ -106,4 +107,5 @@ class Hook(Protocol):
 def is_due(hook: Hook, step: int) -> bool:
     """Whether a hook is called after this step, if it is not the last."""
     early = getattr(hook, "early", False) and step in EARLY_STEPS
-    return bool(hook.every and (early or step % hook.every == 0))
+    named = step in getattr(hook, "steps", ())
+    return named or bool(hook.every and (early or step % hook.every == 0))

@@ -26,9 +26,11 @@ from conf.redaction import redacted_tree
 from conf.validation import as_dict, defaults, flatten_keys, keys
 from train.conf_files import choices, load_yaml, recipe_of
 from train.config import Config
+from train.settings.run import decay_name
 
 MAY_CHANGE = (
-    *("run.name", "run.dir", "run.resume", "engine.", "checkpoint.", "faults.", "eval.", "hooks."),
+    *("run.name", "run.dir", "run.resume", "run.decay", "schedule.decays"),
+    *("engine.", "checkpoint.", "faults.", "eval.", "hooks."),
     *("model.attention", "train.max_", "train.micro_batch", "train.profile", "tokenizer.cache_dir"),
     *("data.workers", "data.prefetch", "data.max_quarantined", "data.remote.", "data.cache."),
 )
@@ -196,6 +198,11 @@ def named(config: Config, swept: Mapping[str, str]) -> Config:
 
 def _default_names(config: Config, swept: Mapping[str, str]) -> list[str]:
     """The names of a run that was given none: today's, and that of earlier versions."""
+    if config.run.decay_of is not None and config.total_steps is not None:
+        # As the trunk's own command names it; what else may differ between decays is told.
+        others = [label for key, label in swept.items() if not key.startswith("train.max_")]
+        trunk = Path(config.run.decay_of).resolve().name
+        return ["-".join([decay_name(trunk, config.total_steps), *others])]
     silent = [
         label for key, label in swept.items() if key not in NAMED_GROUPS and not is_fixed(key)
     ]

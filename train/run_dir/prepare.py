@@ -5,6 +5,7 @@ runs/phd_cswa-2-16-32-tiny/
     environment.json   command, machine, versions and source revision; see environment.py;
                        one entry per start
     start.json         the checkpoint that run.start_from has given, its step and its seal
+    trunk.json         the same of the checkpoint that run.decay_of has given
     source/            this project's source code and its git revision; see snapshot.py
     metrics.jsonl      one line per logging step
     result.json        what came of the run; see train/experiments/ledger.py
@@ -21,6 +22,7 @@ runs/phd_cswa-2-16-32-tiny/
 """
 
 import json
+import shutil
 from collections.abc import Mapping
 from itertools import count
 from pathlib import Path
@@ -36,11 +38,12 @@ from data.tokenizer import Tokenizer
 from train.checkpoint.format import TOKENIZER
 from train.config import Config
 from train.console import LOG, warn
+from train.metrics.lines import read_line
 from train.run_dir.environment import environment
 from train.run_dir.lock import LOCK, RunLock
 from train.run_dir.snapshot import read_revision, write_snapshot
 
-START = "start.json"
+START, TRUNK, METRICS = "start.json", "trunk.json", "metrics.jsonl"
 
 
 def prepare_run_dir(
@@ -72,6 +75,38 @@ def prepare_run_dir(
             "run.dir", str(directory), f"cannot be written ({reason_of(error)})", hint
         )
         raise ConfigError([problem]) from error
+
+
+def take_over(directory: Path, run: Path, checkpoint: Mapping[str, Any]) -> None:
+    """Give a decay's directory what its trunk has measured on the way to a checkpoint.
+
+    So its curves, tokens, FLOPs and time are those of all its steps, whoever took them.
+
+    Args:
+        directory: of the decay.
+        run: of the trunk.
+        checkpoint: of the trunk, with its `step`, as `trunk.json` names it.
+
+    Raises:
+        ConfigError: a file cannot be read or written.
+    """
+    try:
+        write_atomic(directory / METRICS, _lines_until(run / METRICS, checkpoint["step"]))
+        write_atomic(directory / TRUNK, json.dumps(checkpoint, indent=1))
+        if (run / START).exists():
+            shutil.copyfile(run / START, directory / START)
+    except OSError as error:
+        reason = f"files of its trunk {run} cannot be copied there ({reason_of(error)})"
+        raise ConfigError([Problem("run.dir", str(directory), reason)]) from error
+
+
+def _lines_until(metrics: Path, step: int) -> str:
+    """The lines of a `metrics.jsonl` up to a step; none where there is no such file."""
+    if not metrics.exists():
+        return ""
+    texts = metrics.read_text(encoding="utf-8", errors="replace").splitlines()
+    read = ((text, read_line(text)) for text in texts)
+    return "".join(f"{text}\n" for text, line in read if line and line["step"] <= step)
 
 
 def archive_run_dir(directory: Path) -> Path | None:

@@ -12,7 +12,8 @@ class CheckpointConfig(Settings):
 
     Attributes:
         every: the steps between two checkpoints; 0: only at the end.
-        keep: how many of the newest checkpoints are kept.
+        keep: how many of the newest checkpoints are kept. A trunk (`schedule=wsd_s`) also saves and
+            keeps that of each step at which a decay begins.
         keep_every: the checkpoints of every multiple of this many steps are kept, too; 0: only the
             newest are kept.
     """

@@ -24,6 +24,11 @@ class RunConfig(Settings):
             `tokenizer.model`, that is the run's tokenizer.
         start_optimizer: also take the optimizer's moments and its count of steps from there. The
             step, the learning rate and the text begin anew.
+        decay_of: the directory of another run, its trunk, of which this run with `schedule=wsd` is
+            a decay: it starts from the trunk's checkpoint before the decay begins, and is equal
+            to a run that takes all steps itself. null: it is none.
+        decays: whether the command of a trunk (`schedule=wsd_s`) also trains its decays, one after
+            another. If not, each has a command of its own, with `run.decay_of`.
     """
 
     name: str | None = None
@@ -31,6 +36,8 @@ class RunConfig(Settings):
     resume: Literal["auto", "must", "never"] = "auto"
     start_from: str | None = None
     start_optimizer: bool = False
+    decay_of: str | None = None
+    decays: bool = True
 
     def problems(self) -> list[Problem]:
         found = []
@@ -49,3 +56,12 @@ class RunConfig(Settings):
         else:
             expected = f"expected letters, digits and _ . + - only, {why}"
         return [Problem("run.name", self.name, expected, "run.dir may be any path")]
+
+
+def decay_name(trunk: str, length: int) -> str:
+    """The name of the run that a trunk's decay makes, or its directory.
+
+    >>> decay_name("runs/law", 80)
+    'runs/law-80_steps'
+    """
+    return f"{trunk}-{length}_steps"

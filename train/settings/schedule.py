@@ -15,6 +15,8 @@ Copies = Annotated[
     dict[float, int], "the K from each fraction of the run on, such as {0: 1, 0.75: 2}"
 ]
 
+EXAMPLE_OF_DECAYS = "give them as in schedule.decays=[80,160,320]"
+
 COPIES_HINT = (
     "expected fractions of the run with the K from there on, as in 'schedule.copies={0: 1, 0.75: "
     "2}'; with one K alone, set it as model.K"
@@ -48,30 +50,44 @@ class ScheduleConfig(Settings):
         cosine    /``\\__    half a cosine down to final_ratio
         linear    /\\___     a straight line down to final_ratio
         wsd       /````\\    the peak, then a straight line down in the last decay_fraction
+        wsd_s     /`````    the peak, for a trunk from which several decays start, each a run
+                   \\ \\ \\    of its own that is like wsd of its length
         constant  /`````    the peak
 
     Attributes:
         kind: the course of the learning rate after the warm-up, as drawn above.
         warmup_steps: the length of the warm-up in steps; null: `warmup_tokens` says it.
         warmup_tokens: the length of the warm-up in tokens of text; null: `warmup_fraction` says it.
-        warmup_fraction: the length of the warm-up as a fraction of the run.
+        warmup_fraction: the length of the warm-up as a fraction of the run; of the shortest decay's
+            run, where there are several.
         final_ratio: the last learning rate, as a fraction of the peak.
-        decay_fraction: the last part of the run, as a fraction, in which `wsd` decays.
+        decay_fraction: the last part of the run, as a fraction, in which `wsd` decays, and so does
+            each of the runs that `wsd_s` makes.
+        decays: the lengths in steps of the runs that the decays of `wsd_s` make, such as
+            `[80, 160, 320]`. The last decay_fraction of each is a run of its own, from a checkpoint
+            that the trunk keeps. null: `decays_tokens` says it.
+        decays_tokens: the same in tokens of text; null: `decays_tokens_per_parameter` says it.
+        decays_tokens_per_parameter: the same in tokens for each of the model's parameters, with the
+            embedding, such as `[5, 20, 80]`. null: one of the others says it.
         copies: K as a function of the step, where it is switched within the run:
             `{0: 1, 0.75: 2}` trains without hidden copies at first, and with one of each token in
             the last quarter. The last K has to be `model.K`. null: `model.K` all the time.
     """
 
-    kind: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    kind: Literal["cosine", "linear", "wsd", "wsd_s", "constant"] = "cosine"
     warmup_steps: int | None = None
     warmup_tokens: int | None = None
     warmup_fraction: float = 0.05
     final_ratio: float = 0.1
     decay_fraction: float = 0.2
+    decays: tuple[int, ...] | None = None
+    decays_tokens: tuple[int, ...] | None = None
+    decays_tokens_per_parameter: tuple[float, ...] | None = None
     copies: Copies | None = None
 
     def problems(self) -> list[Problem]:
         found = at_least(self, "schedule", 0, "warmup_steps", "warmup_tokens")
+        found += self._problems_of_decays()
         found += [self.copies_problem(reason, COPIES_HINT) for reason in self._flaws_of_copies()]
         found += [
             Problem(f"schedule.{name}", value, "expected a number from 0 to 1")
@@ -88,6 +104,47 @@ class ScheduleConfig(Settings):
                     others=("schedule.warmup_steps",),
                 )
             )
+        return found
+
+    @property
+    def is_trunk(self) -> bool:
+        """Whether several decays start from the run."""
+        return self.kind == "wsd_s"
+
+    @property
+    def given_decays(self) -> dict[str, tuple[float, ...]]:
+        """The lengths of the decays' runs, by the full name of the setting that says them."""
+        return {
+            f"schedule.{name}": value
+            for name in ("decays", "decays_tokens", "decays_tokens_per_parameter")
+            if (value := getattr(self, name)) is not None
+        }
+
+    def _problems_of_decays(self) -> list[Problem]:
+        """What is wrong with the decays of a trunk, whatever its batch and model are."""
+        given = self.given_decays
+        found = [
+            Problem(key, lengths, "expected lengths above 0 that increase", EXAMPLE_OF_DECAYS)
+            for key, lengths in given.items()
+            if not lengths or lengths[0] <= 0 or any(a >= b for a, b in pairwise(lengths))
+        ]
+        if not self.is_trunk:
+            return found
+        if not given:
+            reason = "schedule.kind=wsd_s has to know how long the runs of its decays are"
+            found.append(Problem("schedule.decays", None, reason, EXAMPLE_OF_DECAYS))
+        if len(given) > 1:
+            first, second, *_ = given
+            reason = f"{first} already says how long they are"
+            found.append(Problem(second, given[second], reason, "set one to null", (first,)))
+        if self.decay_fraction == 0:
+            reason = "the decays of schedule.kind=wsd_s would have no steps"
+            hint = "choose a part of a run, such as 0.2"
+            found.append(Problem("schedule.decay_fraction", 0, reason, hint))
+        if self.copies is not None:
+            reason = "its fractions are of a run, and the runs of schedule.kind=wsd_s have several"
+            hint = "choose schedule=wsd, and train a run for each length"
+            found.append(self.copies_problem(f"{reason} lengths", hint, ("schedule.kind",)))
         return found
 
     def copies_problem(self, reason: str, hint: str, others: tuple[str, ...] = ()) -> Problem:
@@ -119,11 +176,15 @@ class ScheduleConfig(Settings):
     def unused(self) -> list[Problem]:
         """The settings that the kind, or another length of the warm-up, leaves without effect."""
         found = []
-        if self.kind != "wsd":
+        if self.kind not in ("wsd", "wsd_s"):
             reason = f"schedule.kind={self.kind} has no decay_fraction"
             found += without_effect(
                 self, "schedule", reason, "choose schedule=wsd", "decay_fraction"
             )
+        if not self.is_trunk:
+            reason, hint = f"schedule.kind={self.kind} has no decays", "choose schedule=wsd_s"
+            names = (key.removeprefix("schedule.") for key in self.given_decays)
+            found += without_effect(self, "schedule", reason, hint, *names)
         if self.kind == "constant":
             reason, hint = "schedule.kind=constant stays at the peak", "choose another schedule"
             found += without_effect(self, "schedule", reason, hint, "final_ratio")
@@ -145,12 +206,16 @@ class ScheduleConfig(Settings):
 
     def decay(self, total: int | None, tokens_per_step: int) -> int:
         """Steps at the end of a run of `total` steps in which the learning rate falls."""
-        if self.kind == "constant":
+        if self.kind == "constant" or self.is_trunk:
             return 0
         assert total is not None, "only a constant schedule may have no end"
         if self.kind == "wsd":
-            return round(self.decay_fraction * total)
+            return self.last_part(total)
         return total - self.warmup(total, tokens_per_step)
+
+    def last_part(self, total: int) -> int:
+        """Steps of the last `decay_fraction` of a run of `total` steps."""
+        return round(self.decay_fraction * total)
 
     def warmup_problems(
         self, total: int, tokens_per_step: int, limits: Sequence[str]

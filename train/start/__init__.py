@@ -1,1 +1,1 @@
-"""What a run starts with: its text, and its newest checkpoint or what `run.start_from` names."""
+"""What a run starts with: its text, its newest checkpoint, or another run's weights or trunk."""

@@ -6,16 +6,19 @@ from typing import Any, NamedTuple
 from rich.console import Console
 
 from conf.errors import ConfigError, Problem
-from conf.validation import defaults, flatten_keys
-from data.fingerprint import changed_settings
+from conf.wording import plural
 from train.checkpoint.reader import Checkpoint
 from train.checkpoint.store import CheckpointStore
 from train.config import Config
 from train.console import warn
 from train.engines.schedule import config_before, schedule_change
+from train.start.changes import changes
 
 # Settings that a resumed run must share with its checkpoint; the rest may be changed.
 FIXED = ("seed", "model", "train.global_batch", "train.seq_len", "optim.kind")
+
+# And those of a trunk, whose decays are equal to runs that have taken all steps themselves.
+FIXED_OF_TRUNK = (*FIXED, "optim.")
 
 
 class Progress(NamedTuple):
@@ -69,8 +72,10 @@ def newest_checkpoint(
         return None
     for path, reason in checkpoint.rejected:
         warn(console, f"rejected the checkpoint {path}: {reason}")
-    changes = _changes(checkpoint.state["config"], config)
-    if fixed := [line for key, line in changes.items() if key.startswith(FIXED)]:
+    changed = changes(checkpoint.state["config"], config)
+    own = FIXED_OF_TRUNK if config.schedule.is_trunk else FIXED
+    fixed = [line for key, line in changed.items() if key.startswith(own)]
+    if fixed := [*fixed, *_other_decay(checkpoint, config)]:
         another = f"it holds another run: {'; '.join(fixed)}"
         hint = (
             "choose another run.name or run.dir, give the settings that it was trained with, or "
@@ -79,11 +84,28 @@ def newest_checkpoint(
         raise ConfigError([Problem("run.dir", str(config.run_dir), another, hint)])
     checkpoint.refuse_old_form(config.model)
     console.print(f"going on from {checkpoint.path}", markup=False)
-    for line in changes.values():
+    for line in changed.values():
         warn(console, f"changed since then: {line}")
     for line in _other_course(checkpoint, config):
         warn(console, line)
     return checkpoint
+
+
+def _other_decay(checkpoint: Checkpoint, config: Config) -> Iterator[str]:
+    """Why a trunk, or a decay of one, cannot go on from a checkpoint of its own.
+
+    Its learning rate so far has to be that of a run which takes all its steps at once.
+    """
+    if not config.schedule.is_trunk and config.run.decay_of is None:
+        return
+    before = config_before(checkpoint.state["config"], config)
+    if before is None:
+        yield "its schedule is not one that this version knows"
+    elif before.warmup_steps != config.warmup_steps:
+        took = f"its warm-up took {plural(before.warmup_steps, 'step')}"
+        yield f"{took}, and now it is schedule.warmup_steps={config.warmup_steps}"
+    elif config.run.decay_of is not None and before.total_steps != config.total_steps:
+        yield f"its decay ends at step {before.total_steps}, and now at step {config.total_steps}"
 
 
 def _other_course(checkpoint: Checkpoint, config: Config) -> Iterator[str]:
@@ -106,23 +128,3 @@ def _other_copies(before: Config, now: Config, step: int) -> str | None:
     if then == K:
         return None
     return f"K is {K} from step {step + 1} on; with the settings before, it would have been {then}"
-
-
-def _changes(saved: dict[str, Any], config: Config) -> dict[str, str]:
-    """What differs from a saved configuration, by key, of what may change the training.
-
-    A setting that is newer than the saved configuration had its default then. One that changes
-    nothing in this run, such as the chunk of `phd_swa`, may have had any value.
-    """
-    unused = {problem.key for problem in config.unused()}
-    before = {**flatten_keys(defaults(Config)), **flatten_keys(saved)}
-    ignored = (
-        *("run.", "data.", "tokenizer.", "hooks.", "eval.", "checkpoint."),
-        *("model.attention", "train.profile"),
-    )
-    changed = changed_settings(before, flatten_keys(config.to_dict()))
-    return {
-        key: line
-        for key, line in changed.items()
-        if (not key.startswith(ignored) or key.endswith(".epochs")) and key not in unused
-    }

@@ -6,10 +6,23 @@ from conf.wording import plural
 from train.config import Config
 from train.experiments.result import FILE, read_result
 from train.run_dir.name import holds
+from train.start.trunk import decays_of
 
 
 def finished(config: Config) -> str | None:
     """How long this very run was; None if it has to be opened to find out what is left to do.
+
+    A trunk that trains its decays has finished when they have, too.
+    """
+    decays = decays_of(config) if config.run.decays else []
+    done = finished_itself(config)
+    if done is None or any(finished_itself(decay) is None for decay in decays):
+        return None
+    return f"{done}, and {plural(len(decays), 'decay')}" if decays else done
+
+
+def finished_itself(config: Config) -> str | None:
+    """The same of a run alone, without the decays of a trunk.
 
     Its result counts, which is written last: after the last step, its checkpoint and its
     evaluation. It is not passed over if it is to be longer, begun anew, or evaluated otherwise.

@@ -17,6 +17,7 @@ from conf.wording import plural
 from train.config import Config
 from train.console import script_command
 from train.experiments.result import FILE, Result, read_result
+from train.start.trunk import decays_of
 
 if TYPE_CHECKING:
     from train.experiments.comparison import Difference
@@ -26,7 +27,8 @@ COLUMNS = ("", "seeds", "tokens", "training FLOPs", "KV bytes")
 
 
 def print_comparison(configs: Sequence[Config]) -> None:
-    """Print what a sweep's runs have come to, as far as they have a result."""
+    """Print what runs have come to, as far as they have a result; of trunks, their decays."""
+    configs = [run for config in configs for run in decays_of(config) or [config]]
     directories = [config.run_dir for config in configs]
     results = [result for path in directories if (result := _result(path)) is not None]
     finished = sum(result.status == "finished" for result in results)

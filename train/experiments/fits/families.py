@@ -4,6 +4,7 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -189,6 +190,7 @@ def _point(result: Result, group: str, loss: float) -> Point:
         flops=result.train_flops,
         loss=loss,
         seed=result.seed,
+        trunk=str(Path(result.trunk.path).parent.parent) if result.trunk else "",
     )
 
 

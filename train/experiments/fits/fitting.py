@@ -1,5 +1,7 @@
 """Fits a law to runs, with bootstrap intervals, where the runs determine it."""
 
+from collections import defaultdict
+
 import numpy as np
 
 from train.experiments.fits.fit import REPLICATES, Fit, Unfit
@@ -23,6 +25,7 @@ def fit(
     are scaled by sqrt(groups / (groups - constants)), as a fit leaves less than the error. To the
     runs within a group it gives residuals about such means, from which the shifts are found anew.
     What all seeds have in common is part of E, as Student's t has it for the mean of so many seeds.
+    Decays of one trunk are drawn together: see `_Trunks`.
 
     Args:
         huber: minimise the Huber loss of the logarithm's error, as most published laws do, and not
@@ -97,14 +100,61 @@ class _Error:
         # What seeds differ by that no group links is the error of their groups already.
         known = self._seeds > 1 and len(seeds.linked) == 1
         self._of_seeds = shifts.std(ddof=1) / np.sqrt(self._seeds) if known else 0.0
+        self._trunks = _Trunks(points, seeds, residuals)
 
     def draw(self, rng: np.random.Generator) -> Floats:
         """The errors of all runs of a replicate."""
         found = rng.choice(self._about, sum(map(len, self._groups)))
         for places in self._groups:
             found[places] += rng.choice(self._means) - found[places].mean()
-        return found
+        return found + self._trunks.draw(rng)
 
     def draw_of_seeds(self, rng: np.random.Generator) -> float:
         """The error of the mean of all seeds."""
         return float(self._of_seeds * rng.standard_t(self._seeds - 1)) if self._of_seeds else 0.0
+
+
+class _Trunks:
+    """What the decays of one trunk have in common beyond their seed, to be drawn from.
+
+    A trunk that went well makes all its decays better. The law cannot tell this from the size of
+    the model, so its residuals do not show it; the trunks of other seeds do. By the analysis of
+    variance of residuals about the means of their groups,
+
+        mean square of the trunks' means = variance of trunks + variance of decays / decays
+
+    With one seed, or of one size, where it is the seed's shift, nothing is drawn.
+    """
+
+    def __init__(self, points: Points, seeds: Seeds, residuals: Floats) -> None:
+        about = residuals.copy()
+        for places in points.groups:
+            about[places] -= residuals[places].mean()
+        group_of = {place: n for n, places in enumerate(points.groups) for place in places}
+        # Trunks of one size are those whose decays are in the same groups.
+        sizes: dict[tuple[int, ...], list[list[int]]] = defaultdict(list)
+        for trunk in points.trunks:
+            sizes[tuple(sorted(group_of[place] for place in trunk))].append(trunk)
+        self._sizes, self._runs = list(sizes.values()), len(residuals)
+        links = len(seeds.numbers) - len(seeds.linked)
+        self._freedom = len(points.trunks) - len(sizes) - links
+        decays = sum(map(len, points.trunks))
+        within = decays - len({group_of[p] for t in points.trunks for p in t}) - links
+        within -= self._freedom
+        self._deviation = 0.0
+        if self._freedom > 0 and within > 0:
+            means = np.array([about[trunk].mean() for trunk in points.trunks])
+            left = [about[trunk] - about[trunk].mean() for trunk in points.trunks]
+            of_decays = sum(float(x @ x) for x in left) / within
+            of_means = float(means @ means) / self._freedom
+            each = decays / len(points.trunks)
+            self._deviation = float(np.sqrt(max(0.0, of_means - of_decays / each)))
+
+    def draw(self, rng: np.random.Generator) -> Floats:
+        """The errors that the trunks of each size have in common, for all runs of a replicate."""
+        found = np.zeros(self._runs)
+        for trunks in self._sizes if self._deviation else ():
+            mean = rng.normal() * self._deviation / np.sqrt(len(trunks))
+            for trunk in trunks:
+                found[trunk] += mean
+        return found

@@ -27,6 +27,7 @@ class Point(NamedTuple):
         loss: at the end; less the shift, once it is known.
         seed: of the run.
         shift: by how much the loss of this seed is above that of all seeds, in every group.
+        trunk: equal for decays of one trunk; empty for other runs.
     """
 
     run: str
@@ -39,6 +40,7 @@ class Point(NamedTuple):
     loss: float
     seed: int = 0
     shift: float = 0.0
+    trunk: str = ""
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,14 @@ class Points:
         for place, point in enumerate(self.runs):
             places[point.group].append(place)
         return list(places.values())
+
+    @cached_property
+    def trunks(self) -> list[list[int]]:
+        """The places of the runs of each trunk that has several decays among them."""
+        places = defaultdict(list)
+        for place, point in enumerate(self.runs):
+            places[point.trunk].append(place)
+        return [found for trunk, found in places.items() if trunk and len(found) > 1]
 
     def without_shifts(self) -> "Points":
         """The runs with the losses of a seed that is neither easier nor harder than the others."""

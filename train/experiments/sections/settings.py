@@ -45,12 +45,13 @@ def settings(experiment: Experiment) -> Section | None:
 def _value(result: Result, key: str) -> str:
     """A setting of a run as it is typed; of the weights it began with, also which these were."""
     value = spelled(result.settings.get(key, MISSING))
-    if key != START or result.began_with is None:
+    beginning = {START: result.began_with, "run.decay_of": result.trunk}.get(key)
+    if beginning is None:
         return value
     told = []
-    if (step := result.began_with.step) is not None:
+    if (step := beginning.step) is not None:
         told.append(f"step {step:,}")
-    if seal := result.began_with.manifest:
+    if seal := beginning.manifest:
         told.append(f"seal {seal[:12]}")
     return f"{value} ({', '.join(told)})" if told else value
 

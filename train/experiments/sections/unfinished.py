@@ -7,7 +7,7 @@ from conf.wording import plural, short_count
 from train.experiments.document import Note, Section, missing
 from train.experiments.experiment import Experiment
 from train.experiments.groups import twice
-from train.experiments.result import Unread
+from train.experiments.result import Result, Unread
 from train.experiments.source import source_of
 from train.experiments.tables import Cell, Column, Table, number, text
 
@@ -24,7 +24,7 @@ COLUMNS = (
 
 
 def unfinished(experiment: Experiment) -> Section | None:
-    """The runs that failed, are unfinished, diverged, were given twice, or cannot be read.
+    """The runs that failed, are unfinished, diverged, given twice or unreadable; and trunks.
 
     There is a sentence if all is well.
     """
@@ -44,6 +44,9 @@ def _left(experiment: Experiment) -> Note | Table:
         for result, taken in twice(results)
     ]
     left += doubles
+    reason = "a trunk at its peak learning rate: what counts are its decays, runs of their own"
+    trunks = [replace(r, reason=reason) for r in results if r.is_trunk and r.status == "finished"]
+    left += trunks
     if not left:
         words = (
             "There is none: the only run has"
@@ -54,7 +57,7 @@ def _left(experiment: Experiment) -> Note | Table:
     rows = tuple(
         (
             text(result.name),
-            text("given twice" if result in doubles else result.status),
+            text(_status(result, doubles, trunks)),
             text(result.reason or ""),
             text(result.model),
             Cell(str(result.seed), result.seed),
@@ -67,6 +70,12 @@ def _left(experiment: Experiment) -> Note | Table:
     note = "They are in no other figure or table of this page, but for their settings."
     head = f"{plural(len(left), 'run')} of {len(results)}"
     return Table("unfinished", head, COLUMNS, rows, source_of(left), note)
+
+
+def _status(result: Result, doubles: Sequence[Result], trunks: Sequence[Result]) -> str:
+    if any(result is one for one in doubles):
+        return "given twice"
+    return "trunk" if any(result is one for one in trunks) else result.status
 
 
 def _unread(runs: Sequence[Unread]) -> Note | None:

@@ -55,6 +55,34 @@ def test_known_constants_lie_in_their_intervals() -> None:
     assert found.error == pytest.approx(0.002, rel=0.3)
 
 
+def of_trunks(deviation: float, seeds: int = 3) -> Points:
+    """Runs whose lengths are decays of one trunk of each size and seed, some better than others."""
+    sizes = (0.8e6, 2e6, 5e6, 12e6)
+    how = {"law": SIZE_AND_DATA, "sizes": sizes, "copies": (1,), "shift": 0.02, "seed": 1}
+    named = [(p, f"{p.repeated:g} {p.seed}") for p in synthetic(seeds=seeds, **how).runs]
+    trunks = sorted({trunk for _, trunk in named})
+    errors = deviation * np.random.default_rng(2).normal(size=len(trunks))
+    of_trunk = dict(zip(trunks, map(float, errors), strict=True))
+    return Points(tuple(p._replace(loss=p.loss + of_trunk[t], trunk=t) for p, t in named))
+
+
+def widths(points: Points) -> tuple[float, float]:
+    """The width of the interval of the size's exponent, and what it is of independent runs."""
+    apart = Points(tuple(p._replace(trunk="") for p in points.runs))
+    found = (fitted(SIZE_AND_DATA, each, replicates=100).interval("a") for each in (points, apart))
+    together, alone = (interval.high - interval.low for interval in found)
+    return together, alone
+
+
+def test_what_the_decays_of_a_trunk_have_in_common_makes_intervals_wider() -> None:
+    together, alone = widths(of_trunks(0.006))
+    assert together > 2 * alone
+    together, alone = widths(of_trunks(0.0))
+    assert together < 1.5 * alone
+    together, alone = widths(of_trunks(0.006, seeds=1))  # nothing tells what they have in common
+    assert together == alone
+
+
 def test_a_wrong_law_misses_the_constants() -> None:
     points = synthetic()
     # That of embeddings that every copy passes again, as if N_once were 0.
