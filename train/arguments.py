@@ -28,6 +28,7 @@ Benchmark = Literal[
     "inference",
     "throughput",
     "decode",
+    "coordinates",
 ]
 REPORT_PAGE = "report.html"
 WeightDtype = Literal["float32", "bfloat16"]
@@ -361,7 +362,9 @@ class BenchArguments:
             a corpus. `checkpoint`: how long a save takes, and for how much of it the training
             stands still. `inference`: prefill, decode and KV bytes of every variant, with charts.
             `throughput`: tokens per second of batches of PHD-CSWA, vanilla and transformers.
-            `decode`: the kernels of a decoded token on CUDA, each beside torch's.
+            `decode`: the kernels of a decoded token on CUDA, each beside torch's. `coordinates`:
+            what a few steps change in activations, over the width, with muP and without, with a
+            chart.
         out: the directory for `<name>.json` and `<name>.csv`; `checkpoint` measures its disk.
         run: the directory of a run whose model `inference` measures, instead of many models; the
             results lie there, and are part of the run's `result.json`. null: no run.
@@ -385,8 +388,14 @@ class BenchArguments:
             model.
         tune: try the products of `decode` in many blocks, and its attention in many splits, which
             takes minutes to compile.
-        rows: the rows of a `step`; null: 4096 tokens on the CPU, 16384 on CUDA.
-        seq_len: T, the tokens of a row of a `step`; null: 1024 on the CPU, 4096 on CUDA.
+        rows: the rows of a `step`; null: 4096 tokens on the CPU, 16384 on CUDA. Of `coordinates`,
+            4 rows.
+        seq_len: T, the tokens of a row of a `step`; null: 1024 on the CPU, 4096 on CUDA. Of
+            `coordinates`, 64.
+        widths: the values of D in `coordinates`, each a multiple of the smallest, which is muP's
+            base; an empty list: 64 to 512.
+        steps: of training in `coordinates`.
+        optim: the optimizer of `coordinates`, `adamw` or `muon`, with the learning rate of `size`.
         gigabytes: the size of the corpus that is written for `resume`.
         device: `auto`, `cpu` or `cuda`.
     """
@@ -407,6 +416,9 @@ class BenchArguments:
     tune: bool = False
     rows: int | None = None
     seq_len: int | None = None
+    widths: tuple[int, ...] = ()
+    steps: int = 8
+    optim: Literal["adamw", "muon"] = "adamw"
     gigabytes: float = 1.0
     device: str = "auto"
 
@@ -422,7 +434,7 @@ class BenchArguments:
 
     def problems(self) -> list[Problem]:
         """Every impossible setting."""
-        found = at_least(self, "", 1, "repeat", "rows", "seq_len")
+        found = at_least(self, "", 1, "repeat", "rows", "seq_len", "steps")
         for key, least in (("copies", 2), ("batches", 1), ("prompts", 1), ("contexts", 1)):
             found += [
                 Problem(key, value, f"expected integers of at least {least}")
@@ -430,12 +442,23 @@ class BenchArguments:
                 if value < least
             ]
         found += above(self, "", 0, "gigabytes")
+        found += self._width_problems()
         if self.name not in get_args(Benchmark):
             names = ", ".join(get_args(Benchmark))
             found.append(Problem("name", self.name, f"expected one of {names}"))
         elif self.run is not None:
             found += self._run_problems(self.run)
         return found + device_problems(self.device)
+
+    def _width_problems(self) -> list[Problem]:
+        widths, least = set(self.widths), min(self.widths, default=4)
+        few = len(widths) == 1
+        if few or least < 4 or least % 4 or any(width % least for width in widths):
+            expected = (
+                "expected at least two numbers, each a multiple of the smallest, and that one of 4"
+            )
+            return [Problem("widths", list(self.widths), expected)]
+        return []
 
     def _run_problems(self, run: str) -> list[Problem]:
         if self.name != "inference":

@@ -10,6 +10,7 @@ python train/bench.py inference out=bench
 python train/bench.py inference run=runs/phd_cswa-2-16-32-tiny
 python train/bench.py throughput out=bench
 python train/bench.py decode out=bench
+python train/bench.py coordinates out=bench
 """
 
 import sys
@@ -42,6 +43,7 @@ from phd.torch_private import HAS_TRITON
 from train.arguments import BenchArguments
 from train.benchmarks.attention import bench_attention
 from train.benchmarks.checkpoint import bench_saving
+from train.benchmarks.coordinates import Check, bench_coordinates
 from train.benchmarks.head import bench_head
 from train.benchmarks.loader import bench_loading, bench_resuming
 from train.benchmarks.step import bench_step
@@ -153,6 +155,24 @@ def _bench_decode(args: BenchArguments, device: torch.device) -> Result:
     return bench_decode(shapes, args.turns, device, keep=_keeper(args))
 
 
+def _bench_coordinates(args: BenchArguments, device: torch.device) -> Result:
+    config = load([f"size={args.size or 'tiny'}", f"engine.device={device.type}"])
+    widths = args.widths or (SHORT_WIDTHS if args.short else COORDINATE_WIDTHS)
+    check = Check(
+        config.model,
+        widths,
+        replace(config.optim, kind=args.optim),
+        steps=args.steps,
+        rows=args.rows or 4,
+        tokens=args.seq_len or 64,
+    )
+    if find_spec("matplotlib") is None:
+        return bench_coordinates(check, args.directory, device, None)
+    from train.benchmarks.coordinates_plot import draw
+
+    return bench_coordinates(check, args.directory, device, draw)
+
+
 def _model_of_inference(args: BenchArguments, device: torch.device) -> ModelConfig:
     """The model of `inference` and `throughput`: the size that is asked for, or a widened tiny."""
     size = args.size or "tiny"
@@ -212,6 +232,9 @@ SHORT_LENGTHS = ((512,), (128,), (2,))
 SHORT_BATCHES = ((1, 4), (128,), (2,))
 """Batches, contexts and copies of the short form of throughput."""
 
+COORDINATE_WIDTHS, SHORT_WIDTHS = (64, 128, 256, 512), (32, 64, 128)
+"""The values of D in `coordinates`, and in its short form."""
+
 SHORT_GIGABYTES = 0.02
 """The most text that the short form of `resume` writes."""
 
@@ -234,6 +257,7 @@ BENCHMARKS: dict[str, Callable[[BenchArguments, torch.device], Result]] = {
     "inference": _bench_inference,
     "throughput": _bench_throughput,
     "decode": _bench_decode,
+    "coordinates": _bench_coordinates,
 }
 
 
@@ -251,7 +275,8 @@ def main(args: BenchArguments) -> int:
     console.width = max(console.width, WIDTH)
     result = BENCHMARKS[args.name](args, device)
     columns = _columns(result)
-    title = f"{args.name} on {device}: medians of {args.turns} turns (the middle half of them)"
+    method = result.method or f"medians of {args.turns} turns (the middle half of them)"
+    title = f"{args.name} on {device}: {method}"
     title = f"{title}\n{result.subject}".rstrip()
     _print_result(result, columns, title, console)
     path = _path(args)
@@ -294,6 +319,8 @@ def _print_result(result: Result, columns: list[str], title: str, console: Conso
     longest = max(map(len, result.ratios), default=0)
     for name, value in result.ratios.items():
         console.print(f"{name:{longest}} {value:10,.3f}")
+    for note in result.notes:
+        console.print(note, markup=False)
 
 
 def _path(args: BenchArguments) -> Path:

@@ -147,6 +147,8 @@ class Result:
         subject: the model that was measured; "" if there was none.
         files: what it has written already, such as charts.
         panels: what is to be drawn into `<name>.png`.
+        method: what the rows are; "": medians of turns.
+        notes: what comes of it, in words, a line each.
     """
 
     rows: list[dict[str, Any]]
@@ -154,6 +156,8 @@ class Result:
     subject: str = ""
     files: list[Path] = field(default_factory=list)
     panels: list[Panel] = field(default_factory=list)
+    method: str = ""
+    notes: list[str] = field(default_factory=list)
 
 
 Keep = Callable[[Result], None]
