@@ -109,8 +109,12 @@ class EqualRows(IncrementalForward):
         result = prompt_forward(q, *own, q.shape[-1] ** -0.5)
         if not self.past:
             return result[0]
-        old = (x[:, :, : self.past * self.cached_per_token] for x in cached)
+        old = (x[:, :, : -own[0].shape[2]] for x in cached)
         return merge_outputs(result, attend_cached(q, *old))
+
+    def attend_stream(self, q: Tensor, new: Pair, cached: Pair) -> Tensor:
+        q, k, v = (x.contiguous() for x in (q, *new))
+        return self._attend_causally(q, (k, v), cached)
 
     def attend_hidden(self, q: Tensor, new: Pair, cached: Pair, layer: int) -> Tensor:
         """Queries of hidden copies, which in the last layer are the last ones alone."""

@@ -123,7 +123,7 @@ class IncrementalForward(ABC):
             self.write_cache(k[:, :, : self.cached], v[:, :, : self.cached], own)
         cached = self.read_cache(own)
         if self.cache.patterns[layer].rule == "stream":
-            out = self._attend_streams(q, cached)
+            out = self._attend_streams(q, (k, v), cached)
         else:
             # Where no logits are wanted, the last layer has no queries, and only fills the cache.
             out = self.attention(q, k, v, cached, layer) if q.shape[2] else q
@@ -132,19 +132,28 @@ class IncrementalForward(ABC):
             self.write_ring(k[:, :, self.cached :], v[:, :, self.cached :], layer)
         return out.unsqueeze(2)
 
-    def _attend_streams(self, q: Tensor, cached: Pair) -> Tensor:
+    def _attend_streams(self, q: Tensor, new: Pair, cached: Pair) -> Tensor:
         """The output (B, N, slots, H) of all new slots, each of which sees its own copy alone.
 
-        The K copies are K rows of a batch, in which a token's slot sees those up to itself.
+        One copy after another: so its slots are a view of the cache, which is not copied.
         """
-        B, K = len(q), self.cached_per_token
-        q, k, v = (
-            x.unflatten(2, (-1, K)).permute(0, 3, 1, 2, 4).flatten(0, 1) for x in (q, *cached)
-        )
+        copies = [slice(s, None, self.cached_per_token) for s in range(self.cached_per_token)]
+        k, v, keys, values = *new, *cached
+        outs = [
+            self.attend_stream(
+                q[:, :, s], (k[:, :, s], v[:, :, s]), (keys[:, :, s], values[:, :, s])
+            )
+            for s in copies
+        ]
+        return torch.stack(outs, 3).flatten(2, 3)
+
+    def attend_stream(self, q: Tensor, new: Pair, cached: Pair) -> Tensor:  # noqa: ARG002
+        """The output of one copy's new slots (B, N, T, H), each of which sees those up to itself.
+
+        `new` are their own keys and values, and `cached` those of all tokens, these included.
+        """
         number = torch.arange(1, q.shape[2] + 1, device=q.device)
-        visible = (self.cache.lengths[:, None] + number).repeat_interleave(K, 0)
-        out, _ = attend_cached(q, k, v, visible)
-        return out.unflatten(0, (B, K)).permute(0, 2, 3, 1, 4).flatten(2, 3)
+        return attend_cached(q, *cached, self.cache.lengths[:, None] + number)[0]
 
     def rotate(self, q: Tensor, k: Tensor, layer: int) -> Pair:
         """Queries and keys (B, 1, heads, slots, H), rotated by RoPE: (B, heads, slots, H)."""

@@ -51,8 +51,18 @@ def test_reset_neither_reads_nor_moves_the_global_generator() -> None:
         assert torch.equal(weights(model)[name], weight), name
 
 
+@pytest.mark.parametrize("copy_input", ["learned", "table"])
+def test_what_hidden_copies_are_fed_is_drawn_as_the_embedding_is(copy_input: Any) -> None:
+    found = weights(built(copy_input=copy_input))["copy_input.weight"]
+    std = 1 / sqrt(2.5 * ModelConfig().dim)
+    cut = 0.986578  # of a normal distribution cut off at 3 sigma
+    assert found.std().item() == pytest.approx(cut * std, rel=0.15 if len(found) == 1 else 0.02)
+    assert found.abs().max() <= 3 * std
+
+
 def test_no_two_parameters_are_alike() -> None:
-    drawn = [w.flatten()[:64].tolist() for n, w in weights(built()).items() if "norm" not in n]
+    of_tables = weights(built(copy_input="table"))
+    drawn = [w.flatten()[:64].tolist() for n, w in of_tables.items() if "norm" not in n]
     assert len({tuple(w) for w in drawn}) == len(drawn)
 
 

@@ -3,13 +3,15 @@
 from itertools import product
 from math import ceil
 
+import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from phd.config import VARIANTS, ModelConfig
+from phd.config import VARIANTS, ModelConfig, Variant
 from phd.pattern import Pattern, patterns_of
+from tests.phd.small_models import configs, examples
 
 claim = settings(derandomize=True, deadline=None, max_examples=80)
 lengths = st.integers(1, 12)
@@ -56,9 +58,11 @@ def hidden_mask(pattern: Pattern, T: int) -> Tensor:
     return pattern.mask(T)[-local:, :, 1:].permute(1, 0, 3, 2).reshape(T * local, -1)
 
 
-@claim
-@given(config=..., T=lengths)
-def test_the_mask_is_the_three_rules(config: ModelConfig, T: int) -> None:
+@pytest.mark.parametrize("variant", VARIANTS)
+@examples(90, tests=len(VARIANTS))
+@given(data=st.data(), T=lengths)
+def test_the_mask_is_the_three_rules(variant: Variant, data: st.DataObject, T: int) -> None:
+    config = data.draw(configs(kind=variant))
     K = config.K
     slots = list(product(range(K), range(T)))
     expected = torch.tensor([[sees(config, n, s, m, r) for r, m in slots] for s, n in slots])

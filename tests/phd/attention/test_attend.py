@@ -14,12 +14,14 @@ import phd.attention.fused
 import phd.attention.packed
 import phd.attention.tiles
 from phd.attention.attend import attend, resolve_backend
-from phd.config import Backend
+from phd.config import Backend, SpanUnit
 from phd.pattern import Pattern
-from tests.phd.small_models import examples
+from tests.phd.small_models import SPANS, examples
 
 PHD = Pattern("hidden", K=2)
 SPS = Pattern("hidden", K=2, window=3, span_unit="token", originals_see_hidden=True)
+
+RULES = ("causal", "flat", "stream", "hidden", "originals")
 
 Layout = Literal["contiguous", "token_major", "equal_copies"]
 Upstream = Literal["random", "token_major", "all_ones"]
@@ -42,12 +44,24 @@ class Case:
 
 
 @st.composite
-def cases(draw: st.DrawFn) -> Case:
-    pattern = draw(st.from_type(Pattern))
+def patterns(draw: st.DrawFn, rule: str) -> Pattern:
+    """Patterns of a rule; `originals`: those in which originals see hidden copies."""
+    K = draw(st.integers(2, 8))
+    if rule in ("causal", "flat", "stream"):
+        return Pattern(rule, draw(st.sampled_from([K, K, 1])))  # type: ignore[arg-type]
+    originals = rule == "originals"
+    window = draw(SPANS if originals else SPANS | st.none())
+    chunk = None if window is None else draw(st.integers(1, 60) | st.none())
+    return Pattern("hidden", K, window, chunk, draw(st.sampled_from(get_args(SpanUnit))), originals)
+
+
+@st.composite
+def cases(draw: st.DrawFn, rule: str, whole: bool) -> Case:
+    pattern = draw(patterns(rule))
     return Case(
         pattern,
         T=draw(st.integers(1, 130)),
-        Q=draw(st.sampled_from([1, pattern.K])),
+        Q=pattern.K if whole else 1,
         B=draw(st.integers(1, 2)),
         G=draw(st.integers(1, 2)),
         heads_per_group=draw(st.integers(1, 3)),
@@ -96,9 +110,14 @@ def solve(case: Case, backend: Backend, qkv: list[Tensor]) -> tuple[Tensor, ...]
     return out, *torch.autograd.grad(total, qkv)
 
 
-@examples(250)
-@given(case=cases(), at_once=st.sampled_from([1, 10_000, phd.attention.tiles.SCORES_AT_ONCE]))
-def test_packed_equals_the_dense_definition(case: Case, at_once: int) -> None:
+@pytest.mark.parametrize("whole", [False, True], ids=["last_copy", "all_copies"])
+@pytest.mark.parametrize("rule", RULES)
+@examples(250, tests=2 * len(RULES))
+@given(data=st.data(), at_once=st.sampled_from([1, 10_000, phd.attention.tiles.SCORES_AT_ONCE]))
+def test_packed_equals_the_dense_definition(
+    rule: str, whole: bool, data: st.DataObject, at_once: int
+) -> None:
+    case = data.draw(cases(rule, whole))
     qkv = leaves(case)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(phd.attention.tiles, "SCORES_AT_ONCE", at_once)

@@ -82,3 +82,21 @@ def test_every_figure_of_the_table_is_the_codes(row: str) -> None:
     assert passes == (model.passes > 1)
     theirs, ours = (kv_bytes(c, T, torch.bfloat16).total for c in (vanilla, model))
     assert bytes_ == f"{ours / theirs:.4f}".rstrip("0").rstrip(".")
+
+
+@pytest.mark.parametrize(
+    ("group", "expected"),
+    [
+        ("pause", ("pause-2", "learned", "shared", 1)),
+        ("free_pause", ("free_pause-2", "learned", "shared", 1)),
+        ("sps", ("sps-2-16", "learned", "shared", 1)),
+        ("hidden_decoding", ("hidden_decoding-2", "table", "flattened", 1)),
+        ("loop", ("loop-2", "token", "shared", 2)),
+    ],
+)
+def test_a_chosen_neighbour_is_what_the_page_says(
+    group: str, expected: tuple[str, str, str, int]
+) -> None:
+    model = load([f"model={group}"]).model
+    found = model.name, model.hidden_input, model.copy_positions, model.passes
+    assert found == expected

@@ -27,16 +27,18 @@ def model_of(**settings: object) -> Transformer:
     return Transformer(ModelConfig(**shape, vocab_size=11, **settings)).reset(0)
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_without_a_gradient_everything_decays_but_embeddings(tied: bool) -> None:
-    model = model_of(tied=tied, copy_embedding=True)
+@pytest.mark.parametrize(
+    ("tied", "copy_input"), [(True, "learned"), (False, "learned"), (True, "table")]
+)
+def test_without_a_gradient_everything_decays_but_embeddings(tied: bool, copy_input: str) -> None:
+    model = model_of(tied=tied, copy_embedding=True, copy_input=copy_input)
     torch.nn.init.normal_(model.copy_embed.weight)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = build_optimizer(model, OptimConfig(lr=LR, weight_decay=DECAY))
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
-    embeddings = {"embed.weight", "copy_embed.weight"}
+    embeddings = {"embed.weight", "copy_embed.weight", "copy_input.weight"}
     assert embeddings < before.keys()
     for name, parameter in model.named_parameters():
         kept = 1.0 if name in embeddings else 1 - LR * DECAY
