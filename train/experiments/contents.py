@@ -13,6 +13,7 @@ from train.experiments.sections.costs import costs
 from train.experiments.sections.curves import curves
 from train.experiments.sections.equal import equal
 from train.experiments.sections.final import final
+from train.experiments.sections.learning_rate import learning_rate
 from train.experiments.sections.scaling import scaling
 from train.experiments.sections.settings import settings
 from train.experiments.sections.tasks import tasks
@@ -25,6 +26,7 @@ SECTIONS: tuple[Callable[[Experiment], Section | None], ...] = (
     curves,
     costs,
     ablations,
+    learning_rate,
     scaling,
     tasks,
     settings,
