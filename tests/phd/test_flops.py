@@ -12,6 +12,7 @@ from phd.config import ModelConfig
 from phd.flops import Flops, forward_flops, training_flops, training_flops_per_token
 from phd.model import Transformer
 from phd.pattern import patterns_of
+from tests.phd.small_models import KINDS, configs, examples
 
 claim = settings(derandomize=True, deadline=None, max_examples=50)
 lengths = st.integers(1, 48)
@@ -31,17 +32,21 @@ def counted(config: ModelConfig, T: int, training: bool) -> Flops:
     return Flops(products, batched)
 
 
-@claim
-@given(config=..., T=lengths)
-def test_the_linear_part_is_what_torch_counts(config: ModelConfig, T: int) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+@examples(50, tests=len(KINDS))
+@given(data=st.data(), T=lengths)
+def test_the_linear_part_is_what_torch_counts(kind: str, data: st.DataObject, T: int) -> None:
+    config = data.draw(configs(kind=kind))
     assert forward_flops(config, T).linear == counted(config, T, training=False).linear
 
 
-@claim
-@given(config=..., T=lengths)
+@pytest.mark.parametrize("kind", KINDS)
+@examples(50, tests=len(KINDS))
+@given(data=st.data(), T=lengths)
 def test_a_pair_that_the_mask_allows_costs_what_torch_counts_for_it(
-    config: ModelConfig, T: int
+    kind: str, data: st.DataObject, T: int
 ) -> None:
+    config = data.draw(configs(kind=kind))
     layers = [pattern.mask(T)[:, :, : pattern.key_copies] for pattern in patterns_of(config)]
     layers[-1] = layers[-1][-1]
     allowed, dense = sum(int(m.sum()) for m in layers), sum(m.numel() for m in layers)
