@@ -6,15 +6,15 @@ from typing import get_args
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from phd.attention.blocks import has_local_kernels
 from phd.config import ModelConfig, Norm, Variant
 from phd.inference.cuda_graph import Decoder
 from phd.inference.fused_step import FusedStep, why_not_fused
 from phd.inference.prefill import new_cache, prefill
 from phd.model import Transformer
-from phd.pattern import Pattern, patterns_of
+from tests.phd.inference.token_twins import has_token_kernels
 from tests.phd.small_models import SMALL, model_of, of_variant
 
 pytestmark = pytest.mark.usefixtures("triton_interpreter")
@@ -64,12 +64,9 @@ def test_it_gives_the_logits_of_the_full_forward(variant: Variant, norm: Norm) -
 
 # The interpreter takes seconds for each; `make soak-kernels` takes more of them.
 @settings(max_examples=int(os.environ.get("CASES", "2")), deadline=None)
-@given(config=...)
+@given(config=st.from_type(ModelConfig).filter(has_token_kernels))
 @torch.no_grad()
 def test_it_does_so_for_every_setting_of_a_model(config: ModelConfig) -> None:
-    pattern = Pattern.of(config)
-    assume(has_local_kernels(pattern) and pattern.key_copies == pattern.K)
-    assume(config.passes == 1 and len(set(patterns_of(config))) == 1)
     model = model_of(config, torch.float32)
     tokens = torch.randint(0, 17, (3, 24))
     assert apart(model, tokens, lengths=[1, 22, 13], steps=2) < 2e-5

@@ -29,7 +29,7 @@ from phd.inference.kernels.token_attention import (
 from phd.inference.kernels.token_cache import TokenCache, new_hidden_copies
 from phd.rope import Rope
 from tests.gpu_compiler import CAPABILITIES, Build, compile_for_gpus
-from tests.phd.inference.token_twins import Twins
+from tests.phd.inference.token_twins import Twins, has_token_kernels
 
 ROOT = Path(__file__).parents[3]
 interpreted = pytest.mark.usefixtures("triton_interpreter")
@@ -50,7 +50,7 @@ ONE_HEAD = ModelConfig(
 @interpreted
 @settings(derandomize=True, deadline=None, max_examples=6)
 @given(
-    config=...,
+    config=st.from_type(ModelConfig).filter(has_token_kernels),
     lengths=st.lists(st.integers(0, 4) | st.integers(5, 120), min_size=1, max_size=2),
     tokens=st.integers(1, 3),
     spare=st.integers(0, 7),

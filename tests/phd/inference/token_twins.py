@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from phd.attention.blocks import has_local_kernels
 from phd.config import ModelConfig
 from phd.inference.cache import KVCache
 from phd.inference.decode_step import RaggedDecodeStep
@@ -12,8 +13,16 @@ from phd.inference.kernels.placement import QkvNorms, place_token
 from phd.inference.kernels.token_attention import attend_token
 from phd.inference.kernels.token_cache import TokenCache, new_hidden_copies
 from phd.model import Transformer
+from phd.pattern import Pattern, patterns_of
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 2e-2}
+
+
+def has_token_kernels(config: ModelConfig) -> bool:
+    """Whether the kernels follow a model's rule; what else goes the general path."""
+    pattern = Pattern.of(config)
+    in_all_layers = config.passes == 1 and set(patterns_of(config)) == {pattern}
+    return in_all_layers and has_local_kernels(pattern) and pattern.key_copies == pattern.K
 
 
 class Twins:
