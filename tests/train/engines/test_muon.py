@@ -1,5 +1,7 @@
 """Muon: torch's mathematics, on matrices that are whole or in pieces under every engine."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -7,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -20,12 +23,13 @@ from tests.train.uneven import COPIES, UNEVEN
 from train.checkpoint.reader import Checkpoint, flatten
 from train.checkpoint.store import CheckpointStore
 from train.compose import load
+from train.costs.optimizer import optimizer_cost
 from train.distributed.process_groups import ProcessGroups
 from train.engines.footprint import LiveBytes
 from train.engines.limits import Limits
 from train.engines.muon import MuonAdamW
 from train.engines.newton_schulz import muon_step_bytes, newton_schulz, newton_schulz_flops
-from train.engines.optimizer import build_optimizer, set_clip_and_skip
+from train.engines.optimizer import build_optimizer, set_clip_and_skip, set_lr
 from train.engines.state_rules import moment_bytes, state_shapes
 from train.loop import train_step
 from train.run import open_engine
@@ -62,7 +66,7 @@ def test_in_bfloat16_it_is_torchs_muon_for_matrices_and_torchs_adamw_for_the_res
     ours, theirs = model_of(**tables), model_of(**tables)
     shared = {"weight_decay": 0.5, "momentum": 0.9, "nesterov": nesterov, "ns_steps": 4}
     config = OptimConfig(
-        kind="muon", lr=0.05, muon_lr=0.1, adjust_lr=adjust_lr, betas=(0.8, 0.9), **shared
+        kind="muon", lr=0.1, muon_lr=0.2, adjust_lr=adjust_lr, betas=(0.8, 0.9), **shared
     )
     optimizer = build_optimizer(ours, config, torch.bfloat16)
     named = dict(theirs.named_parameters())
@@ -79,6 +83,7 @@ def test_in_bfloat16_it_is_torchs_muon_for_matrices_and_torchs_adamw_for_the_res
     for step in range(3):
         draw_gradients(ours, step)
         draw_gradients(theirs, step)
+        set_lr(optimizer, 0.05)  # half the peak
         set_clip_and_skip(optimizer, torch.tensor(0.9), 1.0, torch.tensor(True))
         for each in (optimizer, *twins):
             each.step()
@@ -201,12 +206,18 @@ ENGINES = {
     "ddp": ("engine=ddp",),
     "zero0": ("engine=deepspeed", "engine.stage=0"),
 }
+SHARDS = {"hsdp": 2, "ddp": 1, "zero0": 1}  # of the weights or moments; WORLD with the others
 STEPS = 3  # with each engine, of which the second one is bad
 
 
 class Link(NamedTuple):
-    """Steps under one engine, which goes on from the checkpoint of the engine before."""
+    """Steps under one engine, which goes on from the checkpoint of the engine before.
 
+    Attributes:
+        received: bytes that other ranks sent for Newton-Schulz in a step.
+    """
+
+    received: int
     losses: list[float]
     norms: list[float]
     applied: list[bool]
@@ -217,6 +228,23 @@ def batch(step: int) -> Batch:
     generator = torch.Generator().manual_seed(step)
     tokens = torch.randint(0, 61, (ROWS, 17), generator=generator)
     return batch_of(tokens, torch.rand(ROWS, 16, generator=generator) < 0.7)
+
+
+@contextmanager
+def counted(rank: int) -> Iterator[list[int]]:
+    """Bytes that each all-to-all brings from other ranks."""
+    found: list[int] = []
+    call = dist.all_to_all_single
+
+    def count(into: torch.Tensor, sent: torch.Tensor, sizes: list[int], *given: object) -> object:
+        found.append((sum(sizes) - sizes[rank]) * into.itemsize)
+        return call(into, sent, sizes, *given)
+
+    dist.all_to_all_single = count
+    try:
+        yield found
+    finally:
+        dist.all_to_all_single = call
 
 
 def train(groups: ProcessGroups, engines: list[tuple[str, ...]], folder: Path) -> list[Link]:
@@ -232,7 +260,8 @@ def train(groups: ProcessGroups, engines: list[tuple[str, ...]], folder: Path) -
         for step in range(STEPS):
             rows = batch(STEPS * number + step).shard(groups.rank, groups.world_size)
             limits = Limits(loss=0.0) if step == 1 else Limits()
-            results.append(train_step(engine, rows, 0.01, limits))
+            with counted(groups.rank) as received:
+                results.append(train_step(engine, rows, 0.01, limits))
         columns = ([x.item() for x in column] for column in zip(*results, strict=True))
         store.save(number + 1, engine.state(), {})
         store.wait()
@@ -241,7 +270,7 @@ def train(groups: ProcessGroups, engines: list[tuple[str, ...]], folder: Path) -
             for name, x in flatten(engine.state()).items()
             if not name.startswith("random.")
         }
-        links.append(Link(*columns, state))
+        links.append(Link(sum(received), *columns, state))
         engine.close()
         checkpoint = store.newest()
     return links
@@ -275,6 +304,11 @@ def test_each_engine_goes_on_from_another_and_trains_what_one_process_does(
         np.testing.assert_allclose(link.losses, expected.losses, rtol=0, atol=1e-5)
         np.testing.assert_allclose(link.norms, expected.norms, rtol=1e-4, atol=0)
         state |= link.state
+    # The plan counts even shards, and as if a matrix lay on its owner by chance.
+    cost = optimizer_cost(load([*SMALL]), torch.float32, WORLD, SHARDS.get(engine, WORLD))
+    assert cost is not None
+    received = sum(link.received for link in links) / WORLD
+    assert received == pytest.approx(cost.received, rel=0 if engine in SHARDS else 0.1)
     assert state.keys() == expected.state.keys()
     for name, value in expected.state.items():
         np.testing.assert_allclose(state[name], value, rtol=0, atol=1e-5, err_msg=name)
