@@ -128,7 +128,7 @@ def bench_coordinates(check: Check, out: Path, device: torch.device, draw: Draw 
 
 def measure(check: Check, device: torch.device) -> list[Coordinates]:
     """Every quantity of every model, before the first step and after each."""
-    text = _text(check, device)
+    text = python_text(check, device)
     found = []
     for parametrisation in PARAMETRISATIONS:
         for width in check.widths:
@@ -163,15 +163,18 @@ def _trained(
         yield activations(model, probe[:, :-1])
 
 
-def _text(check: Check, device: torch.device) -> Tensor:
-    """Batches of text, of Python's own source: bytes (1 + steps, rows, T + 1)."""
+def python_text(check: Check, device: torch.device) -> Tensor:
+    """Batches of text, of Python's own source: bytes (1 + steps, rows, T + 1).
+
+    Where the source is at its end, it begins again.
+    """
     shape = (1 + check.steps, check.rows, check.tokens + 1)
     needed, found = int(np.prod(shape)), b""
     for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
         found += path.read_bytes()
         if len(found) >= needed:
             break
-    numbers = np.frombuffer(found[:needed], dtype=np.uint8).reshape(shape)
+    numbers = np.resize(np.frombuffer(found, dtype=np.uint8), shape)
     return torch.from_numpy(numbers.astype(np.int64)).to(device)
 
 

@@ -72,10 +72,11 @@ def _draw_panel(axes: Axes, own: list[Coordinates], kind: str) -> None:
 
 
 def _share_y(pair: Any) -> None:
-    """Both parametrisations on one scale, with room above for the slope."""
+    """Both parametrisations on one scale, with room above for the slope, and below for markers."""
     ends = [axes.get_ylim() for axes in pair]
     low, high = min(low for low, _ in ends), max(high for _, high in ends)
     high = max(high * (high / low) ** 0.25, low * 10)
+    low /= (high / low) ** 0.04
     for axes in pair:
         axes.set_ylim(low, high)
         few = high / low < 100

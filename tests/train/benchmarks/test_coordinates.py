@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import sysconfig
 from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,14 @@ import torch
 from phd.model import Transformer
 from train.arguments import BenchArguments
 from train.bench import main
-from train.benchmarks.coordinates import QUANTITIES, Check, Coordinates, activations, words
+from train.benchmarks.coordinates import (
+    QUANTITIES,
+    Check,
+    Coordinates,
+    activations,
+    python_text,
+    words,
+)
 from train.settings.optim import OptimConfig
 
 GROWING = {"attention", "feed-forward", "logits"}
@@ -85,6 +93,15 @@ def test_activations_are_those_of_the_forward_pass_and_scores_of_what_is_seen(
         assert found["scores", layer].shape == (2, 4, 1, 7, 7)
         assert found["scores", layer].triu(1).abs().max() == 0
     assert set(found) == set(activations(transformer, tokens))  # hooks are gone
+
+
+def test_more_text_than_python_has_is_its_source_again(config: Any) -> None:
+    files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+    source = b"".join(path.read_bytes() for path in files)
+    check = Check(config().model, (16, 32), OptimConfig(), steps=1, rows=1, tokens=len(source))
+    text = python_text(check, torch.device("cpu"))
+    assert text.shape == (2, 1, len(source) + 1)
+    assert bytes(text.flatten().tolist()) == (3 * source)[: text.numel()]
 
 
 def test_what_shrinks_is_told_too() -> None:
