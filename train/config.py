@@ -350,7 +350,11 @@ class Config(Settings):
         if len(self.branches) < len(lengths):
             steps = sorted(self.branches)
             reason = f"in steps these are {steps}, of which some are equal"
-            return [Problem(key, lengths, reason, "let them be further apart", others)]
+            hint = "let them be further apart"
+            if steps == [0]:
+                reason = f"less than one step, which is {self.train.tokens_per_step} tokens"
+                hint = "let them be longer"
+            return [Problem(key, lengths, reason, hint, others)]
         warmup = self.warmup_steps
         for length, branch in self.branches.items():
             if branch < max(warmup, 1):
@@ -360,6 +364,11 @@ class Config(Settings):
                 if branch < 1:
                     reason = f"a run of {plural(length, 'step')} has no step before its decay"
                     hint = "let it be longer, or lower schedule.decay_fraction"
+                return [Problem(key, lengths, reason, hint, others)]
+            if branch == length:
+                reason = f"schedule.decay_fraction={self.schedule.decay_fraction} of a run of "
+                reason += f"{plural(length, 'step')} is no whole step"
+                hint = "let it be longer, or raise schedule.decay_fraction"
                 return [Problem(key, lengths, reason, hint, others)]
         if self.train.flops_of is not None:
             reason = f"{key} says how long the runs of the decays are"

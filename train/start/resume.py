@@ -17,7 +17,7 @@ from train.start.changes import changes
 # Settings that a resumed run must share with its checkpoint; the rest may be changed.
 FIXED = ("seed", "model", "train.global_batch", "train.seq_len", "optim.kind")
 
-# And those of a trunk, whose decays are equal to runs that have taken all steps themselves.
+# And those of a trunk and its decays, which are equal to runs that have taken all steps themselves.
 FIXED_OF_TRUNK = (*FIXED, "optim.")
 
 
@@ -73,7 +73,8 @@ def newest_checkpoint(
     for path, reason in checkpoint.rejected:
         warn(console, f"rejected the checkpoint {path}: {reason}")
     changed = changes(checkpoint.state["config"], config)
-    own = FIXED_OF_TRUNK if config.schedule.is_trunk else FIXED
+    of_trunk = config.schedule.is_trunk or config.run.decay_of is not None
+    own = FIXED_OF_TRUNK if of_trunk else FIXED
     fixed = [line for key, line in changed.items() if key.startswith(own)]
     if fixed := [*fixed, *_other_decay(checkpoint, config)]:
         another = f"it holds another run: {'; '.join(fixed)}"
@@ -106,6 +107,11 @@ def _other_decay(checkpoint: Checkpoint, config: Config) -> Iterator[str]:
         yield f"{took}, and now it is schedule.warmup_steps={config.warmup_steps}"
     elif config.run.decay_of is not None and before.total_steps != config.total_steps:
         yield f"its decay ends at step {before.total_steps}, and now at step {config.total_steps}"
+    elif config.run.decay_of is not None:
+        for name in ("decay_fraction", "final_ratio"):
+            then, now = getattr(before.schedule, name), getattr(config.schedule, name)
+            if then != now:
+                yield f"its decay has schedule.{name}={then}, and now it is {now}"
 
 
 def _other_course(checkpoint: Checkpoint, config: Config) -> Iterator[str]:

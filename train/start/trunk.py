@@ -11,9 +11,10 @@ from dataclasses import replace
 from math import ceil
 from pathlib import Path
 
-from conf.errors import ConfigError, Problem
+from conf.errors import ConfigError, DataError, Problem
 from conf.wording import plural
 from train.config import Config
+from train.experiments.result import FILE, read_result
 from train.settings.run import decay_name
 from train.start.directory import CHECKPOINTS, RUN_CONFIG, STEPS, complete_checkpoints
 
@@ -70,7 +71,8 @@ def check_trunk(config: Config) -> None:
         ConfigError: there is no such run, or it has no such checkpoint.
     """
     run = trunk_of(config)
-    steps = [int(path.name.removeprefix("step_")) for path in complete_checkpoints(run)]
+    names = [path.name.removeprefix("step_") for path in complete_checkpoints(run)]
+    steps = sorted((int(name) for name in names if name.isdigit()), reverse=True)  # no user's copy
     if why := _why_not(config, run, steps):
         reason, hint = why
         raise ConfigError([Problem("run.decay_of", str(run), reason, hint)])
@@ -92,10 +94,27 @@ def _why_not(config: Config, run: Path, steps: Sequence[int]) -> tuple[str, str]
         return "is no directory of a run", "give that of a run"
     if not steps or steps[0] < branch:
         come = f"has come to step {steps[0]}" if steps else "has no complete checkpoint"
-        return f"{come}, and {here}", "let it train on, by its own command"
+        come, hint = _ended(run) or (come, "let it train on, by its own command")
+        return f"{come}, and {here}", hint
     if steps[-1] > branch:
         shortest = ceil(steps[-1] / (1 - config.schedule.decay_fraction))
         hint = f"let this run have about {plural(shortest, 'step')} or more, or train the trunk "
         hint += "anew with its length in schedule.decays"
         return f"its first checkpoint is of step {steps[-1]}, and {here}", hint
     return None
+
+
+def _ended(run: Path) -> tuple[str, str] | None:
+    """How a run has ended that its own command would not lead on, and what to do; else None."""
+    try:
+        result = read_result(run / FILE)
+    except (OSError, DataError):  # none yet
+        return None
+    if result.status != "finished":
+        return None
+    if not result.at_end:
+        hint = "raise data.sources.*.epochs of the trunk and give its command again, or let the "
+        return f"its text ended after step {result.steps}", f"{hint}decay be shorter"
+    longer = "with this length in schedule.decays" if result.is_trunk else "with a greater length"
+    hint = f"give the trunk's command again, {longer}"
+    return f"has ended after step {result.steps}, as it was told", hint

@@ -187,6 +187,10 @@ def test_a_killed_decay_goes_on_from_its_own_checkpoint(
     assert_same_run(config.run_dir, decay(law, 10), logged)
     with pytest.raises(ConfigError, match="its decay ends at step 10, and now at step 12"):
         trained(changed(config, **{"train.max_steps": 12}))
+    with pytest.raises(ConfigError, match=r"its decay has schedule\.decay_fraction=0\.5, and now"):
+        trained(changed(config, **{"schedule.decay_fraction": 0.2}))
+    with pytest.raises(ConfigError, match=r"it holds another run: optim\.lr"):
+        trained(changed(config, **{"optim.lr": 0.5}))
 
 
 def test_without_a_checkpoint_of_its_beginning_it_starts_from_an_earlier_one(
@@ -229,8 +233,9 @@ def test_a_trunk_that_cannot_serve_says_why(
 
     assert "no such directory; give that of a run" in told(10, tmp_path / "nowhere")
     assert "is no directory of a run" in told(10, tmp_path)
-    far = "has come to step 5, and a decay at the end of 40 steps begins after step 20; let it"
+    far = "has ended after step 5, as it was told, and a decay at the end of 40 steps begins after"
     assert far in told(40, law.run_dir)
+    assert "again, with this length in schedule.decays" in told(40, law.run_dir)
     early = "its first checkpoint is of step 2, and a decay at the end of 2 steps begins after"
     assert early in told(2, law.run_dir)
     falls = "its learning rate falls from step 3 on, before the checkpoint of step 4"
@@ -239,6 +244,23 @@ def test_a_trunk_that_cannot_serve_says_why(
     for state in (tmp_path / "law" / "checkpoints").glob("*/state.json"):
         state.write_text(state.read_text().replace("lane", "line"))
     assert "every checkpoint in" in told(10, tmp_path / "law")
+    kept = tmp_path / "law" / "checkpoints"
+    shutil.copytree(kept / "step_00000002", kept / "step_mine")
+    (tmp_path / "law" / "result.json").unlink()
+    far = "has come to step 5, and a decay at the end of 40 steps begins after step 20; let it"
+    assert far in told(40, tmp_path / "law")
+
+
+def test_a_decay_after_the_end_of_its_trunks_text_is_told_so(
+    law: Config, whole: Callable[..., Config], opened: Opened, tmp_path: Path
+) -> None:
+    settings = {"schedule.decays": [4, 400], "data.sources.files.epochs": 1.0}
+    short = changed(law, **{"run.dir": str(tmp_path / "short"), **settings, "run.decays": False})
+    assert main(short) == 0
+    decay = {"run.decay_of": str(short.run_dir), "data.sources.files.epochs": 1.0}
+    told = refusal(whole(400, **decay), opened)
+    assert "its text ended after step" in told
+    assert "raise data.sources.*.epochs of the trunk" in told
 
 
 def test_the_report_has_the_decays_as_points_and_says_what_they_share(law: Config) -> None:
@@ -328,6 +350,14 @@ def test_a_decays_name_is_that_which_its_trunk_gives_it(
         (
             {"decays": None, "decays_tokens": [256, 300]},
             "schedule.decays_tokens=[256, 300]: in steps these are [2], of which some are equal",
+        ),
+        (
+            {"decays": None, "decays_tokens": [10, 20]},
+            "schedule.decays_tokens=[10, 20]: less than one step, which is 128 tokens",
+        ),
+        (
+            {"decays": [2, 4], "decay_fraction": 0.2, "warmup_fraction": 0.0},
+            "schedule.decays=[2, 4]: schedule.decay_fraction=0.2 of a run of 2 steps is no whole",
         ),
     ],
 )
