@@ -65,7 +65,7 @@ class Sweep:
 
     @property
     def is_at_edge(self) -> bool:
-        """Whether a learning rate that was not tried may well be better."""
+        """Whether a learning rate beyond those with finished runs may well be better."""
         return self.best in (self.entries[0], self.entries[-1])
 
     @property
@@ -181,7 +181,9 @@ def _style(number: int) -> Style:
 
 def _chart(experiment: Experiment, sweeps: Sequence[Sweep]) -> Chart:
     measure = experiment.measure
-    values = [entry.spread.mean for sweep in sweeps for entry in sweep.entries]
+    spreads = [entry.spread for sweep in sweeps for entry in sweep.entries]
+    ends = [(spread.mean, spread.least, spread.greatest) for spread in spreads]
+    values = [value for own in ends for value in own if value is not None]  # one seed has no bar
     room = 0.06 * (max(values) - min(values)) or 0.01
     y_range = (min(values) - room, max(values) + room)
     x, y = Axis("learning rate", TICK.format), Axis(measure.unit)
@@ -237,8 +239,8 @@ def _table(experiment: Experiment, sweeps: Sequence[Sweep]) -> Table:
         Column("best_lr", "best", "learning rate"),
         Column("lr_between", "between", "learning rate"),
         Column("loss", "mean", experiment.measure.unit),
-        Column("lowest_lr", "tried", "from"),
-        Column("highest_lr", "tried", "to"),
+        Column("lowest_lr", "finished", "from"),
+        Column("highest_lr", "finished", "to"),
         Column("note", "", numeric=False),
     )
     return Table(
@@ -247,8 +249,8 @@ def _table(experiment: Experiment, sweeps: Sequence[Sweep]) -> Table:
         columns,
         tuple(_row(sweep) for sweep in sweeps),
         _source(sweeps),
-        "The best of those that were tried, and where a parabola over the logarithm of the "
-        "learning rate, through the best and its two neighbours, is lowest.",
+        "The best of those whose runs have finished, and where a parabola over the logarithm "
+        "of the learning rate, through the best and its two neighbours, is lowest.",
     )
 
 
@@ -261,5 +263,5 @@ def _row(sweep: Sweep) -> tuple[Cell, ...]:
         number(sweep.best.spread.mean, "{:.3f}"),
         number(sweep.entries[0].lr, TICK),
         number(sweep.entries[-1].lr, TICK),
-        text("at the edge of what was tried" if sweep.is_at_edge else ""),
+        text("at the edge of what has finished" if sweep.is_at_edge else ""),
     )

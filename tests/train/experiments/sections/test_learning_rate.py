@@ -1,5 +1,6 @@
 """The loss over the learning rate: a line for each model that had several, and the best of each."""
 
+from dataclasses import replace
 from math import log2
 
 import pytest
@@ -65,7 +66,7 @@ def test_the_section_has_a_panel_for_each_parametrisation_and_a_row_for_each_lin
     assert len({axes.get_ylim() for axes in figure.axes}) == 1
     rows = [[cell.text for cell in row] for row in table.rows]
     assert rows[1][:4] == ["dim=128", "without muP", "0.002", "0.0025"]
-    assert rows[2][-1] == "at the edge of what was tried"
+    assert rows[2][-1] == "at the edge of what has finished"
     assert [row[2] for row in rows[3:]] == ["0.004"] * 3
 
 
@@ -74,6 +75,31 @@ def test_a_line_is_of_the_seeds_that_all_its_rates_have() -> None:
     (sweep,) = sweeps_of(experiment_of([*runs, swept(64, 64, RATES[2], seed=1)]))
     assert [[run.seed for run in entry.runs.runs] for entry in sweep.entries] == [[1], [1], [1]]
     assert (sweep.panel, sweep.label) == ("", "vanilla")
+
+
+def test_bars_of_seeds_are_whole() -> None:
+    runs = [swept(64, None, lr, seed) for lr in RATES[:3] for seed in (0, 1, 40)]
+    experiment = experiment_of(runs)
+    (sweep,), section = sweeps_of(experiment), learning_rate(experiment)
+    assert section
+    (axes,) = figure_of(charts((section,))[0]).axes
+    low, high = axes.get_ylim()
+    for spread in (entry.spread for entry in sweep.entries):
+        assert spread.least
+        assert spread.greatest
+        assert low < spread.least < spread.greatest < high
+
+
+def test_a_rate_that_diverged_is_not_said_to_be_untried() -> None:
+    runs = [swept(64, None, lr) for lr in RATES[:3]]
+    diverged = replace(swept(64, None, RATES[3]), status="diverged")
+    section = learning_rate(experiment_of([*runs, diverged]))
+    assert section
+    (table,) = tables((section,))
+    heads = {column.key: f"{column.title} {column.unit}" for column in table.columns}
+    told = dict(zip(heads, (cell.text for cell in table.rows[0]), strict=True))
+    assert (heads["highest_lr"], told["highest_lr"]) == ("finished to", "0.004")
+    assert told["note"] == "at the edge of what has finished"
 
 
 def test_runs_of_one_learning_rate_have_no_such_section() -> None:
