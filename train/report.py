@@ -30,8 +30,8 @@ from conf.errors import ConfigError, DataError, Problem, reason_of
 from conf.extras import pip_command
 from conf.wording import plural
 from train.arguments import REPORT_PAGE, ReportArguments
-from train.experiments.ledger import is_run, read_run
-from train.experiments.result import FILE, Result, Unread, read_result
+from train.experiments.ledger import is_run, kept_result, read_run
+from train.experiments.result import FILE, Result, Unread
 
 
 def main(args: ReportArguments) -> int:
@@ -103,7 +103,7 @@ def read_results(patterns: Sequence[str]) -> Found:
 def _written(path: Path) -> Result | None:
     """The result that a run has written itself; None if there is none that can be read."""
     try:
-        return read_result(path / FILE)
+        return kept_result(path / FILE)
     except (OSError, DataError):
         return None
 

@@ -340,8 +340,9 @@ def _equal_cost(experiment: Experiment, cost: Cost) -> EqualCost:
 def against_vanilla(experiment: Experiment) -> list[AgainstVanilla]:
     """Each group but vanilla at its end, beside the best vanilla that was given as much of a cost.
 
-    At equal tokens that is vanilla with as many parameters. At equal FLOPs or time it may have any
-    size. At equal latency or KV bytes it may be any vanilla that costs no more, at equal tokens.
+    At equal tokens that is vanilla with as many parameters, embeddings aside: tables for the copies
+    are more of these. At equal FLOPs or time it may have any size. At equal latency or KV bytes it
+    may be any vanilla that costs no more, at equal tokens.
 
     Vanilla that ended with less takes part with its end, since more would only have made it better.
     A variant that loses to it loses at equal cost as well; one that wins only over such vanilla has
@@ -520,7 +521,7 @@ def _amount(group: Group, cost: Cost, setting: "Setting | None") -> float | None
 
 
 def _as_large(one: Group, other: Group) -> bool:
-    a, b = one.runs[0].parameters, other.runs[0].parameters
+    a, b = (x.runs[0].parameters - x.runs[0].embedding_parameters for x in (one, other))
     return abs(a - b) <= ALIKE * max(a, b)
 
 

@@ -28,7 +28,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from conf.errors import ConfigError, DataError, reason_of
 from conf.redaction import redacted, redacted_tree
-from conf.validation import as_dict, flatten_keys
+from conf.validation import as_dict, defaults, flatten_keys
 from data.storage.atomic import write_atomic
 from phd.inference.cache import kv_bytes
 from phd.model import count_parameters
@@ -135,17 +135,36 @@ def read_run(path: Path) -> Result:
     """The result of a run: of its directory, or of a `result.json` that lies anywhere.
 
     A directory's is made anew, because a run that was killed could not write it; where only the
-    result was kept, it is read.
+    result was kept, that is taken; see `kept_result`.
 
     Raises:
         OSError: there is no such file, or it cannot be read.
         DataError: it is damaged, or of another version.
     """
     if not path.is_dir():
-        return read_result(path)
+        return kept_result(path)
     if not is_run(path):
-        return read_result(path / RESULT)
+        return kept_result(path / RESULT)
     return result_of(path)
+
+
+def kept_result(path: Path) -> Result:
+    """What a `result.json` holds, with the settings that are newer than it at their defaults.
+
+    These were the values then, so that runs of several versions do not seem to differ in them.
+
+    Raises:
+        OSError, DataError: as `read_result`.
+    """
+    result = read_result(path)
+    return replace(result, settings={**_defaults(), **result.settings})
+
+
+@cache
+def _defaults() -> dict[str, Any]:
+    """The defaults of the sections that every run has, whatever its engine, text and hooks."""
+    sections = defaults(Config)
+    return flatten_keys({name: sections[name] for name in ("model", "train", "optim", "schedule")})
 
 
 def is_run(directory: Path) -> bool:

@@ -216,6 +216,15 @@ def test_vanilla_that_is_better_with_less_wins_and_is_marked() -> None:
     assert not row.standings[Cost.FLOPS].rival_with_less
 
 
+def test_tables_for_the_copies_do_not_make_it_a_larger_model_at_equal_tokens() -> None:
+    tables = run("hidden_decoding-2", 0, 1.5, parameters=1300, embedding_parameters=400)
+    larger = run("phd-2", 0, 1.4, parameters=1300)
+    rows = against_vanilla(experiment_of([run("vanilla", 0, 2.0), tables, larger]))
+    found = {row.group.model: row.standings[Cost.TOKENS] for row in rows}
+    assert found["hidden_decoding-2"].difference.mean == pytest.approx(-0.5)
+    assert found["phd-2"].lack == Lack.NO_VANILLA
+
+
 def on(result: Result, **text: Any) -> Result:
     """The run as evaluated on a text."""
     return replace(result, heldout={"heldout": replace(result.heldout["heldout"], **text)})

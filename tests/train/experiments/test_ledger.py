@@ -28,7 +28,14 @@ from train.experiments.ledger import (
     update,
 )
 from train.experiments.recorder import failures_recorded
-from train.experiments.result import Beginning, Estimate, Heldout, TaskScore, read_result
+from train.experiments.result import (
+    Beginning,
+    Estimate,
+    Heldout,
+    TaskScore,
+    read_result,
+    write_result,
+)
 
 SCORE = TaskScore(
     accuracy=Estimate(value=0.5, standard_error=0.1), accuracy_norm=None, shots=0, questions=20
@@ -294,6 +301,17 @@ def test_losses_of_earlier_checkpoints_do_not_stay_as_the_runs_own(run) -> None:
     assert (done.heldout["heldout"].bits_per_byte.value, done.heldout["heldout"].step) == (2.0, 6)
     record_end(run(*halfway, line(6, 3.0)), Ended(status="finished"))
     assert result_of(directory).heldout == {}
+
+
+def test_a_kept_result_of_an_earlier_version_has_the_settings_that_came_later(
+    run, tmp_path
+) -> None:
+    whole = result_of(run(line(6, 3.0)))
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    without = {key: x for key, x in whole.settings.items() if key != "model.mup_base_dim"}
+    path = write_result(kept, replace(whole, settings=without))
+    assert read_run(path).settings == read_run(kept).settings == whole.settings
 
 
 def test_a_metric_of_the_users_that_is_named_like_an_evaluation_is_none(run) -> None:
