@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,22 @@ from phd.segments import Segments
 from phd.torch_private import has_hooks
 
 
+class RowPart(Protocol):
+    """The tokens of each row that are computed here, where others are computed elsewhere.
+
+    Attributes:
+        position: int64 (B or 1, T), each token's position in its document.
+    """
+
+    position: Tensor
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, backend: Backend) -> Tensor:
+        """`phd.attention.attend.attend` of these tokens' queries to the keys of the whole row.
+
+        q, k and v are of the tokens that are here, as is the result.
+        """
+
+
 @dataclass(frozen=True)
 class RowContext:
     """The `phd.block.AttentionContext` of whole rows, whose slots see what the pattern lets them.
@@ -28,6 +45,7 @@ class RowContext:
         rope: (cos, sin) of all copies.
         last_copy_only: only the last copy is computed; the others give keys and values alone.
         segments: documents that do not see each other; None: each row is one document.
+        part: the rows' tokens that are here; None: all of them.
         first_pass: what the layer was given in the first pass of a loop, if keys and values are of
             that; None: they are of what it is given now.
     """
@@ -37,6 +55,7 @@ class RowContext:
     rope: tuple[Tensor, Tensor]
     last_copy_only: bool
     segments: Segments | None
+    part: RowPart | None = None
     first_pass: Tensor | None = None
 
     def select_queries(self, x: Tensor) -> Tensor:
@@ -49,6 +68,8 @@ class RowContext:
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k, v = self.rotated(q, k, v)
+        if self.part is not None:
+            return self.part.attend(q, k, v, self.pattern, self.backend)
         return attend(q, k, v, self.pattern, self.backend, self.segments)
 
     def rotated(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -158,10 +179,16 @@ class Transformer(nn.Module):
             fuse_weights((ffn.gate, ffn.up))
         return self
 
-    def forward(self, tokens: Tensor, segments: Segments | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        segments: Segments | None = None,
+        part: RowPart | None = None,
+    ) -> Tensor:
         """tokens, int (B, T) -> the last copy's normalised hidden states (B, T, D).
 
-        With segments, each document gets the result that it would get in a row of its own.
+        With segments, each document gets the result that it would get in a row of its own. With a
+        part, which knows the documents itself, the tokens are those of the part.
 
         Raises:
             ValueError: if T is longer than RoPE's table (`model.max_seq_len`).
@@ -173,7 +200,9 @@ class Transformer(nn.Module):
                 "raise model.max_seq_len or pass fewer tokens"
             )
         x = self.embedded(tokens)
-        rope = self.rope.tables(T, segments)
+        assert segments is None or part is None
+        place = segments if part is None else part
+        rope = self.rope.tables(T, None if place is None else place.position)
         first_pass: list[Tensor] = []
         c = self.config
         for i, (block, pattern) in enumerate(zip(self.unrolled, self.patterns, strict=True)):
@@ -182,7 +211,7 @@ class Transformer(nn.Module):
             keys = first_pass[i % c.layers] if i >= c.cached_layers else None
             if i < c.cached_layers < c.depth:
                 first_pass.append(x)
-            x = block(x, RowContext(pattern, c.attention, rope, last, segments, keys))
+            x = block(x, RowContext(pattern, c.attention, rope, last, segments, part, keys))
         return self.norm(x).squeeze(1)
 
     def embedded(self, tokens: Tensor) -> Tensor:
@@ -224,6 +253,7 @@ class Transformer(nn.Module):
         targets: Tensor,
         z_loss: float = 0.0,
         segments: Segments | None = None,
+        part: RowPart | None = None,
         *,
         per_target: bool = False,
     ) -> Loss:
@@ -232,7 +262,7 @@ class Transformer(nn.Module):
         The loss of each target, if asked for, costs a second product with the head, so that the
         sums are the same with it and without it.
         """
-        hidden = self(tokens, segments)
+        hidden = self(tokens, segments, part)
         loss = next_token_loss(hidden, self.head_weight, targets, z_loss)
         if not per_target:
             return loss
@@ -253,11 +283,12 @@ class ModelWithLoss(nn.Module):
         tokens: Tensor,
         targets: Tensor,
         segments: Segments | None = None,
+        part: RowPart | None = None,
         *,
         per_target: bool = False,
     ) -> Loss:
         """tokens, targets (B, T) -> sums over the targets; see `phd.loss`."""
-        return self.model.loss(tokens, targets, self.z_loss, segments, per_target=per_target)
+        return self.model.loss(tokens, targets, self.z_loss, segments, part, per_target=per_target)
 
 
 def is_plain(model: Transformer) -> bool:

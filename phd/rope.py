@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from phd.config import ModelConfig
-from phd.segments import Segments
 
 
 class Rope(nn.Module):
@@ -58,19 +57,21 @@ class Rope(nn.Module):
         if len(self.cos) < self.config.rope_positions:
             self.build(self.cos.device)
 
-    def tables(self, tokens: int, segments: Segments | None = None) -> tuple[Tensor, Tensor]:
+    def tables(self, tokens: int, position: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(cos, sin) for all copies of rows of `tokens` tokens: (B or 1, K or 1, 1, T, H).
 
-        With segments, positions restart with each document.
+        `position`, int64 (B or 1, T), are the tokens' positions if they are not 0 .. T-1.
         """
-        assert tokens <= self.config.max_seq_len, (tokens, self.config.max_seq_len)
         K = self.config.K if self.config.copy_positions == "flattened" else 1
+        if position is not None:
+            tokens = self.config.max_seq_len
+        assert tokens <= self.config.max_seq_len, (tokens, self.config.max_seq_len)
         cos, sin = (
             x[: tokens * K].unflatten(0, (tokens, K)).transpose(0, 1) for x in (self.cos, self.sin)
         )  # (K or 1, T, H)
-        if segments is None:
+        if position is None:
             return cos[None, :, None], sin[None, :, None]
-        cos, sin = (x[:, segments.position].transpose(0, 1).unsqueeze(2) for x in (cos, sin))
+        cos, sin = (x[:, position].transpose(0, 1).unsqueeze(2) for x in (cos, sin))
         return cos, sin
 
     def at(self, tokens: Tensor, copies: Tensor) -> tuple[Tensor, Tensor]:

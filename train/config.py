@@ -255,11 +255,26 @@ class Config(Settings):
 
     def problems_on(self, world_size: int) -> list[Problem]:
         """Why the run cannot be spread over this many ranks."""
+        readers = self.engine.data_ranks(world_size)
         return [
-            *self.data.batch_problems(self.train.global_batch, world_size),
-            *self.train.problems_on(world_size),
+            *self.data.batch_problems(self.train.global_batch, readers),
+            *self.batch_problems_on(world_size),
+        ]
+
+    def batch_problems_on(self, world_size: int) -> list[Problem]:
+        """Why these ranks can share neither the rows of a batch nor the model."""
+        return [
+            *self.train.problems_on(self.engine.data_ranks(world_size)),
             *self.engine.problems_on(world_size),
         ]
+
+    def micro_batch_on(self, world_size: int = 1) -> int:
+        """The rows of one forward pass on each of `world_size` ranks."""
+        return self.train.micro_batch_on(self.engine.data_ranks(world_size))
+
+    def accumulation(self, world_size: int = 1) -> int:
+        """The forward passes of a step on each of `world_size` ranks."""
+        return self.train.accumulation(self.engine.data_ranks(world_size))
 
     def device_problems(self, device: str) -> list[Problem]:
         """Why the run cannot train on a device of this type, `cpu` or `cuda`."""

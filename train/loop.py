@@ -120,7 +120,7 @@ def train_step(
             loss = engine.forward(micro_batch)
             engine.backward(loss.total / targets)
         cross_entropy += loss.cross_entropy
-    mean_loss = engine.groups.sum(cross_entropy) / targets
+    mean_loss = engine.sum_loss(cross_entropy) / targets
     grad_norm, applied = engine.optimizer_step(lr, mean_loss, limits)
     return StepResult(mean_loss, grad_norm, applied)
 
@@ -134,7 +134,10 @@ def measure_and_save(
     """
     metrics: Metrics = {}
     if any(map(due, run.all_hooks)):
-        record = replace(record.of_all(run.groups), bad_steps=run.bad_step_policy.to_json())
+        record = replace(
+            record.of_all(run.groups, run.engine.dims.ranks_per_row),
+            bad_steps=run.bad_step_policy.to_json(),
+        )
     for measure in filter(due, run.hooks):
         metrics |= measure(record)
     if due(run.save):

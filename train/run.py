@@ -331,7 +331,7 @@ def _prepare_files(
             take_over(config.run_dir, trunk_of(config), Source.of(source)._asdict())
 
     raise_on_all_ranks(groups, prepare)
-    share_quarantine(text.documents, config.run_dir, groups)
+    share_quarantine(text.documents, config.run_dir, groups, config.engine.ranks_per_row)
 
 
 def _same_in_all_checkpoints(
@@ -366,10 +366,7 @@ def open_engine(config: Config, groups: ProcessGroups) -> Engine:
         ConfigError: the configuration fits neither the ranks nor the memory of a device.
     """
     world_size = groups.world_size
-    if problems := [
-        *config.train.problems_on(world_size),
-        *config.engine.problems_on(world_size),
-    ]:
+    if problems := config.batch_problems_on(world_size):
         raise ConfigError(problems)
     device = choose_device(config.engine)
     dtype, memory = precision(config.engine, device), smallest_memory(config, groups)

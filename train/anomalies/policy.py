@@ -124,7 +124,13 @@ class BadStepPolicy:
         layers = layer_report(self.engine, last.batch)
         try:
             path = write_bad_step(
-                self.directory, bad, last.batch, self.tokenizer, layers, self.engine.groups
+                self.directory,
+                bad,
+                last.batch,
+                self.tokenizer,
+                layers,
+                self.engine.groups,
+                self.engine.dims.ranks_per_row,
             )
             report = f"{bad}; its batch is in {path.parent}"
         except OSError as error:

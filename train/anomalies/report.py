@@ -49,22 +49,25 @@ def write_bad_step(
     tokenizer: Tokenizer,
     layers: Layers,
     groups: ProcessGroups,
+    ranks_per_row: int = 1,
 ) -> Path:
     """Write this rank's part of a bad step to `bad_steps/step_<step>/rank_<rank>.json`.
 
     For each row: its number in the global batch, its lane, how many targets count, its tokens and
     their text. For each lane: the cursor after the batch, and the cursor of the document that it
-    had reached. Numbers that are not finite are written as text, because JSON has none.
+    had reached. `ranks_per_row` neighbouring ranks write the same rows. Numbers that are not finite
+    are written as text, because JSON has none.
 
     Raises:
         OSError: the disk refuses.
     """
     stats = batch.stats
     assert stats is not None
+    reader, readers = groups.rank // ranks_per_row, groups.world_size // ranks_per_row
     counts = [None] * len(batch.rows) if batch.mask is None else batch.mask.sum(1).tolist()
     rows = [
         {
-            "row": groups.rank + number * groups.world_size,
+            "row": reader + number * readers,
             "lane": lane,
             "targets": len(row) - 1 if count is None else count,
             "text": tokenizer.decode(row if count is None else row[: count + 1]),

@@ -181,7 +181,7 @@ class Plan:
             "vanilla_flops_per_token": self.compute.vanilla,
             "flops_basis": self.compute.basis,
             "optimizer": None if self.optimizer is None else self.optimizer._asdict(),
-            "micro_batch": config.train.micro_batch_on(self.world_size),
+            "micro_batch": config.micro_batch_on(self.world_size),
             "activation_checkpointing": config.engine.activation_checkpointing,
             "chosen": self.chosen,
             "memory": {"total": self.memory.total, **self.memory._asdict()},

@@ -77,7 +77,7 @@ def _rows(plan: Plan) -> Iterator[tuple[str, str]]:
 
 def _step_row(plan: Plan) -> str:
     train = plan.config.train
-    passes = plural(train.accumulation(plan.world_size), "forward pass", "forward passes")
+    passes = plural(plan.config.accumulation(plan.world_size), "forward pass", "forward passes")
     ranks = f" on each of {plan.world_size} ranks" if plan.world_size > 1 else ""
     return (
         f"{train.tokens_per_step:,} tokens = {plural(train.global_batch, 'row')} x "

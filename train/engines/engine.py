@@ -23,6 +23,7 @@ from train.distributed.process_groups import ProcessGroups
 from train.engines.compilation import compile_blocks
 from train.engines.device import autocast, choose_device, precision
 from train.engines.limits import Limits
+from train.engines.mesh import ParallelDims
 from train.torch_private import mark_dynamic
 
 
@@ -58,6 +59,7 @@ class Engine(ABC):
         device: of this rank.
         dtype: of the matrix products.
         model_with_loss: the model and its loss, wrapped by the engine.
+        dims: how the ranks are laid out.
         micro_batch: rows of a micro-batch on one rank.
         compiled: whether blocks are compiled.
     """
@@ -72,13 +74,10 @@ class Engine(ABC):
         with torch.device("meta"):
             self.model = Transformer(config.model)
         self.model_with_loss = ModelWithLoss(self.model, config.optim.z_loss)
-        world_size = groups.world_size
-        if problems := [
-            *config.train.problems_on(world_size),
-            *config.engine.problems_on(world_size),
-        ]:
+        if problems := config.batch_problems_on(groups.world_size):
             raise ConfigError(problems)
-        self.micro_batch = config.train.micro_batch_on(world_size)
+        self.dims = ParallelDims.of(config.engine, groups.world_size)
+        self.micro_batch = config.train.micro_batch_on(self.dims.data_ranks)
         self.compiled = config.engine.compiles_on(self.device.type)
         # An evaluation runs without gradients, and so has graphs of its own.
         self._evaluation_to_compile = self.compiled and config.data.holdout > 0
@@ -102,7 +101,7 @@ class Engine(ABC):
         Returns:
             (summed cross-entropy in nats, number of targets), or None if it was ended.
         """
-        shard = batch.shard(self.groups.rank, self.groups.world_size)
+        shard = batch.shard(self.dims.data_rank(self.groups.rank), self.dims.data_ranks)
         if self.compiled:  # else the last micro-batch could need graphs for fewer rows
             shard = shard.filled_up(self.micro_batch)
         # A sum in float32 would lose the small terms of long evaluations.
@@ -120,8 +119,8 @@ class Engine(ABC):
                 numbers = self._to_device(torch.from_numpy(micro_batch.documents)).flatten()
                 document_nats.index_add_(0, numbers, loss.per_target.flatten().double())
         if document_nats is not None:
-            self.groups.sum(document_nats)
-        return self.groups.sum(total), self.count_targets(shard)
+            self.sum_loss(document_nats)
+        return self.sum_loss(total), self.count_targets(shard)
 
     def set_copies(self, K: int) -> None:
         """Feed each token K times from the next step on. Every rank calls this.
@@ -137,9 +136,23 @@ class Engine(ABC):
             self._evaluation_to_compile = self.config.data.holdout > 0
 
     def count_targets(self, batch: Batch) -> Tensor:
-        """Targets on all ranks; 1 if there are none, because it is only used to divide."""
-        count = torch.tensor((batch.targets != IGNORED).sum())
+        """Targets on all ranks; 1 if there are none, because it is only used to divide.
+
+        Args:
+            batch: this rank's rows, all tokens of them.
+        """
+        is_reader = self.dims.is_reader(self.groups.rank)
+        count = torch.tensor((batch.targets != IGNORED).sum() if is_reader else 0)
         return self.groups.sum(self._to_device(count)).clamp(min=1)
+
+    def sum_loss(self, x: Tensor) -> Tensor:
+        """The sum over all ranks of a loss, or of a loss per document, in place.
+
+        Ranks that cut matrices among themselves have all computed the same loss: it counts once.
+        """
+        if self.dims.tensor_rank(self.groups.rank):
+            x.zero_()
+        return self.groups.sum(x)
 
     def forward(self, micro_batch: Batch, *, per_target: bool = False) -> Loss:
         """The loss of one micro-batch on this rank, in the precision of the products."""

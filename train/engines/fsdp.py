@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 
+from conf.errors import ConfigError, Problem
 from data.batch import Batch
 from data.prefetch import never
 from phd.initialization import initial_weights
@@ -51,6 +52,12 @@ class FsdpEngine(Engine):
         super().__init__(config, groups)
         assert isinstance(config.engine, FsdpConfig)
         assert isinstance(self.model_with_loss, ModelWithLoss)
+        if problems := [  # each of these goes when it is built
+            Problem(f"engine.{name}", size, "not built yet", "leave it out")
+            for name, size in (("context", self.dims.context), ("tensor", self.dims.tensor))
+            if size > 1
+        ]:
+            raise ConfigError(problems)
         self.keeps_gathered = config.engine.reshard_after_forward == "never"
         self.model_with_loss = parallelize(
             self.model_with_loss,
@@ -68,10 +75,11 @@ class FsdpEngine(Engine):
         add_state(self.optimizer)
         shapes = matrix_shapes(config.model, config.optim)
         places = [Place(i, 0, self.shards[name].numel()) for i, name in enumerate(shapes)]
-        share_matrices(self.optimizer, shapes, places, groups, self._shard_count)
+        sharded = isinstance(self.model_with_loss, FSDPModule)
+        shards = self.dims.shards if sharded else 1
+        share_matrices(self.optimizer, shapes, places, groups, shards)
         # Where weights are sharded, FSDP2 rounds the shards that it gathers.
-        exact = isinstance(self.model_with_loss, FSDPModule)
-        self.rounded = RoundedWeights(self.model, torch.float32 if exact else self.dtype)
+        self.rounded = RoundedWeights(self.model, torch.float32 if sharded else self.dtype)
         self._fill(initial_weights(self.model, config.seed))
 
     def grad_sync(self, last: bool) -> AbstractContextManager[object]:
@@ -194,13 +202,6 @@ class FsdpEngine(Engine):
                 for key, own in self.optimizer.state[self.shards[name]].items()
             }
             yield {f"model.{name}": parameter.detach(), **state}
-
-    @property
-    def _shard_count(self) -> int:
-        """How many ranks hold the model together."""
-        weight = next(iter(self.parameters.values()))
-        # The last axis of the mesh shards; HSDP's first one replicates.
-        return weight.device_mesh.size(-1) if isinstance(weight, DTensor) else 1
 
     def _reshard(self) -> None:
         """Free the gathered weights; each rank keeps its shards."""

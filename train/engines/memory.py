@@ -122,7 +122,7 @@ def pass_of(config: Config, dtype: torch.dtype, world_size: int, device: str) ->
     replicated = isinstance(engine, FsdpConfig) and not engine.shard and world_size > 1
     return Pass(
         model=config.most_copies,
-        rows=config.train.micro_batch_on(world_size),
+        rows=config.micro_batch_on(world_size),
         tokens=config.train.seq_len,
         dtype=dtype,
         weights=dtype if sharded else torch.float32,
@@ -132,7 +132,7 @@ def pass_of(config: Config, dtype: torch.dtype, world_size: int, device: str) ->
         compiled=engine.compiles_on(device),
         recompute=recompute,
         # DDP's buckets hold all gradients from the beginning.
-        accumulates=replicated or config.train.accumulation(world_size) > 1,
+        accumulates=replicated or config.accumulation(world_size) > 1,
     )
 
 
@@ -320,7 +320,7 @@ def fit(
     settled = fitter.with_choice(recompute, rows)
     chosen: dict[str, int | str] = {}
     if config.train.micro_batch == "auto":
-        chosen["train.micro_batch"] = settled.train.micro_batch_on(world_size)
+        chosen["train.micro_batch"] = settled.micro_batch_on(world_size)
     if given == "auto":
         chosen["engine.activation_checkpointing"] = recompute
     return Fit(settled, chosen)
@@ -331,7 +331,7 @@ def _choice(
 ) -> tuple[Recompute, int]:
     """The recomputation and the rows of a micro-batch."""
     train = fitter.config.train
-    most = train.micro_batch_on(fitter.world_size)
+    most = fitter.config.micro_batch_on(fitter.world_size)
     rows = divisors(most) if train.micro_batch == "auto" else [most]
     if available is None or (train.micro_batch != "auto" and len(levels) == 1):
         return levels[0], rows[-1]

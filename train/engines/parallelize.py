@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.futures import Future
 from torch.nn.parallel import DistributedDataParallel
@@ -17,6 +17,7 @@ from train.distributed.process_groups import ProcessGroups
 from train.engines.activation_checkpointing import checkpoint_activations
 from train.engines.compilation import compile_blocks
 from train.engines.float8 import check_float8, use_float8
+from train.engines.mesh import ParallelDims
 from train.settings.engine import FsdpConfig
 from train.torch_private import drop_accumulated_gradients, ignore_in_ddp, init_fsdp_root
 
@@ -63,29 +64,11 @@ def parallelize(
         return model_with_loss.to_empty(device=device)
     if not config.shard:
         return replicate(model_with_loss.to_empty(device=device), config)
-    shard(model_with_loss, config, mesh_of(config, groups.world_size, device), dtype)
+    mesh = ParallelDims.of(config, groups.world_size).weight_mesh(device)
+    shard(model_with_loss, config, mesh, dtype)
     model_with_loss.to_empty(device=device)
     make_root(model_with_loss)
     return model_with_loss
-
-
-def mesh_of(config: FsdpConfig, world_size: int, device: torch.device) -> DeviceMesh:
-    """A mesh of one axis for FSDP, or of two axes for HSDP.
-
-        HSDP of 8 ranks with replicate = 2
-
-                      shard
-        replicate   0  1  2  3
-                    4  5  6  7
-
-    Each row has the whole model. Neighbouring ranks share a machine, and so they share a row: the
-    all-gathers and reduce-scatters of a row are most of the traffic. A column only all-reduces
-    gradients, once per step.
-    """
-    if config.replicate == 1:
-        return init_device_mesh(device.type, (world_size,), mesh_dim_names=("shard",))
-    shape = (config.replicate, world_size // config.replicate)
-    return init_device_mesh(device.type, shape, mesh_dim_names=("replicate", "shard"))
 
 
 def shard(

@@ -346,8 +346,8 @@ def deepspeed_json(config: Config, world_size: int, dtype: torch.dtype) -> dict[
     if settings.offload_parameters:
         zero["offload_param"] = {"device": "cpu", "pin_memory": True}
     json = {
-        "train_micro_batch_size_per_gpu": config.train.micro_batch_on(world_size),
-        "gradient_accumulation_steps": config.train.accumulation(world_size),
+        "train_micro_batch_size_per_gpu": config.micro_batch_on(world_size),
+        "gradient_accumulation_steps": config.accumulation(world_size),
         "gradient_clipping": 0.0,  # the default is 1.0; the optimizer clips, see `_before_step`
         "zero_optimization": zero,
         # It knows AdamW, and asks whether another optimizer is meant.

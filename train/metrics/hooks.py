@@ -80,6 +80,7 @@ class DataProgress:
         self.weighted = [name for name, weight in weights.items() if weight]
         self.quarantine = quarantine
         self.groups = groups
+        self.ranks_per_row = config.engine.ranks_per_row
 
     def __call__(self, record: StepRecord) -> Metrics:
         stats = record.stats
@@ -89,8 +90,9 @@ class DataProgress:
             metrics[f"progress/{source}/epoch"] = stats.epoch(source)
         if stats.targets < stats.positions or record.batch.mask is not None:
             metrics["data/padding_fraction"] = 1 - stats.targets / stats.positions
-        # Each rank reads other lanes, and so finds other bad records.
+        # Ranks that read other lanes find other bad records.
         found = self.groups.gather((self.quarantine.new_count, self.quarantine.write_error))
+        found = found[:: self.ranks_per_row]
         metrics["data/quarantined"] = self.quarantine.earlier_count + sum(new for new, _ in found)
         for write_error in filter(None, (error for _, error in found)):
             metrics["data/warning"] = write_error

@@ -66,13 +66,18 @@ class StepRecord:
     ending: Ending | None = None
     failure: Exception | None = None
 
-    def of_all(self, groups: ProcessGroups) -> "StepRecord":
-        """The record with what only all ranks together know; every rank calls it."""
+    def of_all(self, groups: ProcessGroups, ranks_per_row: int = 1) -> "StepRecord":
+        """The record with what only all ranks together know; every rank calls it.
+
+        Args:
+            ranks_per_row: how many neighbouring ranks have the same rows, which count once.
+        """
         known = groups.gather((self.stats, self.data_wait_s, self.flops))
+        readers = known[::ranks_per_row]
         return replace(
             self,
-            flops=sum(flops for _, _, flops in known),
-            stats=BatchStats.merged([stats for stats, _, _ in known]),
+            flops=sum(flops for _, _, flops in readers),
+            stats=BatchStats.merged([stats for stats, _, _ in readers]),
             data_wait_s=tuple(wait for _, waits, _ in known for wait in waits),
         )
 

@@ -1,6 +1,7 @@
 """`engine.`: how the work is spread over devices and ranks, a frozen dataclass for each engine."""
 
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any, Literal, get_args
 
 from conf.errors import Problem
@@ -145,6 +146,15 @@ class EngineConfig(Settings):
         """Why the engine cannot spread the work over this many ranks."""
         return []
 
+    @property
+    def ranks_per_row(self) -> int:
+        """How many ranks work on the same rows, each on a part of them or of the model."""
+        return 1
+
+    def data_ranks(self, world_size: int) -> int:
+        """How many of the ranks read rows of their own."""
+        return max(1, world_size // self.ranks_per_row)
+
 
 @dataclass(frozen=True, kw_only=True)
 class FsdpConfig(EngineConfig):
@@ -155,7 +165,11 @@ class FsdpConfig(EngineConfig):
         shard: true: weights, gradients and moments are cut over the ranks (FSDP2). false: every
             rank has all of them (DDP).
         replicate: into how many groups the ranks are divided, each of which holds a whole copy of
-            the shards (HSDP); must divide the number of ranks.
+            the shards (HSDP).
+        context: over how many ranks the tokens of each row are dealt (context parallelism). The
+            weights are cut over these ranks as well.
+        tensor: over how many ranks each matrix and its product is cut (tensor parallelism).
+            `replicate` x `context` x `tensor` must divide the number of ranks.
         reshard_after_forward: whether a block's gathered weights are freed between its forward and
             its backward pass. `auto` frees those of all blocks but the last, whose backward pass
             comes at once. With `never` they are gathered once a step, and not again for each
@@ -166,23 +180,44 @@ class FsdpConfig(EngineConfig):
     kind: Literal["fsdp"] = "fsdp"
     shard: bool = True
     replicate: int = 1
+    context: int = 1
+    tensor: int = 1
     reshard_after_forward: Literal["auto", "always", "never"] = "auto"
     reduce: Literal["fp32", "bf16"] = "fp32"
 
     def problems(self) -> list[Problem]:
-        found = [*super().problems(), *at_least(self, "engine", 1, "replicate")]
-        if self.replicate > 1 and not self.shard:
+        found = super().problems()
+        found += at_least(self, "engine", 1, "replicate", "context", "tensor")
+        if self.shard:
+            return found
+        others = ("engine.shard",)
+        if self.replicate > 1:
             reason = "engine.shard=false replicates on all ranks anyway"
-            hint, others = "leave one of the two out", ("engine.shard",)
+            hint = "leave one of the two out"
             found.append(Problem("engine.replicate", self.replicate, reason, hint, others))
+        for name in ("context", "tensor"):
+            if (value := getattr(self, name)) > 1:
+                reason = "works with FSDP2 around it, and engine.shard=false is DDP"
+                hint = "leave engine.shard=false out"
+                found.append(Problem(f"engine.{name}", value, reason, hint, others))
         return found
 
     def problems_on(self, world_size: int) -> list[Problem]:
-        if world_size % self.replicate == 0:
+        sizes = {name: getattr(self, name) for name in ("replicate", "context", "tensor")}
+        given = {f"engine.{name}": size for name, size in sizes.items() if size > 1}
+        if world_size % prod(given.values()) == 0:
             return []
+        first, *others = given
         reason = f"must divide the number of ranks, {world_size}"
+        if others:
+            told = ", ".join(f"{name}={given[name]}" for name in others)
+            reason = f"times {told} {reason}"
         hint = "choose another, or start another number of ranks"
-        return [Problem("engine.replicate", self.replicate, reason, hint)]
+        return [Problem(first, given[first], reason, hint, tuple(others))]
+
+    @property
+    def ranks_per_row(self) -> int:
+        return self.context * self.tensor
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -53,8 +53,8 @@ def open_text(
     shape = BatchShape(
         global_batch=config.train.global_batch,
         seq_len=config.train.seq_len,
-        rank=groups.rank,
-        world_size=groups.world_size,
+        rank=groups.rank // config.engine.ranks_per_row,
+        world_size=config.engine.data_ranks(groups.world_size),
     )
     cursors = checkpoint.state["cursors"] if checkpoint else None
     stream = raise_on_all_ranks(
@@ -133,9 +133,15 @@ def _fill_lanes(stream: TokenStream, groups: ProcessGroups, console: Console) ->
         console.print(f"data.sources.{name}: {BY_DOCUMENTS}", markup=False)
 
 
-def share_quarantine(documents: Documents, directory: Path, groups: ProcessGroups) -> None:
-    """Have all ranks append to one file; rank 0 first, which mends what a crash has left of it."""
+def share_quarantine(
+    documents: Documents, directory: Path, groups: ProcessGroups, ranks_per_row: int = 1
+) -> None:
+    """Have all ranks append to one file; rank 0 first, which mends what a crash has left of it.
+
+    Of `ranks_per_row` neighbours, which read the same records, the first one alone does.
+    """
+    is_reader = groups.rank % ranks_per_row == 0
     for rank_zero in (True, False):
-        if groups.is_rank_zero == rank_zero:
+        if is_reader and groups.is_rank_zero == rank_zero:
             documents.quarantine.write_to(directory / "quarantine.jsonl")
         groups.barrier()
