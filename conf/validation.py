@@ -323,6 +323,22 @@ def flatten_keys(values: Mapping[str, Any], path: str = "") -> dict[str, Any]:
     return found
 
 
+def nest_keys(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The tree of values by their full names, as `flatten_keys` was given it.
+
+    >>> nest_keys({"seed": 0, "model.K": 2})
+    {'seed': 0, 'model': {'K': 2}}
+    """
+    tree: dict[str, Any] = {}
+    for name, value in values.items():
+        *sections, last = name.split(".")
+        place = tree
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[last] = value
+    return tree
+
+
 def _known(keys: Iterable[str], given: Iterable[str]) -> list[str]:
     """The keys, those with a `*` once for every name that was given there."""
     known = []

@@ -28,7 +28,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from conf.errors import ConfigError, DataError, reason_of
 from conf.redaction import redacted, redacted_tree
-from conf.validation import as_dict, defaults, flatten_keys
+from conf.validation import as_dict, defaults, flatten_keys, nest_keys
 from data.storage.atomic import write_atomic
 from phd.inference.cache import kv_bytes
 from phd.model import count_parameters
@@ -151,13 +151,19 @@ def read_run(path: Path) -> Result:
 def kept_result(path: Path) -> Result:
     """What a `result.json` holds, with the settings that are newer than it at their defaults.
 
-    These were the values then, so that runs of several versions do not seem to differ in them.
+    These were the values then, so that runs of several versions do not seem to differ in them, and
+    seeds of one experiment are of one group.
 
     Raises:
         OSError, DataError: as `read_result`.
     """
     result = read_result(path)
-    return replace(result, settings={**_defaults(), **result.settings})
+    settings = {**_defaults(), **result.settings}
+    try:
+        group = group_of(Config.from_dict(nest_keys(settings)))
+    except ConfigError:  # a link without its password, or a setting that is no longer there
+        group = result.group
+    return replace(result, settings=settings, group=group)
 
 
 @cache

@@ -314,6 +314,16 @@ def test_a_kept_result_of_an_earlier_version_has_the_settings_that_came_later(
     assert read_run(path).settings == read_run(kept).settings == whole.settings
 
 
+def test_a_kept_result_of_an_earlier_version_is_of_the_group_of_todays_seeds(run, tmp_path) -> None:
+    """The key of a group is made of all settings, so a new setting would make it another one."""
+    whole = result_of(run(line(6, 3.0)))
+    assert read_run(write_result(tmp_path, replace(whole, group="earlier"))).group == whole.group
+    # What cannot be made anew stays.
+    unknown = {**whole.settings, "model.gone": 1}
+    earlier = replace(whole, group="earlier", settings=unknown)
+    assert read_run(write_result(tmp_path, earlier)).group == "earlier"
+
+
 def test_a_metric_of_the_users_that_is_named_like_an_evaluation_is_none(run) -> None:
     theirs = {"eval/theirs/bits_per_byte": 1.0}
     found = result_of(run(line(6, 3.0, **evaluated(2.0), **theirs)))
