@@ -5,7 +5,7 @@ All ranks open the run and share its directory (train/run_dir). Rank 0 writes wh
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from train.engines.fsdp import FsdpEngine
 from train.engines.memory import fit
 from train.evaluation.heldout_hook import HeldoutEvaluation, heldout_evaluations
 from train.evaluation.task_hook import TaskEvaluation, task_evaluations
+from train.experiments.result import Origin
 from train.metrics.hooks import (
     DataProgress,
     KVCost,
@@ -61,7 +62,7 @@ from train.start.branch import branch_checkpoint
 from train.start.resume import Progress, newest_checkpoint
 from train.start.text import RunText, open_text, share_quarantine
 from train.start.trunk import trunk_of
-from train.start.weights import Source, load_start
+from train.start.weights import load_start, origin_of
 
 
 @dataclass(frozen=True)
@@ -232,8 +233,8 @@ def _open(
     heldout = heldout_evaluations(config, text.documents, tokenizer, engine, stop, console)
     prompt = sample_prompt(config, tokenizer, {e.name: e.text for e in heldout})
     engine.set_copies(config.copy_stage(progress.step).K)
-    source = _restore(config, engine, checkpoint, tokenizer, console)
-    _prepare_files(config, text, source or branch, groups, console)
+    origin = _restore(config, engine, checkpoint, tokenizer, console)
+    _prepare_files(config, text, origin or branch, groups, console)
     detector = SpikeDetector(config.faults, progress.bad_steps)
     saved = _same_in_all_checkpoints(config, text, own, groups, console)
     return Run(
@@ -285,7 +286,7 @@ def _restore(
     checkpoint: Checkpoint | None,
     tokenizer: Tokenizer,
     console: Console,
-) -> Source | None:
+) -> Origin | None:
     """Give the engine the weights and moments of the checkpoint, or of what the run starts from.
 
     Returns:
@@ -312,23 +313,23 @@ def _measurements(
 def _prepare_files(
     config: Config,
     text: RunText,
-    source: Source | Checkpoint | None,
+    origin: Origin | Checkpoint | None,
     groups: ProcessGroups,
     console: Console,
 ) -> None:
     """Write what the run's directory has before the first step, on rank 0; see `train.run_dir`.
 
     Args:
-        source: what a new run starts from, or the checkpoint of its trunk.
+        origin: what a new run starts from, or the checkpoint of its trunk.
     """
-    started_from = source._asdict() if isinstance(source, Source) else None
+    started_from = asdict(origin) if isinstance(origin, Origin) else None
 
     def prepare() -> None:
         if not groups.is_rank_zero:
             return
         prepare_run_dir(config, text.tokenizer, console, started_from)
-        if isinstance(source, Checkpoint):
-            take_over(config.run_dir, trunk_of(config), Source.of(source)._asdict())
+        if isinstance(origin, Checkpoint):
+            take_over(config.run_dir, trunk_of(config), asdict(origin_of(origin)))
 
     raise_on_all_ranks(groups, prepare)
     share_quarantine(text.documents, config.run_dir, groups, config.engine.ranks_per_row)

@@ -47,9 +47,9 @@ from train.experiments.curves import (
 from train.experiments.latency import read_latency
 from train.experiments.result import (
     EVAL,
-    Beginning,
     Estimate,
     Heldout,
+    Origin,
     Result,
     Status,
     TaskScore,
@@ -203,8 +203,8 @@ def result_of(directory: Path, *, held: Literal[False] | None = None) -> Result:
     cost = kv_bytes(config.model, context, dtype)
     settings = flatten_keys(redacted_tree(config.to_dict()))
     return Result(
-        began_with=_beginning_in(directory / START),
-        trunk=_beginning_in(directory / TRUNK),
+        began_with=_origin_in(directory / START),
+        trunk=_origin_in(directory / TRUNK),
         name=config.run.name or directory.resolve().name,
         status=ended.status,
         reason=ended.reason or None,
@@ -371,14 +371,14 @@ def _begun(start: Mapping[str, Any]) -> float:
     return datetime.strptime(text, TIME).timestamp() if (text := start.get("time")) else 0.0
 
 
-def _beginning_in(path: Path) -> Beginning | None:
+def _origin_in(path: Path) -> Origin | None:
     """What another run has given; None where no such thing is kept.
 
     Raises:
         DataError: the file is damaged.
     """
     try:
-        return _beginning().validate_json(path.read_bytes())
+        return _origin().validate_json(path.read_bytes())
     except FileNotFoundError:
         return None
     except ValidationError as error:
@@ -386,8 +386,8 @@ def _beginning_in(path: Path) -> Beginning | None:
 
 
 @cache
-def _beginning() -> TypeAdapter[Beginning]:
-    return TypeAdapter(Beginning)
+def _origin() -> TypeAdapter[Origin]:
+    return TypeAdapter(Origin)
 
 
 def _ended(

@@ -132,7 +132,7 @@ class Latency:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Beginning:
+class Origin:
     """The weights that `run.start_from` or `run.decay_of` has given a run.
 
     Attributes:
@@ -226,8 +226,8 @@ class Result:
     latency: list[Latency] = field(default_factory=list)
     curve: Curve = field(default_factory=Curve)
     heldout_curves: dict[str, HeldoutCurve] = field(default_factory=dict)
-    began_with: Beginning | None = None
-    trunk: Beginning | None = None
+    began_with: Origin | None = None
+    trunk: Origin | None = None
     total_steps: int | None = None
     version: int = VERSION
 

@@ -26,6 +26,7 @@ from train.console import warn
 from train.distributed.process_groups import ProcessGroups, raise_on_all_ranks
 from train.engines.engine import Engine
 from train.engines.state_rules import state_shapes
+from train.experiments.result import Origin
 from train.hf.pretrained import load_pretrained
 from train.start.directory import CHECKPOINTS, OTHERWISE, Kind, kind_of
 
@@ -36,24 +37,10 @@ SHAPE = (
 )
 
 
-class Source(NamedTuple):
-    """Which files the weights of a run are of, as the run's directory tells it.
-
-    Attributes:
-        path: of the checkpoint, or of the Hugging Face directory.
-        step: of the checkpoint; None: a Hugging Face directory has none.
-        manifest: the hash that seals the checkpoint's files; None: they are not sealed.
-    """
-
-    path: str
-    step: int | None = None
-    manifest: str | None = None
-
-    @classmethod
-    def of(cls, checkpoint: Checkpoint) -> "Source":
-        """That of a verified checkpoint."""
-        seal = (checkpoint.path / MARKER).read_text(encoding="utf-8").strip()
-        return cls(str(checkpoint.path.resolve()), checkpoint.step, seal)
+def origin_of(checkpoint: Checkpoint) -> Origin:
+    """What a verified checkpoint is to a run that begins with it."""
+    seal = (checkpoint.path / MARKER).read_text(encoding="utf-8").strip()
+    return Origin(path=str(checkpoint.path.resolve()), step=checkpoint.step, manifest=seal)
 
 
 class Start(NamedTuple):
@@ -68,7 +55,7 @@ class Start(NamedTuple):
         rejected: damaged checkpoints that are newer than the one that was taken.
     """
 
-    source: Source
+    origin: Origin
     weights: dict[str, Tensor]
     optimizer: Callable[[str], Mapping[str, Tensor]] | None = None
     tokenizer: str | None = None
@@ -77,7 +64,7 @@ class Start(NamedTuple):
 
 def load_start(
     config: Config, engine: Engine, tokenizer: Tokenizer, console: Console
-) -> Source | None:
+) -> Origin | None:
     """Give an engine what `run.start_from` names. Every rank calls this.
 
     Returns:
@@ -95,9 +82,9 @@ def load_start(
         raise ConfigError([Problem("run.start_from", config.run.start_from, another, hint)])
     for path, reason in start.rejected:
         warn(console, f"rejected the checkpoint {path}: {reason}")
-    console.print(f"starts from {start.source.path}", markup=False)
+    console.print(f"starts from {start.origin.path}", markup=False)
     engine.load(start.weights, start.optimizer)
-    return start.source
+    return start.origin
 
 
 def read_start(config: Config, groups: ProcessGroups) -> Start:
@@ -121,7 +108,7 @@ def read_start(config: Config, groups: ProcessGroups) -> Start:
                 reason = f"{path} is {Kind.HUGGING_FACE.value}, which has none"
                 raise ConfigError([_no_moments(reason)])
             weights = raise_on_all_ranks(groups, lambda: pretrained_start(path, config.model))
-            return Start(Source(str(path.resolve())), weights)
+            return Start(Origin(path=str(path.resolve())), weights)
     return raise_on_all_ranks(groups, lambda: _of_checkpoint(config, path, checkpoint))
 
 
@@ -141,7 +128,7 @@ def _of_checkpoint(config: Config, path: Path, checkpoint: Checkpoint) -> Start:
 
     weights = starting_state(config.model, checkpoint.load_weights())
     tokenizer = checkpoint.state["stream"]["tokenizer"]
-    return Start(Source.of(checkpoint), weights, optimizer, tokenizer, checkpoint.rejected)
+    return Start(origin_of(checkpoint), weights, optimizer, tokenizer, checkpoint.rejected)
 
 
 def pretrained_start(path: Path, config: ModelConfig) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from train.experiments.comparison import (
     side_by_side,
 )
 from train.experiments.experiment import Experiment, experiment_of
-from train.experiments.result import Beginning, Estimate, Heldout, HeldoutCurve, Latency, Result
+from train.experiments.result import Estimate, Heldout, HeldoutCurve, Latency, Origin, Result
 
 SPEED = ("threads", "compile", "precision")
 
@@ -325,7 +325,7 @@ def test_runs_are_compared_only_with_runs_that_began_with_the_same_weights() -> 
 
 def test_runs_that_began_with_other_checkpoints_of_one_run_are_two_groups() -> None:
     def at(result: Result, seal: str | None) -> Result:
-        start = Beginning(path="runs/first/step_9", step=9, manifest=seal)
+        start = Origin(path="runs/first/step_9", step=9, manifest=seal)
         return replace(began(result, "runs/first"), began_with=start)
 
     same = [at(run("phd-2", seed, 1.0), "a") for seed in (0, 1)]

@@ -29,9 +29,9 @@ from train.experiments.ledger import (
 )
 from train.experiments.recorder import failures_recorded
 from train.experiments.result import (
-    Beginning,
     Estimate,
     Heldout,
+    Origin,
     TaskScore,
     read_result,
     write_result,
@@ -345,7 +345,7 @@ def test_the_weights_that_a_run_began_with_are_part_of_its_result(run) -> None:
     assert result_of(directory).began_with is None
     start = {"path": "/runs/first/checkpoints/step_00000003", "step": 3, "manifest": "ab"}
     (directory / "start.json").write_text(json.dumps(start))
-    assert read_result(update(directory)).began_with == Beginning(**start)
+    assert read_result(update(directory)).began_with == Origin(**start)
 
 
 def test_damaged_files_are_told(run) -> None:

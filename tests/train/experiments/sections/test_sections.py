@@ -11,7 +11,7 @@ from train.experiments.charts import Chart
 from train.experiments.document import Section, charts, tables
 from train.experiments.experiment import Experiment, experiment_of
 from train.experiments.groups import groups_of
-from train.experiments.result import Beginning, Curve, Estimate, TaskScore
+from train.experiments.result import Curve, Estimate, Origin, TaskScore
 from train.experiments.sections.ablations import ablations
 from train.experiments.sections.costs import costs
 from train.experiments.sections.curves import Seeds, curves
@@ -131,9 +131,9 @@ def test_with_which_weights_a_run_began_is_told() -> None:
     runs = [a_run("phd-2", 0, gain=0.0, settings={"run.start_from": None})]
     first = {"run.start_from": "runs/first"}
     runs += [a_run(f"phd-{K}", 0, gain=0.0, settings=first) for K in (3, 4, 5)]
-    step = Beginning(path="/runs/first/checkpoints/step_7", step=7, manifest="0123456789abcdef")
+    step = Origin(path="/runs/first/checkpoints/step_7", step=7, manifest="0123456789abcdef")
     runs[2] = replace(runs[2], began_with=step)
-    runs[3] = replace(runs[3], began_with=Beginning(path="/models/olmo"))
+    runs[3] = replace(runs[3], began_with=Origin(path="/models/olmo"))
     rows = table(settings(experiment_of(runs)), "settings")
     told = ["null", "runs/first", "runs/first (step 7, seal 0123456789ab)", "runs/first"]
     assert [row["run.start_from"] for row in rows.values()] == told
