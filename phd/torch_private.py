@@ -4,7 +4,8 @@ Nothing else in `phd` names a private operator or module of torch. `tests/phd/te
 checks each assumption, so that a new version of torch which breaks one fails there first.
 
 The attention operators are those behind `scaled_dot_product_attention`, which does not return the
-log-sum-exp. Shapes: q (B, N, T, H), k and v (B, G, T, H); out as q; lse (B, N, T), the natural log
+log-sum-exp. Shapes: q (B, N, T, H), k and v (B, G, T, H), or of another number of tokens where
+`causal` is false, and each query sees every key; out as q; lse (B, N, T), the natural log
 of the sum of exponentials of the scaled scores. All of them are called without dropout, and all
 backwards accept an (out, lse) that their own forward did not make.
 """
@@ -46,28 +47,46 @@ def cpu_flash_forward(
 
 
 def cpu_flash_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    *,
+    causal: bool = True,
 ) -> Gradients:
-    """(dq, dk, dv) of the causal `cpu_flash_forward`."""
+    """(dq, dk, dv) of `cpu_flash_forward`."""
     return aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        dout, q, k, v, out, lse, 0.0, True, scale=scale
+        dout, q, k, v, out, lse, 0.0, causal, scale=scale
     )
 
 
-def cuda_cudnn_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> OutLse:
-    """(out, lse) of cuDNN's causal attention: half precision on CUDA, H a multiple of 8.
+def cuda_cudnn_forward(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool = True
+) -> OutLse:
+    """(out, lse) of cuDNN's attention: half precision on CUDA, H a multiple of 8.
 
     Query head i reads key/value head `i // (N // G)`. T is 2 or more. `out` has the memory layout
     of q; lse is float32.
     """
     out, lse = aten._scaled_dot_product_cudnn_attention(
-        q, k, v, None, True, 0.0, True, scale=scale
+        q, k, v, None, True, 0.0, causal, scale=scale
     )[:2]
     return out, lse.view(q.shape[:3])
 
 
 def cuda_cudnn_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    *,
+    causal: bool = True,
 ) -> Gradients:
     """(dq, dk, dv) of `cuda_cudnn_forward`.
 
@@ -75,48 +94,68 @@ def cuda_cudnn_backward(
     keeps cuDNN's plan by the strides of q, k and v alone: with other strides of `out` or `dout` a
     plan of an earlier call would read them wrongly. cuDNN before 9.26 ignores the strides of lse.
     """
-    T, unused = q.shape[2], q.new_zeros((), dtype=torch.int64)
+    T, keys, unused = q.shape[2], k.shape[2], q.new_zeros((), dtype=torch.int64)
     return aten._scaled_dot_product_cudnn_attention_backward(
-        dout, q, k, v, out, lse[..., None], unused, unused, None, None, None, T, T, 0.0, True,
+        dout, q, k, v, out, lse[..., None], unused, unused, None, None, None, T, keys, 0.0, causal,
         scale=scale,
     )  # fmt: skip
 
 
-def cuda_flash_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> OutLse:
-    """(out, lse) of causal FlashAttention: half precision on CUDA, H a multiple of 8.
+def cuda_flash_forward(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool = True
+) -> OutLse:
+    """(out, lse) of FlashAttention: half precision on CUDA, H a multiple of 8.
 
     Query head i reads key/value head `i // (N // G)`. lse is float32. It is FlashAttention-2, or
     the version that `torch.nn.attention.activate_flash_attention_impl` has put in its place.
     """
-    out, lse = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True, scale=scale)[:2]
+    out, lse = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=scale)[:2]
     return out, lse
 
 
 def cuda_flash_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    *,
+    causal: bool = True,
 ) -> Gradients:
     """(dq, dk, dv) of `cuda_flash_forward`."""
-    T, unused = q.shape[2], _generator_state(q)
+    T, keys, unused = q.shape[2], k.shape[2], _generator_state(q)
     return aten._scaled_dot_product_flash_attention_backward(
-        dout, q, k, v, out, lse, None, None, T, T, 0.0, True, unused, unused, scale=scale
+        dout, q, k, v, out, lse, None, None, T, keys, 0.0, causal, unused, unused, scale=scale
     )
 
 
-def cuda_efficient_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> OutLse:
-    """(out, lse) of the causal memory-efficient (cutlass) kernel: any dtype but float64 on CUDA.
+def cuda_efficient_forward(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool = True
+) -> OutLse:
+    """(out, lse) of the memory-efficient (cutlass) kernel: any dtype but float64 on CUDA.
 
     The kernel wants as many key/value heads as query heads, so these are repeated: query head i
     reads key/value head `i // (N // G)`. lse (B, N, T) is float32.
     """
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     out, lse = aten._scaled_dot_product_efficient_attention(
-        q, k, v, None, compute_log_sumexp=True, is_causal=True, scale=scale
+        q, k, v, None, compute_log_sumexp=True, is_causal=causal, scale=scale
     )[:2]
     return out, lse[..., : q.shape[2]]
 
 
 def cuda_efficient_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    *,
+    causal: bool = True,
 ) -> Gradients:
     """(dq, dk, dv) of `cuda_efficient_forward`.
 
@@ -128,7 +167,7 @@ def cuda_efficient_backward(
     lse = F.pad(lse, (0, -q.shape[2] % EFFICIENT_LSE_ALIGNMENT), value=torch.inf)
     seed, offset = q.new_zeros(2, dtype=torch.int64).unbind()
     dq, dk, dv, _ = aten._scaled_dot_product_efficient_attention_backward(
-        dout, q, k, v, None, out, lse, seed, offset, 0.0, [True, True, True, False], True,
+        dout, q, k, v, None, out, lse, seed, offset, 0.0, [True, True, True, False], causal,
         scale=scale,
     )  # fmt: skip
     dk, dv = (x.unflatten(1, (G, -1)).sum(2) for x in (dk, dv))

@@ -83,23 +83,61 @@ def causal_backward(
     return _backward(dout, q, k, v, out, lse, scale)
 
 
+def noncausal_forward(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, *, varying_length: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Attention of every query to every key: q (B, N, T, H) over k, v (B, G, keys, H).
+
+    Returns (out, lse), and takes `varying_length`, as `causal_forward` does.
+    """
+    if q.device.type == "cpu":
+        return cpu_flash_forward(q, k, v, scale, causal=False)
+    return _forward(q, k, v, scale, varying_length, causal=False)
+
+
+def noncausal_backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    *,
+    varying_length: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`causal_backward` of `noncausal_forward`."""
+    if q.device.type == "cpu":
+        return cpu_flash_backward(dout, q, k, v, out, lse, scale, causal=False)
+    return _backward(dout, q, k, v, out, lse, scale, varying_length, causal=False)
+
+
 @torch.library.custom_op("phd::causal_forward", mutates_args=(), tags=EXACT_STRIDES)
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, varying_length: bool
+    q: Tensor, k: Tensor, v: Tensor, scale: float, varying_length: bool, causal: bool = True
 ) -> tuple[Tensor, Tensor]:
     kernel = _kernel(q, varying_length)
-    out, lse = kernel.forward(*(_aligned(x, kernel.alignment) for x in (q, k, v)), scale)
+    aligned = (_aligned(x, kernel.alignment) for x in (q, k, v))
+    out, lse = kernel.forward(*aligned, scale, causal=causal)
     return _laid_out_like(q, out[..., : q.shape[3]]), lse.contiguous()
 
 
 @torch.library.custom_op("phd::causal_backward", mutates_args=(), tags=EXACT_STRIDES)
 def _backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    varying_length: bool = False,
+    causal: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    kernel, inputs = _kernel(q), (q, k, v)
+    kernel, inputs = _kernel(q, varying_length), (q, k, v)
     q, k, v, out, dout = (_aligned(x, kernel.alignment) for x in (*inputs, out, dout))
     dout, out = _laid_out_like(q, dout), _laid_out_like(q, out)
-    gradients = kernel.backward(dout, q, k, v, out, lse.contiguous(), scale)
+    gradients = kernel.backward(dout, q, k, v, out, lse.contiguous(), scale, causal=causal)
     dq, dk, dv = (
         _laid_out_like(x, gradient[..., : x.shape[3]])
         for x, gradient in zip(inputs, gradients, strict=True)

@@ -135,7 +135,7 @@ class _Packed(torch.autograd.Function):
         if pattern.rule == "hidden":
             # The products among hidden copies are in the precision of lse, float32 at least.
             with torch.autocast(q.device.type, enabled=False):
-                _hidden_kernels(fused).merge((q, k, v), (out, lse), pattern, segments)
+                hidden_kernels(fused).merge((q, k, v), (out, lse), pattern, segments)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.pattern, ctx.segments, ctx.fused = pattern, segments, fused
         return out
@@ -162,13 +162,13 @@ class _Packed(torch.autograd.Function):
         dq = dq.view(B, N, Q, T, H)
         if ctx.pattern.rule == "hidden":
             with torch.autocast(q.device.type, enabled=False):
-                _hidden_kernels(ctx.fused).add_gradients(
+                hidden_kernels(ctx.fused).add_gradients(
                     (dq, dk, dv), (q, k, v), (out, lse, dout), ctx.pattern, ctx.segments
                 )
         return dq, dk, dv, None, None, None
 
 
-class _HiddenKernels(NamedTuple):
+class HiddenKernels(NamedTuple):
     """Rules 2 and 3, forward and backward; the arguments are those of `_merge_hidden` and
     `_add_hidden_gradients`."""
 
@@ -176,12 +176,12 @@ class _HiddenKernels(NamedTuple):
     add_gradients: Callable[..., None]
 
 
-def _hidden_kernels(fused: bool) -> _HiddenKernels:
+def hidden_kernels(fused: bool) -> HiddenKernels:
     if not fused:
-        return _HiddenKernels(_merge_hidden, _add_hidden_gradients)
+        return HiddenKernels(_merge_hidden, _add_hidden_gradients)
     from phd.attention.fused import add_hidden_gradients, merge_hidden
 
-    return _HiddenKernels(merge_hidden, add_hidden_gradients)
+    return HiddenKernels(merge_hidden, add_hidden_gradients)
 
 
 def _merge_hidden(

@@ -101,19 +101,22 @@ def test_the_process_on_the_cpu_is_described_by_its_type_alone() -> None:
 ON_CUDA = [kernel for kernel in CAUSAL_KERNELS if kernel.type == "cuda"]
 
 
+@pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("kernel", ON_CUDA, ids=lambda kernel: kernel.name)
 def test_the_kernels_of_cuda_take_our_arguments_and_return_our_shapes(
-    kernel: CausalKernel,
+    kernel: CausalKernel, causal: bool
 ) -> None:
     """On the meta device, which knows the operators' signatures and shapes."""
+    keys = 37 if causal else 74
     for dtype in kernel.dtypes:
         q, k, v, dout = (
-            torch.empty(2, heads, 37, 8, dtype=dtype, device="meta") for heads in (6, 2, 2, 6)
+            torch.empty(2, heads, T, 8, dtype=dtype, device="meta")
+            for heads, T in ((6, 37), (2, keys), (2, keys), (6, 37))
         )
-        out, lse = kernel.forward(q, k, v, 0.3)
+        out, lse = kernel.forward(q, k, v, 0.3, causal=causal)
         assert (out.shape, out.dtype) == (q.shape, dtype)
         assert (lse.shape, lse.dtype) == (q.shape[:3], FP32)
-        gradients = kernel.backward(dout, q, k, v, out, lse, 0.3)
+        gradients = kernel.backward(dout, q, k, v, out, lse, 0.3, causal=causal)
         for gradient, x in zip(gradients, (q, k, v), strict=True):
             assert (gradient.shape, gradient.dtype) == (x.shape, dtype)
 
@@ -158,6 +161,27 @@ def test_the_operators_compute_what_the_kernels_compute(layout: Callable[[Tensor
 
 
 @layouts
+def test_the_operators_compute_attention_to_all_keys_as_the_kernels_do(
+    layout: Callable[[Tensor], Tensor],
+) -> None:
+    q, k, v, dout, out, lse = inputs(layout)
+    k, v = (torch.cat([x, x], 2) for x in (k, v))
+    forward, backward = torch.ops.phd.causal_forward, torch.ops.phd.causal_backward
+    torch.testing.assert_close(
+        forward(q, k, v, 0.3, True, causal=False),
+        flash.noncausal_forward(q, k, v, 0.3),
+        rtol=0,
+        atol=0,
+    )
+    torch.testing.assert_close(
+        backward(dout, q, k, v, out, lse, 0.3, True, causal=False),
+        tuple(flash.noncausal_backward(dout, q, k, v, out, lse, 0.3)),
+        rtol=0,
+        atol=0,
+    )
+
+
+@layouts
 @pytest.mark.parametrize("dtype", [BF16, FP32])
 def test_tracing_expects_the_layouts_that_the_operators_return(
     dtype: torch.dtype, layout: Callable[[Tensor], Tensor]
@@ -184,15 +208,15 @@ def test_a_kernel_gets_what_cudnn_assumes(
     """
     seen: list[Tensor] = []
 
-    def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    def forward(q, k, v, scale, *, causal):
         assert all(x.stride(-1) == 1 and x.shape[-1] == 8 for x in (q, k, v))
-        return cpu.forward(q, k, v, scale)
+        return cpu.forward(q, k, v, scale, causal=causal)
 
-    def backward(dout, q, k, v, out, lse, scale):
+    def backward(dout, q, k, v, out, lse, scale, *, causal):
         seen.extend([dout, out])
         assert dout.stride() == out.stride() == torch.empty_like(q).stride()
         assert lse.is_contiguous()
-        return cpu.backward(dout, q, k, v, out, lse, scale)
+        return cpu.backward(dout, q, k, v, out, lse, scale, causal=causal)
 
     q, k, v, dout, out, lse = inputs(layout)
     expected = flash.causal_backward(dout, q, k, v, out, lse, 0.3)

@@ -1,0 +1,488 @@
+"""Context parallelism: the tokens of a row on several ranks, which see each other's keys.
+
+A row of T tokens has 2c parts. Rank i of c has parts i and 2c-1-i: an early one, whose queries see
+few keys, and a late one, whose queries see many, so that all ranks do the same work.
+
+    part      0     1     2     3     4     5     6     7        c = 4
+    rank      0     1     2     3     3     2     1     0
+
+Each layer's attention, on each rank:
+
+    forward                                       backward
+    |  all-gather of remembered k, v starts       |  all-gather of remembered k, v starts
+    |    each part's attention to itself          |    each part's gradients of itself
+    |    hidden copies just before each part      |
+    |  the gathered keys are here                 |  the gathered keys are here
+    |    each part's attention to all before      |    each part's gradients of all before
+    v                                             |  reduce-scatter of dk, dv starts
+                                                  |    gradients of hidden copies before
+                                                  v  the sums of dk, dv are here
+
+What is remembered are the originals, or all copies where every slot sees them (`naive_repeat`).
+The keys of a whole row are held by one layer at a time, while it computes. Between forward and
+backward each rank keeps those of its own tokens, and so they are gathered twice.
+"""
+
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from phd.attention.attend import resolve_backend
+from phd.attention.parts import (
+    Gradients,
+    PartAttention,
+    first_documents,
+    halo_tokens,
+    remembered_copies,
+)
+from phd.config import Backend
+from phd.pattern import Pattern
+from phd.segments import Segments
+from phd.torch_private import HAS_TRITON
+from phd.transfer import to_device
+from train.torch_private import process_group_named
+
+CAUSAL = Pattern("causal")
+BACKENDS = ("packed", "fused")
+"""Those whose attention is made of pieces that merge; the others compute whole rows alone."""
+
+
+class Place(NamedTuple):
+    """Which of the ranks that share rows this one is.
+
+    Attributes:
+        group: the name of their process group. Operators take no groups.
+        rank: of this one among them.
+        ranks: c.
+    """
+
+    group: str
+    rank: int
+    ranks: int
+
+    @property
+    def parts(self) -> tuple[int, int]:
+        """The numbers of the two parts of each row that this rank has."""
+        return self.rank, 2 * self.ranks - 1 - self.rank
+
+    def token_index(self, tokens: int) -> np.ndarray:
+        """Which of a row's tokens this rank has, int64 (tokens / c,).
+
+        >>> Place("", rank=0, ranks=2).token_index(8).tolist()
+        [0, 1, 6, 7]
+        """
+        assert tokens % (2 * self.ranks) == 0, (tokens, self.ranks)
+        size = tokens // (2 * self.ranks)
+        return np.concatenate([np.arange(i * size, (i + 1) * size) for i in self.parts])
+
+
+@dataclass(frozen=True)
+class ContextPart:
+    """A rank's part of the rows of a micro-batch: a `phd.model.RowPart`.
+
+    Attributes:
+        place: this rank's.
+        position: int64 (B or 1, T'), each token's position in its document.
+        documents: of each of the two parts, the documents in it, and of the one that begins before
+            it what `phd.attention.parts.first_documents` tells; None: rows are one document.
+    """
+
+    place: Place
+    position: Tensor
+    documents: tuple[tuple[Segments, Tensor], ...] | None
+
+    @classmethod
+    def of(
+        cls,
+        place: Place,
+        tokens: int,
+        starts: np.ndarray | None,
+        device: torch.device | str = "cpu",
+    ) -> "ContextPart":
+        """The part of rows of `tokens` tokens.
+
+        Args:
+            starts: int64 (B, T), where in its row each token's document begins; None: documents are
+                not isolated.
+        """
+        index = torch.from_numpy(place.token_index(tokens))
+        if starts is None:
+            return cls(place, to_device(index[None], device), None)
+        of_all = torch.from_numpy(np.ascontiguousarray(starts)).long()
+        documents = []
+        for part in index.chunk(2):
+            first = int(part[0])
+            within = (of_all[:, part] - first).clamp(min=0)
+            first_ones = first_documents(of_all, first, len(part))
+            documents.append((Segments.of(within).to(device), first_ones))
+        return cls(place, to_device(index - of_all[:, index], device), tuple(documents))
+
+    @property
+    def tables(self) -> list[Tensor]:
+        """Its tensors, from which `from_tables` makes it again."""
+        found = [self.position]
+        for segments, first_ones in self.documents or ():
+            found += [segments.starts, segments.cu_seqlens, segments.cu_seqlens_cpu, first_ones]
+        return found
+
+    @classmethod
+    def from_tables(cls, place: Place, tables: Sequence[Tensor]) -> "ContextPart":
+        position, *others = tables
+        if not others:
+            return cls(place, position, None)
+        documents = (others[:4], others[4:])
+        return cls(place, position, tuple((Segments(*x[:3]), x[3]) for x in documents))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, backend: Backend) -> Tensor:
+        """`phd.attention.attend.attend` of this rank's tokens; every rank of the group calls it."""
+        chosen = resolve_backend(backend, q.device.type, q.dtype, q.shape[4], HAS_TRITON, pattern)
+        assert chosen in BACKENDS, chosen
+        fused = chosen == "fused"
+        B, N, Q, T, H = q.shape
+        if pattern.rule == "stream":
+            # Each copy over its own past: the copies are further key heads.
+            G = k.shape[1]
+            heads = q.unflatten(1, (G, -1)).transpose(2, 3).flatten(1, 3).unsqueeze(2)
+            k, v = (x[:, :, -Q:].flatten(1, 2).unsqueeze(2) for x in (k, v))
+            out = _ContextAttention.apply(heads, k, v, self, CAUSAL, fused)
+            return out.view(B, G, Q, N // G, T, H).transpose(2, 3).reshape(B, N, Q, T, H)
+        if pattern.rule != "flat" or Q < pattern.K:
+            return _ContextAttention.apply(q, k, v, self, pattern, fused)
+        # Every slot sees every slot before it: a plain causal row of K*T slots, token-major.
+        q, k, v = (x.transpose(2, 3).flatten(2, 3).unsqueeze(2) for x in (q, k, v))
+        out = _ContextAttention.apply(q, k, v, self.repeated(Q), CAUSAL, fused)
+        return out.view(B, N, T, Q, H).transpose(2, 3)
+
+    def repeated(self, K: int) -> "ContextPart":
+        """The same part of rows in which every token stands K times, one after another."""
+        documents = None
+        if self.documents is not None:
+            documents = tuple((x.repeated(K), first_ones * K) for x, first_ones in self.documents)
+        return ContextPart(self.place, self.position.repeat_interleave(K, 1), documents)
+
+    def halves(self, pattern: Pattern, fused: bool) -> tuple[PartAttention, ...]:
+        """The attention of each of the two parts."""
+        positions = self.position.chunk(2, 1)
+        size = positions[0].shape[1]
+        halo = halo_tokens(pattern, size, documents=self.documents is not None)
+        documents = self.documents or ((None, None), (None, None))
+        return tuple(
+            PartAttention(pattern, number * size, position, *of_part, halo, fused)
+            for number, position, of_part in zip(
+                self.place.parts, positions, documents, strict=True
+            )
+        )
+
+
+class _ContextAttention(torch.autograd.Function):
+    """Attention of a rank's two parts of each row to the whole row."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        part: ContextPart,
+        pattern: Pattern,
+        fused: bool,
+    ) -> Tensor:
+        work = (*part.place, *astuple(pattern), fused)
+        out, lse, halo = _forward(q, k, v, part.tables, *work)
+        ctx.save_for_backward(q, k, v, out, lse, halo, *part.tables)
+        ctx.work = work
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse, halo, *tables = ctx.saved_tensors
+        dout = grads[0].contiguous()
+        return *_backward(dout, q, k, v, out, lse, halo, tables, *ctx.work), None, None, None
+
+
+# Operators, into which torch.compile does not look: it would make a graph for every set of
+# documents. Activation checkpointing keeps their results, so that nothing is gathered once more.
+
+
+@torch.library.custom_op("train::context_forward", mutates_args=())
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    tables: list[Tensor],
+    group: str,
+    rank: int,
+    ranks: int,
+    rule: str,
+    K: int,
+    window: int | None,
+    chunk_tokens: int | None,
+    span_unit: str,
+    originals_see_hidden: bool,
+    fused: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    part = ContextPart.from_tables(Place(group, rank, ranks), tables)
+    pattern = Pattern(rule, K, window, chunk_tokens, span_unit, originals_see_hidden)  # type: ignore[arg-type]
+    return context_forward(q, k, v, part, pattern, fused)
+
+
+@torch.library.custom_op("train::context_backward", mutates_args=())
+def _backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    halo: Tensor,
+    tables: list[Tensor],
+    group: str,
+    rank: int,
+    ranks: int,
+    rule: str,
+    K: int,
+    window: int | None,
+    chunk_tokens: int | None,
+    span_unit: str,
+    originals_see_hidden: bool,
+    fused: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    part = ContextPart.from_tables(Place(group, rank, ranks), tables)
+    pattern = Pattern(rule, K, window, chunk_tokens, span_unit, originals_see_hidden)  # type: ignore[arg-type]
+    return context_backward((q, k, v), (out, lse, dout), halo, part, pattern, fused)
+
+
+@_forward.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, tables: list[Tensor], *work: Any) -> tuple[Tensor, ...]:  # noqa: ARG001
+    _, _, _, rule, K, window, chunk_tokens, span_unit, originals, _ = work
+    pattern = Pattern(rule, K, window, chunk_tokens, span_unit, originals)
+    B, N, Q, T, H = q.shape
+    halo = halo_tokens(pattern, T // 2, documents=len(tables) > 1)
+    lse = q.new_empty(B, N, Q, T, dtype=torch.promote_types(q.dtype, torch.float32))
+    hidden = k.new_empty(2, 2, B, k.shape[1], k.shape[2] - 1, halo, H)
+    return q.new_empty(q.shape), lse, hidden
+
+
+@_backward.register_fake
+def _(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, ...]:  # noqa: ARG001
+    return tuple(x.new_empty(x.shape) for x in (q, k, v))
+
+
+def context_forward(
+    q: Tensor, k: Tensor, v: Tensor, part: ContextPart, pattern: Pattern, fused: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Attention of a rank's tokens to the whole row.
+
+    Args:
+        q: (B, N, Q, T', H), the two parts one after the other.
+        k, v: (B, G, copies, T', H).
+
+    Returns:
+        out as q, lse (B, N, Q, T'), and the halo (2, 2, B, G, K-1, halo, H): of each part the keys
+        and values of the hidden copies just before it; zeros before the first one of the row.
+    """
+    halves = part.halves(pattern, fused)
+    gathering = _Gathering.of(k, v, pattern, part.place)
+    exchange = _HaloExchange.of(k, v, halves[0].halo, part.place)
+    inputs = list(zip(*(x.chunk(2, 3) for x in (q, k, v)), strict=True))
+    results = [half.attend_to_itself(*qkv) for half, qkv in zip(halves, inputs, strict=True)]
+    halo = exchange.wait()
+    for half, qkv, kv, result in zip(halves, inputs, halo, results, strict=True):
+        if half.halo and half.first:
+            half.add_halo(qkv[0], *kv, result)
+    keys, values = gathering.wait()
+    for half, qkv, result in zip(halves, inputs, results, strict=True):
+        half.add_before(qkv[0], keys, values, result)
+    (out, lse), (more_out, more_lse) = results
+    return torch.cat([out, more_out], 3), torch.cat([lse, more_lse], 3), halo
+
+
+def context_backward(
+    inputs: tuple[Tensor, Tensor, Tensor],
+    result: tuple[Tensor, Tensor, Tensor],
+    halo: Tensor,
+    part: ContextPart,
+    pattern: Pattern,
+    fused: bool,
+) -> Gradients:
+    """(dq, dk, dv) of `context_forward`.
+
+    Args:
+        inputs: q, k, v.
+        result: out, lse and dout.
+        halo: as `context_forward` returns it.
+    """
+    halves, place = part.halves(pattern, fused), part.place
+    _, k, v = inputs
+    gathering = _Gathering.of(k, v, pattern, place)
+    cut_inputs = list(zip(*(x.chunk(2, 3) for x in inputs), strict=True))
+    cut_results = list(zip(*(x.chunk(2, 3) for x in result), strict=True))
+    each = list(zip(halves, cut_inputs, cut_results, strict=True))
+    gradients = [half.gradients_of_itself(qkv, found) for half, qkv, found in each]
+    keys, values = gathering.wait()
+    # Summed in float32 within a rank, too: bfloat16 would lose what many parts add.
+    dk, dv = (torch.zeros_like(x, dtype=result[1].dtype) for x in (keys, values))
+    for (half, qkv, found), (dq, _, _) in zip(each, gradients, strict=True):
+        half.add_gradients_before((dq, dk, dv), (qkv[0], keys, values), found)
+    scattering = _Scattering.of(dk, dv, place, remembered_copies(pattern))
+    of_halo = torch.zeros_like(halo, dtype=dk.dtype)
+    for (half, qkv, found), kv, (dq, _, _), d_kv in zip(
+        each, halo, gradients, of_halo, strict=True
+    ):
+        if half.halo and half.first:
+            d_kv[0], d_kv[1] = half.add_halo_gradients(dq, (qkv[0], *kv), found)
+    exchange = _HaloExchange.back(of_halo, place)
+    dq, dk, dv = (torch.cat(x, 3) for x in zip(*gradients, strict=True))
+    exchange.add_to(dk, dv)
+    scattering.add_to(dk, dv)
+    return dq, dk, dv
+
+
+class _Gathering(NamedTuple):
+    """The all-gather of what is remembered, under way.
+
+    Attributes:
+        whole: (c, 2 parts, 2, B, G, L, copies, H): keys and values, by rank.
+    """
+
+    whole: Tensor
+    work: dist.Work
+    place: Place
+
+    @classmethod
+    def of(cls, k: Tensor, v: Tensor, pattern: Pattern, place: Place) -> "_Gathering":
+        copies = remembered_copies(pattern)
+        both = torch.stack([k[:, :, :copies], v[:, :, :copies]]).transpose(3, 4)
+        own = both.unflatten(3, (2, -1)).movedim(3, 0).contiguous()
+        whole = own.new_empty(place.ranks * 2, *own.shape[1:])
+        work = dist.all_gather_into_tensor(
+            whole, own, process_group_named(place.group), async_op=True
+        )
+        assert work is not None
+        return cls(whole.unflatten(0, (-1, 2)), work, place)
+
+    def wait(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of the whole row, (B, G, T * copies, H), token by token."""
+        self.work.wait()
+        ranks, _, *shape = self.whole.shape
+        row = self.whole.new_empty(*shape[:3], 2 * ranks, *shape[3:])
+        row[:, :, :, :ranks] = self.whole[:, 0].movedim(0, 3)
+        row[:, :, :, ranks:] = self.whole[:, 1].flip(0).movedim(0, 3)
+        keys, values = row.flatten(3, 5)
+        return keys, values
+
+
+class _Scattering(NamedTuple):
+    """The reduce-scatter of the gradients of what is remembered, under way.
+
+    Attributes:
+        own: (2 parts, 2, B, G, L, copies, H): this rank's sums, of dk and dv.
+    """
+
+    own: Tensor
+    work: dist.Work
+    whole: Tensor  # it must live as long as the work
+
+    @classmethod
+    def of(cls, dk: Tensor, dv: Tensor, place: Place, copies: int) -> "_Scattering":
+        both = torch.stack([dk, dv]).unflatten(3, (2 * place.ranks, -1, copies))
+        early, late = both.movedim(3, 0).chunk(2)
+        whole = torch.stack([early, late.flip(0)], 1).flatten(0, 1)
+        own = torch.empty_like(whole[:2])
+        work = dist.reduce_scatter_tensor(
+            own, whole, group=process_group_named(place.group), async_op=True
+        )
+        assert work is not None
+        return cls(own, work, whole)
+
+    def add_to(self, dk: Tensor, dv: Tensor) -> None:
+        """Add the sums to this rank's gradients (B, G, copies, T', H)."""
+        self.work.wait()
+        sums = self.own.movedim(0, 3).flatten(3, 4).transpose(3, 4)  # (2, B, G, copies, T', H)
+        for total, more in zip((dk, dv), sums, strict=True):
+            total[:, :, : more.shape[2]] += more
+
+
+class _HaloExchange(NamedTuple):
+    """The exchange of hidden copies between parts that are neighbours, under way.
+
+        part      0     1     2     3     4     5
+        rank      0     1     2     2     1     0
+                  --->  --->  --->  --->  --->         keys and values; gradients go back
+
+    Attributes:
+        received: what came from the rank before and from the one after, a part's halo each.
+        own: what this rank gives itself, if it has the two parts in the middle.
+    """
+
+    received: Tensor
+    own: Tensor | None
+    work: dist.Work | None
+    place: Place
+
+    @classmethod
+    def of(cls, k: Tensor, v: Tensor, halo: int, place: Place) -> "_HaloExchange":
+        """Send the last hidden copies of both parts, (B, G, copies, T', H), to the parts after."""
+        both = torch.stack([k[:, :, 1:], v[:, :, 1:]]).unflatten(4, (2, -1)).movedim(4, 0)
+        size = both.shape[5]
+        first, second = both[..., size - halo :, :]
+        return cls._start(second, first, place)
+
+    @classmethod
+    def back(cls, gradients: Tensor, place: Place) -> "_HaloExchange":
+        """Send the gradients of both parts' halos to the parts before."""
+        return cls._start(*gradients, place)
+
+    @classmethod
+    def _start(cls, to_previous: Tensor, to_next: Tensor, place: Place) -> "_HaloExchange":
+        """Send something to the ranks before and after this one, where there are such."""
+        received = to_next.new_zeros(2, *to_next.shape)
+        last = place.rank == place.ranks - 1
+        own = to_next if last else None
+        if not to_next.numel():
+            return cls(received, own, None, place)
+        sizes = [0] * place.ranks
+        sent = []
+        if place.rank:
+            sizes[place.rank - 1] = 1
+            sent.append(to_previous)
+        if not last:
+            sizes[place.rank + 1] = 1
+            sent.append(to_next)
+        first = 0 if place.rank else 1
+        work = dist.all_to_all_single(
+            received[first : first + len(sent)],
+            torch.stack(sent),
+            sizes,
+            sizes,
+            group=process_group_named(place.group),
+            async_op=True,
+        )
+        return cls(received, own, work, place)
+
+    def wait(self) -> Tensor:
+        """What came from the rank before and from the one after (or from this one, in the middle).
+
+        Zeros where there is none.
+        """
+        if self.work is not None:
+            self.work.wait()
+        if self.own is not None:
+            self.received[1] = self.own
+        return self.received
+
+    def add_to(self, dk: Tensor, dv: Tensor) -> None:
+        """Add the gradients that have come back to those of this rank's hidden copies."""
+        # The rank before has the part that follows this one's second part.
+        of_second, of_first = self.wait()
+        halo, size = of_first.shape[-2], dk.shape[3] // 2
+        for number, total in enumerate((dk, dv)):
+            total[:, :, 1:, size - halo : size] += of_first[number]
+            total[:, :, 1:, 2 * size - halo :] += of_second[number]
