@@ -25,7 +25,7 @@ endif
 PYTEST := OMP_NUM_THREADS=1 PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest \
 	-n 3 --dist loadfile --no-loadscope-reorder
 
-.PHONY: help train test fast check gpu eval-data soak-data soak-faults soak-rules soak-kernels install clean
+.PHONY: help train test fast check gpu eval-data soak-data soak-faults soak-rules soak-mesh soak-kernels install clean
 
 help:
 	@echo "make train        create $(VENV), install what training needs, pretrain the default model (ARGS=\"model=phd_swa\" overrides)"
@@ -37,6 +37,7 @@ help:
 	@echo "make soak-data    CASES=500 SEED=0: random corpora, kills and changes of ranks: the same rows always"
 	@echo "make soak-faults  KILLS=20 SIGNALS=50 SEED=0: killed ranks and machines: the same run always"
 	@echo "make soak-rules   CASES=500 SEED=0: random models of every variant: packed attention, training and the cache against the definition"
+	@echo "make soak-mesh    CASES=100 SEED=0: random models on ranks that share rows: the weights of one process"
 	@echo "make soak-kernels CASES=500 SEED=0: random attention problems and prompts in Triton's interpreter; every setting compiled for GPUs"
 	@echo "make install      create $(VENV), install everything: what training, every command and the tests need"
 	@echo "make clean        remove $(VENV), $(VENV)-gpu, runs and bench"
@@ -81,6 +82,11 @@ RULES += tests/phd/inference/test_prefill.py::test_logits_from_a_cache_are_those
 
 soak-rules: $(VENV)/.installed
 	OMP_NUM_THREADS=1 CASES=$(CASES) $(BIN)/python -m pytest -q -n 2 --hypothesis-seed=$(SEED) $(RULES)
+
+# Each case takes four ranks and some seconds; CASES=17 SEED=4 are the cases 4 to 20.
+soak-mesh: CASES := $(if $(filter file,$(origin CASES)),100,$(CASES))
+soak-mesh: $(VENV)/.installed
+	OMP_NUM_THREADS=1 CASES=$(CASES) SEED=$(SEED) $(BIN)/python -m pytest -q tests/train/engines/test_context_parallel.py::test_random_meshes_and_patterns_train_what_one_process_does
 
 # Compiling every setting of the kernels for two GPUs takes half an hour of one core.
 soak-kernels: $(VENV)/.installed

@@ -303,6 +303,7 @@ class Config(Settings):
         found += map(_of_length, self.schedule.stage_problems(total, self.shortest_limits))
         found += map(_of_length, self.train.profile_problems(total))
         found += self.engine.problems_with(self.model, self.train.seq_len)
+        found += self._context_problems()
         found += self.engine.optimizer_problems(self.optim.kind)
         # `auto` is decided on the machine that trains; train/run.py asks again with its device.
         return found + (self.device_problems("cpu") if self.engine.device == "cpu" else [])
@@ -318,6 +319,39 @@ class Config(Settings):
         if not self.schedule.is_trunk:
             reason, hint = f"schedule.kind={self.schedule.kind} has no decays", "choose wsd_s"
             found += without_effect(self.run, "run", reason, hint, "decays")
+        return found
+
+    def _context_problems(self) -> list[Problem]:
+        """Why the tokens of rows cannot be dealt over `engine.context` ranks."""
+        context, seq_len = self.engine.context_ranks, self.train.seq_len
+        if context == 1:
+            return []
+        found, others = [], ("engine.context",)
+        backend, parts = self.model.attention, 2 * context
+        if backend in ("reference", "flex"):
+            reason = f"it computes whole rows, and engine.context={context} deals their tokens"
+            hint = "choose model.attention=auto"
+            found.append(Problem("model.attention", backend, reason, hint, others))
+        if seq_len % parts:
+            reason = f"with engine.context={context} it must be divisible by {parts}"
+            hint = f"choose {seq_len - seq_len % parts or parts}"
+            return [*found, Problem("train.seq_len", seq_len, reason, hint, others)]
+        from phd.attention.parts import halo_tokens  # needs torch, as above
+        from phd.pattern import patterns_of
+
+        isolated, size = self.data.documents == "isolate", seq_len // parts
+        reach = max(
+            halo_tokens(pattern, size, documents=isolated)
+            for stage in self.copy_stages
+            for pattern in patterns_of(replace(self.model, K=stage.K))
+        )
+        if reach > size:
+            reason = (
+                f"reaches {reach} tokens back, and engine.context={context} deals rows of "
+                f"{seq_len} tokens in parts of {size}"
+            )
+            hint = "choose a shorter window or chunk, longer rows or fewer ranks"
+            found.append(Problem("model.window", self.model.window, reason, hint, others))
         return found
 
     def _flops_of_problems(self) -> list[Problem]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+import train.engines.context_parallel  # noqa: F401  # its operators
 from phd.model import Transformer
 from train.settings.engine import EngineConfig
 from train.torch_private import SDPA_KERNELS, KernelDispatchMode, TorchDispatchMode, tree_map_only
@@ -29,6 +30,7 @@ ATTENTION = (
     *SDPA_KERNELS,
     torch.ops.phd.causal_forward.default,
     torch.ops.phd.isolated_forward.default,
+    torch.ops.train.context_forward.default,
     torch.ops.higher_order.flex_attention,
 )
 

@@ -24,7 +24,7 @@ backward each rank keeps those of its own tokens, and so they are gathered twice
 """
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -53,7 +53,7 @@ BACKENDS = ("packed", "fused")
 """Those whose attention is made of pieces that merge; the others compute whole rows alone."""
 
 
-class Place(NamedTuple):
+class ContextRank(NamedTuple):
     """Which of the ranks that share rows this one is.
 
     Attributes:
@@ -74,7 +74,7 @@ class Place(NamedTuple):
     def token_index(self, tokens: int) -> np.ndarray:
         """Which of a row's tokens this rank has, int64 (tokens / c,).
 
-        >>> Place("", rank=0, ranks=2).token_index(8).tolist()
+        >>> ContextRank("", rank=0, ranks=2).token_index(8).tolist()
         [0, 1, 6, 7]
         """
         assert tokens % (2 * self.ranks) == 0, (tokens, self.ranks)
@@ -93,14 +93,14 @@ class ContextPart:
             it what `phd.attention.parts.first_documents` tells; None: rows are one document.
     """
 
-    place: Place
+    place: ContextRank
     position: Tensor
     documents: tuple[tuple[Segments, Tensor], ...] | None
 
     @classmethod
     def of(
         cls,
-        place: Place,
+        place: ContextRank,
         tokens: int,
         starts: np.ndarray | None,
         device: torch.device | str = "cpu",
@@ -132,7 +132,7 @@ class ContextPart:
         return found
 
     @classmethod
-    def from_tables(cls, place: Place, tables: Sequence[Tensor]) -> "ContextPart":
+    def from_tables(cls, place: ContextRank, tables: Sequence[Tensor]) -> "ContextPart":
         position, *others = tables
         if not others:
             return cls(place, position, None)
@@ -193,7 +193,7 @@ class _ContextAttention(torch.autograd.Function):
         pattern: Pattern,
         fused: bool,
     ) -> Tensor:
-        work = (*part.place, *astuple(pattern), fused)
+        work = (*part.place, *_fields(pattern), fused)
         out, lse, halo = _forward(q, k, v, part.tables, *work)
         ctx.save_for_backward(q, k, v, out, lse, halo, *part.tables)
         ctx.work = work
@@ -205,6 +205,12 @@ class _ContextAttention(torch.autograd.Function):
         q, k, v, out, lse, halo, *tables = ctx.saved_tensors
         dout = grads[0].contiguous()
         return *_backward(dout, q, k, v, out, lse, halo, tables, *ctx.work), None, None, None
+
+
+def _fields(pattern: Pattern) -> tuple[Any, ...]:
+    """What `Pattern` is made of: operators take no such values."""
+    span = pattern.window, pattern.chunk_tokens, pattern.span_unit
+    return pattern.rule, pattern.K, *span, pattern.originals_see_hidden
 
 
 # Operators, into which torch.compile does not look: it would make a graph for every set of
@@ -228,7 +234,7 @@ def _forward(
     originals_see_hidden: bool,
     fused: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    part = ContextPart.from_tables(Place(group, rank, ranks), tables)
+    part = ContextPart.from_tables(ContextRank(group, rank, ranks), tables)
     pattern = Pattern(rule, K, window, chunk_tokens, span_unit, originals_see_hidden)  # type: ignore[arg-type]
     return context_forward(q, k, v, part, pattern, fused)
 
@@ -254,7 +260,7 @@ def _backward(
     originals_see_hidden: bool,
     fused: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    part = ContextPart.from_tables(Place(group, rank, ranks), tables)
+    part = ContextPart.from_tables(ContextRank(group, rank, ranks), tables)
     pattern = Pattern(rule, K, window, chunk_tokens, span_unit, originals_see_hidden)  # type: ignore[arg-type]
     return context_backward((q, k, v), (out, lse, dout), halo, part, pattern, fused)
 
@@ -298,6 +304,7 @@ def context_forward(
         if half.halo and half.first:
             half.add_halo(qkv[0], *kv, result)
     keys, values = gathering.wait()
+    del gathering  # and the memory in which the keys came
     for half, qkv, result in zip(halves, inputs, results, strict=True):
         half.add_before(qkv[0], keys, values, result)
     (out, lse), (more_out, more_lse) = results
@@ -326,12 +333,13 @@ def context_backward(
     cut_results = list(zip(*(x.chunk(2, 3) for x in result), strict=True))
     each = list(zip(halves, cut_inputs, cut_results, strict=True))
     gradients = [half.gradients_of_itself(qkv, found) for half, qkv, found in each]
-    keys, values = gathering.wait()
+    keys, values = row = gathering.wait()
+    del gathering  # and the memory in which the keys came
     # Summed in float32 within a rank, too: bfloat16 would lose what many parts add.
-    dk, dv = (torch.zeros_like(x, dtype=result[1].dtype) for x in (keys, values))
+    dk, dv = of_row = torch.zeros_like(row, dtype=result[1].dtype)
     for (half, qkv, found), (dq, _, _) in zip(each, gradients, strict=True):
         half.add_gradients_before((dq, dk, dv), (qkv[0], keys, values), found)
-    scattering = _Scattering.of(dk, dv, place, remembered_copies(pattern))
+    scattering = _Scattering.of(of_row, place, remembered_copies(pattern))
     of_halo = torch.zeros_like(halo, dtype=dk.dtype)
     for (half, qkv, found), kv, (dq, _, _), d_kv in zip(
         each, halo, gradients, of_halo, strict=True
@@ -354,10 +362,10 @@ class _Gathering(NamedTuple):
 
     whole: Tensor
     work: dist.Work
-    place: Place
+    place: ContextRank
 
     @classmethod
-    def of(cls, k: Tensor, v: Tensor, pattern: Pattern, place: Place) -> "_Gathering":
+    def of(cls, k: Tensor, v: Tensor, pattern: Pattern, place: ContextRank) -> "_Gathering":
         copies = remembered_copies(pattern)
         both = torch.stack([k[:, :, :copies], v[:, :, :copies]]).transpose(3, 4)
         own = both.unflatten(3, (2, -1)).movedim(3, 0).contiguous()
@@ -368,15 +376,14 @@ class _Gathering(NamedTuple):
         assert work is not None
         return cls(whole.unflatten(0, (-1, 2)), work, place)
 
-    def wait(self) -> tuple[Tensor, Tensor]:
-        """Keys and values of the whole row, (B, G, T * copies, H), token by token."""
+    def wait(self) -> Tensor:
+        """Keys and values of the whole row, (2, B, G, T * copies, H), token by token."""
         self.work.wait()
         ranks, _, *shape = self.whole.shape
         row = self.whole.new_empty(*shape[:3], 2 * ranks, *shape[3:])
         row[:, :, :, :ranks] = self.whole[:, 0].movedim(0, 3)
         row[:, :, :, ranks:] = self.whole[:, 1].flip(0).movedim(0, 3)
-        keys, values = row.flatten(3, 5)
-        return keys, values
+        return row.flatten(3, 5)
 
 
 class _Scattering(NamedTuple):
@@ -391,9 +398,10 @@ class _Scattering(NamedTuple):
     whole: Tensor  # it must live as long as the work
 
     @classmethod
-    def of(cls, dk: Tensor, dv: Tensor, place: Place, copies: int) -> "_Scattering":
-        both = torch.stack([dk, dv]).unflatten(3, (2 * place.ranks, -1, copies))
-        early, late = both.movedim(3, 0).chunk(2)
+    def of(cls, of_row: Tensor, place: ContextRank, copies: int) -> "_Scattering":
+        """Start to sum dk and dv of the whole row, as `_Gathering.wait` has it, over the ranks."""
+        parts = of_row.unflatten(3, (2 * place.ranks, -1, copies)).movedim(3, 0)
+        early, late = parts.chunk(2)
         whole = torch.stack([early, late.flip(0)], 1).flatten(0, 1)
         own = torch.empty_like(whole[:2])
         work = dist.reduce_scatter_tensor(
@@ -425,10 +433,10 @@ class _HaloExchange(NamedTuple):
     received: Tensor
     own: Tensor | None
     work: dist.Work | None
-    place: Place
+    place: ContextRank
 
     @classmethod
-    def of(cls, k: Tensor, v: Tensor, halo: int, place: Place) -> "_HaloExchange":
+    def of(cls, k: Tensor, v: Tensor, halo: int, place: ContextRank) -> "_HaloExchange":
         """Send the last hidden copies of both parts, (B, G, copies, T', H), to the parts after."""
         both = torch.stack([k[:, :, 1:], v[:, :, 1:]]).unflatten(4, (2, -1)).movedim(4, 0)
         size = both.shape[5]
@@ -436,12 +444,12 @@ class _HaloExchange(NamedTuple):
         return cls._start(second, first, place)
 
     @classmethod
-    def back(cls, gradients: Tensor, place: Place) -> "_HaloExchange":
+    def back(cls, gradients: Tensor, place: ContextRank) -> "_HaloExchange":
         """Send the gradients of both parts' halos to the parts before."""
         return cls._start(*gradients, place)
 
     @classmethod
-    def _start(cls, to_previous: Tensor, to_next: Tensor, place: Place) -> "_HaloExchange":
+    def _start(cls, to_previous: Tensor, to_next: Tensor, place: ContextRank) -> "_HaloExchange":
         """Send something to the ranks before and after this one, where there are such."""
         received = to_next.new_zeros(2, *to_next.shape)
         last = place.rank == place.ranks - 1

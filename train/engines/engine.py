@@ -4,10 +4,11 @@ The model itself knows nothing of ranks and devices.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -21,6 +22,7 @@ from train.checkpoint.reader import Checkpoint, TensorTree
 from train.config import Config
 from train.distributed.process_groups import ProcessGroups
 from train.engines.compilation import compile_blocks
+from train.engines.context_parallel import ContextPart, ContextRank
 from train.engines.device import autocast, choose_device, precision
 from train.engines.limits import Limits
 from train.engines.mesh import ParallelDims
@@ -62,6 +64,8 @@ class Engine(ABC):
         dims: how the ranks are laid out.
         micro_batch: rows of a micro-batch on one rank.
         compiled: whether blocks are compiled.
+        place: this rank's among those over which the tokens of its rows are dealt; None: it has
+            whole rows.
     """
 
     model_with_loss: nn.Module
@@ -79,6 +83,7 @@ class Engine(ABC):
         self.dims = ParallelDims.of(config.engine, groups.world_size)
         self.micro_batch = config.train.micro_batch_on(self.dims.data_ranks)
         self.compiled = config.engine.compiles_on(self.device.type)
+        self.place: ContextRank | None = None  # a subclass that deals the tokens of rows sets it
         # An evaluation runs without gradients, and so has graphs of its own.
         self._evaluation_to_compile = self.compiled and config.data.holdout > 0
 
@@ -116,7 +121,7 @@ class Engine(ABC):
             if document_nats is not None:
                 assert micro_batch.documents is not None
                 assert loss.per_target is not None
-                numbers = self._to_device(torch.from_numpy(micro_batch.documents)).flatten()
+                numbers = self._to_device(self._dealt(micro_batch.documents)).flatten()
                 document_nats.index_add_(0, numbers, loss.per_target.flatten().double())
         if document_nats is not None:
             self.sum_loss(document_nats)
@@ -164,19 +169,28 @@ class Engine(ABC):
 
     def loss_of(self, micro_batch: Batch, *, per_target: bool = False) -> Loss:
         """`forward` alone, also where it is not the first step's."""
-        segments = None
-        if micro_batch.document_starts is not None:
-            segments = Segments.of(torch.from_numpy(micro_batch.document_starts)).to(self.device)
-            if self.compiled:  # the number of documents differs from batch to batch
-                mark_dynamic(segments.cu_seqlens)
-                mark_dynamic(segments.cu_seqlens_cpu)
+        segments = part = None
+        starts = micro_batch.document_starts
+        if self.place is not None:
+            length = micro_batch.inputs.shape[1]
+            part = ContextPart.of(self.place, length, starts, self.device)
+        elif starts is not None:
+            segments = Segments.of(torch.from_numpy(starts)).to(self.device)
+        if self.compiled:  # the number of documents differs from batch to batch
+            for lengths in _document_lengths(segments, part):
+                mark_dynamic(lengths)
         tokens, targets = (
-            self._to_device(torch.from_numpy(x)) for x in (micro_batch.inputs, micro_batch.targets)
+            self._to_device(self._dealt(x)) for x in (micro_batch.inputs, micro_batch.targets)
         )
         with autocast(self.device, self.dtype):
             if per_target:
-                return self.model_with_loss(tokens, targets, segments, per_target=True)
-            return self.model_with_loss(tokens, targets, segments)
+                return self.model_with_loss(tokens, targets, segments, part, per_target=True)
+            return self.model_with_loss(tokens, targets, segments, part)
+
+    def _dealt(self, x: np.ndarray) -> Tensor:
+        """What this rank has of values (B, T), one for each token of its rows."""
+        index = slice(None) if self.place is None else self.place.token_index(x.shape[1])
+        return torch.from_numpy(x[:, index])
 
     def _to_device(self, x: Tensor) -> Tensor:
         if self.device.type == "cuda":
@@ -273,3 +287,11 @@ class Engine(ABC):
 
     def close(self) -> None:  # noqa: B027  # optional to override
         """Release what would outlive the engine."""
+
+
+def _document_lengths(segments: Segments | None, part: ContextPart | None) -> Iterator[Tensor]:
+    """The tensors that are as long as a micro-batch has documents."""
+    parts = part.documents if part is not None else None
+    for documents in [segments] if segments is not None else [x for x, _ in parts or ()]:
+        yield documents.cu_seqlens
+        yield documents.cu_seqlens_cpu

@@ -18,6 +18,7 @@ from phd.model import ModelWithLoss, Transformer
 from train.checkpoint.reader import Checkpoint, TensorTree
 from train.config import Config
 from train.distributed.process_groups import ProcessGroups
+from train.engines.context_parallel import ContextRank
 from train.engines.device import autocast
 from train.engines.engine import Engine
 from train.engines.limits import Limits
@@ -52,12 +53,14 @@ class FsdpEngine(Engine):
         super().__init__(config, groups)
         assert isinstance(config.engine, FsdpConfig)
         assert isinstance(self.model_with_loss, ModelWithLoss)
-        if problems := [  # each of these goes when it is built
-            Problem(f"engine.{name}", size, "not built yet", "leave it out")
-            for name, size in (("context", self.dims.context), ("tensor", self.dims.tensor))
-            if size > 1
-        ]:
-            raise ConfigError(problems)
+        if self.dims.tensor > 1:  # this goes when it is built
+            raise ConfigError(
+                [Problem("engine.tensor", self.dims.tensor, "not built yet", "leave it out")]
+            )
+        if self.dims.context > 1:
+            group = self.dims.row_mesh(self.device).get_group("context")
+            rank = self.dims.context_rank(groups.rank)
+            self.place = ContextRank(group.group_name, rank, self.dims.context)
         self.keeps_gathered = config.engine.reshard_after_forward == "never"
         self.model_with_loss = parallelize(
             self.model_with_loss,

@@ -33,6 +33,7 @@ import torch
 from conf.errors import ConfigError, Problem
 from conf.wording import byte_size
 from phd.model import count_parameters
+from phd.pattern import patterns_of
 from train.config import Config
 from train.engines.footprint import Footprint, Pass, Recompute, block_footprints, head_footprint
 from train.engines.newton_schulz import muon_step_bytes
@@ -104,7 +105,9 @@ def predict_memory(
     """
     given = pass_of(config, dtype, world_size, device)
     placed = _placed(config, given, world_size)
-    blocks = block_footprints(given, config.engine.checkpoint_every_block)
+    blocks = _with_rows_of_keys(
+        block_footprints(given, config.engine.checkpoint_every_block), given, config
+    )
     head = head_footprint(given, config.optim.z_loss)
     if config.model.tied:
         # It waits for the embedding's, also where earlier micro-batches have left a gradient.
@@ -123,7 +126,7 @@ def pass_of(config: Config, dtype: torch.dtype, world_size: int, device: str) ->
     return Pass(
         model=config.most_copies,
         rows=config.micro_batch_on(world_size),
-        tokens=config.train.seq_len,
+        tokens=config.train.seq_len // engine.context_ranks,
         dtype=dtype,
         weights=dtype if sharded else torch.float32,
         # As in `train.engines.fsdp`: FSDP2 gathers rounded shards, and DeepSpeed has none.
@@ -193,6 +196,28 @@ def shard_counts(config: Config, world_size: int) -> tuple[int, int, int]:
                 world_size if stage >= first else 1 for first in (3, 2, 1)
             )
             return weights, gradients, moments
+
+
+def _with_rows_of_keys(blocks: list[Footprint], given: Pass, config: Config) -> list[Footprint]:
+    """The blocks with the keys and values of whole rows, which each gathers for itself.
+
+    As they come, and in order; in the backward pass their gradients in float32 as well, in order
+    and as they are sent.
+    """
+    context = config.engine.context_ranks
+    if context == 1:
+        return blocks
+    model, size = given.model, given.dtype.itemsize
+    tokens = given.rows * given.tokens * context
+    found = []
+    for block, pattern in zip(blocks, patterns_of(model), strict=True):
+        copies = pattern.cached_slots_per_token
+        numbers = 2 * tokens * copies * model.kv_heads * model.head_dim
+        forward, backward = 2 * size * numbers, (size + 8) * numbers
+        found.append(
+            block._replace(forward=block.forward + forward, backward=block.backward + backward)
+        )
+    return found
 
 
 def _embedding(given: Pass) -> Footprint:

@@ -113,12 +113,14 @@ class EngineConfig(Settings):
         """Why the blocks' products cannot be float8, whose operands have sides of 16 n numbers."""
         if self.precision != "fp8":
             return []
+        context = self.context_ranks
+        tokens = "train.seq_len" if context == 1 else "train.seq_len / engine.context"
         sides = {
             "model.dim": model.dim,
             "model.ffn_dim": model.ffn_dim,
             "model.heads x model.head_dim": model.heads * model.head_dim,
             "model.kv_heads x model.head_dim": model.kv_heads * model.head_dim,
-            "train.seq_len": seq_len,  # the rows of a product are whole rows of text
+            tokens: seq_len // context,  # the rows of a product are tokens of whole rows of text
         }
         reason = "with engine.precision=fp8 it must be divisible by 16"
         return [
@@ -145,6 +147,11 @@ class EngineConfig(Settings):
     def problems_on(self, world_size: int) -> list[Problem]:  # noqa: ARG002
         """Why the engine cannot spread the work over this many ranks."""
         return []
+
+    @property
+    def context_ranks(self) -> int:
+        """Over how many ranks the tokens of a row are dealt."""
+        return 1
 
     @property
     def ranks_per_row(self) -> int:
@@ -214,6 +221,10 @@ class FsdpConfig(EngineConfig):
             reason = f"times {told} {reason}"
         hint = "choose another, or start another number of ranks"
         return [Problem(first, given[first], reason, hint, tuple(others))]
+
+    @property
+    def context_ranks(self) -> int:
+        return self.context
 
     @property
     def ranks_per_row(self) -> int:

@@ -17,6 +17,7 @@ from train.checkpoint.reader import flatten
 from train.compose import load
 from train.config import Config
 from train.distributed.process_groups import ProcessGroups
+from train.engines.engine import Engine, StepResult
 from train.loop import train_step
 from train.run import open_engine
 
@@ -89,8 +90,13 @@ def train(groups: ProcessGroups, config: Config) -> Training:
     engine = open_engine(config, groups)
     results = []
     for step in range(config.train.max_steps):
-        rows = batch(step).shard(groups.rank, groups.world_size)
+        rows = batch(step).shard(engine.dims.data_rank(groups.rank), engine.dims.data_ranks)
         results.append(train_step(engine, rows, lr=0.01))
+    return closed(engine, results)
+
+
+def closed(engine: Engine, results: list[StepResult]) -> Training:
+    """What an engine has trained in some steps; ends it."""
     losses, norms, applied = ([x.item() for x in column] for column in zip(*results, strict=True))
     weights = {
         name: (x.full_tensor() if isinstance(x, DTensor) else x).numpy(force=True)
@@ -133,7 +139,7 @@ def config_of(case: Case) -> Config:
     return load([*SMALL, *model, *engine, micro_batch, *case.settings])
 
 
-def united(case: Case, parts: list[Training]) -> Training:
+def united(case: object, parts: list[Training]) -> Training:
     """What the ranks found, which must be the same, with the weights that each of them has."""
     first = parts[0]
     assert all(part[:3] == first[:3] for part in parts), case
