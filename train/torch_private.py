@@ -99,7 +99,7 @@ def keep_graphs_with_functions() -> None:
 
 def process_group_named(name: str) -> dist.ProcessGroup:
     """The process group of this `group_name`, by which operators know it."""
-    return _resolve_process_group(name)
+    return _resolve_process_group(name)  # type: ignore[arg-type]  # a NewType of str
 
 
 def storage_key(tensor: Tensor) -> int:

@@ -302,7 +302,7 @@ def context_forward(
     halo = exchange.wait()
     for half, qkv, kv, result in zip(halves, inputs, halo, results, strict=True):
         if half.halo and half.first:
-            half.add_halo(qkv[0], *kv, result)
+            half.add_halo(qkv[0], kv[0], kv[1], result)
     keys, values = gathering.wait()
     del gathering  # and the memory in which the keys came
     for half, qkv, result in zip(halves, inputs, results, strict=True):
@@ -446,7 +446,8 @@ class _HaloExchange(NamedTuple):
     @classmethod
     def back(cls, gradients: Tensor, place: ContextRank) -> "_HaloExchange":
         """Send the gradients of both parts' halos to the parts before."""
-        return cls._start(*gradients, place)
+        of_first, of_second = gradients
+        return cls._start(of_first, of_second, place)
 
     @classmethod
     def _start(cls, to_previous: Tensor, to_next: Tensor, place: ContextRank) -> "_HaloExchange":
