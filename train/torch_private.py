@@ -13,12 +13,10 @@ from typing import Any, NamedTuple
 
 import torch
 import torch._functorch.config as functorch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch._dynamo.decorators import maybe_mark_dynamic
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint.filesystem import _StorageInfo as StorageInfo
-from torch.distributed.distributed_c10d import _resolve_process_group
 from torch.distributed.fsdp import FSDPModule
 from torch.fx import GraphModule, Node
 from torch.nn.parallel import DistributedDataParallel
@@ -95,11 +93,6 @@ def keep_graphs_with_functions() -> None:
     again.
     """
     functorch.autograd_cache_allow_custom_autograd_functions = True
-
-
-def process_group_named(name: str) -> dist.ProcessGroup:
-    """The process group of this `group_name`, by which operators know it."""
-    return _resolve_process_group(name)  # type: ignore[arg-type]  # a NewType of str
 
 
 def storage_key(tensor: Tensor) -> int:

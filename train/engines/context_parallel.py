@@ -46,18 +46,21 @@ from phd.pattern import Pattern
 from phd.segments import Segments
 from phd.torch_private import HAS_TRITON
 from phd.transfer import to_device
-from train.torch_private import process_group_named
 
 CAUSAL = Pattern("causal")
 BACKENDS = ("packed", "fused")
 """Those whose attention is made of pieces that merge; the others compute whole rows alone."""
 
 
+_GROUPS: dict[str, dist.ProcessGroup] = {}
+"""By name, because operators take names and no groups."""
+
+
 class ContextRank(NamedTuple):
     """Which of the ranks that share rows this one is.
 
     Attributes:
-        group: the name of their process group. Operators take no groups.
+        group: the name of their process group.
         rank: of this one among them.
         ranks: c.
     """
@@ -65,6 +68,12 @@ class ContextRank(NamedTuple):
     group: str
     rank: int
     ranks: int
+
+    @classmethod
+    def of(cls, group: dist.ProcessGroup) -> "ContextRank":
+        """This rank's in a group."""
+        _GROUPS[group.group_name] = group
+        return cls(group.group_name, dist.get_rank(group), dist.get_world_size(group))
 
     @property
     def parts(self) -> tuple[int, int]:
@@ -171,6 +180,7 @@ class ContextPart:
         positions = self.position.chunk(2, 1)
         size = positions[0].shape[1]
         halo = halo_tokens(pattern, size, documents=self.documents is not None)
+        assert halo <= size, (halo, size)  # `train.config` refuses it
         documents = self.documents or ((None, None), (None, None))
         return tuple(
             PartAttention(pattern, number * size, position, *of_part, halo, fused)
@@ -370,9 +380,7 @@ class _Gathering(NamedTuple):
         both = torch.stack([k[:, :, :copies], v[:, :, :copies]]).transpose(3, 4)
         own = both.unflatten(3, (2, -1)).movedim(3, 0).contiguous()
         whole = own.new_empty(place.ranks * 2, *own.shape[1:])
-        work = dist.all_gather_into_tensor(
-            whole, own, process_group_named(place.group), async_op=True
-        )
+        work = dist.all_gather_into_tensor(whole, own, _GROUPS[place.group], async_op=True)
         assert work is not None
         return cls(whole.unflatten(0, (-1, 2)), work, place)
 
@@ -404,9 +412,7 @@ class _Scattering(NamedTuple):
         early, late = parts.chunk(2)
         whole = torch.stack([early, late.flip(0)], 1).flatten(0, 1)
         own = torch.empty_like(whole[:2])
-        work = dist.reduce_scatter_tensor(
-            own, whole, group=process_group_named(place.group), async_op=True
-        )
+        work = dist.reduce_scatter_tensor(own, whole, group=_GROUPS[place.group], async_op=True)
         assert work is not None
         return cls(own, work, whole)
 
@@ -471,7 +477,7 @@ class _HaloExchange(NamedTuple):
             torch.stack(sent),
             sizes,
             sizes,
-            group=process_group_named(place.group),
+            group=_GROUPS[place.group],
             async_op=True,
         )
         return cls(received, own, work, place)

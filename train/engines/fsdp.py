@@ -58,9 +58,7 @@ class FsdpEngine(Engine):
                 [Problem("engine.tensor", self.dims.tensor, "not built yet", "leave it out")]
             )
         if self.dims.context > 1:
-            group = self.dims.row_mesh(self.device).get_group("context")
-            rank = self.dims.context_rank(groups.rank)
-            self.place = ContextRank(group.group_name, rank, self.dims.context)
+            self.place = ContextRank.of(self.dims.row_mesh(self.device).get_group("context"))
         self.keeps_gathered = config.engine.reshard_after_forward == "never"
         self.model_with_loss = parallelize(
             self.model_with_loss,

@@ -250,7 +250,7 @@ def context_of(groups: ProcessGroups, ranks: int) -> ContextRank:
     all_groups = [dist.new_group(list(range(i, i + ranks))) for i in range(0, WORLD, ranks)]
     group = all_groups[groups.rank // ranks]
     assert isinstance(group, dist.ProcessGroup)
-    return ContextRank(group.group_name, groups.rank % ranks, ranks)
+    return ContextRank.of(group)
 
 
 def attended(
