@@ -65,22 +65,16 @@ class Block(nn.Module):
         stream, keys = context.select_queries(x), context.select_keys(x)
         match self.wiring:
             case "reordered":
-                x = stream + self.attention_norm(self._attention_of(x, keys, context))
+                x = stream + self.attention_norm(self.attention(x, keys, context))
                 return x + self.ffn_norm(self.ffn(x))
             case "pre":
                 normed = self.attention_norm(x)
                 keys = normed if keys is x else self.attention_norm(keys)
-                x = stream + self._attention_of(normed, keys, context)
+                x = stream + self.attention(normed, keys, context)
                 return x + self.ffn(self.ffn_norm(x))
             case _:
-                x = self.ffn_norm(stream + self._attention_of(x, keys, context))
+                x = self.ffn_norm(stream + self.attention(x, keys, context))
                 return x + self.ffn(x)
-
-    def _attention_of(self, x: Tensor, keys: Tensor, context: AttentionContext) -> Tensor:
-        # Selecting is a slice, so doing it twice costs nothing. With `pre`, attention reads another
-        # tensor than the stream; with the others, one slice for both would change the order in
-        # which gradients are summed, and so their last bits.
-        return self.attention(context.select_queries(x), keys, context)
 
 
 class Attention(nn.Module):
@@ -118,15 +112,20 @@ class Attention(nn.Module):
             self.q_norm = RMSNorm(queries, config.norm_eps)
             self.k_norm = RMSNorm(keys, config.norm_eps)
 
-    def forward(self, x_queries: Tensor, x: Tensor, context: AttentionContext) -> Tensor:
-        """Queries of x_queries (B, K or 1, T', D), keys and values of x (B, K or 1, T, D).
+    def forward(self, x: Tensor, keys: Tensor, context: AttentionContext) -> Tensor:
+        """Queries of the slots of x that the context selects, keys and values of `keys`.
 
-        Returns (B, K or 1, T', D). Where both are one tensor, so may be the three projections.
+        Both are (B, K or 1, T, D); returns (B, K or 1, T', D). Where all of x are queries and keys,
+        so may be the three projections one.
         """
-        if x_queries is x:
-            q, k, v = project_all(x, (self.q, self.k, self.v))
+        # Selecting is a slice, so that the block does it again for the stream costs nothing. With
+        # `pre`, attention reads another tensor than the stream; with the others, one slice for both
+        # would change the order in which gradients are summed, and so their last bits.
+        queries = context.select_queries(x)
+        if queries is keys:
+            q, k, v = project_all(keys, (self.q, self.k, self.v))
         else:
-            q, (k, v) = self.q(x_queries), project_all(x, (self.k, self.v))
+            q, (k, v) = self.q(queries), project_all(keys, (self.k, self.v))
         q, k, v = (
             self._split_heads(y, norm)
             for y, norm in ((q, self.q_norm), (k, self.k_norm), (v, self.v_norm))

@@ -220,24 +220,28 @@ class Transformer(nn.Module):
         # The residual stream is float32, also where the weights are gathered in half precision.
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         if self.config.hidden_input != "token":
-            x = torch.cat([x, self._hidden_input(tokens, x.dtype)], 1)
+            x = torch.cat([x, self._hidden_input(tokens, x)], 1)
         if not self.config.copy_embedding:
             return x
         return x + self.copy_embed.weight[: self.config.K, None]
 
-    def _hidden_input(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
-        """tokens, int (B, T) -> what hidden copies are fed (B, K-1, T, D), which is no original's.
+    def _hidden_input(self, tokens: Tensor, originals: Tensor) -> Tensor:
+        """What hidden copies are fed (B, K-1, T, D), where it is not what originals are.
 
         learned    one vector for all          table    row (s-1) * V + token for copy s
+
+        Args:
+            tokens: int (B, T).
+            originals: their input (B, 1, T, D).
         """
         hidden = self.config.K - 1
         if self.config.hidden_input == "learned":
             # Converted first: so the gradients of all slots are summed in `dtype` and rounded once.
-            vector = self.copy_input.weight.to(dtype)
-            return vector.expand(len(tokens), hidden, tokens.shape[1], -1)
+            vector = self.copy_input.weight.to(originals.dtype)
+            return vector.expand(len(tokens), hidden, originals.shape[2], -1)
         first = torch.arange(hidden, device=tokens.device)[:, None] * self.config.vocab_size
         table: Tensor = self.copy_input(tokens[:, None] + first)
-        return table.to(dtype)
+        return table.to(originals.dtype)
 
     def logits(self, tokens: Tensor, segments: Segments | None = None) -> Tensor:
         """tokens, int (B, T) -> (B, T, V)."""

@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch._functorch.config as functorch
@@ -27,6 +27,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 __all__ = ["FakeTensorMode", "StorageInfo", "TorchDispatchMode", "tree_leaves", "tree_map_only"]
 
 aten = torch.ops.aten
+functional = torch.ops._c10d_functional
 
 SDPA_KERNELS = (
     aten._scaled_dot_product_flash_attention_for_cpu.default,
@@ -93,6 +94,25 @@ def keep_graphs_with_functions() -> None:
     again.
     """
     functorch.autograd_cache_allow_custom_autograd_functions = True
+
+
+def all_gather_rows(x: Tensor, ranks: int, group: str) -> Tensor:
+    """The x (n, ...), contiguous, of the ranks of a group, one after another: (ranks * n, ...).
+
+    This and the two that follow are collectives that torch.compile can trace, by the operators
+    that PyTorch's own functional collectives call. The group is given by its name.
+    """
+    return functional.wait_tensor(functional.all_gather_into_tensor(x, ranks, group))
+
+
+def reduce_scatter_rows(x: Tensor, ranks: int, group: str) -> Tensor:
+    """This rank's part (n, ...) of the sum of the x (ranks * n, ...), contiguous, of a group."""
+    return functional.wait_tensor(functional.reduce_scatter_tensor(x, "sum", ranks, group))
+
+
+def all_reduce(x: Tensor, operation: Literal["sum", "max"], group: str) -> Tensor:
+    """The sum, or the largest, of the x of the ranks of a group; x stays what it is."""
+    return functional.wait_tensor(functional.all_reduce(x, operation, group))
 
 
 def storage_key(tensor: Tensor) -> int:
