@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from rich.console import Console
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from conf.errors import reason_of
 from data.batch import Batch
@@ -205,7 +206,8 @@ def _watched(
     def watch(name: str, layer: nn.Module) -> Iterator[Any]:
         def on_weights(module: nn.Module, _: object) -> None:
             for parameter in module.parameters(recurse=False):
-                sizes[name]["weight"].add(parameter)
+                cut = isinstance(parameter, DTensor)  # over tensor ranks
+                sizes[name]["weight"].add(parameter.full_tensor() if cut else parameter)
 
         def on_output(module: nn.Module, _: object, output: Tensor) -> None:  # noqa: ARG001
             sizes[name]["output"].add(output)

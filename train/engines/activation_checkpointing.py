@@ -23,6 +23,8 @@ MATRIX_PRODUCTS = (
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
     torch.ops.aten._scaled_mm.default,  # float8's
+    # What a product is summed to over tensor ranks: to compute it again would send it again.
+    torch.ops._c10d_functional.reduce_scatter_tensor.default,
 )
 # Of packed attention only rule 1 is in this list: its FLOPs grow with T^2, those of rules 2 and 3
 # with T * W.

@@ -1,7 +1,9 @@
 """PyTorch's own parallelism: one process, DDP, FSDP2 (arXiv 2304.11277) or HSDP."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from math import prod
 
 import torch
 from torch import Tensor
@@ -10,7 +12,6 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 
-from conf.errors import ConfigError, Problem
 from data.batch import Batch
 from data.prefetch import never
 from phd.initialization import initial_weights
@@ -44,6 +45,9 @@ class FsdpEngine(Engine):
         true           m                  HSDP: m replicas, each of n / m shards
         false          1                  DDP: n replicas
 
+    With `engine.tensor=t`, n / t in place of n: each of these ranks is t ranks, and the shards are
+    of the parts of matrices that each of the t has (`train.engines.tensor_parallel.plan`).
+
     In a lone process each of these is a plain model. AdamW treats each element alone, so the
     optimizer works on this rank's shards as plain tensors: DTensors would dispatch each operation
     in Python. Muon exchanges shards of matrices itself.
@@ -53,10 +57,6 @@ class FsdpEngine(Engine):
         super().__init__(config, groups)
         assert isinstance(config.engine, FsdpConfig)
         assert isinstance(self.model_with_loss, ModelWithLoss)
-        if self.dims.tensor > 1:  # this goes when it is built
-            raise ConfigError(
-                [Problem("engine.tensor", self.dims.tensor, "not built yet", "leave it out")]
-            )
         if self.dims.context > 1:
             self.place = ContextRank.of(self.dims.row_mesh(self.device).get_group("context"))
         self.keeps_gathered = config.engine.reshard_after_forward == "never"
@@ -109,8 +109,7 @@ class FsdpEngine(Engine):
             assert parameter.grad is not None
             gradients.append(parameter.grad)
             shard.grad = _local(parameter.grad)
-        # On DTensors this reduces the squared norms of the shards over the ranks.
-        grad_norm = _full(get_total_norm(gradients))
+        grad_norm = self._total_norm(gradients)
         applied = limits.allow(loss, grad_norm)
         set_lr(self.optimizer, lr)
         set_clip_and_skip(self.optimizer, grad_norm, self.config.optim.grad_clip, applied)
@@ -120,6 +119,20 @@ class FsdpEngine(Engine):
         self.optimizer.zero_grad()
         self.model_with_loss.zero_grad()
         return grad_norm, applied
+
+    def _total_norm(self, gradients: Sequence[Tensor]) -> Tensor:
+        """The L2 norm of the whole gradient, a scalar that is the same on all ranks."""
+        if self.dims.tensor == 1:
+            # On DTensors this reduces the squared norms of the shards over the ranks.
+            return _full(get_total_norm(gradients))
+        # Torch would reduce over one axis of the mesh after the other, and parameter by parameter
+        # where some are cut over an axis and some are not. Here a shard that r ranks have counts
+        # 1 / r on each of them.
+        parts: defaultdict[int, list[Tensor]] = defaultdict(list)
+        for gradient in gradients:
+            parts[_replicas(gradient)].append(_local(gradient))
+        squares = [get_total_norm(group).square() / r for r, group in parts.items()]
+        return self.groups.sum(torch.stack(squares).sum()).sqrt()
 
     def drop_gradients(self) -> None:
         """Drop the gradients of the micro-batches so far, reduced or not."""
@@ -140,15 +153,37 @@ class FsdpEngine(Engine):
 
     @contextmanager
     def summon_full_params(self) -> Iterator[Transformer]:
-        """The model. Its blocks gather their weights when called; this gathers the others."""
+        """The model. Its blocks gather their weights when called; this gathers the others.
+
+        Where matrices are cut over tensor ranks it is a whole copy of the model, in the dtype of
+        the products, which each rank holds for as long as this lasts.
+        """
         if isinstance(self.model_with_loss, FSDPModule):
             self.model_with_loss.unshard()
         try:
+            model = self.model if self.dims.tensor == 1 else self._whole_copy()
             # Compiled blocks would be compiled again for each length of the text.
             with autocast(self.device, self.dtype), torch.compiler.set_stance("force_eager"):
-                yield self.model
+                yield model
         finally:
             self._reshard()
+
+    @torch.no_grad()
+    def _whole_copy(self) -> Transformer:
+        """A plain model with the weights as they are gathered."""
+        for unit in sharded_modules(self.model_with_loss):
+            unit.unshard()
+        weights = {}
+        for name, parameter in self.model.named_parameters():
+            whole = _full(parameter.detach())
+            # What each rank has whole already is FSDP2's own memory, which it frees.
+            weights[name] = whole.clone() if _replicas(parameter) > 1 else whole
+        self._reshard()
+        with torch.device("meta"):
+            copy = Transformer(self.config.model)
+        copy.load_state_dict(weights, assign=True)
+        copy.rope.build(self.device)
+        return copy.set_copies(self.model.config.K)
 
     def state(self) -> TensorTree:
         """Shards as DTensors. Whole tensors are dealt to the ranks, parameter by parameter."""
@@ -213,6 +248,13 @@ class FsdpEngine(Engine):
 def _local(tensor: Tensor) -> Tensor:
     """This rank's shard of a DTensor; a plain tensor is returned as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _replicas(tensor: Tensor) -> int:
+    """How many ranks have this rank's shard of a DTensor."""
+    assert isinstance(tensor, DTensor)
+    axes = zip(tensor.placements, tensor.device_mesh.shape, strict=True)
+    return prod(size for placement, size in axes if placement.is_replicate())
 
 
 def _full(tensor: Tensor) -> Tensor:

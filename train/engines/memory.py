@@ -154,7 +154,9 @@ def _placed(config: Config, given: Pass, world_size: int) -> _Placed:
         if isinstance(config.engine, FsdpConfig):
             # Until the last micro-batch every rank has whole gradients.
             reduce = 4 if config.engine.reduce == "fp32" else 2
-            before, reduced = reduce * parameters, reduce * block
+            tensor = config.engine.tensor  # only parts of matrices are gathered
+            before, reduced = reduce * parameters // tensor, reduce * block // tensor
+            gathered //= tensor
     matrices = counts["attention"] + counts["feed-forward"] if given.rounded else 0
     return _Placed(
         weights=4 * parameters // weights + given.dtype.itemsize * matrices,

@@ -18,6 +18,8 @@ from train.engines.activation_checkpointing import checkpoint_activations
 from train.engines.compilation import compile_blocks
 from train.engines.float8 import check_float8, use_float8
 from train.engines.mesh import ParallelDims
+from train.engines.tensor_parallel.plan import parallelize_tensor
+from train.engines.tensor_parallel.ranks import TensorRanks
 from train.settings.engine import FsdpConfig
 from train.torch_private import drop_accumulated_gradients, ignore_in_ddp, init_fsdp_root
 
@@ -35,6 +37,7 @@ def parallelize(
     """Parallelize a model on the meta device, and allocate its weights without values.
 
         float8           first, because it replaces the projections within the blocks
+        tensor           before all that calls a block, whose parts get weights of other shapes
         checkpointing    before compiling, so that it is compiled with its block, and the
                          recomputation does not all-gather the weights again
         compiling        block by block: all blocks share one compiled graph
@@ -54,17 +57,21 @@ def parallelize(
         The model and its loss, wrapped by DDP where weights are replicated.
     """
     check_float8(config, device)
+    sharded = config.shard and groups.control is not None
     if config.precision == "fp8":
         use_float8(model_with_loss.model, config.fp8_scaling)
+    mesh = ParallelDims.of(config, groups.world_size).weight_mesh(device) if sharded else None
+    if config.tensor > 1:
+        assert mesh is not None
+        parallelize_tensor(model_with_loss, TensorRanks.of(mesh["tensor"]))
     compiled = config.compiles_on(device.type)
     checkpoint_activations(model_with_loss.model, replace(config, compile=compiled))
     if compiled:
         compile_blocks(model_with_loss.model)
     if groups.control is None:
         return model_with_loss.to_empty(device=device)
-    if not config.shard:
+    if mesh is None:
         return replicate(model_with_loss.to_empty(device=device), config)
-    mesh = ParallelDims.of(config, groups.world_size).weight_mesh(device)
     shard(model_with_loss, config, mesh, dtype)
     model_with_loss.to_empty(device=device)
     make_root(model_with_loss)
@@ -84,7 +91,9 @@ def shard(
         reduce_dtype=PRECISIONS[config.reduce],
         cast_forward_inputs=False,  # the residual stream stays float32
     )
-    settings: dict[str, Any] = {"mesh": mesh, "mp_policy": policy}
+    assert mesh.mesh_dim_names is not None
+    axes = tuple(name for name in mesh.mesh_dim_names if name != "tensor")
+    settings: dict[str, Any] = {"mesh": mesh[axes], "mp_policy": policy}
     always = config.reshard_after_forward == "always"
     blocks = model_with_loss.model.blocks
     for block in blocks:

@@ -77,9 +77,9 @@ class EngineConfig(Settings):
         fp8_scaling: how `fp8` scales the operands of a product: by one number for each tensor
             (`tensorwise`, the faster one), or for each row (`rowwise`, the more exact one, on
             Hopper or newer).
-        compile: compile each block with `torch.compile`; `auto` does so on CUDA, and not at ZeRO-3.
-            The first step then takes up to a minute longer, and seconds once the cache
-            (`TORCHINDUCTOR_CACHE_DIR`) is filled.
+        compile: compile each block with `torch.compile`; `auto` does so on CUDA, and not at ZeRO-3
+            nor with `engine.tensor`. The first step then takes up to a minute longer, and seconds
+            once the cache (`TORCHINDUCTOR_CACHE_DIR`) is filled.
         flash_attention: which FlashAttention computes causal attention on CUDA in half precision.
             `auto` leaves it to cuDNN where that is faster, and takes the newest version that is
             installed for what cuDNN refuses, such as isolated documents. 2 is part of PyTorch; 3
@@ -175,7 +175,8 @@ class FsdpConfig(EngineConfig):
             the shards (HSDP).
         context: over how many ranks the tokens of each row are dealt (context parallelism). The
             weights are cut over these ranks as well.
-        tensor: over how many ranks each matrix and its product is cut (tensor parallelism).
+        tensor: over how many neighbouring ranks each matrix and its product is cut (tensor
+            parallelism); must divide `model.kv_heads`, `ffn_dim`, `vocab_size` and `train.seq_len`.
             `replicate` x `context` x `tensor` must divide the number of ranks.
         reshard_after_forward: whether a block's gathered weights are freed between its forward and
             its backward pass. `auto` frees those of all blocks but the last, whose backward pass
@@ -208,6 +209,47 @@ class FsdpConfig(EngineConfig):
                 hint = "leave engine.shard=false out"
                 found.append(Problem(f"engine.{name}", value, reason, hint, others))
         return found
+
+    def compiles_on(self, device: str) -> bool:
+        """As in `EngineConfig`; `auto` is false where matrices are cut over ranks."""
+        return super().compiles_on(device) and not (self.tensor > 1 and self.compile == "auto")
+
+    def problems_with(self, model: ModelConfig, seq_len: int) -> list[Problem]:
+        """Why the matrices, or the rows, cannot be cut into `tensor` equal parts."""
+        found = super().problems_with(model, seq_len)
+        if self.tensor == 1:
+            return found
+        sides = {
+            "model.kv_heads": (model.kv_heads, 1, "each rank has whole key/value heads"),
+            "model.ffn_dim": (model.ffn_dim, 1, "each rank has an equal part"),
+            "model.vocab_size": (model.vocab_size, 1, "each rank has an equal part"),
+            "train.seq_len": (seq_len, self.context, "each rank has an equal part of a row"),
+        }
+        for name, (side, context, why) in sides.items():
+            if side % (context * self.tensor):
+                by = f"{name}={side} is not divisible by "
+                by += f"engine.context={context} x it" if context > 1 else "it"
+                reason = f"{by}, and {why}"
+                others = (name, "engine.context") if context > 1 else (name,)
+                hint = f"choose another, or another {name}"
+                found.append(Problem("engine.tensor", self.tensor, reason, hint, others))
+        if self.compile is True:
+            reason = f"compiled blocks have not been tried with engine.tensor={self.tensor}"
+            hint = "choose engine.compile=auto, or engine.tensor=1"
+            found.append(Problem("engine.compile", True, reason, hint, ("engine.tensor",)))
+        if self.precision == "fp8":
+            reason = f"not possible with engine.tensor={self.tensor}: it would scale parts apart"
+            hint = "choose engine.precision=bf16, or engine.tensor=1"
+            found.append(Problem("engine.precision", "fp8", reason, hint, ("engine.tensor",)))
+        return found
+
+    def optimizer_problems(self, kind: str) -> list[Problem]:
+        """Why Muon, which needs whole matrices, cannot be had where they are cut two ways."""
+        if kind != "muon" or self.tensor == 1:
+            return []
+        reason = "optim.kind=muon needs whole matrices, of which each rank has a part of a part"
+        hint = "choose engine.tensor=1, where FSDP2 alone cuts them, or optim=adamw"
+        return [Problem("engine.tensor", self.tensor, reason, hint, ("optim.kind",))]
 
     def problems_on(self, world_size: int) -> list[Problem]:
         sizes = {name: getattr(self, name) for name in ("replicate", "context", "tensor")}

@@ -40,10 +40,13 @@ class LocalWeight(TensorParallel):
         """This rank's part, whose gradient finds its way back to the DTensor.
 
         A weight that all ranks have is used by each of them for other tokens or other heads, so its
-        gradient is the sum of theirs. FSDP2 asks for that sum once a step.
+        gradient is the sum of theirs. FSDP2 asks for that sum once a step. Where FSDP2 holds a
+        shard of the part, this is the shard: it looks the parameter up by this name.
         """
         weight = self._parameters["weight"]
         assert isinstance(weight, DTensor)
+        if weight.device_mesh.ndim > 1:
+            return weight
         whole = self.placement.is_replicate()
         return weight.to_local(grad_placements=[Partial() if whole else self.placement])
 
