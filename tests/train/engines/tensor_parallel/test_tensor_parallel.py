@@ -366,7 +366,8 @@ def test_recomputation_changes_no_bit_and_half_precision_not_the_scale(
     exact = first.trainings["phd_cswa"]
     assert first.checkpointed[:2] == exact[:2]
     np.testing.assert_allclose(first.half.losses, exact.losses, rtol=1e-2)
-    np.testing.assert_allclose(first.half.norms, exact.norms, rtol=3e-2)
+    # Of later steps' gradients the weights are other ones, after some steps of AdamW.
+    assert first.half.norms[0] == pytest.approx(exact.norms[0], rel=3e-2)
     assert first.half.norms[0] != pytest.approx(exact.norms[0], rel=1e-4)
 
 
@@ -461,7 +462,7 @@ def test_what_cannot_be_cut_is_refused_by_name_and_at_once() -> None:
         assert f"engine.tensor=4: {side} is not divisible by it" in told
     assert "engine.tensor=4: train.seq_len=20 is not divisible by engine.context=2 x it" in told
     assert any(text.startswith("engine.compile=true: ") for text in found)
-    assert any(text.startswith("engine.precision=fp8: not possible with") for text in found)
+    assert any(text.startswith("engine.precision='fp8': not possible with") for text in found)
     assert FsdpConfig(tensor=2).problems_with(wrong, 20) == []
     assert [p.key for p in config.optimizer_problems("muon")] == ["engine.tensor"]
     assert config.optimizer_problems("adamw") == []
