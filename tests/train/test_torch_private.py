@@ -31,6 +31,8 @@ from train.torch_private import (
     FakeTensorMode,
     KernelDispatchMode,
     StorageInfo,
+    all_gather_rows,
+    all_reduce,
     aot_graphs,
     compile_each_shape,
     drop_accumulated_gradients,
@@ -40,6 +42,7 @@ from train.torch_private import (
     mark_dynamic,
     on_free,
     record_memory_history,
+    reduce_scatter_rows,
     stop_memory_history,
     storage_key,
     tree_leaves,
@@ -147,6 +150,19 @@ def test_ddp_leaves_out_the_names_that_it_is_given() -> None:
     replicated.register_comm_hook(None, note)
     replicated(torch.rand(4, 3)).sum().backward()
     assert [id(parameter) for parameter in reduced] == [id(norm.weight)]
+
+
+def test_collectives_give_a_tensor_of_their_own(mesh: DeviceMesh) -> None:
+    """With more ranks: tests/train/engines/tensor_parallel."""
+    x, group = torch.rand(2, 3), mesh.get_group().group_name
+    for made in (
+        all_gather_rows(x, 1, group),
+        reduce_scatter_rows(x, 1, group),
+        all_reduce(x, "sum", group),
+        all_reduce(x, "max", group),
+    ):
+        assert torch.equal(made, x)
+        assert made.data_ptr() != x.data_ptr()
 
 
 @pytest.mark.parametrize("fake", [False, True])

@@ -17,14 +17,20 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 import train.engines.context_parallel  # noqa: F401  # its operators
 from phd.model import Transformer
 from train.settings.engine import EngineConfig
-from train.torch_private import SDPA_KERNELS, KernelDispatchMode, TorchDispatchMode, tree_map_only
+from train.torch_private import (
+    REDUCE_SCATTER,
+    SDPA_KERNELS,
+    KernelDispatchMode,
+    TorchDispatchMode,
+    tree_map_only,
+)
 
 MATRIX_PRODUCTS = (
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
     torch.ops.aten._scaled_mm.default,  # float8's
     # What a product is summed to over tensor ranks: to compute it again would send it again.
-    torch.ops._c10d_functional.reduce_scatter_tensor.default,
+    REDUCE_SCATTER,
 )
 # Of packed attention only rule 1 is in this list: its FLOPs grow with T^2, those of rules 2 and 3
 # with T * W.
