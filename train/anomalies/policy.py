@@ -206,8 +206,10 @@ def _watched(
     def watch(name: str, layer: nn.Module) -> Iterator[Any]:
         def on_weights(module: nn.Module, _: object) -> None:
             for parameter in module.parameters(recurse=False):
-                cut = isinstance(parameter, DTensor)  # over tensor ranks
-                sizes[name]["weight"].add(parameter.full_tensor() if cut else parameter)
+                weight: Tensor = parameter
+                if isinstance(weight, DTensor):  # cut over tensor ranks
+                    weight = weight.full_tensor()
+                sizes[name]["weight"].add(weight)
 
         def on_output(module: nn.Module, _: object, output: Tensor) -> None:  # noqa: ARG001
             sizes[name]["output"].add(output)

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Partial, Placement
 from torch.nn import functional as F
 
@@ -35,20 +34,20 @@ class LocalWeight(TensorParallel):
 
     placement: Placement
 
-    @property
-    def weight(self) -> Tensor:
+    def _part(self) -> Tensor:
         """This rank's part, whose gradient finds its way back to the DTensor.
 
         A weight that all ranks have is used by each of them for other tokens or other heads, so its
         gradient is the sum of theirs. FSDP2 asks for that sum once a step. Where FSDP2 holds a
         shard of the part, this is the shard: it looks the parameter up by this name.
         """
-        weight = self._parameters["weight"]
-        assert isinstance(weight, DTensor)
+        weight: Any = self._parameters["weight"]
         if weight.device_mesh.ndim > 1:
             return weight
         whole = self.placement.is_replicate()
         return weight.to_local(grad_placements=[Partial() if whole else self.placement])
+
+    weight: Any = property(_part)
 
 
 class LocalLinear(LocalWeight, Linear):
@@ -72,7 +71,7 @@ class VocabularyEmbedding(LocalWeight, nn.Embedding):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens, int (..., T), the same on all ranks -> (..., T / t, D)."""
-        weight = self.weight
+        weight: Tensor = self.weight
         index = tokens - self.ranks.rank * len(weight)
         mine = (index >= 0) & (index < len(weight))
         # One rank adds the row and the others add 0, so this sum is exact in any precision.

@@ -23,6 +23,7 @@ from typing import NamedTuple
 from torch import nn
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
+from phd.block import Block
 from phd.model import ModelWithLoss, Transformer
 from train.engines.tensor_parallel.modules import (
     CutNorm,
@@ -58,6 +59,7 @@ def parallelize_tensor(model_with_loss: ModelWithLoss, ranks: TensorRanks) -> No
     for name, cut in plan(model):
         _cut(model.get_submodule(name), cut, ranks)
     for block in model.blocks:
+        assert isinstance(block, Block)
         for module, kind in ((block.attention, TensorAttention), (block.ffn, TensorFeedForward)):
             _become(module, kind, ranks)
     _become(model_with_loss, VocabularyLoss, ranks)

@@ -158,7 +158,7 @@ class _Chunk(NamedTuple):
         exp: (R, V / t), exp(logits - the row's largest).
         sum: (R, 1), of exp over the whole vocabulary.
         lse: (R, 1), the log-sum-exp over the whole vocabulary.
-        index: int64 (R, 1), the target's place in this rank's part.
+        place: int64 (R, 1), where in this rank's part the target is.
         mine: bool (R, 1), whether the target is in this rank's part.
         counted: bool (R, 1).
         loss: (R, 1), 0 where the target is ignored.
@@ -167,7 +167,7 @@ class _Chunk(NamedTuple):
     exp: Tensor
     sum: Tensor
     lse: Tensor
-    index: Tensor
+    place: Tensor
     mine: Tensor
     counted: Tensor
     loss: Tensor
@@ -190,7 +190,7 @@ class _Chunk(NamedTuple):
     def gradient(self, z_loss: float) -> Tensor:
         """d (loss + z-loss) / d logits = p (1 + 2 z lse) - one_hot(target), in the place of exp."""
         p = self.exp.mul_((1 + 2 * z_loss * self.lse) / self.sum)
-        return p.scatter_add_(1, self.index, -self.mine.to(p.dtype)).mul_(self.counted)
+        return p.scatter_add_(1, self.place, -self.mine.to(p.dtype)).mul_(self.counted)
 
 
 def _rows_at_once(hidden: Tensor, part: int) -> int:
