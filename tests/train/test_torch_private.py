@@ -153,7 +153,7 @@ def test_ddp_leaves_out_the_names_that_it_is_given() -> None:
 
 
 def test_collectives_give_a_tensor_of_their_own(mesh: DeviceMesh) -> None:
-    """With more ranks: tests/train/engines/tensor_parallel."""
+    """With more ranks: tests/train/engines/test_tensor_parallel.py."""
     x, group = torch.rand(2, 3), mesh.get_group().group_name
     for made in (
         all_gather_rows(x, 1, group),

@@ -46,7 +46,7 @@ class FsdpEngine(Engine):
         false          1                  DDP: n replicas
 
     With `engine.tensor=t`, n / t in place of n: each of these ranks is t ranks, and the shards are
-    of the parts of matrices that each of the t has (`train.engines.tensor_parallel.plan`).
+    of the parts of matrices that each of the t has (`train.engines.tensor_parallel`).
 
     In a lone process each of these is a plain model. AdamW treats each element alone, so the
     optimizer works on this rank's shards as plain tensors: DTensors would dispatch each operation

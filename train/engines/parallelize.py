@@ -18,8 +18,7 @@ from train.engines.activation_checkpointing import checkpoint_activations
 from train.engines.compilation import compile_blocks
 from train.engines.float8 import check_float8, use_float8
 from train.engines.mesh import ParallelDims
-from train.engines.tensor_parallel.plan import parallelize_tensor
-from train.engines.tensor_parallel.ranks import TensorRanks
+from train.engines.tensor_parallel import TensorRanks, parallelize_tensor
 from train.settings.engine import FsdpConfig
 from train.torch_private import drop_accumulated_gradients, ignore_in_ddp, init_fsdp_root
 

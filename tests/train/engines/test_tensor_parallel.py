@@ -28,8 +28,7 @@ from train.compose import load
 from train.config import Config
 from train.distributed.process_groups import ProcessGroups
 from train.engines.engine import Engine
-from train.engines.tensor_parallel.ranks import TensorRanks
-from train.engines.tensor_parallel.vocabulary_loss import vocabulary_loss
+from train.engines.tensor_parallel import TensorRanks, vocabulary_loss
 from train.loop import train_step
 from train.run import open_engine
 from train.settings.engine import FsdpConfig

@@ -1,1 +1,0 @@
-"""Tensor parallelism: matrices cut over neighbouring ranks, applied to a model from outside."""
