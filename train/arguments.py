@@ -29,6 +29,7 @@ Benchmark = Literal[
     "throughput",
     "decode",
     "coordinates",
+    "scale",
 ]
 REPORT_PAGE = "report.html"
 WeightDtype = Literal["float32", "bfloat16"]
@@ -364,7 +365,8 @@ class BenchArguments:
             `throughput`: tokens per second of batches of PHD-CSWA, vanilla and transformers.
             `decode`: the kernels of a decoded token on CUDA, each beside torch's. `coordinates`:
             what a few steps change in activations, over the width, with muP and without, with a
-            chart.
+            chart. `scale`: what a rank does besides computing, for up to thousands of ranks, of
+            which a few are real and the others stand-ins.
         out: the directory for `<name>.json` and `<name>.csv`; `checkpoint` measures its disk.
         run: the directory of a run whose model `inference` measures, instead of many models; the
             results lie there, and are part of the run's `result.json`. null: no run.
@@ -394,6 +396,8 @@ class BenchArguments:
             `coordinates`, 64.
         widths: the values of D in `coordinates`, each a multiple of the smallest, which is muP's
             base; an empty list: 64 to 512.
+        ranks: the numbers of ranks in `scale`; an empty list: 8, 64, 512 and 4096.
+        local: how many of them are real in `scale`, each a process.
         steps: of training in `coordinates`.
         optim: the optimizer of `coordinates`, `adamw` or `muon`, with the learning rate of `size`.
         gigabytes: the size of the corpus that is written for `resume`.
@@ -417,6 +421,8 @@ class BenchArguments:
     rows: int | None = None
     seq_len: int | None = None
     widths: tuple[int, ...] = ()
+    ranks: tuple[int, ...] = ()
+    local: int = 2
     steps: int = 8
     optim: Literal["adamw", "muon"] = "adamw"
     gigabytes: float = 1.0
@@ -443,6 +449,12 @@ class BenchArguments:
             ]
         found += above(self, "", 0, "gigabytes")
         found += self._width_problems()
+        found += at_least(self, "", 2, "local")
+        found += [
+            Problem("ranks", ranks, f"expected integers of at least local={self.local}")
+            for ranks in self.ranks
+            if ranks < self.local
+        ]
         if self.name not in get_args(Benchmark):
             names = ", ".join(get_args(Benchmark))
             found.append(Problem("name", self.name, f"expected one of {names}"))

@@ -11,6 +11,7 @@ python train/bench.py inference run=runs/phd_cswa-2-16-32-tiny
 python train/bench.py throughput out=bench
 python train/bench.py decode out=bench
 python train/bench.py coordinates out=bench
+python train/bench.py scale ranks='[8, 64, 512, 4096]' out=bench
 """
 
 import sys
@@ -46,6 +47,7 @@ from train.benchmarks.checkpoint import bench_saving
 from train.benchmarks.coordinates import Check, bench_coordinates
 from train.benchmarks.head import bench_head
 from train.benchmarks.loader import bench_loading, bench_resuming
+from train.benchmarks.scale import SETTINGS, bench_scale
 from train.benchmarks.step import bench_step
 from train.benchmarks.timing import Keep, Result
 from train.compose import load
@@ -173,6 +175,12 @@ def _bench_coordinates(args: BenchArguments, device: torch.device) -> Result:
     return bench_coordinates(check, args.directory, device, draw)
 
 
+def _bench_scale(args: BenchArguments, _: torch.device) -> Result:
+    ranks = args.ranks or (SHORT_RANKS if args.short else RANKS)
+    config = load([f"size={args.size or 'tiny'}", *SETTINGS])
+    return bench_scale(config, ranks, args.local)
+
+
 def _model_of_inference(args: BenchArguments, device: torch.device) -> ModelConfig:
     """The model of `inference` and `throughput`: the size that is asked for, or a widened tiny."""
     size = args.size or "tiny"
@@ -232,6 +240,9 @@ SHORT_LENGTHS = ((512,), (128,), (2,))
 SHORT_BATCHES = ((1, 4), (128,), (2,))
 """Batches, contexts and copies of the short form of throughput."""
 
+RANKS, SHORT_RANKS = (8, 64, 512, 4096), (8, 64)
+"""The numbers of ranks in `scale`, and in its short form."""
+
 COORDINATE_WIDTHS, SHORT_WIDTHS = (64, 128, 256, 512), (32, 64, 128)
 """The values of D in `coordinates`, and in its short form."""
 
@@ -258,6 +269,7 @@ BENCHMARKS: dict[str, Callable[[BenchArguments, torch.device], Result]] = {
     "throughput": _bench_throughput,
     "decode": _bench_decode,
     "coordinates": _bench_coordinates,
+    "scale": _bench_scale,
 }
 
 

@@ -122,7 +122,7 @@ def _plan_and_train(
     memory = smallest_memory(config, groups)
     plan = make_plan(config, groups.world_size, text=text, memory=memory)
     print_plan(plan, console)
-    if config.run.resume == "never" and any(groups.gather(groups.dist_env.restarts)):
+    if config.run.resume == "never" and groups.greatest(groups.dist_env.restarts):
         config = _resuming(config)  # it was this very run that began anew
     return train_to_the_end(config, console, groups, stop_signal, hooks)
 

@@ -355,7 +355,7 @@ def _same_in_all_checkpoints(
 def smallest_memory(config: Config, groups: ProcessGroups) -> int:
     """Bytes of the smallest of the ranks' devices. Every rank calls this."""
     device = choose_device(config.engine)
-    return min(groups.gather(device_memory(device, groups.dist_env.local_world_size)))
+    return -groups.greatest(-device_memory(device, groups.dist_env.local_world_size))
 
 
 def open_engine(config: Config, groups: ProcessGroups) -> Engine:

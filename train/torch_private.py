@@ -13,18 +13,29 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import torch._functorch.config as functorch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch._C._distributed_c10d import _create_work_from_future  # type: ignore[attr-defined]
 from torch._dynamo.decorators import maybe_mark_dynamic
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.checkpoint._dedup_save_plans import dedup_save_plans
 from torch.distributed.checkpoint.filesystem import _StorageInfo as StorageInfo
 from torch.distributed.fsdp import FSDPModule
+from torch.futures import Future
 from torch.fx import GraphModule, Node
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import CheckpointPolicy
 
-__all__ = ["FakeTensorMode", "StorageInfo", "TorchDispatchMode", "tree_leaves", "tree_map_only"]
+__all__ = [
+    "FakeTensorMode",
+    "StorageInfo",
+    "TorchDispatchMode",
+    "dedup_save_plans",
+    "tree_leaves",
+    "tree_map_only",
+]
 
 aten = torch.ops.aten
 functional = torch.ops._c10d_functional
@@ -243,3 +254,18 @@ def fuse_clip_and_skip(optimizer: torch.optim.Optimizer, scale: Tensor, skip: Te
     """
     optimizer.grad_scale = scale  # type: ignore[attr-defined]
     optimizer.found_inf = skip  # type: ignore[attr-defined]
+
+
+def use_fake_backend() -> None:
+    """Let `init_process_group("fake")` make a group of any size in which nothing is sent.
+
+    So one process sees what a rank of thousands sees of meshes and shards.
+    """
+    import torch.testing._internal.distributed.fake_pg  # noqa: F401  # registers it
+
+
+def completed_work(result: Any) -> dist.Work:
+    """What a collective of a process group in Python returns when it is done."""
+    future: Future[Any] = Future()
+    future.set_result(result)
+    return _create_work_from_future(future)

@@ -16,7 +16,7 @@ from torch._dynamo.testing import CompileCounter
 from torch._functorch.aot_autograd import make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor.decomposition import select_decomp_table
-from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter
+from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter, SavePlan
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.fx import GraphModule
@@ -25,6 +25,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+from tests.train.many_ranks import run_ranks
+from train.distributed.process_groups import ProcessGroups
 from train.torch_private import (
     SDPA_KERNELS,
     AotGraphs,
@@ -35,6 +37,8 @@ from train.torch_private import (
     all_reduce,
     aot_graphs,
     compile_each_shape,
+    completed_work,
+    dedup_save_plans,
     drop_accumulated_gradients,
     fuse_clip_and_skip,
     ignore_in_ddp,
@@ -47,6 +51,7 @@ from train.torch_private import (
     storage_key,
     tree_leaves,
     tree_map_only,
+    use_fake_backend,
     write_memory_snapshot,
 )
 
@@ -389,3 +394,44 @@ def test_a_checkpointed_function_is_cut_as_torch_compile_cuts_it() -> None:
         found = aot_graphs(pointwise_and_products, fakes, lambda operator: operator is mm)
     assert kept[0] == saved(found)
     assert list(kept[0].values())[:2] == [mm, mm]
+
+
+def test_of_tensors_that_several_ranks_have_one_rank_writes_each() -> None:
+    def plan_of(tensors: dict[str, Tensor]) -> SavePlan:
+        planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+        planner.set_up_planner(tensors)
+        return planner.create_local_plan()
+
+    x, y, z = torch.zeros(4), torch.zeros(4), torch.zeros(4)
+    plans = dedup_save_plans([plan_of({"x": x, "y": y}), plan_of({"x": x, "y": y, "z": z})])
+    names = [{item.index.fqn for item in plan.items} for plan in plans]
+    assert names[0] | names[1] == {"x", "y", "z"}
+    assert names[0] & names[1] == set()
+    assert all(names)
+
+
+class Echo(dist.ProcessGroup):
+    """A group in Python, in which every other rank says the same as this one."""
+
+    def allreduce(self, tensors: list[Tensor], options: Any = None) -> dist.Work:  # noqa: ARG002
+        for tensor in tensors:
+            tensor.mul_(self.size())
+        return completed_work(tensors)
+
+
+def rank_of_thousands(groups: ProcessGroups) -> tuple:  # noqa: ARG001
+    """Where rank 7 of 4,096 is in a mesh, and what it sums up in a group in Python."""
+    use_fake_backend()
+    dist.Backend.register_backend("echo", lambda *given: Echo(given[1], given[2]), devices=["cpu"])
+    dist.init_process_group("fake", rank=7, world_size=4096, store=dist.HashStore())
+    mesh = init_device_mesh("cpu", (512, 8), mesh_dim_names=("replicate", "fsdp"))
+    x = torch.ones(2)
+    work = dist.all_reduce(x, group=dist.new_group(backend="echo"), async_op=True)
+    assert work is not None
+    work.wait()
+    return list(mesh.get_coordinate() or ()), x.tolist()
+
+
+@pytest.mark.process
+def test_one_process_may_be_a_rank_of_thousands() -> None:
+    assert run_ranks(1, rank_of_thousands) == [([0, 7], [4096.0, 4096.0])]

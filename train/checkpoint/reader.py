@@ -5,7 +5,7 @@ A checkpoint cannot run code when it is read: the index is JSON, and DCP reads t
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
+from torch.distributed.tensor import DTensor
 
 from conf.errors import ConfigError, DataError
 from phd.block import is_old_hybrid
@@ -30,6 +31,9 @@ from train.checkpoint.format import INDEX, STATE, TOKENIZER, TensorSpec, dtype_n
 from train.torch_private import StorageInfo
 
 TensorTree: TypeAlias = "Mapping[str, Tensor | TensorTree]"
+
+Index: TypeAlias = dict[str, dict[str, Any]]
+"""What `tensors.json` holds; see `format.INDEX`."""
 
 OLD_HYBRID = (
     "{path} is of the old form of model.norm={norm}, which normalised whole projections of "
@@ -98,7 +102,10 @@ class Checkpoint:
     @cached_property
     def specs(self) -> dict[str, TensorSpec]:
         """The dtype and shape of every tensor in the checkpoint, by name."""
-        return specs_in(self._index)
+        return {
+            name: TensorSpec(dtype_named(entry["dtype"]), torch.Size(entry["shape"]))
+            for name, entry in self._index.items()
+        }
 
     def load(self, tensors: TensorTree) -> None:
         """Overwrite `tensors` in place with the saved ones, bit for bit.
@@ -141,34 +148,51 @@ class Checkpoint:
         return {name.removeprefix("model."): tensor for name, tensor in weights.items()}
 
     @cached_property
-    def _index(self) -> Metadata:
-        return read_index(self.path)
+    def _index(self) -> Index:
+        return json.loads((self.path / INDEX).read_text(encoding="utf-8"))
 
     def _read(self, tensors: dict[str, Tensor]) -> None:
-        read_tensors(self.path, self._index, tensors)
+        read_tensors(self.path, metadata_for(self._index, tensors), tensors)
 
 
-def read_index(directory: Path) -> Metadata:
-    """Read the index of a verified directory, as the metadata that DCP uses."""
-    index = json.loads((directory / INDEX).read_text(encoding="utf-8"))
-    tensors, storage = {}, {}
-    for name, entry in index.items():
-        # Each piece is found by its offset within the tensor, its number, and the tensor's name.
-        chunks = []
-        for number, piece in enumerate(entry["pieces"]):
-            start, shape = torch.Size(piece["start"]), torch.Size(piece["shape"])
-            chunks.append(ChunkStorageMetadata(start, shape))
-            location = StorageInfo(piece["file"], piece["offset"], piece["bytes"])
-            storage[MetadataIndex(name, start, number)] = location
+def metadata_for(index: Index, tensors: Mapping[str, Tensor]) -> Metadata:
+    """The pieces of an index that overlap with this rank's shards, as the metadata that DCP uses.
+
+    A checkpoint of 1,024 ranks has a piece of every rank for each tensor, and a rank of as many
+    reads one of them. DCP's objects for all pieces would take gigabytes on a machine, and seconds.
+    """
+    wanted, storage = {}, {}
+    for name, tensor in tensors.items():
+        entry, own = index[name], _boxes_of(tensor)
+        chunks: list[ChunkStorageMetadata] = []
+        for piece in entry["pieces"]:
+            start, shape = piece["start"], piece["shape"]
+            if not any(_overlap(start, shape, *box) for box in own):
+                continue
+            # Each piece is found by its offset in the tensor, its number, and the tensor's name.
+            found = MetadataIndex(name, torch.Size(start), len(chunks))
+            storage[found] = StorageInfo(piece["file"], piece["offset"], piece["bytes"])
+            chunks.append(ChunkStorageMetadata(torch.Size(start), torch.Size(shape)))
         properties = TensorProperties(dtype_named(entry["dtype"]))
-        tensors[name] = TensorStorageMetadata(properties, torch.Size(entry["shape"]), chunks)
-    return Metadata(cast(Any, tensors), storage_data=storage)
+        wanted[name] = TensorStorageMetadata(properties, torch.Size(entry["shape"]), chunks)
+    return Metadata(cast(Any, wanted), storage_data=storage)
 
 
-def specs_in(metadata: Metadata) -> dict[str, TensorSpec]:
-    """The dtypes and shapes of the tensors, by name."""
-    tensors = cast(dict[str, TensorStorageMetadata], metadata.state_dict_metadata)
-    return {name: TensorSpec(t.properties.dtype, t.size) for name, t in tensors.items()}
+def _boxes_of(tensor: Tensor) -> list[tuple[Sequence[int], Sequence[int]]]:
+    """Where this rank's parts of a tensor begin in it, and their shapes."""
+    if not isinstance(tensor, DTensor):
+        return [([0] * tensor.dim(), tensor.shape)]
+    return [(chunk.offsets, chunk.sizes) for chunk in tensor.__create_chunk_list__()]
+
+
+def _overlap(
+    start: Sequence[int], shape: Sequence[int], start_2: Sequence[int], shape_2: Sequence[int]
+) -> bool:
+    """Whether two boxes have a number in common; both are the same where they have no dims."""
+    dims = range(len(start))
+    return all(
+        start[d] < start_2[d] + shape_2[d] and start_2[d] < start[d] + shape[d] for d in dims
+    )
 
 
 def read_tensors(directory: Path, metadata: Metadata, tensors: dict[str, Tensor]) -> None:

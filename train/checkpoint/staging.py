@@ -1,13 +1,23 @@
 """Staging: copies of a rank's tensors on the host, which are written while training goes on."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from math import prod
+from typing import cast
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint import DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.default_planner import create_default_global_save_plan
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
 from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.tensor import DTensor
+
+from train.torch_private import dedup_save_plans
 
 
 class HostMemory:
@@ -50,9 +60,66 @@ class StagedPlanner(DefaultSavePlanner):
         self._copies = {index: memory.copy(index, find_tensor(index)) for index in indices}
         memory.synchronize()
 
+    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+        """What each rank writes, and the index of all pieces; on rank 0.
+
+        DCP's own method checks pieces against each other along a tensor's longest dim. Where ranks
+        have cut another one, as FSDP2 does, that compares every piece with every other one.
+
+        Raises:
+            RuntimeError: the pieces do not make up the tensors.
+        """
+        plans, metadata = create_default_global_save_plan(dedup_save_plans(all_plans))
+        tensors = cast(dict[str, TensorStorageMetadata], metadata.state_dict_metadata)
+        flaws = ((name, flaw_of_pieces(x.size, x.chunks)) for name, x in tensors.items())
+        if wrong := [f"{name}: {flaw}" for name, flaw in flaws if flaw]:
+            raise RuntimeError("; ".join(wrong))
+        self.global_plan, self.metadata = plans, metadata
+        return plans, metadata
+
     def lookup_object(self, index: MetadataIndex) -> Tensor:
         """The host copy. DCP calls this to get what it writes."""
         return self._copies[index]
+
+
+def flaw_of_pieces(size: torch.Size, pieces: Sequence[ChunkStorageMetadata]) -> str | None:
+    """Why some boxes do not cover a tensor exactly once; None if they do.
+
+    It takes n log n steps for n boxes that are cut along one dim; along two, n times the number of
+    cuts of the one that has fewer.
+    """
+    dims = range(len(size))
+    for piece in pieces:
+        if any(piece.offsets[d] + piece.sizes[d] > size[d] for d in dims):
+            return f"a piece at {list(piece.offsets)} reaches out of {list(size)}"
+    filled = sum(prod(piece.sizes) for piece in pieces)
+    if filled != prod(size):
+        return f"its pieces have {filled:,} numbers, and it has {prod(size):,}"
+    if len(pieces) == 1:
+        return None
+    # Along the dim that is cut the most, few pieces lie beside each other.
+    cut = max(dims, key=lambda d: len({piece.offsets[d] for piece in pieces}))
+    beside: list[ChunkStorageMetadata] = []
+    for piece in sorted(filter(_is_filled, pieces), key=lambda piece: piece.offsets[cut]):
+        beside = [other for other in beside if _end(other, cut) > piece.offsets[cut]]
+        if other := next((other for other in beside if _overlap(other, piece)), None):
+            return f"its pieces at {list(other.offsets)} and {list(piece.offsets)} overlap"
+        beside.append(piece)
+    return None
+
+
+def _is_filled(piece: ChunkStorageMetadata) -> bool:
+    """Whether a piece has any numbers: of 1,024 ranks some get none of a short tensor."""
+    return prod(piece.sizes) > 0
+
+
+def _overlap(a: ChunkStorageMetadata, b: ChunkStorageMetadata) -> bool:
+    dims = range(len(a.offsets))
+    return all(a.offsets[d] < _end(b, d) and b.offsets[d] < _end(a, d) for d in dims)
+
+
+def _end(piece: ChunkStorageMetadata, dim: int) -> int:
+    return piece.offsets[dim] + piece.sizes[dim]
 
 
 def _this_ranks_part(tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

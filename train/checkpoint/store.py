@@ -36,7 +36,13 @@ from train.checkpoint.manifest import Entries
 from train.checkpoint.reader import Checkpoint, RejectedCheckpoint, TensorTree, flatten, read_state
 from train.checkpoint.staging import HostMemory, StagedPlanner
 from train.checkpoint.writer import TensorWriter
-from train.distributed.process_groups import ProcessGroups, on_all_ranks, on_rank_zero
+from train.distributed.process_groups import (
+    ProcessGroups,
+    deal_to_ranks,
+    on_all_ranks,
+    on_rank_zero,
+    raise_on_all_ranks,
+)
 
 T = TypeVar("T")
 ANEW = "Restore one of them from a copy, or start anew with run.resume=never."
@@ -117,7 +123,7 @@ class CheckpointStore:
         Args:
             step: optimizer steps taken.
             tensors: whole tensors of this rank, and its shards as DTensors.
-            state: the same on all ranks; rank 0 writes it.
+            state: what rank 0 writes; that of other ranks does not matter.
             files: small ones to keep with it, by name; rank 0 writes them.
 
         Returns:
@@ -133,7 +139,9 @@ class CheckpointStore:
         if self._pending and not isinstance(self._pending.exception(), CheckpointError | None):
             return self.wait()  # raises; a new save would wait for the dead rank
         planner = StagedPlanner(flatten(tensors), self._memory)
-        texts = {STATE: json.dumps({**state, "step": step}, indent=1).encode(), **files}
+        texts = dict(files)
+        if self.groups.is_rank_zero:
+            texts[STATE] = json.dumps({**state, "step": step}, indent=1).encode()
         before = self._pending
         self._pending, self._thread = _in_background(
             lambda: self._write(step, planner, texts, start)
@@ -168,10 +176,10 @@ class CheckpointStore:
         """
         self._finish()
         rejected: tuple[RejectedCheckpoint, ...] = ()
-        found = [path for step, path in self._newest_first() if up_to is None or step <= up_to]
-        for path in self.groups.broadcast(found):
-            flaws = self.groups.gather(self._damage(path))
+        for path in self._found(up_to):
+            flaws = self.groups.gather_on_rank_zero(self._damage(path)) or []
             flaw = next((_flaw_on(rank, flaw) for rank, flaw in enumerate(flaws) if flaw), None)
+            flaw = self.groups.broadcast(flaw)
             if flaw is None:
                 return Checkpoint(path, read_state(path), rejected)
             rejected += (RejectedCheckpoint(path, flaw),)
@@ -188,6 +196,15 @@ class CheckpointStore:
         if self._thread:
             self._thread.join()
             self._thread = None
+
+    def _found(self, up_to: int | None) -> list[Path]:
+        """All checkpoints, newest first, as rank 0 sees them: a shared disk is listed once."""
+
+        def look() -> list[Path]:
+            steps = self._newest_first() if self.groups.is_rank_zero else []
+            return [path for step, path in steps if up_to is None or step <= up_to]
+
+        return self.groups.broadcast(raise_on_all_ranks(self.groups, look))
 
     def _damage(self, path: Path) -> str | None:
         """Check this rank's part of the files; return what is wrong with them, or None."""
@@ -212,10 +229,7 @@ class CheckpointStore:
             f"the checkpoint of step {step} could not be written to {self.root}"
         ):
             # A missing checkpoint is damaged, too: its marker is missing.
-            flaws = on_all_ranks(
-                groups, lambda: self._damage(path), lambda flaws: [flaws] * groups.world_size
-            )
-            if any(flaws):
+            if on_all_ranks(groups, lambda: self._damage(path), any):
                 self._publish(path, planner, files)
         kept = f"step {step} is saved, but older checkpoints in {self.root} were not deleted"
         with _as_checkpoint_error(kept, saved=step):
@@ -242,16 +256,15 @@ class CheckpointStore:
         def make_global_plan(plans: list[SavePlan]) -> list[SavePlan]:
             return writer.prepare_global_plan(planner.create_global_plan(plans)[0])
 
-        plan = on_all_ranks(self.groups, lambda: planner.local_plan, make_global_plan)
+        plan = deal_to_ranks(self.groups, lambda: planner.local_plan, make_global_plan)
 
-        def seal(written: list[tuple[list[WriteResult], Entries]]) -> list[None]:
+        def seal(written: list[tuple[list[WriteResult], Entries]]) -> None:
             writer.write_index(planner.metadata, [results for results, _ in written])
             for name, content in files.items():
                 writer.write_file(name, content)
             for _, entries in written:
                 writer.entries.update(entries)
             manifest.seal(partial, writer.entries)
-            return [None] * len(written)
 
         on_all_ranks(
             self.groups, lambda: (writer.write_pieces(plan, planner), writer.entries), seal
@@ -264,7 +277,7 @@ class CheckpointStore:
             if flaw := self._damage(partial):
                 raise OSError(f"the disk does not give back what was written: {flaw}")
 
-        on_all_ranks(self.groups, check, lambda done: done)
+        on_all_ranks(self.groups, check, lambda _: None)
 
     def _make_visible(self, partial: Path, path: Path) -> None:
         if path.exists():

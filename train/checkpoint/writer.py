@@ -17,6 +17,7 @@ from typing import Any, cast
 from torch.distributed.checkpoint import (
     FileSystemWriter,
     SavePlan,
+    SavePlanner,
 )
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import (
@@ -30,7 +31,6 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from train.checkpoint.format import INDEX, dtype_name
 from train.checkpoint.manifest import Entries, HashedFile, new_file
-from train.checkpoint.staging import StagedPlanner
 
 
 class TensorWriter(FileSystemWriter):
@@ -52,7 +52,7 @@ class TensorWriter(FileSystemWriter):
         """
         return StorageMeta()
 
-    def write_pieces(self, plan: SavePlan, planner: StagedPlanner) -> list[WriteResult]:
+    def write_pieces(self, plan: SavePlan, planner: SavePlanner) -> list[WriteResult]:
         """Write this rank's part of the global plan; return where it is."""
         # DCP would write an empty file.
         if not plan.items:

@@ -4,7 +4,7 @@ A hook is called with the record of a step, every `every` steps and after the la
 metrics to log. It has no reference to the training loop. How to add one: train/metrics/record.py.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from time import perf_counter
 from typing import Any
@@ -83,6 +83,15 @@ class DataProgress:
         self.ranks_per_row = config.engine.ranks_per_row
 
     def __call__(self, record: StepRecord) -> Metrics:
+        # Ranks that read other lanes find other bad records.
+        own = self.quarantine.new_count, self.quarantine.write_error
+        found = self.groups.gather_on_rank_zero(own)
+        told = None if found is None else self._of_all(record, found[:: self.ranks_per_row])
+        metrics = self.groups.broadcast(told)
+        assert metrics is not None  # those of rank 0, which has all lanes' cursors
+        return metrics
+
+    def _of_all(self, record: StepRecord, found: Sequence[tuple[int, str | None]]) -> Metrics:
         stats = record.stats
         metrics: Metrics = {"progress/epoch": min(map(stats.epoch, self.weighted))}
         for source in self.sources:
@@ -90,9 +99,6 @@ class DataProgress:
             metrics[f"progress/{source}/epoch"] = stats.epoch(source)
         if stats.targets < stats.positions or record.batch.mask is not None:
             metrics["data/padding_fraction"] = 1 - stats.targets / stats.positions
-        # Ranks that read other lanes find other bad records.
-        found = self.groups.gather((self.quarantine.new_count, self.quarantine.write_error))
-        found = found[:: self.ranks_per_row]
         metrics["data/quarantined"] = self.quarantine.earlier_count + sum(new for new, _ in found)
         for write_error in filter(None, (error for _, error in found)):
             metrics["data/warning"] = write_error
@@ -123,17 +129,19 @@ class Throughput:
         self.tokens_per_step = config.train.tokens_per_step
         self.total_steps, self.max_time = config.total_steps, config.train.max_time
         self.data = config.data
-        self.last = (tokens, flops, 0.0, (0.0,) * groups.world_size)
+        waits = groups.world_size if groups.is_rank_zero else 1  # as in a `StepRecord`
+        self.last = (tokens, flops, 0.0, (0.0,) * waits)
         self.calls, self.warned = 0, False
 
     def __call__(self, record: StepRecord) -> Metrics:
         tokens_before, flops_before, train_s, waits = self.last
         self.last = (record.tokens, record.flops, record.train_s, record.data_wait_s)
         tokens, seconds = record.tokens - tokens_before, record.train_s - train_s
-        waited, rank = max(
+        longest = max(
             (now - then, rank)
             for rank, (then, now) in enumerate(zip(waits, record.data_wait_s, strict=True))
         )
+        waited, rank = self.groups.broadcast(longest)  # rank 0 knows that of all ranks
         tokens_per_s = tokens / seconds
         first = max(0, record.step - max(1, tokens // self.tokens_per_step))
         metrics: Metrics = {
@@ -142,7 +150,7 @@ class Throughput:
             "throughput/slots_per_s": tokens_per_s * self.config.mean_copies(first, record.step),
             "throughput/step_s": seconds * self.tokens_per_step / tokens,
             "throughput/data_wait_fraction": waited / seconds,
-            "memory/peak_gib": max(self.groups.gather(peak_memory_gib(self.device))),
+            "memory/peak_gib": self.groups.greatest(peak_memory_gib(self.device)),
         }
         # The first step's time is mostly that of opening files and compiling.
         if self.calls and (left := self._time_left(record, metrics, first)) is not None:

@@ -43,9 +43,11 @@ class StepRecord:
         lr: the step's learning rate.
         loss, grad_norm: scalars on the device; see `train.engines.engine.StepResult`.
         batch: this rank's rows.
-        stats: what all ranks' rows have added to the run; the stream goes on from its cursors.
+        stats: what all ranks' rows have added to the run; the stream goes on from its cursors,
+            which are those of all lanes on rank 0, and of this rank's lanes on the others.
         train_s: seconds of training in this process, without hooks.
-        data_wait_s: seconds of `train_s` that were spent waiting for data, by rank.
+        data_wait_s: seconds of `train_s` that were spent waiting for data, by rank on rank 0; this
+            rank's alone on the others.
         bad_steps: what is remembered of bad steps; a JSON object.
         ending: why this is the last step; None if it is not.
         failure: the error because of which there is no next batch; None if there is one.
@@ -69,17 +71,24 @@ class StepRecord:
     def of_all(self, groups: ProcessGroups, ranks_per_row: int = 1) -> "StepRecord":
         """The record with what only all ranks together know; every rank calls it.
 
+        All ranks learn the counts. Rank 0 alone, which logs and saves, gets a cursor of each lane
+        and a time of each rank: there are as many as ranks, or more.
+
         Args:
             ranks_per_row: how many neighbouring ranks have the same rows, which count once.
         """
-        known = groups.gather((self.stats, self.data_wait_s, self.flops))
-        readers = known[::ranks_per_row]
-        return replace(
-            self,
-            flops=sum(flops for _, _, flops in readers),
-            stats=BatchStats.merged([stats for stats, _, _ in readers]),
-            data_wait_s=tuple(wait for _, waits, _ in known for wait in waits),
-        )
+        own = self.stats, self.data_wait_s, self.flops
+        known = groups.gather_on_rank_zero(own)
+        stats, waits, flops = own
+        if known is not None:
+            readers = known[::ranks_per_row]
+            flops = sum(flops for _, _, flops in readers)
+            stats = BatchStats.merged([stats for stats, _, _ in readers])
+            waits = tuple(wait for _, waits, _ in known for wait in waits)
+        counts = stats.targets, stats.positions, stats.target_bytes
+        flops, targets, positions, size = groups.broadcast((flops, *counts))
+        stats = stats._replace(targets=targets, positions=positions, target_bytes=size)
+        return replace(self, flops=flops, stats=stats, data_wait_s=waits)
 
 
 EARLY_STEPS = (1, 2, 5, 10)

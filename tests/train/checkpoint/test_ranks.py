@@ -4,6 +4,7 @@ import json
 import os
 import resource
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -142,6 +143,29 @@ def test_all_ranks_pass_over_what_one_of_them_finds_damaged(tmp_path: Path) -> N
         assert file.name in reason
         file.write_bytes(content)
     assert run_ranks(2, newest_of, tmp_path) == [(2, [])] * 2
+
+
+LISTED: list[str] = []
+
+
+def listed(groups: ProcessGroups, root: Path) -> tuple[int, int]:
+    """How often this rank has listed the checkpoints to find the newest one, and its step."""
+
+    def note(event: str, arguments: tuple) -> None:
+        if event in ("os.listdir", "os.scandir") and Path(arguments[0]) == root:
+            LISTED.append(event)
+
+    sys.addaudithook(note)
+    found = CheckpointStore(root, keep=2, groups=groups).newest()
+    assert found is not None
+    return len(LISTED), found.step
+
+
+def test_one_rank_lists_the_checkpoints(tmp_path: Path) -> None:
+    run_ranks(2, save_once, tmp_path, (2,), 5)
+    (zero, step), *others = run_ranks(2, listed, tmp_path)
+    assert zero > 0
+    assert (others, step) == ([(0, 5)], 5)
 
 
 def newest_error(groups: ProcessGroups, root: Path) -> str:

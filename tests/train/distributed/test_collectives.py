@@ -1,13 +1,17 @@
 """Ranks that work together succeed together, or all learn what failed, and where."""
 
+import resource
 from collections.abc import Sequence
 
 import pytest
 
 from conf.errors import USER_ERRORS, ConfigError, DataError, Problem, TransientError
 from tests.train.many_ranks import RanksFailedError, run_ranks
+from train.distributed.dist_env import DistEnv
 from train.distributed.process_groups import (
     ProcessGroups,
+    allow_open_files,
+    deal_to_ranks,
     on_all_ranks,
     on_rank_zero,
     raise_on_all_ranks,
@@ -17,7 +21,7 @@ pytestmark = pytest.mark.process
 
 
 def squares(groups: ProcessGroups) -> tuple[int, str]:
-    mine = on_all_ranks(groups, lambda: groups.rank, lambda all_: [rank**2 for rank in all_])
+    mine = deal_to_ranks(groups, lambda: groups.rank, lambda all_: [rank**2 for rank in all_])
     return mine, on_rank_zero(groups, lambda: f"of rank {groups.rank}")
 
 
@@ -34,9 +38,9 @@ def failing(groups: ProcessGroups, where: int, error: Exception) -> list[str]:
 
     seen = []
     for work, answer in (
-        (fail if groups.rank == where else list, lambda _: [0] * groups.world_size),
+        (fail if groups.rank == where else list, lambda _: [0]),
         (list, lambda _: fail()),
-        (list, lambda _: [0] * groups.world_size),
+        (list, len),
     ):
         try:
             seen.append(str(on_all_ranks(groups, work, answer)))
@@ -50,8 +54,20 @@ def test_what_fails_on_one_rank_fails_on_all_and_they_can_go_on() -> None:
         assert told == [
             "RuntimeError: rank 2: ValueError: too odd",
             "RuntimeError: ValueError: too odd",
-            "0",
+            "3",
         ]
+
+
+def told(groups: ProcessGroups) -> tuple:
+    gathered = groups.gather_on_rank_zero("x" * groups.rank)
+    return gathered, groups.gather(groups.rank), groups.greatest(1.5 * groups.rank)
+
+
+def test_rank_0_alone_gets_what_is_gathered_on_it() -> None:
+    zero, *others = run_ranks(3, told)
+    assert zero == (["", "x", "xx"], [0, 1, 2], 3.0)
+    assert others == [(None, [0, 1, 2], 3.0)] * 2
+    assert told(ProcessGroups()) == ([""], [0], 0.0)
 
 
 def buried(groups: ProcessGroups) -> str:
@@ -132,3 +148,21 @@ def test_an_error_that_is_not_shared_frees_those_who_wait() -> None:
         run_ranks(2, failing_alone)
     assert "KeyError: 'weight'" in caught.value.outcomes[0]
     assert "Connection closed by peer" in caught.value.outcomes[1]
+
+
+# The limit of open files
+
+
+def test_rank_0_may_have_a_connection_with_every_other_rank() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    assert hard > 1024
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (600, hard))
+        allow_open_files(DistEnv(rank=3, world_size=10 * hard))  # which has a few connections
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (600, hard)
+        allow_open_files(DistEnv(rank=0, world_size=64))
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (512 + 4 * 64, hard)
+        with pytest.raises(ConfigError, match=f"open files, and this machine allows {hard}"):
+            allow_open_files(DistEnv(rank=0, world_size=hard))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
