@@ -24,8 +24,9 @@ from train.arguments import (
     ReportArguments,
     TokenizerArguments,
 )
-from train.conf_files import choices, default_choices, groups, meaning_of
+from train.conf_files import CLUSTERS, choices, default_choices, groups, meaning_of
 from train.config import Config
+from train.settings.cluster import ClusterConfig
 
 INTRODUCTION = """\
 # Settings
@@ -67,6 +68,13 @@ COMMANDS = """\
 ## Arguments of the other commands
 """
 
+CLUSTER = """\
+## Clusters
+
+`python train/plan.py cluster=NAME` reads a file of `conf/cluster/`, or a YAML file of your own with
+these keys ([docs/planning.md](planning.md)).
+"""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SettingsArguments(Settings):
@@ -105,6 +113,9 @@ def page() -> str:
         *(_section(f"python -m launch {name}", cls, "") for name, cls in LAUNCHERS.items()),
         COMMANDS,
         *(_section(command, cls, "") for command, cls in commands),
+        CLUSTER,
+        _group(CLUSTERS),
+        *_sections(ClusterConfig, "", "the file of a cluster"),
     ]
     return "\n".join(parts)
 
@@ -120,10 +131,10 @@ def _group(group: str) -> str:
     return f"### {group}=\n\n" + _table(("choice", "meaning"), rows)
 
 
-def _sections(cls: Any, path: str) -> Iterator[str]:
+def _sections(cls: Any, path: str, whole: str = "the run") -> Iterator[str]:
     """A dataclass and all sections within it, as tables."""
     if any(not setting.sections for setting in settings_of(cls)):
-        yield _section(path.removesuffix(".") or "the run", cls, path)
+        yield _section(path.removesuffix(".") or whole, cls, path)
     for setting in settings_of(cls):
         within = f"{path}{setting.name}.{'NAME.' if setting.named else ''}"
         if len(setting.sections) == 1:

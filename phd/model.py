@@ -305,12 +305,17 @@ def is_plain(model: Transformer) -> bool:
 
 def count_parameters(config: ModelConfig) -> dict[str, int]:
     """Parameters by group, of a model that is never allocated (built on the meta device)."""
+    return dict(_counted(config))
+
+
+@lru_cache(maxsize=64)
+def _counted(config: ModelConfig) -> tuple[tuple[str, int], ...]:
     with torch.device("meta"):
         model = Transformer(config)
     groups = {"embedding": 0, "attention": 0, "feed-forward": 0, "norms": 0, "head": 0}
     for name, parameter in model.named_parameters():
         groups[_group(name)] += parameter.numel()
-    return groups
+    return tuple(groups.items())
 
 
 @lru_cache(maxsize=64)

@@ -16,6 +16,7 @@ from conf.task_names import MOST_SHOTS, OLMO, OLMO_TASKS, without_paper
 from conf.validation import closest, did_you_mean
 from phd.config import SamplingConfig, SpanUnit, Variant
 from train.engines.accelerators import ACCELERATORS, accelerator
+from train.settings.cluster import cluster_problems
 from train.settings.engine import device_problems
 
 Benchmark = Literal[
@@ -322,6 +323,11 @@ class PlanArguments:
     Attributes:
         device: the GPU to plan for, such as `H100`, `H200` or `A100`, whose memory and peak are
             taken, wherever the plan is made; null: the device of this machine.
+        cluster: the machines to plan for: a file of conf/cluster/ such as `h100_64`, or the path of
+            a YAML file like them. Every mesh that fits is told, with its memory and the time of a
+            step by part, and one is recommended; null: no mesh is looked for.
+        meshes: how many of the fastest meshes of a cluster are shown; beside them the fastest of
+            each kind is. JSON has all.
         processes: how many ranks share the run, one device each.
         mfu: the part of the device's bf16 peak that training reaches, from which the time follows;
             null: it is measured or assumed, and the plan says which.
@@ -331,6 +337,8 @@ class PlanArguments:
     """
 
     device: str | None = None
+    cluster: str | None = None
+    meshes: int = 8
     processes: int = 1
     mfu: float | None = None
     measured: str | None = None
@@ -338,7 +346,9 @@ class PlanArguments:
 
     def problems(self) -> list[Problem]:
         """Every impossible setting."""
-        found = at_least(self, "", 1, "processes")
+        found = at_least(self, "", 1, "processes", "meshes")
+        if self.cluster is not None:
+            found += self._cluster_problems(self.cluster)
         if self.device is not None and accelerator(self.device) is None:
             expected = f"expected one of {', '.join(ACCELERATORS)}"
             hint = "leave it out to plan for this machine"
@@ -349,6 +359,15 @@ class PlanArguments:
             reason = "mfu is given, too"
             found.append(Problem("measured", self.measured, reason, "leave one out", ("mfu",)))
         return found
+
+    def _cluster_problems(self, cluster: str) -> list[Problem]:
+        """Why there is no such cluster, and what it says itself."""
+        told = {"device": None, "processes": 1, "mfu": None, "measured": None}
+        return cluster_problems(cluster) + [
+            Problem(key, value, f"cluster={cluster} says it", "leave it out", ("cluster",))
+            for key, default in told.items()
+            if (value := getattr(self, key)) != default
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)

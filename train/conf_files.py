@@ -12,10 +12,14 @@ from conf.validation import flatten_keys
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 
+CLUSTERS = "cluster"
+"""The folder of conf/ that is no part of a run's configuration: `train/plan.py` reads it."""
+
 
 def groups() -> list[str]:
     """The groups of files in conf/ that a command line can choose from: `model`, `size`, ..."""
-    return sorted(folder.name for folder in CONF.iterdir() if choices(folder.name))
+    folders = (folder.name for folder in CONF.iterdir() if choices(folder.name))
+    return sorted(name for name in folders if name != CLUSTERS)
 
 
 def choices(group: str) -> list[str]:

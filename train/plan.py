@@ -1,6 +1,7 @@
 """Plan a run: its parameters, FLOPs, memory and length, and warnings, before it is started.
 
 python train/plan.py model=phd_cswa size=550m device=H100 processes=64 data=fineweb_edu
+python train/plan.py model=phd_cswa size=1b2 cluster=h100_64 data=fineweb_edu
 """
 
 import sys
@@ -33,8 +34,11 @@ from phd.model import count_parameters
 from train import compose
 from train.arguments import PlanArguments
 from train.config import Config
+from train.costs.cluster_plan import plan_cluster
+from train.costs.cluster_table import print_cluster_plan
 from train.costs.disk import checkpoint_disk
-from train.costs.duration import find_speed
+from train.costs.duration import Speed, find_speed
+from train.costs.layouts import Layout
 from train.costs.optimizer import optimizer_cost
 from train.costs.plan import Compute, Plan, Target
 from train.costs.plan_table import print_plan
@@ -45,6 +49,7 @@ from train.engines.attention import planned_attention
 from train.engines.device import machine_memory, precision
 from train.engines.memory import fit, predict_memory, shard_counts
 from train.run_dir.prepare import METRICS
+from train.settings.cluster import ClusterConfig, load_cluster
 from train.start.trunk import trunk_of
 
 
@@ -55,6 +60,7 @@ def make_plan(
     text: Text | None = None,
     arguments: PlanArguments | None = None,
     memory: int | None = None,
+    layout: Layout | None = None,
 ) -> Plan:
     """Make the plan of a run on `world_size` ranks, without allocating the model.
 
@@ -62,6 +68,7 @@ def make_plan(
         text: what is known of the run's text; None: nothing is.
         arguments: the device to plan for, and its speed; None: this machine's device.
         memory: bytes of the smallest device of the ranks, where they are known.
+        layout: the mesh of a cluster that the run is planned for, in place of a device.
 
     Raises:
         ConfigError: the batch cannot be divided among the ranks, or the arguments do not fit.
@@ -69,7 +76,7 @@ def make_plan(
     if problems := config.problems_on(world_size):
         raise ConfigError(problems)
     arguments = arguments or PlanArguments()
-    target = _target(config, arguments.device)
+    target = _target(config, arguments.device) if layout is None else _target_of(layout.cluster)
     if memory is not None:
         target = target._replace(memory=memory)
     parameters = count_parameters(config.model)
@@ -99,7 +106,9 @@ def make_plan(
             own=_measured_in(config),
             compiled=config.engine.compiles_on(target.kind),
             uncounted=optimizer.busiest * world_size / step_flops if optimizer else 0.0,
-        ),
+        )
+        if layout is None
+        else _speed_on(layout),
         warnings=(),
     )
     return replace(plan, warnings=warnings_of(plan))
@@ -126,6 +135,20 @@ def _target(config: Config, device: str | None) -> Target:
     if wanted == "cuda":
         return Target("a CUDA device", "cuda", None, None, False)
     return Target("this machine", "cpu", machine_memory(), None, True)
+
+
+def _target_of(cluster: ClusterConfig) -> Target:
+    """A device of a cluster."""
+    name = cluster.device if cluster.accelerator is None else accelerator(cluster.device)
+    assert name is not None
+    return Target(name, cluster.kind, cluster.memory, cluster.peak_flops, False)
+
+
+def _speed_on(layout: Layout) -> Speed:
+    """That of a device on a mesh of a cluster, as the model of costs has it."""
+    flops_per_s = layout.tokens_per_s * layout.flops_per_token / layout.cluster.ranks
+    told = "" if layout.mfu is None else f"an MFU of {layout.mfu:.1%}, "
+    return Speed(flops_per_s, layout.mfu, f"{told}predicted for {layout.name} {layout.shape}")
 
 
 def _measured_in(config: Config) -> Path:
@@ -173,13 +196,24 @@ def _compute(config: Config, text: Text | None) -> Compute:
 
 def main(arguments: PlanArguments, config: Config) -> int:
     """Print the plan, and what there is to say of files on this machine."""
-    plan = make_plan(config, arguments.processes, text=look_at_text(config), arguments=arguments)
+    text, laid_out = look_at_text(config), None
+    if arguments.cluster is None:
+        plan = make_plan(config, arguments.processes, text=text, arguments=arguments)
+    else:
+        laid_out = plan_cluster(arguments.cluster, load_cluster(arguments.cluster), config)
+        best = laid_out.best
+        plan = make_plan(best.config, best.cluster.ranks, text=text, layout=best)
     remarks = list(_file_remarks(config))
     if arguments.json:
-        print(json.dumps({**plan.to_json(), "remarks": remarks}, indent=1))
+        whole = {**plan.to_json(), "remarks": remarks}
+        if laid_out is not None:
+            whole["cluster"] = laid_out.to_json()
+        print(json.dumps(whole, indent=1))
         return 0
     console = Console(soft_wrap=True)
     print_plan(plan, console)
+    if laid_out is not None:
+        print_cluster_plan(laid_out, console, arguments.meshes)
     for remark in remarks:
         console.print(remark, markup=False, highlight=False)
     return 0

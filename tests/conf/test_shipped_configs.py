@@ -11,13 +11,13 @@ from conf.validation import flatten_keys
 from data.config import DataConfig, FilesSource, PythonSource
 from phd.config import ModelConfig, Variant
 from train.compose import CONF, check, load
-from train.conf_files import load_yaml, recipe_of
+from train.conf_files import CLUSTERS, load_yaml, recipe_of
 from train.config import Config
 
 CHOICES = [
     (file.parent.name, file.stem)
     for file in sorted(CONF.glob("*/*.yaml"))
-    if file.parent.name != "sweep"
+    if file.parent.name not in ("sweep", CLUSTERS)
 ]
 SWEEPS = [file.stem for file in sorted(CONF.glob("sweep/*.yaml"))]
 
@@ -46,7 +46,7 @@ def test_without_overrides_the_files_change_no_default() -> None:
 def test_every_group_has_choices() -> None:
     groups = {folder.name for folder in CONF.iterdir() if list(folder.glob("*.yaml"))}
     own = {"model", "size", "data", "tokenizer", "optim", "schedule", "engine", "hooks"}
-    assert groups == own | {"experiment", "sweep", "recipe"}
+    assert groups == own | {"experiment", "sweep", "recipe", CLUSTERS}
 
 
 @pytest.mark.parametrize(("group", "choice"), CHOICES)

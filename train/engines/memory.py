@@ -108,11 +108,15 @@ def predict_memory(
     blocks = _with_rows_of_keys(
         block_footprints(given, config.engine.checkpoint_every_block), given, config
     )
-    head = head_footprint(given, config.optim.z_loss)
+    vocabulary = given
+    if isinstance(config.engine, FsdpConfig) and (tensor := config.engine.tensor) > 1:
+        blocks = [_tensor_part(block, given, tensor) for block in blocks]
+        vocabulary = _vocabulary_part(given, tensor)
+    head = head_footprint(vocabulary, config.optim.z_loss)
     if config.model.tied:
         # It waits for the embedding's, also where earlier micro-batches have left a gradient.
-        head = head._replace(gradients=_head_bytes(given))
-    peak = _peak(placed, [_embedding(given), *blocks, head])
+        head = head._replace(gradients=_head_bytes(vocabulary))
+    peak = _peak(placed, [_embedding(vocabulary), *blocks, head])
     return peak._replace(working=peak.working + (CUBLAS if device == "cuda" else 0))
 
 
@@ -126,7 +130,8 @@ def pass_of(config: Config, dtype: torch.dtype, world_size: int, device: str) ->
     return Pass(
         model=config.most_copies,
         rows=config.micro_batch_on(world_size),
-        tokens=config.train.seq_len // engine.context_ranks,
+        # Of a row's activations each of its ranks has an equal part, which tensor ranks gather.
+        tokens=config.train.seq_len // engine.ranks_per_row,
         dtype=dtype,
         weights=dtype if sharded else torch.float32,
         # As in `train.engines.fsdp`: FSDP2 gathers rounded shards, and DeepSpeed has none.
@@ -220,6 +225,31 @@ def _with_rows_of_keys(blocks: list[Footprint], given: Pass, config: Config) -> 
             block._replace(forward=block.forward + forward, backward=block.backward + backward)
         )
     return found
+
+
+def _tensor_part(block: Footprint, given: Pass, tensor: int) -> Footprint:
+    """The footprint of a tensor rank's part of a block, whose activations are its tokens'.
+
+    Besides, there are the gathered inputs of the columnwise products, which are saved unless they
+    are computed again; and in place of whole gradients of matrices there is its part of them.
+    """
+    model, others = given.model, tensor - 1
+    inputs = 2 * model.K * given.rows * given.tokens * model.dim * given.dtype.itemsize * others
+    sides = 2 * (model.heads + model.kv_heads) * model.head_dim + 3 * model.ffn_dim
+    absent = given.weights.itemsize * model.dim * sides * others // tensor
+    return Footprint(
+        block.forward + inputs,
+        block.saved + (0 if given.recompute == "full" else inputs),
+        block.casts,
+        block.backward + inputs - absent,
+        max(0, block.gradients - absent),
+    )
+
+
+def _vocabulary_part(given: Pass, tensor: int) -> Pass:
+    """The pass through embedding and head on a tensor rank, which has a part of the vocabulary."""
+    model = replace(given.model, vocab_size=given.model.vocab_size // tensor)
+    return replace(given, model=model, tokens=given.tokens * tensor)
 
 
 def _embedding(given: Pass) -> Footprint:

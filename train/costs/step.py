@@ -1,0 +1,253 @@
+"""The time of a training step on a cluster, by part, without running it."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from phd.pattern import patterns_of
+from train.costs.kernels import (
+    MicroBatch,
+    Seconds,
+    Stage,
+    block_stages,
+    copies_of,
+    head_stage,
+    optimizer_s,
+)
+from train.costs.links import bandwidth, groups_of, reduce_s
+from train.costs.traffic import Place, Timed, pipelined_s
+from train.engines.mesh import ParallelDims
+from train.settings.cluster import ClusterConfig
+
+SCALARS = 2
+"""All-reduces of a number in a step: the loss with its targets, and the norm of the gradient."""
+
+
+class StepTime(NamedTuple):
+    """Seconds of a step.
+
+    Attributes:
+        products: matrix products of blocks and head.
+        attention: its kernels.
+        other: norms, activations, RoPE, residuals and the loss's softmax.
+        optimizer: AdamW, or Muon.
+        host: what the host adds.
+        gather: all-gathers of weights, hidden or not, as the four that follow.
+        scatter: reduce-scatters of gradients.
+        reduce: all-reduces of gradients over replicas, and of numbers over all ranks.
+        context: keys and values, and their gradients.
+        tensor: activations of tensor parallelism.
+        exposed: what of these five nothing hides.
+    """
+
+    products: float
+    attention: float
+    other: float
+    optimizer: float
+    host: float
+    gather: float
+    scatter: float
+    reduce: float
+    context: float
+    tensor: float
+    exposed: float
+
+    @property
+    def compute(self) -> float:
+        """What would be left of the step with links that take no time."""
+        return self.products + self.attention + self.other + self.optimizer + self.host
+
+    @property
+    def sent(self) -> float:
+        """All communication, hidden or not."""
+        return self.gather + self.scatter + self.reduce + self.context + self.tensor
+
+    @property
+    def hidden(self) -> float:
+        """Communication beside computation."""
+        return self.sent - self.exposed
+
+    @property
+    def total(self) -> float:
+        return self.compute + self.exposed
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The parameters of a model, and how they are kept.
+
+    Attributes:
+        block: numbers in a block.
+        outside: numbers in all else: embeddings, final norm, head.
+        layers: how many blocks there are.
+        itemsize: bytes in which they are gathered.
+        gradient: bytes in which their gradients are summed.
+        reshard: whether a block is gathered again in the backward pass: `always`, `auto` (all but
+            the last one) or `never`.
+    """
+
+    block: int
+    outside: int
+    layers: int
+    itemsize: int
+    gradient: int = 4
+    reshard: str = "auto"
+
+    @property
+    def total(self) -> int:
+        return self.outside + self.layers * self.block
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step consists of on each rank.
+
+    Attributes:
+        batch: a micro-batch.
+        passes: micro-batches of a step.
+        weights: of the model.
+        dims: the mesh.
+        cluster: the machines.
+        checkpoint_every: how many blocks there are to each checkpointed one.
+        muon_flops: of the busiest rank's Newton-Schulz; 0: AdamW alone.
+        muon_bytes: that a rank receives for it.
+    """
+
+    batch: MicroBatch
+    passes: int
+    weights: Weights
+    dims: ParallelDims
+    cluster: ClusterConfig
+    checkpoint_every: int = 1
+    muon_flops: float = 0.0
+    muon_bytes: float = 0.0
+
+    @property
+    def place(self) -> Place:
+        """This rank's groups."""
+        return Place(groups_of(self.dims, self.cluster.devices), self.cluster)
+
+    @property
+    def crowding(self) -> float:
+        """How many ranks share a core of their node; 1 where each computes on its own."""
+        ranks = min(self.cluster.devices, self.place.groups.all.ranks)
+        return 1.0 if self.cluster.cores is None else max(1.0, ranks / self.cluster.cores)
+
+
+class _Waits(NamedTuple):
+    """Seconds of context and tensor parallelism in a layer, which nothing hides."""
+
+    context: tuple[float, float]  # forward, backward
+    tensor: tuple[float, float]
+
+
+def step_time(step: Step) -> StepTime:
+    """The seconds of a step by part.
+
+    The links work beside the computation, as far as there is some to hide behind. Keys, values and
+    activations of context and tensor parallelism are waited for.
+    """
+    rates, place = step.cluster.rates, step.place
+    blocks = [*block_stages(step.batch, rates, step.checkpoint_every)]
+    stages = [*blocks, head_stage(step.batch, rates)]
+    waits = [*_waits(step)]
+    lines = [_timeline(step, stages, waits, number) for number in range(step.passes)]
+    spent = sum(pipelined_s(line, overlaps=step.cluster.cores is None) for line in lines)
+    crowd = step.crowding * step.passes
+    computed = Seconds(*(crowd * seconds for seconds in _sum(stages)))
+    muon = step.muon_flops / rates.products
+    shard = step.weights.total / (step.dims.shards * step.dims.tensor)
+    scatter, reduce = _gradients(step)
+    alone = SCALARS * reduce_s(4, place.groups.all, step.cluster)
+    if step.muon_bytes:
+        alone += step.muon_bytes / bandwidth(place.groups.all, step.cluster)
+    return StepTime(
+        products=computed.products,
+        attention=computed.attention,
+        other=computed.other,
+        optimizer=step.crowding * (optimizer_s(shard, rates) + muon),
+        host=step.cluster.step_s,
+        gather=sum(timed.before for line in lines for timed in line),
+        scatter=scatter,
+        reduce=reduce + alone,
+        context=step.passes * sum(sum(wait.context) for wait in waits),
+        tensor=step.passes * sum(sum(wait.tensor) for wait in waits),
+        exposed=spent - computed.total + alone,
+    )
+
+
+def _sum(stages: Sequence[Stage]) -> Seconds:
+    """Of all stages, both ways."""
+    total = Seconds()
+    for stage in stages:
+        total = total.plus(stage.forward).plus(stage.backward)
+    return total
+
+
+def _waits(step: Step) -> Iterator[_Waits]:
+    """Of each block, and at last of embedding, head and loss together."""
+    batch, place = step.batch, step.place
+    for layer, pattern in enumerate(patterns_of(batch.model)):
+        forward, backward = place.keys_s(batch, pattern)
+        moved = place.tensor_s(batch, copies_of(batch.model, layer, pattern))
+        # What is computed again is also sent again.
+        again = batch.recompute == "full" and layer % step.checkpoint_every == 0
+        yield _Waits(
+            (forward, backward + (forward if again else 0.0)), (moved, moved * (1 + again))
+        )
+    yield _Waits((0.0, 0.0), (place.head_s(batch),) * 2)
+
+
+def _timeline(
+    step: Step, stages: Sequence[Stage], waits: Sequence[_Waits], number: int
+) -> list[Timed]:
+    """A micro-batch: embedding, blocks and head, and back; `number` counts those of a step.
+
+    Gradients are summed over ranks with the last one alone. `stages` and `waits` end with the head.
+    """
+    place, weights, depth = step.place, step.weights, len(stages) - 1
+    kept = weights.reshard == "never" and number > 0
+    parted = step.weights.itemsize / step.dims.tensor
+    block, outside = (
+        0.0 if kept else place.gather_weights_s(numbers * parted)
+        for numbers in (weights.block, weights.outside)
+    )
+    last = number == step.passes - 1
+    after = [_after(step, numbers) if last else 0.0 for numbers in (weights.block, weights.outside)]
+
+    def timed(layer: int, way: int, before: float, after: float) -> Timed:
+        wait = waits[layer].context[way] + waits[layer].tensor[way]
+        return Timed(before, step.crowding * stages[layer][way].total + wait, after)
+
+    def again(layer: int) -> float:
+        """What gathers a block's weights in the backward pass."""
+        freed = weights.reshard == "always" or (weights.reshard == "auto" and layer < depth - 1)
+        return block if freed else 0.0
+
+    return [
+        Timed(outside, 0.0, 0.0),
+        *(timed(layer, 0, block, 0.0) for layer in range(depth)),
+        timed(depth, 0, 0.0, 0.0),
+        timed(depth, 1, outside if weights.reshard == "always" else 0.0, 0.0),
+        *(
+            timed(layer, 1, again(layer), after[0] if layer < weights.layers else 0.0)
+            for layer in reversed(range(depth))
+        ),
+        Timed(0.0, 0.0, after[1]),
+    ]
+
+
+def _after(step: Step, numbers: int) -> float:
+    """Seconds in which the gradients of a unit are summed over ranks."""
+    return sum(step.place.reduce_gradients_s(numbers * step.weights.gradient / step.dims.tensor))
+
+
+def _gradients(step: Step) -> tuple[float, float]:
+    """Seconds of a step's (reduce-scatters, all-reduces) of gradients."""
+    weights = step.weights
+    units = [weights.outside, *[weights.block] * weights.layers]
+    pairs = [
+        step.place.reduce_gradients_s(numbers * weights.gradient / step.dims.tensor)
+        for numbers in units
+    ]
+    return sum(scatter for scatter, _ in pairs), sum(reduce for _, reduce in pairs)
