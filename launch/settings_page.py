@@ -26,7 +26,7 @@ from train.arguments import (
 )
 from train.conf_files import CLUSTERS, choices, default_choices, groups, meaning_of
 from train.config import Config
-from train.settings.cluster import ClusterConfig
+from train.costs.cluster import ClusterConfig
 
 INTRODUCTION = """\
 # Settings

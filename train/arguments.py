@@ -15,8 +15,8 @@ from conf.settings import above, at_least
 from conf.task_names import MOST_SHOTS, OLMO, OLMO_TASKS, without_paper
 from conf.validation import closest, did_you_mean
 from phd.config import SamplingConfig, SpanUnit, Variant
+from train.costs.cluster import cluster_problems
 from train.engines.accelerators import ACCELERATORS, accelerator
-from train.settings.cluster import cluster_problems
 from train.settings.engine import device_problems
 
 Benchmark = Literal[

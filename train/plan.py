@@ -34,6 +34,7 @@ from phd.model import count_parameters
 from train import compose
 from train.arguments import PlanArguments
 from train.config import Config
+from train.costs.cluster import ClusterConfig, load_cluster
 from train.costs.cluster_plan import plan_cluster
 from train.costs.cluster_table import print_cluster_plan
 from train.costs.disk import checkpoint_disk
@@ -49,7 +50,6 @@ from train.engines.attention import planned_attention
 from train.engines.device import machine_memory, precision
 from train.engines.memory import fit, predict_memory, shard_counts
 from train.run_dir.prepare import METRICS
-from train.settings.cluster import ClusterConfig, load_cluster
 from train.start.trunk import trunk_of
 
 

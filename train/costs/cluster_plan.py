@@ -7,10 +7,10 @@ from typing import Any
 from conf.errors import ConfigError, Problem
 from conf.validation import as_dict
 from train.config import Config
+from train.costs.cluster import ClusterConfig
 from train.costs.disk import checkpoint_disk
 from train.costs.failures import DAY_S, Failures, Saving, best_interval_s, failures_of, saving_of
 from train.costs.layouts import Layout, Layouts, find_layouts
-from train.settings.cluster import ClusterConfig
 from train.settings.engine import FsdpConfig
 
 PARTS = ("gather", "scatter", "reduce", "context", "tensor")

@@ -3,7 +3,7 @@
 from math import inf, sqrt
 from typing import NamedTuple
 
-from train.settings.cluster import ClusterConfig
+from train.costs.cluster import ClusterConfig
 
 DAY_S = 86400.0
 

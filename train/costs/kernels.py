@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 from phd.config import ModelConfig
 from phd.pattern import Pattern, patterns_of
+from train.costs.cluster import RatesConfig
 from train.engines.footprint import Recompute
-from train.settings.cluster import RatesConfig
 
 RESIDUAL = 4
 """Bytes of a number of the residual stream, which is float32."""

@@ -11,13 +11,13 @@ from conf.errors import ConfigError
 from phd.flops import training_flops_per_token
 from phd.model import count_parameters
 from train.config import Config
+from train.costs.cluster import ClusterConfig
 from train.costs.kernels import MicroBatch
 from train.costs.optimizer import optimizer_cost
 from train.costs.step import Step, StepTime, Weights, step_time
 from train.engines.device import precision
 from train.engines.memory import FITS, Memory, divisors, fit, predict_memory
 from train.engines.mesh import ParallelDims
-from train.settings.cluster import ClusterConfig
 from train.settings.engine import FsdpConfig
 
 CONTEXTS = TENSORS = (1, 2, 4, 8)

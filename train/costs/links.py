@@ -3,8 +3,8 @@
 from math import inf
 from typing import NamedTuple
 
+from train.costs.cluster import ClusterConfig
 from train.engines.mesh import ParallelDims
-from train.settings.cluster import ClusterConfig
 
 
 class Group(NamedTuple):

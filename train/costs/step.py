@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from phd.pattern import patterns_of
+from train.costs.cluster import ClusterConfig
 from train.costs.kernels import (
     MicroBatch,
     Seconds,
@@ -17,7 +18,6 @@ from train.costs.kernels import (
 from train.costs.links import bandwidth, groups_of, reduce_s
 from train.costs.traffic import Place, Timed, pipelined_s
 from train.engines.mesh import ParallelDims
-from train.settings.cluster import ClusterConfig
 
 SCALARS = 2
 """All-reduces of a number in a step: the loss with its targets, and the norm of the gradient."""

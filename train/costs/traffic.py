@@ -10,9 +10,9 @@ from math import ceil
 from typing import NamedTuple
 
 from phd.pattern import Pattern
+from train.costs.cluster import ClusterConfig
 from train.costs.kernels import RESIDUAL, Copies, MicroBatch
 from train.costs.links import Groups, bandwidth, gather_s, reduce_s
-from train.settings.cluster import ClusterConfig
 
 GRADIENT = 4
 """Bytes of a number of dk and dv, which are summed over context ranks in float32."""

@@ -16,6 +16,7 @@ from phd.pattern import patterns_of
 from train.arguments import PlanArguments
 from train.compose import load
 from train.conf_files import CLUSTERS, choices
+from train.costs.cluster import ClusterConfig, LinkConfig, load_cluster
 from train.costs.cluster_plan import ClusterPlan, plan_cluster
 from train.costs.failures import Saving, best_interval_s, daly_s, failures_of, saving_of, young_s
 from train.costs.kernels import (
@@ -31,7 +32,6 @@ from train.costs.links import Group, bandwidth, gather_s, group_of, groups_of, r
 from train.costs.step import Step, StepTime, Weights, step_time
 from train.costs.traffic import Timed, key_traffic, pipelined_s, tensor_traffic
 from train.engines.mesh import ParallelDims
-from train.settings.cluster import ClusterConfig, LinkConfig, load_cluster
 
 H100 = load_cluster("h100_64")
 ROUND = replace(  # figures that can be worked out by hand
