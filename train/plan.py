@@ -35,11 +35,10 @@ from train import compose
 from train.arguments import PlanArguments
 from train.config import Config
 from train.costs.cluster import ClusterConfig, load_cluster
-from train.costs.cluster_plan import plan_cluster
+from train.costs.cluster_plan import Layout, plan_cluster
 from train.costs.cluster_table import print_cluster_plan
 from train.costs.disk import checkpoint_disk
 from train.costs.duration import Speed, find_speed
-from train.costs.layouts import Layout
 from train.costs.optimizer import optimizer_cost
 from train.costs.plan import Compute, Plan, Target
 from train.costs.plan_table import print_plan

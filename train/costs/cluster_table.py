@@ -8,8 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from conf.wording import byte_size, duration, plural, short_count, two_digits
-from train.costs.cluster_plan import ClusterPlan, reasons
-from train.costs.layouts import Layout
+from train.costs.cluster_plan import ClusterPlan, Layout, reasons
 
 GIB, MS = 2**30, 1000.0
 

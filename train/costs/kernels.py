@@ -7,12 +7,11 @@ A product takes as long as its FLOPs or its bytes, whichever is more (the roofli
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from phd.config import ModelConfig
 from phd.pattern import Pattern, patterns_of
 from train.costs.cluster import RatesConfig
-from train.engines.footprint import Recompute
 
 RESIDUAL = 4
 """Bytes of a number of the residual stream, which is float32."""
@@ -28,6 +27,9 @@ EAGER = 4
 """How many times the bytes of norms, activations, RoPE and residuals are moved where no compiler
 fuses them: what is left of an eager and a compiled step of `1b2` on an H200 (354 and 293 ms,
 docs/speed.md) without products, attention, loss and optimizer."""
+
+
+Recompute = Literal["none", "selective", "full"]
 
 
 class Seconds(NamedTuple):

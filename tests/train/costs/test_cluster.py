@@ -17,7 +17,7 @@ from train.arguments import PlanArguments
 from train.compose import load
 from train.conf_files import CLUSTERS, choices
 from train.costs.cluster import ClusterConfig, LinkConfig, load_cluster
-from train.costs.cluster_plan import ClusterPlan, plan_cluster
+from train.costs.cluster_plan import ClusterPlan, find_layouts, plan_cluster
 from train.costs.failures import Saving, best_interval_s, daly_s, failures_of, saving_of, young_s
 from train.costs.kernels import (
     MicroBatch,
@@ -27,10 +27,17 @@ from train.costs.kernels import (
     copies_of,
     head_stage,
 )
-from train.costs.layouts import find_layouts
 from train.costs.links import Group, bandwidth, gather_s, group_of, groups_of, reduce_s
-from train.costs.step import Step, StepTime, Weights, step_time
-from train.costs.traffic import Timed, key_traffic, pipelined_s, tensor_traffic
+from train.costs.step import (
+    Step,
+    StepTime,
+    Timed,
+    Weights,
+    key_traffic,
+    pipelined_s,
+    step_time,
+    tensor_traffic,
+)
 from train.engines.mesh import ParallelDims
 
 H100 = load_cluster("h100_64")
