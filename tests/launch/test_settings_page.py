@@ -10,7 +10,7 @@ from conf.descriptions import descriptions
 from conf.validation import keys, settings_of
 from launch.config import LAUNCHERS
 from launch.settings_page import COMMAND_ARGUMENTS, SettingsArguments, main, page
-from train.conf_files import choices, groups
+from train.conf_files import CLUSTERS, choices, groups
 from train.config import Config
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "settings.md"
@@ -60,5 +60,5 @@ def test_the_cells_of_a_table_are_as_many_as_its_head() -> None:
 
 def test_every_choice_says_what_it_is() -> None:
     rows = re.findall(r"^\| \[`.*?\| (.*) \|$", page(), flags=re.MULTILINE)
-    assert len(rows) == sum(len(choices(group)) for group in groups())
+    assert len(rows) == sum(len(choices(group)) for group in [*groups(), CLUSTERS])
     assert all(len(row) > 20 and row.endswith(".") for row in rows)
