@@ -33,6 +33,7 @@ from tests.train.uneven import COPIES, UNEVEN
 from train.compose import load
 from train.config import Config
 from train.distributed.process_groups import ProcessGroups
+from train.engines import context_parallel
 from train.engines.context_parallel import ContextPart, ContextRank
 from train.loop import train_step
 from train.run import open_engine
@@ -280,6 +281,55 @@ def test_attention_of_ranks_is_the_dense_definition(number: int) -> None:
         for ours, whole in zip(parts, expected, strict=True):
             theirs = whole.detach().numpy()[..., index, :]
             np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-10)
+
+
+class Done:
+    """A collective that is done."""
+
+    def wait(self) -> None:
+        pass
+
+
+def gather_twice(out: Tensor, x: Tensor, *_: Any, **__: Any) -> Done:
+    out.copy_(torch.cat([x, x]))
+    return Done()
+
+
+def scatter_twice(out: Tensor, x: Tensor, **_: Any) -> Done:
+    out.copy_(x[: len(out)] + x[len(out) :])
+    return Done()
+
+
+def echo(out: Tensor, x: Tensor, *_: Any, **__: Any) -> Done:
+    out.copy_(x)
+    return Done()
+
+
+@pytest.mark.compile
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("documents", [False, True])
+def test_attention_of_ranks_is_traced_whole(
+    documents: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Collectives are stood in for by ones that give this rank its own: the test is of tracing."""
+    torch.compiler.reset()
+    monkeypatch.setattr(dist, "all_gather_into_tensor", gather_twice)
+    monkeypatch.setattr(dist, "reduce_scatter_tensor", scatter_twice)
+    monkeypatch.setattr(dist, "all_to_all_single", echo)
+    monkeypatch.setitem(context_parallel._GROUPS, "none", None)  # type: ignore[arg-type]
+    place = ContextRank("none", rank=1, ranks=2)
+    (q, k, v, _), starts = problem(CSWA, CSWA.K, documents)
+    qkv = [x[..., : ROW // 2, :].requires_grad_() for x in (q, k, v)]
+    part = ContextPart.of(place, ROW, None if starts is None else starts.numpy())
+
+    def attention(*qkv: Tensor) -> Tensor:
+        return part.attend(*qkv, CSWA, "packed")
+
+    results = []
+    for call in (attention, torch.compile(attention, backend="aot_eager", fullgraph=True)):
+        out = call(*qkv)
+        results.append([out, *torch.autograd.grad(out.sin().sum(), qkv)])
+    torch.testing.assert_close(*results, rtol=0, atol=0)
 
 
 # Bytes
