@@ -352,9 +352,9 @@ class DataConfig(Settings):
                 Problem(
                     "data.lanes",
                     self.lanes,
-                    f"not divisible by the {plural(world_size, 'rank')} of this run",
-                    f"choose a multiple of {world_size} for a new run, or a number of ranks from "
-                    f"{_listed(divisors(self.lanes))}",
+                    f"not divisible by the {plural(world_size, 'rank')} that read rows",
+                    f"choose a multiple of {world_size} for a new run, or a number of such ranks "
+                    f"from {_listed(divisors(self.lanes))}",
                 )
             )
         return found

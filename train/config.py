@@ -255,6 +255,8 @@ class Config(Settings):
 
     def problems_on(self, world_size: int) -> list[Problem]:
         """Why the run cannot be spread over this many ranks."""
+        if world_size % self.engine.ranks_per_row:  # how many ranks read rows is not known
+            return self.engine.problems_on(world_size)
         readers = self.engine.data_ranks(world_size)
         return [
             *self.data.batch_problems(self.train.global_batch, readers),

@@ -55,11 +55,16 @@ def fused_attention(
             hidden copies.
     """
     if pattern.rule == "hidden":
-        _check_fused(q, pattern)
+        check_fused(q, pattern)
     return _packed(q, k, v, pattern, segments, fused=True)
 
 
-def _check_fused(q: Tensor, pattern: Pattern) -> None:
+def check_fused(q: Tensor, pattern: Pattern) -> None:
+    """Make sure that there are Triton kernels for these queries and this pattern.
+
+    Raises:
+        ValueError: there are none.
+    """
     reason = fused_obstacle(q.device, q.dtype, q.shape[-1])
     if not has_local_kernels(pattern):
         reason = "no kernel in which originals see hidden copies"

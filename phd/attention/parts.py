@@ -237,6 +237,11 @@ class PartAttention:
             q, result: as in `add_before`.
             k, v: (B, G, K-1, halo, H), of the tokens just before the part.
         """
+        # The products are in the precision of lse, float32 at least.
+        with torch.autocast(q.device.type, enabled=False):
+            self._add_halo(q, k, v, result)
+
+    def _add_halo(self, q: Tensor, k: Tensor, v: Tensor, result: tuple[Tensor, Tensor]) -> None:
         out, lse = self._seeing_halo(*result)
         (q,) = self._seeing_halo(q)
         for at, scores in self._halo_scores(q, k, lse.dtype):
@@ -263,6 +268,15 @@ class PartAttention:
         Returns:
             dk and dv, of the dtype of lse.
         """
+        with torch.autocast(dq.device.type, enabled=False):
+            return self._add_halo_gradients(dq, inputs, result)
+
+    def _add_halo_gradients(
+        self,
+        dq: Tensor,
+        inputs: tuple[Tensor, Tensor, Tensor],
+        result: tuple[Tensor, Tensor, Tensor],
+    ) -> tuple[Tensor, Tensor]:
         q, k, v = inputs
         out, lse, dout = self._seeing_halo(*result)
         dq, q = self._seeing_halo(dq, q)

@@ -46,8 +46,8 @@ def test_batches_have_to_be_divisible_by_lanes_and_lanes_by_ranks() -> None:
         "data.lanes from 1, 2, 5, 10"
     )
     assert ranks == (
-        "data.lanes=8: not divisible by the 3 ranks of this run; choose a multiple of 3 for a new "
-        "run, or a number of ranks from 1, 2, 4, 8"
+        "data.lanes=8: not divisible by the 3 ranks that read rows; choose a multiple of 3 for a "
+        "new run, or a number of such ranks from 1, 2, 4, 8"
     )
 
 

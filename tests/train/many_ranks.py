@@ -4,6 +4,7 @@ import os
 import pickle
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from time import monotonic
@@ -88,6 +89,7 @@ def _rank(
     os.environ |= environment | variables_of(rank, world_size, port)
     del sys.argv[1:]  # pytest's options are no overrides of a run
     torch.set_num_threads(1)
+    warnings.simplefilter("error", FutureWarning)  # pytest's filters do not reach this process
     try:
         with init_process_groups("cpu") as groups:
             value = function(groups, *arguments)

@@ -131,7 +131,7 @@ class BadStepPolicy:
                 self.tokenizer,
                 layers,
                 self.engine.groups,
-                self.engine.dims.ranks_per_row,
+                self.engine.dims,
             )
             report = f"{bad}; its batch is in {path.parent}"
         except OSError as error:

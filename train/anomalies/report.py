@@ -12,6 +12,7 @@ from data.storage.atomic import write_atomic
 from data.tokenizer import Tokenizer
 from train.distributed.process_groups import ProcessGroups
 from train.engines.limits import Limits
+from train.engines.mesh import ParallelDims
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,25 +50,25 @@ def write_bad_step(
     tokenizer: Tokenizer,
     layers: Layers,
     groups: ProcessGroups,
-    ranks_per_row: int = 1,
+    dims: ParallelDims,
 ) -> Path:
     """Write this rank's part of a bad step to `bad_steps/step_<step>/rank_<rank>.json`.
 
     For each row: its number in the global batch, its lane, how many targets count, its tokens and
     their text. For each lane: the cursor after the batch, and the cursor of the document that it
-    had reached. `ranks_per_row` neighbouring ranks write the same rows. Numbers that are not finite
-    are written as text, because JSON has none.
+    had reached. Of the ranks that work on the same rows the first one writes rows and lanes; each
+    writes the layers' norms of the tokens, and of the parts of matrices, that it has. Numbers that
+    are not finite are written as text, because JSON has none.
 
     Raises:
         OSError: the disk refuses.
     """
     stats = batch.stats
     assert stats is not None
-    reader, readers = groups.rank // ranks_per_row, groups.world_size // ranks_per_row
     counts = [None] * len(batch.rows) if batch.mask is None else batch.mask.sum(1).tolist()
     rows = [
         {
-            "row": reader + number * readers,
+            "row": dims.data_rank(groups.rank) + number * dims.data_ranks,
             "lane": lane,
             "targets": len(row) - 1 if count is None else count,
             "text": tokenizer.decode(row if count is None else row[: count + 1]),
@@ -82,7 +83,12 @@ def write_bad_step(
         for lane, progress in stats.progress.items()
     }
     record = {**asdict(bad), "limits": bad.limits._asdict()}
-    record |= {"rank": groups.rank, "layers": layers, "lanes": lanes, "rows": rows}
+    record |= {"rank": groups.rank, "layers": layers}
+    if dims.ranks_per_row > 1:
+        record["context_rank"] = f"{dims.context_rank(groups.rank)} of {dims.context}"
+        record["tensor_rank"] = f"{dims.tensor_rank(groups.rank)} of {dims.tensor}"
+    if dims.is_reader(groups.rank):
+        record |= {"lanes": lanes, "rows": rows}
     path = run_directory / "bad_steps" / f"step_{bad.step:08d}" / f"rank_{groups.rank}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomic(path, json.dumps(_plain(record), allow_nan=False))

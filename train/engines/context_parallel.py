@@ -9,9 +9,10 @@ few keys, and a late one, whose queries see many, so that all ranks do the same 
 Each layer's attention, on each rank:
 
     forward                                       backward
-    |  all-gather of remembered k, v starts       |  all-gather of remembered k, v starts
+    |  hidden copies just before each part,       |
+    |  all-gather of remembered k, v start        |  all-gather of remembered k, v starts
     |    each part's attention to itself          |    each part's gradients of itself
-    |    hidden copies just before each part      |
+    |    and to the hidden copies before it       |
     |  the gathered keys are here                 |  the gathered keys are here
     |    each part's attention to all before      |    each part's gradients of all before
     v                                             |  reduce-scatter of dk, dv starts
@@ -26,6 +27,7 @@ backward each rank keeps those of its own tokens, and so they are gathered twice
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -34,6 +36,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from phd.attention.attend import resolve_backend
+from phd.attention.packed import check_fused
 from phd.attention.parts import (
     Gradients,
     PartAttention,
@@ -46,14 +49,15 @@ from phd.pattern import Pattern
 from phd.segments import Segments
 from phd.torch_private import HAS_TRITON
 from phd.transfer import to_device
+from train.torch_private import all_gather_single, reduce_scatter_single
 
 CAUSAL = Pattern("causal")
 BACKENDS = ("packed", "fused")
 """Those whose attention is made of pieces that merge; the others compute whole rows alone."""
 
 
-_GROUPS: dict[str, dist.ProcessGroup] = {}
-"""By name, because operators take names and no groups."""
+_GROUPS: WeakValueDictionary[str, dist.ProcessGroup] = WeakValueDictionary()
+"""By name, because operators take names and no groups. Torch holds them until they are left."""
 
 
 class ContextRank(NamedTuple):
@@ -153,6 +157,8 @@ class ContextPart:
         chosen = resolve_backend(backend, q.device.type, q.dtype, q.shape[4], HAS_TRITON, pattern)
         assert chosen in BACKENDS, chosen
         fused = chosen == "fused"
+        if fused and pattern.rule == "hidden":
+            check_fused(q, pattern)
         B, N, Q, T, H = q.shape
         if pattern.rule == "stream":
             # Each copy over its own past: the copies are further key heads.
@@ -305,8 +311,9 @@ def context_forward(
         and values of the hidden copies just before it; zeros before the first one of the row.
     """
     halves = part.halves(pattern, fused)
-    gathering = _Gathering.of(k, v, pattern, part.place)
+    # In this order: NCCL does one after the other, and this one is small and needed first.
     exchange = _HaloExchange.of(k, v, halves[0].halo, part.place)
+    gathering = _Gathering.of(k, v, pattern, part.place)
     inputs = list(zip(*(x.chunk(2, 3) for x in (q, k, v)), strict=True))
     results = [half.attend_to_itself(*qkv) for half, qkv in zip(halves, inputs, strict=True)]
     halo = exchange.wait()
@@ -380,8 +387,7 @@ class _Gathering(NamedTuple):
         both = torch.stack([k[:, :, :copies], v[:, :, :copies]]).transpose(3, 4)
         own = both.unflatten(3, (2, -1)).movedim(3, 0).contiguous()
         whole = own.new_empty(place.ranks * 2, *own.shape[1:])
-        work = dist.all_gather_into_tensor(whole, own, _GROUPS[place.group], async_op=True)
-        assert work is not None
+        work = all_gather_single(whole, own, _GROUPS[place.group])
         return cls(whole.unflatten(0, (-1, 2)), work, place)
 
     def wait(self) -> Tensor:
@@ -412,8 +418,7 @@ class _Scattering(NamedTuple):
         early, late = parts.chunk(2)
         whole = torch.stack([early, late.flip(0)], 1).flatten(0, 1)
         own = torch.empty_like(whole[:2])
-        work = dist.reduce_scatter_tensor(own, whole, group=_GROUPS[place.group], async_op=True)
-        assert work is not None
+        work = reduce_scatter_single(own, whole, _GROUPS[place.group])
         return cls(own, work, whole)
 
     def add_to(self, dk: Tensor, dv: Tensor) -> None:
@@ -444,9 +449,10 @@ class _HaloExchange(NamedTuple):
     @classmethod
     def of(cls, k: Tensor, v: Tensor, halo: int, place: ContextRank) -> "_HaloExchange":
         """Send the last hidden copies of both parts, (B, G, copies, T', H), to the parts after."""
-        both = torch.stack([k[:, :, 1:], v[:, :, 1:]]).unflatten(4, (2, -1)).movedim(4, 0)
-        size = both.shape[5]
-        first, second = both[..., size - halo :, :]
+        size = k.shape[3] // 2
+        first, second = (
+            torch.stack([x[:, :, 1:, end - halo : end] for x in (k, v)]) for end in (size, 2 * size)
+        )
         return cls._start(second, first, place)
 
     @classmethod

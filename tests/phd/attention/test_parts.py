@@ -119,6 +119,20 @@ def test_parts_compute_what_the_dense_definition_says(row: Row, at_once: int) ->
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
 
 
+def test_autocast_does_not_reach_into_the_pieces() -> None:
+    """As `test_autocast_does_not_reach_into_the_packed_backend`: products would be rounded."""
+    pattern = Pattern("hidden", K=3, window=9)
+    row = Row(pattern, Q=3, parts=2, size=8, documents=None)
+    shapes = [(B, N, 3), (B, G, 3), (B, G, 3), (B, N, 3)]
+    tensors = [torch.randn(*shape, row.tokens, H) for shape in shapes]
+    expected = in_parts(row, *tensors)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = in_parts(row, *tensors)
+    assert row.halo == 4
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
 def test_a_part_needs_no_halo_where_every_part_begins_with_a_chunk() -> None:
     chunks = Pattern("hidden", K=3, window=16, chunk_tokens=16)
     assert halo_tokens(chunks, 32, documents=False) == 0

@@ -20,9 +20,11 @@ from train.anomalies.detection import SpikeDetector
 from train.anomalies.policy import layer_report
 from train.anomalies.report import BadStep, write_bad_step
 from train.compose import load
+from train.distributed.dist_env import DistEnv
 from train.distributed.process_groups import ProcessGroups
 from train.engines.fsdp import FsdpEngine
 from train.engines.limits import Limits
+from train.engines.mesh import ParallelDims
 from train.loop import train_step
 from train.settings.faults import FaultsConfig
 
@@ -177,7 +179,7 @@ def test_a_bad_step_is_written_with_its_text(written: tuple[Any, Any], tmp_path:
     mask[1, 5:] = False
     batch = batch._replace(mask=mask)
     layers = layer_report(run.engine, batch)
-    path = write_bad_step(tmp_path, BAD, batch, run.tokenizer, layers, run.groups)
+    path = write_bad_step(tmp_path, BAD, batch, run.tokenizer, layers, run.groups, run.engine.dims)
     assert path == tmp_path / "bad_steps/step_00000007/rank_0.json"
     record = json.loads(path.read_text())
     assert (record["step"], record["batch"], record["lr"]) == (7, 8, 1e-3)
@@ -195,6 +197,22 @@ def test_a_bad_step_is_written_with_its_text(written: tuple[Any, Any], tmp_path:
     assert after == json.loads(json.dumps(batch.stats.cursors))
 
 
+def test_rows_are_written_once_by_the_ranks_that_work_on_them(
+    written: tuple[Any, Any], tmp_path: Path
+) -> None:
+    run, batch = written
+    dims = ParallelDims(shard=2, context=2)
+    records = []
+    for rank in range(4):
+        groups = ProcessGroups(DistEnv(rank=rank, world_size=4))
+        path = write_bad_step(tmp_path, BAD, batch, run.tokenizer, {}, groups, dims)
+        records.append(json.loads(path.read_text()))
+    assert [record["context_rank"] for record in records] == ["0 of 2", "1 of 2"] * 2
+    assert ["rows" in record for record in records] == [True, False] * 2
+    assert ["lanes" in record for record in records] == [True, False] * 2
+    assert [row["row"] for row in records[2]["rows"]] == [1, 3, 5, 7]
+
+
 def test_a_bad_step_reads_as_a_sentence() -> None:
     assert str(BAD) == (
         "step 7 is bad: its loss is nan (at most 4.5), its gradient norm 2.5 (must be finite)"
@@ -205,7 +223,7 @@ def test_a_disk_that_refuses_is_an_oserror(written: tuple[Any, Any], tmp_path: P
     run, batch = written
     (tmp_path / "bad_steps").touch()
     with pytest.raises(OSError, match="bad_steps"):
-        write_bad_step(tmp_path, BAD, batch, run.tokenizer, {}, run.groups)
+        write_bad_step(tmp_path, BAD, batch, run.tokenizer, {}, run.groups, run.engine.dims)
 
 
 # Layers

@@ -357,9 +357,12 @@ def sent(groups: ProcessGroups, pattern: Pattern) -> int:
         return call
 
     with pytest.MonkeyPatch.context() as patch:
+        new = hasattr(dist, "all_gather_single")  # from torch 2.13 on
+        gather = "all_gather_single" if new else "all_gather_into_tensor"
+        scatter = "reduce_scatter_single" if new else "reduce_scatter_tensor"
         for name, bytes_of in (
-            ("all_gather_into_tensor", lambda x: x.nbytes * (WORLD - 1)),
-            ("reduce_scatter_tensor", lambda x: x.nbytes // WORLD * (WORLD - 1)),
+            (gather, lambda x: x.nbytes * (WORLD - 1)),
+            (scatter, lambda x: x.nbytes // WORLD * (WORLD - 1)),
             ("all_to_all_single", lambda x: x.nbytes),  # nothing of it is for the sender itself
         ):
             patch.setattr(dist, name, counting(getattr(dist, name), bytes_of))
