@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch._functorch.config as functorch
@@ -126,19 +126,6 @@ def reduce_scatter_rows(x: Tensor, ranks: int, group: str) -> Tensor:
 def all_reduce(x: Tensor, operation: Literal["sum", "max"], group: str) -> Tensor:
     """The sum, or the largest, of the x of the ranks of a group; x stays what it is."""
     return functional.wait_tensor(functional.all_reduce(x, operation, group))
-
-
-def all_gather_single(whole: Tensor, own: Tensor, group: dist.ProcessGroup) -> dist.Work:
-    """Start to gather `own` of all ranks into `whole`, one after another."""
-    # Its name before torch 2.13, which says that the old one is deprecated.
-    start = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    return cast(dist.Work, start(whole, own, group=group, async_op=True))
-
-
-def reduce_scatter_single(own: Tensor, whole: Tensor, group: dist.ProcessGroup) -> dist.Work:
-    """Start to sum `whole` over all ranks; this rank's part of the sum comes into `own`."""
-    start = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-    return cast(dist.Work, start(own, whole, group=group, async_op=True))
 
 
 def storage_key(tensor: Tensor) -> int:

@@ -26,7 +26,7 @@ backward each rank keeps those of its own tokens, and so they are gathered twice
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 from weakref import WeakValueDictionary
 
 import numpy as np
@@ -49,7 +49,6 @@ from phd.pattern import Pattern
 from phd.segments import Segments
 from phd.torch_private import HAS_TRITON
 from phd.transfer import to_device
-from train.torch_private import all_gather_single, reduce_scatter_single
 
 CAUSAL = Pattern("causal")
 BACKENDS = ("packed", "fused")
@@ -387,7 +386,7 @@ class _Gathering(NamedTuple):
         both = torch.stack([k[:, :, :copies], v[:, :, :copies]]).transpose(3, 4)
         own = both.unflatten(3, (2, -1)).movedim(3, 0).contiguous()
         whole = own.new_empty(place.ranks * 2, *own.shape[1:])
-        work = all_gather_single(whole, own, _GROUPS[place.group])
+        work = _start_all_gather(whole, own, _GROUPS[place.group])
         return cls(whole.unflatten(0, (-1, 2)), work, place)
 
     def wait(self) -> Tensor:
@@ -418,7 +417,7 @@ class _Scattering(NamedTuple):
         early, late = parts.chunk(2)
         whole = torch.stack([early, late.flip(0)], 1).flatten(0, 1)
         own = torch.empty_like(whole[:2])
-        work = reduce_scatter_single(own, whole, _GROUPS[place.group])
+        work = _start_reduce_scatter(own, whole, _GROUPS[place.group])
         return cls(own, work, whole)
 
     def add_to(self, dk: Tensor, dv: Tensor) -> None:
@@ -507,3 +506,16 @@ class _HaloExchange(NamedTuple):
         for number, total in enumerate((dk, dv)):
             total[:, :, 1:, size - halo : size] += of_first[number]
             total[:, :, 1:, 2 * size - halo :] += of_second[number]
+
+
+def _start_all_gather(whole: Tensor, own: Tensor, group: dist.ProcessGroup) -> dist.Work:
+    """Start to gather `own` of all ranks into `whole`, one after another."""
+    # Its name before torch 2.13, which says that the old one is deprecated.
+    start = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    return cast(dist.Work, start(whole, own, group=group, async_op=True))
+
+
+def _start_reduce_scatter(own: Tensor, whole: Tensor, group: dist.ProcessGroup) -> dist.Work:
+    """Start to sum `whole` over all ranks; this rank's part of the sum comes into `own`."""
+    start = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    return cast(dist.Work, start(own, whole, group=group, async_op=True))

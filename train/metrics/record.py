@@ -17,12 +17,14 @@ takes functions that make one from an opened run:
         compose.run(lambda config: main(config, hooks=[WeightNorm]))
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from torch import Tensor
+from xxhash import xxh3_64_intdigest
 
+from conf.errors import DataError
 from data.batch import Batch, BatchStats
 from train.distributed.process_groups import ProcessGroups
 from train.ending import Ending
@@ -76,19 +78,42 @@ class StepRecord:
 
         Args:
             ranks_per_row: how many neighbouring ranks have the same rows, which count once.
+
+        Raises:
+            DataError: on all ranks; such neighbours have read other rows.
         """
-        own = self.stats, self.data_wait_s, self.flops
+        rows = xxh3_64_intdigest(self.batch.rows.tobytes()) if ranks_per_row > 1 else 0
+        own = self.stats, self.data_wait_s, self.flops, rows
         known = groups.gather_on_rank_zero(own)
-        stats, waits, flops = own
+        stats, waits, flops, _ = own
         if known is not None:
             readers = known[::ranks_per_row]
-            flops = sum(flops for _, _, flops in readers)
-            stats = BatchStats.merged([stats for stats, _, _ in readers])
-            waits = tuple(wait for _, waits, _ in known for wait in waits)
+            flops = sum(flops for _, _, flops, _ in readers)
+            stats = BatchStats.merged([stats for stats, _, _, _ in readers])
+            waits = tuple(wait for _, waits, _, _ in known for wait in waits)
         counts = stats.targets, stats.positions, stats.target_bytes
-        flops, targets, positions, size = groups.broadcast((flops, *counts))
+        unlike = None if known is None else _unlike([hash_ for *_, hash_ in known], ranks_per_row)
+        unlike, flops, targets, positions, size = groups.broadcast((unlike, flops, *counts))
+        if unlike is not None:
+            first, other = unlike
+            raise DataError(
+                f"ranks {first} and {other} work on the same rows, and have read others at step "
+                f"{self.step}: the text is not the same on all machines. Give all of them the same "
+                "files"
+            )
         stats = stats._replace(targets=targets, positions=positions, target_bytes=size)
         return replace(self, flops=flops, stats=stats, data_wait_s=waits)
+
+
+def _unlike(rows: Sequence[int], ranks_per_row: int) -> tuple[int, int] | None:
+    """The first two ranks that should have the same rows, and have not.
+
+    >>> _unlike([7, 7, 8, 9], 2)
+    (2, 3)
+    """
+    firsts = (rank // ranks_per_row * ranks_per_row for rank in range(len(rows)))
+    pairs = ((first, rank) for rank, first in enumerate(firsts) if rows[rank] != rows[first])
+    return next(pairs, None) if ranks_per_row > 1 else None
 
 
 EARLY_STEPS = (1, 2, 5, 10)

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch.nn.functional import cross_entropy
 
-from conf.errors import ConfigError
+from conf.errors import ConfigError, DataError
 from data.batch import Batch, BatchStats
 from data.heldout import heldout_rows
 from data.mixture import LaneCursor, SourceState
@@ -296,6 +296,25 @@ def test_the_mfu_of_many_ranks_is_their_mean(world_size: int, small) -> None:
     each = sum((2 + rank) * 1e14 for rank in range(world_size)) / world_size
     for found in run_ranks(world_size, mfu_of_a_rank, small()):
         assert found == pytest.approx([each / 4.0 / 989e12] * 2)
+
+
+def counts_of_a_rank(groups: ProcessGroups) -> tuple[int, int, str]:
+    """Targets and FLOPs of all; and why a rank that has read other rows is no mate."""
+    record = record_of(flops=1)
+    of_all = record.of_all(groups, ranks_per_row=2)
+    rows = record.batch.rows + (groups.rank == 3)
+    with pytest.raises(DataError) as refused:
+        replace(record, batch=record.batch._replace(rows=rows)).of_all(groups, ranks_per_row=2)
+    return of_all.stats.targets, of_all.flops, str(refused.value)
+
+
+@pytest.mark.process
+def test_rows_count_once_that_two_ranks_work_on() -> None:
+    for targets, flops, why in run_ranks(4, counts_of_a_rank):
+        assert (targets, flops) == (2 * 64, 2)
+        assert why.startswith(
+            "ranks 2 and 3 work on the same rows, and have read others at step 10"
+        )
 
 
 # The KV cache
