@@ -265,6 +265,22 @@ def find(groups: ProcessGroups, mesh: str, folder: Path) -> Found:
     )
 
 
+# As in `tests.train.engines.test_context_parallel`: attention in pieces rounds in another way.
+SMOOTH = "optim.eps=1e-3"
+
+
+def dealt(groups: ProcessGroups) -> dict[str, Training]:
+    """Where the tokens of rows are dealt over further ranks."""
+    settings = ("engine.tensor=2", "engine.context=2", SMOOTH)
+    return {model: train(groups, config_of(model, *settings)) for model in MODELS}
+
+
+@pytest.fixture(scope="module")
+def in_three_dimensions() -> list[dict[str, Training]]:
+    """By rank, FSDP x CP x TP."""
+    return run_ranks(8, dealt)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where a process alone has saved a checkpoint of two steps."""
@@ -284,9 +300,9 @@ def found(folder: Path) -> dict[str, list[Found]]:
 
 
 @cache
-def alone(model: str) -> Training:
+def alone(model: str, *others: str) -> Training:
     """In one micro-batch a step, whatever the accumulation is."""
-    engine = open_engine(config_of(model), ProcessGroups())
+    engine = open_engine(config_of(model, *others), ProcessGroups())
     results = []
     for (documents, _), step in STEPS.items():
         rows = batch(step, isolated=documents == "isolated")
@@ -306,17 +322,16 @@ def weights_of(trainings: list[Training]) -> dict[str, np.ndarray]:
     return weights
 
 
-def check_steps(found: Training, model: str, chosen: slice | int = slice(None)) -> None:
-    expected = alone(model)
+def check_steps(found: Training, expected: Training, chosen: slice | int = slice(None)) -> None:
     losses, norms = (np.array(x)[chosen] for x in found[:2])
     np.testing.assert_allclose(losses, np.array(expected.losses)[chosen], rtol=0, atol=1e-5)
     np.testing.assert_allclose(norms, np.array(expected.norms)[chosen], rtol=1e-5, atol=0)
 
 
-def check_weights(trainings: list[Training], model: str) -> None:
-    weights, expected = weights_of(trainings), alone(model).weights
-    assert weights.keys() == expected.keys()
-    for name, value in expected.items():
+def check_weights(trainings: list[Training], expected: Training) -> None:
+    weights = weights_of(trainings)
+    assert weights.keys() == expected.weights.keys()
+    for name, value in expected.weights.items():
         np.testing.assert_allclose(weights[name], value, rtol=0, atol=1e-5, err_msg=name)
 
 
@@ -334,7 +349,7 @@ def test_a_step_has_the_loss_and_the_norm_of_one_processs(
     norms = alone("vanilla").norms
     assert min(norms) < 3.0 < max(norms)  # some are clipped
     for rank in found[mesh]:
-        check_steps(rank.trainings[model], model, STEPS[documents, accumulation])
+        check_steps(rank.trainings[model], alone(model), STEPS[documents, accumulation])
 
 
 @pytest.mark.process
@@ -343,7 +358,17 @@ def test_a_step_has_the_loss_and_the_norm_of_one_processs(
 def test_final_weights_are_those_of_one_process(
     mesh: str, model: str, found: dict[str, list[Found]]
 ) -> None:
-    check_weights([rank.trainings[model] for rank in found[mesh]], model)
+    check_weights([rank.trainings[model] for rank in found[mesh]], alone(model))
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("model", MODELS)
+def test_eight_ranks_train_what_one_does_with_fsdp_and_context_parallelism_around(
+    model: str, in_three_dimensions: list[dict[str, Training]]
+) -> None:
+    trainings = [rank[model] for rank in in_three_dimensions]
+    check_steps(trainings[0], alone(model, SMOOTH))
+    check_weights(trainings, alone(model, SMOOTH))
 
 
 @pytest.mark.process
@@ -352,8 +377,8 @@ def test_every_wiring_and_every_table_is_cut_right(
     model: str, found: dict[str, list[Found]]
 ) -> None:
     trainings = [rank.trainings[model] for rank in found["fsdp x tensor"]]
-    check_steps(trainings[0], model)
-    check_weights(trainings, model)
+    check_steps(trainings[0], alone(model))
+    check_weights(trainings, alone(model))
 
 
 @pytest.mark.process
