@@ -290,12 +290,12 @@ class Done:
         pass
 
 
-def gather_twice(out: Tensor, x: Tensor, *_: Any, **__: Any) -> Done:
+def gather_twice(out: Tensor, x: Tensor, *_: Any) -> Done:
     out.copy_(torch.cat([x, x]))
     return Done()
 
 
-def scatter_twice(out: Tensor, x: Tensor, **_: Any) -> Done:
+def scatter_twice(out: Tensor, x: Tensor, *_: Any) -> Done:
     out.copy_(x[: len(out)] + x[len(out) :])
     return Done()
 
@@ -313,10 +313,10 @@ def test_attention_of_ranks_is_traced_whole(
 ) -> None:
     """Collectives are stood in for by ones that give this rank its own: the test is of tracing."""
     torch.compiler.reset()
-    monkeypatch.setattr(dist, "all_gather_into_tensor", gather_twice)
-    monkeypatch.setattr(dist, "reduce_scatter_tensor", scatter_twice)
+    monkeypatch.setattr(context_parallel, "_start_all_gather", gather_twice)
+    monkeypatch.setattr(context_parallel, "_start_reduce_scatter", scatter_twice)
     monkeypatch.setattr(dist, "all_to_all_single", echo)
-    monkeypatch.setitem(context_parallel._GROUPS, "none", None)  # type: ignore[arg-type]
+    monkeypatch.setattr(context_parallel, "_GROUPS", {"none": None})
     place = ContextRank("none", rank=1, ranks=2)
     (q, k, v, _), starts = problem(CSWA, CSWA.K, documents)
     qkv = [x[..., : ROW // 2, :].requires_grad_() for x in (q, k, v)]
