@@ -9,6 +9,7 @@ import torch
 
 from conf.errors import ConfigError, Problem
 from conf.validation import as_dict
+from conf.wording import two_digits
 from phd.flops import training_flops_per_token
 from phd.model import count_parameters
 from train.config import Config
@@ -415,7 +416,7 @@ def _loss(other: Layout, best: Layout) -> str:
             "tensor": "activations of tensor ranks",
         }
         name = f"{name}, most of it {words[most]}"
-    return f"{1000 * seconds:,.0f} ms for {name}"
+    return f"{two_digits(1000 * seconds)} ms for {name}"
 
 
 def _or_none(value: float) -> float | None:

@@ -1,6 +1,6 @@
 """The plan for a cluster as tables for people."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -12,12 +12,8 @@ from train.costs.cluster_plan import ClusterPlan, Layout, reasons
 
 GIB, MS = 2**30, 1000.0
 
-STEP = {
-    "products": "products",
-    "attention": "attn",
-    "other": "other",
-    "optimizer": "optim",
-    "host": "host",
+COMPUTED = ("products", "attention", "other", "optimizer", "host")
+SENT = {
     "gather": "AG",
     "scatter": "RS",
     "reduce": "AR",
@@ -26,7 +22,7 @@ STEP = {
     "hidden": "hidden",
     "exposed": "exposed",
 }
-"""The parts of a step, and the titles of their columns."""
+"""The parts of a step; of what is sent, with the titles of their columns."""
 
 
 def print_cluster_plan(plan: ClusterPlan, console: Console, most: int) -> None:
@@ -38,8 +34,21 @@ def print_cluster_plan(plan: ClusterPlan, console: Console, most: int) -> None:
     fitting = plan.layouts.fitting
     kinds = plan.of_each_kind
     shown = [x for number, x in enumerate(fitting) if number < most or x in kinds]
-    for table in (_meshes(plan, shown), _memory(plan, shown), _step(shown)):
-        console.print(table)
+    computed = dict(zip(COMPUTED, COMPUTED, strict=True))
+    tables = [
+        _meshes(plan, shown),
+        _memory(plan, shown),
+        _step("step by part, ms: what is computed", computed, shown),
+        _step(
+            "what is sent, ms: all-gather, reduce-scatter and all-reduce of weights and gradients; "
+            "context and tensor parallelism; how much of it is hidden and exposed",
+            SENT,
+            shown,
+        ),
+    ]
+    for table in tables:
+        if len(table.columns) > 1:
+            console.print(table)
     advice = Table(title="the advice", title_justify="left", show_header=False)
     advice.add_column()
     advice.add_column(overflow="fold")
@@ -49,11 +58,9 @@ def print_cluster_plan(plan: ClusterPlan, console: Console, most: int) -> None:
 
 
 def _table(title: str, *columns: str) -> Table:
-    """A table whose first columns say which mesh a row is of."""
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.pad_edge = False
-    for column in ("#", "mesh"):
-        table.add_column(column, no_wrap=True)
+    """A table whose first column says which mesh a row is of; it fits into 80 characters."""
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=0, show_edge=False)
+    table.add_column("mesh", no_wrap=True)
     for column in columns:
         table.add_column(column, justify="right", no_wrap=True)
     return table
@@ -68,10 +75,9 @@ def _meshes(plan: ClusterPlan, shown: list[Layout]) -> Table:
     )
     columns = ("kind", "GiB", "step ms", "exposed", "tokens/s", "MFU", "days", "device h")
     table = _table(title, *columns)
-    for number, layout in enumerate(shown, 1):
+    for layout in shown:
         days, time = plan.days(layout), layout.time
         table.add_row(
-            str(number),
             layout.shape,
             layout.name,
             f"{layout.memory.total / GIB:.1f}",
@@ -90,9 +96,8 @@ def _memory(plan: ClusterPlan, shown: list[Layout]) -> Table:
     names = shown[0].memory._fields
     title = f"memory by part, GiB, of {plan.cluster.memory / GIB:.1f} GiB of each device"
     table = _table(title, "rows", "recomputed", *names)
-    for number, layout in enumerate(shown, 1):
+    for layout in shown:
         table.add_row(
-            str(number),
             layout.shape,
             str(layout.config.micro_batch_on(plan.cluster.ranks)),
             str(layout.config.engine.activation_checkpointing),
@@ -101,19 +106,12 @@ def _memory(plan: ClusterPlan, shown: list[Layout]) -> Table:
     return table
 
 
-def _step(shown: list[Layout]) -> Table:
-    """Where the time of a step goes."""
-    present = {
-        title: name for name, title in STEP.items() if any(getattr(x.time, name) for x in shown)
-    }
-    title = (
-        "step by part, ms: computed; all-gather, reduce-scatter and all-reduce of weights and "
-        "gradients; sent by context and tensor parallelism; hidden and exposed of what is sent"
-    )
-    table = _table(title, *present)
-    for number, layout in enumerate(shown, 1):
-        seconds = [getattr(layout.time, name) for name in present.values()]
-        table.add_row(str(number), layout.shape, *(_ms(s) for s in seconds))
+def _step(title: str, parts: Mapping[str, str], shown: list[Layout]) -> Table:
+    """How long the parts of a step take that any of the meshes has; `parts` are their titles."""
+    present = [name for name in parts if any(getattr(x.time, name) for x in shown)]
+    table = _table(title, *(parts[name] for name in present))
+    for layout in shown:
+        table.add_row(layout.shape, *(_ms(getattr(layout.time, name)) for name in present))
     return table
 
 
