@@ -146,8 +146,9 @@ def _target_of(cluster: ClusterConfig) -> Target:
 def _speed_on(layout: Layout) -> Speed:
     """That of a device on a mesh of a cluster, as the model of costs has it."""
     flops_per_s = layout.tokens_per_s * layout.flops_per_token / layout.cluster.ranks
-    told = "" if layout.mfu is None else f"an MFU of {layout.mfu:.1%}, "
-    return Speed(flops_per_s, layout.mfu, f"{told}predicted for {layout.name} {layout.shape}")
+    speed = f"{flops_per_s:.2e} FLOP/s" if layout.mfu is None else f"an MFU of {layout.mfu:.1%}"
+    basis = f"{speed}, predicted for {layout.name} {layout.shape}"
+    return Speed(flops_per_s, layout.mfu, basis)
 
 
 def _measured_in(config: Config) -> Path:

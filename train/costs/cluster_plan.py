@@ -81,7 +81,7 @@ class Layout:
         engine = self.config.engine
         assert isinstance(engine, FsdpConfig)
         given = {
-            "engine": "fsdp" if engine.shard else "ddp",
+            "engine": "fsdp" if engine.shard or self.cluster.ranks == 1 else "ddp",
             "engine.replicate": engine.replicate,
             "engine.context": engine.context,
             "engine.tensor": engine.tensor,
@@ -154,7 +154,7 @@ def meshes(config: Config, ranks: int) -> Iterator[ParallelDims]:
 
 def _laid_out(config: Config, dims: ParallelDims) -> Config | None:
     """The configuration on a mesh, before its micro-batch is chosen; None if it cannot be."""
-    shard = dims.shards > 1 or dims.tensor > 1
+    shard = dims.shards > 1 or dims.tensor > 1 or dims.replicate == 1
     engine = config.engine
     assert isinstance(engine, FsdpConfig)
     rows, most = dims.data_ranks, config.train.global_batch

@@ -335,7 +335,7 @@ def step_time(step: Step) -> StepTime:
         reduce=reduce + alone,
         context=step.passes * sum(sum(wait.context) for wait in waits),
         tensor=step.passes * sum(sum(wait.tensor) for wait in waits),
-        exposed=spent - computed.total + alone,
+        exposed=max(0.0, spent - computed.total) + alone,
     )
 
 
