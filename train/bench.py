@@ -12,6 +12,7 @@ python train/bench.py throughput out=bench
 python train/bench.py decode out=bench
 python train/bench.py coordinates out=bench
 python train/bench.py scale ranks='[8, 64, 512, 4096]' out=bench
+python train/bench.py cluster out=bench
 """
 
 import sys
@@ -181,6 +182,21 @@ def _bench_scale(args: BenchArguments, _: torch.device) -> Result:
     return bench_scale(config, ranks, args.local)
 
 
+def _bench_cluster(args: BenchArguments, device: torch.device) -> Result:
+    if device.type != "cpu":
+        hint = "choose device=cpu; the files of conf/cluster/ show how that of GPUs is written"
+        raise ConfigError(
+            [Problem("device", device.type, "cluster measures gloo ranks of the CPU", hint)],
+            "the arguments",
+        )
+    from train.benchmarks.cluster import bench_cluster
+
+    tokens = 64 if args.short else 256
+    overrides = [f"size={args.size or 'tiny'}", f"train.seq_len={args.seq_len or tokens}"]
+    overrides += [f"train.global_batch={args.rows or 8}", "data.lanes=4", "engine.device=cpu"]
+    return bench_cluster(load(overrides), args.turns, args.directory)
+
+
 def _model_of_inference(args: BenchArguments, device: torch.device) -> ModelConfig:
     """The model of `inference` and `throughput`: the size that is asked for, or a widened tiny."""
     size = args.size or "tiny"
@@ -270,6 +286,7 @@ BENCHMARKS: dict[str, Callable[[BenchArguments, torch.device], Result]] = {
     "decode": _bench_decode,
     "coordinates": _bench_coordinates,
     "scale": _bench_scale,
+    "cluster": _bench_cluster,
 }
 
 

@@ -1,0 +1,282 @@
+"""Calibrate the model of costs on this machine, and say what it predicts beside what is measured.
+
+Ranks share the cores of one machine, so a step takes the CPU time of all of them over the cores
+that they have. That is what is measured: other programs on the machine do not count.
+"""
+
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import replace
+from multiprocessing import get_context
+from multiprocessing.queues import SimpleQueue
+from pathlib import Path
+from statistics import median
+from time import process_time
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import yaml
+
+from conf.validation import as_dict
+from data.batch import Batch
+from phd.pattern import patterns_of
+from train.benchmarks.timing import Result, Work
+from train.config import Config
+from train.costs.cluster import ClusterConfig, LinkConfig, RatesConfig, StorageConfig
+from train.costs.cluster_plan import mesh_name, step_of
+from train.costs.kernels import (
+    OPTIMIZER_BYTES,
+    MicroBatch,
+    attention_flops,
+    block_products,
+    copies_of,
+    head_stage,
+    local_bytes,
+    other_bytes,
+)
+from train.costs.step import step_time
+from train.distributed.process_groups import ProcessGroups, init_process_groups
+from train.engines.device import machine_memory
+from train.engines.fsdp import FsdpEngine
+from train.engines.mesh import ParallelDims
+from train.loop import train_step
+from train.settings.engine import FsdpConfig
+
+RANKS = (1, 2, 4)
+GATHERED = (1 << 20, 1 << 24)
+"""Bytes of the two all-gathers from which a link's start and speed follow."""
+
+ASSUMED_STORAGE = StorageConfig(
+    host_gb_per_s=5,
+    node_write_gb_per_s=0.5,
+    write_gb_per_s=0.5,
+    node_read_gb_per_s=1,
+    read_gb_per_s=1,
+)
+
+
+class Case(NamedTuple):
+    """A step that is predicted and measured.
+
+    Attributes:
+        name: of the model.
+        config: of the run on the mesh, whose micro-batch is chosen.
+        dims: the mesh.
+    """
+
+    name: str
+    config: Config
+    dims: ParallelDims
+
+    @property
+    def ranks(self) -> int:
+        return self.dims.replicate * self.dims.shard
+
+
+def cases_of(config: Config, ranks: int) -> list[Case]:
+    """Vanilla with FSDP2 and DDP, and PHD-CSWA with FSDP2, on so many ranks."""
+    vanilla, phd = config.model.vanilla_twin, replace(config.model, variant="phd_cswa", K=2)
+    shapes = [("vanilla", vanilla, True), ("phd_cswa-2", phd, True)]
+    shapes += [("vanilla", vanilla, False)] if ranks > 1 else []
+    train = replace(config.train, micro_batch=config.train.global_batch // ranks)
+    return [
+        Case(
+            name,
+            replace(config, model=model, train=train, engine=_engine(config, shard)),
+            ParallelDims(shard=ranks) if shard else ParallelDims(replicate=ranks),
+        )
+        for name, model, shard in shapes
+    ]
+
+
+def _engine(config: Config, shard: bool) -> FsdpConfig:
+    assert isinstance(config.engine, FsdpConfig)
+    return replace(config.engine, shard=shard, activation_checkpointing="none", compile=False)
+
+
+def bench_cluster(config: Config, repeat: int, out: Path) -> Result:
+    """Calibrate on one step and one link; predict the others, and measure them.
+
+    Args:
+        config: of a run on the CPU, whose batch 4 ranks can share.
+        repeat: how often each is measured.
+        out: the directory of `cluster.yaml`, which `python train/plan.py cluster=` reads.
+    """
+    cores = len(os.sched_getaffinity(0))
+    measured: dict[int, list[float]] = {}
+    for ranks in RANKS:
+        measured[ranks] = _on_ranks(ranks, cores, cases_of(config, ranks), repeat)
+    *_, small, large = measured[2]
+    first = cases_of(config, 1)[0]
+    rates = _rates(first, measured[1][0], repeat)
+    cluster = ClusterConfig(
+        nodes=1,
+        devices=max(RANKS),
+        device="cpu",
+        memory_gib=round(machine_memory() / 2**30, 1) / max(RANKS),
+        cores=cores,
+        rates=rates,
+        within=LinkConfig(gb_per_s=_bandwidth(small, large, cores)),
+        start_us=_start_us(small, large, cores),
+        storage=ASSUMED_STORAGE,
+    )
+    rows = [
+        _row(case, cluster, seconds)
+        for ranks in RANKS
+        for case, seconds in zip(cases_of(config, ranks), measured[ranks], strict=False)
+    ]
+    path = out / "cluster.yaml"
+    path.write_text(
+        "# Written by `python train/bench.py cluster`; storage is an assumption.\n"
+        + yaml.safe_dump(as_dict(cluster), sort_keys=False)
+    )
+    others = [row["ratio"] for row in rows[1:]]
+    return Result(
+        rows,
+        {"lowest_ratio": min(others), "highest_ratio": max(others)},
+        f"{cores} cores; the first row calibrates the rates, the others are predicted",
+        files=[path],
+        method=f"CPU time of all ranks over the cores that they share, medians of {repeat}",
+    )
+
+
+def _row(case: Case, cluster: ClusterConfig, seconds: float) -> dict[str, Any]:
+    """What is predicted of a step beside what was measured."""
+    step = step_of(case.config, case.dims, replace(cluster, devices=case.ranks), torch.float32)
+    time = step_time(step)
+    name = f"{case.name}, {mesh_name(case.dims)}"
+    return {
+        "work": name,
+        "ranks": case.ranks,
+        "predicted_s": time.total,
+        "measured_s": seconds,
+        "ratio": time.total / seconds,
+        "sent_s": time.sent,
+    }
+
+
+# Rates
+
+
+def _rates(case: Case, step_s: float, repeat: int) -> RatesConfig:
+    """The rates of a core: of products and attention alone, and of all else what a step leaves."""
+    model, train = case.config.model, case.config.train
+    tokens = train.global_batch * train.seq_len
+    x, w = torch.randn(tokens, model.dim), torch.randn(model.dim, model.ffn_dim)
+    product = 2 * tokens * model.dim * model.ffn_dim / _cpu_s(lambda: x @ w, repeat)
+    shape = (train.global_batch, model.heads, train.seq_len, model.head_dim)
+    q, k, v = (torch.randn(shape, requires_grad=True) for _ in range(3))
+
+    def attend() -> None:
+        torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).sum().backward()
+
+    batch = MicroBatch(model, train.global_batch, train.seq_len, itemsize=4, compiled=False)
+    flops = 3 * attention_flops(batch, patterns_of(model)[0], 1)
+    attention = flops / _cpu_s(attend, repeat)
+    linear = scores = moved = 0
+    for layer, pattern in enumerate(patterns_of(model)):
+        copies = copies_of(model, layer, pattern)
+        linear += 3 * sum(each.flops for each in block_products(batch, copies))
+        scores += 3 * attention_flops(batch, pattern, copies.queries)
+        moved += sum(other_bytes(batch, copies)) + 3 * local_bytes(batch, pattern)
+    linear += 6 * tokens * model.dim * model.vocab_size
+    unit = RatesConfig(product_tflops=1e9, attention_tflops=1e9, memory_gb_per_s=1e-9)
+    head = head_stage(batch, unit)
+    moved += round(head.forward.other + head.backward.other)
+    moved += OPTIMIZER_BYTES * case.config.parameters
+    left = max(0.05 * step_s, step_s - linear / product - scores / attention)
+    return RatesConfig(
+        product_tflops=product / 1e12,
+        attention_tflops=attention / 1e12,
+        memory_gb_per_s=moved / left / 1e9,
+    )
+
+
+def _cpu_s(work: Work, repeat: int) -> float:
+    """The median of the CPU seconds of a piece of work, after a first time."""
+    work()
+    found = []
+    for _ in range(repeat):
+        start = process_time()
+        work()
+        found.append(process_time() - start)
+    return median(found)
+
+
+def _slope(small: float, large: float) -> float:
+    """Seconds for each byte of an all-gather of two ranks."""
+    return max(1e-15, (large - small) / (GATHERED[1] - GATHERED[0]))
+
+
+def _bandwidth(small: float, large: float, cores: int) -> float:
+    """GB/s of a rank, of which `train.costs.links` makes these times again."""
+    return max(1.0, 2 / cores) / 2 / _slope(small, large) / 1e9
+
+
+def _start_us(small: float, large: float, cores: int) -> float:
+    """Microseconds before the first byte."""
+    start = small - GATHERED[0] * _slope(small, large)
+    return max(0.0, start) / max(1.0, 2 / cores) * 1e6
+
+
+# Ranks
+
+
+def _on_ranks(ranks: int, cores: int, cases: list[Case], repeat: int) -> list[float]:
+    """Seconds of a step of each case, and at last of the two all-gathers, on so many ranks."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    results: SimpleQueue[list[float]] = context.SimpleQueue()
+    processes = [
+        context.Process(target=_rank, args=(results, rank, ranks, port, cases, repeat))
+        for rank in range(ranks)
+    ]
+    for process in processes:
+        process.start()
+    found = [results.get() for _ in processes]
+    for process in processes:
+        process.join()
+    return [sum(each) / min(ranks, cores) for each in zip(*found, strict=True)]
+
+
+def _rank(
+    results: "SimpleQueue[list[float]]",
+    rank: int,
+    ranks: int,
+    port: int,
+    cases: list[Case],
+    repeat: int,
+) -> None:
+    """What one rank measures."""
+    place = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank}
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in (place | meeting).items()})
+    torch.set_num_threads(1)
+    with init_process_groups("cpu") as groups:
+        seconds = [_cpu_s(_step(case, groups), repeat) for case in cases]
+        if ranks > 1:
+            seconds += [_cpu_s(_gather(size, ranks), repeat) for size in GATHERED]
+    results.put(seconds)
+
+
+def _step(case: Case, groups: ProcessGroups) -> Callable[[], object]:
+    """A step of the engine on this rank."""
+    config = case.config
+    engine = FsdpEngine(config, groups)
+    generator = np.random.default_rng(groups.rank)
+    shape = (config.train.global_batch // groups.world_size, config.train.seq_len + 1)
+    batch = Batch(generator.integers(0, config.model.vocab_size, shape))
+    return lambda: train_step(engine, batch, config.optim.lr)
+
+
+def _gather(size: int, ranks: int) -> Work:
+    """An all-gather to so many bytes on each rank."""
+    part = torch.zeros(size // 4 // ranks)
+    whole = torch.zeros(size // 4)
+    return lambda: dist.all_gather_into_tensor(whole, part)
