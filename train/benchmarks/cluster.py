@@ -21,6 +21,7 @@ import torch.distributed as dist
 import yaml
 
 from conf.validation import as_dict
+from conf.wording import plural
 from data.batch import Batch
 from phd.pattern import patterns_of
 from train.benchmarks.timing import Result, Work
@@ -37,7 +38,7 @@ from train.costs.kernels import (
     local_bytes,
     other_bytes,
 )
-from train.costs.step import step_time
+from train.costs.step import StepTime, step_time
 from train.distributed.process_groups import ProcessGroups, init_process_groups
 from train.engines.device import machine_memory
 from train.engines.fsdp import FsdpEngine
@@ -46,8 +47,9 @@ from train.loop import train_step
 from train.settings.engine import FsdpConfig
 
 RANKS = (1, 2, 4)
-GATHERED = (1 << 20, 1 << 24)
-"""Bytes of the two all-gathers from which a link's start and speed follow."""
+CALIBRATED = ("vanilla, one process", "vanilla, FSDP2 on 2 ranks")
+EXCHANGED = (1 << 20, 1 << 24)
+"""Bytes of the collectives from which a link's start and speed follow."""
 
 ASSUMED_STORAGE = StorageConfig(
     host_gb_per_s=5,
@@ -98,7 +100,10 @@ def _engine(config: Config, shard: bool) -> FsdpConfig:
 
 
 def bench_cluster(config: Config, repeat: int, out: Path) -> Result:
-    """Calibrate on one step and one link; predict the others, and measure them.
+    """Calibrate on two steps; predict the others, and measure them.
+
+    Vanilla's in one process gives the rates, and with FSDP2 on two ranks what FSDP2 does beside the
+    collectives, which are measured alone.
 
     Args:
         config: of a run on the CPU, whose batch 4 ranks can share.
@@ -123,6 +128,7 @@ def bench_cluster(config: Config, repeat: int, out: Path) -> Result:
         start_us=_start_us(small, large, cores),
         storage=ASSUMED_STORAGE,
     )
+    cluster = with_fsdp_of(cases_of(config, 2)[0], measured[2][0], cluster)
     rows = [
         _row(case, cluster, seconds)
         for ranks in RANKS
@@ -133,21 +139,38 @@ def bench_cluster(config: Config, repeat: int, out: Path) -> Result:
         "# Written by `python train/bench.py cluster`; storage is an assumption.\n"
         + yaml.safe_dump(as_dict(cluster), sort_keys=False)
     )
-    others = [row["ratio"] for row in rows[1:]]
+    calibrated = [number for number, row in enumerate(rows) if row["work"] in CALIBRATED]
+    others = [row["ratio"] for number, row in enumerate(rows) if number not in calibrated]
     return Result(
         rows,
         {"lowest_ratio": min(others), "highest_ratio": max(others)},
-        f"{cores} cores; the first row calibrates the rates, the others are predicted",
+        f"{plural(cores, 'core')}; {' and '.join(CALIBRATED)} calibrate, the others are predicted",
         files=[path],
         method=f"CPU time of all ranks over the cores that they share, medians of {repeat}",
     )
 
 
+def with_fsdp_of(case: Case, seconds: float, cluster: ClusterConfig) -> ClusterConfig:
+    """The cluster with the factor of FSDP2 with which a step takes as long as it was measured.
+
+    Where it was as fast as the collectives alone, the factor is 1.
+    """
+    alone = predicted(case, replace(cluster, fsdp_factor=1.0))
+    of_fsdp = alone.gather + alone.scatter
+    return replace(cluster, fsdp_factor=max(1.0, 1 + (seconds - alone.total) / of_fsdp))
+
+
+def predicted(case: Case, cluster: ClusterConfig) -> StepTime:
+    """What the model of costs says of a step."""
+    step = step_of(case.config, case.dims, replace(cluster, devices=case.ranks), torch.float32)
+    return step_time(step)
+
+
 def _row(case: Case, cluster: ClusterConfig, seconds: float) -> dict[str, Any]:
     """What is predicted of a step beside what was measured."""
-    step = step_of(case.config, case.dims, replace(cluster, devices=case.ranks), torch.float32)
-    time = step_time(step)
-    name = f"{case.name}, {mesh_name(case.dims)}"
+    time = predicted(case, cluster)
+    ranks = f" on {case.ranks} ranks" if case.ranks > 1 else ""
+    name = f"{case.name}, {mesh_name(case.dims)}{ranks}"
     return {
         "work": name,
         "ranks": case.ranks,
@@ -207,8 +230,8 @@ def _cpu_s(work: Work, repeat: int) -> float:
 
 
 def _slope(small: float, large: float) -> float:
-    """Seconds for each byte of an all-gather of two ranks."""
-    return max(1e-15, (large - small) / (GATHERED[1] - GATHERED[0]))
+    """Seconds for each byte of a collective of two ranks."""
+    return max(1e-15, (large - small) / (EXCHANGED[1] - EXCHANGED[0]))
 
 
 def _bandwidth(small: float, large: float, cores: int) -> float:
@@ -218,7 +241,7 @@ def _bandwidth(small: float, large: float, cores: int) -> float:
 
 def _start_us(small: float, large: float, cores: int) -> float:
     """Microseconds before the first byte."""
-    start = small - GATHERED[0] * _slope(small, large)
+    start = small - EXCHANGED[0] * _slope(small, large)
     return max(0.0, start) / max(1.0, 2 / cores) * 1e6
 
 
@@ -226,7 +249,7 @@ def _start_us(small: float, large: float, cores: int) -> float:
 
 
 def _on_ranks(ranks: int, cores: int, cases: list[Case], repeat: int) -> list[float]:
-    """Seconds of a step of each case, and at last of the two all-gathers, on so many ranks."""
+    """Seconds of a step of each case, then of a small and a large collective, on so many ranks."""
     context = get_context("forkserver")
     context.set_forkserver_preload([__name__])
     with socket.socket() as free:
@@ -261,7 +284,7 @@ def _rank(
     with init_process_groups("cpu") as groups:
         seconds = [_cpu_s(_step(case, groups), repeat) for case in cases]
         if ranks > 1:
-            seconds += [_cpu_s(_gather(size, ranks), repeat) for size in GATHERED]
+            seconds += [_cpu_s(_exchange(size, ranks), repeat) / 2 for size in EXCHANGED]
     results.put(seconds)
 
 
@@ -275,8 +298,18 @@ def _step(case: Case, groups: ProcessGroups) -> Callable[[], object]:
     return lambda: train_step(engine, batch, config.optim.lr)
 
 
-def _gather(size: int, ranks: int) -> Work:
-    """An all-gather to so many bytes on each rank."""
-    part = torch.zeros(size // 4 // ranks)
-    whole = torch.zeros(size // 4)
-    return lambda: dist.all_gather_into_tensor(whole, part)
+def _exchange(size: int, ranks: int) -> Work:
+    """An all-gather to so many bytes on each rank, and a reduce-scatter of them, which also adds.
+
+    FSDP2's weights and gradients go by these.
+    """
+    part, whole = torch.zeros(size // 4 // ranks), torch.zeros(size // 4)
+    # Their names before torch 2.13, which says that the old ones are deprecated.
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+    def work() -> None:
+        gather(whole, part)
+        scatter(part, whole)
+
+    return work

@@ -117,6 +117,8 @@ class ClusterConfig(Settings):
         within: the links between the devices of a node.
         between: the links between nodes, for each device.
         start_us: what a collective takes before its first byte, microseconds.
+        fsdp_factor: how much longer FSDP2 takes to gather weights, or to scatter gradients, than
+            the collectives alone: it also copies what it sends.
         step_s: what a step takes besides, seconds: the host's work that nothing hides.
         storage: for checkpoints.
         failures_per_device_hour: how often a device, or what belongs to it, ends the run.
@@ -133,6 +135,7 @@ class ClusterConfig(Settings):
     within: LinkConfig = field(default_factory=LinkConfig)
     between: LinkConfig = field(default_factory=LinkConfig)
     start_us: float = 0.0
+    fsdp_factor: float = 1.0
     step_s: float = 0.0
     storage: StorageConfig
     failures_per_device_hour: float = 0.0
@@ -140,7 +143,7 @@ class ClusterConfig(Settings):
 
     def problems(self) -> list[Problem]:
         found = at_least(self, "", 1, "nodes", "devices", "cores")
-        found += above(self, "", 0, "memory_gib", "peak_tflops")
+        found += above(self, "", 0, "memory_gib", "peak_tflops", "fsdp_factor")
         found += at_least(
             self, "", 0.0, "start_us", "step_s", "failures_per_device_hour", "restart_s"
         )

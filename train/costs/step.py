@@ -131,12 +131,12 @@ class Place:
 
     def gather_weights_s(self, size: float) -> float:
         """Seconds to gather `size` bytes of weights over the ranks that hold their shards."""
-        return gather_s(size, self.groups.shard, self.cluster)
+        return self.cluster.fsdp_factor * gather_s(size, self.groups.shard, self.cluster)
 
     def reduce_gradients_s(self, size: float) -> tuple[float, float]:
         """Seconds of (the reduce-scatter over shards, the all-reduce of a shard over replicas)."""
         shard = size / self.groups.shard.ranks
-        scatter = gather_s(size, self.groups.shard, self.cluster)
+        scatter = self.gather_weights_s(size)  # it takes as long
         return scatter, reduce_s(shard, self.groups.replicate, self.cluster)
 
 
