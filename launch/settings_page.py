@@ -71,8 +71,8 @@ COMMANDS = """\
 CLUSTER = """\
 ## Clusters
 
-`python train/plan.py cluster=NAME` reads a file of `conf/cluster/`, or a YAML file of your own with
-these keys ([docs/planning.md](planning.md)).
+`python train/plan.py cluster=h100_64` reads a file of `conf/cluster/`, or a YAML file of your own
+with these keys ([docs/planning.md](planning.md)).
 """
 
 

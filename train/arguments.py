@@ -388,7 +388,7 @@ class BenchArguments:
             chart. `scale`: what a rank does besides computing, for up to thousands of ranks, of
             which a few are real and the others stand-ins. `cluster`: what the model of costs
             predicts of steps on 1, 2 and 4 ranks of this machine, calibrated on two of them, beside
-            what they take; it writes `cluster.yaml`, which `python train/plan.py cluster=` reads.
+            what they take; it writes a `cluster.yaml`, from which `train/plan.py` plans.
         out: the directory for `<name>.json` and `<name>.csv`; `checkpoint` measures its disk.
         run: the directory of a run whose model `inference` measures, instead of many models; the
             results lie there, and are part of the run's `result.json`. null: no run.

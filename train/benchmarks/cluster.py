@@ -108,7 +108,7 @@ def bench_cluster(config: Config, repeat: int, out: Path) -> Result:
     Args:
         config: of a run on the CPU, whose batch 4 ranks can share.
         repeat: how often each is measured.
-        out: the directory of `cluster.yaml`, which `python train/plan.py cluster=` reads.
+        out: the directory of `cluster.yaml`, from which `train/plan.py` plans.
     """
     cores = len(os.sched_getaffinity(0))
     measured: dict[int, list[float]] = {}

@@ -401,7 +401,7 @@ def _loss(other: Layout, best: Layout) -> str:
     mine, its = other.time, best.time
     parts = {
         "products of smaller matrices": mine.products - its.products,
-        "computing again": mine.attention + mine.other - its.attention - its.other,
+        "computing what is no product": mine.attention + mine.other - its.attention - its.other,
         "the optimizer on fewer shards": mine.optimizer - its.optimizer,
         "communication that nothing hides": mine.exposed - its.exposed,
     }
