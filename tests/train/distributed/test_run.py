@@ -60,13 +60,17 @@ def test_ranks_and_engines_may_change_from_start_to_start(
         (4, ["engine=hsdp"]),
         (2, ["engine=deepspeed", "engine.stage=3"]),
         (4, ["engine=ddp"]),
+        (4, ["engine=fsdp", "engine.context=2"]),
+        (2, ["engine=fsdp", "engine.tensor=2"]),
     ]
+    four = *FOUR, "model.kv_heads=2"
     for number, (world_size, engine) in enumerate(starts, 1):
-        overrides = small_at(tmp_path / "run", *FOUR, f"train.max_steps={2 * number}", *engine)
+        overrides = small_at(tmp_path / "run", *four, f"train.max_steps={2 * number}", *engine)
         told = run_ranks(world_size, train_on, [*overrides, "schedule=constant"])
         assert {(ending, step) for ending, step, _ in told} == {("finished", 2 * number)}
     steady = tmp_path / "steady"
-    run_ranks(1, train_on, small_at(steady, *FOUR, "train.max_steps=12", "schedule=constant"))
+    length = f"train.max_steps={2 * len(starts)}"
+    run_ranks(1, train_on, small_at(steady, *four, length, "schedule=constant"))
     for name in ("train/loss", "train/bits_per_byte", "optim/grad_norm", "progress/files/tokens"):
         assert curve(tmp_path / "run", name) == pytest.approx(curve(steady, name), abs=1e-5), name
     assert curve(tmp_path / "run", "eval/heldout/loss")[-1] == pytest.approx(
