@@ -32,6 +32,7 @@ Benchmark = Literal[
     "coordinates",
     "scale",
     "cluster",
+    "overlap",
 ]
 REPORT_PAGE = "report.html"
 WeightDtype = Literal["float32", "bfloat16"]
@@ -388,7 +389,9 @@ class BenchArguments:
             chart. `scale`: what a rank does besides computing, for up to thousands of ranks, of
             which a few are real and the others stand-ins. `cluster`: what the model of costs
             predicts of steps on 1, 2 and 4 ranks of this machine, calibrated on two of them, beside
-            what they take; it writes a `cluster.yaml`, from which `train/plan.py` plans.
+            what they take; it writes a `cluster.yaml`, from which `train/plan.py` plans. `overlap`:
+            what a slow link costs context parallelism on two ranks of this machine, with its
+            collectives overlapped and waited for at once.
         out: the directory for `<name>.json` and `<name>.csv`; `checkpoint` measures its disk.
         run: the directory of a run whose model `inference` measures, instead of many models; the
             results lie there, and are part of the run's `result.json`. null: no run.
@@ -415,11 +418,12 @@ class BenchArguments:
         rows: the rows of a `step`; null: 4096 tokens on the CPU, 16384 on CUDA. Of `coordinates`,
             4 rows.
         seq_len: T, the tokens of a row of a `step`; null: 1024 on the CPU, 4096 on CUDA. Of
-            `coordinates`, 64.
+            `coordinates`, 64. Of `overlap`, 4096.
         widths: the values of D in `coordinates`, each a multiple of the smallest, which is muP's
             base; an empty list: 64 to 512.
         ranks: the numbers of ranks in `scale`; an empty list: 8, 64, 512 and 4096.
         local: how many of them are real in `scale`, each a process.
+        link_mb_per_s: the speed of the link in `overlap`, MB/s.
         steps: of training in `coordinates`.
         optim: the optimizer of `coordinates`, `adamw` or `muon`, with the learning rate of `size`.
         gigabytes: the size of the corpus that is written for `resume`.
@@ -445,6 +449,7 @@ class BenchArguments:
     widths: tuple[int, ...] = ()
     ranks: tuple[int, ...] = ()
     local: int = 2
+    link_mb_per_s: float = 4.0
     steps: int = 8
     optim: Literal["adamw", "muon"] = "adamw"
     gigabytes: float = 1.0
@@ -469,7 +474,7 @@ class BenchArguments:
                 for value in getattr(self, key)
                 if value < least
             ]
-        found += above(self, "", 0, "gigabytes")
+        found += above(self, "", 0, "gigabytes", "link_mb_per_s")
         found += self._width_problems()
         found += at_least(self, "", 2, "local")
         found += [

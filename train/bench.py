@@ -13,6 +13,7 @@ python train/bench.py decode out=bench
 python train/bench.py coordinates out=bench
 python train/bench.py scale ranks='[8, 64, 512, 4096]' out=bench
 python train/bench.py cluster out=bench
+python train/bench.py overlap link_mb_per_s=4 out=bench
 """
 
 import sys
@@ -182,6 +183,16 @@ def _bench_scale(args: BenchArguments, _: torch.device) -> Result:
     return bench_scale(config, ranks, args.local)
 
 
+def _bench_overlap(args: BenchArguments, _: torch.device) -> Result:
+    tokens = args.seq_len or (512 if args.short else 4096)
+    if tokens % 64:
+        reason = "expected a multiple of 64: a row has 4 parts, each of whole chunks"
+        raise ConfigError([Problem("seq_len", tokens, reason)], "the arguments")
+    from train.benchmarks.overlap import bench_overlap
+
+    return bench_overlap(tokens, args.link_mb_per_s * 1e6, args.turns)
+
+
 def _bench_cluster(args: BenchArguments, device: torch.device) -> Result:
     if device.type != "cpu":
         hint = "choose device=cpu; the files of conf/cluster/ show how that of GPUs is written"
@@ -287,6 +298,7 @@ BENCHMARKS: dict[str, Callable[[BenchArguments, torch.device], Result]] = {
     "coordinates": _bench_coordinates,
     "scale": _bench_scale,
     "cluster": _bench_cluster,
+    "overlap": _bench_overlap,
 }
 
 

@@ -5,11 +5,8 @@ that they have. That is what is measured: other programs on the machine do not c
 """
 
 import os
-import socket
 from collections.abc import Callable
 from dataclasses import replace
-from multiprocessing import get_context
-from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 from statistics import median
 from time import process_time
@@ -24,6 +21,7 @@ from conf.validation import as_dict
 from conf.wording import plural
 from data.batch import Batch
 from phd.pattern import patterns_of
+from train.benchmarks.gloo_ranks import on_gloo_ranks
 from train.benchmarks.timing import Result, Work
 from train.config import Config
 from train.costs.cluster import ClusterConfig, LinkConfig, RatesConfig, StorageConfig
@@ -39,7 +37,7 @@ from train.costs.kernels import (
     other_bytes,
 )
 from train.costs.step import StepTime, step_time
-from train.distributed.process_groups import ProcessGroups, init_process_groups
+from train.distributed.process_groups import ProcessGroups
 from train.engines.device import machine_memory
 from train.engines.fsdp import FsdpEngine
 from train.engines.mesh import ParallelDims
@@ -113,7 +111,8 @@ def bench_cluster(config: Config, repeat: int, out: Path) -> Result:
     cores = len(os.sched_getaffinity(0))
     measured: dict[int, list[float]] = {}
     for ranks in RANKS:
-        measured[ranks] = _on_ranks(ranks, cores, cases_of(config, ranks), repeat)
+        found = on_gloo_ranks(ranks, _measured, cases_of(config, ranks), repeat)
+        measured[ranks] = [sum(each) / min(ranks, cores) for each in zip(*found, strict=True)]
     *_, small, large = measured[2]
     first = cases_of(config, 1)[0]
     rates = _rates(first, measured[1][0], repeat)
@@ -248,44 +247,12 @@ def _start_us(small: float, large: float, cores: int) -> float:
 # Ranks
 
 
-def _on_ranks(ranks: int, cores: int, cases: list[Case], repeat: int) -> list[float]:
-    """Seconds of a step of each case, then of a small and a large collective, on so many ranks."""
-    context = get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    results: SimpleQueue[list[float]] = context.SimpleQueue()
-    processes = [
-        context.Process(target=_rank, args=(results, rank, ranks, port, cases, repeat))
-        for rank in range(ranks)
-    ]
-    for process in processes:
-        process.start()
-    found = [results.get() for _ in processes]
-    for process in processes:
-        process.join()
-    return [sum(each) / min(ranks, cores) for each in zip(*found, strict=True)]
-
-
-def _rank(
-    results: "SimpleQueue[list[float]]",
-    rank: int,
-    ranks: int,
-    port: int,
-    cases: list[Case],
-    repeat: int,
-) -> None:
-    """What one rank measures."""
-    place = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank}
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in (place | meeting).items()})
-    torch.set_num_threads(1)
-    with init_process_groups("cpu") as groups:
-        seconds = [_cpu_s(_step(case, groups), repeat) for case in cases]
-        if ranks > 1:
-            seconds += [_cpu_s(_exchange(size, ranks), repeat) / 2 for size in EXCHANGED]
-    results.put(seconds)
+def _measured(groups: ProcessGroups, cases: list[Case], repeat: int) -> list[float]:
+    """CPU seconds of a step of each case, then of a small and a large collective, on one rank."""
+    seconds = [_cpu_s(_step(case, groups), repeat) for case in cases]
+    if groups.world_size > 1:
+        seconds += [_cpu_s(_exchange(size, groups.world_size), repeat) / 2 for size in EXCHANGED]
+    return seconds
 
 
 def _step(case: Case, groups: ProcessGroups) -> Callable[[], object]:

@@ -386,7 +386,7 @@ class _Gathering(NamedTuple):
         both = torch.stack([k[:, :, :copies], v[:, :, :copies]]).transpose(3, 4)
         own = both.unflatten(3, (2, -1)).movedim(3, 0).contiguous()
         whole = own.new_empty(place.ranks * 2, *own.shape[1:])
-        work = _start_all_gather(whole, own, _GROUPS[place.group])
+        work = start_all_gather(whole, own, _GROUPS[place.group])
         return cls(whole.unflatten(0, (-1, 2)), work, place)
 
     def wait(self) -> Tensor:
@@ -417,7 +417,7 @@ class _Scattering(NamedTuple):
         early, late = parts.chunk(2)
         whole = torch.stack([early, late.flip(0)], 1).flatten(0, 1)
         own = torch.empty_like(whole[:2])
-        work = _start_reduce_scatter(own, whole, _GROUPS[place.group])
+        work = start_reduce_scatter(own, whole, _GROUPS[place.group])
         return cls(own, work, whole)
 
     def add_to(self, dk: Tensor, dv: Tensor) -> None:
@@ -508,14 +508,14 @@ class _HaloExchange(NamedTuple):
             total[:, :, 1:, 2 * size - halo :] += of_second[number]
 
 
-def _start_all_gather(whole: Tensor, own: Tensor, group: dist.ProcessGroup) -> dist.Work:
+def start_all_gather(whole: Tensor, own: Tensor, group: dist.ProcessGroup) -> dist.Work:
     """Start to gather `own` of all ranks into `whole`, one after another."""
     # Its name before torch 2.13, which says that the old one is deprecated.
     start = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     return cast(dist.Work, start(whole, own, group=group, async_op=True))
 
 
-def _start_reduce_scatter(own: Tensor, whole: Tensor, group: dist.ProcessGroup) -> dist.Work:
+def start_reduce_scatter(own: Tensor, whole: Tensor, group: dist.ProcessGroup) -> dist.Work:
     """Start to sum `whole` over all ranks; this rank's part of the sum comes into `own`."""
     start = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
     return cast(dist.Work, start(own, whole, group=group, async_op=True))
