@@ -313,8 +313,8 @@ def test_attention_of_ranks_is_traced_whole(
 ) -> None:
     """Collectives are stood in for by ones that give this rank its own: the test is of tracing."""
     torch.compiler.reset()
-    monkeypatch.setattr(context_parallel, "_start_all_gather", gather_twice)
-    monkeypatch.setattr(context_parallel, "_start_reduce_scatter", scatter_twice)
+    monkeypatch.setattr(context_parallel, "start_all_gather", gather_twice)
+    monkeypatch.setattr(context_parallel, "start_reduce_scatter", scatter_twice)
     monkeypatch.setattr(dist, "all_to_all_single", echo)
     monkeypatch.setattr(context_parallel, "_GROUPS", {"none": None})
     place = ContextRank("none", rank=1, ranks=2)
