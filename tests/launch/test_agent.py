@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from data.storage.atomic import write_atomic
 from launch.agent import SignalForwarder
 from launch.config import Local, Nodes
 from tests.launch.machines import WORKER, Machines, wait_for
@@ -278,7 +279,7 @@ def test_the_cause_of_a_crash_is_told_in_five_lines_and_the_rest_is_in_the_logs(
     machines.start(Local(processes=3, max_restarts=0))
     groups = {line[1]: line[2] for line in machines.wait_for_log("(.)/3 started (.*)", 3)}
     if end == "raise":
-        (machines.directory / "raise_1").write_text("seven apples")
+        write_atomic(machines.directory / "raise_1", "seven apples")  # it is read as it appears
     else:
         kill(groups["1"])
     assert machines.exit_code() == 1

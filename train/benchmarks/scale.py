@@ -54,7 +54,7 @@ from train.torch_private import use_fake_backend
 
 T = TypeVar("T")
 
-TIMEOUT = timedelta(minutes=30)
+TIMEOUT = timedelta(minutes=5)
 MOST_CONNECTED = 256
 """Ranks that are really connected by gloo. Each takes two threads; all of them share one core."""
 

@@ -173,12 +173,12 @@ def as_rank(value: Any, rank: int, dealt: Any, *, model: int, ranks: int, root: 
         root: where checkpoints are written. The files of stand-ins are links to that of `model`.
     """
     match value:
-        case (BatchStats() as stats, waits, flops):
+        case (BatchStats() as stats, waits, flops, rows):
             lanes, progress = (
                 {lane - model + rank: cursor for lane, cursor in cursors.items()}
                 for cursors in (stats.lanes, stats.progress)
             )
-            return stats._replace(lanes=lanes, progress=progress), waits, flops
+            return stats._replace(lanes=lanes, progress=progress), waits, flops, rows
         case SavePlan():
             return SavePlan([*_pieces(rank, ranks, value), *_counters(rank, ranks, value)])
         case (list(), dict() as entries) if isinstance(dealt, SavePlan):

@@ -261,7 +261,7 @@ class FsdpConfig(EngineConfig):
         if others:
             told = ", ".join(f"{name}={given[name]}" for name in others)
             reason = f"times {told} {reason}"
-        hint = "choose another, or another number of ranks, which plan.py takes as processes="
+        hint = "choose another, or start another number of ranks (plan.py: processes=)"
         return [Problem(first, given[first], reason, hint, tuple(others))]
 
     @property
