@@ -13,13 +13,11 @@ import json
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from math import log
-from multiprocessing import get_context
 from pathlib import Path
 from signal import Signals
 from tempfile import TemporaryDirectory
@@ -36,6 +34,7 @@ from data.sources.documents import Documents
 from data.stream import BatchShape, TokenStream
 from data.tokenizer import Tokenizer
 from data.tokenizer_training import prepare_tokenizer
+from train.benchmarks.gloo_ranks import on_processes
 from train.benchmarks.stand_ins import BACKEND, StandIns, Traffic, as_rank
 from train.benchmarks.subject import subject_of
 from train.benchmarks.timing import Result
@@ -54,7 +53,7 @@ from train.torch_private import use_fake_backend
 
 T = TypeVar("T")
 
-TIMEOUT = timedelta(minutes=5)
+TIMEOUT = timedelta(minutes=30)
 MOST_CONNECTED = 256
 """Ranks that are really connected by gloo. Each takes two threads; all of them share one core."""
 
@@ -121,9 +120,8 @@ def bench_scale(config: Config, ranks: Sequence[int], local: int) -> Result:
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         job = Job(numbers, local, config.to_dict(), store.port, folder, b"")
         job = replace(job, tokenizer=_tokenizer(job))
-        with ProcessPoolExecutor(local, mp_context=get_context("spawn")) as pool:
-            tasks = [pool.submit(measure_rank, rank, job) for rank in range(local)]
-            rows = [row for task in tasks for row in task.result()]
+        found = on_processes(local, measure_rank, job, start="spawn")
+        rows = [row for of_rank in found for row in of_rank]
     rows += [row for number in numbers for row in rendezvous(number)]
     rows.sort(key=lambda row: (row["rank"] != "0", row["rank"], row["work"]))
     device = torch.device("cpu")
