@@ -77,9 +77,9 @@ class EngineConfig(Settings):
         fp8_scaling: how `fp8` scales the operands of a product: by one number for each tensor
             (`tensorwise`, the faster one), or for each row (`rowwise`, the more exact one, on
             Hopper or newer).
-        compile: compile each block with `torch.compile`; `auto` does so on CUDA, and not at ZeRO-3
-            nor with `engine.tensor`. The first step then takes up to a minute longer, and seconds
-            once the cache (`TORCHINDUCTOR_CACHE_DIR`) is filled.
+        compile: compile each block with `torch.compile`; `auto` does so on CUDA, and not at
+            ZeRO-3. The first step then takes up to a minute longer, and seconds once the cache
+            (`TORCHINDUCTOR_CACHE_DIR`) is filled.
         flash_attention: which FlashAttention computes causal attention on CUDA in half precision.
             `auto` leaves it to cuDNN where that is faster, and takes the newest version that is
             installed for what cuDNN refuses, such as isolated documents. 2 is part of PyTorch; 3
@@ -210,10 +210,6 @@ class FsdpConfig(EngineConfig):
                 found.append(Problem(f"engine.{name}", value, reason, hint, others))
         return found
 
-    def compiles_on(self, device: str) -> bool:
-        """As in `EngineConfig`; `auto` is false where matrices are cut over ranks."""
-        return super().compiles_on(device) and not (self.tensor > 1 and self.compile == "auto")
-
     def problems_with(self, model: ModelConfig, seq_len: int) -> list[Problem]:
         """Why the matrices, or the rows, cannot be cut into `tensor` equal parts."""
         found = super().problems_with(model, seq_len)
@@ -233,10 +229,6 @@ class FsdpConfig(EngineConfig):
                 others = (name, "engine.context") if context > 1 else (name,)
                 hint = f"choose another, or another {name}"
                 found.append(Problem("engine.tensor", self.tensor, reason, hint, others))
-        if self.compile is True:
-            reason = f"compiled blocks have not been tried with engine.tensor={self.tensor}"
-            hint = "choose engine.compile=auto, or engine.tensor=1"
-            found.append(Problem("engine.compile", True, reason, hint, ("engine.tensor",)))
         if self.precision == "fp8":
             reason = f"not possible with engine.tensor={self.tensor}: it would scale parts apart"
             hint = "choose engine.precision=bf16, or engine.tensor=1"
