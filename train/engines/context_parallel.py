@@ -10,16 +10,18 @@ Each layer's attention, on each rank:
 
     forward                                       backward
     |  hidden copies just before each part,       |
-    |  all-gather of remembered k, v start        |  all-gather of remembered k, v starts
-    |    each part's attention to itself          |    each part's gradients of itself
-    |    and to the hidden copies before it       |
-    |  the gathered keys are here                 |  the gathered keys are here
-    |    each part's attention to all before      |    each part's gradients of all before
-    v                                             |  reduce-scatter of dk, dv starts
-                                                  |    gradients of hidden copies before
+    |  all-gathers of remembered k, v start       |  all-gathers of remembered k, v start
+    |    each part's attention to itself          |    the early part's gradients of itself
+    |    and to the hidden copies before it       |  for some heads after others:
+    |  for some heads after others:               |    the gathered keys are here
+    |    the gathered keys are here               |      each part's gradients of all before
+    |      each part's attention to all before    |    reduce-scatter of dk, dv starts
+    v                                             |  the late part's gradients of itself,
+                                                  |  and of hidden copies before both
                                                   v  the sums of dk, dv are here
 
 What is remembered are the originals, or all copies where every slot sees them (`naive_repeat`).
+Large ones are sent in pieces of some heads each, so that one is under way while another is used.
 The keys of a whole row are held by one layer at a time, while it computes. Between forward and
 backward each rank keeps those of its own tokens, and so they are gathered twice.
 """
@@ -53,6 +55,10 @@ from phd.transfer import to_device
 CAUSAL = Pattern("causal")
 BACKENDS = ("packed", "fused")
 """Those whose attention is made of pieces that merge; the others compute whole rows alone."""
+PIECES = 4
+"""How many times a layer's remembered keys and values are sent at most, some heads each time."""
+PIECE_BYTES = 4 << 20
+"""Of the whole row in one piece at least: fewer would wait for the link's latency."""
 
 
 _GROUPS: WeakValueDictionary[str, dist.ProcessGroup] = WeakValueDictionary()
@@ -312,17 +318,17 @@ def context_forward(
     halves = part.halves(pattern, fused)
     # In this order: NCCL does one after the other, and this one is small and needed first.
     exchange = _HaloExchange.of(k, v, halves[0].halo, part.place)
-    gathering = _Gathering.of(k, v, pattern, part.place)
+    pieces = _Piece.all_of(q, k, v, pattern, part.place)
     inputs = list(zip(*(x.chunk(2, 3) for x in (q, k, v)), strict=True))
     results = [half.attend_to_itself(*qkv) for half, qkv in zip(halves, inputs, strict=True)]
     halo = exchange.wait()
     for half, qkv, kv, result in zip(halves, inputs, halo, results, strict=True):
         if half.halo and half.first:
             half.add_halo(qkv[0], kv[0], kv[1], result)
-    keys, values = gathering.wait()
-    del gathering  # and the memory in which the keys came
-    for half, qkv, result in zip(halves, inputs, results, strict=True):
-        half.add_before(qkv[0], keys, values, result)
+    while pieces:
+        queries, _, (keys, values) = pieces.pop(0).wait()
+        for half, (q, _, _), (out, lse) in zip(halves, inputs, results, strict=True):
+            half.add_before(q[:, queries], keys, values, (out[:, queries], lse[:, queries]))
     (out, lse), (more_out, more_lse) = results
     return torch.cat([out, more_out], 3), torch.cat([lse, more_lse], 3), halo
 
@@ -343,30 +349,71 @@ def context_backward(
         halo: as `context_forward` returns it.
     """
     halves, place = part.halves(pattern, fused), part.place
-    _, k, v = inputs
-    gathering = _Gathering.of(k, v, pattern, place)
-    cut_inputs = list(zip(*(x.chunk(2, 3) for x in inputs), strict=True))
-    cut_results = list(zip(*(x.chunk(2, 3) for x in result), strict=True))
-    each = list(zip(halves, cut_inputs, cut_results, strict=True))
-    gradients = [half.gradients_of_itself(qkv, found) for half, qkv, found in each]
-    keys, values = row = gathering.wait()
-    del gathering  # and the memory in which the keys came
-    # Summed in float32 within a rank, too: bfloat16 would lose what many parts add.
-    dk, dv = of_row = torch.zeros_like(row, dtype=result[1].dtype)
-    for (half, qkv, found), (dq, _, _) in zip(each, gradients, strict=True):
-        half.add_gradients_before((dq, dk, dv), (qkv[0], keys, values), found)
-    scattering = _Scattering.of(of_row, place, remembered_copies(pattern))
-    of_halo = torch.zeros_like(halo, dtype=dk.dtype)
-    for (half, qkv, found), kv, (dq, _, _), d_kv in zip(
-        each, halo, gradients, of_halo, strict=True
-    ):
+    pieces = _Piece.all_of(*inputs, pattern, place)
+    of_inputs, of_result = (
+        list(zip(*(x.chunk(2, 3) for x in tensors), strict=True)) for tensors in (inputs, result)
+    )
+    early = halves[0].gradients_of_itself(of_inputs[0], of_result[0])
+    late_dq, dtype = torch.zeros_like(early[0]), result[1].dtype
+    each = list(zip(halves, (early[0], late_dq), of_inputs, of_result, strict=True))
+    scatterings = []
+    while pieces:
+        queries, heads, row = pieces.pop(0).wait()
+        # Summed in float32 within a rank, too: bfloat16 would lose what many parts add.
+        dk, dv = of_row = torch.zeros_like(row, dtype=dtype)
+        for half, dq, (q, _, _), (out, lse, dout) in each:
+            half.add_gradients_before(
+                (dq[:, queries], dk, dv),
+                (q[:, queries], *row),
+                (out[:, queries], lse[:, queries], dout[:, queries]),
+            )
+        copies = remembered_copies(pattern)
+        scatterings.append((heads, _Scattering.of(of_row, place, copies)))
+    of_halo = torch.zeros_like(halo, dtype=dtype)
+    for (half, dq, (q, _, _), found), kv, d_kv in zip(each, halo, of_halo, strict=True):
         if half.halo and half.first:
-            d_kv[0], d_kv[1] = half.add_halo_gradients(dq, (qkv[0], *kv), found)
+            d_kv[0], d_kv[1] = half.add_halo_gradients(dq, (q, *kv), found)
     exchange = _HaloExchange.back(of_halo, place)
-    dq, dk, dv = (torch.cat(x, 3) for x in zip(*gradients, strict=True))
+    late = halves[1].gradients_of_itself(of_inputs[1], of_result[1])
+    late[0].add_(late_dq)
+    dq, dk, dv = (torch.cat(x, 3) for x in zip(early, late, strict=True))
     exchange.add_to(dk, dv)
-    scattering.add_to(dk, dv)
+    for heads, scattering in scatterings:
+        scattering.add_to(dk[:, heads], dv[:, heads])
     return dq, dk, dv
+
+
+class _Piece(NamedTuple):
+    """Some key heads of what is remembered, on their way to all ranks.
+
+    Attributes:
+        queries, keys: the heads that read, and those that are read.
+    """
+
+    gathering: "_Gathering"
+    queries: slice
+    keys: slice
+
+    @classmethod
+    def all_of(
+        cls, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, place: ContextRank
+    ) -> list["_Piece"]:
+        """Start to gather all heads, in as many pieces as `PIECES` and `PIECE_BYTES` let them."""
+        N, G = q.shape[1], k.shape[1]
+        size = 2 * k[:, :, : remembered_copies(pattern)].nbytes * place.ranks
+        large_enough = max(1, min(PIECES, size // PIECE_BYTES))
+        heads = G // max(n for n in range(1, large_enough + 1) if G % n == 0)
+        found = []
+        for first in range(0, G, heads):
+            keys = slice(first, first + heads)
+            queries = slice(first * N // G, (first + heads) * N // G)
+            gathering = _Gathering.of(k[:, keys], v[:, keys], pattern, place)
+            found.append(cls(gathering, queries, keys))
+        return found
+
+    def wait(self) -> tuple[slice, slice, Tensor]:
+        """The heads that read, those that are read, and what `_Gathering.wait` has of these."""
+        return self.queries, self.keys, self.gathering.wait()
 
 
 class _Gathering(NamedTuple):

@@ -5,6 +5,7 @@ All cases run one after the other on the same four ranks. `make soak-mesh CASES=
 
 import os
 from functools import cache
+from itertools import chain
 from random import Random
 from typing import Any, NamedTuple
 
@@ -256,9 +257,18 @@ def context_of(groups: ProcessGroups, ranks: int) -> ContextRank:
 
 def attended(
     groups: ProcessGroups, ranks: int, pattern: Pattern, Q: int, documents: bool
-) -> list[np.ndarray]:
-    """A rank's part of (out, dq, dk, dv), and which tokens it is of."""
+) -> list[list[np.ndarray]]:
+    """A rank's part of (out, dq, dk, dv), and which tokens it is of; also of heads sent apart."""
     place = context_of(groups, ranks)
+    found = []
+    for piece_bytes in (context_parallel.PIECE_BYTES, 1):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(context_parallel, "PIECE_BYTES", piece_bytes)
+            found.append(attended_at(place, pattern, Q, documents))
+    return found
+
+
+def attended_at(place: ContextRank, pattern: Pattern, Q: int, documents: bool) -> list[np.ndarray]:
     (q, k, v, dout), starts = problem(pattern, Q, documents)
     index = torch.from_numpy(place.token_index(ROW))
     part = ContextPart.of(place, ROW, None if starts is None else starts.numpy())
@@ -277,10 +287,39 @@ def test_attention_of_ranks_is_the_dense_definition(number: int) -> None:
     segments = None if starts is None else Segments.of(starts)
     out = attend(q, k, v, pattern, "reference", segments)
     expected = [out, *torch.autograd.grad(out, qkv, dout)]
-    for *parts, index in found()["attention"][number]:
+    for *parts, index in chain.from_iterable(found()["attention"][number]):
         for ours, whole in zip(parts, expected, strict=True):
             theirs = whole.detach().numpy()[..., index, :]
             np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("heads", "tokens", "pieces"),
+    [
+        (4, 4, 1),
+        (4, 28, 1),
+        (4, 32, 2),
+        (4, 60, 2),
+        (4, 64, 4),
+        (4, 992, 4),
+        (6, 64, 3),
+        (1, 992, 1),
+    ],
+)
+def test_large_rows_are_sent_in_pieces_of_whole_heads(
+    heads: int, tokens: int, pieces: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At most four, of 4 KiB of the row at least; a token of a head has 64 bytes."""
+    monkeypatch.setattr(context_parallel, "PIECE_BYTES", 4096)
+    monkeypatch.setattr(context_parallel, "_GROUPS", {"none": None})
+    monkeypatch.setattr(context_parallel, "start_all_gather", lambda *_: Done())
+    place, shape = ContextRank("none", rank=0, ranks=2), (1, heads, 2, tokens // 2, 8)
+    q, kv = torch.zeros(1, 3 * heads, 2, tokens // 2, 8), torch.zeros(shape)
+    found = context_parallel._Piece.all_of(q, kv, kv, CSWA, place)
+    assert len(found) == pieces
+    for read, of_keys in ((3 * heads, False), (heads, True)):
+        slices = [piece.keys if of_keys else piece.queries for piece in found]
+        assert [i for s in slices for i in range(read)[s]] == list(range(read))
 
 
 class Done:
