@@ -63,20 +63,22 @@ def count_graphs(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], CompileCoun
 
 
 @pytest.mark.parametrize(
-    ("documents", "precision", "backend"),
+    ("documents", "precision", "attention", "backend"),
     # Documents have lengths that are no constants of a graph. Differentiating it may limit these.
-    [(False, "fp32", "eager"), (True, "bf16", "aot_eager")],
+    [(False, "fp32", "reference", "eager"), (True, "bf16", "packed", "aot_eager")],
     ids=["rows", "documents"],
 )
 def test_nothing_is_compiled_after_the_first_step(
     documents: bool,
     precision: str,
+    attention: str,
     backend: str,
     count_graphs: Callable[[str], CompileCounterWithBackend],
 ) -> None:
     counter = count_graphs(backend)
     settings = ("model.layers=5", "train.micro_batch=4", f"engine.precision={precision}")
-    engine = FsdpEngine(config_of(*settings), ProcessGroups())
+    config = config_of(*settings, f"model.attention={attention}")
+    engine = FsdpEngine(config, ProcessGroups())
     train_step(engine, drawn(8, 0, documents=documents), 1e-3)
     # The first block, those between, and the last; each with and without gradients.
     assert counter.frame_count == 6
@@ -163,17 +165,23 @@ def test_each_engine_has_all_graphs_that_torch_allows(
         assert counter.frame_count == before + 4
 
 
-def hits_and_misses(groups: ProcessGroups, cache: str) -> tuple[int, int]:
+def a_step(groups: ProcessGroups, cache: str, compiled: str) -> tuple[int, int, list[float]]:
+    """Graphs that were kept from an earlier start, those that were not, and what was computed."""
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
     torch._inductor.config.compile_threads = 1
-    small = (*UNEVEN, "model=vanilla", "model.layers=1", "train.max_steps=9", "data.holdout=0")
-    settings = load([*small, "engine.compile=true"])
-    train_step(FsdpEngine(settings, groups), drawn(8, 0, documents=False), 1e-3)
+    settings = ("model.layers=1", "data.holdout=0", f"engine.compile={compiled}")
+    engine = FsdpEngine(config_of(*settings), groups)
+    result = train_step(engine, drawn(8, 0, documents=False), 1e-3)
+    assert result is not None
     graphs = counters["aot_autograd"]
-    return graphs["autograd_cache_hit"], graphs["autograd_cache_miss"]
+    hits, misses = graphs["autograd_cache_hit"], graphs["autograd_cache_miss"]
+    return hits, misses, [result.loss.item(), result.grad_norm.item()]
 
 
 @pytest.mark.process
-def test_a_later_start_compiles_nothing_again(tmp_path: Path) -> None:
-    first, second = (run_ranks(1, hits_and_misses, str(tmp_path)) for _ in range(2))
-    assert (first, second) == ([(0, 1)], [(1, 0)])
+def test_a_later_start_compiles_nothing_again_and_computes_the_same(tmp_path: Path) -> None:
+    starts = [run_ranks(1, a_step, str(tmp_path), x)[0] for x in ("true", "true", "false")]
+    assert [start[:2] for start in starts] == [(0, 1), (1, 0), (0, 0)]
+    *compiled, plain = (computed for *_, computed in starts)
+    for computed in compiled:
+        assert computed == pytest.approx(plain, rel=1e-5)
