@@ -12,6 +12,7 @@ from pathlib import Path
 from random import Random
 from time import monotonic, sleep
 
+from tests.forked_python import forked_python, is_server
 from tests.patience import PATIENCE_S
 from train.checkpoint.reader import Checkpoint
 
@@ -43,7 +44,7 @@ class Cluster:
 
     def _agent(self) -> subprocess.Popen[bytes]:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        with self._log.open("ab") as log:
+        with self._log.open("ab") as log, forked_python():
             return subprocess.Popen(
                 self._command, env=environment, stdout=log, stderr=log, start_new_session=True
             )
@@ -102,12 +103,12 @@ class Cluster:
 
 
 def children(process: int) -> list[int]:
-    """The processes that a process has started."""
+    """The processes that a process has started; without the one that they are forked from."""
     try:
         text = Path(f"/proc/{process}/task/{process}/children").read_text()
     except FileNotFoundError:
         return []
-    return [int(number) for number in text.split()]
+    return [int(number) for number in text.split() if not is_server(int(number))]
 
 
 def kill(process: int, how: signal.Signals) -> bool:

@@ -8,6 +8,7 @@ import torch.distributed.fsdp
 import torch.nn.modules.linear_cross_entropy
 
 import launch.agent  # noqa: F401
+import tests.forked_python  # noqa: F401  # knows how Python was started here
 import train.main  # noqa: F401
 from train.compose import load
 from train.engines.zero import import_deepspeed
