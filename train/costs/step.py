@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from math import ceil
 from typing import NamedTuple
 
+from phd.attention.parts import remembered_copies
 from phd.pattern import Pattern, patterns_of
 from train.costs.cluster import ClusterConfig
 from train.costs.kernels import (
@@ -23,6 +24,7 @@ from train.costs.kernels import (
     optimizer_s,
 )
 from train.costs.links import Groups, bandwidth, gather_s, groups_of, reduce_s
+from train.engines.context_parallel import pieces_of
 from train.engines.mesh import ParallelDims
 
 GRADIENT = 4
@@ -67,6 +69,67 @@ def key_traffic(batch: MicroBatch, pattern: Pattern) -> KeyTraffic:
     return KeyTraffic(numbers * batch.itemsize, numbers * GRADIENT, halo)
 
 
+def key_pieces(batch: MicroBatch, pattern: Pattern) -> int:
+    """In how many pieces they are sent."""
+    heads = batch.model.kv_heads // batch.tensor
+    return pieces_of(key_traffic(batch, pattern).gathered, heads)
+
+
+def flops_before(batch: MicroBatch, pattern: Pattern, queries: int) -> int:
+    """Those of `attention_flops` that read keys which lie before a rank's own parts.
+
+    A rank has parts i and 2c-1-i of T / 2c tokens: before them lie 2c-1 parts, whoever it is.
+    """
+    model, c = batch.model, batch.context
+    part, copies = batch.seq_len / (2 * c), remembered_copies(pattern)
+    pairs = batch.rows * queries * copies * part * part * (2 * c - 1)
+    return int(4 * model.head_dim * model.heads * pairs) // batch.tensor
+
+
+class KeySeconds(NamedTuple):
+    """Seconds that a layer's keys and values are under way in context parallelism.
+
+    Attributes:
+        gather: those that everybody sees, in the forward pass, and again in the backward.
+        scatter: the sums of their gradients.
+        halo, halo_back: hidden copies of neighbours, and their gradients.
+    """
+
+    gather: float
+    scatter: float
+    halo: float
+    halo_back: float
+
+    @property
+    def moved(self) -> tuple[float, float]:
+        """Forward, and backward."""
+        return self.gather + self.halo, self.gather + self.scatter + self.halo_back
+
+    def waited(self, attention: float, others: float, pieces: int) -> tuple[float, float]:
+        """How much of it a layer waits for, forward and backward.
+
+            forward                               backward
+            compute | own | others 1 | others 2 | compute | 1/2 own | others 1, 2 | 1/2 own |
+            link    | gather 1 | gather 2 |       link    | gather 1, 2 | scatter 1, 2 |
+
+        Args:
+            attention: seconds of the layer's attention in the forward pass; twice that backward.
+            others: of these, for keys of tokens before the rank's own.
+            pieces: in which keys are sent.
+        """
+        own = attention - others
+        device = self.halo + own
+        for piece in range(1, pieces + 1):
+            device = max(device, self.halo + piece * self.gather / pieces) + others / pieces
+        forward = device - attention
+        device, link = own, self.gather
+        for piece in range(1, pieces + 1):
+            device = max(device, piece * self.gather / pieces) + 2 * others / pieces
+            link = max(link, device) + self.scatter / pieces
+        device = max(device + own, link + self.halo_back)
+        return forward, device - 2 * attention
+
+
 class TensorTraffic(NamedTuple):
     """Bytes of a layer's tensor parallelism with sequence parallelism, in one direction.
 
@@ -100,14 +163,16 @@ class Place:
     groups: Groups
     cluster: ClusterConfig
 
-    def keys_s(self, batch: MicroBatch, pattern: Pattern) -> tuple[float, float]:
-        """Seconds of context parallelism in a layer's forward and backward pass."""
+    def keys_s(self, batch: MicroBatch, pattern: Pattern) -> "KeySeconds":
+        """Seconds of context parallelism in a layer."""
         group, keys = self.groups.context, key_traffic(batch, pattern)
-        gather = gather_s(keys.gathered, group, self.cluster)
-        scatter = gather_s(keys.scattered, group, self.cluster)
         halo = keys.halo / bandwidth(group, self.cluster) if keys.halo else 0.0
-        back = halo * GRADIENT / batch.itemsize
-        return gather + halo, gather + halo + scatter + back
+        return KeySeconds(
+            gather=gather_s(keys.gathered, group, self.cluster),
+            scatter=gather_s(keys.scattered, group, self.cluster),
+            halo=halo,
+            halo_back=halo * GRADIENT / batch.itemsize,
+        )
 
     def tensor_s(self, batch: MicroBatch, copies: Copies) -> float:
         """Seconds of tensor parallelism in one direction through a block."""
@@ -298,22 +363,29 @@ class Step:
 
 
 class _Waits(NamedTuple):
-    """Seconds of context and tensor parallelism in a layer, which nothing hides."""
+    """Seconds of context and tensor parallelism in a layer, forward and backward.
 
-    context: tuple[float, float]  # forward, backward
+    Attributes:
+        context: keys and values, and their gradients.
+        tensor: activations, for which the layer waits.
+        waited: the layer waits for this much of both.
+    """
+
+    context: tuple[float, float]
     tensor: tuple[float, float]
+    waited: tuple[float, float]
 
 
 def step_time(step: Step) -> StepTime:
     """The seconds of a step by part.
 
-    The links work beside the computation, as far as there is some to hide behind. Keys, values and
-    activations of context and tensor parallelism are waited for.
+    The links work beside the computation, as far as there is some to hide behind. A layer waits for
+    the activations of tensor parallelism, and for keys where its attention is too short for them.
     """
     rates, place = step.cluster.rates, step.place
     blocks = [*block_stages(step.batch, rates, step.checkpoint_every)]
     stages = [*blocks, head_stage(step.batch, rates)]
-    waits = [*_waits(step)]
+    waits = [*_waits(step, blocks)]
     lines = [_timeline(step, stages, waits, number) for number in range(step.passes)]
     spent = sum(pipelined_s(line, overlaps=step.cluster.cores is None) for line in lines)
     crowd = step.crowding * step.passes
@@ -347,18 +419,27 @@ def _sum(stages: Sequence[Stage]) -> Seconds:
     return total
 
 
-def _waits(step: Step) -> Iterator[_Waits]:
+def _waits(step: Step, blocks: Sequence[Stage]) -> Iterator[_Waits]:
     """Of each block, and at last of embedding, head and loss together."""
     batch, place = step.batch, step.place
-    for layer, pattern in enumerate(patterns_of(batch.model)):
-        forward, backward = place.keys_s(batch, pattern)
-        moved = place.tensor_s(batch, copies_of(batch.model, layer, pattern))
+    for layer, (pattern, block) in enumerate(zip(patterns_of(batch.model), blocks, strict=True)):
+        copies = copies_of(batch.model, layer, pattern)
+        keys, moved = place.keys_s(batch, pattern), place.tensor_s(batch, copies)
+        waited = keys.moved
+        if step.cluster.cores is None:
+            others = flops_before(batch, pattern, copies.queries) / step.cluster.rates.attention
+            waited = keys.waited(block.forward.attention, others, key_pieces(batch, pattern))
         # What is computed again is also sent again.
         again = batch.recompute == "full" and layer % step.checkpoint_every == 0
-        yield _Waits(
-            (forward, backward + (forward if again else 0.0)), (moved, moved * (1 + again))
-        )
-    yield _Waits((0.0, 0.0), (place.head_s(batch),) * 2)
+
+        def both(ways: tuple[float, float], again: bool = again) -> tuple[float, float]:
+            return ways[0], ways[1] + again * ways[0]
+
+        tensor = both((moved, moved))
+        forward, backward = both(waited)
+        yield _Waits(both(keys.moved), tensor, (forward + tensor[0], backward + tensor[1]))
+    head = place.head_s(batch)
+    yield _Waits((0.0, 0.0), (head, head), (head, head))
 
 
 def _timeline(
@@ -379,8 +460,8 @@ def _timeline(
     after = [_after(step, numbers) if last else 0.0 for numbers in (weights.block, weights.outside)]
 
     def timed(layer: int, way: int, before: float, after: float) -> Timed:
-        wait = waits[layer].context[way] + waits[layer].tensor[way]
-        return Timed(before, step.crowding * stages[layer][way].total + wait, after)
+        waited = waits[layer].waited[way]
+        return Timed(before, step.crowding * stages[layer][way].total + waited, after)
 
     def again(layer: int) -> float:
         """What gathers a block's weights in the backward pass."""

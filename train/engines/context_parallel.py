@@ -326,9 +326,7 @@ def context_forward(
         if half.halo and half.first:
             half.add_halo(qkv[0], kv[0], kv[1], result)
     while pieces:
-        queries, _, (keys, values) = pieces.pop(0).wait()
-        for half, (q, _, _), (out, lse) in zip(halves, inputs, results, strict=True):
-            half.add_before(q[:, queries], keys, values, (out[:, queries], lse[:, queries]))
+        _add_before(list(zip(halves, inputs, results, strict=True)), pieces.pop(0).wait())
     (out, lse), (more_out, more_lse) = results
     return torch.cat([out, more_out], 3), torch.cat([lse, more_lse], 3), halo
 
@@ -354,22 +352,12 @@ def context_backward(
         list(zip(*(x.chunk(2, 3) for x in tensors), strict=True)) for tensors in (inputs, result)
     )
     early = halves[0].gradients_of_itself(of_inputs[0], of_result[0])
-    late_dq, dtype = torch.zeros_like(early[0]), result[1].dtype
+    late_dq = torch.zeros_like(early[0])
     each = list(zip(halves, (early[0], late_dq), of_inputs, of_result, strict=True))
-    scatterings = []
+    copies, scatterings = remembered_copies(pattern), []
     while pieces:
-        queries, heads, row = pieces.pop(0).wait()
-        # Summed in float32 within a rank, too: bfloat16 would lose what many parts add.
-        dk, dv = of_row = torch.zeros_like(row, dtype=dtype)
-        for half, dq, (q, _, _), (out, lse, dout) in each:
-            half.add_gradients_before(
-                (dq[:, queries], dk, dv),
-                (q[:, queries], *row),
-                (out[:, queries], lse[:, queries], dout[:, queries]),
-            )
-        copies = remembered_copies(pattern)
-        scatterings.append((heads, _Scattering.of(of_row, place, copies)))
-    of_halo = torch.zeros_like(halo, dtype=dtype)
+        scatterings.append(_add_gradients_before(each, pieces.pop(0).wait(), place, copies))
+    of_halo = torch.zeros_like(halo, dtype=result[1].dtype)
     for (half, dq, (q, _, _), found), kv, d_kv in zip(each, halo, of_halo, strict=True):
         if half.halo and half.first:
             d_kv[0], d_kv[1] = half.add_halo_gradients(dq, (q, *kv), found)
@@ -381,6 +369,53 @@ def context_backward(
     for heads, scattering in scatterings:
         scattering.add_to(dk[:, heads], dv[:, heads])
     return dq, dk, dv
+
+
+def row_bytes(numbers: int, itemsize: int, heads: int) -> tuple[int, int]:
+    """What a layer holds of a row's keys and values at most, forward and backward.
+
+    All of them as they come, and a piece of them in order; in the backward pass, when the last
+    piece is done, that piece with its gradients in float32, and those of all as they are sent.
+
+    Args:
+        numbers: of the keys and values of the whole row.
+        itemsize: bytes of one of them.
+        heads: that the row's keys have.
+    """
+    size = numbers * itemsize
+    pieces = pieces_of(size, heads)
+    return size + size // pieces, 4 * numbers + (size + 4 * numbers) // pieces
+
+
+# A function for each piece, so that its memory is free when the next one is used.
+
+
+def _add_before(each: list[Any], piece: "_Received") -> None:
+    """Add each part's attention to the keys before it, of the heads of a piece."""
+    heads = piece.queries
+    for half, (q, _, _), (out, lse) in each:
+        half.add_before(q[:, heads], *piece.row, (out[:, heads], lse[:, heads]))
+
+
+def _add_gradients_before(
+    each: list[Any], piece: "_Received", place: ContextRank, copies: int
+) -> tuple[slice, "_Scattering"]:
+    """Add those to dq, and start to sum dk and dv over the ranks, of the key heads returned."""
+    heads = piece.queries
+    # Summed in float32 within a rank, too: bfloat16 would lose what many parts add.
+    of_row = torch.zeros_like(piece.row, dtype=each[0][3][1].dtype)
+    for half, dq, (q, _, _), result in each:
+        out, lse, dout = (x[:, heads] for x in result)
+        half.add_gradients_before(
+            (dq[:, heads], *of_row), (q[:, heads], *piece.row), (out, lse, dout)
+        )
+    return piece.keys, _Scattering.of(of_row, place, copies)
+
+
+def pieces_of(size: int, heads: int) -> int:
+    """In how many pieces of as many heads `size` bytes of the keys of a whole row are sent."""
+    large_enough = max(1, min(PIECES, size // PIECE_BYTES))
+    return max(n for n in range(1, large_enough + 1) if heads % n == 0)
 
 
 class _Piece(NamedTuple):
@@ -398,11 +433,10 @@ class _Piece(NamedTuple):
     def all_of(
         cls, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, place: ContextRank
     ) -> list["_Piece"]:
-        """Start to gather all heads, in as many pieces as `PIECES` and `PIECE_BYTES` let them."""
+        """Start to gather all heads."""
         N, G = q.shape[1], k.shape[1]
         size = 2 * k[:, :, : remembered_copies(pattern)].nbytes * place.ranks
-        large_enough = max(1, min(PIECES, size // PIECE_BYTES))
-        heads = G // max(n for n in range(1, large_enough + 1) if G % n == 0)
+        heads = G // pieces_of(size, G)
         found = []
         for first in range(0, G, heads):
             keys = slice(first, first + heads)
@@ -411,9 +445,16 @@ class _Piece(NamedTuple):
             found.append(cls(gathering, queries, keys))
         return found
 
-    def wait(self) -> tuple[slice, slice, Tensor]:
-        """The heads that read, those that are read, and what `_Gathering.wait` has of these."""
-        return self.queries, self.keys, self.gathering.wait()
+    def wait(self) -> "_Received":
+        return _Received(self.queries, self.keys, self.gathering.wait())
+
+
+class _Received(NamedTuple):
+    """A piece that is here, in `row` as `_Gathering.wait` has it."""
+
+    queries: slice
+    keys: slice
+    row: Tensor
 
 
 class _Gathering(NamedTuple):
@@ -441,8 +482,9 @@ class _Gathering(NamedTuple):
         self.work.wait()
         ranks, _, *shape = self.whole.shape
         row = self.whole.new_empty(*shape[:3], 2 * ranks, *shape[3:])
-        row[:, :, :, :ranks] = self.whole[:, 0].movedim(0, 3)
-        row[:, :, :, ranks:] = self.whole[:, 1].flip(0).movedim(0, 3)
+        early, late = row.movedim(3, 0).chunk(2)
+        early.copy_(self.whole[:, 0])
+        late.index_copy_(0, _backwards(ranks, row.device), self.whole[:, 1])  # `flip` would copy it
         return row.flatten(3, 5)
 
 
@@ -462,7 +504,10 @@ class _Scattering(NamedTuple):
         """Start to sum dk and dv of the whole row, as `_Gathering.wait` has it, over the ranks."""
         parts = of_row.unflatten(3, (2 * place.ranks, -1, copies)).movedim(3, 0)
         early, late = parts.chunk(2)
-        whole = torch.stack([early, late.flip(0)], 1).flatten(0, 1)
+        by_rank = of_row.new_empty(place.ranks, 2, *parts.shape[1:])
+        by_rank[:, 0] = early
+        by_rank[:, 1].index_copy_(0, _backwards(place.ranks, of_row.device), late)
+        whole = by_rank.flatten(0, 1)
         own = torch.empty_like(whole[:2])
         work = start_reduce_scatter(own, whole, _GROUPS[place.group])
         return cls(own, work, whole)
@@ -473,6 +518,11 @@ class _Scattering(NamedTuple):
         sums = self.own.movedim(0, 3).flatten(3, 4).transpose(3, 4)  # (2, B, G, copies, T', H)
         for total, more in zip((dk, dv), sums, strict=True):
             total[:, :, : more.shape[2]] += more
+
+
+def _backwards(count: int, device: torch.device) -> Tensor:
+    """count - 1, ..., 1, 0."""
+    return torch.arange(count - 1, -1, -1, device=device)
 
 
 class _HaloExchange(NamedTuple):

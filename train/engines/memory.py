@@ -35,6 +35,7 @@ from conf.wording import byte_size
 from phd.model import count_parameters
 from phd.pattern import patterns_of
 from train.config import Config
+from train.engines.context_parallel import row_bytes
 from train.engines.footprint import Footprint, Pass, Recompute, block_footprints, head_footprint
 from train.engines.newton_schulz import muon_step_bytes
 from train.engines.state_rules import matrix_shapes, moment_bytes
@@ -206,11 +207,7 @@ def shard_counts(config: Config, world_size: int) -> tuple[int, int, int]:
 
 
 def _with_rows_of_keys(blocks: list[Footprint], given: Pass, config: Config) -> list[Footprint]:
-    """The blocks with the keys and values of whole rows, which each gathers for itself.
-
-    As they come, and in order; in the backward pass their gradients in float32 as well, in order
-    and as they are sent.
-    """
+    """The blocks with the keys and values of whole rows, which each gathers for itself."""
     context = config.engine.context_ranks
     if context == 1:
         return blocks
@@ -220,7 +217,7 @@ def _with_rows_of_keys(blocks: list[Footprint], given: Pass, config: Config) -> 
     for block, pattern in zip(blocks, patterns_of(model), strict=True):
         copies = pattern.cached_slots_per_token
         numbers = 2 * tokens * copies * model.kv_heads * model.head_dim
-        forward, backward = 2 * size * numbers, (size + 8) * numbers
+        forward, backward = row_bytes(numbers, size, model.kv_heads)
         found.append(
             block._replace(forward=block.forward + forward, backward=block.backward + backward)
         )

@@ -29,15 +29,18 @@ from train.costs.kernels import (
 )
 from train.costs.links import Group, bandwidth, gather_s, group_of, groups_of, reduce_s
 from train.costs.step import (
+    KeySeconds,
     Step,
     StepTime,
     Timed,
     Weights,
+    flops_before,
     key_traffic,
     pipelined_s,
     step_time,
     tensor_traffic,
 )
+from train.engines.context_parallel import ContextRank
 from train.engines.mesh import ParallelDims
 
 H100 = load_cluster("h100_64")
@@ -227,6 +230,39 @@ def test_phd_sends_what_vanilla_sends_under_context_parallelism() -> None:
         reach = -(-15 // (K - 1)) * (K - 1)
         assert (found.gathered, found.halo) == (keys.gathered, 2 * reach * 2 * 2 * 8 * 64 * 2)
     assert key_traffic(replace(batch, context=1), pattern).gathered == 0
+
+
+@pytest.mark.parametrize("variant", ["vanilla", "phd_cswa", "naive_repeat", "hidden_decoding"])
+def test_keys_before_a_ranks_own_parts_are_counted_as_they_are_dealt(variant: str) -> None:
+    model, ranks, part = load([f"model={variant}", "size=tiny"]).model, 3, 8
+    batch = MicroBatch(model, rows=2, seq_len=2 * ranks * part, context=ranks)
+    dealt = [ContextRank("", number, ranks).parts for number in range(ranks)]
+    for pattern in patterns_of(model):
+        # A query of part p sees the keys of p parts; all ranks have as many.
+        [each] = {sum(part * p * part for p in parts) for parts in dealt}
+        seen = pattern.K * (pattern.K if pattern.rule == "flat" else 1)
+        expected = 4 * model.head_dim * model.heads * 2 * seen * each
+        assert flops_before(batch, pattern, pattern.K) == expected
+        assert expected < attention_flops(batch, pattern, pattern.K)
+
+
+def test_a_layer_waits_for_keys_where_its_own_attention_is_too_short() -> None:
+    keys = KeySeconds(gather=8.0, scatter=16.0, halo=0.0, halo_back=0.0)
+    # own 2, 4 in pieces |        2: waits 6, then 4
+    assert keys.waited(attention=6, others=4, pieces=1)[0] == 6
+    # own 2, waits 2 for a half, 2, waits 2 for the other, 2
+    assert keys.waited(attention=6, others=4, pieces=2)[0] == 4
+    # Quarters: at 2, 4, 6, 8; after each of them 1.
+    assert keys.waited(attention=6, others=4, pieces=4)[0] == 3
+    # 2 of its own, waits 6, 8 of others; then the sums, behind 2 of its own.
+    assert keys.waited(attention=6, others=4, pieces=1)[1] == 6 + 16 - 2
+    # 2, waits 2, 4, 4: then one half has been sent for 2 of 8.
+    assert keys.waited(attention=6, others=4, pieces=2)[1] == 2 + (8 - 4 + 8) - 2
+    assert keys.waited(attention=0, others=0, pieces=4) == keys.moved == (8, 24)
+    assert keys.waited(attention=100, others=90, pieces=4) == (0, 0)
+    halo = keys._replace(halo=1.0, halo_back=4.0)
+    assert halo.waited(attention=6, others=4, pieces=1) == (7, 20 + 4)
+    assert halo.moved == (9, 28)
 
 
 def test_tensor_parallelism_gathers_and_scatters_twice_in_each_direction() -> None:

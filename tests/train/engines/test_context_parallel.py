@@ -3,9 +3,12 @@
 All cases run one after the other on the same four ranks. `make soak-mesh CASES=100` draws more.
 """
 
+import json
 import os
+from collections.abc import Callable
 from functools import cache
-from itertools import chain
+from itertools import accumulate, chain
+from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
 
@@ -14,6 +17,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from conf.errors import ConfigError
 from data.batch import Batch
@@ -35,7 +39,14 @@ from train.compose import load
 from train.config import Config
 from train.distributed.process_groups import ProcessGroups
 from train.engines import context_parallel
-from train.engines.context_parallel import ContextPart, ContextRank
+from train.engines.context_parallel import (
+    CAUSAL,
+    ContextPart,
+    ContextRank,
+    context_backward,
+    context_forward,
+    row_bytes,
+)
 from train.loop import train_step
 from train.run import open_engine
 
@@ -369,6 +380,62 @@ def test_attention_of_ranks_is_traced_whole(
         out = call(*qkv)
         results.append([out, *torch.autograd.grad(out.sin().sum(), qkv)])
     torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+# Memory
+
+
+def peak(function: Callable[[], Any], path: Path) -> int:
+    """Bytes by which the memory of tensors is higher while the function runs, at most."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        kept = function()  # its own memory is not freed before the end
+    profiler.export_chrome_trace(str(path))
+    del kept
+    events = [x for x in json.loads(path.read_text())["traceEvents"] if x["name"] == "[memory]"]
+    events.sort(key=lambda event: event["ts"])
+    return max(accumulate(event["args"]["Bytes"] for event in events))
+
+
+@pytest.mark.parametrize("pieces", [1, 2, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_memory_grows_with_a_row_as_the_plan_says(
+    dtype: torch.dtype, pieces: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rank's own tokens are as many on 24 ranks as on 8: the rest is of the row's keys."""
+    monkeypatch.setattr(context_parallel, "PIECES", pieces)
+    monkeypatch.setattr(context_parallel, "PIECE_BYTES", 1)
+    monkeypatch.setattr(context_parallel, "_GROUPS", {"none": None})
+    monkeypatch.setattr(context_parallel, "start_all_gather", gather_own)
+    monkeypatch.setattr(context_parallel, "start_reduce_scatter", scatter_own)
+    (few, planned_of_few), (many, planned_of_many) = (
+        peaks(ranks, dtype, tmp_path / "trace.json") for ranks in (8, 24)
+    )
+    assert many - few == pytest.approx(planned_of_many - planned_of_few, rel=0.02)
+
+
+def peaks(ranks: int, dtype: torch.dtype, trace: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Bytes of the forward and backward pass of a layer's attention, and what the plan says."""
+    B, G, own, H = 2, 4, 32, 16
+    work = ContextPart.of(ContextRank("none", ranks - 1, ranks), ranks * own, None), CAUSAL, False
+    q, k, v, dout = (torch.randn(B, G, 1, own, H, dtype=dtype) for _ in range(4))
+    out, lse, halo = context_forward(q, k, v, *work)
+    result = out, lse, dout
+    found = (
+        peak(lambda: context_forward(q, k, v, *work), trace),
+        peak(lambda: context_backward((q, k, v), result, halo, *work), trace),
+    )
+    planned = row_bytes(2 * B * ranks * own * G * H, dtype.itemsize, G)
+    return np.array(found), np.array(planned)
+
+
+def gather_own(whole: Tensor, own: Tensor, _: object) -> "Done":
+    whole.view(-1, *own.shape).copy_(own)
+    return Done()
+
+
+def scatter_own(own: Tensor, whole: Tensor, _: object) -> "Done":
+    own.copy_(whole[: len(own)])
+    return Done()
 
 
 # Bytes
