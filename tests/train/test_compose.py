@@ -5,12 +5,16 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+import hydra
 import pytest
-from omegaconf import OmegaConf
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from conf.errors import ConfigError
 from train import compose, conf_files
@@ -653,3 +657,62 @@ def test_a_file_of_settings_may_have_a_byte_order_mark_and_another_encoding_is_n
             ConfigError, match=rf"mine\.yaml: {encoding.upper()}, not UTF-8: convert"
         ):
             load(["data=mine"])
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [
+        [],
+        ["model=vanilla", "size=16m", "train.max_steps=9"],
+        ["model.K=3", "model=phd", "model.window=4", "seed=5", "model.K=2"],
+        ["data=files", "data.sources.files.paths=[a,b]", "++data.sources.files.extra={x: 1}"],
+        ["data=files", "~data.sources.files.paths"],
+        ["sweep=[k]", "++together={model.K: 3}"],
+        ["engine=deepspeed", "engine.deepspeed.zero_optimization.stage=1"],
+        ["model.K=3", "train={max_steps: 3}", "train.seq_len=4"],
+        ["train.seq_len=4", "train={seq_len: 3}"],
+        ["hydra.sweep.dir=${hydra.job.override_dirname}", "model.K=3"],
+        ["model.unknown=3"],
+        ["model.K.deeper=3"],
+        ["model@other=phd"],
+        ["model=no_such_file", "model.K=3"],
+        ["~optim", "optim.lr=1"],
+        ["~model.nothing"],
+    ],
+    ids=" ".join,
+)
+def test_settings_on_top_of_files_that_were_read_are_set_as_hydra_sets_them(
+    texts: list[str],
+) -> None:
+    """Also where settings were set in a copy of the same files before."""
+    with compose._composing():
+        for _ in range(2):
+            assert composed(compose.compose_tree, texts) == composed(as_hydra, texts)
+
+
+def as_hydra(texts: list[str]) -> DictConfig:
+    return hydra.compose("config", texts, return_hydra_config=True)
+
+
+def composed(function: Callable[[list[str]], DictConfig], texts: list[str]) -> Any:
+    """All settings, in their order, and Hydra's own that are read; or what is wrong with them."""
+    try:
+        tree = function(texts)
+    except (HydraException, OmegaConfBaseException) as error:
+        return type(error), str(error)
+    own = OmegaConf.masked_copy(tree, [str(key) for key in tree if key != "hydra"])
+    launched = tree.hydra.mode, tree.hydra.sweeper, tree.hydra.launcher, tree.hydra.sweep
+    return OmegaConf.to_yaml(own), launched
+
+
+def test_a_file_that_has_changed_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(CONF, tmp_path / "conf")
+    for module in (compose, conf_files):
+        monkeypatch.setattr(module, "CONF", tmp_path / "conf")
+    for steps in (7, 77):
+        (tmp_path / "conf/experiment/mine.yaml").write_text(
+            f"# @package _global_\ntrain: {{max_steps: {steps}}}\n"
+        )
+        assert load(["experiment=mine"]).train.max_steps == steps
