@@ -3,10 +3,11 @@
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from math import prod
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -155,8 +156,7 @@ class FsdpEngine(Engine):
     def summon_full_params(self) -> Iterator[Transformer]:
         """The model. Its blocks gather their weights when called; this gathers the others.
 
-        Where matrices are cut over tensor ranks it is a whole copy of the model, in the dtype of
-        the products, which each rank holds for as long as this lasts.
+        Where matrices are cut over tensor ranks it is another model, of whole matrices.
         """
         if isinstance(self.model_with_loss, FSDPModule):
             self.model_with_loss.unshard()
@@ -170,18 +170,15 @@ class FsdpEngine(Engine):
 
     @torch.no_grad()
     def _whole_copy(self) -> Transformer:
-        """A plain model with the weights as they are gathered."""
-        for unit in sharded_modules(self.model_with_loss):
-            unit.unshard()
-        weights = {}
-        for name, parameter in self.model.named_parameters():
-            whole = _full(parameter.detach())
-            # What each rank has whole already is FSDP2's own memory, which it frees.
-            weights[name] = whole.clone() if _replicas(parameter) > 1 else whole
-        self._reshard()
+        """A plain model whose blocks take whole weights when called, in the products' dtype."""
         with torch.device("meta"):
             copy = Transformer(self.config.model)
-        copy.load_state_dict(weights, assign=True)
+        for whole, cut in zip(copy.blocks, self.model.blocks, strict=True):
+            whole.register_forward_pre_hook(partial(_gather_block, cut))
+            whole.register_forward_hook(_drop_block)
+        outside = ((n, x) for n, x in self.model.named_parameters() if not n.startswith("blocks."))
+        others = copy.load_state_dict(dict(map(_gathered, outside)), strict=False, assign=True)
+        assert not others.unexpected_keys, others
         copy.rope.build(self.device)
         return copy.set_copies(self.model.config.K)
 
@@ -248,6 +245,28 @@ class FsdpEngine(Engine):
 def _local(tensor: Tensor) -> Tensor:
     """This rank's shard of a DTensor; a plain tensor is returned as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _gathered(named: tuple[str, Tensor]) -> tuple[str, Tensor]:
+    """A weight's name, and all of it in memory of its own."""
+    name, parameter = named
+    whole = _full(parameter.detach())
+    # What each rank has whole already is FSDP2's own memory, which it frees.
+    return name, whole.clone() if _replicas(parameter) > 1 else whole
+
+
+@torch.no_grad()
+def _gather_block(cut: nn.Module, whole: nn.Module, _: object) -> None:
+    """Before a plain block is called: give it the weights of one that is cut over ranks."""
+    assert isinstance(cut, FSDPModule)
+    cut.unshard()
+    whole.load_state_dict(dict(map(_gathered, cut.named_parameters())), assign=True)
+    cut.reshard()
+
+
+def _drop_block(whole: nn.Module, *_: object) -> None:
+    """After a plain block was called: free its weights."""
+    whole.to_empty(device="meta")
 
 
 def _replicas(tensor: Tensor) -> int:

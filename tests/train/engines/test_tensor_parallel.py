@@ -165,6 +165,8 @@ def between(groups: ProcessGroups, config: Config) -> Between:
     with engine.summon_full_params() as model, torch.no_grad():
         text = torch.arange(11)[None]
         error = (model.logits(text) - plain.logits(text)).abs().max().item()
+        if engine.dims.tensor > 1:  # whole matrices are freed between calls
+            assert all(weight.is_meta for weight in model.blocks.parameters())
     layers = layer_report(engine, share(engine, rows)).values()
     engine.set_copies(2)
     fewer = train_step(engine, share(engine, batch(3, isolated=False)), 0.01)
