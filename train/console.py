@@ -221,11 +221,14 @@ def curve(values: Sequence[float], width: int) -> str:
     return "".join(CURVE[round((mean - low) * scale)] for mean in means)
 
 
-def script_command(script: str, *arguments: str) -> str:
-    """The shell command that runs a script of train/ with this interpreter."""
+def script_command(script: str, *arguments: str, processes: int = 1) -> str:
+    """The shell command that runs a script of train/ with this interpreter, on so many ranks."""
     # `python` where that is this interpreter; otherwise the path, as in a virtual environment that
     # is not activated.
     python = shutil.which("python")
     same = python is not None and os.path.samefile(python, sys.executable)
     interpreter = "python" if same else os.path.relpath(sys.executable)
-    return shlex.join([interpreter, os.path.relpath(Path(__file__).with_name(script)), *arguments])
+    # torchrun's module, so that it is this interpreter's, wherever the command is typed.
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+    path = os.path.relpath(Path(__file__).with_name(script))
+    return shlex.join([interpreter, *(torchrun if processes > 1 else []), path, *arguments])

@@ -82,8 +82,15 @@ def next_commands(run: Run, others: Iterable[Sequence[str]], *, complete: bool) 
     generate = script_command("generate.py", f"run={run.directory}", f"prompt={run.sample.prompt}")
     if not complete:
         return ["run the same command again to continue the training", generate]
+    # Settings such as engine.tensor=2 need as many ranks. Several machines have a launcher, which
+    # this process does not know.
+    place = run.groups.dist_env
+    processes = place.world_size if place.world_size == place.local_world_size else 1
     return [
         generate,
-        *(script_command("main.py", *map(redacted_argument, arguments)) for arguments in others),
+        *(
+            script_command("main.py", *map(redacted_argument, arguments), processes=processes)
+            for arguments in others
+        ),
         script_command("bench.py", "attention", "out=bench"),
     ]

@@ -13,6 +13,8 @@ from rich.console import Console
 from conf.validation import flatten_keys
 from data.prefetch import never
 from train.compose import check, other_runs
+from train.distributed.dist_env import DistEnv
+from train.distributed.process_groups import ProcessGroups
 from train.metrics.hooks import Sample
 from train.metrics.record import Metrics
 from train.run import Run
@@ -77,6 +79,23 @@ def test_every_command_it_suggests_exists(step: int, config, opened) -> None:
         assert Path(script).is_file()
         if Path(script).name == "main.py":
             check([a for a in arguments if a != "-m"], multirun="-m" in arguments)
+
+
+@pytest.mark.parametrize(("nodes", "processes"), [(1, 1), (1, 2), (2, 2)])
+def test_other_runs_are_proposed_on_as_many_ranks_of_this_machine(
+    nodes: int, processes: int, config, opened
+) -> None:
+    run = opened(config())
+    place = DistEnv(world_size=nodes * processes, local_world_size=processes)
+    run = replace(run, groups=ProcessGroups(dist_env=place))
+    generate, other, bench = next_commands(run, [["model=vanilla"]], complete=True)
+    start = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    several = (nodes, processes) == (1, 2)
+    _, *words = shlex.split(other)
+    assert words[: len(start)] == start if several else words[0].endswith("main.py")
+    assert words[-2].endswith("main.py")
+    assert words[-1] == "model=vanilla"
+    assert "torch" not in generate + bench
 
 
 # What was typed, and what is proposed: two runs; after a run of the sweep, not this sweep again.
