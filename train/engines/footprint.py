@@ -64,8 +64,12 @@ place of a kernel are not traced, and a kernel's own scratch is in `_scratch`.
 KERNELS = frozenset((*MATRIX_PRODUCTS, aten.bmm.default, ATTENTION, ATTENTION_BACKWARD))
 """The operations that inductor calls as they are; it fuses the others."""
 
-TRACED_TOKENS = 2048
-"""Of the smaller of two micro-batches from which the footprint of all others follows."""
+TRACED_TOKENS = (2039, 2053)
+"""Of the micro-batch from which the footprint of all others follows.
+
+They are primes: so a storage is of tokens if its bytes are divisible by their number, unless a size
+of the model is, too, and then the other one is taken.
+"""
 
 Recompute = Literal["none", "selective", "full"]
 
@@ -131,44 +135,38 @@ def block_footprints(given: Pass, checkpoint_every: int = 1) -> list[Footprint]:
         layer = shape.layers - 1 if i == last else min(i, 1)
         if model.K == 1 and model.norm != "hybrid_star" and i < last:
             layer = shape.layers - 2
-        found.append(_scaled_footprint(replace(settings, model=shape), layer))
+        found.append(_block_footprint(replace(settings, model=shape), layer))
     # The backward pass goes through the last pass of a loop first, and makes the gradients there.
     earlier = [block._replace(gradients=0) for block in found] * (model.passes - 1)
     return earlier + found
 
 
-def _scaled_footprint(given: Pass, layer: int) -> Footprint:
-    """The footprint of one block, which is traced at two sizes alone.
+def _block_footprint(given: Pass, layer: int) -> Footprint:
+    """The footprint of one block.
 
-    A trace takes seconds. Compiled for CUDA, a block's bytes are so many for each token, and as
-    many as its weights' gradients: those of any micro-batch follow exactly from two small ones.
+    A trace takes seconds. Compiled for CUDA, a block's bytes at each moment are so many for each
+    token, and as many as its weights' gradients: those of any micro-batch follow from a small one.
     """
-    if given.device != "cuda" or not given.compiled:
-        return _block_footprint(given, layer)
-    small = replace(given, rows=1, tokens=TRACED_TOKENS, accumulates=False)
-    one, two = _block_footprint(small, layer), _block_footprint(replace(small, rows=2), layer)
-    over = given.rows * given.tokens - TRACED_TOKENS
-    slopes = [after - before for before, after in zip(one, two, strict=True)]
-    found = Footprint(
-        *(x + over * slope // TRACED_TOKENS for x, slope in zip(one, slopes, strict=True))
-    )
+    if not given.compiled:
+        return _eager_block_footprint(given, layer)
+    traced = given
+    if given.device == "cuda":
+        tokens = next(n for n in TRACED_TOKENS if all(size % n for size in _sizes(given.model)))
+        # Of one row, a slice of copies is contiguous, and need not be copied.
+        traced = replace(given, rows=min(given.rows, 2), tokens=tokens, accumulates=False)
+    found = _traced_block(traced, layer).at(given.rows * given.tokens)
     return found._replace(gradients=0) if given.accumulates else found
 
 
+def _sizes(model: ModelConfig) -> tuple[int, ...]:
+    """The dims of a block's weights and activations, besides rows and tokens."""
+    return model.K, model.dim, model.ffn_dim, model.heads, model.kv_heads, model.head_dim
+
+
 @lru_cache(maxsize=256)
-def _block_footprint(given: Pass, layer: int) -> Footprint:
-    """The footprint of one block."""
-    model = given.model
-    copies = model.K if layer else model.distinct_inputs
-    shape = (given.rows, copies, given.tokens, model.dim)
+def _eager_block_footprint(given: Pass, layer: int) -> Footprint:
     with FakeTensorMode():
-        block = _weighted(Block(model, layer), given.weights)
-        if given.rounded:
-            for linear in _linears(block):
-                linear.rounded = torch.empty_like(linear.weight, dtype=given.dtype).detach()
-        context = _context(given, last_copy_only=layer == model.layers - 1)
-        if given.compiled:
-            return _compiled_footprint(block, context, shape, given)
+        block, context, shape = _fake_block(given, layer)
         if given.recompute != "none":
             block.forward = checkpointed(
                 block.forward,
@@ -177,6 +175,25 @@ def _block_footprint(given: Pass, layer: int) -> Footprint:
                 attention=(*CPU_ATTENTION, ATTENTION),
             )
         return _eager_footprint(lambda x: block(x, context), block, shape, given)
+
+
+@lru_cache(maxsize=256)
+def _traced_block(given: Pass, layer: int) -> "_Traced":
+    with FakeTensorMode():
+        block, context, shape = _fake_block(given, layer)
+        return _traced(block, context, shape, given)
+
+
+def _fake_block(given: Pass, layer: int) -> tuple[nn.Module, RowContext, tuple[int, ...]]:
+    """A block of fake tensors, its context, and the shape of its input."""
+    model = given.model
+    copies = model.K if layer else model.distinct_inputs
+    block = _weighted(Block(model, layer), given.weights)
+    if given.rounded:
+        for linear in _linears(block):
+            linear.rounded = torch.empty_like(linear.weight, dtype=given.dtype).detach()
+    context = _context(given, last_copy_only=layer == model.layers - 1)
+    return block, context, (given.rows, copies, given.tokens, model.dim)
 
 
 @lru_cache(maxsize=256)
@@ -342,9 +359,37 @@ def _scratch(func: Any, args: Any) -> int:
 # Compiled
 
 
-def _compiled_footprint(
-    block: nn.Module, context: RowContext, shape: tuple[int, ...], given: Pass
-) -> Footprint:
+class _Line(NamedTuple):
+    """Bytes that grow with the number of tokens: those of no tokens, and those of each."""
+
+    fixed: int
+    per_token: int
+
+    def at(self, tokens: int) -> int:
+        return self.fixed + self.per_token * tokens
+
+
+class _Traced(NamedTuple):
+    """The footprint of a compiled block, for any number of tokens.
+
+    Attributes:
+        forward, backward: of the moments of these passes.
+        saved, gradients: as in `Footprint`.
+    """
+
+    forward: frozenset[_Line]
+    saved: _Line
+    backward: frozenset[_Line]
+    gradients: int
+
+    def at(self, tokens: int) -> Footprint:
+        forward, backward = (
+            max(line.at(tokens) for line in lines) for lines in (self.forward, self.backward)
+        )
+        return Footprint(forward, self.saved.at(tokens), 0, backward, self.gradients)
+
+
+def _traced(block: nn.Module, context: RowContext, shape: tuple[int, ...], given: Pass) -> _Traced:
     """The footprint of a block that `torch.compile` compiles."""
     names, weights = zip(*block.named_parameters(), strict=True)
 
@@ -365,21 +410,27 @@ def _compiled_footprint(
     graphs = aot_graphs(
         run, (x, *context.rope, *weights, *copies), None if kept is None else kept.__contains__
     )
-    forward, backward = _Liveness(graphs.forward), _Liveness(graphs.backward)
+    forward, backward = (
+        _Liveness(graph, given.rows * given.tokens) for graph in (graphs.forward, graphs.backward)
+    )
     first, *others = forward.inputs
     constant = {_key(node) for node in others}  # weights and RoPE's tables
     saved = forward.outputs[graphs.results :]
-    stored = {_key(node): _size(node) for node in saved if _key(node) not in constant}
+    stored = {_key(node): forward.size(node) for node in saved if _key(node) not in constant}
     # The backward graph names its inputs as the forward graph does what it saves.
     views = {node.name for node in saved if _key(node) in constant}
-    gradients = sum(map(_size, backward.outputs[1:]))
-    return Footprint(
-        forward.most(owned=(), held=[first]),
-        sum(stored.values()),
-        0,
-        backward.most(owned=[n for n in backward.inputs if n.name not in views], held=()),
-        0 if given.accumulates else gradients,
+    gradients = _sum(map(backward.size, backward.outputs[1:]))
+    return _Traced(
+        forward.moments(owned=(), held=[first]),
+        _sum(stored.values()),
+        backward.moments(owned=[n for n in backward.inputs if n.name not in views], held=()),
+        0 if given.accumulates else gradients.at(given.rows * given.tokens),
     )
+
+
+def _sum(lines: Iterable[_Line]) -> _Line:
+    lines = list(lines)
+    return _Line(sum(line.fixed for line in lines), sum(line.per_token for line in lines))
 
 
 class _Liveness:
@@ -388,11 +439,15 @@ class _Liveness:
     Inductor gives memory to what its kernels read and write. All else is computed within the
     kernels of its readers: of mm(a + b), the sum; of mm(a).exp().sum(), both but not the exp.
 
+    Args:
+        tokens: of the trace.
+
     Attributes:
         inputs, outputs: nodes of tensors.
     """
 
-    def __init__(self, graph: GraphModule) -> None:
+    def __init__(self, graph: GraphModule, tokens: int) -> None:
+        self.tokens = tokens
         self.nodes = [node for node in graph.graph.nodes if node.op == "call_function"]
         self.inputs = [node for node in graph.graph.nodes if node.op == "placeholder"]
         [end] = (node for node in graph.graph.nodes if node.op == "output")
@@ -402,8 +457,8 @@ class _Liveness:
         read = [node for kernel in kernels for node in kernel.all_input_nodes]
         self.stored = {_key(node) for node in (*made, *read)}
 
-    def most(self, owned: Iterable[Node], held: Iterable[Node]) -> int:
-        """The most bytes at one time.
+    def moments(self, owned: Iterable[Node], held: Iterable[Node]) -> frozenset[_Line]:
+        """The bytes at the beginning and at each operation.
 
         Args:
             owned: inputs that are freed after their last use.
@@ -411,9 +466,9 @@ class _Liveness:
         """
         last_use = self._last_uses()
         always = {_key(node) for node in (*self.outputs, *held)}
-        live = {_key(node): _size(node) for node in (*owned, *held)}
+        live = {_key(node): self.size(node) for node in (*owned, *held)}
         ignored = {_key(node) for node in self.inputs} - live.keys()
-        most = sum(live.values())
+        found = {_sum(live.values())}
         for place, node in enumerate(self.nodes):
             dying = [key for key in live if key not in always and last_use.get(key, -1) <= place]
             if node.target not in KERNELS:  # its result may take the place of what it reads
@@ -421,12 +476,21 @@ class _Liveness:
                     del live[key]
             for result in _results(node):
                 if (key := _key(result)) in self.stored - ignored:
-                    live[key] = _size(result)
-            scratch = _scratch(node.target, [_value(n) for n in node.args if isinstance(n, Node)])
-            most = max(most, sum(live.values()) + scratch)
+                    live[key] = self.size(result)
+            values = [_value(n) for n in node.args if isinstance(n, Node)]
+            scratch = self._line(_scratch(node.target, values))
+            found.add(_sum([*live.values(), scratch]))
             for key in dying:
                 live.pop(key, None)
-        return most
+        return frozenset(found)
+
+    def size(self, node: Node) -> _Line:
+        """Bytes of a node's storage."""
+        return self._line(_value(node).untyped_storage().nbytes())
+
+    def _line(self, nbytes: int) -> _Line:
+        per_token, rest = divmod(nbytes, self.tokens)
+        return _Line(nbytes, 0) if rest else _Line(0, per_token)
 
     def _last_uses(self) -> dict[int, int]:
         """By storage, the place of the last node that reads it, itself or within its kernel."""
@@ -458,7 +522,3 @@ def _value(node: Node) -> Any:
 
 def _key(node: Node) -> int:
     return storage_key(_value(node))
-
-
-def _size(node: Node) -> int:
-    return _value(node).untyped_storage().nbytes()

@@ -127,6 +127,18 @@ def test_the_more_is_computed_again_the_less_is_saved(compiled: bool) -> None:
     assert saved["full"] < 0.2 * saved["selective"]
 
 
+@pytest.mark.parametrize(
+    "overrides", [["model=vanilla"], ["model=phd_cswa", "engine.precision=fp32"]], ids=" ".join
+)
+def test_compiled_for_cuda_a_small_micro_batch_tells_of_any_other(overrides: list[str]) -> None:
+    """For the CPU each is traced as it is."""
+    config = load(["size=550m", "model.layers=1", "engine.compile=true", *overrides])
+    dtype = torch.float32 if len(overrides) > 1 else torch.bfloat16
+    given = pass_of(adjusted(config, "none"), dtype, 1, "cuda")
+    assert given.rows > 1
+    assert block_footprints(given) == block_footprints(replace(given, device="cpu"))
+
+
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_weights_that_are_rounded_once_a_step_are_not_saved_for_each_pass(compiled: bool) -> None:
     config = adjusted(load(["size=151m", "model=vanilla", "model.layers=1"]), "none")
