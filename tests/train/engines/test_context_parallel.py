@@ -10,7 +10,7 @@ from functools import cache
 from itertools import accumulate, chain
 from pathlib import Path
 from random import Random
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import pytest
@@ -49,6 +49,8 @@ from train.engines.context_parallel import (
 )
 from train.loop import train_step
 from train.run import open_engine
+
+R = TypeVar("R")
 
 WORLD = 4
 EPS = "optim.eps=1e-3"
@@ -185,10 +187,10 @@ def _drawn(random: Random) -> Any:
 
 
 class Work(NamedTuple):
-    """What the four ranks are to do."""
+    """What the four ranks are to do; the soak also says what pieces of keys have at least."""
 
     cells: list[Config]
-    soak: list[Config]
+    soak: list[tuple[int, Config]]
 
 
 def all_cases(groups: ProcessGroups, work: Work) -> dict[str, Any]:
@@ -196,15 +198,25 @@ def all_cases(groups: ProcessGroups, work: Work) -> dict[str, Any]:
         "attention": [attended(groups, *case) for case in ATTENTION],
         "sent": [sent(groups, pattern) for pattern in SENT.values()],
         "cells": [trained(groups, config) for config in work.cells],
-        "soak": [trained(groups, config) for config in work.soak],
+        "soak": [with_pieces_of(least, trained, groups, config) for least, config in work.soak],
     }
+
+
+def with_pieces_of(least: int, function: Callable[..., R], *arguments: Any) -> R:
+    """What a function returns if pieces of the keys have so many bytes at least."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(context_parallel, "PIECE_BYTES", least)
+        return function(*arguments)
 
 
 @cache
 def found() -> dict[str, list[list[Any]]]:
     """By kind and case what each rank has found."""
     cells = [config_of(*(MODELS | OTHERS)[model], *MESHES[mesh]) for model, mesh in CELLS]
-    soak = [config_of(*drawn(SEED + number)) for number in range(SOAK_CASES)]
+    soak = [
+        (1 if seed % 2 else context_parallel.PIECE_BYTES, config_of(*drawn(seed)))
+        for seed in range(SEED, SEED + SOAK_CASES)
+    ]
     ranks = run_ranks(WORLD, all_cases, Work(cells, soak))
     return {kind: list(zip(*(rank[kind] for rank in ranks), strict=True)) for kind in ranks[0]}
 
@@ -266,20 +278,15 @@ def context_of(groups: ProcessGroups, ranks: int) -> ContextRank:
     return ContextRank.of(group)
 
 
-def attended(
-    groups: ProcessGroups, ranks: int, pattern: Pattern, Q: int, documents: bool
-) -> list[list[np.ndarray]]:
-    """A rank's part of (out, dq, dk, dv), and which tokens it is of; also of heads sent apart."""
+def attended(groups: ProcessGroups, ranks: int, *case: Any) -> list[list[np.ndarray]]:
+    """What `attended_at` finds with whole keys, and with those of heads sent apart."""
     place = context_of(groups, ranks)
-    found = []
-    for piece_bytes in (context_parallel.PIECE_BYTES, 1):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(context_parallel, "PIECE_BYTES", piece_bytes)
-            found.append(attended_at(place, pattern, Q, documents))
-    return found
+    whole = context_parallel.PIECE_BYTES
+    return [with_pieces_of(least, attended_at, place, *case) for least in (whole, 1)]
 
 
 def attended_at(place: ContextRank, pattern: Pattern, Q: int, documents: bool) -> list[np.ndarray]:
+    """A rank's part of (out, dq, dk, dv), and which tokens it is of."""
     (q, k, v, dout), starts = problem(pattern, Q, documents)
     index = torch.from_numpy(place.token_index(ROW))
     part = ContextPart.of(place, ROW, None if starts is None else starts.numpy())
