@@ -5,9 +5,9 @@
 
 `subprocess` then forks the command from a process that has imported what it needs. To everybody it
 is what it would have been: a child of the process that started it, with a pid, a session, signals,
-streams, variables and an exit code of its own (tests/test_forked_python.py compares them). A
-`python -m launch` that is forked forks its ranks, too. A command that needs a Python of its own
-(`-S`, or files that it inherits) is started as ever.
+files, variables and an exit code of its own (tests/test_forked_python.py compares them). What it
+starts itself is forked, too: ranks, and the workers of multiprocessing and joblib. A command that
+needs a Python of its own, as with `-S`, is started as ever.
 
     this process ── server ── in between ── command
 
@@ -18,14 +18,17 @@ What a fork does not show: that imports work, that they are quick, and that Pyth
 was imported. Hashes of strings are the same in all forks of a server. So some tests start a Python.
 """
 
+import _posixsubprocess
 import atexit
 import builtins
 import ctypes
+import fcntl
 import multiprocessing
 import multiprocessing.forkserver
 import multiprocessing.process
 import os
 import pickle
+import re
 import runpy
 import signal
 import socket
@@ -34,13 +37,15 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from io import TextIOWrapper
 from pathlib import Path
 from time import sleep
 from types import ModuleType
 from typing import Any, NamedTuple, NoReturn
+
+import pytest
 
 from tests.fork_server import fork_server
 
@@ -53,6 +58,9 @@ LOCALE = ("LC_ALL", "LC_CTYPE", "LANG")
 VARIABLES = {"PYTHONPATH", "PYTHONUNBUFFERED", "PYTHONDONTWRITEBYTECODE"}
 """Python's options and variables that a process can follow that has imported everything."""
 
+OF_MULTIPROCESSING = re.compile("resource_tracker|forkserver")
+"""Processes that it starts for its own needs."""
+
 FIRST_PROCESS = multiprocessing.current_process()
 """In the server and its forks: the one of a Python that was started as such."""
 
@@ -64,6 +72,7 @@ class Command(NamedTuple):
 
     Attributes:
         words: with the Python that runs it.
+        files: the numbers of those that it inherits, from 0 to 2 on.
         group: of processes that it belongs to; None for one, and a session, of its own.
         ignored: signals that it ignores from its beginning.
         blocked: signals that wait from its beginning.
@@ -73,6 +82,7 @@ class Command(NamedTuple):
     cwd: str
     variables: dict[str, str]
     group: int | None
+    files: list[int]
     ignored: list[int]
     blocked: list[int]
 
@@ -104,6 +114,8 @@ def read_words(words: list[str]) -> Script | None:
             return Script(option, rest[0], rest[1:], strict, unbuffered)
         if option == "-W" and rest[:1] == ["error"]:
             rest, strict = rest[1:], True
+        elif option == "-Werror":
+            strict = True
         elif option in FLAGS:
             unbuffered |= option == "-u"
         else:
@@ -115,7 +127,11 @@ def can_fork(words: list[str], variables: Mapping[str, str]) -> bool:
     """Whether a process that has imported everything can do what a new Python would."""
     own = {name for name in variables if name.startswith("PYTHON")} - VARIABLES
     same_locale = all(variables.get(name) == os.environ.get(name) for name in LOCALE)
-    return not own and same_locale and read_words(words) is not None
+    script = read_words(words)
+    serves = script is not None and OF_MULTIPROCESSING.search(script.text)
+    folders = variables.get("PYTHONPATH", "").split(os.pathsep)
+    customized = any(Path(folder, "sitecustomize.py").exists() for folder in folders)
+    return script is not None and not (own or serves or customized) and same_locale
 
 
 def is_server(process: int) -> bool:
@@ -136,14 +152,14 @@ class Server:
         self._connection = connection
         self._lock = threading.Lock()
 
-    def start(self, command: Command, streams: tuple[int, int, int]) -> int:
-        """Start a command as a child of this process; returns its pid."""
+    def start(self, command: Command, files: list[int]) -> int:
+        """Start a command, with these files, as a child of this process; returns its pid."""
         given = pickle.dumps(command)
         with self._lock:
             prctl(SET_SUBREAPER, 1, 0, 0, 0)
             try:
                 size = len(given).to_bytes(8, "big")
-                socket.send_fds(self._connection, [size], streams)
+                socket.send_fds(self._connection, [size], files)
                 self._connection.sendall(given)
                 return int.from_bytes(_receive(self._connection, 9)[:8], "big")
             finally:
@@ -165,40 +181,47 @@ def _own_server() -> Server:
 
 @contextmanager
 def forked_python() -> Iterator[None]:
-    """Within it, `subprocess` forks the Python commands that it starts."""
-    before = subprocess._fork_exec  # type: ignore[attr-defined]
-    subprocess._fork_exec = _forking(before)  # type: ignore[attr-defined]
-    try:
+    """Within it, `subprocess` and pools of processes fork the Python commands that they start."""
+    with pytest.MonkeyPatch.context() as patch:
+        _fork_what_is_started(patch)
         yield
-    finally:
-        subprocess._fork_exec = before  # type: ignore[attr-defined]
 
 
-def _forking(fork_exec: Any) -> Any:
-    """`subprocess._fork_exec` that forks what it can."""
+def _fork_what_is_started(patch: pytest.MonkeyPatch) -> None:
+    forking = _forking(_posixsubprocess.fork_exec)
+    patch.setattr(
+        _posixsubprocess, "fork_exec", forking
+    )  # multiprocessing and joblib call it there
+    patch.setattr(subprocess, "_fork_exec", forking)
+
+
+def _forking(fork_exec: Callable[..., int]) -> Callable[..., int]:
+    """The function with which Python starts processes, but one that forks what it can."""
 
     def start(*given: Any) -> int:
         args, _, close_fds, keep, cwd, env, *more = given
-        read_in, _, _, write_out, _, write_error, _, tell, restore, session, *more = more
+        read_in, _, _, write_out, _, write_error, _, tell, _, session, *more = more
         words = [os.fsdecode(word) for word in args]
         folder = os.getcwd() if cwd is None else os.fsdecode(cwd)
         pairs = os.environb.items() if env is None else (text.split(b"=", 1) for text in env)
         variables = {os.fsdecode(name): os.fsdecode(value) for name, value in pairs}
         same_user = tuple(more[:6]) == (-1, None, None, None, -1, None)  # and no preexec_fn
-        usual = same_user and close_fds and restore and tuple(keep) == (tell,)
-        if not (usual and os.path.isdir(folder) and can_fork(words, variables)):
-            return int(fork_exec(*given))
+        usual = same_user and close_fds and os.path.isdir(folder)
+        if not (usual and can_fork(words, variables)):
+            return fork_exec(*given)
+        standard = (read_in, write_out, write_error)
+        files = {n: n if file == -1 else file for n, file in enumerate(standard)}
+        files |= {file: file for file in keep if file != tell}
         command = Command(
             words=words,
             cwd=folder,
             variables=variables,
+            files=list(files),
             group=None if session else os.getpgid(0),
             ignored=[n for n in signal.valid_signals() if signal.getsignal(n) is signal.SIG_IGN],
             blocked=list(signal.pthread_sigmask(signal.SIG_BLOCK, [])),
         )
-        files = (read_in, write_out, write_error)
-        streams = tuple(n if file == -1 else file for n, file in enumerate(files))
-        return _own_server().start(command, streams)  # type: ignore[arg-type]
+        return _own_server().start(command, list(files.values()))
 
     return start
 
@@ -213,7 +236,7 @@ def _serve(connection: socket.socket) -> None:
     others = signal.valid_signals() - {signal.SIGTERM}  # with which multiprocessing ends this one
     signal.pthread_sigmask(signal.SIG_SETMASK, others)
     while True:
-        size, streams, *_ = socket.recv_fds(connection, 8, 3)
+        size, files, *_ = socket.recv_fds(connection, 8, 250)
         if not size:
             return
         command = pickle.loads(_receive(connection, int.from_bytes(size, "big")))
@@ -227,13 +250,13 @@ def _serve(connection: socket.socket) -> None:
             while os.getppid() == between:
                 sleep(0.0005)
             try:
-                _become(command, streams)
+                _become(command, files)
             except BaseException:
-                traceback.print_exc()
+                os.write(2, traceback.format_exc().encode())
             finally:
                 os._exit(1)
-        for stream in streams:
-            os.close(stream)
+        for file in files:
+            os.close(file)
         os.waitpid(between, 0)
         connection.sendall(b"!")  # its child has its new parent
         signal.pthread_sigmask(signal.SIG_SETMASK, others)
@@ -258,11 +281,9 @@ class _ReplacedError(BaseException):
         self.words = words
 
 
-def _become(command: Command, streams: list[int]) -> NoReturn:
+def _become(command: Command, files: list[int]) -> NoReturn:
     """Do and be in this process what a Python would that was started with the command."""
-    for number, stream in enumerate(streams):
-        os.dup2(stream, number)
-    os.closerange(3, os.sysconf("SC_OPEN_MAX"))
+    _inherit(dict(zip(command.files, files, strict=True)))
     if command.group is None:
         os.setsid()
     else:
@@ -271,8 +292,7 @@ def _become(command: Command, streams: list[int]) -> NoReturn:
     os.environ.clear()
     os.environ |= command.variables
     _forget_the_server()
-    if command.words[1:3] == ["-m", "launch"]:
-        _start_own_server()
+    start_own_server()
     _take_signals(command)
     os.execvp = _exec
     words, path = command.words, list(sys.path)
@@ -284,6 +304,23 @@ def _become(command: Command, streams: list[int]) -> NoReturn:
             words = replaced.words
 
 
+def _inherit(files: Mapping[int, int]) -> None:
+    """Give each file its number, and close all others."""
+    safe = max(*files, *files.values()) + 1
+    moved = {number: fcntl.fcntl(file, fcntl.F_DUPFD, safe) for number, file in files.items()}
+    for number, file in moved.items():
+        os.dup2(file, number)
+    _close_all_but(files)
+
+
+def _close_all_but(files: Collection[int]) -> None:
+    first = 0
+    for number in [*sorted(files), os.sysconf("SC_OPEN_MAX")]:
+        if first < number:  # an empty range would be that of all files
+            os.closerange(first, number)
+        first = number + 1
+
+
 def _forget_the_server() -> None:
     """Nothing is left of the multiprocessing of which this process was one."""
     prctl(SET_NAME, b"python", 0, 0, 0)
@@ -293,19 +330,21 @@ def _forget_the_server() -> None:
     multiprocessing.resource_tracker._resource_tracker.__init__()  # type: ignore[attr-defined, misc]
 
 
-def _start_own_server() -> None:
+def start_own_server() -> None:
     """What this process starts will be forked, too, as children of its own."""
     ours, theirs = socket.socketpair()
     if not os.fork():
-        ours.close()
-        nothing = os.open(os.devnull, os.O_RDWR)
-        for number in range(3):
-            os.dup2(nothing, number)
+        _close_all_but([theirs.fileno()])
+        for _ in range(3):  # its standard streams
+            os.open(os.devnull, os.O_RDWR)
         _serve(theirs)
         os._exit(0)
     theirs.close()
-    _server.append(Server(ours))
-    subprocess._fork_exec = _forking(subprocess._fork_exec)  # type: ignore[attr-defined]
+    # Out of the way of small numbers, which are those of a new Python's files.
+    high = fcntl.fcntl(ours, fcntl.F_DUPFD_CLOEXEC, 500)
+    ours.close()
+    _server.append(Server(socket.socket(fileno=high)))
+    _fork_what_is_started(pytest.MonkeyPatch())  # for good
 
 
 def _take_signals(command: Command) -> None:
@@ -340,6 +379,7 @@ def _run(words: list[str]) -> int:
     sys.path[:0] = [folders[script.kind], *filter(None, given)]
     if script.strict:
         warnings.simplefilter("error")
+        sys.warnoptions.append("error")  # as options of what this process starts
     main = sys.modules["__main__"] = ModuleType("__main__")
     main.__dict__["__builtins__"] = builtins
     try:

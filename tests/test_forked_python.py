@@ -138,3 +138,31 @@ def test_a_killed_one_is_gone_and_so_is_what_it_would_have_forked_from(tmp_path:
         agent.kill()
         assert agent.wait(PATIENCE_S) == -signal.SIGKILL
         assert agent.stdout.read() == ""  # everybody who could write has ended
+
+
+POOL = """
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
+from joblib import Parallel, delayed
+
+TELL = "__import__('os').getpid(), 'torch' in __import__('sys').modules"
+
+if __name__ == "__main__":
+    with ProcessPoolExecutor(2, get_context("spawn")) as pool:
+        print(*pool.map(abs, [-1, 2, -3]))
+        process, is_forked = pool.submit(eval, TELL).result()
+        print(process in pool._processes, is_forked)
+    print(*Parallel(2)(delayed(abs)(n) for n in [-1, 2, -3]))
+    print(Parallel(2)(delayed(eval)(TELL) for _ in range(1))[0][1])
+    sys.exit(4)
+"""
+
+
+def test_workers_of_pools_are_forked(tmp_path: Path) -> None:
+    script = tmp_path / "pool.py"
+    script.write_text(POOL)
+    started, forked = both([sys.executable, "-W", "error", str(script)])
+    assert started == (4, "1 2 3\nTrue False\n1 2 3\nFalse\n", "")
+    assert forked == (4, "1 2 3\nTrue True\n1 2 3\nTrue\n", "")

@@ -23,6 +23,7 @@ from data.sources.documents import Documents
 from data.sources.token_files import TokenCorpus, TokenIndex
 from data.tokenizer import Tokenizer
 from data.tokenizer_training import prepare_tokenizer
+from tests.forked_python import forked_python
 from tests.patience import PATIENCE_S
 from tests.train.conftest import LoadedRun
 from train.compose import load
@@ -276,15 +277,17 @@ def command(tmp_path: Path) -> Iterator[Callable[..., Process]]:
             "tokenizer.sample_bytes=50000",
         ]
         script = str(REPOSITORY / "train/pretokenize.py")
-        process = subprocess.Popen(
-            [sys.executable, "-W", "error", script, *overrides, f"out={out}", "parts=32", *others],
-            cwd=tmp_path,
-            env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
+        given = [*overrides, f"out={out}", "parts=32", *others]
+        with forked_python():
+            process = subprocess.Popen(
+                [sys.executable, "-W", "error", script, *given],
+                cwd=tmp_path,
+                env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                start_new_session=True,
+            )
         started.append(process)
         return process
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.data.storage.fault_server import serving
+from tests.forked_python import forked_python
 
 REPOSITORY = Path(__file__).parents[2]
 PASSWORD, SIGNATURE, KEY = (
@@ -26,7 +27,7 @@ def test_no_file_and_no_output_of_a_run_holds_a_secret(
     folder.mkdir()
     (folder / "text.jsonl").write_bytes(b"not JSON\n" + corpus.read_bytes())
     (tmp_path / "work").mkdir()
-    with serving(folder, password=f"user:{PASSWORD}") as server:
+    with serving(folder, password=f"user:{PASSWORD}") as server, forked_python():
         address = server.url.removeprefix("http://")
         url = f"http://user:{PASSWORD}@{address}/text.jsonl?sig={SIGNATURE}"
         arguments = [

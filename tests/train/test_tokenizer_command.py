@@ -15,6 +15,7 @@ from conf.errors import ConfigError
 from data.sources.documents import Documents
 from data.tokenizer import Tokenizer
 from data.tokenizer_training import prepare_tokenizer
+from tests.forked_python import forked_python
 from train.compose import CONF, load, split
 from train.config import Config
 from train.tokenizer import (
@@ -30,7 +31,8 @@ COMMAND = CONF.parent / "train" / "tokenizer.py"
 def run(*overrides: str) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"PYTHONPATH": str(CONF.parent)}
     command = [sys.executable, "-W", "error", str(COMMAND), *overrides]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    with forked_python():
+        return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 
 def test_it_trains_what_a_run_would_train_for_itself(config: Callable[..., Config]) -> None:

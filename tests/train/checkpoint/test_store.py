@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from tests.forked_python import forked_python
 from train.checkpoint.reader import Checkpoint, flatten
 from train.checkpoint.store import CheckpointError, CheckpointStore
 
@@ -406,18 +407,28 @@ def test_an_interrupt_while_tensors_are_copied_is_an_interrupt(store: Checkpoint
     assert store.newest() is None
 
 
-def run_script(script: str, *arguments: object, prefix: tuple[str, ...] = ()) -> object:
-    command = [*prefix, sys.executable, "-c", script, *map(str, arguments)]
+def run_script(script: str, *arguments: object) -> object:
+    command = [sys.executable, "-c", script, *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    with forked_python():
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
 FULL_DISK = """
-import json, sys, torch
+import ctypes, json, os, sys, torch
 from pathlib import Path
 from train.checkpoint.store import CheckpointError, CheckpointStore
+
+# What `unshare --user --map-root-user --mount` does, and then `mount`.
+libc, ids = ctypes.CDLL(None), {"uid": os.getuid(), "gid": os.getgid()}
+CLONE_NEWUSER, CLONE_NEWNS = 0x10000000, 0x20000
+assert libc.unshare(CLONE_NEWUSER | CLONE_NEWNS) == 0
+Path("/proc/self/setgroups").write_text("deny")
+for kind, number in ids.items():
+    Path(f"/proc/self/{kind}_map").write_text(f"0 {number} 1")
+assert libc.mount(b"tmpfs", sys.argv[1].encode(), b"tmpfs", 0, b"size=1m") == 0
 
 store = CheckpointStore(Path(sys.argv[1]) / "checkpoints", keep=1)
 seen = []
@@ -440,7 +451,7 @@ def test_on_a_full_disk_the_last_checkpoint_stays_and_the_next_that_fits_is_save
     namespace = ("unshare", "--user", "--map-root-user", "--mount", "sh", "-c")
     if not shutil.which("unshare") or subprocess.run([*namespace, mount]).returncode != 0:
         pytest.skip("no right to mount a small file system here")
-    seen = run_script(FULL_DISK, tmp_path, prefix=(*namespace, f'{mount} && exec "$0" "$@"'))
+    seen = run_script(FULL_DISK, tmp_path)
     first, problem, second, third = seen
     assert (first, second, third) == (["step_00000000"], ["step_00000000"], ["step_00000002"])
     assert "step 1 could not be written" in problem

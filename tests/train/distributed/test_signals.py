@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.forked_python import forked_python
 from tests.patience import PATIENCE_S
 from train.distributed.signals import SIGNALS, StopSignal, exit_immediately
 
@@ -160,13 +161,14 @@ with guarded, stop_signal, stop_signal.on_first(lambda: guarded.exit_within(0.5)
 
 @pytest.mark.process
 def test_a_process_that_never_comes_back_from_c_has_left_by_its_deadline(tmp_path: Path) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-c", STUCK, str(tmp_path)],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    with forked_python():
+        process = subprocess.Popen(
+            [sys.executable, "-c", STUCK, str(tmp_path)],
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
     assert process.stdout is not None
     assert process.stdout.readline() == "ready\n"
     process.send_signal(signal.SIGTERM)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.forked_python import forked_python
 from tests.patience import PATIENCE_S
 from train.distributed.watchdog import Watchdog
 
@@ -72,13 +73,18 @@ with guarded:
 
 
 def start(script: str, directory: Path, step_timeout: float) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", START + script, str(directory), str(step_timeout)],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    return start_python(START + script, str(directory), str(step_timeout))
+
+
+def start_python(script: str, *arguments: str) -> subprocess.Popen[str]:
+    with forked_python():
+        return subprocess.Popen(
+            [sys.executable, "-c", script, *arguments],
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
 
 
 def stacks(directory: Path, rank: int = 3) -> str:
@@ -191,16 +197,7 @@ def test_ranks_that_wait_for_a_stopped_one_all_write_where_before_the_first_ends
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    groups = [
-        subprocess.Popen(
-            [sys.executable, "-c", PEERS, str(tmp_path), str(rank), str(port)],
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(3)
-    ]
+    groups = [start_python(PEERS, str(tmp_path), str(rank), str(port)) for rank in range(3)]
     try:
         for process in groups:
             assert process.stdout is not None

@@ -18,6 +18,7 @@ from rich.console import Console
 
 from conf.errors import ConfigError
 from conf.exit_codes import ExitCode
+from tests.forked_python import forked_python
 from train.distributed.process_groups import ProcessGroups
 from train.run import open_run
 from train.run_dir import lock as run_lock
@@ -250,7 +251,7 @@ time.sleep(600)
 @pytest.mark.process
 def test_two_processes_hold_one_directory_one_after_the_other(tmp_path: Path) -> None:
     command = [sys.executable, "-c", HOLD, str(tmp_path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE) as other:
+    with forked_python(), subprocess.Popen(command, stdout=subprocess.PIPE) as other:
         assert other.stdout is not None
         other.stdout.readline()
         assert f"is in use by process {other.pid} on " in refusal(tmp_path)

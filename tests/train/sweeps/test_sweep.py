@@ -13,6 +13,7 @@ import pytest
 
 from conf.exit_codes import ExitCode
 from tests.fork_server import Command
+from tests.forked_python import forked_python
 from tests.patience import PATIENCE_S
 from train.sweeps.outcome import Outcome, write_outcome
 from train.sweeps.sweep import Launcher, Sweep
@@ -64,14 +65,15 @@ def begin(folder: Path, *command: str) -> Process:
     if command[0] == "main.py":
         script = REPOSITORY / "train/main.py"
         return Command(script, *command[1:], cwd=folder, env=environment)
-    return subprocess.Popen(
-        [sys.executable, "-W", "error", *command],
-        cwd=folder,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    with forked_python():
+        return subprocess.Popen(
+            [sys.executable, "-W", "error", *command],
+            cwd=folder,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
 
 
 def wait_for(condition: Callable[[], bool], process: Process) -> None:
