@@ -286,13 +286,14 @@ def test_whole_tensors_of_a_checkpoint_are_written_by_one_rank_each(cut: str) ->
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not:UserWarning")
 def test_compiled_blocks_write_without_being_compiled_again(monkeypatch) -> None:
-    torch.compiler.reset()
-    counter = CompileCounterWithBackend("aot_eager")
+    # What becomes of the graphs, and what computes attention, makes no difference to their number.
+    counter = CompileCounterWithBackend("eager")
     monkeypatch.setattr(Block, "compile", partialmethod(nn.Module.compile, backend=counter))
     request = Request([5, 7, 11], max_tokens=12, sampling=SamplingConfig(temperature=0))
     written = []
     for compiled in ("true", "false"):
-        engine = FsdpEngine(config_of(f"engine.compile={compiled}"), ProcessGroups())
+        settings = ("model.attention=reference", f"engine.compile={compiled}")
+        engine = FsdpEngine(config_of(*settings), ProcessGroups())
         train_step(engine, batch_of(ROWS), 0.01)
         compilations = counter.frame_count
         assert compilations > 0

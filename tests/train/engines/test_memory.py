@@ -132,7 +132,7 @@ def test_the_more_is_computed_again_the_less_is_saved(compiled: bool) -> None:
 )
 def test_compiled_for_cuda_a_small_micro_batch_tells_of_any_other(overrides: list[str]) -> None:
     """For the CPU each is traced as it is."""
-    config = load(["size=550m", "model.layers=1", "engine.compile=true", *overrides])
+    config = load(["size=550m", "model.layers=2", "engine.compile=true", *overrides])
     dtype = torch.float32 if len(overrides) > 1 else torch.bfloat16
     given = pass_of(adjusted(config, "none"), dtype, 1, "cuda")
     assert given.rows > 1
