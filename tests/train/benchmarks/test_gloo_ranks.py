@@ -5,6 +5,7 @@ import time
 
 import pytest
 
+from tests.fork_server import fork_server
 from train.benchmarks.gloo_ranks import on_processes
 
 pytestmark = pytest.mark.process
@@ -24,8 +25,9 @@ def one_of_them_fails(number: int, how: str) -> int:
     ids=["dies", "raises"],
 )
 def test_a_process_that_fails_ends_those_that_wait_for_it(how: str, told: str) -> None:
+    fork_server()  # one that has imported what these processes need
     with pytest.raises(RuntimeError, match=told):
-        on_processes(2, one_of_them_fails, how, start="spawn")
+        on_processes(2, one_of_them_fails, how, start="forkserver")
 
 
 def twice(number: int, by: int) -> int:
@@ -33,4 +35,6 @@ def twice(number: int, by: int) -> int:
 
 
 def test_results_come_in_the_order_of_processes() -> None:
-    assert on_processes(3, twice, 2, start="spawn") == [0, 2, 4]
+    fork_server()
+    assert on_processes(3, twice, 2, start="forkserver") == [0, 2, 4]
+    assert on_processes(1, twice, 2, start="spawn") == [0]
