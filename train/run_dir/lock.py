@@ -283,15 +283,26 @@ def _chain(directory: Path) -> list[_Link]:
     while True:
         path = _after(chain, directory)
         try:
-            text = path.read_text(encoding="utf-8", errors="replace")
+            holder = _read(path)
         except FileNotFoundError:
             return chain
-        try:
-            holder = Holder(**json.loads(text))
-            token = holder.token
-        except (ValueError, TypeError):
-            holder, token = None, f"torn{len(chain)}"
-        chain.append(_Link(path, token, holder))
+        chain.append(_Link(path, holder.token if holder else f"torn{len(chain)}", holder))
+
+
+def _read(path: Path) -> Holder | None:
+    """Who a lock names; None if a crash has left the file torn, or it is being written."""
+    text = path.read_text(encoding="utf-8", errors="replace")
+    try:
+        return Holder(**json.loads(text))
+    except (ValueError, TypeError):
+        return None
+
+
+def _read_if_there(path: Path) -> Holder | None:
+    try:
+        return _read(path)
+    except FileNotFoundError:
+        return None
 
 
 def _after(chain: list[_Link], directory: Path) -> Path:
@@ -322,6 +333,9 @@ def _is_dead(link: _Link, tell: Callable[[str], None]) -> bool:
         sleep(WATCH_S)
         if (now := _beat_of(link.path)) != beat:
             return now is None
+        # The name may have come after the look, within the same tick of the file server's clock.
+        if link.holder is None and (holder := _read_if_there(link.path)) is not None:
+            return _is_dead(link._replace(holder=holder), tell)
     return True
 
 

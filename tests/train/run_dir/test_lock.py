@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from threading import Barrier, Event, Thread
 
@@ -151,6 +151,26 @@ def test_an_old_lock_of_another_machine_is_seen_at_once(tmp_path: Path) -> None:
 def test_a_torn_lock_does_not_block(content: bytes, tmp_path: Path) -> None:
     (tmp_path / LOCK).write_bytes(content)
     RunLock.acquire(tmp_path, lambda _: None).release()
+    assert files(tmp_path) == {}
+
+
+def test_a_name_that_comes_after_the_look_is_seen_although_the_time_is_the_same(
+    tmp_path: Path,
+) -> None:
+    """Two processes start together: one reads the lock before the other has written its name."""
+    path = tmp_path / LOCK
+    path.touch()
+    now = time.time_ns()
+    os.utime(path, ns=(now, now))
+
+    def write(_: str) -> None:
+        with process() as other:
+            path.write_text(json.dumps(asdict(holder_of(other.pid))))
+        os.utime(path, ns=(now, now))
+
+    begun = time.monotonic()
+    RunLock.acquire(tmp_path, write).release()
+    assert time.monotonic() - begun < run_lock.LEASE_S
     assert files(tmp_path) == {}
 
 
