@@ -519,35 +519,33 @@ def compose_tree(texts: Sequence[str]) -> DictConfig:
     """What Hydra composes of overrides, with its own settings; to be called while `_composing`.
 
     Hydra takes 0.1 to 0.2 s for the files of conf/. So it composes each choice of them once, and
-    settings of a section are set in a copy, as Hydra sets them when it has read all files.
+    settings are set in a copy, as Hydra sets them when it has read all files.
     """
-    parsed = [parsed_override(text) for text in texts]
-    within = {text for text, o in zip(texts, parsed, strict=True) if _is_within_section(o)}
-    rest = [text for text in texts if text not in within]
-    replaces = any(
-        o.is_delete() or isinstance(o.value(), dict)
-        for text, o in zip(texts, parsed, strict=True)
-        if text not in within
-    )
-    # Of a whole section, what is typed before and after it makes a difference. Hydra's own settings
-    # tell all overrides, and the files of further folders may change.
-    if replaces or any("hydra" in text for text in texts):
+    # Hydra's own settings tell all overrides, and the files of further folders may change.
+    if any("hydra" in text for text in texts):
         return hydra.compose("config", list(texts), return_hydra_config=True)
+    parsed = [parsed_override(text) for text in texts]
+    choosing = {
+        text: o.key_or_group for text, o in zip(texts, parsed, strict=True) if _chooses_file(o)
+    }
     found = [(str(path), path.stat()) for path in sorted(CONF.rglob("*.yaml"))]
     files = tuple((path, stat.st_mtime_ns, stat.st_size) for path, stat in found)
-    whole = _of_choices(tuple(rest), files, Path.cwd())
-    if whole.hydra.searchpath:
+    try:  # the order of groups makes no difference, except to which error comes first
+        whole = _of_choices(tuple(sorted(choosing, key=choosing.__getitem__)), files, Path.cwd())
+    except HydraException:
+        whole = None
+    if whole is None or whole.hydra.searchpath:
         return hydra.compose("config", list(texts), return_hydra_config=True)
     tree = deepcopy(whole)
-    settings = [o for text, o in zip(texts, parsed, strict=True) if text in within]
+    settings = [o for o in parsed if not _chooses_file(o)]
     ConfigLoaderImpl._apply_overrides_to_config(settings, tree)
     return tree
 
 
-def _is_within_section(override: Override) -> bool:
-    """Whether it is of a setting in a section, and chooses no file."""
+def _chooses_file(override: Override) -> bool:
+    """Whether it is of a group, as Hydra tells them; all others it sets in what the files hold."""
     key = override.key_or_group
-    return key == TOGETHER or ("." in key and "/" not in key and override.package is None)
+    return ("/" in key or bool(choices(key))) and not isinstance(override.value(), dict)
 
 
 @lru_cache(maxsize=64)
