@@ -4,6 +4,7 @@ Triton's compiler and NVIDIA's assembler are in Triton's wheel. This finds what 
 does not: code that does not compile, registers that spill into memory, too much shared memory.
 """
 
+import atexit
 import json
 import os
 import re
@@ -12,8 +13,10 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from pathlib import Path
+from traceback import format_exc
 from typing import Any, NamedTuple
 
 import torch
@@ -71,30 +74,53 @@ class Compiled(NamedTuple):
 def compile_for_gpus(
     builds: Sequence[Build], capabilities: Sequence[int] = CAPABILITIES
 ) -> list[list[Compiled]]:
-    """Compile each build for each capability, all in one process; raises if one does not compile.
+    """Compile each build for each capability; raises if one does not compile.
 
-    The process is another one, because this one may have imported Triton as its interpreter. A
-    result must fit in the shared memory of a block.
+    A result must fit in the shared memory of a block.
     """
     orders = [
         build.described() | {"capability": capability}
         for build in builds
         for capability in capabilities
     ]
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, __file__],
-        input=json.dumps(orders),
-        env=environment | {"PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    found = [Compiled(*result) for result in json.loads(done.stdout.splitlines()[-1])]
+    compiler = _compiler()
+    assert compiler.stdin is not None
+    assert compiler.stdout is not None
+    compiler.stdin.write(json.dumps(orders) + "\n")
+    compiler.stdin.flush()
+    answer = json.loads(compiler.stdout.readline() or '{"error": "the compiler has died"}')
+    assert "error" not in answer, answer["error"]
+    found = [Compiled(*result) for result in answer["found"]]
     for order, one in zip(orders, found, strict=True):
         assert one.shared_bytes <= SHARED_BYTES[one.capability], (order, one)
     return [found[i : i + len(capabilities)] for i in range(0, len(found), len(capabilities))]
+
+
+@cache
+def _compiler() -> "subprocess.Popen[str]":
+    """The process that compiles for all tests of this one, because it takes seconds to start.
+
+    It is another one, because this one may have imported Triton as its interpreter.
+    """
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = {name: x for name, x in os.environ.items() if name != "TRITON_INTERPRET"}
+    process = subprocess.Popen(
+        [sys.executable, __file__],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=environment | {"PYTHONPATH": path},
+        text=True,
+    )
+    atexit.register(process.communicate)  # it ends when it has nothing more to read
+    return process
+
+
+def _answer(line: str) -> dict[str, Any]:
+    """What the orders of a line have become."""
+    try:
+        return {"found": [_compile(order) for order in json.loads(line)]}
+    except Exception:
+        return {"error": format_exc()}
 
 
 def _compile(order: dict[str, Any]) -> Compiled:
@@ -155,4 +181,7 @@ def _assembled(ptx: str, capability: int) -> tuple[int, int]:
 
 
 if __name__ == "__main__":
-    print(json.dumps([_compile(order) for order in json.load(sys.stdin)]))
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what a compiler prints is no answer
+    for line in sys.stdin:
+        print(json.dumps(_answer(line)), file=answers, flush=True)
