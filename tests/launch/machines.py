@@ -25,7 +25,12 @@ class Machines:
     """A directory in which workers run, and the agents that started them.
 
     An agent is a process of its own, forked from one that has imported PyTorch, which takes 2 s.
+
+    Attributes:
+        after_crash_s: that agents give processes beside one that crashed, before they kill them.
     """
+
+    after_crash_s = agent.AFTER_CRASH_S
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -37,7 +42,8 @@ class Machines:
         command = [sys.executable, "-S", str(WORKER), str(self.directory), *options]
         config = replace(config, script=str(WORKER))
         files = [self.directory / f"{kind}_{len(self.agents)}" for kind in ("output", "errors")]
-        self.agents.append(fork_server().Process(target=_run, args=(config, command, files)))
+        given = (config, command, files, self.after_crash_s)
+        self.agents.append(fork_server().Process(target=_run, args=given))
         self.agents[-1].start()
 
     def check(self, config: Check, directories: list[str]) -> None:
@@ -99,7 +105,8 @@ class Machines:
             process.close()
 
 
-def _run(config: Local, command: list[str], files: list[Path]) -> None:
+def _run(config: Local, command: list[str], files: list[Path], after_crash_s: int) -> None:
+    agent.AFTER_CRASH_S = after_crash_s
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # which `nohup make test` ignores
     _write_to(files)
     sys.exit(agent.run(config, command))

@@ -51,6 +51,7 @@ def test_a_killed_process_is_replaced_on_both_machines_and_saving_ends_both(
 
 
 def test_who_waits_for_a_lost_rank_does_not_keep_the_others_waiting(machines: Machines) -> None:
+    machines.after_crash_s = 1  # and not its 15 s, in which the test would wait
     machines.pair("deaf", "stuck", nodes=2, max_restarts=1, grace_s=10 * int(PATIENCE_S))
     first = machines.wait_for_log("./2 started (.*)", 2)
     kill(first[0][1])
