@@ -528,7 +528,9 @@ def compose_tree(texts: Sequence[str]) -> DictConfig:
     choosing = {
         text: o.key_or_group for text, o in zip(texts, parsed, strict=True) if _chooses_file(o)
     }
-    found = [(str(path), path.stat()) for path in sorted(CONF.rglob("*.yaml"))]
+    # An editor's lock is a link to nowhere beside the file.
+    paths = (path for path in sorted(CONF.rglob("*.yaml")) if path.exists())
+    found = [(str(path), path.stat()) for path in paths]
     files = tuple((path, stat.st_mtime_ns, stat.st_size) for path, stat in found)
     try:  # the order of groups makes no difference, except to which error comes first
         whole = _of_choices(tuple(sorted(choosing, key=choosing.__getitem__)), files, Path.cwd())

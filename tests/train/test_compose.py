@@ -715,6 +715,7 @@ def test_a_file_that_has_changed_is_read_again(
     shutil.copytree(CONF, tmp_path / "conf")
     for module in (compose, conf_files):
         monkeypatch.setattr(module, "CONF", tmp_path / "conf")
+    (tmp_path / "conf/experiment/.#mine.yaml").symlink_to("nowhere")  # while it is being edited
     for steps in (7, 77):
         (tmp_path / "conf/experiment/mine.yaml").write_text(
             f"# @package _global_\ntrain: {{max_steps: {steps}}}\n"
