@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from conf.errors import ConfigError
+from tests.forked_python import forked_python
 from train import compose, conf_files
 from train.compose import CONF, check, load
 from train.config import Config
@@ -88,9 +89,8 @@ def script(folder: Path, *arguments: str, code: str = SCRIPT) -> subprocess.Comp
     (folder / "demo.py").write_text(code)
     environment = os.environ | {"PYTHONPATH": str(CONF.parent), "PYTHONDONTWRITEBYTECODE": "1"}
     command = [sys.executable, "-W", "error", "demo.py", *arguments]
-    return subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, check=False
-    )
+    with forked_python():
+        return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
 
 def files(folder: Path) -> list[str]:

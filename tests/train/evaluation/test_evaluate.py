@@ -15,6 +15,7 @@ import zstandard
 
 from conf.arguments import parse
 from conf.errors import ConfigError, DataError
+from tests.forked_python import forked_python
 from tests.train.evaluation.olmo_wheel import QUESTIONS
 from train.arguments import EvaluateArguments, ExportArguments
 from train.evaluate import main
@@ -231,12 +232,9 @@ def test_missing_things_are_told_before_a_model_is_loaded(
 
 @pytest.mark.process
 def test_the_command_tells_an_error_without_a_traceback() -> None:
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "train/evaluate.py"), "run=nowhere", "tasks=olmo_x"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command = [sys.executable, str(ROOT / "train/evaluate.py"), "run=nowhere", "tasks=olmo_x"]
+    with forked_python():
+        done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
     assert "olmo_x" in done.stderr
     assert "Traceback" not in done.stderr
