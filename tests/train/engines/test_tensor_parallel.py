@@ -27,6 +27,7 @@ from train.checkpoint.store import CheckpointStore
 from train.compose import load
 from train.config import Config
 from train.distributed.process_groups import ProcessGroups
+from train.engines import tensor_parallel
 from train.engines.engine import Engine
 from train.engines.tensor_parallel import TensorRanks, vocabulary_loss
 from train.loop import train_step
@@ -473,6 +474,24 @@ def check_vocabulary_loss(groups: ProcessGroups) -> None:
         torch.testing.assert_close(ranks.sum(copy.grad), hidden.grad, rtol=1e-4, atol=1e-6)
         torch.testing.assert_close(own.grad, weight.grad[mine], rtol=1e-4, atol=1e-6 * scale)
     phd.loss.ROWS_AT_ONCE = kept
+
+
+def test_what_a_product_takes_is_sent_in_its_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[torch.dtype] = []
+
+    def gathered(x: Tensor, size: int, group: str) -> Tensor:
+        assert (size, group) == (2, "two")
+        sent.append(x.dtype)
+        return torch.cat([x, x], -2)
+
+    monkeypatch.setattr(tensor_parallel, "_gathered", gathered)
+    ranks = TensorRanks(mesh=None, size=2, rank=0, group="two")  # type: ignore[arg-type]
+    x = torch.zeros(1, 2, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ranks.gather_for_product(x).dtype == torch.bfloat16
+        assert ranks.gather(x).dtype == torch.float32
+    ranks.gather_for_product(x)
+    assert sent == [torch.bfloat16, torch.float32, torch.float32]
 
 
 # What is refused
