@@ -7,7 +7,7 @@ Hydra composes the files, sweeps and prints, but it stops at the first thing tha
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from functools import cache, lru_cache
 from pathlib import Path
@@ -15,7 +15,7 @@ from tempfile import mkdtemp
 from typing import Any, NamedTuple, NoReturn, TypeVar, cast
 
 import hydra
-from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.config_loader_impl import ConfigLoaderImpl, get_overrides_dirname
 from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
@@ -521,27 +521,40 @@ def compose_tree(texts: Sequence[str]) -> DictConfig:
     Hydra takes 0.1 to 0.2 s for the files of conf/. So it composes each choice of them once, and
     settings are set in a copy, as Hydra sets them when it has read all files.
     """
-    # Hydra's own settings tell all overrides, and the files of further folders may change.
-    if any("hydra" in text for text in texts):
-        return hydra.compose("config", list(texts), return_hydra_config=True)
     parsed = [parsed_override(text) for text in texts]
-    choosing = {
-        text: o.key_or_group for text, o in zip(texts, parsed, strict=True) if _chooses_file(o)
-    }
-    # An editor's lock is a link to nowhere beside the file.
-    paths = (path for path in sorted(CONF.rglob("*.yaml")) if path.exists())
-    found = [(str(path), path.stat()) for path in paths]
-    files = tuple((path, stat.st_mtime_ns, stat.st_size) for path, stat in found)
-    try:  # the order of groups makes no difference, except to which error comes first
-        whole = _of_choices(tuple(sorted(choosing, key=choosing.__getitem__)), files, Path.cwd())
-    except HydraException:
-        whole = None
-    if whole is None or whole.hydra.searchpath:
+    choosing = [o for o in parsed if _chooses_file(o)]
+    # What changes Hydra itself is left to it, and so is what it appends to its list of files.
+    whole = None
+    if not any("hydra" in text for text in texts) and not any(o.is_add() for o in choosing):
+        # The order of groups makes no difference, except to which error comes first.
+        chosen = [str(o.input_line) for o in sorted(choosing, key=lambda o: o.key_or_group)]
+        with suppress(HydraException):
+            whole = _of_choices(tuple(chosen), _files())
+    if whole is None or whole.hydra.searchpath:  # the files of further folders may change
         return hydra.compose("config", list(texts), return_hydra_config=True)
     tree = deepcopy(whole)
     settings = [o for o in parsed if not _chooses_file(o)]
     ConfigLoaderImpl._apply_overrides_to_config(settings, tree)
+    tree.hydra.overrides.task = [o.input_line for o in parsed]
+    names = tree.hydra.job.config.override_dirname
+    tree.hydra.job.override_dirname = get_overrides_dirname(
+        overrides=parsed,
+        kv_sep=names.kv_sep,
+        item_sep=names.item_sep,
+        exclude_keys=names.exclude_keys,
+    )
+    tree.hydra.runtime.cwd = str(Path.cwd())
     return tree
+
+
+def _files() -> tuple[tuple[str, int, int], ...]:
+    """The files of conf/, with what changes if they do."""
+    found = []
+    for path in sorted(CONF.rglob("*.yaml")):
+        with suppress(OSError):  # an editor's lock is a link to nowhere beside the file
+            stat = path.stat()
+            found.append((str(path), stat.st_mtime_ns, stat.st_size))
+    return tuple(found)
 
 
 def _chooses_file(override: Override) -> bool:
@@ -551,8 +564,8 @@ def _chooses_file(override: Override) -> bool:
 
 
 @lru_cache(maxsize=64)
-def _of_choices(texts: tuple[str, ...], files: Any, working_directory: Path) -> DictConfig:  # noqa: ARG001
-    """What Hydra composes of overrides; the other arguments are what else that depends on."""
+def _of_choices(texts: tuple[str, ...], files: Any) -> DictConfig:  # noqa: ARG001
+    """What Hydra composes of overrides and files."""
     return hydra.compose("config", list(texts), return_hydra_config=True)
 
 

@@ -11,11 +11,19 @@ from phd.inference.cache import KVCache
 from phd.inference.compiled_step import CompiledStep
 from phd.inference.prefill import make_room, static_decode_step
 from phd.model import Transformer
-from phd.torch_private import HAS_TRITON
+from phd.torch_private import HAS_TRITON, has_hooks
 
 # Steps before the capture, in which libraries allocate what a graph must not; torch's own examples
 # take 3.
 WARM_UP_STEPS = 3
+
+
+def can_be_captured(model: Transformer) -> bool:
+    """Whether its work is on this device alone, at the same addresses for every token.
+
+    Hooks may do anything; FSDP2's gather a block's weights before it is called, and free them.
+    """
+    return not any(map(has_hooks, model.modules()))
 
 
 class Decoder:
@@ -23,7 +31,7 @@ class Decoder:
 
     Every shape follows from the cache's capacity, and lengths are read on the device, so one graph
     serves all lengths. When the cache grows, the work is captured again: `reserve` the room before.
-    On the CPU the same work runs without a graph.
+    The same work runs without a graph on the CPU, and where `can_be_captured` says no.
 
     On CUDA the work is that of `phd.inference.fused_step`, a few kernels for each layer, where
     `why_not_fused` has no objection; elsewhere it is `static_decode_step`.
@@ -51,6 +59,7 @@ class Decoder:
         # A graph reads its input from a fixed address, to which each call copies its tokens.
         self._tokens = torch.zeros_like(cache.lengths)
         self._logits: Tensor | None = None
+        self._captures = cache.lengths.is_cuda and can_be_captured(model)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._captured_addresses: list[int] = []
 
@@ -63,7 +72,7 @@ class Decoder:
         """
         make_room(self.model, self.cache)
         self._tokens.copy_(tokens)
-        if self._tokens.is_cuda:
+        if self._captures:
             with as_current(self._tokens.device):
                 self._replay()
         else:

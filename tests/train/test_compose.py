@@ -672,6 +672,8 @@ def test_a_file_of_settings_may_have_a_byte_order_mark_and_another_encoding_is_n
         ["size=16m", "schedule=constant", "model=vanilla", "data=files", "train.max_steps=9"],
         ["schedule=none", "model=none", "data=none"],
         ["model=vanilla", "schedule=wsd", "model=phd"],
+        ["model=vanilla", "model=phd", "model=vanilla"],
+        ["+schedule@mine=wsd", "+model@yours=phd", "model.K=3"],
         ["model.K=3", "++model={variant: vanilla, K: 1}", "model.layers=3", "seed=7"],
         ["model.K=3", "train={max_steps: 3}", "train.seq_len=4"],
         ["train.seq_len=4", "train={seq_len: 3}"],
@@ -699,14 +701,14 @@ def as_hydra(texts: list[str]) -> DictConfig:
 
 
 def composed(function: Callable[[list[str]], DictConfig], texts: list[str]) -> Any:
-    """All settings, in their order, and Hydra's own that are read; or what is wrong with them."""
+    """All settings, Hydra's own too, in their order; or what is wrong with them."""
     try:
         tree = function(texts)
     except (HydraException, OmegaConfBaseException) as error:
         return type(error), str(error)
-    own = OmegaConf.masked_copy(tree, [str(key) for key in tree if key != "hydra"])
-    launched = tree.hydra.mode, tree.hydra.sweeper, tree.hydra.launcher, tree.hydra.sweep
-    return OmegaConf.to_yaml(own), launched
+    # Choices are told in the order of the files, of which that of groups makes a difference.
+    tree.hydra.runtime.choices = dict(sorted(tree.hydra.runtime.choices.items()))
+    return OmegaConf.to_yaml(tree)
 
 
 def test_a_file_that_has_changed_is_read_again(

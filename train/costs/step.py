@@ -70,13 +70,15 @@ def key_traffic(batch: MicroBatch, pattern: Pattern) -> KeyTraffic:
 
 
 def key_pieces(batch: MicroBatch, pattern: Pattern) -> int:
-    """In how many pieces they are sent."""
-    heads = batch.model.kv_heads // batch.tensor
+    """In how many pieces a layer's keys and values are sent, as `pieces_of` says."""
+    # Where each copy attends to its own past, copies are further heads.
+    copies = pattern.K if pattern.rule == "stream" else 1
+    heads = copies * batch.model.kv_heads // batch.tensor
     return pieces_of(key_traffic(batch, pattern).gathered, heads)
 
 
 def flops_before(batch: MicroBatch, pattern: Pattern, queries: int) -> int:
-    """Those of `attention_flops` that read keys which lie before a rank's own parts.
+    """The part of `attention_flops` over keys that lie before a rank's own parts.
 
     A rank has parts i and 2c-1-i of T / 2c tokens: before them lie 2c-1 parts, whoever it is.
     """
@@ -118,7 +120,7 @@ class KeySeconds(NamedTuple):
             pieces: in which keys are sent.
         """
         own = attention - others
-        device = self.halo + own
+        device = max(self.halo, own)
         for piece in range(1, pieces + 1):
             device = max(device, self.halo + piece * self.gather / pieces) + others / pieces
         forward = device - attention
@@ -166,10 +168,12 @@ class Place:
     def keys_s(self, batch: MicroBatch, pattern: Pattern) -> "KeySeconds":
         """Seconds of context parallelism in a layer."""
         group, keys = self.groups.context, key_traffic(batch, pattern)
+        pieces = key_pieces(batch, pattern)
         halo = keys.halo / bandwidth(group, self.cluster) if keys.halo else 0.0
         return KeySeconds(
-            gather=gather_s(keys.gathered, group, self.cluster),
-            scatter=gather_s(keys.scattered, group, self.cluster),
+            # Each piece has a start and a latency of its own.
+            gather=pieces * gather_s(keys.gathered / pieces, group, self.cluster),
+            scatter=pieces * gather_s(keys.scattered / pieces, group, self.cluster),
             halo=halo,
             halo_back=halo * GRADIENT / batch.itemsize,
         )

@@ -179,6 +179,7 @@ class FsdpEngine(Engine):
         outside = ((n, x) for n, x in self.model.named_parameters() if not n.startswith("blocks."))
         others = copy.load_state_dict(dict(map(_gathered, outside)), strict=False, assign=True)
         assert not others.unexpected_keys, others
+        self._reshard()
         copy.rope.build(self.device)
         return copy.set_copies(self.model.config.K)
 

@@ -217,7 +217,9 @@ def _with_rows_of_keys(blocks: list[Footprint], given: Pass, config: Config) -> 
     for block, pattern in zip(blocks, patterns_of(model), strict=True):
         copies = pattern.cached_slots_per_token
         numbers = 2 * tokens * copies * model.kv_heads * model.head_dim
-        forward, backward = row_bytes(numbers, size, model.kv_heads)
+        # Where each copy attends to its own past, copies are further heads.
+        heads = model.kv_heads * (copies if pattern.rule == "stream" else 1)
+        forward, backward = row_bytes(numbers, size, heads)
         found.append(
             block._replace(forward=block.forward + forward, backward=block.backward + backward)
         )

@@ -30,11 +30,13 @@ from train.costs.kernels import (
 from train.costs.links import Group, bandwidth, gather_s, group_of, groups_of, reduce_s
 from train.costs.step import (
     KeySeconds,
+    Place,
     Step,
     StepTime,
     Timed,
     Weights,
     flops_before,
+    key_pieces,
     key_traffic,
     pipelined_s,
     step_time,
@@ -261,8 +263,30 @@ def test_a_layer_waits_for_keys_where_its_own_attention_is_too_short() -> None:
     assert keys.waited(attention=0, others=0, pieces=4) == keys.moved == (8, 24)
     assert keys.waited(attention=100, others=90, pieces=4) == (0, 0)
     halo = keys._replace(halo=1.0, halo_back=4.0)
+    # The halo comes first, while the layer attends to its own tokens for 2.
     assert halo.waited(attention=6, others=4, pieces=1) == (7, 20 + 4)
+    assert keys._replace(halo=3.0).waited(attention=6, others=4, pieces=1)[0] == 9
+    assert halo.waited(attention=100, others=90, pieces=4)[0] == 0
     assert halo.moved == (9, 28)
+
+
+def test_each_piece_of_the_keys_has_a_start_and_a_latency_of_its_own() -> None:
+    model = load(["model=phd_cswa", "size=1b2"]).model
+    batch = MicroBatch(model, rows=1, seq_len=65536, context=4)
+    pattern, place = patterns_of(model)[0], Place(groups_of(ParallelDims(context=4), 4), ROUND)
+    keys, pieces = key_traffic(batch, pattern), key_pieces(batch, pattern)
+    assert pieces == 4
+    found = place.keys_s(batch, pattern)
+    # A start of 20 us and three steps of 1 us; 3/4 of the bytes at 100 GB/s.
+    assert found.gather == pytest.approx(4 * 23e-6 + 0.75 * keys.gathered / 100e9)
+    assert found.scatter == pytest.approx(4 * 23e-6 + 0.75 * keys.scattered / 100e9)
+    few = replace(batch, seq_len=1024)
+    assert key_pieces(few, pattern) == 1
+    streams = load(
+        ["model=hidden_decoding", "size=1b2", "model.kv_heads=1", "model.full_every=2"]
+    ).model
+    rules = {pattern.rule: pattern for pattern in patterns_of(streams)}
+    assert key_pieces(replace(batch, model=streams), rules["stream"]) == streams.K == 2
 
 
 def test_tensor_parallelism_gathers_and_scatters_twice_in_each_direction() -> None:

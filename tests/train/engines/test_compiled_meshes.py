@@ -32,7 +32,7 @@ MESHES = {
 
 def trained(groups: ProcessGroups, config: Config) -> tuple[Training, dict[str, Any]]:
     """One step, and what torch.compile did for it."""
-    # It traces, functionalises and differentiates as the default backend does, and builds no C++.
+    # It traces and differentiates as the default backend does, and builds no C++.
     Block.compile = partialmethod(nn.Module.compile, backend="aot_eager")
     engine = open_engine(config, groups)
     counters.clear()

@@ -16,6 +16,7 @@ from data.batch import Batch
 from data.prefetch import never
 from phd.block import Block
 from phd.config import SamplingConfig
+from phd.inference.cuda_graph import can_be_captured
 from phd.inference.generator import Generator, Request
 from phd.model import Transformer
 from tests.train.batches import batch_of
@@ -211,6 +212,8 @@ def between(groups: ProcessGroups, config: Config) -> tuple[bool, float, np.ndar
         assert again == (total, targets)
         with engine.summon_full_params() as model, torch.no_grad():
             logits = model.logits(ROWS[:1, :-1])
+            # A block that gathers its weights is not part of a CUDA graph.
+            assert can_be_captured(model) == (groups.control is None)
     loss = (total / targets).item()
     return equal(digest(engine), digest(twin)), loss, logits.numpy(), nats.numpy()
 

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 import phd.loss
 from data.batch import Batch
 from phd.config import ModelConfig
+from phd.inference.cuda_graph import can_be_captured
 from phd.loss import next_token_loss
 from phd.model import Transformer
 from tests.train.batches import batch_of
@@ -168,6 +169,7 @@ def between(groups: ProcessGroups, config: Config) -> Between:
         error = (model.logits(text) - plain.logits(text)).abs().max().item()
         if engine.dims.tensor > 1:  # whole matrices are freed between calls
             assert all(weight.is_meta for weight in model.blocks.parameters())
+            assert not can_be_captured(model)
     layers = layer_report(engine, share(engine, rows)).values()
     engine.set_copies(2)
     fewer = train_step(engine, share(engine, batch(3, isolated=False)), 0.01)
