@@ -232,7 +232,8 @@ class RunLock:
         while True:
             chain = _chain(self.directory)
             if chain and not _is_dead(chain[-1], tell):
-                raise _in_use(self._shown, chain[-1].holder)
+                last = chain[-1]  # which may have been given its name by now
+                raise _in_use(self._shown, last.holder or _read_if_there(last.path))
             path = _after(chain, self.directory)
             try:
                 _create(path, self._own)

@@ -19,7 +19,6 @@ from rich.console import Console
 from conf.errors import ConfigError
 from conf.exit_codes import ExitCode
 from tests.forked_python import forked_python
-from tests.patience import PATIENCE_S
 from train.distributed.process_groups import ProcessGroups
 from train.run import open_run
 from train.run_dir import lock as run_lock
@@ -36,8 +35,10 @@ def short_lease(monkeypatch: pytest.MonkeyPatch) -> None:
 @contextmanager
 def process() -> Iterator[subprocess.Popen[bytes]]:
     with subprocess.Popen(["sleep", "600"]) as sleeping:
-        yield sleeping
-        sleeping.kill()
+        try:
+            yield sleeping
+        finally:
+            sleeping.kill()
 
 
 def holder_of(number: int) -> Holder:
@@ -159,7 +160,13 @@ def test_a_name_that_comes_after_the_look_is_seen_although_the_time_is_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two processes start together: one reads the lock before the other has written its name."""
-    monkeypatch.setattr(run_lock, "LEASE_S", 10 * PATIENCE_S)
+    looks: list[float] = []
+
+    def look_again(pause: float) -> None:
+        looks.append(pause)
+        assert len(looks) < 4, "the name is not seen"
+
+    monkeypatch.setattr(run_lock, "sleep", look_again)
     path = tmp_path / LOCK
     path.touch()
     now = time.time_ns()
@@ -172,6 +179,25 @@ def test_a_name_that_comes_after_the_look_is_seen_although_the_time_is_the_same(
 
     RunLock.acquire(tmp_path, write).release()
     assert files(tmp_path) == {}
+
+
+@pytest.mark.parametrize("later_ns", [0, 10**9])
+def test_a_holder_whose_name_comes_after_the_look_is_named(
+    later_ns: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_lock, "sleep", lambda _: None)
+    path = tmp_path / LOCK
+    path.touch()
+    now = time.time_ns()
+    os.utime(path, ns=(now, now))
+    with process() as other:
+
+        def write(_: str) -> None:
+            path.write_text(json.dumps(asdict(holder_of(other.pid))))
+            os.utime(path, ns=(now + later_ns, now + later_ns))
+
+        with pytest.raises(ConfigError, match=f"is in use by process {other.pid} on "):
+            RunLock.acquire(tmp_path, write)
 
 
 def test_a_link_to_nowhere_does_not_block(tmp_path: Path) -> None:
