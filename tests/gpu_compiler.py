@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -86,9 +87,16 @@ def compile_for_gpus(
     compiler = _compiler()
     assert compiler.stdin is not None
     assert compiler.stdout is not None
-    compiler.stdin.write(json.dumps(orders) + "\n")
-    compiler.stdin.flush()
-    answer = json.loads(compiler.stdout.readline() or '{"error": "the compiler has died"}')
+    line = ""
+    with suppress(BrokenPipeError):  # it died before
+        compiler.stdin.write(json.dumps(orders) + "\n")
+        compiler.stdin.flush()
+        line = compiler.stdout.readline()
+    if not line:
+        _compiler.cache_clear()  # the next call starts another
+        compiler.communicate()
+        raise AssertionError(f"the compiler has died with exit code {compiler.returncode}")
+    answer = json.loads(line)
     assert "error" not in answer, answer["error"]
     found = [Compiled(*result) for result in answer["found"]]
     for order, one in zip(orders, found, strict=True):
