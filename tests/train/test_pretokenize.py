@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -270,7 +271,7 @@ def command(tmp_path: Path) -> Iterator[Callable[..., Process]]:
     texts = [" ".join(rng.choices(words, k=2000)) for _ in range(480)]
     path = write_lines(tmp_path / "long.jsonl", texts)
 
-    def start(out: str, *others: str) -> Process:
+    def start(out: str, *others: str, forked: bool = True) -> Process:
         overrides = [
             "data=files",
             f"data.sources.files.paths={path}",
@@ -278,7 +279,7 @@ def command(tmp_path: Path) -> Iterator[Callable[..., Process]]:
         ]
         script = str(REPOSITORY / "train/pretokenize.py")
         given = [*overrides, f"out={out}", "parts=32", *others]
-        with forked_python():
+        with forked_python() if forked else nullcontext():
             process = subprocess.Popen(
                 [sys.executable, "-W", "error", script, *given],
                 cwd=tmp_path,
@@ -380,4 +381,18 @@ def test_a_wrong_command_is_refused_on_one_screen(command: Callable[..., Process
     output, errors = process.communicate()
     assert (process.returncode, output) == (2, "")
     assert errors.startswith("2 problems in the configuration:\n")
+    assert "Traceback" not in errors
+
+
+@pytest.mark.process
+def test_a_python_of_its_own_imports_all_that_the_command_needs(
+    command: Callable[..., Process], tmp_path: Path
+) -> None:
+    (tmp_path / "empty.jsonl").touch()
+    data = f"data.sources.files.paths={tmp_path}/empty.jsonl"
+    process = command("out", data, forked=False)
+    output, errors = process.communicate()
+    assert process.returncode == 2
+    assert output.startswith("data.sources.files: 1 file has 0 bytes")
+    assert "data.sources.files" in errors
     assert "Traceback" not in errors
