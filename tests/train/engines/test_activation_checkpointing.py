@@ -156,8 +156,7 @@ def test_parameters_keep_their_names(mode: str) -> None:
 @pytest.mark.parametrize("mode", MODES)
 def test_compiled_blocks_are_one_graph_each_and_equal_eager_ones(mode: str) -> None:
     torch.compiler.reset()
-    # `full` keeps the result of no operator, so which of them compute attention is all the same.
-    settings = {"K": 3, "attention": "packed" if mode == "selective" else "reference"}
+    settings = {"K": 3, "attention": "packed"}
     model = Transformer(ModelConfig(**SHAPE, **settings)).reset(0)
     checkpoint_activations(
         model,

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
 from conf.errors import ConfigError
 from data.batch import Batch
@@ -471,11 +472,14 @@ def test_compiled_blocks_train_as_plain_ones(monkeypatch) -> None:
     # It traces, functionalises and differentiates as the default backend does, and builds no C++.
     compiled = partialmethod(nn.Module.compile, backend="aot_eager")
     monkeypatch.setattr(Block, "compile", compiled)
+    torch.compiler.reset()
+    counters.clear()
     # Without an evaluation, whose graphs the first step would compile as well. DeepSpeed is around
     # the graphs, so these are those of the attention that has the smallest.
     settings = ("engine.stage=2", "engine.compile=true", "data.holdout=0")
     with opened(ProcessGroups(), *settings, "model.attention=reference") as engine:
         found = [step(engine, number) for number in range(2)]
+    assert counters["stats"]["unique_graphs"] > 0
     close(found, plain_steps(configured(), 2))
 
 
