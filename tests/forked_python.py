@@ -16,6 +16,12 @@ for orphans, and at this moment that is this process.
 
 What a fork does not show: that imports work, that they are quick, and that Python can free all that
 was imported. Hashes of strings are the same in all forks of a server. So some tests start a Python.
+
+What libraries read of the variables when they are imported (HOME, TMPDIR, HF_*, TORCH*, TRITON_*,
+OMP_NUM_THREADS), they have read of the server's. A command has its own in `os.environ`, but a test
+of what a library makes of one of these at its import must start a Python. And `os.execvp` of a
+Python goes on in the same process: threads, functions of `atexit`, open files, and what was
+imported or changed in modules stay.
 """
 
 import _posixsubprocess
@@ -45,6 +51,7 @@ from time import sleep
 from types import ModuleType
 from typing import Any, NamedTuple, NoReturn
 
+import numpy as np
 import pytest
 
 from tests.fork_server import fork_server
@@ -294,6 +301,7 @@ def _become(command: Command, files: list[int]) -> NoReturn:
     _forget_the_server()
     start_own_server()
     _take_signals(command)
+    np.random.seed()  # as `random` does by itself in a fork
     os.execvp = _exec
     words, path = command.words, list(sys.path)
     while True:
@@ -415,9 +423,17 @@ def _exit(code: int) -> NoReturn:
     """End as a Python does, but for freeing what was imported, which takes 0.3 s."""
     threading._shutdown()  # type: ignore[attr-defined]  # waits for the other threads
     atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError):
-            stream.flush()
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        try:
+            if not stream.closed:
+                stream.flush()
+        except (OSError, ValueError) as error:
+            shown = f"<_io.TextIOWrapper name='<{name}>' mode='w' encoding='{stream.encoding}'>"
+            with suppress(OSError, ValueError):
+                told = f"Exception ignored in: {shown}\n{type(error).__name__}: {error}"
+                print(told, file=sys.stderr)
+            code = code if code == -signal.SIGINT else 120
     if code == -signal.SIGINT:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGINT)

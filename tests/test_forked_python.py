@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,32 @@ def both(command: list[str], **settings: object) -> list[tuple[int, str, str]]:
 def test_it_ends_alike(end: str) -> None:
     started, forked = both([sys.executable, "-c", ENDS[end]], input="some input")
     assert forked == started
+
+
+@pytest.mark.parametrize("end", ["", "; raise SystemExit(3)", "; raise KeyboardInterrupt"])
+def test_what_cannot_be_written_at_the_end_is_told_by_the_exit_code(end: str) -> None:
+    command = [sys.executable, "-c", f"print('lost'){end}"]
+    variables = {name: x for name, x in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    ends = []
+    for context in (nullcontext(), forked_python()):
+        with context, open("/dev/full", "w") as full:
+            done = subprocess.run(
+                command, env=variables, stdout=full, stderr=subprocess.PIPE, text=True
+            )
+        ends.append((done.returncode, done.stderr))
+    started, forked = ends
+    assert forked == started
+    assert started[0] == (-signal.SIGINT if "Interrupt" in end else 120)
+    assert "No space left on device" in started[1]
+
+
+def test_random_numbers_differ_between_forks() -> None:
+    draw = "import random, numpy; print(random.random(), numpy.random.rand())"
+    command = [sys.executable, "-c", draw]
+    with forked_python():
+        one, other = (subprocess.check_output(command, text=True).split() for _ in range(2))
+    assert one[0] != other[0]
+    assert one[1] != other[1]
 
 
 @pytest.mark.parametrize("new_session", [False, True])
