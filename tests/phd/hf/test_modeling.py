@@ -108,13 +108,12 @@ def test_a_directory_of_hybrid_over_whole_projections_is_refused_by_name(
     model = theirs(replace(SMALL, norm=norm))
     model.save_pretrained(tmp_path)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    # A file's weights lie at any address, for which a processor may round sums otherwise.
+    again = copy.deepcopy(again)
     ours, read = dict(model.named_parameters()), dict(again.named_parameters())
     assert ours.keys() == read.keys()
     assert all(torch.equal(read[name], weight) for name, weight in ours.items())
-    # Weights in a file lie at other places, for which a processor may round sums otherwise.
-    torch.testing.assert_close(
-        again(text(1, 9)).logits, model(text(1, 9)).logits, rtol=0, atol=1e-14
-    )
+    assert torch.equal(again(text(1, 9)).logits, model(text(1, 9)).logits)
     written = json.loads((tmp_path / "config.json").read_text())
     del written["qkv_norm"]  # as directories of that time do not have it
     (tmp_path / "config.json").write_text(json.dumps(written))

@@ -68,17 +68,19 @@ def apart(found: list[float], expected: list[float]) -> float:
 
 @scalings
 def test_the_loss_falls_as_in_full_precision(scaling: Float8Scaling) -> None:
-    """The first of 6 steps has nearly float32's loss, the others are close to it, none is the same.
+    """Each of 6 steps is close to float32's loss, and none is the same.
 
-    AdamW makes full steps of what rounding has left, so two processors' curves differ, too: for
-    four draws of the rows the two scalings came 0.004 to 0.043 away from float32's.
+    AdamW makes full steps of what rounding has left, so processors differ in the last one: for four
+    draws of the rows the two scalings were 0.0001 to 0.043 away from float32's loss there.
     """
     expected = losses(FsdpEngine(config_on("cpu"), ProcessGroups()))
     engine = emulated(scaling)
     found = losses(engine)
     assert expected[-1] < expected[0] / 2
     assert 1e-6 < apart(found[:1], expected[:1]) < 0.003
-    assert 1e-6 < apart(found, expected) < 0.05
+    # One scale for a whole tensor rounds small values more than one for each row.
+    assert apart(found[:5], expected[:5]) < {"tensorwise": 0.02, "rowwise": 0.01}[scaling]
+    assert apart(found, expected) < 0.05
     total, targets = engine.evaluate(batch_of(ROWS))
     assert 0 < (total / targets).item() < found[-1] * 1.05
 
