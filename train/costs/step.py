@@ -24,7 +24,7 @@ from train.costs.kernels import (
     optimizer_s,
 )
 from train.costs.links import Groups, bandwidth, gather_s, groups_of, reduce_s
-from train.engines.context_parallel import pieces_of
+from train.engines.context_parallel import heads_sent, pieces_of
 from train.engines.mesh import ParallelDims
 
 GRADIENT = 4
@@ -71,9 +71,7 @@ def key_traffic(batch: MicroBatch, pattern: Pattern) -> KeyTraffic:
 
 def key_pieces(batch: MicroBatch, pattern: Pattern) -> int:
     """In how many pieces a layer's keys and values are sent, as `pieces_of` says."""
-    # Where each copy attends to its own past, copies are further heads.
-    copies = pattern.K if pattern.rule == "stream" else 1
-    heads = copies * batch.model.kv_heads // batch.tensor
+    heads = heads_sent(pattern, batch.model.kv_heads) // batch.tensor
     return pieces_of(key_traffic(batch, pattern).gathered, heads)
 
 
@@ -165,7 +163,7 @@ class Place:
     groups: Groups
     cluster: ClusterConfig
 
-    def keys_s(self, batch: MicroBatch, pattern: Pattern) -> "KeySeconds":
+    def keys_s(self, batch: MicroBatch, pattern: Pattern) -> KeySeconds:
         """Seconds of context parallelism in a layer."""
         group, keys = self.groups.context, key_traffic(batch, pattern)
         pieces = key_pieces(batch, pattern)

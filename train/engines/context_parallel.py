@@ -371,6 +371,11 @@ def context_backward(
     return dq, dk, dv
 
 
+def heads_sent(pattern: Pattern, heads: int) -> int:
+    """How many heads the remembered keys have: copies that attend to their own past are further."""
+    return heads * (pattern.K if pattern.rule == "stream" else 1)
+
+
 def row_bytes(numbers: int, itemsize: int, heads: int) -> tuple[int, int]:
     """What a layer holds of a row's keys and values at most, forward and backward.
 

@@ -35,7 +35,7 @@ from conf.wording import byte_size
 from phd.model import count_parameters
 from phd.pattern import patterns_of
 from train.config import Config
-from train.engines.context_parallel import row_bytes
+from train.engines.context_parallel import heads_sent, row_bytes
 from train.engines.footprint import Footprint, Pass, Recompute, block_footprints, head_footprint
 from train.engines.newton_schulz import muon_step_bytes
 from train.engines.state_rules import matrix_shapes, moment_bytes
@@ -217,9 +217,7 @@ def _with_rows_of_keys(blocks: list[Footprint], given: Pass, config: Config) -> 
     for block, pattern in zip(blocks, patterns_of(model), strict=True):
         copies = pattern.cached_slots_per_token
         numbers = 2 * tokens * copies * model.kv_heads * model.head_dim
-        # Where each copy attends to its own past, copies are further heads.
-        heads = model.kv_heads * (copies if pattern.rule == "stream" else 1)
-        forward, backward = row_bytes(numbers, size, heads)
+        forward, backward = row_bytes(numbers, size, heads_sent(pattern, model.kv_heads))
         found.append(
             block._replace(forward=block.forward + forward, backward=block.backward + backward)
         )
