@@ -28,6 +28,7 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from functools import partial
+from multiprocessing.connection import Connection
 from threading import Thread
 from time import perf_counter
 from typing import Any, TypeVar
@@ -169,7 +170,8 @@ def in_processes(jobs: Sequence[Callable[[], T]], workers: int) -> Iterator[list
     """
     # Forking a process that has threads can deadlock, so workers are spawned.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, initializer=_end_with_parent) as pool:
+    ended, end = context.Pipe(duplex=False)
+    with ended, end, ProcessPoolExecutor(workers, context, _end_when, (ended,)) as pool:
         running = {pool.submit(job) for job in jobs}
         try:
             while running:
@@ -177,21 +179,19 @@ def in_processes(jobs: Sequence[Callable[[], T]], workers: int) -> Iterator[list
                 yield [future.result() for future in done]
         except BaseException:
             # Otherwise leaving the pool would wait until the running jobs have ended.
-            for process in multiprocessing.active_children():
-                process.terminate()
+            end.close()
             raise
 
 
-def _end_with_parent() -> None:
-    """End this worker when its parent ends, also by SIGKILL; otherwise it would go on writing."""
+def _end_when(ended: Connection) -> None:
+    """End this worker when its parent closes the other end of a pipe, or is gone, also by SIGKILL;
+    otherwise it would go on writing."""
     # Ctrl-C reaches the workers, too. If one died of it, the parent might see that first, and tell
     # of a lack of memory instead of the interruption. So the parent alone ends them.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent is not None, "not a worker"
 
     def follow() -> None:
-        parent.join()
+        ended.poll(None)
         os._exit(1)
 
     Thread(target=follow, daemon=True).start()

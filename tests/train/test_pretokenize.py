@@ -2,6 +2,7 @@
 
 import io
 import json
+import multiprocessing
 import os
 import shlex
 import signal
@@ -10,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from random import Random
 from time import monotonic, sleep
@@ -24,6 +26,7 @@ from data.sources.documents import Documents
 from data.sources.token_files import TokenCorpus, TokenIndex
 from data.tokenizer import Tokenizer
 from data.tokenizer_training import prepare_tokenizer
+from tests.fork_server import fork_server
 from tests.forked_python import forked_python
 from tests.patience import PATIENCE_S
 from tests.train.conftest import LoadedRun
@@ -33,6 +36,7 @@ from train.metrics.record import Metrics
 from train.pretokenize import (
     PretokenizeArguments,
     Written,
+    in_processes,
     pretokenize,
     training_arguments,
     write_part,
@@ -331,6 +335,34 @@ def wait_for_end(process: Process) -> None:
     while living(process.pid):
         assert monotonic() < deadline, "a worker outlives the command"
         sleep(0.01)
+
+
+def _begin(file: Path) -> None:
+    file.touch()
+    sleep(PATIENCE_S)
+    file.with_suffix(".ended").touch()
+
+
+def _fail_after(file: Path) -> None:
+    while not file.exists():
+        sleep(0.01)
+    raise LookupError("as it shall")
+
+
+@pytest.mark.process
+def test_a_failure_ends_the_workers_and_no_other_process_of_ours(tmp_path: Path) -> None:
+    other = fork_server().Process(target=sleep, args=(PATIENCE_S,))
+    other.start()
+    before = set(multiprocessing.active_children())
+    file = tmp_path / "work.begun"
+    jobs = [partial(_begin, file), partial(_fail_after, file)]
+    with pytest.raises(LookupError, match="as it shall"):
+        list(in_processes(jobs, workers=2))
+    assert set(multiprocessing.active_children()) == before >= {other}
+    assert not file.with_suffix(".ended").exists()
+    other.kill()
+    other.join()
+    assert other.exitcode == -signal.SIGKILL
 
 
 @pytest.mark.process
