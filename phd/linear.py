@@ -56,9 +56,13 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        if self.rounded is None or not torch.is_autocast_enabled(x.device.type):
-            return project(x, self.weight)
-        return project(x, _Rounded.apply(self.weight, self.rounded))
+        return project(x, self.operand(x.device.type))
+
+    def operand(self, device: str) -> Tensor:
+        """The weight as a product on such a device takes it."""
+        if self.rounded is None or not torch.is_autocast_enabled(device):
+            return self.weight
+        return _Rounded.apply(self.weight, self.rounded)
 
 
 class _Rounded(torch.autograd.Function):

@@ -39,8 +39,6 @@ __all__ = [
 
 aten = torch.ops.aten
 functional = torch.ops._c10d_functional
-REDUCE_SCATTER = functional.reduce_scatter_tensor.default
-"""The operator of `reduce_scatter_rows`."""
 
 SDPA_KERNELS = (
     aten._scaled_dot_product_flash_attention_for_cpu.default,

@@ -1,11 +1,13 @@
-"""Runs a function on many ranks: fresh processes, started as torchrun would, that gloo connects."""
+"""Runs a function on many ranks: fresh processes, started as torchrun would, that gloo connects; or
+as one of ranks that are not there."""
 
 import os
 import pickle
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from time import monotonic
 from typing import Any
@@ -16,6 +18,7 @@ import torch.distributed as dist
 from tests.fork_server import fork_server
 from tests.patience import PATIENCE_S
 from train.distributed.process_groups import init_process_groups
+from train.torch_private import use_fake_backend
 
 
 class RanksFailedError(Exception):
@@ -114,3 +117,14 @@ def _outcomes(pipes: list[Connection], end: float) -> list[tuple[bool, Any]]:
             except EOFError:
                 outcomes[pipe] = False, "the process died"
     return [outcomes.get(pipe, (False, "the process was still running")) for pipe in pipes]
+
+
+@contextmanager
+def rank_of(rank: int, ranks: int) -> Iterator[None]:
+    """This process as one of many ranks that send nothing."""
+    use_fake_backend()
+    dist.init_process_group("fake", rank=rank, world_size=ranks, store=dist.HashStore())
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()

@@ -16,6 +16,7 @@ from train.costs.kernels import (
     RESIDUAL,
     Copies,
     MicroBatch,
+    Recompute,
     Seconds,
     Stage,
     block_stages,
@@ -139,15 +140,25 @@ class TensorTraffic(NamedTuple):
         summed: sums of squares of whole q and k, float32.
     """
 
-    gathered: tuple[int, int]
-    scattered: tuple[int, int]
+    gathered: tuple[int, ...]
+    scattered: tuple[int, ...]
     summed: int
+
+    def again(self, recompute: Recompute) -> "TensorTraffic":
+        """What is sent once more for what the backward pass computes again."""
+        match recompute:
+            case "none":
+                return TensorTraffic((), (), 0)
+            case "selective":
+                return self._replace(scattered=())  # it keeps these sums
+            case "full":
+                return self
 
 
 def tensor_traffic(batch: MicroBatch, copies: Copies) -> TensorTraffic:
     """Of a block's forward pass; the backward gathers where this scatters, and has as much."""
     if batch.tensor == 1:
-        return TensorTraffic((0, 0), (0, 0), 0)
+        return TensorTraffic((), (), 0)
     copy = batch.tokens * batch.model.dim * batch.itemsize
     into = max(copies.projected, copies.projected_keys) * copy
     out = copies.queries * copy
@@ -176,10 +187,9 @@ class Place:
             halo_back=halo * GRADIENT / batch.itemsize,
         )
 
-    def tensor_s(self, batch: MicroBatch, copies: Copies) -> float:
-        """Seconds of tensor parallelism in one direction through a block."""
-        group, traffic = self.groups.tensor, tensor_traffic(batch, copies)
-        sizes = (*traffic.gathered, *traffic.scattered)
+    def tensor_s(self, traffic: TensorTraffic) -> float:
+        """Seconds of so much tensor parallelism."""
+        group, sizes = self.groups.tensor, (*traffic.gathered, *traffic.scattered)
         moved = sum(gather_s(size, group, self.cluster) for size in sizes)
         return moved + reduce_s(traffic.summed, group, self.cluster)
 
@@ -426,20 +436,18 @@ def _waits(step: Step, blocks: Sequence[Stage]) -> Iterator[_Waits]:
     batch, place = step.batch, step.place
     for layer, (pattern, block) in enumerate(zip(patterns_of(batch.model), blocks, strict=True)):
         copies = copies_of(batch.model, layer, pattern)
-        keys, moved = place.keys_s(batch, pattern), place.tensor_s(batch, copies)
+        keys, traffic = place.keys_s(batch, pattern), tensor_traffic(batch, copies)
         waited = keys.moved
         if step.cluster.cores is None:
             others = flops_before(batch, pattern, copies.queries) / step.cluster.rates.attention
             waited = keys.waited(block.forward.attention, others, key_pieces(batch, pattern))
-        # What is computed again is also sent again.
-        again = batch.recompute == "full" and layer % step.checkpoint_every == 0
-
-        def both(ways: tuple[float, float], again: bool = again) -> tuple[float, float]:
-            return ways[0], ways[1] + again * ways[0]
-
-        tensor = both((moved, moved))
-        forward, backward = both(waited)
-        yield _Waits(both(keys.moved), tensor, (forward + tensor[0], backward + tensor[1]))
+        # What is computed again is also sent again; of attention that is all or nothing.
+        recompute = batch.recompute if layer % step.checkpoint_every == 0 else "none"
+        again = recompute == "full"
+        context, waited = ((there, back + again * there) for there, back in (keys.moved, waited))
+        moved = place.tensor_s(traffic)
+        tensor = moved, moved + place.tensor_s(traffic.again(recompute))
+        yield _Waits(context, tensor, (waited[0] + tensor[0], waited[1] + tensor[1]))
     head = place.head_s(batch)
     yield _Waits((0.0, 0.0), (head, head), (head, head))
 

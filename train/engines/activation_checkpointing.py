@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-import train.engines.context_parallel  # noqa: F401  # its operators
+import train.engines.context_parallel
+import train.engines.tensor_parallel  # noqa: F401  # the operators of both
 from phd.model import Transformer
 from train.settings.engine import EngineConfig
 from train.torch_private import (
-    REDUCE_SCATTER,
     SDPA_KERNELS,
     KernelDispatchMode,
     TorchDispatchMode,
@@ -29,8 +29,7 @@ MATRIX_PRODUCTS = (
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
     torch.ops.aten._scaled_mm.default,  # float8's
-    # What a product is summed to over tensor ranks: to compute it again would send it again.
-    REDUCE_SCATTER,
+    torch.ops.train.product_sum.default,  # that of all tensor ranks
 )
 # Of packed attention only rule 1 is in this list: its FLOPs grow with T^2, those of rules 2 and 3
 # with T * W.

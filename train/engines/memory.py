@@ -106,12 +106,8 @@ def predict_memory(
     """
     given = pass_of(config, dtype, world_size, device)
     placed = _placed(config, given, world_size)
-    blocks = _with_rows_of_keys(
-        block_footprints(given, config.engine.checkpoint_every_block), given, config
-    )
-    vocabulary = given
-    if isinstance(config.engine, FsdpConfig) and (tensor := config.engine.tensor) > 1:
-        blocks = [_tensor_part(block, given, tensor) for block in blocks]
+    blocks, vocabulary = rank_footprints(given, config), given
+    if (tensor := _tensor_ranks(config)) > 1:
         vocabulary = _vocabulary_part(given, tensor)
     head = head_footprint(vocabulary, config.optim.z_loss)
     if config.model.tied:
@@ -143,6 +139,17 @@ def pass_of(config: Config, dtype: torch.dtype, world_size: int, device: str) ->
         # DDP's buckets hold all gradients from the beginning.
         accumulates=replicated or config.accumulation(world_size) > 1,
     )
+
+
+def rank_footprints(given: Pass, config: Config) -> list[Footprint]:
+    """The footprints of the blocks on a rank of the mesh, which has a part of each."""
+    blocks = block_footprints(given, config.engine.checkpoint_every_block)
+    blocks, tensor = _with_rows_of_keys(blocks, given, config), _tensor_ranks(config)
+    return [_tensor_part(block, given, tensor) for block in blocks] if tensor > 1 else blocks
+
+
+def _tensor_ranks(config: Config) -> int:
+    return config.engine.tensor if isinstance(config.engine, FsdpConfig) else 1
 
 
 def _placed(config: Config, given: Pass, world_size: int) -> _Placed:
@@ -236,7 +243,7 @@ def _tensor_part(block: Footprint, given: Pass, tensor: int) -> Footprint:
     absent = given.weights.itemsize * model.dim * sides * others // tensor
     return Footprint(
         block.forward + inputs,
-        block.saved + (0 if given.recompute == "full" else inputs),
+        block.saved + (inputs if given.recompute == "none" else 0),
         block.casts,
         block.backward + inputs - absent,
         max(0, block.gradients - absent),

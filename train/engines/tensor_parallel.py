@@ -79,10 +79,19 @@ class TensorRanks:
 
     def gather_for_product(self, x: Tensor) -> Tensor:
         """`gather` of what a matrix product takes: autocast's dtype is sent where it is on."""
-        kind = x.device.type
-        if torch.is_autocast_enabled(kind):
-            x = x.to(torch.get_autocast_dtype(kind))
-        return self.gather(x)
+        return self.gather(_for_product(x))
+
+    def product_sum(self, x: Tensor, weight: Tensor) -> Tensor:
+        """This rank's tokens of the sum of all ranks' products.
+
+        Args:
+            x: (..., T, in / t).
+            weight: (out, in / t).
+
+        Returns:
+            (..., T / t, out).
+        """
+        return _ProductSum.apply(_for_product(x), _for_product(weight), self.size, self.group)
 
     def scatter_sum(self, x: Tensor) -> Tensor:
         """This rank's tokens (..., T / t, D) of the sum of the x (..., T, D) of all ranks."""
@@ -123,6 +132,52 @@ class _ScatterSum(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         return _gathered(grads[0], ctx.size, ctx.group), None, None
+
+
+class _ProductSum(torch.autograd.Function):
+    """A rowwise product and `_ScatterSum`, of which only the operands are kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, size: int, group: str) -> Tensor:
+        ctx.size, ctx.group = size, group
+        ctx.save_for_backward(x, weight)
+        return _operator(x, weight, size, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        x, weight = ctx.saved_tensors
+        dy = _gathered(grads[0], ctx.size, ctx.group)
+        needs_x, needs_weight, *_ = ctx.needs_input_grad
+        dx = dy @ weight if needs_x else None
+        dweight = dy.flatten(0, -2).T @ x.flatten(0, -2) if needs_weight else None
+        return dx, dweight, None, None
+
+
+# One operator, so that activation checkpointing can keep the sum, and not what is summed: t times
+# as large, and needed by nothing else.
+
+
+@torch.library.custom_op("train::product_sum", mutates_args=())
+def _operator(x: Tensor, weight: Tensor, size: int, group: str) -> Tensor:
+    return product_sum(x, weight, size, group)
+
+
+@_operator.register_fake
+def _(x: Tensor, weight: Tensor, size: int, group: str) -> Tensor:  # noqa: ARG001
+    *rows, tokens, _ = x.shape
+    return x.new_empty(*rows, tokens // size, len(weight))
+
+
+def product_sum(x: Tensor, weight: Tensor, size: int, group: str) -> Tensor:
+    """x (..., T, in / t) times the transpose of weight (out, in / t), summed: (..., T / t, out)."""
+    return _summed(F.linear(x, weight), size, group)
+
+
+def _for_product(x: Tensor) -> Tensor:
+    """x in autocast's dtype where autocast is on."""
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
 
 
 def _gathered(x: Tensor, size: int, group: str) -> Tensor:
@@ -177,7 +232,7 @@ class RowwiseLinear(LocalWeight, Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., T, in / t) -> (..., T / t, out)."""
-        return self.ranks.scatter_sum(super().forward(x))
+        return self.ranks.product_sum(x, self.operand(x.device.type))
 
 
 class LocalEmbedding(LocalWeight, nn.Embedding):

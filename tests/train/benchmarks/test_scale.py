@@ -1,25 +1,22 @@
 """What a rank does besides computing hardly grows with the number of ranks, counted in messages."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
+from tests.train.many_ranks import rank_of
 from train.benchmarks.scale import SETTINGS, bench_scale
 from train.benchmarks.stand_ins import as_rank
 from train.checkpoint.reader import metadata_for
 from train.checkpoint.staging import HostMemory, StagedPlanner, flaw_of_pieces
 from train.compose import load
-from train.torch_private import use_fake_backend
 
 FEW, MANY = 8, 32
 
@@ -61,17 +58,6 @@ def test_connecting_all_with_all_would_be_quadratic_in_what_each_rank_reads(rows
         rows[f"connect {which}", "1", MANY]["sockets"] for which in ("what is used", "all with all")
     )
     assert used < 16 < MANY < all_with_all
-
-
-@contextmanager
-def rank_of(rank: int, ranks: int) -> Iterator[None]:
-    """This process as one of many ranks that send nothing."""
-    use_fake_backend()
-    dist.init_process_group("fake", rank=rank, world_size=ranks, store=dist.HashStore())
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
 
 
 SHAPES = {"model.a": (40, 3), "model.b": (5,), "model.c": (16, 2), "model.d": (1, 2)}

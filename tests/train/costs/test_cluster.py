@@ -300,6 +300,27 @@ def test_tensor_parallelism_gathers_and_scatters_twice_in_each_direction() -> No
     assert (last.gathered, last.scattered) == ((3 * copy, copy), (copy, copy))
 
 
+def test_recomputation_sends_what_it_computes_again_but_no_sum_that_selective_keeps() -> None:
+    model = load(["model=phd", "size=1b2", "model.K=3"]).model
+    dims = ParallelDims(shard=2, tensor=4)
+    none, selective, full, every_other = (
+        step_time(replace(step_of(model, H100, dims, 2, 4096, recompute=level), **given))
+        for level, given in (
+            ("none", {}),
+            ("selective", {}),
+            ("full", {}),
+            ("full", {"checkpoint_every": 2}),
+        )
+    )
+    # Forward and backward gather and scatter once each; only the head's part is not repeated.
+    place = step_of(model, H100, dims, 2, 4096).place
+    head = 2 * place.head_s(MicroBatch(model, 2, 4096, tensor=4))
+    there = (none.tensor - head) / 2
+    assert full.tensor == pytest.approx(none.tensor + there)
+    assert every_other.tensor == pytest.approx(none.tensor + there / 2, rel=0.05)
+    assert none.tensor + 0.4 * there < selective.tensor < none.tensor + 0.7 * there
+
+
 # Steps
 
 

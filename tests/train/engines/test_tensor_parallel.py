@@ -18,9 +18,9 @@ from data.batch import Batch
 from phd.config import ModelConfig
 from phd.inference.cuda_graph import can_be_captured
 from phd.loss import next_token_loss
-from phd.model import Transformer
+from phd.model import ModelWithLoss, Transformer
 from tests.train.batches import batch_of
-from tests.train.many_ranks import run_ranks
+from tests.train.many_ranks import rank_of, run_ranks
 from tests.train.uneven import UNEVEN
 from train.anomalies.policy import layer_report
 from train.checkpoint.reader import flatten
@@ -29,8 +29,13 @@ from train.compose import load
 from train.config import Config
 from train.distributed.process_groups import ProcessGroups
 from train.engines import tensor_parallel
+from train.engines.activation_checkpointing import checkpoint_activations
+from train.engines.device import autocast
 from train.engines.engine import Engine
-from train.engines.tensor_parallel import TensorRanks, vocabulary_loss
+from train.engines.footprint import LiveBytes
+from train.engines.memory import pass_of, rank_footprints
+from train.engines.parallelize import PRECISIONS
+from train.engines.tensor_parallel import TensorRanks, parallelize_tensor, vocabulary_loss
 from train.loop import train_step
 from train.run import open_engine
 from train.settings.engine import FsdpConfig
@@ -57,7 +62,8 @@ OTHERS = {
     "originals": ("model=free_pause",),
     "loop": ("model=loop",),
 }
-SELECTIVE, HALF = "engine.activation_checkpointing=selective", "engine.precision=bf16"
+SELECTIVE, FULL = (f"engine.activation_checkpointing={mode}" for mode in ("selective", "full"))
+HALF = "engine.precision=bf16"
 MESHES = {"tensor": 2, "fsdp x tensor": 4}  # by number of ranks
 # One training has all of them, a step each.
 STEPS = {
@@ -211,6 +217,9 @@ class Sent(TorchDispatchMode):
         self.ranks, self.bytes, self.sides = ranks, 0, set[int]()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.train.product_sum.default:
+            with self:  # which would not see into it
+                return tensor_parallel.product_sum(*args)
         out = func(*args, **(kwargs or {}))
         if isinstance(out, Tensor) and not isinstance(out, DTensor) and out.ndim > 1:
             self.sides |= {*out.shape}
@@ -235,10 +244,11 @@ def sent(groups: ProcessGroups, config: Config) -> tuple[int, int]:
     # Neither logits nor the weights of the whole vocabulary are ever on one rank.
     assert VOCAB not in counter.sides
     assert VOCAB // ranks.size in counter.sides
-    return counter.bytes, bytes_of_step(config.model, len(rows.rows), ranks.size)
+    mode = config.engine.activation_checkpointing
+    return counter.bytes, bytes_of_step(config.model, len(rows.rows), ranks.size, mode)
 
 
-def bytes_of_step(model: ModelConfig, rows: int, t: int) -> int:
+def bytes_of_step(model: ModelConfig, rows: int, t: int, mode: str) -> int:
     """The formula of docs/distributed.md for norm=reordered in float32, one micro-batch a step."""
     K, L, slots, share = model.K, model.layers, rows * TOKENS, (t - 1) / t
     stream, one = 4 * slots * model.dim * share, 2 * 4 * slots * share
@@ -248,6 +258,10 @@ def bytes_of_step(model: ModelConfig, rows: int, t: int) -> int:
         queries, computed = (1, 1) if layer == L - 1 else (given, K)
         total += 2 * (given + 3 * computed) * stream  # two gathers, two sums; there and back
         total += 2 * (queries + given) * one  # norms of queries and keys, there and back
+        if mode in ("selective", "full"):
+            total += (given + computed) * stream + (queries + given) * one
+        if mode == "full":
+            total += 2 * computed * stream
     total += 2 * stream + 3 * one  # the loss: the largest logit, the sum, and the target's
     return int(total + 2 * 4 * model.dim * (2 * L + 1) * share)  # gradients of norms' weights
 
@@ -266,7 +280,12 @@ def find(groups: ProcessGroups, mesh: str, folder: Path) -> Found:
         train(groups, config_of("phd_cswa", tensor, HALF)),
         between(groups, config_of("vectors", tensor)),
         pieces(groups, config_of("vectors", tensor), folder),
-        {model: sent(groups, config_of(model, tensor)) for model in ("vanilla", "phd_cswa")},
+        {
+            "vanilla": sent(groups, config_of("vanilla", tensor)),
+            "phd_cswa": sent(groups, config_of("phd_cswa", tensor)),
+            "selective": sent(groups, config_of("phd_cswa", tensor, SELECTIVE)),
+            "full": sent(groups, config_of("phd_cswa", tensor, FULL)),
+        },
     )
 
 
@@ -435,7 +454,7 @@ def test_a_checkpoint_goes_from_one_process_to_a_mesh_and_back(
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("model", ["vanilla", "phd_cswa"])
+@pytest.mark.parametrize("model", ["vanilla", "phd_cswa", "selective", "full"])
 @every_mesh
 def test_a_step_sends_what_the_formula_says(
     mesh: str, model: str, found: dict[str, list[Found]]
@@ -443,6 +462,48 @@ def test_a_step_sends_what_the_formula_says(
     for rank in found[mesh]:
         counted, expected = rank.sent[model]
         assert counted == expected > 0
+
+
+# Memory
+
+WIDE = ("model=phd", "model.K=3", "data.lanes=1", "train.global_batch=4", "train.seq_len=64")
+WIDE += ("model.dim=64", "model.ffn_dim=160", "model.heads=8", "model.kv_heads=8")
+WIDE += ("model.head_dim=8", "model.vocab_size=64", "engine.device=cpu", "engine.compile=false")
+
+
+def kept_by_a_block(ranks: int, mode: str, precision: str) -> tuple[int, int]:
+    """Bytes that are left for a block's backward pass; how many were predicted."""
+    settings = (f"engine.activation_checkpointing={mode}", f"engine.precision={precision}")
+    config = load([*WIDE, f"engine.tensor={ranks}", *settings])
+    dtype, kept = PRECISIONS[precision], []
+    given = replace(pass_of(config, dtype, ranks, "cpu"), weights=dtype, rounded=False)
+    for layers in (3, 4):
+        with rank_of(0, ranks):
+            with torch.device("meta"):
+                model = ModelWithLoss(Transformer(replace(config.model, layers=layers)), 0.0)
+            if ranks > 1:
+                mesh = dist.device_mesh.init_device_mesh("cpu", (ranks,))
+                parallelize_tensor(model, TensorRanks.of(mesh))
+            checkpoint_activations(model.model, config.engine)
+            model.model.blocks.to(dtype)  # as FSDP2 gathers them
+            model.to_empty(device="cpu")
+            tokens, live = torch.zeros(4, 64, dtype=torch.int64), LiveBytes()
+            with live, autocast(torch.device("cpu"), dtype):
+                hidden = model.model(tokens)
+                kept.append(live.bytes - hidden.nbytes)
+    return kept[1] - kept[0], rank_footprints(given, config)[1].saved
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+def test_a_rank_keeps_its_part_of_a_block_as_was_predicted(mode: str, precision: str) -> None:
+    alone, _ = kept_by_a_block(1, mode, precision)
+    for ranks in (2, 4):
+        kept, predicted = kept_by_a_block(ranks, mode, precision)
+        if mode == "none":  # what is gathered is kept whole
+            assert predicted == pytest.approx(kept, rel=0.12)
+        else:
+            assert kept * ranks == predicted * ranks == alone
 
 
 # The loss
