@@ -14,14 +14,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 from phd.model import ModelWithLoss
 from train.distributed.process_groups import ProcessGroups
-from train.engines.activation_checkpointing import checkpoint_activations
+from train.engines.activation_checkpointing import MATRIX_PRODUCTS, checkpoint_activations
 from train.engines.compilation import compile_blocks
 from train.engines.float8 import check_float8, use_float8
 from train.engines.mesh import ParallelDims
-from train.engines.tensor_parallel import TensorRanks, parallelize_tensor
+from train.engines.tensor_parallel import PRODUCT_SUM, TensorRanks, parallelize_tensor
 from train.settings.engine import FsdpConfig
 from train.torch_private import drop_accumulated_gradients, ignore_in_ddp, init_fsdp_root
 
+PRODUCTS = (*MATRIX_PRODUCTS, PRODUCT_SUM)
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -64,7 +65,7 @@ def parallelize(
         assert mesh is not None
         parallelize_tensor(model_with_loss, TensorRanks.of(mesh["tensor"]))
     compiled = config.compiles_on(device.type)
-    checkpoint_activations(model_with_loss.model, replace(config, compile=compiled))
+    checkpoint_activations(model_with_loss.model, replace(config, compile=compiled), PRODUCTS)
     if compiled:
         compile_blocks(model_with_loss.model)
     if groups.control is None:

@@ -169,6 +169,9 @@ def _(x: Tensor, weight: Tensor, size: int, group: str) -> Tensor:  # noqa: ARG0
     return x.new_empty(*rows, tokens // size, len(weight))
 
 
+PRODUCT_SUM = torch.ops.train.product_sum.default
+
+
 def product_sum(x: Tensor, weight: Tensor, size: int, group: str) -> Tensor:
     """x (..., T, in / t) times the transpose of weight (out, in / t), summed: (..., T / t, out)."""
     return _summed(F.linear(x, weight), size, group)

@@ -34,8 +34,13 @@ from train.engines.device import autocast
 from train.engines.engine import Engine
 from train.engines.footprint import LiveBytes
 from train.engines.memory import pass_of, rank_footprints
-from train.engines.parallelize import PRECISIONS
-from train.engines.tensor_parallel import TensorRanks, parallelize_tensor, vocabulary_loss
+from train.engines.parallelize import PRECISIONS, PRODUCTS
+from train.engines.tensor_parallel import (
+    PRODUCT_SUM,
+    TensorRanks,
+    parallelize_tensor,
+    vocabulary_loss,
+)
 from train.loop import train_step
 from train.run import open_engine
 from train.settings.engine import FsdpConfig
@@ -217,7 +222,7 @@ class Sent(TorchDispatchMode):
         self.ranks, self.bytes, self.sides = ranks, 0, set[int]()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.train.product_sum.default:
+        if func is PRODUCT_SUM:
             with self:  # which would not see into it
                 return tensor_parallel.product_sum(*args)
         out = func(*args, **(kwargs or {}))
@@ -484,7 +489,7 @@ def kept_by_a_block(ranks: int, mode: str, precision: str) -> tuple[int, int]:
             if ranks > 1:
                 mesh = dist.device_mesh.init_device_mesh("cpu", (ranks,))
                 parallelize_tensor(model, TensorRanks.of(mesh))
-            checkpoint_activations(model.model, config.engine)
+            checkpoint_activations(model.model, config.engine, PRODUCTS)
             model.model.blocks.to(dtype)  # as FSDP2 gathers them
             model.to_empty(device="cpu")
             tokens, live = torch.zeros(4, 64, dtype=torch.int64), LiveBytes()
