@@ -59,19 +59,25 @@ class Setting(NamedTuple):
 
 def settings_of(cls: Any) -> list[Setting]:
     """The fields of a dataclass in their order."""
-    hints, found = _hints(cls), []
-    for field in fields(cls):
-        factory, hint = field.default_factory, hints[field.name]
-        default = field.default if factory is MISSING else factory()
-        sections, named = _sections(hint), _entries(hint) is not None
-        found.append(Setting(field.name, hint, sections, named, default))
-    return found
+    return [
+        setting if factory is MISSING else setting._replace(default=factory())
+        for setting, factory in _settings(cls)
+    ]
 
 
 @cache
-def _hints(cls: Any) -> dict[str, Any]:
-    """The types of a dataclass's fields; Python evaluates each anew, and we ask a hundred times."""
-    return get_type_hints(cls, include_extras=True)
+def _settings(cls: Any) -> list[tuple[Setting, Any]]:
+    """The fields of a dataclass, each with what makes its default, if that is made anew.
+
+    Python evaluates the types of fields at every call, and we ask a hundred times.
+    """
+    hints, found = get_type_hints(cls, include_extras=True), []
+    for field in fields(cls):
+        hint = hints[field.name]
+        sections, named = _sections(hint), _entries(hint) is not None
+        setting = Setting(field.name, hint, sections, named, field.default)
+        found.append((setting, field.default_factory))
+    return found
 
 
 def build(cls: type[T], values: Mapping[str, Any], where: str = "the configuration") -> T:
@@ -126,12 +132,17 @@ def keys(cls: Any, path: str = "") -> list[str]:
 
     A `*` stands for a name of the user's choice: `data.sources.*.weight`.
     """
+    return list(_keys(cls, path))
+
+
+@cache
+def _keys(cls: Any, path: str) -> dict[str, None]:
     found: list[str] = []
     for setting in settings_of(cls):
         key = path + setting.name
         within = f"{key}.*." if setting.named else f"{key}."
         found += [name for section in setting.sections for name in keys(section, within)] or [key]
-    return list(dict.fromkeys(found))
+    return dict.fromkeys(found)
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
@@ -229,7 +240,7 @@ class _Reader:
             return self.reject(key, value, beyond)
         try:
             # Strict JSON takes neither true for 1 nor "3" for 3, yet a list for a tuple.
-            return TypeAdapter(hint).validate_json(json.dumps(_whole(value)), strict=True)
+            return _adapter(hint).validate_json(json.dumps(_whole(value)), strict=True)
         except ValidationError:
             meant = did_you_mean(closest(value, _literals(hint)))
             return self.reject(key, value, type_in_words(hint), meant)
@@ -254,7 +265,7 @@ class _Reader:
 
     def variant(self, sections: list[Any], value: Any, key: str) -> Any:
         """Reads the one of several dataclasses that the value's `kind` names."""
-        kinds = {get_args(get_type_hints(section)["kind"])[0]: section for section in sections}
+        kinds = {_kind(section): section for section in sections}
         kind = value.get("kind") if isinstance(value, Mapping) else value
         if isinstance(kind, str) and kind in kinds:
             return self.section(kinds[kind], value, f"{key}.")
@@ -344,11 +355,15 @@ def _known(keys: Iterable[str], given: Iterable[str]) -> list[str]:
     known = []
     for key in keys:
         section, star, _ = key.partition("*")
+        if not star:
+            known.append(key)
+            continue
         names = [k.removeprefix(section).partition(".")[0] for k in given if k.startswith(section)]
-        known += [key.replace("*", name, 1) for name in dict.fromkeys(names)] if star else [key]
+        known += [key.replace("*", name, 1) for name in dict.fromkeys(names)]
     return known
 
 
+@cache
 def _entries(hint: Any) -> Any:
     """What each name of a dict of dataclasses holds; None for other types."""
     if get_origin(hint) is dict and _sections(entry := get_args(hint)[1]):
@@ -356,6 +371,7 @@ def _entries(hint: Any) -> Any:
     return None
 
 
+@cache
 def _sections(hint: Any) -> list[Any]:
     """The dataclasses that a field of this type holds one of, or some of by name; none for a
     plain value."""
@@ -365,6 +381,19 @@ def _sections(hint: Any) -> list[Any]:
         return _sections(get_args(hint)[1])
     members = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
     return [member for member in members if is_dataclass(member)]
+
+
+@cache
+def _kind(section: Any) -> str:
+    """The only value of `kind`, a Literal by which one of several dataclasses is told."""
+    [kind] = get_args(get_type_hints(section)["kind"])
+    return str(kind)
+
+
+@cache
+def _adapter(hint: Any) -> TypeAdapter[Any]:
+    """What reads a value of this type."""
+    return TypeAdapter(hint)
 
 
 def _draft(cls: type[T], given: Mapping[str, Any]) -> T:

@@ -1,6 +1,7 @@
 """The files of conf/: groups, their choices, and what each of them sets."""
 
 import re
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -24,7 +25,18 @@ def groups() -> list[str]:
 
 def choices(group: str) -> list[str]:
     """The files of a group, without their ending."""
-    return sorted(file.stem for file in (CONF / group).glob("*.yaml"))
+    folder = CONF / group
+    try:
+        changed = folder.stat().st_mtime_ns
+    except OSError:
+        return []  # there is no such group
+    return list(_choices(folder, changed))
+
+
+@lru_cache(maxsize=256)
+def _choices(folder: Path, changed: int) -> list[str]:  # noqa: ARG001
+    """The files of a folder, which is asked for hundreds of times in a command."""
+    return sorted(file.stem for file in folder.glob("*.yaml"))
 
 
 def default_choices() -> dict[str, str | None]:
