@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests import workers
+
 # Triton reads this when it is imported. Where there is no GPU, its kernels then run on the CPU.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
@@ -109,13 +111,21 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
-def pytest_configure() -> None:
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes(config: pytest.Config) -> None:
+    """Before xdist starts the processes that it shares the suite among."""
+    workers.fork_workers(config)
+
+
+def pytest_configure(config: pytest.Config) -> None:
     """Let Ctrl-C reach the processes of the tests, also when the suite runs in the background.
 
     A shell starts background jobs with SIGINT ignored, which all their children inherit.
     """
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if hasattr(config, "workerinput"):
+        workers.begin_worker()
 
 
 @pytest.fixture(autouse=True)

@@ -34,7 +34,6 @@ import multiprocessing.forkserver
 import multiprocessing.process
 import os
 import pickle
-import re
 import runpy
 import signal
 import socket
@@ -54,19 +53,20 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 import pytest
 
-from tests.fork_server import fork_server
-
 SET_PARENT_DEATH_SIGNAL, SET_NAME, SET_SUBREAPER = 1, 15, 36  # of linux/prctl.h
 NAME = b"fork-server"
 """What Linux calls the process that commands are forked from."""
 
 FLAGS = {"-u", "-I", "-B"}
 LOCALE = ("LC_ALL", "LC_CTYPE", "LANG")
-VARIABLES = {"PYTHONPATH", "PYTHONUNBUFFERED", "PYTHONDONTWRITEBYTECODE"}
+VARIABLES = {
+    *("PYTHONPATH", "PYTHONUNBUFFERED"),
+    *("PYTHONDONTWRITEBYTECODE", "PYTHONPYCACHEPREFIX"),
+}
 """Python's options and variables that a process can follow that has imported everything."""
 
-OF_MULTIPROCESSING = re.compile("resource_tracker|forkserver")
-"""Processes that it starts for its own needs."""
+TRACKER, FORK_SERVER = "multiprocessing.resource_tracker", "multiprocessing.forkserver"
+"""What multiprocessing starts for its own needs."""
 
 FIRST_PROCESS = multiprocessing.current_process()
 """In the server and its forks: the one of a Python that was started as such."""
@@ -135,7 +135,7 @@ def can_fork(words: list[str], variables: Mapping[str, str]) -> bool:
     own = {name for name in variables if name.startswith("PYTHON")} - VARIABLES
     same_locale = all(variables.get(name) == os.environ.get(name) for name in LOCALE)
     script = read_words(words)
-    serves = script is not None and OF_MULTIPROCESSING.search(script.text)
+    serves = script is not None and TRACKER in script.text
     folders = variables.get("PYTHONPATH", "").split(os.pathsep)
     customized = any(Path(folder, "sitecustomize.py").exists() for folder in folders)
     return script is not None and not (own or serves or customized) and same_locale
@@ -174,16 +174,29 @@ class Server:
 
 
 _server: list[Server] = []  # of this process
+_for_good = pytest.MonkeyPatch()  # in a fork
 
 
 def _own_server() -> Server:
     if not _server:
-        ours, theirs = socket.socketpair()
-        process = fork_server().Process(target=_serve, args=(theirs,), daemon=True)
-        process.start()
-        theirs.close()
-        _server.append(Server(ours))
+        start_server()
     return _server[0]
+
+
+def start_server(prepare: Callable[[], object] = lambda: None) -> None:
+    """Start the process that commands of this one are forked from.
+
+    Args:
+        prepare: what it does first of all, of the top level of a module.
+    """
+    from tests.fork_server import fork_server  # which imports this module
+
+    assert not _server, "it has one"
+    ours, theirs = socket.socketpair()
+    process = fork_server().Process(target=_serve, args=(theirs, prepare), daemon=True)
+    process.start()
+    theirs.close()
+    _server.append(Server(ours))
 
 
 @contextmanager
@@ -192,6 +205,16 @@ def forked_python() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         _fork_what_is_started(patch)
         yield
+
+
+def has_server() -> bool:
+    """Whether there is a process already that has imported everything."""
+    return bool(_server)
+
+
+def start_as_ever() -> None:
+    """From now on a process that was forked starts real Pythons, outside of `forked_python`."""
+    _for_good.undo()
 
 
 def _fork_what_is_started(patch: pytest.MonkeyPatch) -> None:
@@ -236,9 +259,10 @@ def _forking(fork_exec: Callable[..., int]) -> Callable[..., int]:
 # The server
 
 
-def _serve(connection: socket.socket) -> None:
+def _serve(connection: socket.socket, prepare: Callable[[], object] = lambda: None) -> None:
     """Fork commands until the process that asks for them is gone."""
     prctl(SET_NAME, NAME, 0, 0, 0)
+    prepare()
     # A signal to the group is not for this process. One to a new process waits until it is ready.
     others = signal.valid_signals() - {signal.SIGTERM}  # with which multiprocessing ends this one
     signal.pthread_sigmask(signal.SIG_SETMASK, others)
@@ -299,7 +323,8 @@ def _become(command: Command, files: list[int]) -> NoReturn:
     os.environ.clear()
     os.environ |= command.variables
     _forget_the_server()
-    start_own_server()
+    if not any(FORK_SERVER in word for word in command.words):  # its children have it to ask
+        start_own_server()
     _take_signals(command)
     np.random.seed()  # as `random` does by itself in a fork
     os.execvp = _exec
@@ -352,7 +377,7 @@ def start_own_server() -> None:
     high = fcntl.fcntl(ours, fcntl.F_DUPFD_CLOEXEC, 500)
     ours.close()
     _server.append(Server(socket.socket(fileno=high)))
-    _fork_what_is_started(pytest.MonkeyPatch())  # for good
+    _fork_what_is_started(_for_good)
 
 
 def _take_signals(command: Command) -> None:
