@@ -7,7 +7,10 @@ import re
 import signal
 import sys
 from collections.abc import Generator, Iterator
+from functools import cache
+from inspect import getmembers
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -154,6 +157,7 @@ def triton_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     # those; it converts them right. A product in float32 is what a tensor core computes.
     import numpy as np
     import triton.language as tl
+    from triton.runtime import interpreter
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
     dot = InterpreterBuilder.create_dot
@@ -167,3 +171,15 @@ def triton_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
         return dot(self, widened(a), widened(b), *more)
 
     monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
+
+    # At each call of a function it lists all of Triton's language anew, a third of its time.
+    @cache
+    def members(package: object) -> list[tuple[str, object]]:
+        return getmembers(package, tl.core.is_builtin)
+
+    def patch_builtin(package: object, *more: Any) -> None:
+        for name, member in members(package):
+            if getattr(package, name) is member:  # else a caller has done it
+                interpreter._patch_attr(package, name, member, *more)
+
+    monkeypatch.setattr(interpreter, "_patch_builtin", patch_builtin)
