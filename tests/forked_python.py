@@ -141,6 +141,11 @@ def can_fork(words: list[str], variables: Mapping[str, str]) -> bool:
     return script is not None and not (own or serves or customized) and same_locale
 
 
+def is_fork_server(words: list[str]) -> bool:
+    """Whether it is the command line of multiprocessing's server."""
+    return any(FORK_SERVER in word for word in words)
+
+
 def is_server(process: int) -> bool:
     """Whether commands are forked from a process."""
     try:
@@ -183,7 +188,7 @@ def _own_server() -> Server:
     return _server[0]
 
 
-def start_server(prepare: Callable[[], object] = lambda: None) -> None:
+def start_server(prepare: Callable[[], object] | None = None) -> None:
     """Start the process that commands of this one are forked from.
 
     Args:
@@ -237,7 +242,8 @@ def _forking(fork_exec: Callable[..., int]) -> Callable[..., int]:
         variables = {os.fsdecode(name): os.fsdecode(value) for name, value in pairs}
         same_user = tuple(more[:6]) == (-1, None, None, None, -1, None)  # and no preexec_fn
         usual = same_user and close_fds and os.path.isdir(folder)
-        if not (usual and can_fork(words, variables)):
+        first = is_fork_server(words) and not has_server()  # of which ours will be forked
+        if first or not (usual and can_fork(words, variables)):
             return fork_exec(*given)
         standard = (read_in, write_out, write_error)
         files = {n: n if file == -1 else file for n, file in enumerate(standard)}
@@ -259,10 +265,11 @@ def _forking(fork_exec: Callable[..., int]) -> Callable[..., int]:
 # The server
 
 
-def _serve(connection: socket.socket, prepare: Callable[[], object] = lambda: None) -> None:
+def _serve(connection: socket.socket, prepare: Callable[[], object] | None = None) -> None:
     """Fork commands until the process that asks for them is gone."""
     prctl(SET_NAME, NAME, 0, 0, 0)
-    prepare()
+    if prepare is not None:
+        prepare()
     # A signal to the group is not for this process. One to a new process waits until it is ready.
     others = signal.valid_signals() - {signal.SIGTERM}  # with which multiprocessing ends this one
     signal.pthread_sigmask(signal.SIG_SETMASK, others)
@@ -323,7 +330,7 @@ def _become(command: Command, files: list[int]) -> NoReturn:
     os.environ.clear()
     os.environ |= command.variables
     _forget_the_server()
-    if not any(FORK_SERVER in word for word in command.words):  # its children have it to ask
+    if not is_fork_server(command.words):  # whose children ask it
         start_own_server()
     _take_signals(command)
     np.random.seed()  # as `random` does by itself in a fork

@@ -193,3 +193,29 @@ def test_workers_of_pools_are_forked(tmp_path: Path) -> None:
     started, forked = both([sys.executable, "-W", "error", str(script)])
     assert started == (4, "1 2 3\nTrue False\n1 2 3\nFalse\n", "")
     assert forked == (4, "1 2 3\nTrue True\n1 2 3\nTrue\n", "")
+
+
+FIRST = """
+import subprocess, sys
+from tests.forked_python import forked_python
+
+if __name__ == "__main__":
+    with forked_python():
+        tell = "import sys; print('torch' in sys.modules)"
+        print(subprocess.check_output([sys.executable, "-c", tell], text=True))
+"""
+
+
+def test_a_process_that_was_not_forked_can_fork_what_it_starts(tmp_path: Path) -> None:
+    """As where the suite runs in one process."""
+    script = tmp_path / "first.py"
+    script.write_text(FIRST)
+    variables = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        env=variables,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+    )
+    assert (done.returncode, done.stdout) == (0, "True\n\n"), done.stderr

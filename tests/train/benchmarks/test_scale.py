@@ -11,6 +11,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
+from tests.forked_python import forked_python
 from tests.train.many_ranks import rank_of
 from train.benchmarks.scale import SETTINGS, bench_scale
 from train.benchmarks.stand_ins import as_rank
@@ -24,7 +25,8 @@ FEW, MANY = 8, 32
 @pytest.fixture(scope="module")
 def rows() -> dict[tuple[str, str, int], dict[str, Any]]:
     """Of two real ranks among a few, and among more."""
-    result = bench_scale(load(["size=tiny", *SETTINGS]), (FEW, MANY), 2)
+    with forked_python():
+        result = bench_scale(load(["size=tiny", *SETTINGS]), (FEW, MANY), 2)
     return {(row["work"], row["rank"], row["ranks"]): row for row in result.rows}
 
 

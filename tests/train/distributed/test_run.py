@@ -13,6 +13,7 @@ import pytest
 from rich.console import Console
 from rich.progress import Progress
 
+from tests.forked_python import forked_python
 from tests.train.many_ranks import RanksFailedError, run_ranks
 from train.compose import load
 from train.distributed.process_groups import ProcessGroups
@@ -173,13 +174,14 @@ def test_the_runs_of_a_sweep_follow_each_other_on_all_ranks(
 ) -> None:
     settings = [text for text in small_at(tmp_path, *FOUR) if not text.startswith("run.dir")]
     sweep = ["-m", "engine=deepspeed,fsdp", "train.max_steps=2"]
-    done = subprocess.run(
-        [sys.executable, "-m", "launch", "local", "processes=2", *settings, *sweep],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
+    with forked_python():
+        done = subprocess.run(
+            [sys.executable, "-m", "launch", "local", "processes=2", *settings, *sweep],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+        )
     assert done.returncode == 0, done.stderr
     runs = sorted(path for path in (tmp_path / "runs").iterdir() if path.is_dir())
     assert len(runs) == 2
