@@ -22,10 +22,9 @@ endif
 
 # Three test processes of one thread each on two cores: a third of their time is waiting for other
 # processes. The tests of a file run in one process, because they look at runs that they share.
-# Python keeps what it compiles in $(VENV), also where the environment says otherwise: the suite starts
-# hundreds of processes.
-PYTEST := PYTHONDONTWRITEBYTECODE= PYTHONPYCACHEPREFIX="$(abspath $(VENV))/pycache" \
-	OMP_NUM_THREADS=1 PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest \
+# Python keeps what it compiles, also where the environment says otherwise: the suite starts hundreds
+# of processes.
+PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest \
 	-n 3 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help train test fast check gpu eval-data soak-data soak-faults soak-rules soak-mesh soak-kernels install clean

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests import workers
+from tests import forked_python, workers
 
 # Triton reads this when it is imported. Where there is no GPU, its kernels then run on the CPU.
 if not torch.cuda.is_available():
@@ -120,6 +120,12 @@ def pytest_xdist_setupnodes(config: pytest.Config) -> None:
     workers.fork_workers(config)
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Before xdist starts one of them."""
+    node.workerinput["forked"] = forked_python.has_server()
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Let Ctrl-C reach the processes of the tests, also when the suite runs in the background.
 
@@ -128,7 +134,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if hasattr(config, "workerinput"):
-        workers.begin_worker()
+        workers.begin_worker(config.workerinput["forked"])
 
 
 @pytest.fixture(autouse=True)

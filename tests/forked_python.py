@@ -71,7 +71,7 @@ TRACKER, FORK_SERVER = "multiprocessing.resource_tracker", "multiprocessing.fork
 FIRST_PROCESS = multiprocessing.current_process()
 """In the server and its forks: the one of a Python that was started as such."""
 
-prctl = ctypes.CDLL(None).prctl
+prctl: Any = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
 
 
 class Command(NamedTuple):
@@ -201,6 +201,7 @@ def start_server(prepare: Callable[[], object] | None = None) -> None:
     process = fork_server().Process(target=_serve, args=(theirs, prepare), daemon=True)
     process.start()
     theirs.close()
+    atexit.register(ours.close)
     _server.append(Server(ours))
 
 
@@ -334,7 +335,6 @@ def _become(command: Command, files: list[int]) -> NoReturn:
         start_own_server()
     _take_signals(command)
     np.random.seed()  # as `random` does by itself in a fork
-    os.execvp = _exec
     words, path = command.words, list(sys.path)
     while True:
         try:
@@ -385,6 +385,7 @@ def start_own_server() -> None:
     ours.close()
     _server.append(Server(socket.socket(fileno=high)))
     _fork_what_is_started(_for_good)
+    _for_good.setattr(os, "execvp", _exec)
 
 
 def _take_signals(command: Command) -> None:

@@ -24,7 +24,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from conf import checkout
@@ -39,7 +39,6 @@ from conf.standard_streams import guard_standard_streams
 from conf.text import NotUtf8Error, read_text
 from conf.validation import (
     HAS_TO_BE_GIVEN,
-    OMITTED,
     defaults,
     flatten_keys,
     keys,
@@ -132,7 +131,7 @@ def run(
 
     def job(tree: DictConfig) -> None:
         hydra_config = HydraConfig.get()
-        config = named(_read(tree), labels(hydra_config.overrides.task, command.swept))
+        config = named(_read(deepcopy(tree)), labels(hydra_config.overrides.task, command.swept))
         config = in_group(config, command.group)
         _hide_secrets(config)
         if hydra_config.mode == RunMode.MULTIRUN:
@@ -292,7 +291,7 @@ def compose_now(overrides: Iterable[str]) -> Composed:
 def _values(tree: DictConfig) -> dict[str, Any]:
     """All settings by their full names; as composed, if they are no configuration yet."""
     try:
-        return flatten_keys(_read(tree).to_dict())
+        return flatten_keys(_read(deepcopy(tree)).to_dict())
     except ConfigError:
         own = OmegaConf.masked_copy(tree, [str(key) for key in tree if key in SECTIONS])
         return flatten_keys(cast(dict[str, Any], OmegaConf.to_container(own)))
@@ -621,19 +620,13 @@ def _not_in_utf8() -> Iterator[str]:
 
 
 def _read(tree: DictConfig) -> Config:
-    """The config that Hydra has composed, without Hydra's own settings."""
-    if together := tree.get(TOGETHER):
-        tree = deepcopy(tree)
-        for key, value in together.items():
-            OmegaConf.update(tree, str(key), value, force_add=True)
-    others = ("hydra", TOGETHER)
-    values = {str(key): _resolved(tree, str(key)) for key in tree if key not in others}
-    return config_of(values)
+    """The config that Hydra has composed; the tree loses what is no part of it.
 
-
-def _resolved(tree: DictConfig, key: str) -> Any:
-    """The value of a key, or the plain tree of what is below it."""
-    if OmegaConf.is_missing(tree, key):
-        return OMITTED
-    value = tree[key]
-    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+    Hydra's own settings are one thing in a command and another in its jobs.
+    """
+    with open_dict(tree):
+        tree.pop("hydra", None)
+        together = tree.pop(TOGETHER, None) or {}
+    for key, value in together.items():
+        OmegaConf.update(tree, str(key), value, force_add=True)
+    return config_of(cast(dict[str, Any], OmegaConf.to_container(tree, resolve=True)))

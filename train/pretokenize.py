@@ -172,8 +172,8 @@ def in_processes(jobs: Sequence[Callable[[], T]], workers: int) -> Iterator[list
     context = multiprocessing.get_context("spawn")
     ended, end = context.Pipe(duplex=False)
     with ended, end, ProcessPoolExecutor(workers, context, _end_when, (ended,)) as pool:
-        running = {pool.submit(job) for job in jobs}
         try:
+            running = {pool.submit(job) for job in jobs}
             while running:
                 done, running = wait(running, timeout=REFRESH_S, return_when=FIRST_COMPLETED)
                 yield [future.result() for future in done]

@@ -1,6 +1,7 @@
 """What ranks, commands and agents import: they are forked from a process that has imported this."""
 
 import gc
+from importlib.util import find_spec
 
 import torch
 import torch._inductor.compile_fx
@@ -14,8 +15,9 @@ from train.compose import check, load
 from train.engines.zero import import_deepspeed
 
 torch.set_num_threads(1)  # a fork would lose the other threads
-import_deepspeed(torch.device("cpu"))
-import deepspeed.runtime.zero.muon.original_muon  # noqa: E402, F401  # imports 2 s of inductor
+if find_spec("deepspeed") is not None:
+    import_deepspeed(torch.device("cpu"))
+    import deepspeed.runtime.zero.muon.original_muon  # noqa: F401  # imports 2 s of inductor
 
 load(["engine.device=cpu"])  # builds Hydra's parsers
 # What most runs of tests choose of conf/, and what they propose at their end.

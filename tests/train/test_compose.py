@@ -225,6 +225,13 @@ def test_an_option_that_there_is_not_is_told(option: str, hint: str) -> None:
     assert problem.endswith(hint)
 
 
+def test_a_setting_cannot_be_one_of_hydras() -> None:
+    """They are one thing where a command is checked, and another in its jobs."""
+    with pytest.raises(ConfigError, match=r"hydra\.job\.name"):
+        load(["run.name=${hydra.job.name}"])
+    assert load(["run.name=${model.variant}-x"]).name == f"{load([]).model.variant}-x"
+
+
 @pytest.mark.process
 def test_what_is_typed_reaches_the_check_in_its_order(tmp_path: Path) -> None:
     done = script(tmp_path, "--model", "phd", "model.K", "3", "-m", "seed=1,2", "--cfg", "job")

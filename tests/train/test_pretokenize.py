@@ -356,12 +356,14 @@ def test_a_failure_ends_the_workers_and_no_other_process_of_ours(tmp_path: Path)
     before = set(multiprocessing.active_children())
     file = tmp_path / "work.begun"
     jobs = [partial(_begin, file), partial(_fail_after, file)]
-    with pytest.raises(LookupError, match="as it shall"):
-        list(in_processes(jobs, workers=2))
-    assert set(multiprocessing.active_children()) == before >= {other}
-    assert not file.with_suffix(".ended").exists()
-    other.kill()
-    other.join()
+    try:
+        with pytest.raises(LookupError, match="as it shall"):
+            list(in_processes(jobs, workers=2))
+        assert set(multiprocessing.active_children()) == before >= {other}
+        assert not file.with_suffix(".ended").exists()
+    finally:
+        other.kill()
+        other.join()
     assert other.exitcode == -signal.SIGKILL
 
 

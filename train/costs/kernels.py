@@ -224,11 +224,16 @@ def block_stages(
     batch: MicroBatch, rates: RatesConfig, checkpoint_every: int = 1
 ) -> Iterator[Stage]:
     """The blocks of all passes; every `checkpoint_every`-th one computes something again."""
-    plain = replace(batch, recompute="none")
     for layer, pattern in enumerate(patterns_of(batch.model)):
         copies = copies_of(batch.model, layer, pattern)
-        checkpointed = layer % batch.model.layers % checkpoint_every == 0
-        yield block_stage(batch if checkpointed else plain, copies, pattern, rates)
+        recompute = recompute_of(batch, layer, checkpoint_every)
+        yield block_stage(replace(batch, recompute=recompute), copies, pattern, rates)
+
+
+def recompute_of(batch: MicroBatch, layer: int, checkpoint_every: int) -> Recompute:
+    """What is computed again of a block; they are numbered through all passes."""
+    checkpointed = layer % batch.model.layers % checkpoint_every == 0
+    return batch.recompute if checkpointed else "none"
 
 
 def optimizer_s(parameters: float, rates: RatesConfig) -> float:

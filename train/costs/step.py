@@ -23,6 +23,7 @@ from train.costs.kernels import (
     copies_of,
     head_stage,
     optimizer_s,
+    recompute_of,
 )
 from train.costs.links import Groups, bandwidth, gather_s, groups_of, reduce_s
 from train.engines.context_parallel import heads_sent, pieces_of
@@ -442,7 +443,7 @@ def _waits(step: Step, blocks: Sequence[Stage]) -> Iterator[_Waits]:
             others = flops_before(batch, pattern, copies.queries) / step.cluster.rates.attention
             waited = keys.waited(block.forward.attention, others, key_pieces(batch, pattern))
         # What is computed again is also sent again; of attention that is all or nothing.
-        recompute = batch.recompute if layer % step.checkpoint_every == 0 else "none"
+        recompute = recompute_of(batch, layer, step.checkpoint_every)
         again = recompute == "full"
         context, waited = ((there, back + again * there) for there, back in (keys.moved, waited))
         moved = place.tensor_s(traffic)

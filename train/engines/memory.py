@@ -145,7 +145,14 @@ def rank_footprints(given: Pass, config: Config) -> list[Footprint]:
     """The footprints of the blocks on a rank of the mesh, which has a part of each."""
     blocks = block_footprints(given, config.engine.checkpoint_every_block)
     blocks, tensor = _with_rows_of_keys(blocks, given, config), _tensor_ranks(config)
-    return [_tensor_part(block, given, tensor) for block in blocks] if tensor > 1 else blocks
+    if tensor == 1:
+        return blocks
+    every, layers = config.engine.checkpoint_every_block, config.model.layers
+    plain = replace(given, recompute="none")
+    return [
+        _tensor_part(block, plain if layer % layers % every else given, tensor)
+        for layer, block in enumerate(blocks)
+    ]
 
 
 def _tensor_ranks(config: Config) -> int:

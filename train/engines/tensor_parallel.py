@@ -25,6 +25,7 @@ What the ranks send each other, and the gradients of it:
     verb             forward              backward
     gather           all-gather           reduce-scatter
     scatter_sum      reduce-scatter       all-gather
+    product_sum      a product, and that  all-gather, and two products
 
 Megatron-LM's sequence parallelism (arXiv 2205.05198, figure 5) calls these g and its conjugate.
 """

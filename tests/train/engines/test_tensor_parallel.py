@@ -471,18 +471,30 @@ def test_a_step_sends_what_the_formula_says(
 
 # Memory
 
-WIDE = ("model=phd", "model.K=3", "data.lanes=1", "train.global_batch=4", "train.seq_len=64")
+WIDE = (
+    "model=phd",
+    "model.K=3",
+    "model.layers=5",
+    "data.lanes=1",
+    "train.global_batch=4",
+    "train.seq_len=64",
+)
 WIDE += ("model.dim=64", "model.ffn_dim=160", "model.heads=8", "model.kv_heads=8")
 WIDE += ("model.head_dim=8", "model.vocab_size=64", "engine.device=cpu", "engine.compile=false")
 
 
-def kept_by_a_block(ranks: int, mode: str, precision: str) -> tuple[int, int]:
-    """Bytes that are left for a block's backward pass; how many were predicted."""
+def kept_by_two_blocks(ranks: int, mode: str, precision: str, every: int) -> tuple[int, int]:
+    """Bytes that are left for two blocks' backward pass; how many were predicted.
+
+    Args:
+        every: which of the blocks compute something again.
+    """
     settings = (f"engine.activation_checkpointing={mode}", f"engine.precision={precision}")
-    config = load([*WIDE, f"engine.tensor={ranks}", *settings])
+    cut = (f"engine.tensor={ranks}", f"engine.checkpoint_every_block={every}")
+    config = load([*WIDE, *cut, *settings])
     dtype, kept = PRECISIONS[precision], []
     given = replace(pass_of(config, dtype, ranks, "cpu"), weights=dtype, rounded=False)
-    for layers in (3, 4):
+    for layers in (3, 5):
         with rank_of(0, ranks):
             with torch.device("meta"):
                 model = ModelWithLoss(Transformer(replace(config.model, layers=layers)), 0.0)
@@ -496,16 +508,20 @@ def kept_by_a_block(ranks: int, mode: str, precision: str) -> tuple[int, int]:
             with live, autocast(torch.device("cpu"), dtype):
                 hidden = model.model(tokens)
                 kept.append(live.bytes - hidden.nbytes)
-    return kept[1] - kept[0], rank_footprints(given, config)[1].saved
+    return kept[1] - kept[0], sum(part.saved for part in rank_footprints(given, config)[1:3])
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("mode", ["none", "selective", "full"])
-def test_a_rank_keeps_its_part_of_a_block_as_was_predicted(mode: str, precision: str) -> None:
-    alone, _ = kept_by_a_block(1, mode, precision)
+@pytest.mark.parametrize(
+    ("mode", "every"), [("none", 1), ("selective", 1), ("selective", 2), ("full", 1)]
+)
+def test_a_rank_keeps_its_part_of_a_block_as_was_predicted(
+    mode: str, every: int, precision: str
+) -> None:
+    alone, _ = kept_by_two_blocks(1, mode, precision, every)
     for ranks in (2, 4):
-        kept, predicted = kept_by_a_block(ranks, mode, precision)
-        if mode == "none":  # what is gathered is kept whole
+        kept, predicted = kept_by_two_blocks(ranks, mode, precision, every)
+        if mode == "none" or every > 1:  # what is gathered is kept whole
             assert predicted == pytest.approx(kept, rel=0.12)
         else:
             assert kept * ranks == predicted * ranks == alone
