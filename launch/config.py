@@ -90,7 +90,8 @@ class MultiNode(Local):
             elastic: the run starts when at least 1 machine is there, continues when others die, and
             takes in up to 4.
         join_s: seconds that machines wait for each other at every start and restart.
-        last_call_s: seconds that an elastic run waits for more machines when there are enough.
+        last_call_s: seconds that an elastic run waits for more machines when there are enough; at
+            least 2, because machines that wait look once a second.
         heartbeat_s: seconds between two heartbeats of a machine, which counts as dead when three
             are missing.
     """
@@ -117,7 +118,8 @@ class MultiNode(Local):
 
     def problems(self) -> list[Problem]:
         found = super().problems()
-        found += at_least(self, "", 1, "join_s", "last_call_s", "heartbeat_s")
+        found += at_least(self, "", 1, "join_s", "heartbeat_s")
+        found += at_least(self, "", 2, "last_call_s")
         form = re.fullmatch(r"[1-9]\d*(:[1-9]\d*)?", str(self.nodes))
         if not form or self.least_nodes > self.most_nodes:
             expected = "expected a number, or LEAST:MOST such as 1:4"

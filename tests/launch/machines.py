@@ -18,7 +18,7 @@ from tests.fork_server import fork_server
 from tests.patience import PATIENCE_S
 
 WORKER = Path(__file__).with_name("worker.py")
-QUICK = {"last_call_s": 1, "heartbeat_s": 1, "join_s": 30, "grace_s": 8}
+QUICK = {"last_call_s": 3, "heartbeat_s": 2, "join_s": 30, "grace_s": 8}
 
 
 class Machines:
@@ -77,8 +77,14 @@ class Machines:
 
     def wait_for_log(self, pattern: str, count: int = 1) -> list[re.Match[str]]:
         """Waits until at least `count` lines of the log match; returns those that do."""
-        wait_for(lambda: len(self.log_lines(pattern)) >= count, pattern)
+        wait_for(lambda: len(self.log_lines(pattern)) >= count, pattern, self._told)
         return self.log_lines(pattern)
+
+    def _told(self) -> str:
+        """What the workers have logged, and each agent's exit code and errors."""
+        lines = [line[0] for line in self.log_lines(".*")]
+        agents = [(agent.exitcode, self.stderr(n)) for n, agent in enumerate(self.agents)]
+        return f"{lines}; {agents}"
 
     def exit_code(self, agent: int = 0) -> int | None:
         """Waits for an agent's exit code."""
@@ -131,11 +137,11 @@ def free_port() -> int:
         return int(free.getsockname()[1])
 
 
-def wait_for(true: Callable[[], bool], what: str) -> None:
-    """Waits until something is true."""
+def wait_for(true: Callable[[], bool], what: str, told: Callable[[], str] = str) -> None:
+    """Waits until something is true; what was `told` until then explains why it never is."""
     deadline = time.monotonic() + PATIENCE_S
     while not true():
-        assert time.monotonic() < deadline, f"never: {what}"
+        assert time.monotonic() < deadline, f"never: {what} {told()}"
         time.sleep(0.02)
 
 

@@ -31,7 +31,7 @@ class Cluster:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         meeting = [f"address=127.0.0.1:{port}", "local_address=127.0.0.1", "nodes=2"]
-        haste = ["join_s=60", "heartbeat_s=2", "last_call_s=1", "max_restarts=1000", "grace_s=120"]
+        haste = ["join_s=60", "heartbeat_s=2", "max_restarts=1000", "grace_s=120"]
         self._command = [sys.executable, "-m", "launch", "nodes", *meeting, *haste]
         self._command += ["processes=2", *overrides]
         self._log = log
