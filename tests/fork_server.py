@@ -10,7 +10,6 @@ import sys
 import traceback
 import warnings
 from collections.abc import Mapping
-from contextlib import nullcontext
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
@@ -18,8 +17,6 @@ from subprocess import TimeoutExpired
 from tempfile import mkdtemp
 
 import pytest
-
-from tests.forked_python import forked_python, has_server
 
 ROOT = Path(__file__).parents[1]
 
@@ -32,7 +29,7 @@ def fork_server() -> ForkServerContext:
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.train.preloaded"])
-    with pytest.MonkeyPatch.context() as patch, forked_python() if has_server() else nullcontext():
+    with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)  # it imports from there alone
         forkserver.ensure_running()
     return context

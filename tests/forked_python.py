@@ -34,6 +34,7 @@ import multiprocessing.forkserver
 import multiprocessing.process
 import os
 import pickle
+import re
 import runpy
 import signal
 import socket
@@ -53,6 +54,8 @@ from typing import Any, NamedTuple, NoReturn
 import numpy as np
 import pytest
 
+from tests.fork_server import fork_server
+
 SET_PARENT_DEATH_SIGNAL, SET_NAME, SET_SUBREAPER = 1, 15, 36  # of linux/prctl.h
 NAME = b"fork-server"
 """What Linux calls the process that commands are forked from."""
@@ -65,8 +68,8 @@ VARIABLES = {
 }
 """Python's options and variables that a process can follow that has imported everything."""
 
-TRACKER, FORK_SERVER = "multiprocessing.resource_tracker", "multiprocessing.forkserver"
-"""What multiprocessing starts for its own needs."""
+OF_MULTIPROCESSING = re.compile("resource_tracker|forkserver")
+"""Processes that it starts for its own needs."""
 
 FIRST_PROCESS = multiprocessing.current_process()
 """In the server and its forks: the one of a Python that was started as such."""
@@ -135,15 +138,10 @@ def can_fork(words: list[str], variables: Mapping[str, str]) -> bool:
     own = {name for name in variables if name.startswith("PYTHON")} - VARIABLES
     same_locale = all(variables.get(name) == os.environ.get(name) for name in LOCALE)
     script = read_words(words)
-    serves = script is not None and TRACKER in script.text
+    serves = script is not None and OF_MULTIPROCESSING.search(script.text)
     folders = variables.get("PYTHONPATH", "").split(os.pathsep)
     customized = any(Path(folder, "sitecustomize.py").exists() for folder in folders)
     return script is not None and not (own or serves or customized) and same_locale
-
-
-def is_fork_server(words: list[str]) -> bool:
-    """Whether it is the command line of multiprocessing's server."""
-    return any(FORK_SERVER in word for word in words)
 
 
 def is_server(process: int) -> bool:
@@ -163,6 +161,10 @@ class Server:
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
         self._lock = threading.Lock()
+
+    def close(self) -> None:
+        """Let it end."""
+        self._connection.close()
 
     def start(self, command: Command, files: list[int]) -> int:
         """Start a command, with these files, as a child of this process; returns its pid."""
@@ -194,8 +196,6 @@ def start_server(prepare: Callable[[], object] | None = None) -> None:
     Args:
         prepare: what it does first of all, of the top level of a module.
     """
-    from tests.fork_server import fork_server  # which imports this module
-
     assert not _server, "it has one"
     ours, theirs = socket.socketpair()
     process = fork_server().Process(target=_serve, args=(theirs, prepare), daemon=True)
@@ -219,8 +219,11 @@ def has_server() -> bool:
 
 
 def start_as_ever() -> None:
-    """From now on a process that was forked starts real Pythons, outside of `forked_python`."""
+    """From now on a process that was forked is as one that was not: what it starts is a Python,
+    and within `forked_python` it is forked from a server that has imported what commands need."""
     _for_good.undo()
+    while _server:
+        _server.pop().close()
 
 
 def _fork_what_is_started(patch: pytest.MonkeyPatch) -> None:
@@ -243,8 +246,7 @@ def _forking(fork_exec: Callable[..., int]) -> Callable[..., int]:
         variables = {os.fsdecode(name): os.fsdecode(value) for name, value in pairs}
         same_user = tuple(more[:6]) == (-1, None, None, None, -1, None)  # and no preexec_fn
         usual = same_user and close_fds and os.path.isdir(folder)
-        first = is_fork_server(words) and not has_server()  # of which ours will be forked
-        if first or not (usual and can_fork(words, variables)):
+        if not (usual and can_fork(words, variables)):
             return fork_exec(*given)
         standard = (read_in, write_out, write_error)
         files = {n: n if file == -1 else file for n, file in enumerate(standard)}
@@ -331,8 +333,7 @@ def _become(command: Command, files: list[int]) -> NoReturn:
     os.environ.clear()
     os.environ |= command.variables
     _forget_the_server()
-    if not is_fork_server(command.words):  # whose children ask it
-        start_own_server()
+    start_own_server()
     _take_signals(command)
     np.random.seed()  # as `random` does by itself in a fork
     words, path = command.words, list(sys.path)

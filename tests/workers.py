@@ -1,6 +1,7 @@
 """The processes that xdist shares the whole suite among are forked from one that has collected it.
 
-Each of them would spend half a minute on what it imports and collects.
+Each of them would spend half a minute on what it imports and collects. What their tests fork comes
+from a smaller process: a fork copies what it changes, and of all that was collected that is much.
 """
 
 import io
