@@ -178,7 +178,7 @@ def triton_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
 
-    # At each call of a function it lists all of Triton's language anew, a third of its time.
+    # At each call of a function it lists all of Triton's language anew, a quarter of its time.
     @cache
     def members(package: object) -> list[tuple[str, object]]:
         return getmembers(package, tl.core.is_builtin)

@@ -58,6 +58,10 @@ def test_everything_wrong_is_said_at_once() -> None:
         (["local", "--mutlirun"], "--mutlirun: unknown option. Did you mean --multirun?"),
         (["local", "model.K=2,3"], "several values make a sweep, which needs -m"),
         (["nodes"], "address: has to be given"),
+        (
+            ["nodes", "address=a:1", "last_call_s=1"],
+            "last_call_s=1: expected an integer of at least 2",
+        ),
         (["nodes", "address=node1"], "address='node1': expected HOST:PORT"),
         ([*NODES, "nodes=4:1"], "nodes='4:1': expected a number, or LEAST:MOST"),
         ([*NODES, "rendezvous=static"], "node_rank: has to be given"),

@@ -277,6 +277,7 @@ def bytes_of_step(model: ModelConfig, rows: int, t: int, mode: str) -> int:
 def find(groups: ProcessGroups, mesh: str, folder: Path) -> Found:
     """All that is asked of a mesh, one after the other on the same ranks."""
     tensor = "engine.tensor=2"
+    deep = (tensor, "model.layers=3")  # a first layer, a last one, and one between
     models = MODELS | OTHERS if mesh == "fsdp x tensor" else MODELS
     check_vocabulary_loss(groups)
     return Found(
@@ -286,10 +287,10 @@ def find(groups: ProcessGroups, mesh: str, folder: Path) -> Found:
         between(groups, config_of("vectors", tensor)),
         pieces(groups, config_of("vectors", tensor), folder),
         {
-            "vanilla": sent(groups, config_of("vanilla", tensor)),
-            "phd_cswa": sent(groups, config_of("phd_cswa", tensor)),
-            "selective": sent(groups, config_of("phd_cswa", tensor, SELECTIVE)),
-            "full": sent(groups, config_of("phd_cswa", tensor, FULL)),
+            "vanilla": sent(groups, config_of("vanilla", *deep)),
+            "phd_cswa": sent(groups, config_of("phd_cswa", *deep)),
+            "selective": sent(groups, config_of("phd_cswa", *deep, SELECTIVE)),
+            "full": sent(groups, config_of("phd_cswa", *deep, FULL)),
         },
     )
 
